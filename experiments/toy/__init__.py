@@ -1,0 +1,1 @@
+"""Toy vision-language models that read: data, tokenizer, training and evaluation."""

@@ -1,0 +1,283 @@
+"""Synthetic pages, texts and drawings that the toy models learn from and are measured on.
+
+Everything is drawn from the generator that is passed in: no global state, no files, and no import
+heavier than numpy and Pillow, so that experiments and tests can make pages without loading a model.
+Boxes are half-open pixel boxes ``(x0, y0, x1, y1)`` around a character's ink.
+"""
+
+import functools
+import string
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+from hooked_vlm.experiments.toy.drawings import OBJECTS, draw_object
+
+Box = tuple[int, int, int, int]
+
+LETTERS = string.ascii_lowercase
+CHARACTERS = string.digits + string.ascii_lowercase
+PAGE_SIZE = (128, 112)  # width, height in pixels: 8 x 7 image tokens of 16 x 16
+OTHER_PAGE_SIZES = ((128, 96), (144, 112), (128, 128), (112, 112))
+VALUE_LENGTH = 4
+MAX_LINES = 6
+FONT_SIZES = (11, 16)  # inclusive range, Pillow's built-in font
+
+NAMING_PROMPT = "What is the main object in the image?"
+TRANSCRIPTION_PROMPT = "Read the text."
+
+# A key or value equal to one of the tokenizer's words would be one token instead of one per character.
+RESERVED_WORDS = frozenset(
+    w.lower()
+    for w in ("What", "is", "the", "value", "of", "main", "object", "in", "image", "Read", "text")
+) | frozenset(OBJECTS) | {"user", "system", "assistant"}
+
+
+def question_for(key: str) -> str:
+    return f"What is the value of {key}?"
+
+
+@dataclass(frozen=True)
+class Line:
+    """One line ``key = value``; boxes only where the line was rendered (empty for text contexts)."""
+
+    key: str
+    value: str
+    key_boxes: tuple[Box, ...] = ()
+    value_boxes: tuple[Box, ...] = ()
+
+    @property
+    def text(self) -> str:
+        return f"{self.key} = {self.value}"
+
+    @property
+    def value_box(self) -> Box:
+        """The smallest box around the whole value (the 'word' box)."""
+        return union(self.value_boxes)
+
+
+@dataclass(frozen=True)
+class Page:
+    """A rendered page of ``key = value`` lines, from top to bottom."""
+
+    pixels: np.ndarray  # uint8 [height, width, 3]
+    lines: tuple[Line, ...]
+
+    @property
+    def image(self) -> Image.Image:
+        return Image.fromarray(self.pixels)
+
+    def question(self, line: int) -> str:
+        return question_for(self.lines[line].key)
+
+    @property
+    def text(self) -> str:
+        return "\n".join(line.text for line in self.lines)
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One conversation: an image or none, then turns of (question, answer).
+
+    ``task`` is ``page``, ``text``, ``transcription`` or ``naming``. ``target_lines`` holds, for pages
+    and texts, the line each turn asks for.
+    """
+
+    task: str
+    turns: tuple[tuple[str, str], ...]
+    pixels: np.ndarray | None = None
+    page: Page | None = None
+    target_lines: tuple[int, ...] = ()
+    char_boxes: tuple[Box, ...] = ()
+
+    @property
+    def image(self) -> Image.Image | None:
+        return None if self.pixels is None else Image.fromarray(self.pixels)
+
+
+def union(boxes: Sequence[Box]) -> Box:
+    x0, y0, x1, y1 = zip(*boxes, strict=True)
+    return (min(x0), min(y0), max(x1), max(y1))
+
+
+# --- glyphs and canvases ---------------------------------------------------------------------------
+
+
+@functools.lru_cache(maxsize=4096)
+def glyph(char: str, size: int) -> tuple[np.ndarray, int, int, int]:
+    """Coverage of one glyph of Pillow's built-in font, cropped to its ink.
+
+    Returns the coverage as float32 [height, width] in [0, 1], the offset (dx, dy) of its corner from
+    the pen position on the baseline, and the advance width in pixels.
+    """
+    font = _font(size)
+    canvas = Image.new("L", (3 * size, 3 * size))
+    ImageDraw.Draw(canvas).text((size, 2 * size), char, fill=255, font=font, anchor="ls")
+    box = canvas.getbbox()
+    advance = round(font.getlength(char))
+    if box is None:
+        return np.zeros((0, 0), np.float32), 0, 0, advance
+    ink = np.asarray(canvas.crop(box), np.float32) / 255
+    ink.flags.writeable = False  # the cache hands out one array to everyone
+    return ink, box[0] - size, box[1] - 2 * size, advance
+
+
+@functools.lru_cache(maxsize=64)
+def _font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
+    return ImageFont.load_default(size=size)
+
+
+def text_width(text: str, size: int, tracking: int) -> int:
+    return sum(glyph(char, size)[3] + tracking for char in text)
+
+
+def draw_text(
+    coverage: np.ndarray, x: int, baseline: int, text: str, size: int, tracking: int
+) -> list[Box]:
+    """Adds ``text`` to the coverage [height, width]; returns one ink box per character (spaces too)."""
+    boxes = []
+    for char in text:
+        ink, dx, dy, advance = glyph(char, size)
+        top, left = baseline + dy, x + dx
+        height, width = ink.shape
+        window = coverage[top : top + height, left : left + width]
+        np.maximum(window, ink, out=window)
+        boxes.append((left, top, left + width, top + height))
+        x += advance + tracking
+    return boxes
+
+
+def paint(rng: np.random.Generator, coverage: np.ndarray) -> np.ndarray:
+    """Coverage to uint8 pixels [height, width, 3]: dark ink on light paper, shades and grain vary."""
+    paper = rng.integers(175, 256) + rng.integers(-15, 16, size=3)
+    ink = rng.integers(0, 90) + rng.integers(-20, 21, size=3)
+    pixels = paper + (ink - paper) * coverage[..., None]
+    pixels = pixels + rng.normal(0, rng.uniform(0, 5), size=coverage.shape)[..., None]
+    return np.clip(np.rint(pixels), 0, 255).astype(np.uint8)
+
+
+# --- pages -----------------------------------------------------------------------------------------
+
+
+def random_word(rng: np.random.Generator, alphabet: str, length: int) -> str:
+    while True:
+        word = "".join(alphabet[i] for i in rng.integers(0, len(alphabet), size=length))
+        if word not in RESERVED_WORDS:
+            return word
+
+
+def random_lines(
+    rng: np.random.Generator, n_lines: int, alphabet: str = CHARACTERS, value_length: int = VALUE_LENGTH
+) -> tuple[Line, ...]:
+    """Lines with distinct two-letter keys and random values."""
+    keys: list[str] = []
+    while len(keys) < n_lines:
+        key = random_word(rng, LETTERS, 2)
+        if key not in keys:
+            keys.append(key)
+    return tuple(Line(key, random_word(rng, alphabet, value_length)) for key in keys)
+
+
+def make_page(
+    rng: np.random.Generator,
+    n_lines: int | None = None,
+    size: tuple[int, int] = PAGE_SIZE,
+    lines: Sequence[Line] | None = None,
+    font_size: int | None = None,
+) -> Page:
+    """A page of ``size`` (width, height) with 1 to 6 lines; font, spacing, place and shades vary.
+
+    ``lines`` renders given keys and values instead of random ones.
+    """
+    if lines is None:
+        lines = random_lines(rng, n_lines or int(rng.integers(1, MAX_LINES + 1)))
+    width, height = size
+    largest = min(FONT_SIZES[1], height // len(lines) - 2)
+    tracking = int(rng.integers(1, 3))
+    if font_size is None:
+        font_size = int(rng.integers(FONT_SIZES[0], largest + 1))
+        while max(text_width(line.text, font_size, tracking) for line in lines) > width - 6:
+            font_size -= 1
+    widest = max(text_width(line.text, font_size, tracking) for line in lines)
+    # Ascenders reach about 0.75 of the size above the baseline and descenders 0.25 below it.
+    pitch = int(rng.integers(font_size + 2, max(font_size + 3, min(2 * font_size, height // len(lines)) + 1)))
+    top = int(rng.integers(1, max(2, height - pitch * len(lines))))
+    margin = int(rng.integers(2, max(3, width - widest - 2)))
+
+    coverage = np.zeros((height, width), np.float32)
+    rendered = []
+    for index, line in enumerate(lines):
+        baseline = top + index * pitch + round(0.8 * font_size)
+        boxes = draw_text(coverage, margin, baseline, line.text, font_size, tracking)
+        rendered.append(
+            Line(line.key, line.value, tuple(boxes[: len(line.key)]), tuple(boxes[-len(line.value) :]))
+        )
+    return Page(paint(rng, coverage), tuple(rendered))
+
+
+def make_strip(
+    rng: np.random.Generator, text: str | None = None, size: tuple[int, int] = PAGE_SIZE
+) -> tuple[np.ndarray, str, tuple[Box, ...]]:
+    """One short line of random characters anywhere on a page: pixels, text, character boxes."""
+    if text is None:
+        text = random_word(rng, CHARACTERS, int(rng.integers(1, 9)))
+    width, height = size
+    tracking = int(rng.integers(1, 3))
+    font_size = int(rng.integers(FONT_SIZES[0], FONT_SIZES[1] + 1))
+    while text_width(text, font_size, tracking) > width - 6:
+        font_size -= 1
+    x = int(rng.integers(2, max(3, width - text_width(text, font_size, tracking) - 2)))
+    baseline = int(rng.integers(font_size, height - font_size // 2))
+    coverage = np.zeros((height, width), np.float32)
+    boxes = draw_text(coverage, x, baseline, text, font_size, tracking)
+    return paint(rng, coverage), text, tuple(boxes)
+
+
+# --- samples of the four tasks ---------------------------------------------------------------------
+
+
+def page_sample(
+    rng: np.random.Generator,
+    n_lines: int | None = None,
+    size: tuple[int, int] = PAGE_SIZE,
+    turns: int = 1,
+    alphabet: str = CHARACTERS,
+) -> Sample:
+    n_lines = n_lines or int(rng.integers(1, MAX_LINES + 1))
+    page = make_page(rng, size=size, lines=random_lines(rng, n_lines, alphabet))
+    asked = tuple(int(i) for i in rng.permutation(n_lines)[:turns])
+    dialogue = tuple((page.question(i), page.lines[i].value) for i in asked)
+    return Sample("page", dialogue, page.pixels, page, asked)
+
+
+def text_sample(
+    rng: np.random.Generator, n_lines: int | None = None, turns: int = 1, alphabet: str = CHARACTERS
+) -> Sample:
+    lines = random_lines(rng, n_lines or int(rng.integers(1, MAX_LINES + 1)), alphabet)
+    asked = tuple(int(i) for i in rng.permutation(len(lines))[:turns])
+    context = "\n".join(line.text for line in lines) + "\n"
+    dialogue = tuple(
+        ((context if turn == 0 else "") + question_for(lines[i].key), lines[i].value)
+        for turn, i in enumerate(asked)
+    )
+    return Sample("text", dialogue, target_lines=asked)
+
+
+def transcription_sample(rng: np.random.Generator, size: tuple[int, int] = PAGE_SIZE) -> Sample:
+    pixels, text, boxes = make_strip(rng, size=size)
+    return Sample("transcription", ((TRANSCRIPTION_PROMPT, text),), pixels, char_boxes=boxes)
+
+
+def full_page_sample(rng: np.random.Generator, n_lines: int, size: tuple[int, int] = PAGE_SIZE) -> Sample:
+    """Transcription of a whole page: the densest supervision of reading there is (training only)."""
+    page = make_page(rng, n_lines, size)
+    return Sample("transcription", ((TRANSCRIPTION_PROMPT, page.text),), page.pixels, page)
+
+
+def naming_sample(
+    rng: np.random.Generator, size: tuple[int, int] = PAGE_SIZE, name: str | None = None
+) -> Sample:
+    name = name or OBJECTS[int(rng.integers(len(OBJECTS)))]
+    return Sample("naming", ((NAMING_PROMPT, name),), draw_object(rng, name, size))
