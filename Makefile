@@ -1,0 +1,67 @@
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help demo test test-all lint format bench docs-hooks setup clean
+
+PYTHON ?= python3
+JOBS ?= auto
+VENV := .venv
+BIN := $(VENV)/bin
+SPEC := pyproject.toml setup.py constraints.txt
+INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+
+help:
+	@echo "make demo        which heads of the bundled toy model read text: table, heatmap, masking control"
+	@echo "make test        the tests (minutes, no download, no GPU)"
+	@echo "make test-all    the same and the slow ones"
+	@echo "make lint        ruff and pyright"
+	@echo "make format      let ruff rewrite what it can"
+	@echo "make bench       timings and memory, side by side with transformers"
+	@echo "make docs-hooks  regenerate docs/hooks.md"
+	@echo "make setup       everything a developer needs, pre-commit hooks included"
+	@echo "make clean       remove .venv and all that was built"
+
+demo: $(VENV)/.installed
+	$(BIN)/hooked-vlm ocr-heads --model toy-qwen2-vl --out out/ocr-heads
+
+test: $(VENV)/.installed-dev
+	$(BIN)/python -m pytest --numprocesses $(JOBS)
+
+test-all: $(VENV)/.installed-dev
+	$(BIN)/python -m pytest --numprocesses $(JOBS) --run-slow
+
+lint: $(VENV)/.installed-dev
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/pyright
+
+format: $(VENV)/.installed-dev
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+
+bench: $(VENV)/.installed-dev
+	@set -e; for script in benchmarks/*.py; do echo "== $$script"; $(BIN)/python "$$script"; done
+
+docs-hooks: $(VENV)/.installed-dev
+	$(BIN)/python -m hooked_vlm.hook_table
+
+setup: $(VENV)/.installed-dev
+	$(BIN)/pre-commit install
+
+clean:
+	rm -rf $(VENV) build dist out *.egg-info .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# Development installs include what the demo needs, so that either order of the two works and a repeat is instant.
+$(VENV)/.installed-dev: $(SPEC) | $(BIN)/python
+	$(INSTALL) --editable '.[dev]'
+	@touch $(VENV)/.installed $@
+
+$(VENV)/.installed: $(SPEC) | $(BIN)/python
+	$(INSTALL) --editable .
+	@touch $@
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
+	  echo "hooked_vlm needs Python 3.11 or newer; '$(PYTHON)' is $$($(PYTHON) --version 2>&1 || true)." >&2; \
+	  echo "Install one and name it: make PYTHON=python3.12 $(MAKECMDGOALS)" >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); exit 1; }
