@@ -5,7 +5,11 @@ Everything else about the package is in pyproject.toml, which cannot search a re
 
 from setuptools import find_packages, setup
 
-FOLDERS = {"hooked_vlm": "hooked_vlm", "hooked_vlm.converters": "converters", "hooked_vlm.experiments": "experiments"}
+FOLDERS = {
+    "hooked_vlm": "hooked_vlm",
+    "hooked_vlm.converters": "converters",
+    "hooked_vlm.experiments": "experiments",
+}
 
 # In the checkout hooked_vlm/converters and hooked_vlm/experiments are links to the two folders beside it.
 LINKS = ["converters", "converters.*", "experiments", "experiments.*"]

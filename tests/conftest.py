@@ -1,4 +1,4 @@
-"""What holds for every test: no network, a fixed seed, a fair share of the cores, costly kinds only on request."""
+"""What holds for every test: no network, a fixed seed, a share of the cores, costly kinds only on request."""
 
 import os
 import socket
