@@ -73,7 +73,7 @@ def fresh_environment(folder: Path) -> Path:
     site = Path(
         command(python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))", cwd=folder).strip()
     )
-    # A folder named in a .pth file is searched, but .pth files in it (an editable install of ours) are not run.
+    # A folder named in a .pth file is searched; its own .pth files (an editable install of ours) are not run.
     (site / "tests_dependencies.pth").write_text(sysconfig.get_path("purelib") + "\n")
     return python
 
