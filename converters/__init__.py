@@ -1,0 +1,43 @@
+"""Checkpoint families, one module each: HF configuration to ours, HF tensors to ours and back.
+
+Converters take and return plain dicts and tensors and import nothing of the model. A family module has
+`ARCHITECTURES`, `MODEL_TYPES`, `config_kwargs`, `dtype`, `published_config`, `from_hf` and `to_hf`.
+"""
+
+from collections.abc import Mapping
+from types import ModuleType
+from typing import Any
+
+from hooked_vlm.converters import qwen2_vl
+from hooked_vlm.converters.checkpoint import open_tensors as open_tensors
+from hooked_vlm.converters.checkpoint import read_config as read_config
+from hooked_vlm.converters.checkpoint import read_json as read_json
+from hooked_vlm.converters.errors import CheckpointError as CheckpointError
+from hooked_vlm.converters.known_models import KNOWN_MODELS as KNOWN_MODELS
+
+FAMILIES: tuple[ModuleType, ...] = (qwen2_vl,)
+
+
+def converter_for(hf_config: Mapping[str, Any]) -> ModuleType:
+    """The family module for a checkpoint, by its `architectures` or, where it has none, its `model_type`.
+
+    `auto_map` (remote code) is not looked at.
+
+    Raises:
+        CheckpointError: the architecture is not supported; the supported ones are listed.
+    """
+    stated = hf_config.get("architectures") or []
+    architectures = stated if isinstance(stated, list) else [stated]
+    model_type = hf_config.get("model_type")
+    for family in FAMILIES:
+        if any(name in family.ARCHITECTURES for name in architectures):
+            return family
+        if not architectures and model_type in family.MODEL_TYPES:
+            return family
+    found = (
+        f"architecture {', '.join(map(str, architectures))}"
+        if architectures
+        else f"model_type {model_type!r}"
+    )
+    supported = ", ".join(name for family in FAMILIES for name in family.ARCHITECTURES)
+    raise CheckpointError(f"{found} is not supported; supported are {supported}")

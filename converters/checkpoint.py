@@ -1,0 +1,161 @@
+"""Reading a Hugging Face checkpoint folder: JSON files and memory-mapped safetensors.
+
+Nothing here executes or unpickles anything: a folder is `config.json` plus `*.safetensors`, or it is refused.
+"""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from hooked_vlm.converters.errors import CheckpointError
+
+SINGLE_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
+
+
+def read_config(folder: str | Path) -> dict[str, Any]:
+    """The checkpoint's `config.json`.
+
+    Raises:
+        CheckpointError: no such folder, no `config.json` in it, or not a JSON object.
+    """
+    folder = _existing(folder)
+    config = read_json(folder, "config.json", default=None)
+    if config is None:
+        hint = ""
+        if (folder / "adapter_config.json").exists():
+            hint = "; it holds an adapter: merge it into its base model and save that"
+        raise CheckpointError(f"{folder} has no config.json, so it is not a checkpoint folder{hint}")
+    return config
+
+
+def read_json(folder: str | Path, name: str, default: Any) -> Any:
+    """The JSON object in `folder/name`, or `default` where there is no such file.
+
+    Raises:
+        CheckpointError: the file cannot be read or does not hold a JSON object.
+    """
+    path = Path(folder) / name
+    try:
+        if not path.exists():
+            return default
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error}") from error
+    except (ValueError, RecursionError) as error:  # bad JSON, bad UTF-8, nesting without end
+        raise CheckpointError(f"{path} is not valid JSON: {error}{_lfs_hint(path)}") from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path} must hold a JSON object, got a {type(content).__name__}")
+    return content
+
+
+def open_tensors(folder: str | Path) -> dict[str, Tensor]:
+    """Every tensor of the checkpoint by its name in the files, on the CPU, memory-mapped.
+
+    Nothing is read before a tensor is used. The mapping is private (copy on write): a tensor may be edited in
+    place, which costs memory for the pages touched and never reaches the file. The files may be replaced or
+    removed meanwhile, but must not be rewritten in place.
+
+    Raises:
+        CheckpointError: no safetensors (pickle files are refused), a file that is missing, truncated or
+            corrupt, or an index that names a file outside the folder or contradicts the files.
+    """
+    folder = _existing(folder)
+    if (folder / SINGLE_FILE).exists():
+        return _open_file(folder / SINGLE_FILE)
+    index = read_json(folder, INDEX_FILE, default=None)
+    if index is None:
+        raise CheckpointError(_why_no_safetensors(folder))
+    return _open_shards(folder, _file_of_tensor(folder, index))
+
+
+def _existing(folder: str | Path) -> Path:
+    folder = Path(folder)
+    if not folder.exists():
+        raise CheckpointError(f"there is no checkpoint folder {folder}")
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder} is a file; expected the folder that holds config.json")
+    return folder
+
+
+def _open_file(path: Path) -> dict[str, Tensor]:
+    if not path.is_file():  # also what is neither file nor folder: opening a named pipe would wait for ever
+        raise CheckpointError(f"{path} is not a file")
+    try:
+        with safe_open(path, framework="pt", device="cpu") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+    except (SafetensorError, OSError, RuntimeError, ValueError, TypeError, AttributeError) as error:
+        hint = _lfs_hint(path) or "; download it again"
+        raise CheckpointError(f"{path} is truncated or not a safetensors file ({error}){hint}") from error
+
+
+def _file_of_tensor(folder: Path, index: Mapping[str, Any]) -> dict[str, str]:
+    """The index's `weight_map` {tensor name: file name}, once its file names are known to be harmless."""
+    weight_map = index.get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(f"{folder / INDEX_FILE} has no weight_map from tensor names to files")
+    for tensor, name in weight_map.items():
+        # By name alone. Where the name leads is not looked at, because in the Hugging Face cache every file
+        # of a snapshot is a symbolic link to ../../blobs, outside the folder; whoever could plant another
+        # link there could as well have replaced the file.
+        plain = isinstance(name, str) and name.isprintable() and not set(name) & set("/\\:")
+        if not plain or ".." in name or not name.endswith(".safetensors"):
+            raise CheckpointError(
+                f"{folder / INDEX_FILE} puts {tensor} into {name!r}; expected the plain name of a "
+                ".safetensors file in the same folder"
+            )
+    return weight_map
+
+
+def _open_shards(folder: Path, file_of: Mapping[str, str]) -> dict[str, Tensor]:
+    files = sorted(set(file_of.values()))
+    if missing := [name for name in files if not (folder / name).exists()]:
+        raise CheckpointError(f"{folder} lacks {listed(missing)}, named in {INDEX_FILE}; finish the download")
+    tensors: dict[str, Tensor] = {}
+    found_in: dict[str, str] = {}
+    for file in files:
+        shard = _open_file(folder / file)
+        if twice := sorted(set(shard) & set(tensors)):
+            raise CheckpointError(f"{folder}: {twice[0]} is both in {found_in[twice[0]]} and in {file}")
+        tensors.update(shard)
+        found_in.update(dict.fromkeys(shard, file))
+    if misplaced := sorted(name for name, file in file_of.items() if found_in.get(name) != file):
+        raise CheckpointError(
+            f"{folder / INDEX_FILE} does not match the files: "
+            + listed([f"{name} is not in {file_of[name]}" for name in misplaced])
+        )
+    return tensors
+
+
+def _why_no_safetensors(folder: Path) -> str:
+    names = sorted(path.name for path in folder.iterdir())
+    if pickles := [name for name in names if name.endswith(PICKLE_SUFFIXES)]:
+        return (
+            f"{folder} holds pickle files ({listed(pickles, most=3)}) and no {SINGLE_FILE}; pickle "
+            "checkpoints are refused because loading one can run any code: if you trust it, convert it by "
+            "loading it with transformers and writing it again with save_pretrained"
+        )
+    others = [name for name in names if name.endswith(".safetensors")]
+    found = f"; it has {listed(others, most=3)}" if others else ""
+    return f"{folder} has neither {SINGLE_FILE} nor {INDEX_FILE}{found}"
+
+
+def _lfs_hint(path: Path) -> str:
+    """A clone without Git LFS leaves a three-line text in place of each large file."""
+    try:
+        with path.open("rb") as file:
+            is_pointer = file.read(40).startswith(b"version https://git-lfs")
+    except OSError:
+        return ""
+    return "; it is a Git LFS pointer, not the file itself: run `git lfs pull`" if is_pointer else ""
+
+
+def listed(items: list[str], most: int = 20) -> str:
+    """`a, b, c and 4 more`."""
+    more = f" and {len(items) - most} more" if len(items) > most else ""
+    return ", ".join(items[:most]) + more

@@ -1,0 +1,124 @@
+"""Reading single values out of a `config.json`, each with an error that names the field."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from hooked_vlm.converters.errors import CheckpointError
+
+LARGEST = 2**31 - 1
+REQUIRED: Any = object()
+DTYPES = {
+    "float32": torch.float32,
+    "float16": torch.float16,
+    "bfloat16": torch.bfloat16,
+    "float64": torch.float64,
+}
+
+
+class Fields:
+    """The values of one section, looked up in the first of `sources` that has the key with a value.
+
+    A null counts as absent, as it does in transformers. `where` names the section in errors.
+    """
+
+    def __init__(self, *sources: Mapping[str, Any], where: str = "config.json") -> None:
+        self.sources = sources
+        self.where = where
+
+    def get(self, name: str, default: Any = None) -> Any:
+        """The raw value."""
+        return next((source[name] for source in self.sources if source.get(name) is not None), default)
+
+    def states(self, name: str) -> bool:
+        """Whether the key is there, be it null."""
+        return any(name in source for source in self.sources)
+
+    def section(self, name: str) -> Mapping[str, Any]:
+        """A nested object; empty where absent."""
+        value = self.get(name, {})
+        if not isinstance(value, Mapping):
+            raise self.error(name, "an object", value)
+        return value
+
+    def size(self, name: str, default: Any = REQUIRED, most: int = LARGEST) -> int:
+        """A positive whole number; a list of equal ones counts as that number (`patch_size: [14, 14]`)."""
+        value = self.get(name, default)
+        item: Any = value
+        if isinstance(value, list | tuple) and value and all(other == value[0] for other in value):
+            item = value[0]
+        if isinstance(item, float) and item.is_integer():
+            item = int(item)
+        if not _is_int(item) or not 1 <= item <= most:
+            raise self.error(name, f"a whole number from 1 to {most}", value)
+        return int(item)
+
+    def number(self, name: str, default: Any = REQUIRED) -> float:
+        """A positive number, within reason."""
+        value = self.get(name, default)
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1e18:
+            raise self.error(name, "a positive number", value)
+        return float(value)
+
+    def flag(self, name: str, default: bool) -> bool:
+        """A boolean."""
+        value = self.get(name, default)
+        if not isinstance(value, bool):
+            raise self.error(name, "true or false", value)
+        return value
+
+    def one_of(self, name: str, values: tuple[str, ...], default: str) -> str:
+        """A string among `values`."""
+        value = self.get(name, default)
+        if value not in values:
+            raise self.error(name, " or ".join(map(repr, values)) + " (others are not supported)", value)
+        return value
+
+    def token_id(self, name: str, default: int | None = None) -> int | None:
+        """The id of one token."""
+        ids = self.token_ids(name, () if default is None else (default,))
+        if len(ids) > 1:
+            raise self.error(name, "one token id", list(ids))
+        return ids[0] if ids else None
+
+    def token_ids(self, name: str, default: tuple[int, ...] = ()) -> tuple[int, ...]:
+        """The ids in a field that may hold one or a list."""
+        value = self.get(name, list(default))
+        ids = value if isinstance(value, list | tuple) else [value]
+        if not all(_is_int(item) and 0 <= item <= LARGEST for item in ids):
+            raise self.error(name, "a token id (zero or more) or a list of them", value)
+        return tuple(ids)
+
+    def divided(self, name: str, by: str, value: int, parts: int) -> int:
+        """`value / parts`, which must be whole (the width of one head, for example)."""
+        if value % parts:
+            raise CheckpointError(f"{self.where}: {name} ({value}) must be a multiple of {by} ({parts})")
+        return value // parts
+
+    def error(self, name: str, expected: str, value: Any) -> CheckpointError:
+        """The error for a field that is absent or holds the wrong thing."""
+        if value is REQUIRED:
+            return CheckpointError(f"{self.where}: {name} is missing; expected {expected}")
+        return CheckpointError(f"{self.where}: {name} must be {expected}, got {_short(value)}")
+
+
+def read_dtype(fields: Fields) -> torch.dtype | None:
+    """The dtype the checkpoint states (`dtype` since transformers 5, `torch_dtype` before), if any."""
+    name = "dtype" if fields.get("dtype") is not None else "torch_dtype"
+    value = fields.get(name)
+    if value is None or value == "auto":
+        return None
+    found = DTYPES.get(value.removeprefix("torch.")) if isinstance(value, str) else None
+    if found is None:
+        raise fields.error(name, "one of " + ", ".join(DTYPES), value)
+    return found
+
+
+def _is_int(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _short(value: Any, most: int = 80) -> str:
+    text = repr(value)
+    return text if len(text) <= most else text[:most] + " ..."
