@@ -1,0 +1,13 @@
+"""Qwen2-VL and InternVL2 with a hook on every intermediate tensor, in both towers."""
+
+from hooked_vlm.cache import VLMCache as VLMCache
+from hooked_vlm.config import VisionConfig as VisionConfig
+from hooked_vlm.config import VLMConfig as VLMConfig
+from hooked_vlm.converters import CheckpointError as CheckpointError
+from hooked_vlm.geometry import GeometryError as GeometryError
+from hooked_vlm.geometry import ImageGrid as ImageGrid
+from hooked_vlm.hooks import HookError as HookError
+from hooked_vlm.images import ImageError as ImageError
+from hooked_vlm.inputs import InputError as InputError
+from hooked_vlm.inputs import VLMInputs as VLMInputs
+from hooked_vlm.model import HookedVLM as HookedVLM

@@ -1,0 +1,174 @@
+"""The parts both towers are made of: norms, MLP, embedding and unembedding.
+
+Weights keep the checkpoint's own `nn.Linear` layout; `W_*` and `b_*` are views of them in
+TransformerLens' shapes, so that an edit of a view edits the model.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from transformer_lens.hook_points import HookPoint
+
+HookFn = Callable[[HookPoint, Tensor], Tensor]
+"""How a tensor passes a hook point: directly in the text side, padded per image in the vision side."""
+
+
+def quick_gelu(x: Tensor) -> Tensor:
+    """x * sigmoid(1.702 x), the activation of CLIP-like vision towers."""
+    return x * torch.sigmoid(1.702 * x)
+
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "quick_gelu": quick_gelu,
+}
+
+
+class AbsentBias(torch.Tensor):
+    """Zeros standing for a bias the checkpoint does not have: readable like a tensor, closed to edits."""
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None
+    ) -> Any:
+        name = getattr(func, "__name__", "")
+        writes = name == "__setitem__" or (name.startswith("__i") and name in _INPLACE_OPERATORS)
+        writes = writes or (name.endswith("_") and not name.endswith("__") and name != "requires_grad_")
+        out = (kwargs or {}).get("out")
+        if (writes and args and isinstance(args[0], AbsentBias)) or isinstance(out, AbsentBias):
+            raise TypeError(
+                "this layer has no bias in the checkpoint: what reads as zeros is not a parameter and "
+                "cannot be edited (model.absent_biases lists them)"
+            )
+        with torch._C.DisableTorchFunctionSubclass():
+            result = func(*args, **(kwargs or {}))
+        # views of the zeros stay closed, everything computed from them is an ordinary tensor
+        if isinstance(result, Tensor) and result._base is not None and isinstance(args[0], AbsentBias):
+            return result.as_subclass(AbsentBias)
+        return result.as_subclass(Tensor) if isinstance(result, AbsentBias) else result
+
+
+_INPLACE_OPERATORS = {f"__i{op}__" for op in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow")}
+
+
+def absent_bias(like: Tensor, *shape: int) -> Tensor:
+    """Zeros of `shape` that refuse edits, on `like`'s device and in its dtype."""
+    return torch.zeros(shape, device=like.device, dtype=like.dtype).as_subclass(AbsentBias)
+
+
+class Norm(nn.Module):
+    """RMSNorm, or LayerNorm when `centered`; statistics in float32 as in the reference.
+
+    `hook_scale` is the denominator, sqrt(variance + eps), [..., 1]; `hook_normalized` is what the
+    next layer reads, weight (and bias) applied.
+    """
+
+    def __init__(self, d_model: int, eps: float, centered: bool) -> None:
+        super().__init__()
+        self.eps = eps
+        self.centered = centered
+        self.weight = nn.Parameter(torch.empty(d_model))
+        self.bias = nn.Parameter(torch.empty(d_model)) if centered else None
+        self.hook_scale = HookPoint()  # [batch, pos, 1]
+        self.hook_normalized = HookPoint()  # [batch, pos, d_model]
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        nn.init.ones_(self.weight)
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
+
+    @property
+    def w(self) -> Tensor:
+        """The weight, [d_model] (TransformerLens' name)."""
+        return self.weight
+
+    def forward(self, x: Float[Tensor, "*dims d_model"], hook: HookFn = HookPoint.__call__) -> Float[Tensor, "*dims d_model"]:
+        full = x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
+        if self.centered:
+            full = full - full.mean(-1, keepdim=True)
+        scale = hook(self.hook_scale, (full.pow(2).mean(-1, keepdim=True) + self.eps).sqrt())
+        if self.bias is None:  # the reference rounds before the weight in RMSNorm, after it in LayerNorm
+            normalized = (full / scale).to(x.dtype) * self.weight
+        else:
+            normalized = (full / scale * self.weight + self.bias).to(x.dtype)
+        return hook(self.hook_normalized, normalized)
+
+
+class MLP(nn.Module):
+    """act(gate(x)) * in(x) when gated, act(in(x)) otherwise, then out."""
+
+    def __init__(self, d_model: int, d_mlp: int, act_fn: str, gated: bool, bias: bool) -> None:
+        super().__init__()
+        self.act = ACTIVATIONS[act_fn]
+        self.gate_proj = nn.Linear(d_model, d_mlp, bias=bias) if gated else None
+        self.in_proj = nn.Linear(d_model, d_mlp, bias=bias)
+        self.out_proj = nn.Linear(d_mlp, d_model, bias=bias)
+        self.hook_pre = HookPoint()  # [batch, pos, d_mlp]
+        if gated:
+            self.hook_pre_linear = HookPoint()  # [batch, pos, d_mlp]
+        self.hook_post = HookPoint()  # [batch, pos, d_mlp]
+
+    def forward(self, x: Float[Tensor, "*dims d_model"], hook: HookFn = HookPoint.__call__) -> Float[Tensor, "*dims d_model"]:
+        if self.gate_proj is None:
+            post = self.act(hook(self.hook_pre, self.in_proj(x)))
+        else:
+            pre = hook(self.hook_pre, self.gate_proj(x))
+            post = self.act(pre) * hook(self.hook_pre_linear, self.in_proj(x))
+        return self.out_proj(hook(self.hook_post, post))
+
+    @property
+    def W_in(self) -> Float[Tensor, "d_model d_mlp"]:
+        return self.in_proj.weight.T
+
+    @property
+    def W_gate(self) -> Float[Tensor, "d_model d_mlp"] | None:
+        """None without a gate."""
+        return None if self.gate_proj is None else self.gate_proj.weight.T
+
+    @property
+    def W_out(self) -> Float[Tensor, "d_mlp d_model"]:
+        return self.out_proj.weight.T
+
+    @property
+    def b_in(self) -> Float[Tensor, "d_mlp"]:
+        return _bias(self.in_proj)
+
+    @property
+    def b_out(self) -> Float[Tensor, "d_model"]:
+        return _bias(self.out_proj)
+
+
+def _bias(linear: nn.Linear) -> Tensor:
+    return absent_bias(linear.weight, linear.out_features) if linear.bias is None else linear.bias
+
+
+class Embed(nn.Embedding):
+    """Token embedding."""
+
+    @property
+    def W_E(self) -> Float[Tensor, "d_vocab d_model"]:
+        return self.weight
+
+    def forward(self, tokens: Int[Tensor, "batch pos"]) -> Float[Tensor, "batch pos d_model"]:
+        return super().forward(tokens)
+
+
+class Unembed(nn.Linear):
+    """Logits from the normalised residual stream."""
+
+    def __init__(self, d_model: int, d_vocab: int) -> None:
+        super().__init__(d_model, d_vocab, bias=False)
+
+    @property
+    def W_U(self) -> Float[Tensor, "d_model d_vocab"]:
+        return self.weight.T
+
+    @property
+    def b_U(self) -> Float[Tensor, "d_vocab"]:
+        return absent_bias(self.weight, self.out_features)

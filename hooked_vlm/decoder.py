@@ -1,0 +1,102 @@
+"""One transformer block, pre-norm, as both the text decoder and the vision tower stack it."""
+
+from jaxtyping import Float
+from torch import Tensor, nn
+from transformer_lens.hook_points import HookPoint
+
+from hooked_vlm.attention import Attention, AttentionRun
+from hooked_vlm.components import MLP, Norm
+from hooked_vlm.config import VisionConfig, VLMConfig
+from hooked_vlm.hooks import fresh
+from hooked_vlm.rotary import Rotation
+
+
+class Block(nn.Module):
+    """resid_pre -> + attention -> resid_mid -> + MLP -> resid_post."""
+
+    # transformer_lens/tools/analysis/logit_lens.py asks every block that it has one residual stream
+    hook_out_is_single_residual_stream = True
+
+    def __init__(self, ln1: Norm, attn: Attention, ln2: Norm, mlp: MLP) -> None:
+        super().__init__()
+        self.ln1, self.attn, self.ln2, self.mlp = ln1, attn, ln2, mlp
+        self.hook_resid_pre = HookPoint()  # [batch, pos, d_model]
+        if attn.split_inputs:
+            self.hook_q_input = HookPoint()  # [batch, pos, head, d_model], with use_split_qkv_input
+            self.hook_k_input = HookPoint()  # [batch, pos, kv_head, d_model], with use_split_qkv_input
+            self.hook_v_input = HookPoint()  # [batch, pos, kv_head, d_model], with use_split_qkv_input
+            self.hook_mlp_in = HookPoint()  # [batch, pos, d_model], with use_hook_mlp_in
+        self.hook_attn_out = HookPoint()  # [batch, pos, d_model]
+        self.hook_resid_mid = HookPoint()  # [batch, pos, d_model]
+        self.hook_mlp_out = HookPoint()  # [batch, pos, d_model]
+        self.hook_resid_post = HookPoint()  # [batch, pos, d_model]
+
+    def forward(
+        self,
+        resid: Float[Tensor, "*dims d_model"],
+        rotate: Rotation,
+        run: AttentionRun,
+        layer: int,
+        split_qkv_input: bool = False,
+        own_mlp_input: bool = False,
+    ) -> Float[Tensor, "*dims d_model"]:
+        hook = run.hook
+        # the previous block's resid_post is this very tensor
+        resid_pre = hook(self.hook_resid_pre, fresh(self.hook_resid_pre, resid))
+        if split_qkv_input:
+            inputs = self._split_inputs(resid_pre, hook)
+        else:
+            normalized = self.ln1(resid_pre, hook)
+            inputs = (normalized, normalized, normalized)
+        attn_out = hook(self.hook_attn_out, self.attn(inputs, rotate, run, layer))
+        resid_mid = hook(self.hook_resid_mid, resid_pre + attn_out)
+        mlp_in = hook(self.hook_mlp_in, fresh(self.hook_mlp_in, resid_mid)) if own_mlp_input else resid_mid
+        mlp_out = hook(self.hook_mlp_out, self.mlp(self.ln2(mlp_in, hook), hook))
+        return hook(self.hook_resid_post, resid_mid + mlp_out)
+
+    def _split_inputs(self, resid_pre: Tensor, hook) -> tuple[Tensor, Tensor, Tensor]:
+        """A residual stream for every head to read, each normalised on its own (ln1's hooks fire thrice)."""
+        points = (self.hook_q_input, self.hook_k_input, self.hook_v_input)
+        heads = (self.attn.n_heads, self.attn.n_key_value_heads, self.attn.n_key_value_heads)
+        q, k, v = (
+            self.ln1(hook(point, resid_pre.unsqueeze(-2).repeat_interleave(n, dim=-2)), hook)
+            for point, n in zip(points, heads, strict=True)
+        )
+        return q, k, v
+
+
+def text_blocks(cfg: VLMConfig) -> nn.ModuleList:
+    """The language model's blocks: RMSNorm, grouped-query attention, gated MLP."""
+    return nn.ModuleList(
+        Block(
+            Norm(cfg.d_model, cfg.eps, centered=False),
+            Attention(
+                cfg.d_model,
+                cfg.n_heads,
+                cfg.n_key_value_heads,
+                cfg.d_head,
+                qkv_bias=cfg.qkv_bias,
+                o_bias=False,
+                split_inputs=True,
+            ),
+            Norm(cfg.d_model, cfg.eps, centered=False),
+            MLP(cfg.d_model, cfg.d_mlp, cfg.act_fn, gated=cfg.gated_mlp, bias=False),
+        )
+        for _ in range(cfg.n_layers)
+    )
+
+
+def vision_blocks(cfg: VisionConfig) -> nn.ModuleList:
+    """The vision tower's blocks: LayerNorm, full attention within an image, plain MLP, biases everywhere."""
+    centered = cfg.normalization_type == "LN"
+    return nn.ModuleList(
+        Block(
+            Norm(cfg.d_model, cfg.eps, centered),
+            Attention(
+                cfg.d_model, cfg.n_heads, cfg.n_heads, cfg.d_head, qkv_bias=True, o_bias=True, split_inputs=False
+            ),
+            Norm(cfg.d_model, cfg.eps, centered),
+            MLP(cfg.d_model, cfg.d_mlp, cfg.act_fn, gated=False, bias=True),
+        )
+        for _ in range(cfg.n_layers)
+    )

@@ -1,0 +1,51 @@
+"""Small helpers around TransformerLens' `HookPoint`: is it hooked, which names exist, what was meant."""
+
+import difflib
+from collections.abc import Callable, Iterable
+
+from torch import Tensor
+from transformer_lens.hook_points import HookPoint
+
+QUADRATIC = ("hook_attn_scores", "hook_pattern")
+"""Suffixes of the hook points whose tensor has a [pos, pos] plane, and whose presence picks the kernel."""
+
+HookName = str | Callable[[str], bool]
+
+
+class HookError(ValueError):
+    """A hook that cannot act: an unknown name, a filter that matches nothing, a point switched off."""
+
+
+def is_hooked(point: HookPoint) -> bool:
+    """Whether anything listens at `point`, hooks set through plain PyTorch and backward hooks included."""
+    return bool(point._forward_hooks or point._backward_hooks or point._forward_pre_hooks)
+
+
+def fresh(point: HookPoint, x: Tensor) -> Tensor:
+    """`x` itself, or a copy if `point` is hooked.
+
+    Used where one tensor would pass two hook points or outlive the run: a hook may write in place
+    (TransformerLens' patching does), and that must not reach what was recorded or shared before.
+    """
+    return x.clone() if is_hooked(point) else x
+
+
+def nearest_names(name: str, known: Iterable[str]) -> str:
+    """A hint naming the known names closest to `name`, or nothing."""
+    close = difflib.get_close_matches(name, list(known), n=3, cutoff=0.5)
+    return f" Did you mean {' or '.join(repr(c) for c in close)}?" if close else ""
+
+
+def is_quadratic(name: str) -> bool:
+    """Whether the hook point `name` holds a [pos, pos] tensor."""
+    return name.endswith(QUADRATIC)
+
+
+def is_encoder(name: str) -> bool:
+    """Whether the hook point `name` lies in the vision tower or the projector."""
+    return name.startswith(("vision.", "projector."))
+
+
+def is_vision(name: str) -> bool:
+    """Whether the hook point `name` belongs to the image side: tower, projector or the features handed over."""
+    return is_encoder(name) or name == "hook_image_features"

@@ -1,0 +1,559 @@
+"""`VLMInputs`: tokens with the images and videos their placeholders stand for, as one immutable batch.
+
+It behaves like its token tensor where tools look (`shape`, `ndim`, `device`, `len`, row indexing, ...),
+so that everything that takes tokens takes a `VLMInputs`. Row indexing carries the row's images along.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from hooked_vlm.geometry import ImageGrid
+from hooked_vlm.images import ImageProcessor
+from hooked_vlm.positions import TokenGroups, mrope_positions, prompt_groups
+
+Grid = tuple[int, int, int]
+Box = tuple[float, float, float, float]
+Kind = Literal["image", "video"]
+
+
+class InputError(ValueError):
+    """Inputs that do not fit together: images against placeholders, shapes, padding, context length."""
+
+
+@dataclass(frozen=True, eq=False)
+class InputSpec:
+    """What inputs need to know of the model they are for."""
+
+    image_token_id: int | None
+    video_token_id: int | None
+    vision_end_token_id: int | None
+    patch_size: int
+    merge_size: int
+    pad_token_id: int
+    turn_start_id: int | None = None
+    """The token that opens a chat turn (`<|im_start|>`)."""
+    turn_end_id: int | None = None
+    """The token that closes a chat turn (`<|im_end|>`)."""
+    tokenizer: Any = None
+    image_processor: ImageProcessor | None = None
+
+    @property
+    def placeholder_ids(self) -> tuple[int, ...]:
+        return tuple(i for i in (self.image_token_id, self.video_token_id) if i is not None)
+
+    def n_tokens(self, grid: Grid) -> int:
+        """Placeholders that stand for an image or video of `grid` patches."""
+        t, h, w = grid
+        return t * h * w // self.merge_size**2
+
+
+@dataclass(frozen=True)
+class Visual:
+    """One image or video in the token stream."""
+
+    kind: Kind
+    index: int
+    """Its number among the images (or among the videos) of the batch, in order of appearance."""
+    row: int
+    start: int
+    """Position of its first placeholder."""
+    n_tokens: int
+    grid: Grid
+    """Patches: (temporal patches, rows, columns)."""
+
+    @property
+    def stop(self) -> int:
+        return self.start + self.n_tokens
+
+
+@dataclass(frozen=True, eq=False)
+class VLMInputs:
+    """A batch of token sequences with their images and videos.
+
+    Tensors have Hugging Face's layout: `tokens` and `attention_mask` [batch, pos], `pixel_values`
+    [patch, channels * frames * patch height * patch width] of all images one after the other,
+    `image_grid_thw` [image, 3], the same for videos. Padding must lie at the ends of a row.
+
+    Raises:
+        InputError: if images and placeholders disagree, or the mask has holes.
+    """
+
+    tokens: Int[Tensor, "batch pos"]
+    spec: InputSpec
+    attention_mask: Int[Tensor, "batch pos"] = None  # type: ignore[assignment]
+    pixel_values: Float[Tensor, "patch d_patch"] | None = None
+    image_grid_thw: Int[Tensor, "image 3"] | None = None
+    pixel_values_videos: Float[Tensor, "patch d_patch"] | None = None
+    video_grid_thw: Int[Tensor, "video 3"] | None = None
+    image_sizes: tuple[tuple[int, int], ...] | None = None
+    """(width, height) of the original images in pixels, after EXIF orientation; None if not known."""
+    image_features: Float[Tensor, "token d_model"] | None = None
+    """What the projector hands over, images first, then videos; see `with_image_features`."""
+    n_generated: tuple[int, ...] = ()
+    """How many tokens at the end of each row were appended to the prompt."""
+
+    visuals: tuple[Visual, ...] = field(init=False)
+    first: tuple[int, ...] = field(init=False)
+    """Position of the first real token of each row."""
+    stop: tuple[int, ...] = field(init=False)
+    """One past the position of the last real token of each row."""
+    position_ids: Int[Tensor, "3 batch pos"] = field(init=False)
+    """Temporal, height and width position of every token (M-RoPE)."""
+
+    def __post_init__(self) -> None:
+        set_ = object.__setattr__  # the dataclass is frozen; these fields are derived from the others
+        if self.attention_mask is None:
+            set_(self, "attention_mask", torch.ones_like(self.tokens))
+        if self.tokens.ndim != 2 or self.tokens.shape != self.attention_mask.shape:
+            raise InputError(
+                f"tokens and attention_mask must both be [batch, pos], got {tuple(self.tokens.shape)} "
+                f"and {tuple(self.attention_mask.shape)}"
+            )
+        if not self.n_generated:
+            set_(self, "n_generated", (0,) * len(self.tokens))
+        first, stop = _real_span(self.attention_mask)
+        set_(self, "first", first)
+        set_(self, "stop", stop)
+        set_(self, "visuals", _locate_visuals(self))
+        _check_pixels(self)
+        positions = mrope_positions(
+            self.tokens.shape,
+            first,
+            stop,
+            [(v.row, v.start, v.n_tokens, v.grid) for v in self.visuals],
+            self.spec.merge_size,
+        )
+        set_(self, "position_ids", positions.to(self.tokens.device))
+
+    @cached_property
+    def next_position(self) -> Int[Tensor, "batch"]:
+        """The rotary position of the token that would follow each row."""
+        return self.position_ids.amax(dim=(0, 2)) + 1
+
+    # ---------------------------------------------------------------- like a token tensor
+
+    @property
+    def shape(self) -> torch.Size:
+        return self.tokens.shape
+
+    @property
+    def ndim(self) -> int:
+        return 2
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.tokens.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.tokens.device
+
+    def size(self, dim: int | None = None) -> Any:
+        return self.tokens.size() if dim is None else self.tokens.size(dim)
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def __repr__(self) -> str:
+        n_videos = len(self.visuals) - self.n_images
+        visuals = f"{self.n_images} images" + (f", {n_videos} videos" if n_videos else "")
+        return f"VLMInputs({len(self)} x {self.shape[1]} tokens, {visuals}, {self.device})"
+
+    def __getitem__(self, rows: int | slice | Sequence[int] | Tensor) -> "VLMInputs":
+        """Some rows, each with its images; an int gives a batch of one."""
+        if isinstance(rows, tuple):
+            raise InputError(
+                "VLMInputs are indexed by rows only: positions hang together with images. "
+                "Use inputs.tokens[...] for token ids, inputs.append(...) to continue a prompt."
+            )
+        everything = torch.arange(len(self))
+        if isinstance(rows, int):
+            chosen = [range(len(self))[rows]]
+        elif isinstance(rows, Tensor):
+            chosen = everything[rows.cpu()].reshape(-1).tolist()
+        else:
+            chosen = everything[rows].tolist() if isinstance(rows, slice) else list(rows)
+        return self._take_rows(chosen)
+
+    def to(self, target: torch.device | str | torch.dtype) -> "VLMInputs":
+        """On another device, or with pixels (and image features) in another dtype."""
+        changes: dict[str, Any] = {}
+        for name in ("pixel_values", "pixel_values_videos", "image_features"):
+            tensor = getattr(self, name)
+            changes[name] = None if tensor is None else tensor.to(target)
+        if not isinstance(target, torch.dtype):
+            for name in ("tokens", "attention_mask", "image_grid_thw", "video_grid_thw"):
+                tensor = getattr(self, name)
+                changes[name] = None if tensor is None else tensor.to(target)
+        return replace(self, **changes)
+
+    def cpu(self) -> "VLMInputs":
+        return self.to("cpu")
+
+    def repeat(self, *sizes: int) -> Int[Tensor, "..."]:
+        """The token ids repeated, a plain tensor (what TransformerLens' head detector asks for)."""
+        return self.tokens.repeat(*sizes)
+
+    # ---------------------------------------------------------------- images and geometry
+
+    @property
+    def n_images(self) -> int:
+        return sum(v.kind == "image" for v in self.visuals)
+
+    @property
+    def has_visuals(self) -> bool:
+        return bool(self.visuals)
+
+    @cached_property
+    def grids(self) -> tuple[Grid, ...]:
+        """Patches of all images, then of all videos: the order of pixels and of image features."""
+        return tuple(v.grid for v in self._in_feature_order)
+
+    @cached_property
+    def feature_slots(self) -> Int[Tensor, "token"]:
+        """Index into the flattened [batch * pos] tokens of every image feature, in feature order."""
+        spans = [
+            torch.arange(v.row * self.shape[1] + v.start, v.row * self.shape[1] + v.stop)
+            for v in self._in_feature_order
+        ]
+        return (torch.cat(spans) if spans else torch.zeros(0, dtype=torch.long)).to(self.device)
+
+    @property
+    def _in_feature_order(self) -> list[Visual]:
+        return sorted(self.visuals, key=lambda v: (v.kind == "video", v.index))
+
+    def _visual(self, kind: Kind, i: int) -> Visual:
+        found = [v for v in self.visuals if v.kind == kind and v.index == i]
+        if not found:
+            n = sum(v.kind == kind for v in self.visuals)
+            raise InputError(f"there is no {kind} {i}: this batch has {n}, numbered from 0")
+        return found[0]
+
+    def row_of_image(self, i: int) -> int:
+        """The row of the batch that image `i` appears in."""
+        return self._visual("image", i).row
+
+    def image_tokens(self, i: int) -> Int[Tensor, "token"]:
+        """Positions of image `i`'s tokens in its row, in the grid's raster order."""
+        visual = self._visual("image", i)
+        return torch.arange(visual.start, visual.stop)
+
+    def video_tokens(self, i: int) -> Int[Tensor, "token"]:
+        """Positions of video `i`'s tokens in its row: frame by frame, each in raster order."""
+        visual = self._visual("video", i)
+        return torch.arange(visual.start, visual.stop)
+
+    def image_grid(self, i: int) -> ImageGrid:
+        """The geometry of image `i`: its tokens, rows, columns and their boxes in original pixels.
+
+        Inputs made from a Hugging Face batch do not know the original size; their pixels are those of
+        the resized image.
+        """
+        _, h, w = grid = self._visual("image", i).grid
+        size = (w * self.spec.patch_size, h * self.spec.patch_size)
+        if self.image_sizes is not None:
+            size = self.image_sizes[i]
+        return ImageGrid(size, grid, self.spec.patch_size, self.spec.merge_size)
+
+    def tokens_in_box(self, image: int, box: Box, min_overlap: float = 0.0) -> list[int]:
+        """Positions of the tokens of `image` that overlap `box`, in the image's row.
+
+        Args:
+            box: half-open (x0, y0, x1, y1) in pixels of the original image.
+            min_overlap: a token counts if more than this share of the box's area lies in it.
+        """
+        start = self._visual("image", image).start
+        return [start + i for i in self.image_grid(image).tokens_in_box(box, min_overlap)]
+
+    def image_of_token(self, pos: int, row: int = 0) -> int:
+        """The number of the image whose token stands at `pos`."""
+        for visual in self.visuals:
+            if visual.kind == "image" and visual.row == row and visual.start <= pos < visual.stop:
+                return visual.index
+        raise InputError(f"position {pos} of row {row} is not an image token")
+
+    def box_of_token(self, pos: int, row: int = 0) -> Box:
+        """The box (x0, y0, x1, y1), in pixels of the original image, that the image token at `pos` covers."""
+        image = self.image_of_token(pos, row)
+        return self.image_grid(image).box_of(pos - self._visual("image", image).start)
+
+    @cached_property
+    def positions(self) -> TokenGroups:
+        """Which positions are image, question, role, final and generated tokens, row by row."""
+        spec = self.spec
+        rows = [
+            prompt_groups(
+                self.tokens[row].tolist(),
+                self.first[row],
+                self.stop[row],
+                self.n_generated[row],
+                [(v.kind, v.start, v.stop) for v in self.visuals if v.row == row],
+                (spec.turn_start_id, spec.turn_end_id),
+                frozenset({spec.vision_end_token_id, *spec.placeholder_ids}),
+            )
+            for row in range(len(self))
+        ]
+        return TokenGroups(**{name: tuple(torch.tensor(r[name], dtype=torch.long) for r in rows) for name in rows[0]})
+
+    # ---------------------------------------------------------------- new inputs from these
+
+    def append(self, answer: str | Sequence[str] | Int[Tensor, "..."] | Sequence[Sequence[int]]) -> "VLMInputs":
+        """The rows continued by `answer`: one text or [pos] tensor for all rows, or one per row.
+
+        Existing positions stay where they are; shorter rows are padded at the end.
+
+        Raises:
+            InputError: if the answer holds image placeholders, or their number is not that of the rows.
+        """
+        answers = self._answers(answer)
+        real = [self.tokens[r, a:b] for r, (a, b) in enumerate(zip(self.first, self.stop, strict=True))]
+        rows = [torch.cat((row, new)) for row, new in zip(real, answers, strict=True)]
+        width = max(a + len(row) for a, row in zip(self.first, rows, strict=True))
+        tokens = self.tokens.new_full((len(self), width), self.spec.pad_token_id)
+        mask = torch.zeros_like(tokens)
+        for r, (a, row) in enumerate(zip(self.first, rows, strict=True)):
+            tokens[r, a : a + len(row)] = row
+            mask[r, a : a + len(row)] = 1
+        generated = tuple(n + len(new) for n, new in zip(self.n_generated, answers, strict=True))
+        return replace(self, tokens=tokens, attention_mask=mask, n_generated=generated)
+
+    def _answers(self, answer: Any) -> list[Tensor]:
+        if isinstance(answer, str):
+            answer = [answer] * len(self)
+        if isinstance(answer, Tensor) and answer.ndim == 1:
+            answer = answer.expand(len(self), -1)
+        rows = []
+        for one in answer:
+            if isinstance(one, str):
+                if self.spec.tokenizer is None:
+                    raise InputError("these inputs have no tokenizer: append token ids, not text")
+                one = self.spec.tokenizer.encode(one, add_special_tokens=False)
+            rows.append(torch.as_tensor(one, dtype=self.tokens.dtype, device=self.device).reshape(-1))
+        if len(rows) != len(self):
+            raise InputError(f"{len(rows)} answers for {len(self)} rows: give one for all, or one per row")
+        if any(int(t) in self.spec.placeholder_ids for row in rows for t in row):
+            raise InputError("an appended answer cannot hold image placeholders")
+        return rows
+
+    def with_image(self, i: int, image: Any) -> "VLMInputs":
+        """The same prompt with another picture as image `i` (its number of tokens may change)."""
+        if self.spec.image_processor is None:
+            raise InputError("these inputs have no image processor: make them with model.to_inputs(...)")
+        visual = self._visual("image", i)
+        pixels, grid_thw, sizes = self.spec.image_processor([image])
+        assert self.image_grid_thw is not None and self.pixel_values is not None
+        grids = self.image_grid_thw.clone()
+        grids[i] = grid_thw[0].to(grids)
+        pieces = list(self.pixel_values.split([t * h * w for t, h, w in self.image_grid_thw.tolist()]))
+        pieces[i] = pixels.to(self.pixel_values)
+        new_grid = tuple(int(n) for n in grid_thw[0])
+        n_new = self.spec.n_tokens(new_grid)  # type: ignore[arg-type]
+        rows, masks = [], []
+        for r, (row, mask) in enumerate(zip(self.tokens, self.attention_mask, strict=True)):
+            if r == visual.row:
+                placeholders = row.new_full((n_new,), row[visual.start])
+                row = torch.cat((row[: visual.start], placeholders, row[visual.stop :]))
+                mask = torch.cat((mask[: visual.start], mask.new_ones(n_new), mask[visual.stop :]))
+            rows.append(row)
+            masks.append(mask)
+        tokens, attention_mask = _left_pad(rows, masks, self.spec.pad_token_id)
+        known = self.image_sizes
+        return replace(
+            self,
+            tokens=tokens,
+            attention_mask=attention_mask,
+            pixel_values=torch.cat(pieces),
+            image_grid_thw=grids,
+            image_sizes=None if known is None else (*known[:i], tuple(sizes[0]), *known[i + 1 :]),
+            image_features=None,
+        )
+
+    def with_image_features(self, features: Float[Tensor, "token d_model"] | None) -> "VLMInputs":
+        """The same inputs with their images already encoded (`model.encode_images`), or None to encode again."""
+        n = sum(v.n_tokens for v in self.visuals)
+        if features is not None and features.shape[0] != n:
+            raise InputError(f"these inputs have {n} image tokens, but {features.shape[0]} features came")
+        return replace(self, image_features=features)
+
+    @staticmethod
+    def concat(batches: "Sequence[VLMInputs]") -> "VLMInputs":
+        """All rows of several inputs as one batch, padded on the left to the longest."""
+        if not batches:
+            raise InputError("nothing to concatenate")
+        with_features = [b.image_features is not None for b in batches if b.visuals]
+        if any(with_features) and not all(with_features):
+            raise InputError("some of these inputs have encoded images and some have not: encode all or none")
+        parts = [part for b in batches for part in b._rows()]
+        return _join(parts, batches[0].spec)
+
+    def _take_rows(self, rows: list[int]) -> "VLMInputs":
+        parts = self._rows()
+        return _join([parts[r] for r in rows], self.spec)
+
+    def _rows(self) -> "list[_Row]":
+        pieces = _pieces(self)
+        return [
+            _Row(
+                self.tokens[r],
+                self.attention_mask[r],
+                self.n_generated[r],
+                [pieces[v.kind, v.index] for v in self.visuals if v.row == r],
+            )
+            for r in range(len(self))
+        ]
+
+
+@dataclass(frozen=True, eq=False)
+class _Piece:
+    """One image or video cut out of a batch."""
+
+    kind: Kind
+    grid_thw: Tensor
+    pixels: Tensor | None
+    size: tuple[int, int] | None
+    features: Tensor | None
+
+
+@dataclass(frozen=True, eq=False)
+class _Row:
+    tokens: Tensor
+    mask: Tensor
+    n_generated: int
+    pieces: list[_Piece]
+
+
+def _pieces(inputs: VLMInputs) -> dict[tuple[str, int], _Piece]:
+    pieces = {}
+    feature_start = 0
+    patch_start = {"image": 0, "video": 0}
+    pixels = {"image": inputs.pixel_values, "video": inputs.pixel_values_videos}
+    grids = {"image": inputs.image_grid_thw, "video": inputs.video_grid_thw}
+    for v in inputs._in_feature_order:
+        t, h, w = v.grid
+        a, b = patch_start[v.kind], patch_start[v.kind] + t * h * w
+        own, all_grids, features = pixels[v.kind], grids[v.kind], inputs.image_features
+        assert all_grids is not None
+        pieces[v.kind, v.index] = _Piece(
+            v.kind,
+            all_grids[v.index],
+            None if own is None else own[a:b],
+            inputs.image_sizes[v.index] if v.kind == "image" and inputs.image_sizes is not None else None,
+            None if features is None else features[feature_start : feature_start + v.n_tokens],
+        )
+        patch_start[v.kind] = b
+        feature_start += v.n_tokens
+    return pieces
+
+
+def _join(rows: list[_Row], spec: InputSpec) -> VLMInputs:
+    if not rows:
+        raise InputError("no rows are left: a batch needs at least one")
+    tokens, mask = _left_pad([r.tokens for r in rows], [r.mask for r in rows], spec.pad_token_id)
+    pieces = [p for r in rows for p in r.pieces]
+    images = [p for p in pieces if p.kind == "image"]
+    videos = [p for p in pieces if p.kind == "video"]
+    sizes = tuple(p.size for p in images if p.size is not None)
+    features = [p.features for p in (*images, *videos) if p.features is not None]
+    return VLMInputs(
+        tokens,
+        spec,
+        mask,
+        _cat([p.pixels for p in images]),
+        torch.stack([p.grid_thw for p in images]) if images else None,
+        _cat([p.pixels for p in videos]),
+        torch.stack([p.grid_thw for p in videos]) if videos else None,
+        sizes if images and len(sizes) == len(images) else None,
+        torch.cat(features) if features else None,
+        tuple(r.n_generated for r in rows),
+    )
+
+
+def _cat(tensors: list[Tensor | None]) -> Tensor | None:
+    present = [t for t in tensors if t is not None]
+    return torch.cat(present) if present else None
+
+
+def _left_pad(rows: list[Tensor], masks: list[Tensor], pad_token_id: int) -> tuple[Tensor, Tensor]:
+    width = max(len(row) for row in rows)
+    tokens = rows[0].new_full((len(rows), width), pad_token_id)
+    mask = masks[0].new_zeros(len(rows), width)
+    for r, (row, row_mask) in enumerate(zip(rows, masks, strict=True)):
+        tokens[r, width - len(row) :] = row
+        mask[r, width - len(row) :] = row_mask
+    return tokens, mask
+
+
+def _real_span(mask: Tensor) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """First real position of each row and one past the last; refuses holes and empty rows."""
+    host = mask.to(torch.bool).cpu()
+    counts = host.sum(1)
+    first = host.int().argmax(1)
+    stop = host.shape[1] - host.flip(1).int().argmax(1)
+    if (counts == 0).any():
+        raise InputError(f"row {int((counts == 0).nonzero()[0])} has no real token: its attention_mask is all 0")
+    if (stop - first != counts).any():
+        row = int((stop - first != counts).nonzero()[0])
+        raise InputError(f"row {row} has padding between real tokens: padding must lie at the ends of a row")
+    return tuple(first.tolist()), tuple(stop.tolist())
+
+
+def _locate_visuals(inputs: VLMInputs) -> tuple[Visual, ...]:
+    """Every image and video with its run of placeholders, in order of appearance."""
+    spec = inputs.spec
+    tokens = inputs.tokens.cpu()
+    visuals: list[Visual] = []
+    for kind, token_id, grid_thw in (
+        ("image", spec.image_token_id, inputs.image_grid_thw),
+        ("video", spec.video_token_id, inputs.video_grid_thw),
+    ):
+        grids = [] if grid_thw is None else [tuple(int(n) for n in g) for g in grid_thw.tolist()]
+        at = (tokens == token_id).nonzero().tolist() if token_id is not None else []
+        expected = sum(spec.n_tokens(g) for g in grids)  # type: ignore[arg-type]
+        if len(at) != expected:
+            raise InputError(_mismatch(kind, len(at), expected, len(grids)))
+        done = 0
+        for index, grid in enumerate(grids):
+            n = spec.n_tokens(grid)  # type: ignore[arg-type]
+            (row, start), (last_row, last) = at[done], at[done + n - 1]
+            if last_row != row or last != start + n - 1:
+                raise InputError(
+                    f"the {n} placeholders of {kind} {index} are not one run of tokens in one row "
+                    f"(they start at row {row}, position {start})"
+                )
+            if not inputs.first[row] <= start < inputs.stop[row]:
+                raise InputError(f"the placeholders of {kind} {index} lie under the padding of row {row}")
+            visuals.append(Visual(kind, index, row, start, n, grid))  # type: ignore[arg-type]
+            done += n
+    return tuple(sorted(visuals, key=lambda v: (v.row, v.start)))
+
+
+def _mismatch(kind: str, n_placeholders: int, n_expected: int, n_visuals: int) -> str:
+    if n_visuals == 0:
+        return (
+            f"{n_placeholders} {kind} placeholders but no {kind}: pass the VLMInputs that "
+            f"model.to_inputs(prompt, {kind}s=...) makes, not bare tokens"
+        )
+    return (
+        f"{n_visuals} {kind}{'s' if n_visuals > 1 else ''} need {n_expected} placeholders, but the tokens have "
+        f"{n_placeholders}"
+    )
+
+
+def _check_pixels(inputs: VLMInputs) -> None:
+    for kind, pixels, grid_thw in (
+        ("image", inputs.pixel_values, inputs.image_grid_thw),
+        ("video", inputs.pixel_values_videos, inputs.video_grid_thw),
+    ):
+        if pixels is None and grid_thw is not None and inputs.image_features is None:
+            raise InputError(f"{kind} grids without pixels: pass the {kind}'s pixel values or its features")
+        if pixels is not None and (grid_thw is None or len(pixels) != int(grid_thw.prod(1).sum())):
+            n = 0 if grid_thw is None else int(grid_thw.prod(1).sum())
+            raise InputError(f"{len(pixels)} {kind} patches came, but the grids describe {n}")
+    if inputs.image_sizes is not None and len(inputs.image_sizes) != inputs.n_images:
+        raise InputError(f"{len(inputs.image_sizes)} image sizes for {inputs.n_images} images")

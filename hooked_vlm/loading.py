@@ -1,0 +1,236 @@
+"""From checkpoint folders, the hub and `transformers` models to a `HookedVLM`, and back."""
+
+import json
+import shutil
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from huggingface_hub import save_torch_state_dict, snapshot_download
+from huggingface_hub.errors import HFValidationError, HfHubHTTPError, LocalEntryNotFoundError
+from torch import Tensor, nn
+from transformers import AutoTokenizer
+
+from hooked_vlm.config import VisionConfig, VLMConfig
+from hooked_vlm.converters import CheckpointError, converter_for, open_tensors, read_config, read_json
+from hooked_vlm.images import ImageProcessor
+
+TOY_MODELS = Path(__file__).parent / "toy_models"
+_FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "tokenizer.model")
+
+
+class LoadingMixin(nn.Module):
+    """Loading and saving of a `HookedVLM`."""
+
+    cfg: VLMConfig
+    tokenizer: Any
+    image_processor: ImageProcessor | None
+    hf_config: dict[str, Any]
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name_or_path: str | Path,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        revision: str | None = None,
+        cache_dir: str | Path | None = None,
+        local_files_only: bool = False,
+    ) -> Self:
+        """A model from a checkpoint folder, a bundled toy model or the Hugging Face hub.
+
+        Args:
+            name_or_path: a folder, "toy-qwen2-vl", or a hub name such as "Qwen/Qwen2-VL-2B-Instruct".
+            device: CUDA if present by default.
+            dtype: the checkpoint's own by default.
+            revision, cache_dir, local_files_only: as in `huggingface_hub.snapshot_download`.
+
+        Returns:
+            The model in eval mode; its parameters require gradients. On the CPU in the checkpoint's dtype
+            they are mapped from the files and read when first used.
+
+        Raises:
+            CheckpointError: no such checkpoint, an unsupported architecture, corrupt or missing files or tensors.
+        """
+        folder = _find(name_or_path, revision, cache_dir, local_files_only)
+        hf_config = read_config(folder)
+        converter = converter_for(hf_config)
+        tensors = converter.from_hf(open_tensors(folder), hf_config)
+        device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        dtype = dtype or converter.dtype(hf_config) or next(iter(tensors.values())).dtype
+        generation = read_json(folder, "generation_config.json", default={})
+        cfg = _config(converter, hf_config, generation).with_(
+            model_name=str(name_or_path), device=device, dtype=dtype
+        )
+        has_tokenizer = any((folder / name).exists() for name in _TOKENIZER_FILES)
+        return cls._assemble(
+            cfg,
+            tensors,
+            hf_config,
+            _tokenizer(folder) if has_tokenizer else None,
+            _image_processor(read_json(folder, "preprocessor_config.json", default={}), cfg),
+        )
+
+    @classmethod
+    def from_hf(cls, hf_model: Any, tokenizer: Any = None, image_processor: ImageProcessor | None = None) -> Self:
+        """A model that shares the storage of a `transformers` model's parameters: an edit of one edits both.
+
+        Raises:
+            CheckpointError: an unsupported architecture.
+        """
+        hf_config = {"architectures": [type(hf_model).__name__], **_without_none(hf_model.config.to_dict())}
+        converter = converter_for(hf_config)
+        tensors = converter.from_hf(hf_model.state_dict(), hf_config)
+        generation = getattr(hf_model, "generation_config", None)
+        cfg = _config(converter, hf_config, {} if generation is None else generation.to_dict())
+        some = tensors["embed.weight"]
+        cfg = cfg.with_(model_name=type(hf_model).__name__, device=some.device, dtype=some.dtype)
+        return cls._assemble(cfg, tensors, hf_config, tokenizer, image_processor or _image_processor({}, cfg))
+
+    @classmethod
+    def _assemble(
+        cls,
+        cfg: VLMConfig,
+        tensors: Mapping[str, Tensor],
+        hf_config: dict[str, Any],
+        tokenizer: Any,
+        image_processor: ImageProcessor | None,
+    ) -> Self:
+        with torch.device("meta"):
+            model = cls(cfg, tokenizer, image_processor)  # type: ignore[call-arg]
+        placed: dict[int, Tensor] = {}  # tied tensors are one object, before and after
+        for tensor in tensors.values():
+            if id(tensor) not in placed:
+                placed[id(tensor)] = tensor.to(cfg.device, cfg.dtype)
+        model.load_state_dict({name: placed[id(t)] for name, t in tensors.items()}, strict=True, assign=True)
+        if cfg.tie_word_embeddings:
+            model.unembed.weight = model.embed.weight
+        model.hf_config = dict(hf_config)
+        return model.requires_grad_(True).eval()
+
+    def to_hf_state_dict(self, names: str = "published") -> dict[str, Tensor]:
+        """The weights under the checkpoint's names ("published"), or as `transformers` holds them ("in_memory")."""
+        state = {name: tensor.detach() for name, tensor in self.state_dict().items()}
+        return converter_for(self.hf_config).to_hf(state, self.hf_config, names)
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write a checkpoint folder that `transformers` and `from_pretrained` load, bit for bit.
+
+        It is written aside and put in place when complete.
+
+        Raises:
+            CheckpointError: the folder exists and is not empty, or cannot be written.
+        """
+        folder = Path(folder)
+        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            raise CheckpointError(f"{folder} exists and is not an empty folder: choose another")
+        converter = converter_for(self.hf_config)
+        try:
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as aside:
+                written = Path(aside) / "checkpoint"
+                written.mkdir()
+                save_torch_state_dict(self.to_hf_state_dict(), written)
+                _write_json(written / "config.json", converter.published_config(self.hf_config, self.cfg.dtype))
+                stops = list(self.cfg.eos_token_ids)
+                if stops:
+                    _write_json(written / "generation_config.json", {"eos_token_id": stops})
+                if self.image_processor is not None:
+                    _write_json(written / "preprocessor_config.json", _processor_dict(self.image_processor))
+                if self.tokenizer is not None:
+                    self.tokenizer.save_pretrained(written)
+                if folder.exists():
+                    folder.rmdir()
+                shutil.move(written, folder)
+        except OSError as error:
+            raise CheckpointError(f"cannot write a checkpoint to {folder}: {error}") from error
+
+
+def _find(name_or_path: str | Path, revision: str | None, cache_dir: str | Path | None, local: bool) -> Path:
+    """The folder of a checkpoint, downloaded if it is a hub name."""
+    name = str(name_or_path)
+    toys = sorted(p.name for p in TOY_MODELS.glob("*") if (p / "config.json").exists())
+    if name in toys and not Path(name).exists():
+        return TOY_MODELS / name
+    path = Path(name).expanduser()
+    if path.exists():
+        return path
+    bundled = f"bundled models are {', '.join(toys)}" if toys else "there are no bundled models"
+    if name.count("/") != 1 or name.startswith((".", "/", "~")):
+        raise CheckpointError(f"there is no checkpoint folder {name!r}, nor is it a hub name (owner/model); {bundled}")
+    try:
+        return Path(
+            snapshot_download(
+                name, revision=revision, cache_dir=cache_dir, local_files_only=local, allow_patterns=_FILES
+            )
+        )
+    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise CheckpointError(
+            f"cannot get {name!r} from the hub ({reason}): check the name and the connection, or pass the "
+            f"path of a downloaded folder; {bundled}"
+        ) from error
+
+
+def _config(converter: Any, hf_config: Mapping[str, Any], generation: Mapping[str, Any]) -> VLMConfig:
+    fields = converter.config_kwargs(hf_config)
+    vision = fields.pop("vision")
+    cfg = VLMConfig(**fields, vision=None if vision is None else VisionConfig(**vision))
+    stops = generation.get("eos_token_id")
+    if stops is not None:
+        cfg = cfg.with_(eos_token_ids=tuple(stops) if isinstance(stops, list) else (int(stops),))
+    if generation.get("pad_token_id") is not None and cfg.pad_token_id is None:
+        cfg = cfg.with_(pad_token_id=int(generation["pad_token_id"]))
+    return cfg
+
+
+def _image_processor(settings: Mapping[str, Any], cfg: VLMConfig) -> ImageProcessor | None:
+    """The checkpoint's image processor, with the vision tower's patch sizes where the file is silent."""
+    vision = cfg.vision
+    if vision is None:
+        return None
+    sizes = {
+        "patch_size": vision.patch_size,
+        "temporal_patch_size": vision.temporal_patch_size,
+        "merge_size": vision.merge_size,
+    }
+    processor = ImageProcessor.from_dict({**sizes, **settings})
+    for name, size in sizes.items():
+        if getattr(processor, name) != size:
+            raise CheckpointError(
+                f"preprocessor_config.json says {name} = {getattr(processor, name)}, config.json {size}"
+            )
+    return processor
+
+
+def _tokenizer(folder: Path) -> Any:
+    try:
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except Exception as error:  # transformers raises whatever its readers raise
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise CheckpointError(f"the tokenizer in {folder} cannot be read: {reason}") from error
+
+
+def _processor_dict(processor: ImageProcessor) -> dict[str, Any]:
+    return {
+        "image_processor_type": "Qwen2VLImageProcessor",
+        "patch_size": processor.patch_size,
+        "temporal_patch_size": processor.temporal_patch_size,
+        "merge_size": processor.merge_size,
+        "min_pixels": processor.min_pixels,
+        "max_pixels": processor.max_pixels,
+        "image_mean": list(processor.image_mean),
+        "image_std": list(processor.image_std),
+    }
+
+
+def _without_none(config: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in config.items() if value is not None}
+
+
+def _write_json(path: Path, content: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

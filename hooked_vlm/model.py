@@ -1,0 +1,383 @@
+"""`HookedVLM`: a vision-language model whose every intermediate tensor passes a named hook point."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor
+from transformer_lens import HookedRootModule
+from transformer_lens.hook_points import HookPoint
+from transformer_lens.utilities import Slice, SliceInput
+
+from hooked_vlm.attention import AttentionMask, AttentionRun, KVCache
+from hooked_vlm.cache import VLMCache
+from hooked_vlm.caching import caching_hooks, default_filter
+from hooked_vlm.components import Embed, Norm, Unembed
+from hooked_vlm.config import VLMConfig
+from hooked_vlm.decoder import text_blocks
+from hooked_vlm.generation import GenerationMixin
+from hooked_vlm.hooks import HookError, HookName, fresh, is_encoder, is_hooked, is_vision, nearest_names
+from hooked_vlm.inputs import InputError, VLMInputs
+from hooked_vlm.loading import LoadingMixin
+from hooked_vlm.prompting import PromptMixin
+from hooked_vlm.rotary import text_rotation
+from hooked_vlm.vision import PatchRun, Projector, VisionTower, slice_lengths
+from hooked_vlm.weights import WeightsMixin
+
+ReturnType = Literal["logits", "loss", "both"] | None
+
+
+class HookedVLM(LoadingMixin, PromptMixin, GenerationMixin, WeightsMixin, HookedRootModule):
+    """Text decoder, vision tower and projector with hooks in all three.
+
+    Make one with `HookedVLM.from_pretrained(name_or_path)` or `HookedVLM.from_hf(hf_model)`; then
+
+        inputs = model.to_inputs("What is written here?", images="page.png")
+        logits, cache = model.run_with_cache(inputs)
+        model.run_with_hooks(inputs, fwd_hooks=[("blocks.3.attn.hook_z", my_hook)])
+        model.generate(inputs, max_new_tokens=32, return_type="str")
+
+    Everything that takes tokens takes a `VLMInputs`. Hook points are listed in docs/hooks.md.
+    """
+
+    def __init__(self, cfg: VLMConfig, tokenizer: Any = None, image_processor: Any = None) -> None:
+        super().__init__()
+        self.cfg = cfg
+        self.tokenizer = tokenizer
+        self.image_processor = image_processor
+        self.hf_config: dict[str, Any] = {}
+        """The checkpoint's own config.json."""
+        self.embed = Embed(cfg.d_vocab, cfg.d_model)
+        if cfg.vision is not None:
+            self.vision = VisionTower(cfg.vision)
+            self.projector = Projector(cfg.vision)
+            self.hook_image_features = HookPoint()  # [image token of the batch, d_model]
+        self.hook_embed = HookPoint()  # [batch, pos, d_model]
+        self.blocks = text_blocks(cfg)
+        self.ln_final = Norm(cfg.d_model, cfg.eps, centered=False)
+        self.unembed = Unembed(cfg.d_model, cfg.d_vocab)
+        if cfg.tie_word_embeddings:
+            self.unembed.weight = self.embed.weight
+        self.setup()
+
+    # ---------------------------------------------------------------- forward
+
+    def forward(
+        self,
+        input: VLMInputs | Int[Tensor, "batch pos"] | str | Sequence[str],
+        return_type: ReturnType = "logits",
+        *,
+        start_at_layer: int = 0,
+        resid: Float[Tensor, "batch pos d_model"] | None = None,
+        stop_at_layer: int | None = None,
+        past_kv_cache: KVCache | None = None,
+        logits_at: Literal["all", "last"] = "all",
+    ) -> Any:
+        """Run the model.
+
+        Args:
+            input: a `VLMInputs`, token ids without image placeholders, or raw text (no chat template).
+            return_type: "logits" [batch, pos, d_vocab]; "loss", the mean next-token cross-entropy over text
+                tokens (neither padding nor placeholders are predicted); "both" as a tuple; None for neither.
+            start_at_layer: begin at this block (negative counts from the end) from `resid`, its `resid_pre`;
+                `input` still says positions, padding and, for the loss, the tokens.
+            stop_at_layer: return the residual stream before this block instead.
+            past_kv_cache: keys and values of the positions before these (`model.new_kv_cache`); it grows.
+            logits_at: "last" computes logits of each row's last real position only, [batch, 1, d_vocab].
+
+        Raises:
+            InputError: inputs that do not fit the model or each other.
+        """
+        inputs = self.as_inputs(input)
+        first, last = self._layer_range(start_at_layer, stop_at_layer)
+        if (resid is None) != (start_at_layer == 0) and not (resid is not None and first == 0):
+            raise InputError("start_at_layer and resid go together: resid is what enters that block")
+        n_past = 0 if past_kv_cache is None else past_kv_cache.length
+        self._check_context(inputs, n_past)
+        if resid is None:
+            resid = self._embed(inputs)
+        elif resid.shape != (*inputs.shape, self.cfg.d_model):
+            expected = (*inputs.shape, self.cfg.d_model)
+            raise InputError(f"resid must be [batch, pos, d_model] = {expected}, got {tuple(resid.shape)}")
+
+        run = AttentionRun(self._attention_mask(inputs, past_kv_cache), past_kv_cache, self.cfg.use_attn_result)
+        rotate = text_rotation(
+            _rotary_positions(inputs, past_kv_cache),
+            self.cfg.d_head,
+            self.cfg.rope_theta,
+            self.cfg.mrope_section,
+            resid.dtype,
+        )
+        for layer in range(first, last):
+            resid = self.blocks[layer](
+                resid, rotate, run, layer, self.cfg.use_split_qkv_input, self.cfg.use_hook_mlp_in
+            )
+        if past_kv_cache is not None:
+            past_kv_cache.advance(inputs.shape[1], run.mask.key_valid, inputs.next_position)
+        if stop_at_layer is not None:
+            return resid
+        if return_type is None:
+            # the final norm's hooks still fire, as they do in TransformerLens' own models
+            self.ln_final(resid)
+            return None
+        if logits_at == "last":
+            resid = _last_real(resid, inputs)
+        logits = self.unembed(self.ln_final(resid))
+        if return_type == "logits":
+            return logits
+        loss = self._loss(logits, inputs, logits_at)
+        return loss if return_type == "loss" else (logits, loss)
+
+    def _layer_range(self, start_at_layer: int, stop_at_layer: int | None) -> tuple[int, int]:
+        n = self.cfg.n_layers
+        for name, layer, top in (("start_at_layer", start_at_layer, n - 1), ("stop_at_layer", stop_at_layer, n)):
+            if layer is not None and not -n <= layer <= top:
+                raise InputError(f"{name}={layer} is out of range: the model has layers 0 to {n - 1}")
+        first = start_at_layer % n
+        last = n if stop_at_layer is None else stop_at_layer if stop_at_layer >= 0 else stop_at_layer + n
+        return first, last
+
+    def _embed(self, inputs: VLMInputs) -> Float[Tensor, "batch pos d_model"]:
+        """What enters block 0: token embeddings with image features in the placeholders' places."""
+        x = self.embed(inputs.tokens)
+        if inputs.has_visuals:
+            features = self.encode_images(inputs) if inputs.image_features is None else inputs.image_features
+            if inputs.image_features is not None:
+                self._check_reachable(inputs, [n for n, p in self.hook_dict.items() if is_hooked(p)])
+            # the features may serve other runs: a hook must not write into them
+            point = self.hook_image_features
+            features = point(fresh(point, features.to(x.dtype)))
+            x = x.flatten(0, 1).index_copy(0, inputs.feature_slots, features).view_as(x)
+        return self.hook_embed(x)
+
+    def encode_images(self, inputs: VLMInputs) -> Float[Tensor, "token d_model"]:
+        """What the projector hands over for every image token, images first, then videos.
+
+        `inputs.with_image_features(model.encode_images(inputs))` runs without the vision tower.
+        """
+        if self.cfg.vision is None:
+            raise InputError(f"{self.cfg.model_name or 'this model'} is a language model without a vision tower")
+        pixels = [p for p in (inputs.pixel_values, inputs.pixel_values_videos) if p is not None]
+        if not pixels:
+            raise InputError("there are no images in these inputs to encode")
+        run = PatchRun(slice_lengths(inputs.grids), inputs.device, self.cfg.use_attn_result)
+        patches = self.vision(torch.cat(pixels), inputs.grids, self.cfg.vision, run)
+        return self.projector(patches, run)
+
+    def _attention_mask(self, inputs: VLMInputs, past: KVCache | None) -> AttentionMask:
+        padded = min(inputs.stop) != inputs.shape[1] or max(inputs.first) != 0
+        valid = inputs.attention_mask.bool() if padded else None
+        if past is not None and past.length:
+            if past.key_valid is not None or valid is not None:
+                before = past.key_valid
+                if before is None:
+                    before = torch.ones(len(inputs), past.length, dtype=torch.bool, device=inputs.device)
+                now = inputs.attention_mask.bool() if valid is None else valid
+                valid = torch.cat((before, now), dim=1)
+            return AttentionMask(causal=True, key_valid=valid)
+        padding = None
+        if max(inputs.first) != 0:
+            padding = torch.tensor(inputs.first, device=inputs.device)
+        return AttentionMask(causal=True, key_valid=valid, uncached_left_padding=padding)
+
+    def _check_context(self, inputs: VLMInputs, n_past: int) -> None:
+        longest = max(b - a for a, b in zip(inputs.first, inputs.stop, strict=True)) + n_past
+        if longest > self.cfg.n_ctx:
+            raise InputError(
+                f"{longest} tokens do not fit the context of {self.cfg.n_ctx}: shorten the prompt, or lower "
+                "max_pixels in model.to_inputs(..., max_pixels=)"
+            )
+
+    def _loss(self, logits: Tensor, inputs: VLMInputs, logits_at: str) -> Float[Tensor, ""]:
+        if logits_at != "all":
+            raise InputError('the loss needs logits_at="all"')
+        targets = inputs.tokens[:, 1:]
+        counted = (inputs.attention_mask[:, 1:] * inputs.attention_mask[:, :-1]).bool()
+        for placeholder in inputs.spec.placeholder_ids:
+            counted &= targets != placeholder
+        return F.cross_entropy(logits[:, :-1][counted].float(), targets[counted])
+
+    def log_probs(
+        self, inputs: VLMInputs, answer: str | Sequence[str] | Int[Tensor, "..."]
+    ) -> Float[Tensor, "batch answer"]:
+        """Log-probability of every token of `answer` after the prompt, in one forward pass.
+
+        Where rows have answers of different lengths the shorter ones end in zeros, so that `.sum(-1)` is
+        the log-probability of each whole answer.
+        """
+        with_answer = inputs.append(answer)
+        n_new = [b - a for a, b in zip(inputs.n_generated, with_answer.n_generated, strict=True)]
+        logits = self(with_answer)
+        out = logits.new_zeros(len(inputs), max(n_new), dtype=torch.promote_types(logits.dtype, torch.float32))
+        for row, (n, stop) in enumerate(zip(n_new, with_answer.stop, strict=True)):
+            predicted = logits[row, stop - n - 1 : stop - 1].to(out.dtype).log_softmax(-1)
+            targets = with_answer.tokens[row, stop - n : stop]
+            out[row, :n] = predicted.gather(-1, targets[:, None])[:, 0]
+        return out
+
+    def new_kv_cache(self, batch: int, capacity: int) -> KVCache:
+        """An empty key-value cache for `batch` rows with room for `capacity` positions (it grows past that)."""
+        cfg = self.cfg
+        return KVCache(
+            cfg.n_layers, batch, capacity, cfg.n_key_value_heads, cfg.d_head, cfg.device, cfg.dtype
+        )
+
+    # ---------------------------------------------------------------- hooks
+
+    def check_hook_name(self, name: HookName) -> None:
+        """Refuse a hook that could not act.
+
+        Raises:
+            HookError: no hook point has this name (or none passes this filter), or it is switched off.
+        """
+        if not isinstance(name, str):
+            matches = [n for n in self.hook_dict if name(n)]
+            if not matches:
+                raise HookError("this hook filter matches none of the model's hook points (see model.hook_dict)")
+            if all(self._switched_off(n) for n in matches):
+                raise HookError(f"{matches[0]!r} {self._switched_off(matches[0])}")
+        elif name not in self.hook_dict:
+            raise HookError(f"there is no hook point {name!r}.{nearest_names(name, self.hook_dict)}")
+        elif why := self._switched_off(name):
+            raise HookError(f"{name!r} {why}")
+
+    def _switched_off(self, name: str) -> str:
+        for suffixes, flag in (
+            (("hook_result",), "use_attn_result"),
+            (("hook_q_input", "hook_k_input", "hook_v_input"), "use_split_qkv_input"),
+            (("hook_mlp_in",), "use_hook_mlp_in"),
+        ):
+            if name.endswith(suffixes) and not getattr(self.cfg, flag):
+                return f"is switched off and would never fire: call model.set_{flag}(True) first"
+        return ""
+
+    def _unreachable(self, inputs: VLMInputs, name: str) -> str:
+        """Why a hook on the image side would not fire on these inputs; empty if it would."""
+        if is_vision(name) and not inputs.has_visuals:
+            return "there is no image in the input"
+        if is_encoder(name) and inputs.image_features is not None:
+            return "the image features in these inputs were computed before"
+        return ""
+
+    def _silent(self, inputs: VLMInputs, name: str) -> bool:
+        return bool(self._switched_off(name) or self._unreachable(inputs, name))
+
+    def _check_reachable(self, inputs: VLMInputs, names: Sequence[str]) -> None:
+        for name in names:
+            if why := self._unreachable(inputs, name):
+                raise HookError(f"{name!r} is hooked but cannot act: {why}")
+
+    def add_hook(self, name: HookName, *args: Any, **kwargs: Any) -> None:
+        """As in TransformerLens; a hook that cannot act is refused (`HookError`)."""
+        self.check_hook_name(name)
+        super().add_hook(name, *args, **kwargs)
+
+    @contextmanager
+    def hooks(
+        self,
+        fwd_hooks: Sequence[tuple[HookName, Callable]] = (),
+        bwd_hooks: Sequence[tuple[HookName, Callable]] = (),
+        reset_hooks_end: bool = True,
+        clear_contexts: bool = False,
+    ) -> Iterator["HookedVLM"]:
+        """Hooks for the length of a `with` block; as in TransformerLens, but a hook that cannot act is an error.
+
+        Raises:
+            HookError: an unknown name (the nearest ones are named), a filter that matches nothing, or a hook
+                point that is switched off.
+        """
+        for name, _ in (*fwd_hooks, *bwd_hooks):
+            self.check_hook_name(name)
+        with super().hooks(list(fwd_hooks), list(bwd_hooks), reset_hooks_end, clear_contexts):
+            yield self
+
+    def run_with_hooks(
+        self,
+        input: VLMInputs | Int[Tensor, "batch pos"] | str | Sequence[str],
+        *args: Any,
+        fwd_hooks: Sequence = (),
+        bwd_hooks: Sequence = (),
+        **kwargs: Any,
+    ) -> Any:
+        """`forward` with temporary hooks: (name or filter, function(tensor, hook) -> tensor or None).
+
+        Raises:
+            HookError: a hook that cannot act; also one on the image side when there is no image to encode.
+        """
+        inputs = self.as_inputs(input)
+        named = [name for name, _ in (*fwd_hooks, *bwd_hooks) if isinstance(name, str)]
+        for name in named:
+            self.check_hook_name(name)
+        self._check_reachable(inputs, named)
+        return super().run_with_hooks(
+            inputs, *args, fwd_hooks=list(fwd_hooks), bwd_hooks=list(bwd_hooks), **kwargs
+        )
+
+    def run_with_cache(
+        self,
+        input: VLMInputs | Int[Tensor, "batch pos"] | str | Sequence[str],
+        *args: Any,
+        names_filter: HookName | Sequence[str] | None = None,
+        pos_slice: Slice | SliceInput = None,
+        device: torch.device | str | None = None,
+        remove_batch_dim: bool = False,
+        incl_bwd: bool = False,
+        reset_hooks_end: bool = True,
+        clear_contexts: bool = False,
+        **kwargs: Any,
+    ) -> tuple[Any, VLMCache]:
+        """`forward`, and the activations it made.
+
+        Args:
+            names_filter: a hook name, a list of them or a predicate. None stores everything but the
+                [pos, pos] tensors, which `cache["pattern", layer]` derives; name them to store them.
+            pos_slice: which positions of the text side to store (image-side tensors are kept whole).
+            device: where to store.
+            remove_batch_dim: drop the text side's batch axis; needs a batch of one.
+            incl_bwd: also run backward from the output (use return_type="loss") and store gradients
+                under "<name>_grad".
+
+        Raises:
+            HookError: a name that matches nothing, or a point switched off.
+            InputError: `remove_batch_dim` with more than one row.
+        """
+        inputs = self.as_inputs(input)
+        if remove_batch_dim and len(inputs) != 1:
+            raise InputError(f"remove_batch_dim needs a batch of one row, this one has {len(inputs)}")
+        if names_filter is not None:
+            given = names_filter if isinstance(names_filter, list | tuple) else [names_filter]
+            for name in given:
+                self.check_hook_name(name)
+            self._check_reachable(inputs, [name for name in given if isinstance(name, str)])
+        wanted = default_filter(self.hook_dict) if names_filter is None else names_filter
+        if callable(wanted):  # a filter means: of those that fire
+            names = [n for n in self.hook_dict if wanted(n) and not self._silent(inputs, n)]
+        else:
+            names = [wanted] if isinstance(wanted, str) else list(wanted)
+        cut = Slice.unwrap(pos_slice)
+        store, fwd, bwd = caching_hooks(names, cut, device, remove_batch_dim, incl_bwd)
+        with self.hooks(fwd, bwd, reset_hooks_end, clear_contexts):
+            out = self(inputs, *args, **kwargs)
+            if incl_bwd:
+                out.backward()
+        continued = kwargs.get("past_kv_cache") is not None
+        mask = None if continued else self._attention_mask(inputs, None)
+        return out, VLMCache(store, self, not remove_batch_dim, mask, cut.mode != "identity")
+
+
+def _last_real(resid: Float[Tensor, "batch pos d_model"], inputs: VLMInputs) -> Float[Tensor, "batch 1 d_model"]:
+    """The last real position of each row."""
+    if min(inputs.stop) == inputs.shape[1]:
+        return resid[:, -1:]
+    last = torch.tensor(inputs.stop, device=resid.device) - 1
+    return resid[torch.arange(len(inputs), device=resid.device), last][:, None]
+
+
+def _rotary_positions(inputs: VLMInputs, past: KVCache | None) -> Int[Tensor, "3 batch pos"]:
+    """Positions of these tokens, counted on from what is in the cache."""
+    if past is None or past.next_position is None:
+        return inputs.position_ids
+    return inputs.position_ids + past.next_position[:, None]

@@ -1,0 +1,101 @@
+"""Positions in the token stream: the three M-RoPE axes, and which tokens play which part."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+Span = tuple[int, int, int, tuple[int, int, int]]
+"""Row, first position, number of tokens and patch grid of an image or video."""
+
+
+def mrope_positions(
+    shape: Sequence[int], first: Sequence[int], stop: Sequence[int], spans: Sequence[Span], merge_size: int
+) -> Int[Tensor, "3 batch pos"]:
+    """Temporal, height and width positions; padding gets 0.
+
+    Text counts up on all three axes. An image or video starts where the text stopped and counts its
+    own grid; the text after it continues one past the largest position used on any axis. (So did the
+    published code and `transformers` up to 4.57; release 5 ignores the temporal axis there, which makes
+    the text after a long video overlap the video. The model was trained with the former.)
+    """
+    positions = np.zeros((3, *shape), dtype=np.int64)
+    for row, (begin, end) in enumerate(zip(first, stop, strict=True)):
+        at, following = begin, 0
+        for _, start, n_tokens, (t, h, w) in sorted(s for s in spans if s[0] == row):
+            positions[:, row, at:start] = np.arange(start - at) + following
+            following += start - at
+            grid = (t, h // merge_size, w // merge_size)
+            positions[:, row, start : start + n_tokens] = np.indices(grid).reshape(3, -1) + following
+            following += max(grid)
+            at = start + n_tokens
+        positions[:, row, at:end] = np.arange(end - at) + following
+    return torch.from_numpy(positions)
+
+
+@dataclass(frozen=True, eq=False)
+class TokenGroups:
+    """Positions by the part they play; every field has one int64 tensor per row of the batch.
+
+    The template's own tokens (turn markers, vision start and end) before the question belong to no
+    group. Without chat markers the question is all text after the last image (or all text), and the
+    role is empty.
+    """
+
+    image: tuple[Tensor, ...]
+    """Placeholders of images."""
+    video: tuple[Tensor, ...]
+    """Placeholders of videos."""
+    question: tuple[Tensor, ...]
+    """The text of the last user turn, after its last image or video (before it, if it ends the turn)."""
+    role: tuple[Tensor, ...]
+    """From the end of the user's turn to the end of the prompt: `<|im_end|> \\n <|im_start|> assistant \\n`."""
+    final: tuple[Tensor, ...]
+    """The last token of the prompt, whose logits predict the first token of the answer."""
+    generated: tuple[Tensor, ...]
+    """Tokens appended to the prompt."""
+
+
+def prompt_groups(
+    tokens: Sequence[int],
+    first: int,
+    stop: int,
+    n_generated: int,
+    visuals: Sequence[tuple[str, int, int]],
+    turn_ids: tuple[int | None, int | None],
+    markers: frozenset[int | None],
+) -> dict[str, list[int]]:
+    """The fields of `TokenGroups` for one row.
+
+    Args:
+        first, stop: the row's real tokens lie at first <= pos < stop; the last `n_generated` were appended.
+        visuals: (kind, start, stop) of the row's images and videos in order.
+        turn_ids: the tokens that open and close a chat turn.
+        markers: placeholders and the token that closes an image: never part of the question.
+    """
+    prompt_stop = stop - n_generated
+    turn_start, turn_end = turn_ids
+    ends = [p for p in range(first, prompt_stop) if tokens[p] == turn_end]
+    starts = [p for p in range(first, prompt_stop) if tokens[p] == turn_start]
+    is_chat = bool(ends and starts) and starts[-1] > ends[-1]
+    role_start = ends[-1] if is_chat else prompt_stop
+    # the header "<|im_start|> user \n" is three tokens long in every tokenizer of these families
+    opening = [p for p in starts if p < role_start]
+    user_start = opening[-1] + 3 if is_chat and opening else first
+    last_visual = max((end for _, _, end in visuals if end <= role_start), default=user_start)
+    text = range(max(last_visual, user_start), role_start)
+    question = [p for p in text if tokens[p] not in markers]
+    if not question:  # the image closes the turn: the question stands before it
+        before = [start for _, start, _ in visuals if start > user_start]
+        question = [p for p in range(user_start, min(before) - 1)] if before else []
+    return {
+        "image": [p for kind, a, b in visuals if kind == "image" for p in range(a, b)],
+        "video": [p for kind, a, b in visuals if kind == "video" for p in range(a, b)],
+        "question": question,
+        "role": list(range(role_start, prompt_stop)),
+        "final": [prompt_stop - 1],
+        "generated": list(range(prompt_stop, stop)),
+    }

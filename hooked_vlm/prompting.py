@@ -1,0 +1,361 @@
+"""From text, chat messages, pictures and Hugging Face batches to `VLMInputs`; and from tokens to text."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Int
+from PIL import Image
+from torch import Tensor, nn
+
+from hooked_vlm.config import VLMConfig
+from hooked_vlm.images import ImageProcessor
+from hooked_vlm.inputs import InputError, InputSpec, VLMInputs
+
+Messages = Sequence[Mapping[str, Any]]
+"""A chat as Hugging Face's templates take it: [{"role": "user", "content": [{"type": "image"}, ...]}]."""
+
+
+class PromptMixin(nn.Module):
+    """Tokens and inputs of a `HookedVLM`."""
+
+    cfg: VLMConfig
+    tokenizer: Any
+    image_processor: ImageProcessor | None
+
+    def input_spec(self) -> InputSpec:
+        """What `VLMInputs` need to know of this model."""
+        cfg, vision = self.cfg, self.cfg.vision
+        eos = cfg.eos_token_ids[0] if cfg.eos_token_ids else 0
+        return InputSpec(
+            image_token_id=cfg.image_token_id if vision else None,
+            video_token_id=cfg.video_token_id if vision else None,
+            vision_end_token_id=cfg.vision_end_token_id,
+            patch_size=vision.patch_size if vision else 1,
+            merge_size=vision.merge_size if vision else 1,
+            pad_token_id=cfg.pad_token_id if cfg.pad_token_id is not None else eos,
+            turn_start_id=self._special_id("<|im_start|>"),
+            turn_end_id=self._special_id("<|im_end|>"),
+            tokenizer=self.tokenizer,
+            image_processor=self.image_processor,
+        )
+
+    def as_inputs(self, input: Any) -> VLMInputs:
+        """`input` itself if it is a `VLMInputs`; raw text and bare token ids become one, on the model's device.
+
+        Raises:
+            InputError: bare token ids with image placeholders, ids outside the vocabulary, no tokens at all.
+        """
+        if isinstance(input, VLMInputs):
+            return input if input.device == self.cfg.device else input.to(self.cfg.device)
+        if not isinstance(input, Tensor):
+            return self.to_inputs(input, chat=False)
+        tokens = input[None] if input.ndim == 1 else input
+        if tokens.ndim != 2 or tokens.dtype.is_floating_point:
+            raise InputError(
+                f"expected token ids [batch, pos], got {tuple(input.shape)} of {input.dtype} "
+                "(to start from a residual stream pass the inputs and start_at_layer=, resid=)"
+            )
+        self._check_ids(tokens)
+        return VLMInputs(tokens.to(self.cfg.device), self.input_spec())
+
+    def to_inputs(
+        self,
+        prompt: str | Messages | Sequence[str] | Sequence[Messages],
+        images: Any = None,
+        videos: Any = None,
+        *,
+        min_pixels: int | None = None,
+        max_pixels: int | None = None,
+        chat: bool = True,
+    ) -> VLMInputs:
+        """Inputs from a prompt with its pictures, or from a list of prompts (padded on the left).
+
+        Args:
+            prompt: a text (becomes the user's turn, pictures before it), or chat messages. A list of either
+                makes a batch.
+            images: pictures (paths, PIL images, uint8 arrays) for the prompt: one or a list, in the order
+                of their placeholders. For a list of prompts: a list with an entry for each. Messages may
+                also carry them: {"type": "image", "image": ...}.
+            videos: the same for videos; a video is a list of frames.
+            min_pixels, max_pixels: bounds on the area of the resized image, in pixels; the checkpoint's by
+                default. A token covers `cfg.vision.pixels_per_token` squared pixels.
+            chat: apply the checkpoint's chat template. Without it the text is taken as it stands, and
+                pictures whose placeholders it lacks are put in front.
+
+        Raises:
+            InputError: placeholders and pictures that disagree, a prompt longer than the context (with the
+                `max_pixels` that would fit), no tokenizer.
+            ImageError: a picture that cannot be read.
+        """
+        batched = not isinstance(prompt, str) and (not prompt or not isinstance(prompt[0], Mapping))
+        prompts: list[Any] = list(prompt) if batched else [prompt]
+        if not prompts:
+            raise InputError("there are no prompts: the list is empty")
+        image_lists = _per_prompt(images, len(prompts), batched, "images", _as_images)
+        video_lists = _per_prompt(videos, len(prompts), batched, "videos", _as_videos)
+        texts = []
+        for row, one in enumerate(prompts):
+            text, own_images, own_videos = self._text_of(one, image_lists[row], video_lists[row], chat)
+            texts.append(text)
+            image_lists[row], video_lists[row] = own_images, own_videos
+        all_images = [image for row in image_lists for image in row]
+        all_videos = [video for row in video_lists for video in row]
+        if (all_images or all_videos) and (self.cfg.vision is None or self.image_processor is None):
+            raise InputError(f"{self.cfg.model_name or 'this model'} takes no images: it has no vision tower")
+
+        spec = self.input_spec()
+        pixels = grids = sizes = video_pixels = video_grids = None
+        if all_images and self.image_processor is not None:
+            pixels, grids, sizes = self.image_processor(all_images, min_pixels=min_pixels, max_pixels=max_pixels)
+        if all_videos and self.image_processor is not None:
+            parts = [
+                self.image_processor.video(frames, min_pixels=min_pixels, max_pixels=max_pixels)
+                for frames in all_videos
+            ]
+            video_pixels = torch.cat([p for p, _, _ in parts])
+            video_grids = torch.cat([g for _, g, _ in parts])
+        rows = self._expand(texts, spec, image_lists, video_lists, grids, video_grids)
+        self._check_length(rows, spec, max_pixels)
+        width = max(len(row) for row in rows)
+        tokens = torch.full((len(rows), width), spec.pad_token_id)
+        mask = torch.zeros_like(tokens)
+        for r, row in enumerate(rows):
+            tokens[r, width - len(row) :] = torch.tensor(row)
+            mask[r, width - len(row) :] = 1
+        inputs = VLMInputs(
+            tokens,
+            spec,
+            mask,
+            pixels,
+            grids,
+            video_pixels,
+            video_grids,
+            None if sizes is None else tuple((int(w), int(h)) for w, h in sizes),
+        )
+        return inputs.to(self.cfg.device)
+
+    def inputs_from_hf(self, batch: Mapping[str, Any]) -> VLMInputs:
+        """Inputs from what a Hugging Face processor returns.
+
+        Reads `input_ids`, `attention_mask`, `pixel_values`, `image_grid_thw`, `pixel_values_videos` and
+        `video_grid_thw`; other keys (`mm_token_type_ids`, ...) are ignored: positions are our own.
+        """
+        if "input_ids" not in batch:
+            raise InputError(f"a batch needs input_ids, this one has {sorted(batch)}")
+
+        def tensor(name: str) -> Tensor | None:
+            value = batch.get(name)
+            return None if value is None else torch.as_tensor(value).to(self.cfg.device)
+
+        tokens = tensor("input_ids")
+        assert tokens is not None
+        tokens = tokens[None] if tokens.ndim == 1 else tokens
+        self._check_ids(tokens)
+        mask = tensor("attention_mask")
+        pixels = (tensor("pixel_values"), tensor("image_grid_thw"))
+        videos = (tensor("pixel_values_videos"), tensor("video_grid_thw"))
+        return VLMInputs(
+            tokens, self.input_spec(), None if mask is None else mask.reshape(tokens.shape), *pixels, *videos
+        )
+
+    # ---------------------------------------------------------------- text
+
+    def to_tokens(self, input: Any, prepend_bos: bool | None = None) -> Any:
+        """Token ids [batch, pos] of raw text (no chat template), padded on the left; a `VLMInputs` unchanged.
+
+        Raises:
+            InputError: `prepend_bos=True` for a tokenizer without such a token, or text with placeholders.
+        """
+        if isinstance(input, VLMInputs | Tensor):
+            return input
+        tokens = self.to_inputs(input, chat=False).tokens
+        if prepend_bos:
+            if self.tokenizer.bos_token_id is None:
+                raise InputError("this tokenizer has no beginning-of-text token to prepend")
+            bos = tokens.new_full((len(tokens), 1), self.tokenizer.bos_token_id)
+            tokens = torch.cat((bos, tokens), dim=1)
+        return tokens
+
+    def to_string(self, tokens: Any) -> str | list[str]:
+        """The text of token ids [pos] or [batch, pos] (then a list), special tokens included."""
+        ids = tokens.tokens if isinstance(tokens, VLMInputs) else torch.as_tensor(tokens)
+        tokenizer = self._tokenizer()
+        if ids.ndim <= 1:
+            return tokenizer.decode(ids.reshape(-1).tolist(), clean_up_tokenization_spaces=False)
+        return [tokenizer.decode(row.tolist(), clean_up_tokenization_spaces=False) for row in ids]
+
+    def to_str_tokens(self, input: Any, prepend_bos: bool | None = None) -> list[str]:
+        """Every token of one text, [pos] ids or a batch of one, as its own string."""
+        tokens = self.to_tokens(input, prepend_bos)
+        ids = tokens.tokens if isinstance(tokens, VLMInputs) else tokens
+        if ids.ndim == 2 and len(ids) != 1:
+            raise InputError(f"to_str_tokens takes one text, not a batch of {len(ids)}")
+        return [str(self.to_string([i])) for i in ids.reshape(-1).tolist()]
+
+    def to_single_token(self, string: str) -> int:
+        """The id of a text that is one token.
+
+        Raises:
+            InputError: if it is none or several, which are shown.
+        """
+        ids = self._tokenizer().encode(string, add_special_tokens=False)
+        if len(ids) != 1:
+            pieces = [self.to_string([i]) for i in ids]
+            raise InputError(f"{string!r} is {len(ids)} tokens, not one: {pieces}")
+        return ids[0]
+
+    # ---------------------------------------------------------------- parts
+
+    def _tokenizer(self) -> Any:
+        if self.tokenizer is None:
+            raise InputError("this model has no tokenizer: pass token ids, or set model.tokenizer")
+        return self.tokenizer
+
+    def _special_id(self, token: str) -> int | None:
+        if self.tokenizer is None:
+            return None
+        return self.tokenizer.get_vocab().get(token)
+
+    def _check_ids(self, tokens: Int[Tensor, "batch pos"]) -> None:
+        if tokens.numel() == 0:
+            raise InputError("there are no tokens: the prompt is empty")
+        low, high = int(tokens.min()), int(tokens.max())
+        if low < 0 or high >= self.cfg.d_vocab:
+            bad = low if low < 0 else high
+            raise InputError(f"token id {bad} is outside the vocabulary of {self.cfg.d_vocab}")
+
+    def _text_of(self, prompt: Any, images: list, videos: list, chat: bool) -> tuple[str, list, list]:
+        """The prompt as text with one placeholder per picture, and its pictures in order."""
+        if isinstance(prompt, str) and not chat:
+            missing = "" if self.image_token in prompt else self._vision_text(self.image_token) * len(images)
+            if self.video_token not in prompt:
+                missing += self._vision_text(self.video_token) * len(videos)
+            return missing + prompt, images, videos
+        if isinstance(prompt, str):
+            content = [{"type": "image"}] * len(images) + [{"type": "video"}] * len(videos)
+            prompt = [{"role": "user", "content": [*content, {"type": "text", "text": prompt}]}]
+        messages, own_images, own_videos = _take_pictures(prompt)
+        if (own_images and images) or (own_videos and videos):
+            raise InputError("pictures came both in the messages and as an argument: give them in one place")
+        tokenizer = self._tokenizer()
+        if getattr(tokenizer, "chat_template", None) is None:
+            raise InputError("this tokenizer has no chat template: pass chat=False and the text as it should stand")
+        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        return text, images or own_images, videos or own_videos
+
+    @property
+    def image_token(self) -> str:
+        """The text of an image's placeholder."""
+        return self._token_text(self.cfg.image_token_id)
+
+    @property
+    def video_token(self) -> str:
+        """The text of a video's placeholder."""
+        return self._token_text(self.cfg.video_token_id)
+
+    def _token_text(self, token_id: int | None) -> str:
+        return "\0" if token_id is None else self._tokenizer().convert_ids_to_tokens(token_id)
+
+    def _vision_text(self, placeholder: str) -> str:
+        marks = (self.cfg.vision_start_token_id, self.cfg.vision_end_token_id)
+        start, end = (self._token_text(i) for i in marks)
+        return f"{start}{placeholder}{end}"
+
+    def _expand(
+        self,
+        texts: list[str],
+        spec: InputSpec,
+        images: list[list],
+        videos: list[list],
+        image_grids: Tensor | None,
+        video_grids: Tensor | None,
+    ) -> list[list[int]]:
+        """Token ids of every row, each picture's one placeholder repeated to its number of tokens."""
+        grids = {
+            spec.image_token_id: iter([] if image_grids is None else image_grids.tolist()),
+            spec.video_token_id: iter([] if video_grids is None else video_grids.tolist()),
+        }
+        rows = []
+        for row, text in enumerate(texts):
+            ids = self._tokenizer().encode(text, add_special_tokens=False)
+            if not ids:
+                raise InputError("there are no tokens: the prompt is empty")
+            for kind, token_id, n in (
+                ("image", spec.image_token_id, len(images[row])),
+                ("video", spec.video_token_id, len(videos[row])),
+            ):
+                found = ids.count(token_id) if token_id is not None else 0
+                if found != n:
+                    raise InputError(
+                        f"prompt {row} has {found} {kind} placeholder{'s' * (found != 1)} but {n} "
+                        f"{kind}{'s' * (n != 1)} came: give one {kind} for each placeholder"
+                    )
+            rows.append(
+                [t for i in ids for t in ([i] * spec.n_tokens(tuple(next(grids[i]))) if i in grids else [i])]
+            )
+        return rows
+
+    def _check_length(self, rows: list[list[int]], spec: InputSpec, max_pixels: int | None) -> None:
+        longest = max(rows, key=len)
+        if len(longest) <= self.cfg.n_ctx:
+            return
+        n_image = sum(i in spec.placeholder_ids for i in longest)
+        starts = sum(i in spec.placeholder_ids and j != i for i, j in zip(longest, [None, *longest], strict=False))
+        message = f"the prompt has {len(longest)} tokens but the context holds {self.cfg.n_ctx}"
+        left = self.cfg.n_ctx - (len(longest) - n_image)
+        if not n_image or left < starts or self.cfg.vision is None:
+            raise InputError(f"{message}: shorten the text")
+        fits = left // starts * self.cfg.vision.pixels_per_token**2
+        now = "the checkpoint's own" if max_pixels is None else str(max_pixels)
+        raise InputError(f"{message} ({n_image} stand for images): pass max_pixels={fits} (now {now})")
+
+
+def _per_prompt(given: Any, n: int, batched: bool, name: str, as_list: Any) -> list[list]:
+    """A list of pictures for each of the `n` prompts."""
+    if given is None:
+        return [[] for _ in range(n)]
+    if not batched:
+        return [as_list(given)]
+    if not isinstance(given, list | tuple) or len(given) != n:
+        count = len(given) if isinstance(given, list | tuple) else 1
+        raise InputError(f"{n} prompts need {n} entries in {name} (None where a prompt has none), got {count}")
+    return [[] if one is None else as_list(one) for one in given]
+
+
+def _is_picture(x: Any) -> bool:
+    return isinstance(x, str | Path | Image.Image | np.ndarray | Tensor)
+
+
+def _as_images(given: Any) -> list:
+    return [given] if _is_picture(given) else list(given)
+
+
+def _as_videos(given: Any) -> list:
+    """A list of videos; a flat list of frames is one video."""
+    given = list(given)
+    return [given] if given and _is_picture(given[0]) else [list(video) for video in given]
+
+
+def _take_pictures(messages: Messages) -> tuple[list[dict], list, list]:
+    """The messages with bare placeholders, and the pictures they carried."""
+    out, images, videos = [], [], []
+    for message in messages:
+        if "role" not in message or "content" not in message:
+            raise InputError(f"a chat message needs 'role' and 'content', got {sorted(message)}")
+        content = message["content"]
+        if not isinstance(content, str):
+            parts = []
+            for part in content:
+                kind = part.get("type")
+                if kind in ("image", "video"):
+                    picture = part.get(kind)
+                    if picture is not None:
+                        (images if kind == "image" else videos).append(picture)
+                    part = {"type": kind}
+                parts.append(part)
+            content = parts
+        out.append({**message, "content": content})
+    return out, images, videos

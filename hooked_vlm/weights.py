@@ -1,0 +1,116 @@
+"""Weights in TransformerLens' names and shapes, and the switches of optional hook points."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from hooked_vlm.components import AbsentBias, Embed, Norm, Unembed
+from hooked_vlm.config import VLMConfig
+
+_ATTENTION = ("W_Q", "W_K", "W_V", "W_O", "b_Q", "b_K", "b_V", "b_O")
+_MLP = ("W_in", "W_gate", "W_out", "b_in", "b_out")
+
+
+class WeightsMixin(nn.Module):
+    """`W_*` and `b_*` of the text decoder.
+
+    Those of a block (`model.blocks[3].attn.W_O`) are views: an edit in place edits the model. Those of the
+    model (`model.W_O`, [layer, ...]) are stacked copies. Absent biases read as zeros and refuse edits.
+    """
+
+    cfg: VLMConfig
+    embed: Embed
+    unembed: Unembed
+    ln_final: Norm
+    blocks: nn.ModuleList
+    to_single_token: Callable[[str], int]
+
+    @property
+    def W_E(self) -> Float[Tensor, "d_vocab d_model"]:
+        """A view. In a tied model it shares its memory with `W_U`."""
+        return self.embed.W_E
+
+    @property
+    def W_U(self) -> Float[Tensor, "d_model d_vocab"]:
+        """A view. In a tied model it shares its memory with `W_E`."""
+        return self.unembed.W_U
+
+    @property
+    def b_U(self) -> Float[Tensor, "d_vocab"]:
+        return self.unembed.b_U
+
+    def __getattr__(self, name: str) -> Any:
+        # the stacked copies of the per-block views, one rule for all of them
+        if name in _ATTENTION:
+            return torch.stack([getattr(block.attn, name) for block in self.blocks])
+        if name in _MLP:
+            return torch.stack([getattr(block.mlp, name) for block in self.blocks])
+        return super().__getattr__(name)
+
+    @property
+    def absent_biases(self) -> list[str]:
+        """Names of the text side's biases that the checkpoint does not have."""
+        return [name for name, value in self.tl_parameters().items() if isinstance(value, AbsentBias)]
+
+    def tl_parameters(self) -> dict[str, Tensor]:
+        """The text side's weights under TransformerLens' names, as views; absent biases as closed zeros."""
+        named: dict[str, Tensor] = {"embed.W_E": self.W_E}
+        for layer, block in enumerate(self.blocks):
+            at = f"blocks.{layer}"
+            named[f"{at}.ln1.w"], named[f"{at}.ln2.w"] = block.ln1.w, block.ln2.w
+            named |= {f"{at}.attn.{name}": getattr(block.attn, name) for name in _ATTENTION}
+            named |= {f"{at}.mlp.{name}": getattr(block.mlp, name) for name in _MLP}
+        named |= {"ln_final.w": self.ln_final.w, "unembed.W_U": self.W_U, "unembed.b_U": self.b_U}
+        return named
+
+    def blocks_with(self, name: str) -> list[tuple[int, nn.Module]]:
+        """(index, block) of every block that has a part called `name`."""
+        return [(i, block) for i, block in enumerate(self.blocks) if hasattr(block, name)]
+
+    def accumulated_bias(
+        self, layer: int, mlp_input: bool = False, include_mlp_biases: bool = True
+    ) -> Float[Tensor, "d_model"]:
+        """The sum of all biases added to the residual stream before `layer` (and before its MLP)."""
+        total = self.W_E.new_zeros(self.cfg.d_model)
+        for i in range(layer):
+            total = total + self.blocks[i].attn.b_O
+            if include_mlp_biases:
+                total = total + self.blocks[i].mlp.b_out
+        return total + self.blocks[layer].attn.b_O if mlp_input else total
+
+    def tokens_to_residual_directions(self, tokens: Any) -> Float[Tensor, "*dims d_model"]:
+        """The columns of `W_U` of some tokens (ids, a string or a single id); what raises their logits.
+
+        The final norm's weight is not folded in: `VLMCache.apply_ln_to_stack` applies it.
+        """
+        if isinstance(tokens, str):
+            tokens = self.to_single_token(tokens)
+        if isinstance(tokens, int):
+            tokens = torch.tensor(tokens)
+        tokens = tokens.to(self.W_U.device)
+        if tokens.numel() == 1:
+            return self.W_U[:, tokens.item()]
+        return self.W_U.T[tokens]
+
+    # ---------------------------------------------------------------- switches
+
+    def set_use_attn_result(self, use: bool) -> None:
+        """Compute every head's own output (`attn.hook_result`); costs [pos, head, d_model] memory a layer."""
+        self.cfg = self.cfg.with_(use_attn_result=use)
+
+    def set_use_split_qkv_input(self, use: bool) -> None:
+        """Give every head its own copies of the residual stream (`hook_q_input`, `hook_k_input`, `hook_v_input`)."""
+        self.cfg = self.cfg.with_(use_split_qkv_input=use)
+
+    def set_use_hook_mlp_in(self, use: bool) -> None:
+        """Give the MLP its own copy of the residual stream (`hook_mlp_in`)."""
+        self.cfg = self.cfg.with_(use_hook_mlp_in=use)
+
+    def _apply(self, fn: Callable, recurse: bool = True) -> Any:
+        # every move and cast (.to, .cuda, .half, ...) comes through here: cfg follows
+        moved = super()._apply(fn, recurse)
+        self.cfg = self.cfg.with_(device=self.embed.weight.device, dtype=self.embed.weight.dtype)
+        return moved
