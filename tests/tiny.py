@@ -1,0 +1,123 @@
+"""Small random Qwen2-VL models and inputs, made on the spot and shared by the tests."""
+
+from functools import lru_cache
+from typing import Any
+
+import torch
+from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
+
+from hooked_vlm import HookedVLM, VLMInputs
+
+IMAGE, VIDEO, VISION_START, VISION_END, STOP, PAD = 100, 101, 102, 103, 3, 0
+
+
+def tiny_config(tied: bool = False, **text: Any) -> Qwen2VLConfig:
+    """Three layers, four query and two key-value heads of width 16; a vision tower of two layers."""
+    return Qwen2VLConfig(
+        text_config={
+            "vocab_size": 200,
+            "hidden_size": 64,
+            "intermediate_size": 96,
+            "num_hidden_layers": 3,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "max_position_embeddings": 512,
+            "rms_norm_eps": 1e-6,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [2, 3, 3]},
+            "bos_token_id": 1,
+            "eos_token_id": STOP,
+            "pad_token_id": PAD,
+            **text,
+        },
+        vision_config={
+            "depth": 2,
+            "embed_dim": 32,
+            "hidden_size": 64,
+            "num_heads": 2,
+            "mlp_ratio": 4,
+            "patch_size": 4,
+        },
+        image_token_id=IMAGE,
+        video_token_id=VIDEO,
+        vision_start_token_id=VISION_START,
+        vision_end_token_id=VISION_END,
+        tie_word_embeddings=tied,
+    )
+
+
+def randomise(model: torch.nn.Module, seed: int = 0) -> None:
+    """Every parameter away from its special initial value: norm weights not 1, biases not 0, lively attention."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            is_norm = parameter.ndim == 1 and "norm" in name or "ln" in name
+            if parameter.ndim == 1:
+                parameter.copy_(1.0 + 0.3 * noise if is_norm and name.endswith("weight") else 0.3 * noise)
+            else:
+                parameter.copy_(noise * 1.5 / parameter[0].numel() ** 0.5)
+
+
+@lru_cache(maxsize=4)
+def tiny_hf(tied: bool = False) -> Qwen2VLForConditionalGeneration:
+    """The reference. Shared: tests must not change its weights."""
+    model = Qwen2VLForConditionalGeneration(tiny_config(tied)).eval()
+    randomise(model)
+    model.generation_config.eos_token_id = STOP
+    model.generation_config.pad_token_id = PAD
+    return model
+
+
+@lru_cache(maxsize=4)
+def tiny_model(tied: bool = False) -> HookedVLM:
+    """Ours, on the same storage. Shared: tests must not change its weights and must leave no hooks."""
+    return HookedVLM.from_hf(tiny_hf(tied))
+
+
+def hf_batch(rows: list[list[Any]], seed: int = 0, d_patch: int = 96) -> dict[str, torch.Tensor]:
+    """A batch as a Hugging Face processor returns it, padded on the left.
+
+    A row is a list of token ids and of grids: ("image", (1, h, w)) or ("video", (t, h, w)).
+    """
+    generator = torch.Generator().manual_seed(seed)
+    ids: list[list[int]] = []
+    grids: dict[str, list[tuple[int, int, int]]] = {"image": [], "video": []}
+    for row in rows:
+        tokens: list[int] = []
+        for item in row:
+            if isinstance(item, int):
+                tokens.append(item)
+                continue
+            kind, (t, h, w) = item
+            grids[kind].append((t, h, w))
+            placeholder = IMAGE if kind == "image" else VIDEO
+            tokens += [VISION_START, *[placeholder] * (t * h * w // 4), VISION_END]
+        ids.append(tokens)
+    width = max(map(len, ids))
+    batch = {
+        "input_ids": torch.tensor([[PAD] * (width - len(r)) + r for r in ids]),
+        "attention_mask": torch.tensor([[0] * (width - len(r)) + [1] * len(r) for r in ids]),
+    }
+    for kind, pixels, thw in (
+        ("image", "pixel_values", "image_grid_thw"),
+        ("video", "pixel_values_videos", "video_grid_thw"),
+    ):
+        if grids[kind]:
+            batch[thw] = torch.tensor(grids[kind])
+            n = int(batch[thw].prod(1).sum())
+            batch[pixels] = torch.randn(n, d_patch, generator=generator)
+    batch["mm_token_type_ids"] = (batch["input_ids"] == IMAGE).int() + 2 * (batch["input_ids"] == VIDEO).int()
+    return batch
+
+
+ONE_IMAGE = [[5, 6, ("image", (1, 4, 6)), 7, 8, 9, 10]]
+TWO_IMAGES = [[5, ("image", (1, 4, 6)), 7, ("image", (1, 8, 4)), 8, 9, 10]]
+TEXT = [[5, 6, 7, 8, 9, 10, 11]]
+PADDED = [[5, 6, ("image", (1, 4, 6)), 7, 8], [11, 12, 13], [5, ("image", (1, 4, 4)), ("image", (1, 2, 6)), 9]]
+VIDEO_CLIP = [[5, ("video", (2, 4, 6)), 7, 8, ("image", (1, 4, 4)), 9]]
+LONG_VIDEO = [[5, ("video", (7, 4, 4)), 7, 8, 9]]
+
+
+def inputs(rows: list[list[Any]], seed: int = 0, tied: bool = False) -> VLMInputs:
+    """`hf_batch(rows)` as inputs of the tiny model."""
+    return tiny_model(tied).inputs_from_hf(hf_batch(rows, seed))
