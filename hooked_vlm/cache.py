@@ -1,5 +1,6 @@
 """`VLMCache`: TransformerLens' `ActivationCache` for models with images and unfolded norms."""
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -11,18 +12,86 @@ from hooked_vlm.attention import AttentionMask, attention_scores
 from hooked_vlm.hooks import is_vision, nearest_names
 
 
-class VLMCache(ActivationCache):
+class DerivingCache(ActivationCache):
+    """An `ActivationCache` that need not hold scores and patterns.
+
+    `cache["pattern", l]` and `cache["attn_scores", l]` are derived from the cached rotated queries and keys
+    unless they were stored: where the layer ran explicitly because its scores or pattern had a hook, or where
+    they were named in `names_filter`.
+    """
+
+    def __init__(
+        self,
+        cache_dict: dict[str, Tensor],
+        model: Any,
+        has_batch_dim: bool,
+        n_layers: int,
+        attention_mask: AttentionMask | None,
+        why_not: str = "",
+    ) -> None:
+        super().__init__(cache_dict, model, has_batch_dim)
+        self._n_layers = n_layers
+        self._mask = attention_mask
+        self._why_not = why_not
+        """Why patterns cannot be derived in this cache; empty if they can."""
+
+    def __getitem__(self, key: Any) -> Tensor:
+        name = self._full_name(key)
+        if name in self.cache_dict:
+            return self.cache_dict[name]
+        if name.endswith(("attn.hook_pattern", "attn.hook_attn_scores")):
+            return self._derive(name)
+        raise KeyError(f"{name!r} is not in this cache.{nearest_names(name, self._known())}")
+
+    def _known(self) -> Iterable[str]:
+        return self.cache_dict
+
+    def _full_name(self, key: Any) -> str:
+        if isinstance(key, str):
+            return key if key in self.cache_dict else get_act_name(key)
+        if len(key) > 1 and isinstance(key[1], int) and key[1] < 0:
+            key = (key[0], self._n_layers + key[1], *key[2:])
+        return get_act_name(*key)
+
+    def _derive(self, name: str) -> Tensor:
+        """The scores or pattern of a layer, from its rotated queries and keys."""
+        prefix = name.rsplit(".", 1)[0]
+        needed = [f"{prefix}.hook_rot_q", f"{prefix}.hook_rot_k"]
+        why_not = self._why_not
+        if any(n not in self.cache_dict for n in needed) or self._mask is None:
+            why_not = why_not or f"{needed[0]} and {needed[1]} are not in this cache"
+        if why_not or self._mask is None:
+            raise KeyError(
+                f"{name!r} was not stored and cannot be derived ({why_not}): name it in names_filter to have "
+                "it computed in the run"
+            )
+        q, k = (self.cache_dict[n] if self.has_batch_dim else self.cache_dict[n][None] for n in needed)
+        allowed = self._mask.dense(q.shape[1], k.shape[1], q.device)
+        scores = attention_scores(q, k).masked_fill(~allowed, -torch.inf)
+        if name.endswith("hook_attn_scores"):
+            return scores if self.has_batch_dim else scores[0]
+        pattern = scores.softmax(-1, dtype=torch.promote_types(torch.float32, q.dtype)).to(q.dtype)
+        valid = self._mask.query_valid(q.shape[1])
+        if valid is not None:
+            pattern = pattern.masked_fill(~valid[:, None, :, None], 0.0)
+        return pattern if self.has_batch_dim else pattern[0]
+
+    def to(self, device: str | torch.device) -> Any:
+        super().to(device)
+        if self._mask is not None:
+            self._mask = self._mask.to(torch.device(device))
+        return self
+
+
+class VLMCache(DerivingCache):
     """Activations of one run, by hook name or TransformerLens' shorthand (`cache["pattern", 3]`).
 
-    It differs from its parent in three ways:
+    Image-side activations (batch axis: images) live in `cache.vision`, under their names without `vision.`:
+    `cache.vision["resid_post", 1]`. Position slicing and batch removal leave them alone. They are also found
+    here under their full hook names.
 
-    - `cache["pattern", l]` and `cache["attn_scores", l]` need not be stored: they are derived from the
-      cached rotated queries and keys. They are stored where that layer ran explicitly (its scores or
-      pattern had a hook) or were named in `names_filter`.
-    - Image-side activations (batch axis: images) live in `cache.vision`; position slicing and batch
-      removal leave them alone. They are also found here under their full hook names.
-    - `apply_ln` applies norms whole, weight included, so that decompositions rebuild the logits of a
-      model whose norm weights are not folded.
+    `apply_ln` applies norms whole, weight included, so that decompositions rebuild the logits of a model whose
+    norm weights are not folded.
     """
 
     def __init__(
@@ -31,81 +100,42 @@ class VLMCache(ActivationCache):
         model: Any,
         has_batch_dim: bool = True,
         attention_mask: AttentionMask | None = None,
-        queries_cut: bool = False,
+        vision_mask: AttentionMask | None = None,
+        why_not: str = "",
     ) -> None:
         vision = {name: value for name, value in cache_dict.items() if is_vision(name.removesuffix("_grad"))}
-        super().__init__({k: v for k, v in cache_dict.items() if k not in vision}, model, has_batch_dim)
-        self.vision = ActivationCache({k.removeprefix("vision."): v for k, v in vision.items()}, model)
-        """Image-side activations without their `vision.` prefix: `cache.vision["blocks.0.hook_resid_pre"]`."""
-        self._vision_by_full_name = vision
-        self._mask = attention_mask
-        self._queries_cut = queries_cut
+        text = {name: value for name, value in cache_dict.items() if name not in vision}
+        super().__init__(text, model, has_batch_dim, model.cfg.n_layers, attention_mask, why_not)
+        n_layers = 0 if model.cfg.vision is None else model.cfg.vision.n_layers
+        stripped = {name.removeprefix("vision."): value for name, value in vision.items()}
+        self.vision = DerivingCache(stripped, model, True, n_layers, vision_mask)
+        """The image side: [image, patch, ...], images padded at the end to the longest."""
 
     def __getitem__(self, key: Any) -> Tensor:
-        if isinstance(key, str) and key in self._vision_by_full_name:
-            return self._vision_by_full_name[key]
-        name = self._full_name(key)
-        if name in self.cache_dict:
-            return self.cache_dict[name]
-        if name.endswith(("attn.hook_pattern", "attn.hook_attn_scores")):
-            return self._derive(name)
-        known = [*self.cache_dict, *self._vision_by_full_name]
-        raise KeyError(f"{name!r} is not in this cache.{nearest_names(name, known)}")
+        if isinstance(key, str) and is_vision(key):
+            return self.vision[key.removeprefix("vision.")]
+        return super().__getitem__(key)
 
     def __contains__(self, key: Any) -> bool:
-        return key in self.cache_dict or key in self._vision_by_full_name
+        if isinstance(key, str) and is_vision(key.removesuffix("_grad")):
+            return key.removeprefix("vision.") in self.vision.cache_dict
+        return key in self.cache_dict
 
-    def _full_name(self, key: Any) -> str:
-        if isinstance(key, str):
-            return key if key in self.cache_dict else get_act_name(key)
-        if len(key) > 1 and isinstance(key[1], int) and key[1] < 0:
-            key = (key[0], self.model.cfg.n_layers + key[1], *key[2:])
-        return get_act_name(*key)
-
-    def _derive(self, name: str) -> Tensor:
-        """The scores or pattern of a layer, from its rotated queries and keys."""
-        prefix = name.rsplit(".", 1)[0]
-        needed = [f"{prefix}.hook_rot_q", f"{prefix}.hook_rot_k"]
-        if any(n not in self.cache_dict for n in needed) or self._mask is None:
-            raise KeyError(
-                f"{name!r} is neither stored nor derivable: cache {needed[0]!r} and {needed[1]!r} with it, "
-                "or name it in names_filter to have it computed in the run"
-            )
-        if self._queries_cut:
-            raise KeyError(
-                f"{name!r} cannot be derived from a cache cut by pos_slice (it needs every key): "
-                "name it in names_filter to have it computed in the run"
-            )
-        q, k = (self.cache_dict[n] for n in needed)
-        if not self.has_batch_dim:
-            q, k = q[None], k[None]
-        if q.shape[1] != k.shape[1]:
-            raise KeyError(f"{name!r} cannot be derived from a run that continued a key-value cache")
-        allowed = self._mask.dense(q.shape[1], k.shape[1], q.device)
-        scores = attention_scores(q, k).masked_fill(~allowed, -torch.inf)
-        if name.endswith("hook_attn_scores"):
-            return scores if self.has_batch_dim else scores[0]
-        pattern = scores.softmax(-1, dtype=torch.promote_types(torch.float32, q.dtype)).to(q.dtype)
-        valid = self._mask.query_valid(q.shape[1])
-        if valid is not None:
-            pattern = pattern.masked_fill(~valid.to(q.device)[:, None, :, None], 0.0)
-        return pattern if self.has_batch_dim else pattern[0]
+    def _known(self) -> Iterable[str]:
+        vision = self.vision.cache_dict
+        return [*self.cache_dict, *(n if is_vision(n) else f"vision.{n}" for n in vision)]
 
     def to(self, device: str | torch.device) -> "VLMCache":
         super().to(device)
         self.vision.to(device)
-        self._vision_by_full_name = {k: v.to(device) for k, v in self._vision_by_full_name.items()}
-        if self._mask is not None:
-            self._mask = self._mask.to(torch.device(device))
         return self
 
     def apply_slice_to_batch_dim(self, batch_slice: Slice | SliceInput) -> "VLMCache":
-        """The text side cut to some rows. `cache.vision` keeps all images; derived patterns follow the rows."""
+        """The text side cut to some rows, `cache.vision` whole. Patterns must be read before, or stored."""
         sliced = super().apply_slice_to_batch_dim(batch_slice)
-        chosen = batch_slice if isinstance(batch_slice, Slice) else Slice(batch_slice)
-        mask = None if self._mask is None else self._mask.rows(chosen)
-        out = VLMCache(sliced.cache_dict, self.model, sliced.has_batch_dim, mask, self._queries_cut)
-        out.vision, out._vision_by_full_name = self.vision, self._vision_by_full_name
+        why_not = "the cache was cut to some rows"
+        out = VLMCache(sliced.cache_dict, self.model, sliced.has_batch_dim, None, None, why_not)
+        out.vision = self.vision
         return out
 
     # ---------------------------------------------------------------- norms, weight included

@@ -33,9 +33,7 @@ class AbsentBias(torch.Tensor):
     """Zeros standing for a bias the checkpoint does not have: readable like a tensor, closed to edits."""
 
     @classmethod
-    def __torch_function__(
-        cls, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None
-    ) -> Any:
+    def __torch_function__(cls, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         name = getattr(func, "__name__", "")
         writes = name == "__setitem__" or (name.startswith("__i") and name in _INPLACE_OPERATORS)
         writes = writes or (name.endswith("_") and not name.endswith("__") and name != "requires_grad_")
@@ -88,7 +86,9 @@ class Norm(nn.Module):
         """The weight, [d_model] (TransformerLens' name)."""
         return self.weight
 
-    def forward(self, x: Float[Tensor, "*dims d_model"], hook: HookFn = HookPoint.__call__) -> Float[Tensor, "*dims d_model"]:
+    def forward(
+        self, x: Float[Tensor, "*dims d_model"], hook: HookFn = HookPoint.__call__
+    ) -> Float[Tensor, "*dims d_model"]:
         full = x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
         if self.centered:
             full = full - full.mean(-1, keepdim=True)
@@ -114,7 +114,9 @@ class MLP(nn.Module):
             self.hook_pre_linear = HookPoint()  # [batch, pos, d_mlp]
         self.hook_post = HookPoint()  # [batch, pos, d_mlp]
 
-    def forward(self, x: Float[Tensor, "*dims d_model"], hook: HookFn = HookPoint.__call__) -> Float[Tensor, "*dims d_model"]:
+    def forward(
+        self, x: Float[Tensor, "*dims d_model"], hook: HookFn = HookPoint.__call__
+    ) -> Float[Tensor, "*dims d_model"]:
         if self.gate_proj is None:
             post = self.act(hook(self.hook_pre, self.in_proj(x)))
         else:

@@ -93,7 +93,13 @@ def vision_blocks(cfg: VisionConfig) -> nn.ModuleList:
         Block(
             Norm(cfg.d_model, cfg.eps, centered),
             Attention(
-                cfg.d_model, cfg.n_heads, cfg.n_heads, cfg.d_head, qkv_bias=True, o_bias=True, split_inputs=False
+                cfg.d_model,
+                cfg.n_heads,
+                cfg.n_heads,
+                cfg.d_head,
+                qkv_bias=True,
+                o_bias=True,
+                split_inputs=False,
             ),
             Norm(cfg.d_model, cfg.eps, centered),
             MLP(cfg.d_model, cfg.d_mlp, cfg.act_fn, gated=False, bias=True),

@@ -69,7 +69,8 @@ class GenerationMixin(nn.Module):
         room = self.cfg.n_ctx - n_prompt
         if max_new_tokens > room:
             warnings.warn(
-                f"generation stops after {room} new tokens: the context of {self.cfg.n_ctx} is full then", stacklevel=2
+                f"generation stops after {room} new tokens: the context of {self.cfg.n_ctx} is full then",
+                stacklevel=2,
             )
             max_new_tokens = room
         cache = self.new_kv_cache(len(inputs), n_prompt + max_new_tokens)
@@ -128,7 +129,9 @@ def _check_settings(
     top_p: float | None,
 ) -> None:
     if min(inputs.stop) != inputs.shape[1]:
-        raise InputError("generation continues the last position: rows must be padded on the left, not at the end")
+        raise InputError(
+            "generation continues the last position: rows must be padded on the left, not at the end"
+        )
     if max_new_tokens < 1:
         raise InputError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
     if do_sample and not temperature > 0:

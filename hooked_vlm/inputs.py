@@ -299,11 +299,15 @@ class VLMInputs:
             )
             for row in range(len(self))
         ]
-        return TokenGroups(**{name: tuple(torch.tensor(r[name], dtype=torch.long) for r in rows) for name in rows[0]})
+        return TokenGroups(
+            **{name: tuple(torch.tensor(r[name], dtype=torch.long) for r in rows) for name in rows[0]}
+        )
 
     # ---------------------------------------------------------------- new inputs from these
 
-    def append(self, answer: str | Sequence[str] | Int[Tensor, "..."] | Sequence[Sequence[int]]) -> "VLMInputs":
+    def append(
+        self, answer: str | Sequence[str] | Int[Tensor, "..."] | Sequence[Sequence[int]]
+    ) -> "VLMInputs":
         """The rows continued by `answer`: one text or [pos] tensor for all rows, or one per row.
 
         Existing positions stay where they are; shorter rows are padded at the end.
@@ -496,7 +500,9 @@ def _real_span(mask: Tensor) -> tuple[tuple[int, ...], tuple[int, ...]]:
     first = host.int().argmax(1)
     stop = host.shape[1] - host.flip(1).int().argmax(1)
     if (counts == 0).any():
-        raise InputError(f"row {int((counts == 0).nonzero()[0])} has no real token: its attention_mask is all 0")
+        raise InputError(
+            f"row {int((counts == 0).nonzero()[0])} has no real token: its attention_mask is all 0"
+        )
     if (stop - first != counts).any():
         row = int((stop - first != counts).nonzero()[0])
         raise InputError(f"row {row} has padding between real tokens: padding must lie at the ends of a row")

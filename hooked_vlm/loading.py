@@ -9,7 +9,7 @@ from typing import Any, Self
 
 import torch
 from huggingface_hub import save_torch_state_dict, snapshot_download
-from huggingface_hub.errors import HFValidationError, HfHubHTTPError, LocalEntryNotFoundError
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from torch import Tensor, nn
 from transformers import AutoTokenizer
 
@@ -76,7 +76,9 @@ class LoadingMixin(nn.Module):
         )
 
     @classmethod
-    def from_hf(cls, hf_model: Any, tokenizer: Any = None, image_processor: ImageProcessor | None = None) -> Self:
+    def from_hf(
+        cls, hf_model: Any, tokenizer: Any = None, image_processor: ImageProcessor | None = None
+    ) -> Self:
         """A model that shares the storage of a `transformers` model's parameters: an edit of one edits both.
 
         Raises:
@@ -135,7 +137,9 @@ class LoadingMixin(nn.Module):
                 written = Path(aside) / "checkpoint"
                 written.mkdir()
                 save_torch_state_dict(self.to_hf_state_dict(), written)
-                _write_json(written / "config.json", converter.published_config(self.hf_config, self.cfg.dtype))
+                _write_json(
+                    written / "config.json", converter.published_config(self.hf_config, self.cfg.dtype)
+                )
                 stops = list(self.cfg.eos_token_ids)
                 if stops:
                     _write_json(written / "generation_config.json", {"eos_token_id": stops})
@@ -161,7 +165,9 @@ def _find(name_or_path: str | Path, revision: str | None, cache_dir: str | Path 
         return path
     bundled = f"bundled models are {', '.join(toys)}" if toys else "there are no bundled models"
     if name.count("/") != 1 or name.startswith((".", "/", "~")):
-        raise CheckpointError(f"there is no checkpoint folder {name!r}, nor is it a hub name (owner/model); {bundled}")
+        raise CheckpointError(
+            f"there is no checkpoint folder {name!r}, nor is it a hub name (owner/model); {bundled}"
+        )
     try:
         return Path(
             snapshot_download(

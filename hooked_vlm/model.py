@@ -24,7 +24,7 @@ from hooked_vlm.inputs import InputError, VLMInputs
 from hooked_vlm.loading import LoadingMixin
 from hooked_vlm.prompting import PromptMixin
 from hooked_vlm.rotary import text_rotation
-from hooked_vlm.vision import PatchRun, Projector, VisionTower, slice_lengths
+from hooked_vlm.vision import PatchRun, Projector, VisionTower
 from hooked_vlm.weights import WeightsMixin
 
 ReturnType = Literal["logits", "loss", "both"] | None
@@ -103,7 +103,9 @@ class HookedVLM(LoadingMixin, PromptMixin, GenerationMixin, WeightsMixin, Hooked
             expected = (*inputs.shape, self.cfg.d_model)
             raise InputError(f"resid must be [batch, pos, d_model] = {expected}, got {tuple(resid.shape)}")
 
-        run = AttentionRun(self._attention_mask(inputs, past_kv_cache), past_kv_cache, self.cfg.use_attn_result)
+        run = AttentionRun(
+            self._attention_mask(inputs, past_kv_cache), past_kv_cache, self.cfg.use_attn_result
+        )
         rotate = text_rotation(
             _rotary_positions(inputs, past_kv_cache),
             self.cfg.d_head,
@@ -133,7 +135,10 @@ class HookedVLM(LoadingMixin, PromptMixin, GenerationMixin, WeightsMixin, Hooked
 
     def _layer_range(self, start_at_layer: int, stop_at_layer: int | None) -> tuple[int, int]:
         n = self.cfg.n_layers
-        for name, layer, top in (("start_at_layer", start_at_layer, n - 1), ("stop_at_layer", stop_at_layer, n)):
+        for name, layer, top in (
+            ("start_at_layer", start_at_layer, n - 1),
+            ("stop_at_layer", stop_at_layer, n),
+        ):
             if layer is not None and not -n <= layer <= top:
                 raise InputError(f"{name}={layer} is out of range: the model has layers 0 to {n - 1}")
         first = start_at_layer % n
@@ -159,11 +164,13 @@ class HookedVLM(LoadingMixin, PromptMixin, GenerationMixin, WeightsMixin, Hooked
         `inputs.with_image_features(model.encode_images(inputs))` runs without the vision tower.
         """
         if self.cfg.vision is None:
-            raise InputError(f"{self.cfg.model_name or 'this model'} is a language model without a vision tower")
+            raise InputError(
+                f"{self.cfg.model_name or 'this model'} is a language model without a vision tower"
+            )
         pixels = [p for p in (inputs.pixel_values, inputs.pixel_values_videos) if p is not None]
         if not pixels:
             raise InputError("there are no images in these inputs to encode")
-        run = PatchRun(slice_lengths(inputs.grids), inputs.device, self.cfg.use_attn_result)
+        run = PatchRun.of(inputs.grids, inputs.device, self.cfg.use_attn_result)
         patches = self.vision(torch.cat(pixels), inputs.grids, self.cfg.vision, run)
         return self.projector(patches, run)
 
@@ -211,7 +218,9 @@ class HookedVLM(LoadingMixin, PromptMixin, GenerationMixin, WeightsMixin, Hooked
         with_answer = inputs.append(answer)
         n_new = [b - a for a, b in zip(inputs.n_generated, with_answer.n_generated, strict=True)]
         logits = self(with_answer)
-        out = logits.new_zeros(len(inputs), max(n_new), dtype=torch.promote_types(logits.dtype, torch.float32))
+        out = logits.new_zeros(
+            len(inputs), max(n_new), dtype=torch.promote_types(logits.dtype, torch.float32)
+        )
         for row, (n, stop) in enumerate(zip(n_new, with_answer.stop, strict=True)):
             predicted = logits[row, stop - n - 1 : stop - 1].to(out.dtype).log_softmax(-1)
             targets = with_answer.tokens[row, stop - n : stop]
@@ -236,7 +245,9 @@ class HookedVLM(LoadingMixin, PromptMixin, GenerationMixin, WeightsMixin, Hooked
         if not isinstance(name, str):
             matches = [n for n in self.hook_dict if name(n)]
             if not matches:
-                raise HookError("this hook filter matches none of the model's hook points (see model.hook_dict)")
+                raise HookError(
+                    "this hook filter matches none of the model's hook points (see model.hook_dict)"
+                )
             if all(self._switched_off(n) for n in matches):
                 raise HookError(f"{matches[0]!r} {self._switched_off(matches[0])}")
         elif name not in self.hook_dict:
@@ -363,12 +374,19 @@ class HookedVLM(LoadingMixin, PromptMixin, GenerationMixin, WeightsMixin, Hooked
             out = self(inputs, *args, **kwargs)
             if incl_bwd:
                 out.backward()
-        continued = kwargs.get("past_kv_cache") is not None
-        mask = None if continued else self._attention_mask(inputs, None)
-        return out, VLMCache(store, self, not remove_batch_dim, mask, cut.mode != "identity")
+        why_not = ""
+        if kwargs.get("past_kv_cache") is not None:
+            why_not = "the run continued a key-value cache, whose keys are not in this cache"
+        elif cut.mode != "identity":
+            why_not = "pos_slice cut the keys"
+        mask = self._attention_mask(inputs, None)
+        vision_mask = PatchRun.of(inputs.grids, inputs.device).mask if inputs.has_visuals else None
+        return out, VLMCache(store, self, not remove_batch_dim, mask, vision_mask, why_not)
 
 
-def _last_real(resid: Float[Tensor, "batch pos d_model"], inputs: VLMInputs) -> Float[Tensor, "batch 1 d_model"]:
+def _last_real(
+    resid: Float[Tensor, "batch pos d_model"], inputs: VLMInputs
+) -> Float[Tensor, "batch 1 d_model"]:
     """The last real position of each row."""
     if min(inputs.stop) == inputs.shape[1]:
         return resid[:, -1:]

@@ -109,7 +109,9 @@ class PromptMixin(nn.Module):
         spec = self.input_spec()
         pixels = grids = sizes = video_pixels = video_grids = None
         if all_images and self.image_processor is not None:
-            pixels, grids, sizes = self.image_processor(all_images, min_pixels=min_pixels, max_pixels=max_pixels)
+            pixels, grids, sizes = self.image_processor(
+                all_images, min_pixels=min_pixels, max_pixels=max_pixels
+            )
         if all_videos and self.image_processor is not None:
             parts = [
                 self.image_processor.video(frames, min_pixels=min_pixels, max_pixels=max_pixels)
@@ -242,7 +244,9 @@ class PromptMixin(nn.Module):
             raise InputError("pictures came both in the messages and as an argument: give them in one place")
         tokenizer = self._tokenizer()
         if getattr(tokenizer, "chat_template", None) is None:
-            raise InputError("this tokenizer has no chat template: pass chat=False and the text as it should stand")
+            raise InputError(
+                "this tokenizer has no chat template: pass chat=False and the text as it should stand"
+            )
         text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
         return text, images or own_images, videos or own_videos
 
@@ -303,7 +307,9 @@ class PromptMixin(nn.Module):
         if len(longest) <= self.cfg.n_ctx:
             return
         n_image = sum(i in spec.placeholder_ids for i in longest)
-        starts = sum(i in spec.placeholder_ids and j != i for i, j in zip(longest, [None, *longest], strict=False))
+        starts = sum(
+            i in spec.placeholder_ids and j != i for i, j in zip(longest, [None, *longest], strict=False)
+        )
         message = f"the prompt has {len(longest)} tokens but the context holds {self.cfg.n_ctx}"
         left = self.cfg.n_ctx - (len(longest) - n_image)
         if not n_image or left < starts or self.cfg.vision is None:
@@ -321,7 +327,9 @@ def _per_prompt(given: Any, n: int, batched: bool, name: str, as_list: Any) -> l
         return [as_list(given)]
     if not isinstance(given, list | tuple) or len(given) != n:
         count = len(given) if isinstance(given, list | tuple) else 1
-        raise InputError(f"{n} prompts need {n} entries in {name} (None where a prompt has none), got {count}")
+        raise InputError(
+            f"{n} prompts need {n} entries in {name} (None where a prompt has none), got {count}"
+        )
     return [[] if one is None else as_list(one) for one in given]
 
 

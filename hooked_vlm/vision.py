@@ -38,6 +38,12 @@ class PatchRun(AttentionRun):
             self.slots = torch.from_numpy(np.flatnonzero(valid)).to(device)
         super().__init__(AttentionMask(causal=False, key_valid=key_valid), None, use_attn_result)
 
+    @classmethod
+    def of(cls, grids: tuple[Grid, ...], device: torch.device, use_attn_result: bool = False) -> "PatchRun":
+        """A pass over the images and videos with these patch grids."""
+        lengths = tuple(h * w for t, h, w in grids for _ in range(t))
+        return cls(lengths, device, use_attn_result)
+
     def pad(self, packed: Float[Tensor, "patch *rest"]) -> Float[Tensor, "image longest *rest"]:
         shape = (len(self.lengths), self.longest, *packed.shape[1:])
         if self.slots is None:
@@ -87,7 +93,11 @@ class VisionTower(nn.Module):
         self.blocks = vision_blocks(cfg)
 
     def forward(
-        self, pixels: Float[Tensor, "patch d_patch"], grids: tuple[Grid, ...], cfg: VisionConfig, run: PatchRun
+        self,
+        pixels: Float[Tensor, "patch d_patch"],
+        grids: tuple[Grid, ...],
+        cfg: VisionConfig,
+        run: PatchRun,
     ) -> Float[Tensor, "patch d_model"]:
         """`pixels` in the checkpoint's patch order (merge block by merge block), image after image."""
         resid = run.hook(self.hook_embed, self.patch_embed(pixels))
@@ -117,11 +127,6 @@ class Projector(nn.Module):
         pre = tokens.hook(self.hook_pre, self.in_proj(normalized.view(-1, self.in_proj.in_features)))
         post = tokens.hook(self.hook_post, ACTIVATIONS["gelu"](pre))
         return self.out_proj(post)
-
-
-def slice_lengths(grids: tuple[Grid, ...]) -> tuple[int, ...]:
-    """Patches of every temporal slice: the rows of the vision side's [image, patch, ...] tensors."""
-    return tuple(h * w for t, h, w in grids for _ in range(t))
 
 
 @lru_cache(maxsize=256)
