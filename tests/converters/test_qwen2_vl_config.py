@@ -55,7 +55,7 @@ def test_every_form_gives_the_values_of_the_model(tiny: Any, form: Form) -> None
     assert cfg["vision"]["d_out"] == text.hidden_size
     assert cfg["vision"]["patch_size"] == vision.patch_size
     assert qwen2_vl.dtype(form(tiny.config)) == torch.float32
-    VLMConfig(**cfg | {"vision": VisionConfig(**cfg["vision"])})
+    VLMConfig(**{**cfg, "vision": VisionConfig(**cfg["vision"])})
 
 
 def test_the_config_of_a_model_in_memory_is_one_more_form(tiny: Any) -> None:
