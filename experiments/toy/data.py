@@ -29,10 +29,14 @@ NAMING_PROMPT = "What is the main object in the image?"
 TRANSCRIPTION_PROMPT = "Read the text."
 
 # A key or value equal to one of the tokenizer's words would be one token instead of one per character.
-RESERVED_WORDS = frozenset(
-    w.lower()
-    for w in ("What", "is", "the", "value", "of", "main", "object", "in", "image", "Read", "text")
-) | frozenset(OBJECTS) | {"user", "system", "assistant"}
+RESERVED_WORDS = (
+    frozenset(
+        w.lower()
+        for w in ("What", "is", "the", "value", "of", "main", "object", "in", "image", "Read", "text")
+    )
+    | frozenset(OBJECTS)
+    | {"user", "system", "assistant"}
+)
 
 
 def question_for(key: str) -> str:
@@ -133,9 +137,7 @@ def text_width(text: str, size: int, tracking: int) -> int:
     return sum(glyph(char, size)[3] + tracking for char in text)
 
 
-def draw_text(
-    coverage: np.ndarray, x: int, baseline: int, text: str, size: int, tracking: int
-) -> list[Box]:
+def draw_text(coverage: np.ndarray, x: int, baseline: int, text: str, size: int, tracking: int) -> list[Box]:
     """Adds ``text`` to the coverage [height, width]; returns one ink box per character (spaces too)."""
     boxes = []
     for char in text:
@@ -221,9 +223,10 @@ def make_strip(
     rng: np.random.Generator, text: str | None = None, size: tuple[int, int] = PAGE_SIZE
 ) -> tuple[np.ndarray, str, tuple[Box, ...]]:
     """One short line of random characters anywhere on a page: pixels, text, character boxes."""
-    if text is None:
-        text = random_word(rng, CHARACTERS, int(rng.integers(1, 9)))
     width, height = size
+    if text is None:
+        longest = min(8, (width - 6) // 11)
+        text = random_word(rng, CHARACTERS, int(rng.integers(1, longest + 1)))
     tracking = int(rng.integers(1, 3))
     font_size = int(rng.integers(FONT_SIZES[0], FONT_SIZES[1] + 1))
     while text_width(text, font_size, tracking) > width - 6:

@@ -1,0 +1,161 @@
+"""Exact match of a toy checkpoint per task, and the control that masks its reading heads.
+
+``python -m hooked_vlm.experiments.toy.evaluate --model DIR`` prints the tables and writes
+``evaluation.json`` beside the weights.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import tyro
+from transformers import Qwen2VLForConditionalGeneration
+
+from hooked_vlm.experiments.toy import data
+from hooked_vlm.experiments.toy.batches import answer_logits, collate
+from hooked_vlm.experiments.toy.data import Sample
+from hooked_vlm.experiments.toy.heads import Head, head_mask, kept_heads, ocr_scores, output_norms
+from hooked_vlm.experiments.toy.model import batch_vision_attention
+
+LIVE_NORM = 0.1  # of the largest head's
+NOT_READING = 0.1  # OCR score
+
+
+@dataclass(frozen=True)
+class EvaluationConfig:
+    model: Path
+    samples: int = 500  # per task and per number of lines
+    draws: int = 20  # random controls
+    seed: int = 0
+    threads: int = 2
+    masked_heads: int | None = None  # default: an eighth of all heads
+    device: str = "cpu"
+
+
+def held_out(seed: int, n: int) -> dict[str, list[Sample]]:
+    """Samples from a stream that training never draws from: pages by number of lines, and the rest."""
+    rng = np.random.default_rng([seed, 2**40])
+    sets = {
+        f"page{lines}": [data.page_sample(rng, lines) for _ in range(n)]
+        for lines in range(1, data.MAX_LINES + 1)
+    }
+    sets["text"] = [data.text_sample(rng) for _ in range(n)]
+    sets["transcription"] = [data.transcription_sample(rng) for _ in range(n)]
+    sets["naming"] = [data.naming_sample(rng) for _ in range(n)]
+    return sets
+
+
+@torch.no_grad()
+def exact_match(
+    model: Qwen2VLForConditionalGeneration, samples: list[Sample], masked: list[Head] | None = None
+) -> np.ndarray:
+    """Per sample, whether greedy decoding gives the answer and stops; ``masked`` heads output zero.
+
+    One pass over prompt and answer decides it: greedy decoding follows the answer exactly as long as
+    every answer token is the most likely one after the right ones before it.
+    """
+    device = next(model.parameters()).device
+    text = model.config.text_config
+    shape = (text.num_hidden_layers, text.num_attention_heads)
+    right = []
+    for first in range(0, len(samples), 64):
+        part = samples[first : first + 64]
+        batch = collate(part).to(device)
+        with kept_heads(model, head_mask(shape, masked or [], len(part)).to(device)):
+            logits, targets, producing = answer_logits(model, batch)
+        wrong = torch.zeros(len(part), dtype=torch.long, device=device)
+        wrong.index_add_(0, producing.nonzero()[:, 0], (logits.argmax(-1) != targets).long())
+        right.append((wrong == 0).cpu().numpy())
+    return np.concatenate(right)
+
+
+def masking_control(
+    model: Qwen2VLForConditionalGeneration, sets: dict[str, list[Sample]], config: EvaluationConfig
+) -> dict:
+    """Masks the heads with the highest OCR score, then as many random live heads that do not read."""
+    pages = [sample for name, samples in sets.items() if name.startswith("page") for sample in samples]
+    pages = pages[:: max(1, len(pages) // config.samples)]
+    scores = ocr_scores(model, pages)
+    norms = output_norms(model, pages)
+    n_masked = config.masked_heads or max(1, scores.size // 8)
+    order = np.argsort(-scores, axis=None)
+    top = [_head(scores, index) for index in order[:n_masked]]
+    live = [
+        _head(scores, index)
+        for index in range(scores.size)
+        if norms.flat[index] >= LIVE_NORM * norms.max() and scores.flat[index] < NOT_READING
+    ]
+    rng = np.random.default_rng([config.seed, 1])
+    draws = []
+    for _ in range(config.draws if len(live) >= n_masked else 0):
+        heads = [live[i] for i in rng.choice(len(live), n_masked, replace=False)]
+        draws.append({"heads": heads, "page": float(exact_match(model, pages, heads).mean())})
+    result = {
+        "ocr_score": scores.round(4).tolist(),
+        "output_norm": norms.round(4).tolist(),
+        "top_heads": top,
+        "live_non_reading_heads": live,
+        "random_draws": draws,
+        "random_page_median": float(np.median([d["page"] for d in draws])) if draws else None,
+    }
+    for name, heads in (("intact", []), ("masked", top)):
+        result[name] = {
+            "page": float(exact_match(model, pages, heads).mean()),
+            **{
+                task: float(exact_match(model, sets[task], heads).mean())
+                for task in ("text", "transcription", "naming")
+            },
+        }
+    return result
+
+
+def _head(scores: np.ndarray, index: int) -> Head:
+    layer, head = np.unravel_index(index, scores.shape)
+    return int(layer), int(head)
+
+
+def evaluate(config: EvaluationConfig) -> dict:
+    torch.set_num_threads(config.threads)
+    model = Qwen2VLForConditionalGeneration.from_pretrained(config.model).to(config.device).eval()
+    batch_vision_attention(model)
+    sets = held_out(config.seed, config.samples)
+    exact = {name: float(exact_match(model, samples).mean()) for name, samples in sets.items()}
+    exact["page"] = float(np.mean([v for name, v in exact.items() if name.startswith("page")]))
+    return {
+        "samples": config.samples,
+        "seed": config.seed,
+        "exact_match": exact,
+        "masking": masking_control(model, sets, config),
+    }
+
+
+def report(result: dict) -> str:
+    lines = ["exact match (held out)"]
+    lines += [f"  {name:<16}{value:7.1%}" for name, value in result["exact_match"].items()]
+    masking = result["masking"]
+    lines.append("OCR score by layer and head (output norm)")
+    for layer, (scores, norms) in enumerate(zip(masking["ocr_score"], masking["output_norm"], strict=True)):
+        cells = "  ".join(f"{s:.3f} ({n:.2f})" for s, n in zip(scores, norms, strict=True))
+        lines.append(f"  {layer}  {cells}")
+    lines.append(f"masking the top heads {masking['top_heads']}")
+    for task, value in masking["intact"].items():
+        lines.append(f"  {task:<16}{value:7.1%} -> {masking['masked'][task]:7.1%}")
+    median = masking["random_page_median"]
+    lines.append(
+        "masking as many random live heads that do not read: page "
+        + ("not possible, too few such heads" if median is None else f"{median:.1%} (median)")
+    )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    config = tyro.cli(EvaluationConfig, description=__doc__)
+    result = evaluate(config)
+    (config.model / "evaluation.json").write_text(json.dumps(result, indent=1) + "\n")
+    print(report(result))
+
+
+if __name__ == "__main__":
+    main()

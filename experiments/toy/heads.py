@@ -1,0 +1,150 @@
+"""Per-head measurements on a toy model: OCR score, output norm, and running with heads switched off.
+
+These work on ``transformers``' model directly, because training needs them; the study in
+``experiments/ocr_heads`` measures the same scores through this library's hooks.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+from transformers import Qwen2VLForConditionalGeneration
+
+from hooked_vlm.experiments.toy.batches import IGNORED, Batch, collate, decoder_output, image_grid
+from hooked_vlm.experiments.toy.data import Box, Sample
+from hooked_vlm.experiments.toy.model import MERGE_SIZE, PATCH_SIZE
+
+Head = tuple[int, int]  # layer, head
+IMAGE_START = 4  # after <|im_start|> user \n <|vision_start|>
+
+
+@contextmanager
+def kept_heads(
+    model: Qwen2VLForConditionalGeneration, keep: Float[Tensor, "layer batch head"]
+) -> Iterator[None]:
+    """Multiplies each head's output, before ``o_proj`` mixes the heads, by its entry (0 removes it)."""
+    handles = []
+    for layer, block in enumerate(model.model.language_model.layers):
+        gate = keep[layer][:, None, :, None]  # batch 1 head 1
+
+        def scale(_module: object, args: tuple[Tensor], gate: Tensor = gate) -> tuple[Tensor]:
+            z = args[0].unflatten(-1, (gate.shape[2], -1))
+            return ((z * gate).flatten(-2),)
+
+        handles.append(block.self_attn.o_proj.register_forward_pre_hook(scale))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def head_mask(shape: tuple[int, int], heads: Sequence[Head], batch: int) -> Float[Tensor, "layer batch head"]:
+    """Ones of ``shape`` (layers, heads) with zeros at ``heads``, for every row of a batch."""
+    keep = torch.ones(shape[0], batch, shape[1])
+    for layer, head in heads:
+        keep[layer, :, head] = 0
+    return keep
+
+
+def evidence_tokens(box: Box, grid: tuple[int, int], min_overlap: float = 0.1) -> Bool[np.ndarray, " token"]:
+    """Image tokens (row by row) that hold more than ``min_overlap`` of the box's area."""
+    rows, columns = grid
+    side = PATCH_SIZE * MERGE_SIZE
+    x0, y0, x1, y1 = box
+    left, top = np.arange(columns) * side, np.arange(rows) * side
+    across = np.clip(np.minimum(left + side, x1) - np.maximum(left, x0), 0, None)
+    down = np.clip(np.minimum(top + side, y1) - np.maximum(top, y0), 0, None)
+    return (np.outer(down, across) / ((x1 - x0) * (y1 - y0)) > min_overlap).ravel()
+
+
+def answer_boxes(sample: Sample) -> list[Sequence[Box]]:
+    """For every turn, the boxes of its answer's characters (empty where the answer is not such a text)."""
+    if sample.char_boxes:
+        return [sample.char_boxes]
+    if sample.page is not None and sample.target_lines:
+        return [sample.page.lines[line].value_boxes for line in sample.target_lines]
+    return []
+
+
+def evidence_mask(samples: Sequence[Sample], batch: Batch) -> Bool[np.ndarray, "batch pos image_token"]:
+    """At the position that produces a character, the image tokens where that character is drawn."""
+    assert samples[0].pixels is not None
+    grid = image_grid(*samples[0].pixels.shape[:2])
+    mask = np.zeros((*batch.tokens.shape, grid[0] * grid[1]), bool)
+    labels = batch.labels.cpu().numpy()
+    for row, sample in enumerate(samples):
+        supervised = np.flatnonzero(labels[row] != IGNORED)
+        starts = supervised[np.diff(supervised, prepend=-2) > 1]  # the first token of each answer
+        for start, boxes in zip(starts, answer_boxes(sample), strict=False):
+            for index, box in enumerate(boxes):
+                mask[row, start - 1 + index] = evidence_tokens(box, grid)
+    return mask
+
+
+@contextmanager
+def visible_patterns(model: Qwen2VLForConditionalGeneration) -> Iterator[None]:
+    """Attention computed step by step, because the fused kernel returns no pattern."""
+    config = model.model.language_model.config
+    implementation = config._attn_implementation
+    config._attn_implementation = "eager"
+    try:
+        yield
+    finally:
+        config._attn_implementation = implementation
+
+
+@torch.no_grad()
+def ocr_scores(
+    model: Qwen2VLForConditionalGeneration, samples: Sequence[Sample]
+) -> Float[np.ndarray, "layer head"]:
+    """Share of answer characters at whose production a head's argmax lies on that character's tokens.
+
+    The row is that of the query which produces the character; the answer is fed, not generated. All
+    images have one size.
+    """
+    device = next(model.parameters()).device
+    hits = []
+    for first in range(0, len(samples), 64):
+        part = samples[first : first + 64]
+        batch = collate(part).to(device)
+        with visible_patterns(model):
+            attentions = decoder_output(model, batch, output_attentions=True).attentions
+        evidence = evidence_mask(part, batch)
+        rows, queries = np.nonzero(evidence.any(-1))
+        # layer, character, head: the position attended most
+        attended = np.stack([p.argmax(-1).cpu().numpy()[rows, :, queries] for p in attentions]) - IMAGE_START
+        in_image = (attended >= 0) & (attended < evidence.shape[-1])
+        where = np.clip(attended, 0, evidence.shape[-1] - 1)
+        hits.append(evidence[rows[None, :, None], queries[None, :, None], where] & in_image)
+    return np.concatenate(hits, axis=1).mean(1)
+
+
+@torch.no_grad()
+def output_norms(
+    model: Qwen2VLForConditionalGeneration, samples: Sequence[Sample]
+) -> Float[np.ndarray, "layer head"]:
+    """Mean norm of each head's contribution to the residual stream over the produced answer tokens."""
+    device = next(model.parameters()).device
+    batch = collate(samples).to(device)
+    producing = torch.roll(batch.labels != -100, -1, dims=1)
+    norms: list[Tensor] = []
+    handles = []
+    for block in model.model.language_model.layers:
+
+        def measure(module: torch.nn.Linear, args: tuple[Tensor], _out: Tensor) -> None:
+            z = args[0][producing].unflatten(-1, (text.num_attention_heads, -1))
+            weight = module.weight.unflatten(1, (text.num_attention_heads, -1))
+            norms.append(torch.einsum("thd,mhd->thm", z, weight).norm(dim=-1).mean(0))
+
+        text = model.config.text_config
+        handles.append(block.self_attn.o_proj.register_forward_hook(measure))
+    try:
+        decoder_output(model, batch)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return torch.stack(norms).cpu().numpy()
