@@ -1,0 +1,1 @@
+"""The studies: one package each, with a `run(config)`, a command and a report."""

@@ -1,0 +1,128 @@
+"""Passkeys and needles in haystacks: the paper's data sets where the hub can be reached, ours otherwise.
+
+Both give the same kind of item; a run's config.json says which it used.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+PASSKEY_DATASET = "nanotron/simple_needle_in_a_hay_stack"
+NEEDLE_DATASET = "opencompass/NeedleBench"
+PAPER_SEED = 42
+HUB, SYNTHETIC = "the paper's data set, from the hub", "synthetic (the hub cannot be reached)"
+
+
+@dataclass(frozen=True)
+class HaystackItem:
+    """A context with the answer in it, and the question."""
+
+    context: str
+    question: str
+    answer: str
+    length: int
+
+
+def passkey_items(seed: int, n: int, lengths: Sequence[int]) -> tuple[list[HaystackItem], str]:
+    """`n` contexts of about the given numbers of tokens, each with one pass key of five digits."""
+    rows = _from_hub(PASSKEY_DATASET, None, "train")
+    if rows is None:
+        rng = np.random.default_rng([seed, 2])
+        return [_synthetic_passkey(rng, lengths[i % len(lengths)]) for i in range(n)], SYNTHETIC
+    items: list[HaystackItem] = []
+    for i, length in enumerate(lengths):
+        share = n // len(lengths) + (i < n % len(lengths))
+        subset = rows.filter(lambda row, length=length: row["context_length"] == length)
+        subset = subset.shuffle(seed=PAPER_SEED + seed)
+        items += [
+            HaystackItem(row["prompt"], "What is the pass key?", str(row["answer"]), length)
+            for row in subset.select(range(min(share, len(subset))))
+        ]
+    return items, HUB
+
+
+def niah_items(seed: int, n: int, lengths: Sequence[int]) -> tuple[list[HaystackItem], str]:
+    """`n` contexts of the given numbers of characters with one sentence hidden at a random place."""
+    texts = _from_hub(NEEDLE_DATASET, "en_haystack_texts", "test")
+    needles = _from_hub(NEEDLE_DATASET, "retrieval_needles", "test")
+    rng = np.random.default_rng([seed, 3])
+    if texts is None or needles is None:
+        made = [_synthetic_needle(rng) for _ in range(n)]
+        haystack, source = None, SYNTHETIC
+    else:
+        # the English needles are the rows from 191 on (the paper's code)
+        rows = [needles[int(i)] for i in np.sort(rng.permutation(np.arange(191, len(needles)))[:n])]
+        made = [(row["needle"], row["retrieval_question"], row["arg2"]) for row in rows]
+        haystack, source = " ".join(texts["text"]), HUB
+    items = []
+    for i, (needle, question, answer) in enumerate(made):
+        length = lengths[i % len(lengths)]
+        if haystack is None:
+            context = _prose(rng, length)
+        else:
+            at = int(rng.integers(max(1, len(haystack) - length)))
+            context = haystack[at : at + length]
+        at = int(rng.integers(len(context)))
+        items.append(HaystackItem(f"{context[:at]} {needle} {context[at:]}", question, answer, length))
+    return items, source
+
+
+def _from_hub(name: str, subset: str | None, split: str) -> Any:
+    """A data set's split, or None where the hub cannot be reached."""
+    from datasets import load_dataset  # slow to import, and needed by this function only
+
+    try:
+        return load_dataset(name, subset, split=split)
+    except (OSError, RuntimeError, ValueError):  # offline, refused, or no such data set there any more
+        return None
+
+
+# ---------------------------------------------------------------- synthetic
+
+_PLACES = (
+    ["Arvel", "Bruni", "Castom", "Dorrel", "Esk", "Farrow", "Gildon", "Harth", "Ilden", "Jorvik", "Kelda", "Lorne", "Marsk", "Norrow", "Ostel"]
+)
+_MATERIALS = ["oak", "granite", "copper", "linen", "amber", "slate", "silver", "clay", "walnut", "marble"]
+_COLOURS = ["blue", "green", "crimson", "golden", "violet", "white", "black", "orange"]
+_OBJECTS = ["gate", "bell", "bridge", "throne", "lantern", "fountain"]
+_SUBJECTS = (
+    ["The baker", "A careful clerk", "My neighbour", "The old sailor", "A young gardener", "The night train"]
+)
+_VERBS = ["waited near", "walked past", "wrote about", "remembered", "drew a map of", "looked for"]
+_GOALS = ["the quiet harbour", "a row of lime trees", "the second bridge", "an empty market", "the long wall"]
+_ENDS = (
+    ["before the rain came", "until the evening", "for most of the year", "without a word", "as everyone does"]
+)
+
+
+def _pick(rng: np.random.Generator, words: Sequence[str]) -> str:
+    return words[int(rng.integers(len(words)))]
+
+
+def _sentence(rng: np.random.Generator) -> str:
+    return f"{_pick(rng, _SUBJECTS)} {_pick(rng, _VERBS)} {_pick(rng, _GOALS)} {_pick(rng, _ENDS)}."
+
+
+def _prose(rng: np.random.Generator, n_characters: int) -> str:
+    sentences: list[str] = []
+    while sum(map(len, sentences)) + len(sentences) < n_characters:
+        sentences.append(_sentence(rng))
+    return " ".join(sentences)[:n_characters]
+
+
+def _synthetic_passkey(rng: np.random.Generator, n_tokens: int) -> HaystackItem:
+    key = str(int(rng.integers(10000, 100000)))
+    filler = [_sentence(rng) for _ in range(max(2, n_tokens // 12))]  # a sentence has about 12 tokens
+    at = int(rng.integers(len(filler) + 1))
+    filler.insert(at, f"The pass key is {key}. Remember it. {key} is the pass key.")
+    question = "What is the pass key?"
+    return HaystackItem(" ".join(filler) + f"\n{question}", question, key, n_tokens)
+
+
+def _synthetic_needle(rng: np.random.Generator) -> tuple[str, str, str]:
+    place, thing = _pick(rng, _PLACES), _pick(rng, _OBJECTS)
+    answer = f"{_pick(rng, _COLOURS)} {_pick(rng, _MATERIALS)}"
+    needle = f"The {thing} in the town of {place} is made of {answer}."
+    return needle, f"What is the {thing} in the town of {place} made of?", answer

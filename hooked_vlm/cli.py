@@ -1,0 +1,42 @@
+"""The command line: `hooked-vlm COMMAND --help`. Errors are one sentence, without a traceback."""
+
+import sys
+
+import tyro
+
+from hooked_vlm.converters import CheckpointError
+from hooked_vlm.experiments.ocr_heads import OcrHeadsConfig, run
+from hooked_vlm.experiments.ocr_heads.config import StudyError
+from hooked_vlm.experiments.ocr_heads.report import summary
+from hooked_vlm.geometry import GeometryError
+from hooked_vlm.hooks import HookError
+from hooked_vlm.images import ImageError
+from hooked_vlm.inputs import InputError
+
+EXPECTED = (CheckpointError, GeometryError, HookError, ImageError, InputError, StudyError)
+"""What a user can cause and mend; anything else is a fault of ours and keeps its traceback."""
+
+app = tyro.extras.SubcommandApp()
+
+
+@app.command(name="ocr-heads")
+def ocr_heads(config: tyro.conf.OmitArgPrefixes[OcrHeadsConfig]) -> None:
+    """Which attention heads read text in images (arXiv 2505.15865): scores, selection and a masking control."""
+    print(summary(run(config), config))
+
+
+def main() -> None:
+    """Entry point of `hooked-vlm`."""
+    try:
+        app.cli(
+            prog="hooked-vlm", description="Inside vision-language models: studies from the command line."
+        )
+    except EXPECTED as error:
+        sys.exit(f"hooked-vlm: {error}")
+    except KeyboardInterrupt:
+        print("\nhooked-vlm: interrupted; nothing was written", file=sys.stderr)
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()
