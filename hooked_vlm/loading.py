@@ -5,7 +5,7 @@ import shutil
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, TypeVar
 
 import torch
 from huggingface_hub import save_torch_state_dict, snapshot_download
@@ -21,6 +21,9 @@ TOY_MODELS = Path(__file__).parent / "toy_models"
 _FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "tokenizer.model")
 
+Model = TypeVar("Model", bound="LoadingMixin")
+"""The class called upon (`typing.Self`, which beartype does not know in methods)."""
+
 
 class LoadingMixin(nn.Module):
     """Loading and saving of a `HookedVLM`."""
@@ -32,7 +35,7 @@ class LoadingMixin(nn.Module):
 
     @classmethod
     def from_pretrained(
-        cls,
+        cls: type[Model],
         name_or_path: str | Path,
         *,
         device: torch.device | str | None = None,
@@ -40,7 +43,7 @@ class LoadingMixin(nn.Module):
         revision: str | None = None,
         cache_dir: str | Path | None = None,
         local_files_only: bool = False,
-    ) -> Self:
+    ) -> Model:
         """A model from a checkpoint folder, a bundled toy model or the Hugging Face hub.
 
         Args:
@@ -77,8 +80,8 @@ class LoadingMixin(nn.Module):
 
     @classmethod
     def from_hf(
-        cls, hf_model: Any, tokenizer: Any = None, image_processor: ImageProcessor | None = None
-    ) -> Self:
+        cls: type[Model], hf_model: Any, tokenizer: Any = None, image_processor: ImageProcessor | None = None
+    ) -> Model:
         """A model that shares the storage of a `transformers` model's parameters: an edit of one edits both.
 
         Raises:
@@ -95,13 +98,13 @@ class LoadingMixin(nn.Module):
 
     @classmethod
     def _assemble(
-        cls,
+        cls: type[Model],
         cfg: VLMConfig,
         tensors: Mapping[str, Tensor],
         hf_config: dict[str, Any],
         tokenizer: Any,
         image_processor: ImageProcessor | None,
-    ) -> Self:
+    ) -> Model:
         with torch.device("meta"):
             model = cls(cfg, tokenizer, image_processor)  # type: ignore[call-arg]
         placed: dict[int, Tensor] = {}  # tied tensors are one object, before and after
