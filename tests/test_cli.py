@@ -1,0 +1,47 @@
+"""The command line: what it says when things go wrong."""
+
+import sys
+from pathlib import Path
+
+import pytest
+
+from hooked_vlm import cli
+
+
+def call(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> None:
+    monkeypatch.setattr(sys, "argv", ["hooked-vlm", *arguments])
+    cli.main()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--model", "no-such-model"], "there is no checkpoint folder"),
+        (["--model", "./nowhere"], "there is no checkpoint folder"),
+        (["--model", "owner/model"], "cannot get 'owner/model' from the hub"),
+        (["--samples", "0"], "--samples must be at least 1"),
+        (["--out", "/dev/null/x"], "cannot write to --out"),
+    ],
+)
+def test_a_users_mistake_is_one_sentence_and_no_traceback(
+    arguments: list[str], words: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    out = [] if "--out" in arguments else ["--out", str(tmp_path / "out")]
+    with pytest.raises(SystemExit) as stopped:
+        call(monkeypatch, "ocr-heads", *arguments, *out)
+    message = str(stopped.value)
+    assert words in message and "\n" not in message
+
+
+def test_an_interrupt_leaves_nothing_half_written(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("hooked_vlm.experiments.ocr_heads.study.score_heads", interrupted)
+    with pytest.raises(SystemExit) as stopped:
+        call(monkeypatch, "ocr-heads", "--out", str(tmp_path / "out"), "--quiet")
+    assert stopped.value.code == 130
+    assert "interrupted" in capsys.readouterr().err
+    assert list((tmp_path / "out").iterdir()) == []
