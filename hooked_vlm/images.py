@@ -137,8 +137,6 @@ def _to_rgb(image: Image.Image, name: str) -> Image.Image:
         raise ImageError(f"{name} is truncated or corrupt ({error}): write or download it again") from error
 
     upright = _UPRIGHT.get(_orientation(image))
-    if upright is not None:
-        image = image.transpose(upright)
     if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):
         image = _from_16_bit(image)
     elif image.mode in ("I", "F"):
@@ -146,7 +144,9 @@ def _to_rgb(image: Image.Image, name: str) -> Image.Image:
             f"{name} has mode {image.mode!r} (32-bit numbers), whose white is not known: "
             "scale it to 0 to 255 and convert it to mode 'L' first"
         )
-    if image.mode == "RGB" and upright is None and image.info.get("transparency") is None:
+    if upright is not None:
+        image = image.transpose(upright)
+    elif image.mode == "RGB" and image.info.get("transparency") is None:
         return image
     try:
         # transformers.image_transforms.convert_to_rgb (5.23)

@@ -351,6 +351,13 @@ def test_16_bit_greyscale_is_scaled_not_clipped(tmp_path, extension):
             np.testing.assert_array_equal(loaded[..., channel], expected)
 
 
+def test_16_bit_greyscale_is_turned_upright(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.fromarray(np.array([[0, 65535]], dtype=np.uint16)).save(tmp_path / "image.png", exif=exif)
+    assert np.asarray(load_image(tmp_path / "image.png"))[..., 0].tolist() == [[0], [255]]
+
+
 def test_the_transparent_level_of_16_bit_greyscale_becomes_white(tmp_path):
     levels = np.array([[1000, 2000]], dtype=np.uint16)
     Image.fromarray(levels).save(tmp_path / "image.png", transparency=1000)
