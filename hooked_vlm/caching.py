@@ -43,7 +43,9 @@ def caching_hooks(
         name = str(hook.name)
         kept = tensor.detach()
         if not is_vision(name):
-            kept = positions.apply(kept, dim=position_axis(name))
+            if positions.mode != "identity":
+                # a copy: a view would keep the whole tensor in memory
+                kept = positions.apply(kept, dim=position_axis(name)).clone()
             if remove_batch_dim:
                 kept = kept[0]
         store[name + suffix] = kept.to(device) if device is not None else kept

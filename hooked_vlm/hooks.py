@@ -18,7 +18,7 @@ class HookError(ValueError):
 
 def is_hooked(point: HookPoint) -> bool:
     """Whether anything listens at `point`, hooks set through plain PyTorch and backward hooks included."""
-    return bool(point._forward_hooks or point._backward_hooks or point._forward_pre_hooks)
+    return bool(point._forward_hooks or point._forward_pre_hooks or point._backward_hooks or point._backward_pre_hooks)
 
 
 def fresh(point: HookPoint, x: Tensor) -> Tensor:
