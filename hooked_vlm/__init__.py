@@ -8,6 +8,6 @@ from hooked_vlm.geometry import GeometryError as GeometryError
 from hooked_vlm.geometry import ImageGrid as ImageGrid
 from hooked_vlm.hooks import HookError as HookError
 from hooked_vlm.images import ImageError as ImageError
-from hooked_vlm.inputs import InputError as InputError
 from hooked_vlm.inputs import VLMInputs as VLMInputs
 from hooked_vlm.model import HookedVLM as HookedVLM
+from hooked_vlm.token_layout import InputError as InputError

@@ -12,7 +12,8 @@ from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
 from hooked_vlm.attention import attention_scores
-from hooked_vlm.inputs import InputError, VLMInputs
+from hooked_vlm.inputs import VLMInputs
+from hooked_vlm.token_layout import InputError
 
 Rows = Float[Tensor, "batch head row key"]
 

@@ -11,7 +11,7 @@ from hooked_vlm.experiments.ocr_heads.report import summary
 from hooked_vlm.geometry import GeometryError
 from hooked_vlm.hooks import HookError
 from hooked_vlm.images import ImageError
-from hooked_vlm.inputs import InputError
+from hooked_vlm.token_layout import InputError
 
 EXPECTED = (CheckpointError, GeometryError, HookError, ImageError, InputError, StudyError)
 """What a user can cause and mend; anything else is a fault of ours and keeps its traceback."""

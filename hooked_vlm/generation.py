@@ -13,7 +13,8 @@ from transformer_lens.hook_points import HookPoint
 
 from hooked_vlm.config import VLMConfig
 from hooked_vlm.hooks import HookName, is_hooked
-from hooked_vlm.inputs import InputError, InputSpec, VLMInputs
+from hooked_vlm.inputs import VLMInputs
+from hooked_vlm.token_layout import InputError, InputSpec
 
 
 class GenerationMixin(nn.Module):

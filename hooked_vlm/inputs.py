@@ -7,69 +7,18 @@ so that everything that takes tokens takes a `VLMInputs`. Row indexing carries t
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from hooked_vlm.geometry import ImageGrid
-from hooked_vlm.images import ImageProcessor
 from hooked_vlm.positions import TokenGroups, mrope_positions, prompt_groups
+from hooked_vlm.token_layout import Grid, InputError, InputSpec, Kind, Visual, locate_visuals, real_span
 
-Grid = tuple[int, int, int]
 Box = tuple[float, float, float, float]
-Kind = Literal["image", "video"]
-
-
-class InputError(ValueError):
-    """Inputs that do not fit together: images against placeholders, shapes, padding, context length."""
-
-
-@dataclass(frozen=True, eq=False)
-class InputSpec:
-    """What inputs need to know of the model they are for."""
-
-    image_token_id: int | None
-    video_token_id: int | None
-    vision_end_token_id: int | None
-    patch_size: int
-    merge_size: int
-    pad_token_id: int
-    turn_start_id: int | None = None
-    """The token that opens a chat turn (`<|im_start|>`)."""
-    turn_end_id: int | None = None
-    """The token that closes a chat turn (`<|im_end|>`)."""
-    tokenizer: Any = None
-    image_processor: ImageProcessor | None = None
-
-    @property
-    def placeholder_ids(self) -> tuple[int, ...]:
-        return tuple(i for i in (self.image_token_id, self.video_token_id) if i is not None)
-
-    def n_tokens(self, grid: Grid) -> int:
-        """Placeholders that stand for an image or video of `grid` patches."""
-        t, h, w = grid
-        return t * h * w // self.merge_size**2
-
-
-@dataclass(frozen=True)
-class Visual:
-    """One image or video in the token stream."""
-
-    kind: Kind
-    index: int
-    """Its number among the images (or among the videos) of the batch, in order of appearance."""
-    row: int
-    start: int
-    """Position of its first placeholder."""
-    n_tokens: int
-    grid: Grid
-    """Patches: (temporal patches, rows, columns)."""
-
-    @property
-    def stop(self) -> int:
-        return self.start + self.n_tokens
+"""Half-open (x0, y0, x1, y1) in pixels of the original image."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -89,7 +38,7 @@ class VLMInputs:
     attention_mask: Int[Tensor, "batch pos"] = None  # type: ignore[assignment]
     pixel_values: Float[Tensor, "patch d_patch"] | None = None
     image_grid_thw: Int[Tensor, "image 3"] | None = None
-    pixel_values_videos: Float[Tensor, "patch d_patch"] | None = None
+    pixel_values_videos: Float[Tensor, "video_patch d_patch"] | None = None
     video_grid_thw: Int[Tensor, "video 3"] | None = None
     image_sizes: tuple[tuple[int, int], ...] | None = None
     """(width, height) of the original images in pixels, after EXIF orientation; None if not known."""
@@ -117,10 +66,11 @@ class VLMInputs:
             )
         if not self.n_generated:
             set_(self, "n_generated", (0,) * len(self.tokens))
-        first, stop = _real_span(self.attention_mask)
+        first, stop = real_span(self.attention_mask)
         set_(self, "first", first)
         set_(self, "stop", stop)
-        set_(self, "visuals", _locate_visuals(self))
+        grids = (self.image_grid_thw, self.video_grid_thw)
+        set_(self, "visuals", locate_visuals(self.tokens, self.spec, *grids, first, stop))
         _check_pixels(self)
         positions = mrope_positions(
             self.tokens.shape,
@@ -491,64 +441,6 @@ def _left_pad(rows: list[Tensor], masks: list[Tensor], pad_token_id: int) -> tup
         tokens[r, width - len(row) :] = row
         mask[r, width - len(row) :] = row_mask
     return tokens, mask
-
-
-def _real_span(mask: Tensor) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """First real position of each row and one past the last; refuses holes and empty rows."""
-    host = mask.to(torch.bool).cpu()
-    counts = host.sum(1)
-    first = host.int().argmax(1)
-    stop = host.shape[1] - host.flip(1).int().argmax(1)
-    if (counts == 0).any():
-        raise InputError(
-            f"row {int((counts == 0).nonzero()[0])} has no real token: its attention_mask is all 0"
-        )
-    if (stop - first != counts).any():
-        row = int((stop - first != counts).nonzero()[0])
-        raise InputError(f"row {row} has padding between real tokens: padding must lie at the ends of a row")
-    return tuple(first.tolist()), tuple(stop.tolist())
-
-
-def _locate_visuals(inputs: VLMInputs) -> tuple[Visual, ...]:
-    """Every image and video with its run of placeholders, in order of appearance."""
-    spec = inputs.spec
-    tokens = inputs.tokens.cpu()
-    visuals: list[Visual] = []
-    for kind, token_id, grid_thw in (
-        ("image", spec.image_token_id, inputs.image_grid_thw),
-        ("video", spec.video_token_id, inputs.video_grid_thw),
-    ):
-        grids = [] if grid_thw is None else [tuple(int(n) for n in g) for g in grid_thw.tolist()]
-        at = (tokens == token_id).nonzero().tolist() if token_id is not None else []
-        expected = sum(spec.n_tokens(g) for g in grids)  # type: ignore[arg-type]
-        if len(at) != expected:
-            raise InputError(_mismatch(kind, len(at), expected, len(grids)))
-        done = 0
-        for index, grid in enumerate(grids):
-            n = spec.n_tokens(grid)  # type: ignore[arg-type]
-            (row, start), (last_row, last) = at[done], at[done + n - 1]
-            if last_row != row or last != start + n - 1:
-                raise InputError(
-                    f"the {n} placeholders of {kind} {index} are not one run of tokens in one row "
-                    f"(they start at row {row}, position {start})"
-                )
-            if not inputs.first[row] <= start < inputs.stop[row]:
-                raise InputError(f"the placeholders of {kind} {index} lie under the padding of row {row}")
-            visuals.append(Visual(kind, index, row, start, n, grid))  # type: ignore[arg-type]
-            done += n
-    return tuple(sorted(visuals, key=lambda v: (v.row, v.start)))
-
-
-def _mismatch(kind: str, n_placeholders: int, n_expected: int, n_visuals: int) -> str:
-    if n_visuals == 0:
-        return (
-            f"{n_placeholders} {kind} placeholders but no {kind}: pass the VLMInputs that "
-            f"model.to_inputs(prompt, {kind}s=...) makes, not bare tokens"
-        )
-    return (
-        f"{n_visuals} {kind}{'s' if n_visuals > 1 else ''} need {n_expected} placeholders, but the tokens have "
-        f"{n_placeholders}"
-    )
 
 
 def _check_pixels(inputs: VLMInputs) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-from hooked_vlm.inputs import InputError
+from hooked_vlm.token_layout import InputError
 
 Head = tuple[int, int]
 """(layer, head), both from 0."""
@@ -53,6 +53,7 @@ def check_heads(model: Any, heads: Sequence[Head]) -> Sequence[Head]:
     for layer, head in heads:
         if not (0 <= layer < n_layers and 0 <= head < n_heads):
             raise InputError(
-                f"there is no head {layer}.{head}: the model has layers 0 to {n_layers - 1} with heads 0 to {n_heads - 1}"
+                f"there is no head {layer}.{head}: the model has layers 0 to {n_layers - 1} "
+                f"with heads 0 to {n_heads - 1}"
             )
     return heads

@@ -20,10 +20,11 @@ from hooked_vlm.config import VLMConfig
 from hooked_vlm.decoder import text_blocks
 from hooked_vlm.generation import GenerationMixin
 from hooked_vlm.hooks import HookError, HookName, fresh, is_encoder, is_hooked, is_vision, nearest_names
-from hooked_vlm.inputs import InputError, VLMInputs
+from hooked_vlm.inputs import VLMInputs
 from hooked_vlm.loading import LoadingMixin
 from hooked_vlm.prompting import PromptMixin
 from hooked_vlm.rotary import text_rotation
+from hooked_vlm.token_layout import InputError
 from hooked_vlm.vision import PatchRun, Projector, VisionTower
 from hooked_vlm.weights import WeightsMixin
 

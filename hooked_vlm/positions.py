@@ -90,7 +90,7 @@ def prompt_groups(
     question = [p for p in text if tokens[p] not in markers]
     if not question:  # the image closes the turn: the question stands before it
         before = [start for _, start, _ in visuals if start > user_start]
-        question = [p for p in range(user_start, min(before) - 1)] if before else []
+        question = list(range(user_start, min(before) - 1)) if before else []
     return {
         "image": [p for kind, a, b in visuals if kind == "image" for p in range(a, b)],
         "video": [p for kind, a, b in visuals if kind == "video" for p in range(a, b)],

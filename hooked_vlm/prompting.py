@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from hooked_vlm.config import VLMConfig
 from hooked_vlm.images import ImageProcessor
-from hooked_vlm.inputs import InputError, InputSpec, VLMInputs
+from hooked_vlm.inputs import VLMInputs
+from hooked_vlm.token_layout import InputError, InputSpec
 
 Messages = Sequence[Mapping[str, Any]]
 """A chat as Hugging Face's templates take it: [{"role": "user", "content": [{"type": "image"}, ...]}]."""

@@ -20,9 +20,7 @@ from hooked_vlm.config import VisionConfig
 from hooked_vlm.decoder import vision_blocks
 from hooked_vlm.hooks import is_hooked
 from hooked_vlm.rotary import patch_rotation
-
-Grid = tuple[int, int, int]
-"""Patches of an image or video: (temporal patches, rows, columns)."""
+from hooked_vlm.token_layout import Grid
 
 
 class PatchRun(AttentionRun):
