@@ -1,6 +1,6 @@
 """Forward passes, caching and generation beside `transformers` (sdpa), on a random model of middle size.
 
-    python benchmarks/forward.py [--device cuda] [--dtype bfloat16] [--rounds 9]
+python benchmarks/forward.py [--device cuda] [--dtype bfloat16] [--rounds 9]
 """
 
 import argparse

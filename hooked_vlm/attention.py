@@ -216,6 +216,10 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(d_model, n_key_value_heads * d_head, bias=qkv_bias)
         self.o_proj = nn.Linear(n_heads * d_head, d_model, bias=o_bias)
         self.split_inputs = split_inputs
+        if split_inputs:
+            self.hook_q_input = HookPoint()  # [batch, pos, head, d_model], with use_split_qkv_input
+            self.hook_k_input = HookPoint()  # [batch, pos, kv_head, d_model], with use_split_qkv_input
+            self.hook_v_input = HookPoint()  # [batch, pos, kv_head, d_model], with use_split_qkv_input
         self.hook_q = HookPoint()  # [batch, pos, head, d_head]
         self.hook_k = HookPoint()  # [batch, pos, kv_head, d_head]
         self.hook_v = HookPoint()  # [batch, pos, kv_head, d_head]
@@ -285,9 +289,7 @@ class Attention(nn.Module):
 class AttentionRun:
     """What one forward pass tells its attention layers: how tensors pass hooks, who sees whom, the KV cache."""
 
-    def __init__(
-        self, mask: AttentionMask, past: KVCache | None = None, use_attn_result: bool = False
-    ) -> None:
+    def __init__(self, mask: AttentionMask, past: KVCache | None = None, use_attn_result: bool = False) -> None:
         self.mask, self.past, self.use_attn_result = mask, past, use_attn_result
 
     hook: HookFn = staticmethod(HookPoint.__call__)

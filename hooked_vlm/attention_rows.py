@@ -78,9 +78,7 @@ def attention_rows(
 def _visible(inputs: VLMInputs, positions: Int[Tensor, "batch row"]) -> Tensor:
     """Which keys each of the chosen queries may see, bool [batch, row, key]."""
     if positions.shape[0] != len(inputs):
-        raise InputError(
-            f"positions must be [batch, row] with {len(inputs)} rows, got {tuple(positions.shape)}"
-        )
+        raise InputError(f"positions must be [batch, row] with {len(inputs)} rows, got {tuple(positions.shape)}")
     first = torch.tensor(inputs.first, device=inputs.device)[:, None]
     stop = torch.tensor(inputs.stop, device=inputs.device)[:, None]
     if ((positions < first) | (positions >= stop)).any():

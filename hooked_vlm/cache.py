@@ -103,7 +103,7 @@ class VLMCache(DerivingCache):
         vision_mask: AttentionMask | None = None,
         why_not: str = "",
     ) -> None:
-        vision = {name: value for name, value in cache_dict.items() if is_vision(name.removesuffix("_grad"))}
+        vision = {name: value for name, value in cache_dict.items() if is_vision(name)}
         text = {name: value for name, value in cache_dict.items() if name not in vision}
         super().__init__(text, model, has_batch_dim, model.cfg.n_layers, attention_mask, why_not)
         n_layers = 0 if model.cfg.vision is None else model.cfg.vision.n_layers
@@ -117,7 +117,7 @@ class VLMCache(DerivingCache):
         return super().__getitem__(key)
 
     def __contains__(self, key: Any) -> bool:
-        if isinstance(key, str) and is_vision(key.removesuffix("_grad")):
+        if isinstance(key, str) and is_vision(key):
             return key.removeprefix("vision.") in self.vision.cache_dict
         return key in self.cache_dict
 

@@ -28,9 +28,7 @@ def ocr_heads(config: tyro.conf.OmitArgPrefixes[OcrHeadsConfig]) -> None:
 def main() -> None:
     """Entry point of `hooked-vlm`."""
     try:
-        app.cli(
-            prog="hooked-vlm", description="Inside vision-language models: studies from the command line."
-        )
+        app.cli(prog="hooked-vlm", description="Inside vision-language models: studies from the command line.")
     except EXPECTED as error:
         sys.exit(f"hooked-vlm: {error}")
     except KeyboardInterrupt:

@@ -22,9 +22,6 @@ class Block(nn.Module):
         self.ln1, self.attn, self.ln2, self.mlp = ln1, attn, ln2, mlp
         self.hook_resid_pre = HookPoint()  # [batch, pos, d_model]
         if attn.split_inputs:
-            self.hook_q_input = HookPoint()  # [batch, pos, head, d_model], with use_split_qkv_input
-            self.hook_k_input = HookPoint()  # [batch, pos, kv_head, d_model], with use_split_qkv_input
-            self.hook_v_input = HookPoint()  # [batch, pos, kv_head, d_model], with use_split_qkv_input
             self.hook_mlp_in = HookPoint()  # [batch, pos, d_model], with use_hook_mlp_in
         self.hook_attn_out = HookPoint()  # [batch, pos, d_model]
         self.hook_resid_mid = HookPoint()  # [batch, pos, d_model]
@@ -56,8 +53,9 @@ class Block(nn.Module):
 
     def _split_inputs(self, resid_pre: Tensor, hook) -> tuple[Tensor, Tensor, Tensor]:
         """A residual stream for every head to read, each normalised on its own (ln1's hooks fire thrice)."""
-        points = (self.hook_q_input, self.hook_k_input, self.hook_v_input)
-        heads = (self.attn.n_heads, self.attn.n_key_value_heads, self.attn.n_key_value_heads)
+        attn = self.attn
+        points = (attn.hook_q_input, attn.hook_k_input, attn.hook_v_input)
+        heads = (attn.n_heads, attn.n_key_value_heads, attn.n_key_value_heads)
         q, k, v = (
             self.ln1(hook(point, resid_pre.unsqueeze(-2).repeat_interleave(n, dim=-2)), hook)
             for point, n in zip(points, heads, strict=True)

@@ -1,7 +1,8 @@
 """Greedy and sampled generation with a key-value cache, hooks live at every step."""
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -79,7 +80,7 @@ class GenerationMixin(nn.Module):
         done = torch.zeros(len(inputs), dtype=torch.bool, device=inputs.device)
         new: list[Tensor] = []
         step_inputs, text_only = inputs, _plain(inputs)
-        with self.hooks(fwd_hooks=list(fwd_hooks)):
+        with self.hooks(fwd_hooks=list(fwd_hooks)), self._told_hooks():
             for step in trange(max_new_tokens, disable=not verbose, desc="generating", unit="token"):
                 self._tell_hooks(step, cache.length, step_inputs.shape[1])
                 logits = self(step_inputs, past_kv_cache=cache, logits_at="last")[:, -1]
@@ -91,7 +92,6 @@ class GenerationMixin(nn.Module):
                 if stop_at_eos and bool(done.all()):
                     break
                 step_inputs = VLMInputs(token[:, None], text_only)
-        self._clear_ctx()
         tokens = torch.stack(new, dim=1) if new else inputs.tokens[:, :0]
         if return_type == "tokens":
             return torch.cat((inputs.tokens, tokens), dim=1)
@@ -110,10 +110,15 @@ class GenerationMixin(nn.Module):
             if is_hooked(point):
                 point.ctx["step"], point.ctx["positions"] = step, positions
 
-    def _clear_ctx(self) -> None:
-        for point in self.hook_dict.values():
-            point.ctx.pop("step", None)
-            point.ctx.pop("positions", None)
+    @contextmanager
+    def _told_hooks(self) -> Iterator[None]:
+        """What generation tells the hooks does not outlive it."""
+        try:
+            yield
+        finally:
+            for point in self.hook_dict.values():
+                point.ctx.pop("step", None)
+                point.ctx.pop("positions", None)
 
 
 def _plain(inputs: VLMInputs) -> InputSpec:
@@ -130,9 +135,7 @@ def _check_settings(
     top_p: float | None,
 ) -> None:
     if min(inputs.stop) != inputs.shape[1]:
-        raise InputError(
-            "generation continues the last position: rows must be padded on the left, not at the end"
-        )
+        raise InputError("generation continues the last position: rows must be padded on the left, not at the end")
     if max_new_tokens < 1:
         raise InputError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
     if do_sample and not temperature > 0:

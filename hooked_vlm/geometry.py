@@ -162,9 +162,7 @@ class ImageGrid:
             GeometryError: see `overlaps`; or `min_overlap` is not in [0, 1).
         """
         if not 0 <= min_overlap < 1:
-            raise GeometryError(
-                f"min_overlap is a share of the {of}'s area, 0 <= min_overlap < 1, got {min_overlap}"
-            )
+            raise GeometryError(f"min_overlap is a share of the {of}'s area, 0 <= min_overlap < 1, got {min_overlap}")
         return np.flatnonzero(self.overlaps(box, of, truncate) > min_overlap).tolist()
 
     # patches and pictures

@@ -47,5 +47,5 @@ def is_encoder(name: str) -> bool:
 
 
 def is_vision(name: str) -> bool:
-    """Whether the hook point `name` belongs to the image side: tower, projector or the features handed over."""
-    return is_encoder(name) or name == "hook_image_features"
+    """Whether `name` is a hook point of the image side (tower, projector, the features handed over) or its gradient."""
+    return is_encoder(name) or name.startswith("hook_image_features")

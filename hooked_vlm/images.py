@@ -104,9 +104,7 @@ def _from_file(source: str | os.PathLike[str]) -> Image.Image:
 
 def _from_array(array: np.ndarray) -> Image.Image:
     if array.dtype != np.uint8:
-        raise ImageError(
-            f"expected an array of uint8 values 0 to 255, got {array.dtype}: scale and convert it first"
-        )
+        raise ImageError(f"expected an array of uint8 values 0 to 255, got {array.dtype}: scale and convert it first")
     if array.ndim == 3 and array.shape[2] == 1:
         array = array[:, :, 0]
     if array.ndim != 2 and not (array.ndim == 3 and array.shape[2] in (3, 4)):
@@ -126,9 +124,7 @@ def _from_array(array: np.ndarray) -> Image.Image:
 def _to_rgb(image: Image.Image, name: str) -> Image.Image:
     """Decode, turn upright, convert. `name` is for messages."""
     if 0 in image.size:
-        raise ImageError(
-            f"{name} has no pixels ({image.width} x {image.height}): an image needs at least 1 x 1"
-        )
+        raise ImageError(f"{name} has no pixels ({image.width} x {image.height}): an image needs at least 1 x 1")
     try:
         image.load()
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
@@ -156,9 +152,7 @@ def _to_rgb(image: Image.Image, name: str) -> Image.Image:
             image = Image.alpha_composite(white, image)
         image = image.convert("RGB")
     except ValueError as error:
-        raise ImageError(
-            f"{name} has mode {image.mode!r}, which cannot be converted to RGB ({error})"
-        ) from error
+        raise ImageError(f"{name} has mode {image.mode!r}, which cannot be converted to RGB ({error})") from error
     image.info = {}  # its EXIF orientation and transparency are applied: loading it again must change nothing
     return image
 
@@ -181,10 +175,7 @@ def _from_16_bit(image: Image.Image) -> Image.Image:
 
 
 def _too_large(name: str, error: Exception) -> str:
-    return (
-        f"{name} has too many pixels ({error}): make it smaller, or raise PIL.Image.MAX_IMAGE_PIXELS "
-        "if you trust it"
-    )
+    return f"{name} has too many pixels ({error}): make it smaller, or raise PIL.Image.MAX_IMAGE_PIXELS if you trust it"
 
 
 # ---- resizing and cutting into patches ----
@@ -243,9 +234,7 @@ class ImageProcessor:
                 f"and max_pixels={self.max_pixels}: set both"
             )
         if self.max_pixels < self.pixels_per_token**2:
-            raise ImageError(
-                f"max_pixels={self.max_pixels} is less than one token's {self.pixels_per_token**2} pixels"
-            )
+            raise ImageError(f"max_pixels={self.max_pixels} is less than one token's {self.pixels_per_token**2} pixels")
         if 0 in self.image_std:
             raise ImageError(f"image_std must not contain 0, got {self.image_std}")
 
@@ -274,9 +263,7 @@ class ImageProcessor:
             ("rescale_factor", 1 / 255),
         ):
             if config.get(key) not in (None, expected):
-                raise ImageError(
-                    f"unsupported image processor: expected {key} = {expected}, got {config[key]!r}"
-                )
+                raise ImageError(f"unsupported image processor: expected {key} = {expected}, got {config[key]!r}")
 
         fields: dict[str, Any] = _bounds(config)
         for key in ("patch_size", "temporal_patch_size", "merge_size"):
@@ -309,9 +296,7 @@ class ImageProcessor:
             ImageError: see `load_image` and `smart_resize`; the message starts with the number of the image.
         """
         bounded = self._bounded(min_pixels, max_pixels)
-        prepared = [
-            bounded._prepare(image, f"image {i}") for i, image in enumerate(_checked(images, "images"))
-        ]
+        prepared = [bounded._prepare(image, f"image {i}") for i, image in enumerate(_checked(images, "images"))]
         pixel_values, grid_thw = bounded._pack([[patches] for _, patches in prepared])
         return pixel_values, grid_thw, [size for size, _ in prepared]
 
@@ -337,9 +322,7 @@ class ImageProcessor:
             ImageError: no frames, frames of different sizes, or as for images.
         """
         bounded = self._bounded(min_pixels, max_pixels)
-        prepared = [
-            bounded._prepare(frame, f"frame {i}") for i, frame in enumerate(_checked(frames, "frames"))
-        ]
+        prepared = [bounded._prepare(frame, f"frame {i}") for i, frame in enumerate(_checked(frames, "frames"))]
         if not prepared:
             raise ImageError("a video needs at least one frame, got none")
         first = prepared[0][0]
@@ -365,9 +348,7 @@ class ImageProcessor:
         """The image's size, and its resized pixels cut into patches, block by block."""
         try:
             rgb = load_image(image)
-            height, width = smart_resize(
-                rgb.height, rgb.width, self.pixels_per_token, self.min_pixels, self.max_pixels
-            )
+            height, width = smart_resize(rgb.height, rgb.width, self.pixels_per_token, self.min_pixels, self.max_pixels)
         except ImageError as error:
             raise ImageError(f"{name}: {error}") from error
         size = ImageSize(*rgb.size)
@@ -438,9 +419,7 @@ def _bounds(config: Mapping[str, Any]) -> dict[str, int]:
         }
         given = {place: value for place, value in places.items() if value is not None}
         if len(set(given.values())) > 1:
-            raise ImageError(
-                f"the image processor's settings contradict each other: {given}; make them agree"
-            )
+            raise ImageError(f"the image processor's settings contradict each other: {given}; make them agree")
         if given:
             bounds[bound] = next(iter(given.values()))
     return bounds
@@ -448,7 +427,5 @@ def _bounds(config: Mapping[str, Any]) -> dict[str, int]:
 
 def _checked(images: Sequence[Any], what: str) -> Sequence[Any]:
     if not isinstance(images, list | tuple):
-        raise ImageError(
-            f"expected a list of {what}, got {type(images).__name__}: put a single one in a list"
-        )
+        raise ImageError(f"expected a list of {what}, got {type(images).__name__}: put a single one in a list")
     return images

@@ -115,7 +115,7 @@ class VLMInputs:
         visuals = f"{self.n_images} images" + (f", {n_videos} videos" if n_videos else "")
         return f"VLMInputs({len(self)} x {self.shape[1]} tokens, {visuals}, {self.device})"
 
-    def __getitem__(self, rows: int | slice | Sequence[int] | Tensor) -> "VLMInputs":
+    def __getitem__(self, rows: int | slice | Sequence[int] | Tensor | tuple[Any, ...]) -> "VLMInputs":
         """Some rows, each with its images; an int gives a batch of one."""
         if isinstance(rows, tuple):
             raise InputError(
@@ -249,15 +249,11 @@ class VLMInputs:
             )
             for row in range(len(self))
         ]
-        return TokenGroups(
-            **{name: tuple(torch.tensor(r[name], dtype=torch.long) for r in rows) for name in rows[0]}
-        )
+        return TokenGroups(**{name: tuple(torch.tensor(r[name], dtype=torch.long) for r in rows) for name in rows[0]})
 
     # ---------------------------------------------------------------- new inputs from these
 
-    def append(
-        self, answer: str | Sequence[str] | Int[Tensor, "..."] | Sequence[Sequence[int]]
-    ) -> "VLMInputs":
+    def append(self, answer: str | Sequence[str] | Int[Tensor, "..."] | Sequence[Sequence[int]]) -> "VLMInputs":
         """The rows continued by `answer`: one text or [pos] tensor for all rows, or one per row.
 
         Existing positions stay where they are; shorter rows are padded at the end.

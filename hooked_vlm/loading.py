@@ -66,9 +66,7 @@ class LoadingMixin(nn.Module):
         device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         dtype = dtype or converter.dtype(hf_config) or next(iter(tensors.values())).dtype
         generation = read_json(folder, "generation_config.json", default={})
-        cfg = _config(converter, hf_config, generation).with_(
-            model_name=str(name_or_path), device=device, dtype=dtype
-        )
+        cfg = _config(converter, hf_config, generation).with_(model_name=str(name_or_path), device=device, dtype=dtype)
         has_tokenizer = any((folder / name).exists() for name in _TOKENIZER_FILES)
         return cls._assemble(
             cfg,
@@ -140,9 +138,7 @@ class LoadingMixin(nn.Module):
                 written = Path(aside) / "checkpoint"
                 written.mkdir()
                 save_torch_state_dict(self.to_hf_state_dict(), written)
-                _write_json(
-                    written / "config.json", converter.published_config(self.hf_config, self.cfg.dtype)
-                )
+                _write_json(written / "config.json", converter.published_config(self.hf_config, self.cfg.dtype))
                 stops = list(self.cfg.eos_token_ids)
                 if stops:
                     _write_json(written / "generation_config.json", {"eos_token_id": stops})
@@ -168,9 +164,7 @@ def _find(name_or_path: str | Path, revision: str | None, cache_dir: str | Path 
         return path
     bundled = f"bundled models are {', '.join(toys)}" if toys else "there are no bundled models"
     if name.count("/") != 1 or name.startswith((".", "/", "~")):
-        raise CheckpointError(
-            f"there is no checkpoint folder {name!r}, nor is it a hub name (owner/model); {bundled}"
-        )
+        raise CheckpointError(f"there is no checkpoint folder {name!r}, nor is it a hub name (owner/model); {bundled}")
     try:
         return Path(
             snapshot_download(

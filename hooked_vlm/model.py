@@ -94,19 +94,22 @@ class HookedVLM(LoadingMixin, PromptMixin, GenerationMixin, WeightsMixin, Hooked
         """
         inputs = self.as_inputs(input)
         first, last = self._layer_range(start_at_layer, stop_at_layer)
-        if (resid is None) != (start_at_layer == 0) and not (resid is not None and first == 0):
-            raise InputError("start_at_layer and resid go together: resid is what enters that block")
-        n_past = 0 if past_kv_cache is None else past_kv_cache.length
-        self._check_context(inputs, n_past)
+        if logits_at not in ("all", "last"):
+            raise InputError(f'logits_at must be "all" or "last", got {logits_at!r}')
+        if first and resid is None:
+            raise InputError(f"start_at_layer={start_at_layer} needs resid, what enters that block")
+        if past_kv_cache is not None and (first, last) != (0, self.cfg.n_layers):
+            raise InputError("a key-value cache holds all layers: it does not go with start_at_layer or stop_at_layer")
+        if past_kv_cache is not None and past_kv_cache.batch != len(inputs):
+            raise InputError(f"the key-value cache has {past_kv_cache.batch} rows, the inputs {len(inputs)}")
+        self._check_context(inputs, 0 if past_kv_cache is None else past_kv_cache.length)
         if resid is None:
             resid = self._embed(inputs)
         elif resid.shape != (*inputs.shape, self.cfg.d_model):
             expected = (*inputs.shape, self.cfg.d_model)
             raise InputError(f"resid must be [batch, pos, d_model] = {expected}, got {tuple(resid.shape)}")
 
-        run = AttentionRun(
-            self._attention_mask(inputs, past_kv_cache), past_kv_cache, self.cfg.use_attn_result
-        )
+        run = AttentionRun(self._attention_mask(inputs, past_kv_cache), past_kv_cache, self.cfg.use_attn_result)
         rotate = text_rotation(
             _rotary_positions(inputs, past_kv_cache),
             self.cfg.d_head,
@@ -165,9 +168,7 @@ class HookedVLM(LoadingMixin, PromptMixin, GenerationMixin, WeightsMixin, Hooked
         `inputs.with_image_features(model.encode_images(inputs))` runs without the vision tower.
         """
         if self.cfg.vision is None:
-            raise InputError(
-                f"{self.cfg.model_name or 'this model'} is a language model without a vision tower"
-            )
+            raise InputError(f"{self.cfg.model_name or 'this model'} is a language model without a vision tower")
         pixels = [p for p in (inputs.pixel_values, inputs.pixel_values_videos) if p is not None]
         if not pixels:
             raise InputError("there are no images in these inputs to encode")
@@ -219,9 +220,7 @@ class HookedVLM(LoadingMixin, PromptMixin, GenerationMixin, WeightsMixin, Hooked
         with_answer = inputs.append(answer)
         n_new = [b - a for a, b in zip(inputs.n_generated, with_answer.n_generated, strict=True)]
         logits = self(with_answer)
-        out = logits.new_zeros(
-            len(inputs), max(n_new), dtype=torch.promote_types(logits.dtype, torch.float32)
-        )
+        out = logits.new_zeros(len(inputs), max(n_new), dtype=torch.promote_types(logits.dtype, torch.float32))
         for row, (n, stop) in enumerate(zip(n_new, with_answer.stop, strict=True)):
             predicted = logits[row, stop - n - 1 : stop - 1].to(out.dtype).log_softmax(-1)
             targets = with_answer.tokens[row, stop - n : stop]
@@ -231,9 +230,7 @@ class HookedVLM(LoadingMixin, PromptMixin, GenerationMixin, WeightsMixin, Hooked
     def new_kv_cache(self, batch: int, capacity: int) -> KVCache:
         """An empty key-value cache for `batch` rows with room for `capacity` positions (it grows past that)."""
         cfg = self.cfg
-        return KVCache(
-            cfg.n_layers, batch, capacity, cfg.n_key_value_heads, cfg.d_head, cfg.device, cfg.dtype
-        )
+        return KVCache(cfg.n_layers, batch, capacity, cfg.n_key_value_heads, cfg.d_head, cfg.device, cfg.dtype)
 
     # ---------------------------------------------------------------- hooks
 
@@ -246,9 +243,7 @@ class HookedVLM(LoadingMixin, PromptMixin, GenerationMixin, WeightsMixin, Hooked
         if not isinstance(name, str):
             matches = [n for n in self.hook_dict if name(n)]
             if not matches:
-                raise HookError(
-                    "this hook filter matches none of the model's hook points (see model.hook_dict)"
-                )
+                raise HookError("this hook filter matches none of the model's hook points (see model.hook_dict)")
             if all(self._switched_off(n) for n in matches):
                 raise HookError(f"{matches[0]!r} {self._switched_off(matches[0])}")
         elif name not in self.hook_dict:
@@ -324,9 +319,7 @@ class HookedVLM(LoadingMixin, PromptMixin, GenerationMixin, WeightsMixin, Hooked
         for name in named:
             self.check_hook_name(name)
         self._check_reachable(inputs, named)
-        return super().run_with_hooks(
-            inputs, *args, fwd_hooks=list(fwd_hooks), bwd_hooks=list(bwd_hooks), **kwargs
-        )
+        return super().run_with_hooks(inputs, *args, fwd_hooks=list(fwd_hooks), bwd_hooks=list(bwd_hooks), **kwargs)
 
     def run_with_cache(
         self,
@@ -385,9 +378,7 @@ class HookedVLM(LoadingMixin, PromptMixin, GenerationMixin, WeightsMixin, Hooked
         return out, VLMCache(store, self, not remove_batch_dim, mask, vision_mask, why_not)
 
 
-def _last_real(
-    resid: Float[Tensor, "batch pos d_model"], inputs: VLMInputs
-) -> Float[Tensor, "batch 1 d_model"]:
+def _last_real(resid: Float[Tensor, "batch pos d_model"], inputs: VLMInputs) -> Float[Tensor, "batch 1 d_model"]:
     """The last real position of each row."""
     if min(inputs.stop) == inputs.shape[1]:
         return resid[:, -1:]

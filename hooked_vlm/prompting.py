@@ -110,9 +110,7 @@ class PromptMixin(nn.Module):
         spec = self.input_spec()
         pixels = grids = sizes = video_pixels = video_grids = None
         if all_images and self.image_processor is not None:
-            pixels, grids, sizes = self.image_processor(
-                all_images, min_pixels=min_pixels, max_pixels=max_pixels
-            )
+            pixels, grids, sizes = self.image_processor(all_images, min_pixels=min_pixels, max_pixels=max_pixels)
         if all_videos and self.image_processor is not None:
             parts = [
                 self.image_processor.video(frames, min_pixels=min_pixels, max_pixels=max_pixels)
@@ -161,7 +159,11 @@ class PromptMixin(nn.Module):
         pixels = (tensor("pixel_values"), tensor("image_grid_thw"))
         videos = (tensor("pixel_values_videos"), tensor("video_grid_thw"))
         return VLMInputs(
-            tokens, self.input_spec(), None if mask is None else mask.reshape(tokens.shape), *pixels, *videos
+            tokens,
+            self.input_spec(),
+            torch.ones_like(tokens) if mask is None else mask.reshape(tokens.shape),
+            *pixels,
+            *videos,
         )
 
     # ---------------------------------------------------------------- text
@@ -220,7 +222,9 @@ class PromptMixin(nn.Module):
     def _special_id(self, token: str) -> int | None:
         if self.tokenizer is None:
             return None
-        return self.tokenizer.get_vocab().get(token)
+        token_id = self.tokenizer.convert_tokens_to_ids(token)  # the unknown token's id if there is no such token
+        known = token_id is not None and self.tokenizer.convert_ids_to_tokens(token_id) == token
+        return token_id if known else None
 
     def _check_ids(self, tokens: Int[Tensor, "batch pos"]) -> None:
         if tokens.numel() == 0:
@@ -245,9 +249,7 @@ class PromptMixin(nn.Module):
             raise InputError("pictures came both in the messages and as an argument: give them in one place")
         tokenizer = self._tokenizer()
         if getattr(tokenizer, "chat_template", None) is None:
-            raise InputError(
-                "this tokenizer has no chat template: pass chat=False and the text as it should stand"
-            )
+            raise InputError("this tokenizer has no chat template: pass chat=False and the text as it should stand")
         text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
         return text, images or own_images, videos or own_videos
 
@@ -298,9 +300,7 @@ class PromptMixin(nn.Module):
                         f"prompt {row} has {found} {kind} placeholder{'s' * (found != 1)} but {n} "
                         f"{kind}{'s' * (n != 1)} came: give one {kind} for each placeholder"
                     )
-            rows.append(
-                [t for i in ids for t in ([i] * spec.n_tokens(tuple(next(grids[i]))) if i in grids else [i])]
-            )
+            rows.append([t for i in ids for t in ([i] * spec.n_tokens(tuple(next(grids[i]))) if i in grids else [i])])
         return rows
 
     def _check_length(self, rows: list[list[int]], spec: InputSpec, max_pixels: int | None) -> None:
@@ -308,9 +308,7 @@ class PromptMixin(nn.Module):
         if len(longest) <= self.cfg.n_ctx:
             return
         n_image = sum(i in spec.placeholder_ids for i in longest)
-        starts = sum(
-            i in spec.placeholder_ids and j != i for i, j in zip(longest, [None, *longest], strict=False)
-        )
+        starts = sum(i in spec.placeholder_ids and j != i for i, j in zip(longest, [None, *longest], strict=False))
         message = f"the prompt has {len(longest)} tokens but the context holds {self.cfg.n_ctx}"
         left = self.cfg.n_ctx - (len(longest) - n_image)
         if not n_image or left < starts or self.cfg.vision is None:
@@ -328,9 +326,7 @@ def _per_prompt(given: Any, n: int, batched: bool, name: str, as_list: Any) -> l
         return [as_list(given)]
     if not isinstance(given, list | tuple) or len(given) != n:
         count = len(given) if isinstance(given, list | tuple) else 1
-        raise InputError(
-            f"{n} prompts need {n} entries in {name} (None where a prompt has none), got {count}"
-        )
+        raise InputError(f"{n} prompts need {n} entries in {name} (None where a prompt has none), got {count}")
     return [[] if one is None else as_list(one) for one in given]
 
 

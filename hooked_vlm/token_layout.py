@@ -72,9 +72,7 @@ def real_span(mask: Tensor) -> tuple[tuple[int, ...], tuple[int, ...]]:
     first = host.int().argmax(1)
     stop = host.shape[1] - host.flip(1).int().argmax(1)
     if (counts == 0).any():
-        raise InputError(
-            f"row {int((counts == 0).nonzero()[0])} has no real token: its attention_mask is all 0"
-        )
+        raise InputError(f"row {int((counts == 0).nonzero()[0])} has no real token: its attention_mask is all 0")
     if (stop - first != counts).any():
         row = int((stop - first != counts).nonzero()[0])
         raise InputError(f"row {row} has padding between real tokens: padding must lie at the ends of a row")

@@ -161,9 +161,7 @@ def published_tile_weights(grid, box):
 @given(grids_and_boxes(whole_pixels=True))
 def test_truncated_overlaps_are_those_of_the_published_code(case):
     grid, box = case
-    np.testing.assert_allclose(
-        grid.overlaps(box, truncate=True), published_tile_weights(grid, box), atol=1e-12
-    )
+    np.testing.assert_allclose(grid.overlaps(box, truncate=True), published_tile_weights(grid, box), atol=1e-12)
 
 
 def test_the_papers_figure():

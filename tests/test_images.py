@@ -152,9 +152,7 @@ def test_the_images_given_are_not_changed():
 
 def literal_video(frames, processor):
     """Frames to patches by indexing, from the formulas of `transformers` 4.57: no reshape or transpose."""
-    height, width = smart_resize(
-        frames[0].height, frames[0].width, 28, processor.min_pixels, processor.max_pixels
-    )
+    height, width = smart_resize(frames[0].height, frames[0].width, 28, processor.min_pixels, processor.max_pixels)
     frames = [np.array(frame.resize((width, height), Image.Resampling.BICUBIC)) for frame in frames]
     frames += frames[-1:] * (len(frames) % 2)
     video = np.stack(frames).astype(np.float64) * (1 / 255)
@@ -222,9 +220,7 @@ def test_each_row_of_pixel_values_is_the_patch_that_patch_order_names():
         grid = ImageGrid(sizes[0], tuple(grid_thw[0].tolist()))
         assert grid.resized_size == (140, 84) == sizes[0]
         patches = pixel_values.reshape(-1, 3, 2, 14, 14)
-        levels = patches * torch.tensor(CLIP_STD).reshape(3, 1, 1, 1) + torch.tensor(CLIP_MEAN).reshape(
-            3, 1, 1, 1
-        )
+        levels = patches * torch.tensor(CLIP_STD).reshape(3, 1, 1, 1) + torch.tensor(CLIP_MEAN).reshape(3, 1, 1, 1)
         seen = (levels * 255).round().to(torch.uint8).numpy()
         for (frame, row, col), patch in zip(grid.patch_order(), seen, strict=True):
             expected = colours[row, col] if frame == grid.frames - 1 else np.zeros(3)
@@ -390,12 +386,7 @@ def png(width, height, rows=b""):
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
     header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    return (
-        b"\x89PNG\r\n\x1a\n"
-        + chunk(b"IHDR", header)
-        + chunk(b"IDAT", zlib.compress(rows))
-        + chunk(b"IEND", b"")
-    )
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
 
 
 def encoded(format):

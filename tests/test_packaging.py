@@ -70,9 +70,7 @@ def fresh_environment(folder: Path) -> Path:
     """A virtual environment that sees what this one has installed, save for hooked_vlm itself."""
     venv.create(folder, with_pip=False)
     python = folder / ("Scripts" if os.name == "nt" else "bin") / "python"
-    site = Path(
-        command(python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))", cwd=folder).strip()
-    )
+    site = Path(command(python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))", cwd=folder).strip())
     # A folder named in a .pth file is searched; its own .pth files (an editable install of ours) are not run.
     (site / "tests_dependencies.pth").write_text(sysconfig.get_path("purelib") + "\n")
     return python
@@ -128,9 +126,7 @@ def test_the_wheel_adds_one_name_and_holds_every_file(wheel: Path) -> None:
 def test_a_wheel_built_in_the_checkout_is_the_same(wheel: Path, tmp_path: Path) -> None:
     sources = copied_sources(tmp_path / "sources")
     command(sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", tmp_path, cwd=sources)
-    assert sorted(zipfile.ZipFile(tmp_path / wheel.name).namelist()) == sorted(
-        zipfile.ZipFile(wheel).namelist()
-    )
+    assert sorted(zipfile.ZipFile(tmp_path / wheel.name).namelist()) == sorted(zipfile.ZipFile(wheel).namelist())
 
 
 def test_every_module_imports_beside_the_users_own_packages(installed: Path, users_folder: Path) -> None:

@@ -81,20 +81,30 @@ def _from_hub(name: str, subset: str | None, split: str) -> Any:
 
 # ---------------------------------------------------------------- synthetic
 
-_PLACES = (
-    ["Arvel", "Bruni", "Castom", "Dorrel", "Esk", "Farrow", "Gildon", "Harth", "Ilden", "Jorvik", "Kelda", "Lorne", "Marsk", "Norrow", "Ostel"]
-)
+_PLACES = [
+    "Arvel",
+    "Bruni",
+    "Castom",
+    "Dorrel",
+    "Esk",
+    "Farrow",
+    "Gildon",
+    "Harth",
+    "Ilden",
+    "Jorvik",
+    "Kelda",
+    "Lorne",
+    "Marsk",
+    "Norrow",
+    "Ostel",
+]
 _MATERIALS = ["oak", "granite", "copper", "linen", "amber", "slate", "silver", "clay", "walnut", "marble"]
 _COLOURS = ["blue", "green", "crimson", "golden", "violet", "white", "black", "orange"]
 _OBJECTS = ["gate", "bell", "bridge", "throne", "lantern", "fountain"]
-_SUBJECTS = (
-    ["The baker", "A careful clerk", "My neighbour", "The old sailor", "A young gardener", "The night train"]
-)
+_SUBJECTS = ["The baker", "A careful clerk", "My neighbour", "The old sailor", "A young gardener", "The night train"]
 _VERBS = ["waited near", "walked past", "wrote about", "remembered", "drew a map of", "looked for"]
 _GOALS = ["the quiet harbour", "a row of lime trees", "the second bridge", "an empty market", "the long wall"]
-_ENDS = (
-    ["before the rain came", "until the evening", "for most of the year", "without a word", "as everyone does"]
-)
+_ENDS = ["before the rain came", "until the evening", "for most of the year", "without a word", "as everyone does"]
 
 
 def _pick(rng: np.random.Generator, words: Sequence[str]) -> str:

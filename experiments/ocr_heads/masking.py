@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -79,7 +79,7 @@ def masking_control(
     rng = np.random.default_rng([config.seed, 4])
     conditions: list[tuple[str, int, tuple[Head, ...]]] = [("none", 0, ()), ("top", 0, top)]
     if len(candidates) >= k:
-        for draw in range(config.random_draws):
+        for draw in range(config.random_draws or (20 if pixels is None else 5)):
             chosen = rng.choice(len(candidates), size=k, replace=False)
             conditions.append(("random", draw, tuple(candidates[i] for i in sorted(chosen))))
     prepared = {task: _prepare(model, examples, config, pixels) for task, examples in tasks.items()}
@@ -102,7 +102,9 @@ def _prepare(model: Any, examples: Sequence[Example], config: OcrHeadsConfig, pi
         own = [examples[i] for i in group]
         inputs = to_inputs(model, own, pixels)
         if inputs.has_visuals:
-            inputs = inputs.with_image_features(model.encode_images(inputs).detach())
+            features = model.encode_images(inputs).detach()
+            # the features stand in for the pixels, which are fifty times as large
+            inputs = replace(inputs.with_image_features(features), pixel_values=None)
         prepared.append((inputs, own))
     return prepared
 
@@ -114,8 +116,6 @@ def _count_right(
     heads: tuple[Head, ...],
     config: OcrHeadsConfig,
 ) -> int:
-    replies = model.generate(
-        inputs, config.max_new_tokens, fwd_hooks=ZeroHeads(heads).hooks(model), return_type="str"
-    )
+    replies = model.generate(inputs, config.max_new_tokens, fwd_hooks=ZeroHeads(heads).hooks(model), return_type="str")
     replies = [replies] if isinstance(replies, str) else replies
     return sum(e.is_right(reply) for e, reply in zip(examples, replies, strict=True))

@@ -57,9 +57,7 @@ def render(lines: Sequence[PageLine]) -> list[Image.Image]:
     return pages
 
 
-def evidence_of(
-    lines: Sequence[PageLine], answer_start: int, parts: Sequence[tuple[int, int]]
-) -> tuple[Evidence, ...]:
+def evidence_of(lines: Sequence[PageLine], answer_start: int, parts: Sequence[tuple[int, int]]) -> tuple[Evidence, ...]:
     """The boxes of parts of an answer that stands in the text at `answer_start`.
 
     A part broken over two lines gets a box on each.
@@ -81,14 +79,10 @@ def evidence_of(
 
 
 def _width(text: str) -> int:
-    left, _, right, _ = ImageDraw.Draw(Image.new("RGB", (1, 1))).textbbox(
-        (0, 0), text, ImageFont.load_default()
-    )
+    left, _, right, _ = ImageDraw.Draw(Image.new("RGB", (1, 1))).textbbox((0, 0), text, ImageFont.load_default())
     return int(right - left)
 
 
 def _line_height() -> int:
-    _, top, _, bottom = ImageDraw.Draw(Image.new("RGB", (1, 1))).textbbox(
-        (0, 0), "Ay", ImageFont.load_default()
-    )
+    _, top, _, bottom = ImageDraw.Draw(Image.new("RGB", (1, 1))).textbbox((0, 0), "Ay", ImageFont.load_default())
     return int(bottom - top)

@@ -12,14 +12,10 @@ from hooked_vlm.experiments.ocr_heads.examples import Box, Example
 INK, PAPER, EVIDENCE, LOOKS = "#222222", "#ffffff", "#0072b2", "#d55e00"  # colour-blind safe
 
 
-def heatmap(
-    scores: Float[np.ndarray, "layer head"], selected: Bool[np.ndarray, "layer head"], title: str
-) -> Figure:
+def heatmap(scores: Float[np.ndarray, "layer head"], selected: Bool[np.ndarray, "layer head"], title: str) -> Figure:
     """OCR score of every head; the selected ones are framed."""
     n_layers, n_heads = scores.shape
-    figure = Figure(
-        figsize=(min(12, 2.6 + 0.42 * n_heads), min(12, 1.6 + 0.36 * n_layers)), layout="constrained"
-    )
+    figure = Figure(figsize=(min(12, 2.6 + 0.42 * n_heads), min(12, 1.6 + 0.36 * n_layers)), layout="constrained")
     axes = figure.subplots()
     image = axes.imshow(scores, vmin=0, vmax=max(1e-9, float(scores.max())), cmap="viridis", aspect="auto")
     for layer, head in np.argwhere(selected):
@@ -43,9 +39,7 @@ def heatmap(
     return figure
 
 
-def sample_pages(
-    examples: Sequence[Example], looks: Sequence[Sequence[Box]], titles: Sequence[str]
-) -> Figure:
+def sample_pages(examples: Sequence[Example], looks: Sequence[Sequence[Box]], titles: Sequence[str]) -> Figure:
     """Pages with the evidence boxes, and with the boxes of the tokens the best head looks at."""
     columns = min(3, len(examples))
     rows = -(-len(examples) // columns)
@@ -61,9 +55,7 @@ def sample_pages(
             _frame(axes, box, LOOKS, "--")
         axes.set_title(title, fontsize=9)
         axes.set_axis_off()
-    figure.supxlabel(
-        "blue: where the answer is written · orange, dashed: where the top head looks", fontsize=9
-    )
+    figure.supxlabel("blue: where the answer is written · orange, dashed: where the top head looks", fontsize=9)
     return figure
 
 

@@ -36,9 +36,7 @@ def nothing_generated(scores: Any) -> StudyError:
     )
 
 
-def write(
-    result: Any, config: OcrHeadsConfig, versions: Mapping[str, str], pictures: Mapping[str, Figure]
-) -> None:
+def write(result: Any, config: OcrHeadsConfig, versions: Mapping[str, str], pictures: Mapping[str, Figure]) -> None:
     """Every file is written aside and put in place when complete."""
     out = config.out
     _place(out / "scores.parquet", lambda p: result.to_dataframe(config.threshold).to_parquet(p, index=False))
@@ -120,9 +118,7 @@ def masking_rows(outcomes: Sequence[Outcome]) -> list[tuple[str, str, float, flo
                 continue
             exact = np.array([o.exact for o in chosen])
             if condition == "random":
-                rows.append(
-                    (task, condition, float(np.median(exact)), float(exact.min()), float(exact.max()))
-                )
+                rows.append((task, condition, float(np.median(exact)), float(exact.min()), float(exact.max())))
             else:
                 rows.append((task, condition, chosen[0].exact, *wilson(chosen[0].right, chosen[0].n)))
     return rows
@@ -142,9 +138,7 @@ def _masking_table(result: Any, config: OcrHeadsConfig) -> list[str]:
             values = rows.get((task, condition))
             cells.append("-" if values is None else f"{values[0]:6.1%} ({values[1]:.1%} to {values[2]:.1%})")
         lines.append(f"  {task:8s}  " + "  ".join(f"{cell:23s}" for cell in cells).rstrip())
-    draws = sum(o.condition == "random" for o in result.outcomes) // max(
-        1, len({o.task for o in result.outcomes})
-    )
+    draws = sum(o.condition == "random" for o in result.outcomes) // max(1, len({o.task for o in result.outcomes}))
     if draws:
         lines.append(
             f"  random: {draws} draws of {result.n_masked} from {result.n_candidates} live heads that score below 0.1"

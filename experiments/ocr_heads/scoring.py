@@ -57,9 +57,7 @@ class Copy:
     """Positions of the image tokens it may be read from."""
 
 
-def score_heads(
-    model: Any, examples: Sequence[Example], config: OcrHeadsConfig, pixels: int | None
-) -> Scores:
+def score_heads(model: Any, examples: Sequence[Example], config: OcrHeadsConfig, pixels: int | None) -> Scores:
     """Score every head of `model` on `examples`."""
     protocol = config.measured_by
     instances, norms, right, n_tokens = [], [], 0, 0
@@ -74,9 +72,7 @@ def score_heads(
         right += sum(e.is_right(model.to_string(r)) for e, r in zip(chosen, replies, strict=True))
         continued = inputs.append([torch.tensor(r, dtype=torch.long) for r in replies])
         copies = [
-            c
-            for row, e in enumerate(chosen)
-            for c in find_copies(model, continued, row, e, replies[row], protocol)
+            c for row, e in enumerate(chosen) for c in find_copies(model, continued, row, e, replies[row], protocol)
         ]
         hits, batch_norms = _hits(model, continued, inputs.shape[1], copies, protocol)
         norms.append(batch_norms)

@@ -1,0 +1,22 @@
+"""The README's code runs as it stands, block after block."""
+
+import re
+from pathlib import Path
+
+README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+
+
+def test_every_python_block_of_the_readme_runs(capsys) -> None:
+    blocks = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+    assert blocks
+    names: dict = {}
+    for block in blocks:
+        exec(compile(block, "README.md", "exec"), names)
+    answer, line = capsys.readouterr().out.strip().split(" is written in ")
+    assert line.endswith(f"= {answer}")
+    assert names["mass"].shape == (names["model"].cfg.n_heads,)
+
+
+def test_the_files_it_points_to_exist() -> None:
+    for target in re.findall(r"\]\((?!https?:)([^)#]+)\)", README):
+        assert (Path(__file__).parents[1] / target).exists(), target
