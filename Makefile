@@ -1,6 +1,6 @@
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-all lint format bench docs-hooks setup clean
+.PHONY: help demo test test-slow test-all lint format bench docs-hooks setup clean
 
 PYTHON ?= python3
 JOBS ?= auto
@@ -12,7 +12,7 @@ INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --co
 help:
 	@echo "make demo        which heads of the bundled toy model read text: table, heatmap, masking control"
 	@echo "make test        the tests (minutes, no download, no GPU)"
-	@echo "make test-all    the same and the slow ones"
+	@echo "make test-all    the same, then the slow ones (make test-slow)"
 	@echo "make lint        ruff and pyright"
 	@echo "make format      let ruff rewrite what it can"
 	@echo "make bench       timings and memory, side by side with transformers"
@@ -26,8 +26,11 @@ demo: $(VENV)/.installed
 test: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest --numprocesses $(JOBS)
 
-test-all: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest --numprocesses $(JOBS) --run-slow
+# One at a time: these are large.
+test-slow: $(VENV)/.installed-dev
+	$(BIN)/python -m pytest -m slow --run-slow
+
+test-all: test test-slow
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check

@@ -71,7 +71,8 @@ class OcrHeadsConfig:
     """Samples of each task in the masking control."""
     random_draws: int | None = None
     """Random sets of heads to mask for comparison; 20 on toy data, 5 (as the paper) otherwise, by default."""
-    max_new_tokens: int = 32
+    max_new_tokens: int | None = None
+    """How long an answer may get; 8 on toy data, 32 otherwise, by default."""
     tokens_per_batch: int = 8192
     """Rows are batched up to this many tokens: less needs less memory."""
     device: str | None = None
@@ -80,6 +81,14 @@ class OcrHeadsConfig:
     """The checkpoint's own by default."""
     quiet: bool = False
     """No progress bars."""
+
+    @property
+    def new_tokens(self) -> int:
+        return self.max_new_tokens or (8 if self.data == "toy" else 32)
+
+    @property
+    def draws(self) -> int:
+        return self.random_draws or (20 if self.data == "toy" else 5)
 
     @property
     def measured_by(self) -> Protocol:

@@ -79,7 +79,7 @@ def masking_control(
     rng = np.random.default_rng([config.seed, 4])
     conditions: list[tuple[str, int, tuple[Head, ...]]] = [("none", 0, ()), ("top", 0, top)]
     if len(candidates) >= k:
-        for draw in range(config.random_draws or (20 if pixels is None else 5)):
+        for draw in range(config.draws):
             chosen = rng.choice(len(candidates), size=k, replace=False)
             conditions.append(("random", draw, tuple(candidates[i] for i in sorted(chosen))))
     prepared = {task: _prepare(model, examples, config, pixels) for task, examples in tasks.items()}
@@ -96,7 +96,7 @@ Prepared = list[tuple[VLMInputs, list[Example]]]
 
 def _prepare(model: Any, examples: Sequence[Example], config: OcrHeadsConfig, pixels: int | None) -> Prepared:
     """Batches with their images encoded: every condition reuses them."""
-    lengths = [prompt_length(model, e, pixels) + config.max_new_tokens for e in examples]
+    lengths = [prompt_length(model, e, pixels) + config.new_tokens for e in examples]
     prepared = []
     for group in batches(lengths, config.tokens_per_batch):
         own = [examples[i] for i in group]
@@ -116,6 +116,6 @@ def _count_right(
     heads: tuple[Head, ...],
     config: OcrHeadsConfig,
 ) -> int:
-    replies = model.generate(inputs, config.max_new_tokens, fwd_hooks=ZeroHeads(heads).hooks(model), return_type="str")
+    replies = model.generate(inputs, config.new_tokens, fwd_hooks=ZeroHeads(heads).hooks(model), return_type="str")
     replies = [replies] if isinstance(replies, str) else replies
     return sum(e.is_right(reply) for e, reply in zip(examples, replies, strict=True))

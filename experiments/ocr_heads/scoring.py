@@ -61,13 +61,13 @@ def score_heads(model: Any, examples: Sequence[Example], config: OcrHeadsConfig,
     """Score every head of `model` on `examples`."""
     protocol = config.measured_by
     instances, norms, right, n_tokens = [], [], 0, 0
-    lengths = [prompt_length(model, e, pixels) + config.max_new_tokens for e in examples]
+    lengths = [prompt_length(model, e, pixels) + config.new_tokens for e in examples]
     groups = batches(lengths, config.tokens_per_batch)
     for group in tqdm(groups, desc="scoring heads", unit="batch", disable=config.quiet):
         chosen = [examples[i] for i in group]
         inputs = to_inputs(model, chosen, pixels)
         inputs = inputs.with_image_features(model.encode_images(inputs).detach())
-        generated = model.generate(inputs, config.max_new_tokens)[:, inputs.shape[1] :]
+        generated = model.generate(inputs, config.new_tokens)[:, inputs.shape[1] :]
         replies = [reply_tokens(model, row) for row in generated]
         right += sum(e.is_right(model.to_string(r)) for e, r in zip(chosen, replies, strict=True))
         continued = inputs.append([torch.tensor(r, dtype=torch.long) for r in replies])

@@ -70,12 +70,12 @@ def _paged(question: str, answer: str, text: str, parts: list[tuple[int, int]]) 
     return Example(question, answer, tuple(render(lines)), evidence, exact=False)
 
 
-def collect(config: OcrHeadsConfig, is_toy: bool) -> tuple[list[Example], dict[str, list[Example]], dict[str, Any]]:
+def collect(config: OcrHeadsConfig) -> tuple[list[Example], dict[str, list[Example]], dict[str, Any]]:
     """The pages to score on, the tasks of the masking control, and a description for config.json.
 
     The control's samples are new ones, drawn from another seed.
     """
-    data = config.data if config.data != "auto" else "toy" if is_toy else "paper"
+    data = config.data
     if data == "toy":
         tasks = {"page": toy_pages(config.seed + 1, config.mask_samples)}
         tasks |= toy_controls(config.seed + 1, config.mask_samples)

@@ -2,7 +2,7 @@
 
 import platform
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -100,8 +100,10 @@ def run(config: OcrHeadsConfig, model: HookedVLM | None = None) -> OcrHeadsResul
     config.check()
     report.prepare_folder(config.out)
     model = model or load(config)
-    is_toy = (TOY_MODELS / Path(config.model).name).exists()
-    examples, tasks, about = collect(config, is_toy)
+    if config.data == "auto":
+        is_toy = (TOY_MODELS / Path(config.model).name).exists()
+        config = replace(config, data="toy" if is_toy else "paper")
+    examples, tasks, about = collect(config)
     if config.granularity == "coarse":
         examples = [coarse(e) for e in examples]
     with torch.no_grad():
@@ -142,7 +144,7 @@ def _looks(
     shown = []
     for example in examples:
         inputs = to_inputs(model, [example], pixels)
-        generated = model.generate(inputs, config.max_new_tokens)[0, inputs.shape[1] :]
+        generated = model.generate(inputs, config.new_tokens)[0, inputs.shape[1] :]
         reply = reply_tokens(model, generated)
         continued = inputs.append([torch.tensor(reply, dtype=torch.long)])
         copies = find_copies(model, continued, 0, example, reply, config.measured_by)
