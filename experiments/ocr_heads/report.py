@@ -91,14 +91,15 @@ def summary(result: Any, config: OcrHeadsConfig) -> str:
     shown = ranked(mean)[: max(10, min(20, len(result.ocr_heads)))]
     for layer, head in shown:
         at = (layer, head)
-        mark = "OCR head" if result.selected[at] else ""
-        lines.append(
-            f"  {f'{layer}.{head}':6s}  {mean[at]:.3f}  {low[at]:.3f} to {high[at]:.3f}   {frequency[at]:6.1%}   {mark}".rstrip()
-        )
+        mark = "   OCR head" if result.selected[at] else ""
+        name = f"{layer}.{head}"
+        lines.append(f"  {name:6s}  {mean[at]:.3f}  {low[at]:.3f} to {high[at]:.3f}   {frequency[at]:6.1%}{mark}")
     n_found = len(result.ocr_heads)
+    rule = f"active in at least {config.min_frequency:.0%} of the instances"
+    if config.measured_by.frequency_rule == "inverted":
+        rule = f"zero in more than {config.min_frequency:.0%} of the instances (the code's rule)"
     lines += [
-        f"  {n_found} of {mean.size} heads are OCR heads: mean > {config.threshold:g}, "
-        f"active in at least {config.min_frequency:.0%} of the instances",
+        f"  {n_found} of {mean.size} heads are OCR heads: mean > {config.threshold:g}, {rule}",
         "",
         "  heads per score range: " + ", ".join(f"{k} {v}" for k, v in per_range(mean).items()),
     ]
@@ -154,7 +155,8 @@ def _comparison(published: Any) -> list[str]:
     lines = [
         f"Against the heads published for {published.model}",
         f"  Jaccard of the heads above 0.1: {published.jaccard:.2f}",
-        f"  of the {published.top_k} published above 0.5, {published.top_k_found} are among the top {published.top_k} here",
+        f"  of the {published.top_k} published above 0.5, {published.top_k_found} are among the top "
+        f"{published.top_k} here",
         "  score range: published, here",
     ]
     return [*lines, *(f"  {k:12s} {a:5d} {b:5d}" for k, (a, b) in published.heads_per_range.items())]
