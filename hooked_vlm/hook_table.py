@@ -1,0 +1,228 @@
+"""The table of hook points: names, shapes, when they fire, what they are. `python -m hooked_vlm.hook_table`
+writes docs/hooks.md from it."""
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from hooked_vlm.config import VisionConfig, VLMConfig
+from hooked_vlm.hooks import is_vision
+
+if TYPE_CHECKING:
+    from hooked_vlm.model import HookedVLM
+
+
+@dataclass(frozen=True)
+class HookRow:
+    """One hook point, or the same one of every layer."""
+
+    name: str
+    """With `{l}` for the layer."""
+    shape: tuple[str, ...]
+    """Names of the axes; a number stands for itself."""
+    fires: str
+    """How often in one forward pass."""
+    what: str
+
+
+ONCE = "once"
+RESULT = "with use_attn_result"
+SPLIT = "with use_split_qkv_input"
+MLP_IN = "with use_hook_mlp_in"
+IMAGES = "once, if there are images"
+ENCODES = "once, if images are encoded"
+
+# suffix: (axes after those of batch and position, when it fires, what it is), in the order of the forward pass
+_BLOCK = {
+    "hook_resid_pre": ("d_model", ONCE, "residual stream entering the block"),
+    "attn.hook_q_input": ("head d_model", SPLIT, "what each query head reads, before ln1"),
+    "attn.hook_k_input": ("kv_head d_model", SPLIT, "what each key head reads, before ln1"),
+    "attn.hook_v_input": ("kv_head d_model", SPLIT, "what each value head reads, before ln1"),
+    "ln1.hook_scale": ("1", ONCE, "denominator of the norm before attention"),
+    "ln1.hook_normalized": ("d_model", ONCE, "what attention reads, norm weight applied"),
+    "attn.hook_q": ("head d_head", ONCE, "queries, bias included, before rotation"),
+    "attn.hook_k": ("kv_head d_head", ONCE, "keys, bias included, before rotation"),
+    "attn.hook_v": ("kv_head d_head", ONCE, "values, bias included"),
+    "attn.hook_rot_q": ("head d_head", ONCE, "rotated queries"),
+    "attn.hook_rot_k": ("kv_head d_head", ONCE, "rotated keys"),
+    "attn.hook_attn_scores": ("", ONCE, "q·k / sqrt(d_head), -inf where masked"),
+    "attn.hook_pattern": ("", ONCE, "softmax of the scores; zero in rows of padding"),
+    "attn.hook_z": ("head d_head", ONCE, "pattern times values, per head"),
+    "attn.hook_result": ("head d_model", RESULT, "each head's own output, z W_O"),
+    "hook_attn_out": ("d_model", ONCE, "what attention adds to the stream"),
+    "hook_resid_mid": ("d_model", ONCE, "stream between attention and MLP"),
+    "hook_mlp_in": ("d_model", MLP_IN, "the MLP's own copy of the stream, before ln2"),
+    "ln2.hook_scale": ("1", ONCE, "denominator of the norm before the MLP"),
+    "ln2.hook_normalized": ("d_model", ONCE, "what the MLP reads, norm weight applied"),
+    "mlp.hook_pre": ("d_mlp", ONCE, "before the activation function"),
+    "mlp.hook_pre_linear": ("d_mlp", ONCE, "the other factor of a gated MLP"),
+    "mlp.hook_post": ("d_mlp", ONCE, "what the output matrix reads (gated: the product)"),
+    "hook_mlp_out": ("d_model", ONCE, "what the MLP adds to the stream"),
+    "hook_resid_post": ("d_model", ONCE, "residual stream leaving the block"),
+}
+_TEXT = {
+    "hook_embed": ("d_model", ONCE, "what enters block 0: token embeddings, image features in their places"),
+    **{f"blocks.{{l}}.{suffix}": row for suffix, row in _BLOCK.items()},
+    "ln_final.hook_scale": ("1", ONCE, "denominator of the final norm"),
+    "ln_final.hook_normalized": ("d_model", ONCE, "what the unembedding reads, norm weight applied"),
+}
+_VISION = {
+    "vision.hook_embed": ("d_model", ENCODES, "patch embeddings"),
+    **{
+        f"vision.blocks.{{l}}.{suffix}": (
+            axes.replace("kv_head", "head"),
+            ENCODES if fires == ONCE else fires,
+            what,
+        )
+        for suffix, (axes, fires, what) in _BLOCK.items()
+    },
+}
+_PROJECTOR = {
+    "projector.ln.hook_scale": ("image patch 1", ENCODES, "denominator of the projector's norm"),
+    "projector.ln.hook_normalized": ("image patch d_model", ENCODES, "normalised patches"),
+    "projector.hook_pre": (
+        "image token d_merged",
+        ENCODES,
+        "before the activation function; one row per token",
+    ),
+    "projector.hook_post": ("image token d_merged", ENCODES, "after the activation function"),
+    "hook_image_features": (
+        "image_token d_model_text",
+        IMAGES,
+        "what the language model receives, all images in a row",
+    ),
+}
+
+
+def hook_table(model: "HookedVLM") -> list[HookRow]:
+    """A row for every hook point of `model`, those of all layers in one; in the order of the forward pass.
+
+    Raises:
+        KeyError: a hook point that is described nowhere.
+    """
+    described = {
+        **{name: _vision_row(name, *row) for name, row in _VISION.items()},
+        **{name: HookRow(name, tuple(axes.split()), *rest) for name, (axes, *rest) in _PROJECTOR.items()},
+        **{name: _text_row(name, *row) for name, row in _TEXT.items()},
+    }
+    present = {re.sub(r"blocks\.\d+\.", "blocks.{l}.", name) for name in model.hook_dict}
+    if unknown := present - set(described):
+        raise KeyError(f"hook points without a description in hook_table.py: {sorted(unknown)}")
+    return [row for name, row in described.items() if name in present]
+
+
+def _text_row(name: str, axes: str, fires: str, what: str) -> HookRow:
+    at = "batch pos" if axes else "batch head query key"
+    if ".ln1." in name:
+        fires = f"{ONCE}; three times (q, k, v) {SPLIT}, with a head axis"
+    return HookRow(name, (*at.split(), *axes.split()), fires, what)
+
+
+def _vision_row(name: str, axes: str, fires: str, what: str) -> HookRow:
+    at = "image patch" if axes else "image head query_patch key_patch"
+    return HookRow(name, (*at.split(), *axes.split()), fires, what)
+
+
+_HEAD = """\
+# Hook points
+
+Generated by `python -m hooked_vlm.hook_table`; do not edit.
+
+`{l}` counts layers from 0. A hook is a function `(tensor, hook) -> tensor or None`:
+
+```python
+def zero_head_5(z, hook):
+    z[:, :, 5] = 0.0                      # in place, or return a new tensor
+
+model.run_with_hooks(inputs, fwd_hooks=[("blocks.3.attn.hook_z", zero_head_5)])
+_, cache = model.run_with_cache(inputs, names_filter=["blocks.3.attn.hook_z", "vision.hook_embed"])
+```
+
+What holds for every hook point (tested for all of them):
+
+1. It fires once per forward pass, or as the table says.
+2. An edit that changes nothing changes nothing: the output is equal bit for bit. Only scores and patterns, whose
+   hook makes the layer compute attention explicitly instead of in the fused kernel, may differ by rounding.
+3. A real edit changes the output.
+4. Its shape is the one below.
+5. An edit in place is as good as a returned one and stays within its run: model, inputs, encoded images and caches
+   are as before, and so is what another hook recorded earlier in the same run.
+
+Hooks set through plain PyTorch (`point.register_forward_hook`) and backward hooks count like any other. An unknown
+name, a filter that matches nothing, a hook point that is switched off, and an image-side hook where no image is
+encoded raise `HookError`.
+
+Switches: `model.set_use_attn_result(True)`, `model.set_use_split_qkv_input(True)`, `model.set_use_hook_mlp_in(True)`.
+What they switch on costs memory and a little time, and may move results by rounding.
+
+`run_with_cache` stores everything that fires but scores and patterns; `cache["pattern", l]` is computed from the
+stored queries and keys. Padding: rows of a pattern that belong to padding are zero; other tensors hold unused
+numbers there.
+
+During `model.generate(...)` every hook finds `hook.ctx["step"]` (0 is the pass over the prompt) and
+`hook.ctx["positions"]`, the absolute position of each row of the tensor; after the first step `pos` and `query` are
+1 and `key` is all positions so far. Image-side hooks fire at step 0 only.
+"""
+
+_SECTIONS = (
+    (
+        "Language model",
+        lambda name: not is_vision(name),
+        "`batch` and `pos` are those of the tokens; keys and values have `kv_head` heads. Position slicing "
+        "(`pos_slice`) and batch removal act on these.",
+    ),
+    (
+        "Vision tower",
+        lambda name: name.startswith("vision."),
+        "One tensor per forward pass: `image` counts the images of the whole batch in order of appearance, then the "
+        "videos. A video has one row for each temporal patch (two frames), because attention never crosses them. "
+        "`patch` runs in the checkpoint's order, merge block by merge block; images with fewer patches end in "
+        "padding, which is zero and masked, and edits of it are ignored. Head and width axes are the tower's own. "
+        'In a cache: `cache.vision["blocks.0.hook_resid_pre"]`, or under the full name.',
+    ),
+    (
+        "Projector",
+        lambda name: is_vision(name) and not name.startswith("vision."),
+        "`token` are an image's tokens (merge blocks of patches), padded like patches; `d_merged` is the width of a "
+        "merge block. `hook_image_features` has the tokens of all images, then of all videos, without padding; it "
+        "also fires when the features came with the inputs (`inputs.with_image_features`).",
+    ),
+)
+
+
+def markdown(rows: list[HookRow]) -> str:
+    """The page docs/hooks.md."""
+    parts = [_HEAD]
+    for title, belongs, note in _SECTIONS:
+        table = ["| name | shape | fires | what |", "|---|---|---|---|"]
+        table += [f"| `{r.name}` | `[{', '.join(r.shape)}]` | {r.fires} | {r.what} |" for r in rows if belongs(r.name)]
+        parts.append(f"## {title}\n\n{note}\n\n" + "\n".join(table) + "\n")
+    return "\n".join(parts)
+
+
+def page() -> str:
+    """docs/hooks.md for the published architecture; sizes do not matter, so the model is minute and random."""
+    from hooked_vlm.model import HookedVLM
+
+    vision = VisionConfig(n_layers=1, d_model=4, n_heads=1, d_head=4, d_mlp=4, d_out=4, patch_size=2)
+    cfg = VLMConfig(
+        n_layers=1,
+        d_model=4,
+        n_heads=2,
+        n_key_value_heads=1,
+        d_head=2,
+        d_mlp=4,
+        d_vocab=8,
+        n_ctx=8,
+        rope_theta=1e4,
+        vision=vision,
+    )
+    return markdown(hook_table(HookedVLM(cfg)))
+
+
+if __name__ == "__main__":
+    path = Path("docs/hooks.md")
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(page())
+    print(f"wrote {path}")

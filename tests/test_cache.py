@@ -1,0 +1,289 @@
+"""What `run_with_cache` stores, what it derives, and how it is cut."""
+
+import pytest
+import tiny
+import torch
+from transformer_lens import ActivationCache
+from transformer_lens.utilities import Slice
+
+from hooked_vlm import HookError, InputError, VLMCache
+from hooked_vlm.hook_table import hook_table
+from hooked_vlm.hooks import is_quadratic, is_vision
+
+N_LAYERS = 3
+
+
+def run(rows=tiny.ONE_IMAGE, hooks=(), **kwargs) -> VLMCache:
+    """A cached run of the tiny model."""
+    model = tiny.tiny_model()
+    with torch.no_grad(), model.hooks(list(hooks)):
+        return model.run_with_cache(tiny.inputs(rows), **kwargs)[1]
+
+
+def everything(name: str) -> bool:
+    return True
+
+
+def quadratic(name: str) -> bool:
+    return is_quadratic(name)
+
+
+def all_names(cache: VLMCache) -> set[str]:
+    """The full names of all that is stored."""
+    return {*cache.keys(), *(n if is_vision(n) else f"vision.{n}" for n in cache.vision)}
+
+
+def firing_names() -> set[str]:
+    model = tiny.tiny_model()
+    return {n for n in model.hook_dict if not model._switched_off(n)}
+
+
+# ---- what is stored ----
+
+
+def test_everything_that_fires_is_stored_but_scores_and_patterns():
+    cache = run(tiny.PADDED)
+    assert isinstance(cache, ActivationCache)
+    assert all_names(cache) == {n for n in firing_names() if not is_quadratic(n)}
+
+
+def test_on_text_alone_the_image_side_is_left_out():
+    assert all_names(run(tiny.TEXT)) == {n for n in firing_names() if not (is_quadratic(n) or is_vision(n))}
+
+
+@pytest.mark.parametrize(
+    ("names_filter", "stored"),
+    [
+        ("blocks.1.attn.hook_z", {"blocks.1.attn.hook_z"}),
+        (["hook_embed", "vision.hook_embed"], {"hook_embed", "vision.hook_embed"}),
+        (("blocks.0.attn.hook_pattern",), {"blocks.0.attn.hook_pattern"}),
+        (lambda n: n.endswith("0.hook_resid_mid"), {"blocks.0.hook_resid_mid", "vision.blocks.0.hook_resid_mid"}),
+        (lambda n: n.endswith(("ln.hook_scale", "hook_mlp_in")), {"projector.ln.hook_scale"}),
+    ],
+    ids=["name", "list", "tuple", "predicate", "predicate that also matches points switched off"],
+)
+def test_a_filter_stores_what_it_names(names_filter, stored):
+    assert all_names(run(names_filter=names_filter)) == stored
+
+
+@pytest.mark.parametrize(
+    ("names_filter", "says"),
+    [
+        ("blocks.0.attn.hook_zz", "blocks.0.attn.hook_z"),
+        (["hook_embed", "blocks.9.hook_resid_pre"], "no hook point 'blocks.9"),
+        (lambda n: n == "nothing", "matches none"),
+        ("blocks.0.attn.hook_result", "set_use_attn_result"),
+    ],
+)
+def test_a_filter_that_matches_nothing_is_refused(names_filter, says):
+    with pytest.raises(HookError, match=says):
+        run(names_filter=names_filter)
+
+
+def test_stored_tensors_are_those_that_passed_the_hook_points():
+    seen: dict[str, torch.Tensor] = {}
+    cache = run(
+        tiny.PADDED, hooks=[(lambda n: not is_quadratic(n), lambda x, hook: seen.update({hook.name: x.clone()}))]
+    )
+    assert set(seen) == all_names(cache)
+    assert all(cache[name].equal(value) for name, value in seen.items())
+
+
+# ---- what is derived ----
+
+
+@pytest.mark.parametrize("rows", [tiny.ONE_IMAGE, tiny.PADDED], ids=["one row", "padded"])
+@pytest.mark.parametrize("what", ["pattern", "attn_scores"])
+def test_derived_scores_and_patterns_equal_stored_ones(rows, what):
+    derived, stored = run(rows), run(rows, names_filter=everything)
+    for layer in (*range(N_LAYERS), -1):
+        name = f"blocks.{layer % N_LAYERS}.attn.hook_{what}"
+        assert name not in derived.cache_dict and name in stored.cache_dict
+        for key in ((what, layer), (what, layer, "attn"), name):
+            torch.testing.assert_close(derived[key], stored[name], atol=1e-5, rtol=1e-5)
+    for layer in (0, 1):
+        name = f"vision.blocks.{layer}.attn.hook_{what}"
+        torch.testing.assert_close(derived[name], stored[name], atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(derived.vision[what, layer - 2], stored.vision[what, layer], atol=1e-5, rtol=1e-5)
+
+
+def test_patterns_are_derived_without_a_batch_axis_and_after_a_move():
+    whole, cut = run(), run(remove_batch_dim=True)
+    assert cut["pattern", 1].equal(whole["pattern", 1][0])
+    assert cut["attn_scores", 1].equal(whole["attn_scores", 1][0])
+    assert whole.to("cpu")["pattern", 1].equal(run()["pattern", 1])
+    assert run().remove_batch_dim()["pattern", 1].equal(cut["pattern", 1])
+
+
+@pytest.mark.parametrize("side", ["", "vision."])
+@pytest.mark.parametrize("hooked", ["hook_pattern", "hook_attn_scores"])
+def test_where_a_hook_edits_scores_or_pattern_the_edited_pattern_is_stored(side, hooked):
+    first_column = torch.zeros(0)
+
+    def look_at_the_first(x, hook):
+        nonlocal first_column
+        first_column = torch.full_like(x, 0.0 if hooked == "hook_pattern" else -torch.inf)
+        first_column[..., 0] = 1.0 if hooked == "hook_pattern" else 0.0
+        return first_column
+
+    cache = run(hooks=[(f"{side}blocks.1.attn.{hooked}", look_at_the_first)])
+    stored = {n for n in all_names(cache) if is_quadratic(n)}
+    assert stored == {f"{side}blocks.1.attn.hook_pattern", f"{side}blocks.1.attn.hook_attn_scores"}
+    assert cache[f"{side}blocks.1.attn.hook_pattern"][..., 0].eq(1).all()
+    assert cache[f"{side}blocks.1.attn.{hooked}"].equal(first_column)
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "says"),
+    [
+        ({"names_filter": ["blocks.1.attn.hook_rot_q"]}, "names_filter"),
+        ({"pos_slice": (0, 5)}, "pos_slice cut the keys"),
+        ({"stop_at_layer": 1}, "not in this cache"),
+    ],
+)
+def test_a_pattern_that_cannot_be_derived_says_why(kwargs, says):
+    with pytest.raises(KeyError, match=says):
+        run(**kwargs)["pattern", 1]
+
+
+def test_a_pattern_is_not_derived_from_a_run_that_continued_others():
+    model, inputs = tiny.tiny_model(), tiny.inputs(tiny.TEXT)
+    past = model.new_kv_cache(1, 16)
+    with torch.no_grad():
+        model(inputs, past_kv_cache=past)
+        _, cache = model.run_with_cache(inputs, past_kv_cache=past)
+    with pytest.raises(KeyError, match="key-value cache"):
+        cache["pattern", 0]
+
+
+# ---- cutting ----
+
+
+@pytest.mark.parametrize("rows", [tiny.ONE_IMAGE, tiny.PADDED], ids=["one row", "padded"])
+@pytest.mark.parametrize("pos_slice", [-1, (2, 6), (1, 9, 3), [4, 2], torch.tensor([0, 3])], ids=str)
+def test_pos_slice_cuts_the_position_axis_of_every_text_tensor_and_no_other(rows, pos_slice):
+    whole, cut = run(rows, names_filter=everything), run(rows, names_filter=everything, pos_slice=pos_slice)
+    shapes = {row.name: row.shape for row in hook_table(tiny.tiny_model())}
+    assert all_names(cut) == all_names(whole)
+    for name in all_names(whole):
+        expected = whole[name]
+        if not is_vision(name):
+            axes = shapes[".".join("{l}" if part.isdigit() else part for part in name.split("."))]
+            axis = axes.index("query" if is_quadratic(name) else "pos")
+            expected = Slice.unwrap(pos_slice).apply(expected, dim=axis)  # one position keeps its axis
+        assert cut[name].equal(expected), name
+
+
+def test_pos_slice_and_remove_batch_dim_go_together():
+    whole, cut = run(), run(pos_slice=-1, remove_batch_dim=True)
+    assert cut["resid_post", 1].equal(whole["resid_post", 1][0, -1:])
+    assert cut["rot_q", 1].equal(whole["rot_q", 1][0, -1:])
+    assert cut["vision.hook_embed"].equal(whole["vision.hook_embed"])
+
+
+def test_a_cut_cache_does_not_hold_the_memory_of_the_whole():
+    cut = run(pos_slice=(2, 4))
+    for name, value in cut.items():
+        assert value.untyped_storage().nbytes() == value.numel() * value.element_size(), name
+
+
+@pytest.mark.parametrize("afterwards", [False, True], ids=["in the run", "afterwards"])
+def test_remove_batch_dim_acts_on_the_text_side_only(afterwards):
+    whole = run(tiny.TWO_IMAGES)
+    cut = run(tiny.TWO_IMAGES).remove_batch_dim() if afterwards else run(tiny.TWO_IMAGES, remove_batch_dim=True)
+    assert not cut.has_batch_dim
+    assert all(value.equal(whole[name][0]) for name, value in cut.items())
+    assert all(value.equal(whole.vision[name]) for name, value in cut.vision.items())
+    assert cut.vision["resid_pre", 0].shape[0] == 2
+
+
+def test_remove_batch_dim_of_several_rows_is_refused():
+    with pytest.raises(InputError, match="one row, this one has 3"):
+        run(tiny.PADDED, remove_batch_dim=True)
+
+
+@pytest.mark.parametrize("rows", [1, (1, 3), [2, 0]], ids=str)
+def test_apply_slice_to_batch_dim_cuts_rows_and_keeps_all_images(rows):
+    whole = run(tiny.PADDED)
+    cut = whole.apply_slice_to_batch_dim(rows)
+    assert isinstance(cut, VLMCache)
+    assert cut.has_batch_dim == (not isinstance(rows, int))
+    for name, value in cut.items():
+        assert value.equal(Slice(rows).apply(whole[name], dim=0)), name
+    assert cut["vision.hook_embed"].equal(whole["vision.hook_embed"])
+    with pytest.raises(KeyError, match="cut to some rows"):
+        cut["pattern", 0]
+
+
+def test_device_says_where_to_store_and_to_moves_both_sides():
+    cache = run(device="meta")
+    assert {value.device.type for value in (*cache.values(), *cache.vision.values())} == {"meta"}
+    moved = run().to("meta")
+    assert {value.device.type for value in (*moved.values(), *moved.vision.values())} == {"meta"}
+
+
+# ---- the image side ----
+
+
+def test_image_side_tensors_are_found_by_full_name_and_in_cache_vision():
+    cache = run(tiny.PADDED)
+    assert cache["vision.blocks.1.hook_resid_post"].equal(cache.vision["resid_post", 1])
+    assert cache["vision.hook_embed"].equal(cache.vision["hook_embed"])
+    assert cache["projector.hook_pre"].equal(cache.vision["projector.hook_pre"])
+    assert cache["hook_image_features"].equal(cache.vision["hook_image_features"])
+    for name in ("vision.hook_embed", "projector.hook_pre", "hook_image_features", "hook_embed"):
+        assert name in cache
+    assert "vision.blocks.0.attn.hook_pattern" not in cache
+    assert not cache["hook_embed"].equal(cache.vision["hook_embed"])
+
+
+@pytest.mark.parametrize("key", ["blocks.1.hook_resid_past", "vision.blocks.1.hook_resid_past", ("resid_past", 1)])
+def test_a_wrong_key_names_the_nearest(key):
+    with pytest.raises(KeyError, match=r"blocks\.1\.hook_resid_post"):
+        run()[key]
+
+
+# ---- gradients ----
+
+
+def gradients(rows, **kwargs) -> VLMCache:
+    model = tiny.tiny_model()
+    try:
+        return model.run_with_cache(tiny.inputs(rows), return_type="loss", incl_bwd=True, **kwargs)[1]
+    finally:
+        model.zero_grad(set_to_none=True)
+
+
+def test_incl_bwd_stores_a_gradient_for_every_activation():
+    cache = gradients(tiny.PADDED)
+    names = {n for n in all_names(cache) if not n.endswith("_grad")}
+    assert all_names(cache) == names | {f"{n}_grad" for n in names}
+    assert all(cache[f"{n}_grad"].shape == cache[n].shape for n in names)
+
+
+def test_stored_gradients_are_those_of_autograd():
+    model, inputs = tiny.tiny_model(), tiny.inputs(tiny.PADDED)
+    cache = gradients(tiny.PADDED, names_filter=lambda n: n.endswith(("hook_resid_pre", "hook_image_features")))
+    resid = cache["resid_pre", 1].clone().requires_grad_()
+    features = cache["hook_image_features"].clone().requires_grad_()
+    loss = model(inputs, return_type="loss", start_at_layer=1, resid=resid)
+    (expected,) = torch.autograd.grad(loss, resid)
+    torch.testing.assert_close(cache["blocks.1.hook_resid_pre_grad"], expected, atol=1e-6, rtol=1e-4)
+    loss = model(inputs.with_image_features(features), return_type="loss")
+    (expected,) = torch.autograd.grad(loss, features)
+    torch.testing.assert_close(cache["hook_image_features_grad"], expected, atol=1e-6, rtol=1e-4)
+
+
+# ---- other caches and runs ----
+
+
+def test_a_later_run_leaves_an_earlier_cache_alone():
+    cache = run()
+    before = {name: value.clone() for name, value in cache.items()}
+    run(hooks=[(lambda n: not is_vision(n), lambda x, hook: x.mul_(2))])
+    assert all(value.equal(before[name]) for name, value in cache.items())
+
+
+def test_stop_at_layer_stores_what_comes_before():
+    cache = run(stop_at_layer=1)
+    assert {n.split(".")[1] for n in cache if n.startswith("blocks.")} == {"0"}
