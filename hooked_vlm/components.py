@@ -34,21 +34,30 @@ class AbsentBias(torch.Tensor):
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        kwargs = kwargs or {}
         name = getattr(func, "__name__", "")
-        writes = name == "__setitem__" or (name.startswith("__i") and name in _INPLACE_OPERATORS)
+        writes = name == "__setitem__" or name in _INPLACE_OPERATORS
         writes = writes or (name.endswith("_") and not name.endswith("__") and name != "requires_grad_")
-        out = (kwargs or {}).get("out")
-        if (writes and args and isinstance(args[0], AbsentBias)) or isinstance(out, AbsentBias):
-            raise TypeError(
+        written = [kwargs.get("out"), *((*args, *kwargs.values())[:1] if writes else ())]
+        if any(isinstance(x, AbsentBias) for x in written):
+            # not a TypeError, which torch takes for "try the other operand" (`b += 1` would then rebind b)
+            raise RuntimeError(
                 "this layer has no bias in the checkpoint: what reads as zeros is not a parameter and "
                 "cannot be edited (model.absent_biases lists them)"
             )
         with torch._C.DisableTorchFunctionSubclass():
-            result = func(*args, **(kwargs or {}))
-        # views of the zeros stay closed, everything computed from them is an ordinary tensor
-        if isinstance(result, Tensor) and result._base is not None and isinstance(args[0], AbsentBias):
-            return result.as_subclass(AbsentBias)
-        return result.as_subclass(Tensor) if isinstance(result, AbsentBias) else result
+            result = func(*args, **kwargs)
+            closed = {x.untyped_storage()._cdata for x in (*args, *kwargs.values()) if isinstance(x, AbsentBias)}
+            if isinstance(result, tuple | list):
+                return type(result)(_closed_where_shared(x, closed) for x in result)
+            return _closed_where_shared(result, closed)
+
+
+def _closed_where_shared(result: Any, storages: set[int]) -> Any:
+    """Views of the zeros stay closed to edits; everything computed from them is an ordinary tensor."""
+    if isinstance(result, Tensor) and result.untyped_storage()._cdata in storages:
+        return result.as_subclass(AbsentBias)
+    return result.as_subclass(Tensor) if isinstance(result, AbsentBias) else result
 
 
 _INPLACE_OPERATORS = {f"__i{op}__" for op in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow")}
