@@ -13,12 +13,12 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from hooked_vlm.geometry import ImageGrid
+from hooked_vlm.geometry import Box, ImageGrid
 from hooked_vlm.positions import TokenGroups, mrope_positions, prompt_groups
 from hooked_vlm.token_layout import Grid, InputError, InputSpec, Kind, Visual, locate_visuals, real_span
 
-Box = tuple[float, float, float, float]
-"""Half-open (x0, y0, x1, y1) in pixels of the original image."""
+Answer = str | Sequence[str] | Int[Tensor, "..."] | Sequence[int] | Sequence[Sequence[int]] | Sequence[Tensor]
+"""Text or token ids: one for all rows, or one for each."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -128,7 +128,7 @@ class VLMInputs:
         elif isinstance(rows, Tensor):
             chosen = everything[rows.cpu()].reshape(-1).tolist()
         else:
-            chosen = everything[rows].tolist() if isinstance(rows, slice) else list(rows)
+            chosen = everything[rows if isinstance(rows, slice) else list(rows)].tolist()
         return self._take_rows(chosen)
 
     def to(self, target: torch.device | str | torch.dtype) -> "VLMInputs":
@@ -211,7 +211,7 @@ class VLMInputs:
             size = self.image_sizes[i]
         return ImageGrid(size, grid, self.spec.patch_size, self.spec.merge_size)
 
-    def tokens_in_box(self, image: int, box: Box, min_overlap: float = 0.0) -> list[int]:
+    def tokens_in_box(self, image: int, box: Box, min_overlap: float | int = 0.0) -> list[int]:
         """Positions of the tokens of `image` that overlap `box`, in the image's row.
 
         Args:
@@ -228,7 +228,7 @@ class VLMInputs:
                 return visual.index
         raise InputError(f"position {pos} of row {row} is not an image token")
 
-    def box_of_token(self, pos: int, row: int = 0) -> Box:
+    def box_of_token(self, pos: int, row: int = 0) -> tuple[float, float, float, float]:
         """The box (x0, y0, x1, y1), in pixels of the original image, that the image token at `pos` covers."""
         image = self.image_of_token(pos, row)
         return self.image_grid(image).box_of(pos - self._visual("image", image).start)
@@ -253,8 +253,8 @@ class VLMInputs:
 
     # ---------------------------------------------------------------- new inputs from these
 
-    def append(self, answer: str | Sequence[str] | Int[Tensor, "..."] | Sequence[Sequence[int]]) -> "VLMInputs":
-        """The rows continued by `answer`: one text or [pos] tensor for all rows, or one per row.
+    def append(self, answer: Answer) -> "VLMInputs":
+        """The rows continued by `answer`: one text or list of token ids for all rows, or one per row.
 
         Existing positions stay where they are; shorter rows are padded at the end.
 
@@ -276,6 +276,8 @@ class VLMInputs:
     def _answers(self, answer: Any) -> list[Tensor]:
         if isinstance(answer, str):
             answer = [answer] * len(self)
+        elif not isinstance(answer, Tensor) and len(answer) and isinstance(answer[0], int):
+            answer = torch.tensor(answer)
         if isinstance(answer, Tensor) and answer.ndim == 1:
             answer = answer.expand(len(self), -1)
         rows = []

@@ -20,7 +20,7 @@ from hooked_vlm.config import VLMConfig
 from hooked_vlm.decoder import text_blocks
 from hooked_vlm.generation import GenerationMixin
 from hooked_vlm.hooks import HookError, HookName, fresh, is_encoder, is_hooked, is_vision, nearest_names
-from hooked_vlm.inputs import VLMInputs
+from hooked_vlm.inputs import Answer, VLMInputs
 from hooked_vlm.loading import LoadingMixin
 from hooked_vlm.prompting import PromptMixin
 from hooked_vlm.rotary import text_rotation
@@ -207,11 +207,11 @@ class HookedVLM(LoadingMixin, PromptMixin, GenerationMixin, WeightsMixin, Hooked
         counted = (inputs.attention_mask[:, 1:] * inputs.attention_mask[:, :-1]).bool()
         for placeholder in inputs.spec.placeholder_ids:
             counted &= targets != placeholder
-        return F.cross_entropy(logits[:, :-1][counted].float(), targets[counted])
+        predictions = logits[:, :-1][counted]
+        predictions = predictions.to(torch.promote_types(predictions.dtype, torch.float32))
+        return F.cross_entropy(predictions, targets[counted])
 
-    def log_probs(
-        self, inputs: VLMInputs, answer: str | Sequence[str] | Int[Tensor, "..."]
-    ) -> Float[Tensor, "batch answer"]:
+    def log_probs(self, inputs: VLMInputs, answer: Answer) -> Float[Tensor, "batch answer"]:
         """Log-probability of every token of `answer` after the prompt, in one forward pass.
 
         Where rows have answers of different lengths the shorter ones end in zeros, so that `.sum(-1)` is

@@ -24,7 +24,7 @@ class Rotation:
 
     def __call__(self, x: Float[Tensor, "*dims head d_head"]) -> Float[Tensor, "*dims head d_head"]:
         cos, sin = self.cos.unsqueeze(-2), self.sin.unsqueeze(-2)
-        a, b = x.to(cos.dtype).chunk(2, dim=-1)
+        a, b = x.to(torch.promote_types(x.dtype, cos.dtype)).chunk(2, dim=-1)
         return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)
 
 
