@@ -1,6 +1,9 @@
 """From text, chat messages, pictures and Hugging Face batches to `VLMInputs`; and from tokens to text."""
 
+import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +14,12 @@ from PIL import Image
 from torch import Tensor, nn
 
 from hooked_vlm.config import VLMConfig
-from hooked_vlm.images import ImageProcessor
+from hooked_vlm.images import ImageProcessor, smart_resize
 from hooked_vlm.inputs import VLMInputs
 from hooked_vlm.token_layout import InputError, InputSpec
 
+Picture = tuple[tuple[int, int], int]
+"""(width, height) of an image or of a video's frames, and how many temporal patches it has."""
 Messages = Sequence[Mapping[str, Any]]
 """A chat as Hugging Face's templates take it: [{"role": "user", "content": [{"type": "image"}, ...]}]."""
 
@@ -46,6 +51,9 @@ class PromptMixin(nn.Module):
     def as_inputs(self, input: Any) -> VLMInputs:
         """`input` itself if it is a `VLMInputs`; raw text and bare token ids become one, on the model's device.
 
+        Bare ids of several rows, some of which begin with the tokenizer's padding token, are taken as padded
+        on the left: so `to_tokens` makes them.
+
         Raises:
             InputError: bare token ids with image placeholders, ids outside the vocabulary, no tokens at all.
         """
@@ -60,7 +68,9 @@ class PromptMixin(nn.Module):
                 "(to start from a residual stream pass the inputs and start_at_layer=, resid=)"
             )
         self._check_ids(tokens)
-        return VLMInputs(tokens.to(self.cfg.device), self.input_spec())
+        tokens, spec = tokens.to(self.cfg.device), self.input_spec()
+        real = torch.ones_like(tokens) if self.tokenizer is None else _real_tokens(tokens, spec.pad_token_id)
+        return VLMInputs(tokens, spec, real)
 
     def to_inputs(
         self,
@@ -108,18 +118,27 @@ class PromptMixin(nn.Module):
             raise InputError(f"{self.cfg.model_name or 'this model'} takes no images: it has no vision tower")
 
         spec = self.input_spec()
+        processor = self.image_processor
+        if processor is not None:
+            bounds = {"min_pixels": min_pixels, "max_pixels": max_pixels}
+            processor = replace(processor, **{name: n for name, n in bounds.items() if n is not None})
+            spec = replace(spec, image_processor=processor)  # for with_image, too
         pixels = grids = sizes = video_pixels = video_grids = None
-        if all_images and self.image_processor is not None:
-            pixels, grids, sizes = self.image_processor(all_images, min_pixels=min_pixels, max_pixels=max_pixels)
-        if all_videos and self.image_processor is not None:
-            parts = [
-                self.image_processor.video(frames, min_pixels=min_pixels, max_pixels=max_pixels)
-                for frames in all_videos
-            ]
+        video_sizes = []
+        if all_images and processor is not None:
+            pixels, grids, sizes = processor(all_images)
+        if all_videos and processor is not None:
+            parts = [processor.video(frames) for frames in all_videos]
+            video_sizes = [size for _, _, (size,) in parts]
             video_pixels = torch.cat([p for p, _, _ in parts])
             video_grids = torch.cat([g for _, g, _ in parts])
         rows = self._expand(texts, spec, image_lists, video_lists, grids, video_grids)
-        self._check_length(rows, spec, max_pixels)
+        if max(map(len, rows)) > self.cfg.n_ctx:
+            n_frames = [] if video_grids is None else video_grids[:, 0].tolist()
+            given = iter([(size, 1) for size in sizes or []]), zip(video_sizes, n_frames, strict=True)
+            counts = zip(map(len, image_lists), map(len, video_lists), strict=True)
+            pictures = [[p for n, source in zip(row, given, strict=True) for p in islice(source, n)] for row in counts]
+            raise InputError(self._too_long(rows, pictures, processor, max_pixels))
         width = max(len(row) for row in rows)
         tokens = torch.full((len(rows), width), spec.pad_token_id)
         mask = torch.zeros_like(tokens)
@@ -176,12 +195,14 @@ class PromptMixin(nn.Module):
         """
         if isinstance(input, VLMInputs | Tensor):
             return input
-        tokens = self.to_inputs(input, chat=False).tokens
-        if prepend_bos:
-            if self.tokenizer.bos_token_id is None:
-                raise InputError("this tokenizer has no beginning-of-text token to prepend")
-            bos = tokens.new_full((len(tokens), 1), self.tokenizer.bos_token_id)
-            tokens = torch.cat((bos, tokens), dim=1)
+        inputs = self.to_inputs(input, chat=False)
+        if not prepend_bos:
+            return inputs.tokens
+        if self.tokenizer.bos_token_id is None:
+            raise InputError("this tokenizer has no beginning-of-text token to prepend")
+        tokens = torch.cat((inputs.tokens[:, :1], inputs.tokens), dim=1)
+        for row, first in enumerate(inputs.first):
+            tokens[row, first] = self.tokenizer.bos_token_id
         return tokens
 
     def to_string(self, tokens: Any) -> str | list[str]:
@@ -303,19 +324,43 @@ class PromptMixin(nn.Module):
             rows.append([t for i in ids for t in ([i] * spec.n_tokens(tuple(next(grids[i]))) if i in grids else [i])])
         return rows
 
-    def _check_length(self, rows: list[list[int]], spec: InputSpec, max_pixels: int | None) -> None:
-        longest = max(rows, key=len)
-        if len(longest) <= self.cfg.n_ctx:
-            return
-        n_image = sum(i in spec.placeholder_ids for i in longest)
-        starts = sum(i in spec.placeholder_ids and j != i for i, j in zip(longest, [None, *longest], strict=False))
-        message = f"the prompt has {len(longest)} tokens but the context holds {self.cfg.n_ctx}"
-        left = self.cfg.n_ctx - (len(longest) - n_image)
-        if not n_image or left < starts or self.cfg.vision is None:
-            raise InputError(f"{message}: shorten the text")
-        fits = left // starts * self.cfg.vision.pixels_per_token**2
-        now = "the checkpoint's own" if max_pixels is None else str(max_pixels)
-        raise InputError(f"{message} ({n_image} stand for images): pass max_pixels={fits} (now {now})")
+    def _too_long(
+        self,
+        rows: list[list[int]],
+        pictures: list[list[Picture]],
+        processor: ImageProcessor | None,
+        max_pixels: int | None,
+    ) -> str:
+        """What to say of a prompt longer than the context: the largest `max_pixels` with which every row fits."""
+        n_ctx = self.cfg.n_ctx
+        n_text = [sum(i not in self.cfg.placeholder_ids for i in row) for row in rows]
+        longest = max(range(len(rows)), key=lambda row: len(rows[row]))
+        n_image = len(rows[longest]) - n_text[longest]
+        message = f"the prompt has {len(rows[longest])} tokens but the context holds {n_ctx}"
+        if processor is None or n_image == 0 or max(n_text) > n_ctx:
+            return f"{message}: shorten the text"
+        side, area = processor.pixels_per_token, processor.pixels_per_token**2
+        least = processor.min_pixels
+
+        def fit(row: int, most: int) -> bool:
+            sizes = [
+                frames * math.prod(smart_resize(height, width, side, min(least, most), most))
+                for (width, height), frames in pictures[row]
+            ]
+            return n_text[row] + sum(sizes) // area <= n_ctx
+
+        # tokens for each picture, if all took what they may; a narrow one takes more, no side being below a token's
+        shares = [
+            (n_ctx - n_text[row]) // sum(frames for _, frames in pictures[row])
+            for row in range(len(rows))
+            if pictures[row]
+        ]
+        for fitting in range(min(shares) * area, 0, -area):
+            if all(fit(row, fitting) for row in range(len(rows))):
+                now = "the checkpoint's own" if max_pixels is None else str(max_pixels)
+                lower = f"min_pixels={fitting} and " if least > fitting else ""
+                return f"{message} ({n_image} stand for images): pass {lower}max_pixels={fitting} (now {now})"
+        return f"{message} ({n_image} stand for images): shorten the text, or give fewer images or frames"
 
 
 def _per_prompt(given: Any, n: int, batched: bool, name: str, as_list: Any) -> list[list]:
@@ -328,6 +373,14 @@ def _per_prompt(given: Any, n: int, batched: bool, name: str, as_list: Any) -> l
         count = len(given) if isinstance(given, list | tuple) else 1
         raise InputError(f"{n} prompts need {n} entries in {name} (None where a prompt has none), got {count}")
     return [[] if one is None else as_list(one) for one in given]
+
+
+def _real_tokens(tokens: Int[Tensor, "batch pos"], pad_token_id: int) -> Int[Tensor, "batch pos"]:
+    """The attention mask of rows padded on the left, if some are and some are not; else all ones."""
+    padding = (tokens == pad_token_id).long().cumprod(dim=1)
+    if padding[:, 0].all():
+        return torch.ones_like(tokens)
+    return 1 - padding * (1 - padding.amin(dim=1, keepdim=True))
 
 
 def _is_picture(x: Any) -> bool:
