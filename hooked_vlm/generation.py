@@ -28,6 +28,7 @@ class GenerationMixin(nn.Module):
     new_kv_cache: Callable[..., Any]
     to_string: Callable[..., Any]
     check_hook_name: Callable[[HookName], None]
+    _check_context: Callable[[VLMInputs, int], None]
 
     @torch.no_grad()
     def generate(
@@ -67,8 +68,9 @@ class GenerationMixin(nn.Module):
         """
         inputs = self.as_inputs(input)
         _check_settings(inputs, max_new_tokens, do_sample, temperature, top_k, top_p)
+        self._check_context(inputs, 0)
         n_prompt = inputs.shape[1]
-        room = self.cfg.n_ctx - n_prompt
+        room = max(self.cfg.n_ctx - n_prompt, 0)
         if max_new_tokens > room:
             warnings.warn(
                 f"generation stops after {room} new tokens: the context of {self.cfg.n_ctx} is full then",

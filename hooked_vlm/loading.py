@@ -139,9 +139,8 @@ class LoadingMixin(nn.Module):
                 written.mkdir()
                 save_torch_state_dict(self.to_hf_state_dict(), written)
                 _write_json(written / "config.json", converter.published_config(self.hf_config, self.cfg.dtype))
-                stops = list(self.cfg.eos_token_ids)
-                if stops:
-                    _write_json(written / "generation_config.json", {"eos_token_id": stops})
+                ids = {"eos_token_id": list(self.cfg.eos_token_ids) or None, "pad_token_id": self.cfg.pad_token_id}
+                _write_json(written / "generation_config.json", _without_none(ids))
                 if self.image_processor is not None:
                     _write_json(written / "preprocessor_config.json", _processor_dict(self.image_processor))
                 if self.tokenizer is not None:
