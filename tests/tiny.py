@@ -1,12 +1,16 @@
 """Small random Qwen2-VL models and inputs, made on the spot and shared by the tests."""
 
+import tempfile
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
+from transformers import AutoTokenizer, Qwen2VLConfig, Qwen2VLForConditionalGeneration
 
 from hooked_vlm import HookedVLM, VLMInputs
+from hooked_vlm.experiments.toy import tokenizer as toy
+from hooked_vlm.images import ImageProcessor
 
 IMAGE, VIDEO, VISION_START, VISION_END, STOP, PAD = 100, 101, 102, 103, 3, 0
 
@@ -51,17 +55,17 @@ def randomise(model: torch.nn.Module, seed: int = 0) -> None:
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             noise = torch.randn(parameter.shape, generator=generator)
-            is_norm = parameter.ndim == 1 and "norm" in name or "ln" in name
+            is_norm = (parameter.ndim == 1 and "norm" in name) or "ln" in name
             if parameter.ndim == 1:
                 parameter.copy_(1.0 + 0.3 * noise if is_norm and name.endswith("weight") else 0.3 * noise)
             else:
-                parameter.copy_(noise * 1.5 / parameter[0].numel() ** 0.5)
+                parameter.copy_(noise / parameter[0].numel() ** 0.5)
 
 
 @lru_cache(maxsize=4)
 def tiny_hf(tied: bool = False) -> Qwen2VLForConditionalGeneration:
-    """The reference. Shared: tests must not change its weights."""
-    model = Qwen2VLForConditionalGeneration(tiny_config(tied)).eval()
+    """The reference, with attention written out. Shared: tests must not change its weights."""
+    model = Qwen2VLForConditionalGeneration._from_config(tiny_config(tied), attn_implementation="eager").eval()
     randomise(model)
     model.generation_config.eos_token_id = STOP
     model.generation_config.pad_token_id = PAD
@@ -116,8 +120,61 @@ TEXT = [[5, 6, 7, 8, 9, 10, 11]]
 PADDED = [[5, 6, ("image", (1, 4, 6)), 7, 8], [11, 12, 13], [5, ("image", (1, 4, 4)), ("image", (1, 2, 6)), 9]]
 VIDEO_CLIP = [[5, ("video", (2, 4, 6)), 7, 8, ("image", (1, 4, 4)), 9]]
 LONG_VIDEO = [[5, ("video", (7, 4, 4)), 7, 8, 9]]
+PADDED_VIDEOS = [[5, ("video", (3, 4, 2)), 6, 7], [8, ("image", (1, 6, 4)), 9, ("video", (5, 4, 2)), 10, 11, 12]]
+
+CASES: dict[str, list[list[Any]]] = {
+    "one-image": ONE_IMAGE,
+    "images-of-two-sizes": TWO_IMAGES,
+    "text": TEXT,
+    "left-padded": PADDED,
+    "video-and-image": VIDEO_CLIP,
+    "long-video": LONG_VIDEO,
+    "padded-videos": PADDED_VIDEOS,
+}
+
+
+def published_positions(batch: dict[str, torch.Tensor], merge: int = 2) -> torch.Tensor:
+    """M-RoPE position ids [3, batch, pos] by the rule of the published code, counted token by token."""
+    grids = {
+        IMAGE: iter(batch.get("image_grid_thw", torch.zeros(0, 3)).tolist()),
+        VIDEO: iter(batch.get("video_grid_thw", torch.zeros(0, 3)).tolist()),
+    }
+    ids = torch.zeros(3, *batch["input_ids"].shape, dtype=torch.long)
+    for row, (tokens, mask) in enumerate(
+        zip(batch["input_ids"].tolist(), batch["attention_mask"].tolist(), strict=True)
+    ):
+        triples: list[tuple[int, int, int]] = []
+        real = [token for token, is_real in zip(tokens, mask, strict=True) if is_real]
+        while len(triples) < len(real):
+            token = real[len(triples)]
+            following = 1 + max((max(triple) for triple in triples), default=-1)
+            if token not in grids:
+                triples.append((following,) * 3)
+                continue
+            t, h, w = (int(n) for n in next(grids[token]))
+            for frame in range(t):
+                for y in range(h // merge):
+                    for x in range(w // merge):
+                        triples.append((following + frame, following + y, following + x))
+        ids[:, row, torch.tensor(mask).bool()] = torch.tensor(triples).T
+    return ids
 
 
 def inputs(rows: list[list[Any]], seed: int = 0, tied: bool = False) -> VLMInputs:
     """`hf_batch(rows)` as inputs of the tiny model."""
     return tiny_model(tied).inputs_from_hf(hf_batch(rows, seed))
+
+
+@lru_cache(maxsize=1)
+def reading_model() -> HookedVLM:
+    """A tiny model with the toy models' tokenizer and chat template, 8 pixels to a token. Shared."""
+    with tempfile.TemporaryDirectory() as folder:
+        toy.save_tokenizer(Path(folder))
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+    ids = {token: tokenizer.convert_tokens_to_ids(token) for token in toy.SPECIAL_TOKENS}
+    config = tiny_config(vocab_size=len(tokenizer), eos_token_id=ids[toy.IM_END], pad_token_id=ids[toy.END_OF_TEXT])
+    config.image_token_id, config.video_token_id = ids[toy.IMAGE_PAD], ids[toy.VIDEO_PAD]
+    config.vision_start_token_id, config.vision_end_token_id = ids[toy.VISION_START], ids[toy.VISION_END]
+    hf = Qwen2VLForConditionalGeneration(config).eval()
+    randomise(hf)
+    return HookedVLM.from_hf(hf, tokenizer, ImageProcessor(patch_size=4, min_pixels=256, max_pixels=64 * 400))

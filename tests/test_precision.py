@@ -1,0 +1,125 @@
+"""Rounding: in low precision no worse than the reference, in float32 the same whichever kernel runs."""
+
+from copy import deepcopy
+from functools import lru_cache
+from typing import Any
+
+import pytest
+import torch
+from tiny import CASES, hf_batch, inputs, published_positions, tiny_hf, tiny_model
+from torch import Tensor
+from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
+
+from hooked_vlm import HookedVLM
+from hooked_vlm.converters import KNOWN_MODELS
+
+SEEDS = range(6)
+LAYERS = 3
+EXPLICIT = [(f"blocks.{layer}.attn.hook_pattern", lambda pattern, hook: pattern) for layer in range(LAYERS)] + [
+    (f"vision.blocks.{layer}.attn.hook_pattern", lambda pattern, hook: pattern) for layer in range(2)
+]
+
+
+@lru_cache(maxsize=2)
+def rounded(dtype: torch.dtype) -> tuple[Any, Any]:
+    """The reference in `dtype`, and in float64 with the same rounded weights."""
+    low = deepcopy(tiny_hf()).to(dtype)
+    return low, deepcopy(low).double()
+
+
+def difference(a: Tensor, b: Tensor) -> float:
+    return float((a.double() - b.double()).pow(2).mean().sqrt())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("case", ["images-of-two-sizes", "long-video"])
+@pytest.mark.parametrize("kernel", ["fused", "explicit"])
+@torch.no_grad()
+def test_rounding_errors_are_no_larger_than_the_references(dtype: torch.dtype, case: str, kernel: str) -> None:
+    low, exact = rounded(dtype)
+    low.set_attn_implementation("sdpa" if kernel == "fused" else "eager")
+    model = HookedVLM.from_hf(low)
+    ours, theirs = [], []
+    for seed in SEEDS:
+        batch = hf_batch(CASES[case], seed)
+        batch["input_ids"] = torch.where(batch["input_ids"] < 100, batch["input_ids"] + 10 * seed, batch["input_ids"])
+        positions = published_positions(batch)
+        truth = exact(**batch, position_ids=positions).logits
+        logits = model.run_with_hooks(model.inputs_from_hf(batch), fwd_hooks=EXPLICIT if kernel == "explicit" else [])
+        assert logits.dtype is dtype
+        ours.append(difference(logits, truth))
+        theirs.append(difference(low(**batch, position_ids=positions).logits, truth))
+    assert sum(ours) <= 1.1 * sum(theirs)
+    assert sum(ours) > 0
+
+
+@pytest.mark.parametrize("case", ["one-image", "text", "video-and-image", "long-video"])
+@torch.no_grad()
+def test_float64_runs_in_float64(case: str) -> None:
+    """`transformers` keeps its norms in float32 then, hence the 1e-6 and not 1e-12."""
+    exact = deepcopy(tiny_hf()).double()
+    batch = hf_batch(CASES[case])
+    model = HookedVLM.from_hf(exact)
+    fused = model(model.inputs_from_hf(batch))
+    explicit = model.run_with_hooks(
+        model.inputs_from_hf(batch), fwd_hooks=EXPLICIT if case != "text" else EXPLICIT[:LAYERS]
+    )
+    assert (
+        fused.dtype is torch.float64 and model(model.inputs_from_hf(batch), return_type="loss").dtype is torch.float64
+    )
+    torch.testing.assert_close(fused, explicit, atol=1e-12, rtol=0)
+    torch.testing.assert_close(fused, exact(**batch, position_ids=published_positions(batch)).logits, atol=5e-6, rtol=0)
+
+
+@pytest.mark.parametrize("case", CASES)
+@torch.no_grad()
+def test_the_two_kernels_agree_in_float32(case: str) -> None:
+    model, batch = tiny_model(), inputs(CASES[case])
+    real = batch.attention_mask.bool()
+    explicit = model.run_with_hooks(batch, fwd_hooks=EXPLICIT if case != "text" else EXPLICIT[:LAYERS])
+    torch.testing.assert_close(explicit[real], model(batch)[real], atol=1e-5, rtol=0)
+
+
+@pytest.mark.slow
+@torch.no_grad()
+def test_the_real_shape_of_qwen2_vl_2b_equals_the_reference() -> None:
+    """Random weights in float32 (9 GB, shared by both): logits, every layer, the vision tower, greedy tokens."""
+    config = Qwen2VLConfig(**KNOWN_MODELS["Qwen/Qwen2-VL-2B-Instruct"].config)
+    config.dtype = torch.float32
+    hf = Qwen2VLForConditionalGeneration._from_config(config, attn_implementation="sdpa").eval()
+    generator = torch.Generator().manual_seed(0)
+    for parameter in hf.parameters():  # biases and norm weights start as zeros and ones
+        if parameter.ndim == 1:
+            parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
+    model = HookedVLM.from_hf(hf)
+    grid = torch.tensor([[1, 8, 12], [1, 6, 6]])
+    ids = [151644, 872, 198, 151652, *[151655] * 24, 151653, 151652, *[151655] * 9, 151653, 3838, 374, 419, 30, 151645]
+    batch = {
+        "input_ids": torch.tensor([ids]),
+        "attention_mask": torch.ones(1, len(ids), dtype=torch.long),
+        "pixel_values": torch.randn(132, 1176, generator=generator),
+        "image_grid_thw": grid,
+    }
+    batch["mm_token_type_ids"] = (batch["input_ids"] == 151655).int()
+    theirs = hf(**batch, output_hidden_states=True)
+    prompt = model.inputs_from_hf(batch)
+    logits, cache = model.run_with_cache(
+        prompt, names_filter=lambda name: name.endswith(("hook_resid_pre", "hook_image_features"))
+    )
+    features = hf.model.visual(batch["pixel_values"], grid_thw=grid).pooler_output
+    errors = {
+        "logits": logits - theirs.logits,
+        "image features": cache["hook_image_features"].flatten(0, -2) - features,
+    }
+    errors |= {f"layer {i}": cache["resid_pre", i] - theirs.hidden_states[i] for i in range(28)}
+    largest = {name: float(error.abs().max()) for name, error in errors.items()}
+    print("\nlargest absolute differences:", largest)
+    print(
+        "largest logit:",
+        float(theirs.logits.abs().max()),
+        "largest residual:",
+        float(theirs.hidden_states[27].abs().max()),
+    )
+    assert max(largest.values()) < 1e-4
+    new = hf.generate(**batch, max_new_tokens=4, do_sample=False)
+    assert torch.equal(model.generate(prompt, 4), new)
