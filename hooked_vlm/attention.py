@@ -12,7 +12,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from transformer_lens.hook_points import HookPoint
 
-from hooked_vlm.components import HookFn, absent_bias
+from hooked_vlm.components import HookFn, WithViews, absent_bias, weight_view
 from hooked_vlm.hooks import is_hooked
 from hooked_vlm.rotary import Rotation
 
@@ -196,7 +196,7 @@ class KVCache:
         self.next_position = past + n_rotary_positions
 
 
-class Attention(nn.Module):
+class Attention(WithViews):
     """Grouped-query attention of one layer, text or vision."""
 
     def __init__(
@@ -252,35 +252,35 @@ class Attention(nn.Module):
         result = hook(self.hook_result, torch.einsum("...hd,hdm->...hm", z, self.W_O))
         return result.sum(-2) if self.o_proj.bias is None else result.sum(-2) + self.o_proj.bias
 
-    @property
+    @weight_view
     def W_Q(self) -> Float[Tensor, "head d_model d_head"]:
         return _by_head(self.q_proj.weight, self.n_heads)
 
-    @property
+    @weight_view
     def W_K(self) -> Float[Tensor, "kv_head d_model d_head"]:
         return _by_head(self.k_proj.weight, self.n_key_value_heads)
 
-    @property
+    @weight_view
     def W_V(self) -> Float[Tensor, "kv_head d_model d_head"]:
         return _by_head(self.v_proj.weight, self.n_key_value_heads)
 
-    @property
+    @weight_view
     def W_O(self) -> Float[Tensor, "head d_head d_model"]:
         return self.o_proj.weight.view(-1, self.n_heads, self.d_head).permute(1, 2, 0)
 
-    @property
+    @weight_view
     def b_Q(self) -> Float[Tensor, "head d_head"]:
         return _bias_by_head(self.q_proj, self.n_heads)
 
-    @property
+    @weight_view
     def b_K(self) -> Float[Tensor, "kv_head d_head"]:
         return _bias_by_head(self.k_proj, self.n_key_value_heads)
 
-    @property
+    @weight_view
     def b_V(self) -> Float[Tensor, "kv_head d_head"]:
         return _bias_by_head(self.v_proj, self.n_key_value_heads)
 
-    @property
+    @weight_view
     def b_O(self) -> Float[Tensor, "d_model"]:
         bias = self.o_proj.bias
         return absent_bias(self.o_proj.weight, self.o_proj.out_features) if bias is None else bias

@@ -29,6 +29,24 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
+class weight_view(property):
+    """A weight seen in another shape. Assigning to it, as `W_O *= 2` does in the end, writes into the weight."""
+
+    def __set__(self, module: Any, value: Any) -> None:
+        with torch.no_grad():
+            self.__get__(module).copy_(value)
+
+
+class WithViews(nn.Module):
+    """A module whose `weight_view`s may be assigned to."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if isinstance(getattr(type(self), name, None), weight_view):
+            object.__setattr__(self, name, value)  # nn.Module would register a parameter of this name
+        else:
+            super().__setattr__(name, value)
+
+
 class AbsentBias(torch.Tensor):
     """Zeros standing for a bias the checkpoint does not have: readable like a tensor, closed to edits."""
 
@@ -68,7 +86,7 @@ def absent_bias(like: Tensor, *shape: int) -> Tensor:
     return torch.zeros(shape, device=like.device, dtype=like.dtype).as_subclass(AbsentBias)
 
 
-class Norm(nn.Module):
+class Norm(WithViews):
     """RMSNorm, or LayerNorm when `centered`; statistics in float32 as in the reference.
 
     `hook_scale` is the denominator, sqrt(variance + eps), [..., 1]; `hook_normalized` is what the
@@ -90,7 +108,7 @@ class Norm(nn.Module):
         if self.bias is not None:
             nn.init.zeros_(self.bias)
 
-    @property
+    @weight_view
     def w(self) -> Tensor:
         """The weight, [d_model] (TransformerLens' name)."""
         return self.weight
@@ -109,7 +127,7 @@ class Norm(nn.Module):
         return hook(self.hook_normalized, normalized)
 
 
-class MLP(nn.Module):
+class MLP(WithViews):
     """act(gate(x)) * in(x) when gated, act(in(x)) otherwise, then out."""
 
     def __init__(self, d_model: int, d_mlp: int, act_fn: str, gated: bool, bias: bool) -> None:
@@ -133,24 +151,24 @@ class MLP(nn.Module):
             post = self.act(pre) * hook(self.hook_pre_linear, self.in_proj(x))
         return self.out_proj(hook(self.hook_post, post))
 
-    @property
+    @weight_view
     def W_in(self) -> Float[Tensor, "d_model d_mlp"]:
         return self.in_proj.weight.T
 
-    @property
+    @weight_view
     def W_gate(self) -> Float[Tensor, "d_model d_mlp"] | None:
         """None without a gate."""
         return None if self.gate_proj is None else self.gate_proj.weight.T
 
-    @property
+    @weight_view
     def W_out(self) -> Float[Tensor, "d_mlp d_model"]:
         return self.out_proj.weight.T
 
-    @property
+    @weight_view
     def b_in(self) -> Float[Tensor, "d_mlp"]:
         return _bias(self.in_proj)
 
-    @property
+    @weight_view
     def b_out(self) -> Float[Tensor, "d_model"]:
         return _bias(self.out_proj)
 
@@ -159,10 +177,10 @@ def _bias(linear: nn.Linear) -> Tensor:
     return absent_bias(linear.weight, linear.out_features) if linear.bias is None else linear.bias
 
 
-class Embed(nn.Embedding):
+class Embed(WithViews, nn.Embedding):
     """Token embedding."""
 
-    @property
+    @weight_view
     def W_E(self) -> Float[Tensor, "d_vocab d_model"]:
         return self.weight
 
@@ -170,16 +188,16 @@ class Embed(nn.Embedding):
         return super().forward(tokens)
 
 
-class Unembed(nn.Linear):
+class Unembed(WithViews, nn.Linear):
     """Logits from the normalised residual stream."""
 
     def __init__(self, d_model: int, d_vocab: int) -> None:
         super().__init__(d_model, d_vocab, bias=False)
 
-    @property
+    @weight_view
     def W_U(self) -> Float[Tensor, "d_model d_vocab"]:
         return self.weight.T
 
-    @property
+    @weight_view
     def b_U(self) -> Float[Tensor, "d_vocab"]:
         return absent_bias(self.weight, self.out_features)

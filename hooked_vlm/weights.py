@@ -7,14 +7,14 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from hooked_vlm.components import AbsentBias, Embed, Norm, Unembed
+from hooked_vlm.components import AbsentBias, Embed, Norm, Unembed, WithViews, weight_view
 from hooked_vlm.config import VLMConfig
 
 _ATTENTION = ("W_Q", "W_K", "W_V", "W_O", "b_Q", "b_K", "b_V", "b_O")
 _MLP = ("W_in", "W_gate", "W_out", "b_in", "b_out")
 
 
-class WeightsMixin(nn.Module):
+class WeightsMixin(WithViews):
     """`W_*` and `b_*` of the text decoder.
 
     Those of a block (`model.blocks[3].attn.W_O`) are views: an edit in place edits the model. Those of the
@@ -28,17 +28,17 @@ class WeightsMixin(nn.Module):
     blocks: nn.ModuleList
     to_single_token: Callable[[str], int]
 
-    @property
+    @weight_view
     def W_E(self) -> Float[Tensor, "d_vocab d_model"]:
         """A view. In a tied model it shares its memory with `W_U`."""
         return self.embed.W_E
 
-    @property
+    @weight_view
     def W_U(self) -> Float[Tensor, "d_model d_vocab"]:
         """A view. In a tied model it shares its memory with `W_E`."""
         return self.unembed.W_U
 
-    @property
+    @weight_view
     def b_U(self) -> Float[Tensor, "d_vocab"]:
         return self.unembed.b_U
 
@@ -49,6 +49,12 @@ class WeightsMixin(nn.Module):
         if name in _MLP:
             return torch.stack([getattr(block.mlp, name) for block in self.blocks])
         return super().__getattr__(name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in (*_ATTENTION, *_MLP):
+            part = "attn" if name in _ATTENTION else "mlp"
+            raise AttributeError(f"model.{name} is a stacked copy: edit model.blocks[layer].{part}.{name}, a view")
+        super().__setattr__(name, value)
 
     @property
     def absent_biases(self) -> list[str]:

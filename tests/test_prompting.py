@@ -95,6 +95,12 @@ def test_pictures_may_come_inside_the_messages(model: HookedVLM) -> None:
         model.to_inputs([{"role": "user", "content": content}], images=[a, b])
 
 
+def test_a_list_of_conversations_is_a_batch(model: HookedVLM) -> None:
+    chats = [[{"role": "user", "content": [{"type": "image"}]}], [{"role": "user", "content": "What"}]]
+    batch = model.to_inputs(chats, [picture(16, 16), None])
+    assert texts(model, batch) == [HEAD + pads(4) + TAIL, HEAD + "What" + TAIL]
+
+
 def test_a_conversation_keeps_its_turns(model: HookedVLM) -> None:
     turns = [("user", "What"), ("assistant", "abc"), ("user", QUESTION)]
     inputs = model.to_inputs([{"role": role, "content": text} for role, text in turns])

@@ -113,6 +113,24 @@ def test_an_edit_in_place_edits_the_model_and_the_reference_it_shares_storage_wi
 
 
 @torch.no_grad()
+def test_assigning_to_a_view_writes_into_the_model(pair: Pair) -> None:
+    attn, mlp = pair.model.blocks[1].attn, pair.model.blocks[0].mlp
+    expected = attn.W_O * 2
+    attn.W_O *= 2
+    assert torch.equal(attn.W_O, expected)
+    attn.b_Q += 0.5
+    mlp.W_out = torch.zeros(96, 64)
+    pair.model.W_E *= 1.5
+    pair.model.vision.blocks[0].attn.b_O += 0.5
+    attn.W_K = torch.nn.Parameter(attn.W_K * 2)
+    close(*pair.logits())
+    with pytest.raises(RuntimeError, match="no bias"):
+        attn.b_O = torch.ones(64)
+    with pytest.raises(AttributeError, match=r"stacked copy: edit model.blocks\[layer\].attn.W_O"):
+        pair.model.W_O *= 2
+
+
+@torch.no_grad()
 def test_an_edit_of_the_reference_edits_the_model(pair: Pair) -> None:
     before, _ = pair.logits()
     for parameter in pair.hf.parameters():
@@ -169,8 +187,7 @@ def test_absent_biases_are_listed_read_as_zeros_and_refuse_edits() -> None:
         bias[0] = 1
 
     def added() -> None:
-        nonlocal bias
-        bias += 1
+        model.blocks[0].attn.b_O += 1
 
     views = (bias[:4], bias.view(8, 8), bias.data, bias.detach(), bias.chunk(2)[0], next(iter(bias)), bias.unbind()[0])
     edits = (
