@@ -50,6 +50,7 @@ def test_it_has_the_shape_of_its_tokens(batch):
         (torch.tensor([2, 2, 3]), [2, 2, 3]),
         (torch.tensor(2), [2]),
         (torch.tensor([True, False, False, True]), [0, 3]),
+        ([True, False, False, True], [0, 3]),
     ],
     ids=str,
 )
