@@ -14,12 +14,13 @@ from PIL import Image
 from torch import Tensor, nn
 
 from hooked_vlm.config import VLMConfig
+from hooked_vlm.geometry import ImageSize
 from hooked_vlm.images import ImageProcessor, smart_resize
 from hooked_vlm.inputs import VLMInputs
 from hooked_vlm.token_layout import InputError, InputSpec
 
-Picture = tuple[tuple[int, int], int]
-"""(width, height) of an image or of a video's frames, and how many temporal patches it has."""
+Picture = tuple[ImageSize, int]
+"""The size of an image or of a video's frames, and how many temporal patches it has."""
 Messages = Sequence[Mapping[str, Any]]
 """A chat as Hugging Face's templates take it: [{"role": "user", "content": [{"type": "image"}, ...]}]."""
 

@@ -39,7 +39,7 @@ def reference_tokens(rows: list[list[Any]], n: int = N_NEW, stop: int = -1, tied
     return tiny_hf(tied).generate(**batch, max_new_tokens=n, do_sample=False, eos_token_id=stop, pad_token_id=PAD)
 
 
-def greedy_uncached(prompt: VLMInputs, n: int = N_NEW) -> Tensor:
+def greedy_uncached(prompt: Any, n: int = N_NEW) -> Tensor:
     new = torch.zeros(len(prompt), 0, dtype=torch.long)
     for _ in range(n):
         logits = tiny_model()(prompt.append(new), logits_at="last")

@@ -65,7 +65,8 @@ def test_a_saved_folder_loads_in_transformers_and_here_bit_for_bit(
     hf = deepcopy(tiny_hf(tied)).to(dtype)
     model, folder = HookedVLM.from_hf(hf), tmp_path / "ours"
     model.save_pretrained(folder)
-    theirs, report = Qwen2VLForConditionalGeneration.from_pretrained(folder, dtype="auto", output_loading_info=True)
+    loaded: Any = Qwen2VLForConditionalGeneration.from_pretrained(folder, dtype="auto", output_loading_info=True)
+    theirs, report = loaded
     assert not any(report[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     equal(dict(theirs.state_dict()), dict(hf.state_dict()))
     assert theirs.generation_config.eos_token_id in (STOP, [STOP])
@@ -87,12 +88,12 @@ def test_a_loaded_folder_saves_again_without_change(tmp_path: Path, tied: bool) 
 
 
 def test_edits_are_saved(tmp_path: Path) -> None:
-    model = HookedVLM.from_hf(deepcopy(tiny_hf()))
+    model: Any = HookedVLM.from_hf(deepcopy(tiny_hf()))
     with torch.no_grad():
         model.blocks[1].attn.W_O[2] = 0
         model.vision.blocks[0].attn.W_K[1] *= 2
     model.save_pretrained(tmp_path / "edited")
-    again = HookedVLM.from_pretrained(tmp_path / "edited")
+    again: Any = HookedVLM.from_pretrained(tmp_path / "edited")
     assert not again.blocks[1].attn.W_O[2].any() and again.blocks[1].attn.W_O[1].any()
     assert torch.equal(again.vision.blocks[0].attn.W_K, model.vision.blocks[0].attn.W_K)
 

@@ -40,7 +40,7 @@ class Both:
     """One forward pass of each."""
 
     batch: dict[str, Tensor]
-    inputs: VLMInputs
+    inputs: Any
     theirs: Any
     vision: dict[str, Tensor]
     """Theirs: block outputs and inputs of attention by name, packed; images first, then videos."""

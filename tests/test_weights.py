@@ -19,8 +19,8 @@ class Pair:
     """A reference and a model of its own on the same storage, to be edited."""
 
     def __init__(self, tied: bool = False) -> None:
-        self.hf = deepcopy(tiny_hf(tied))
-        self.model = HookedVLM.from_hf(self.hf)
+        self.hf: Any = deepcopy(tiny_hf(tied))
+        self.model: Any = HookedVLM.from_hf(self.hf)
 
     @torch.no_grad()
     def logits(self) -> tuple[Tensor, Tensor]:

@@ -1,4 +1,7 @@
-"""Small random Qwen2-VL models and inputs, made on the spot and shared by the tests."""
+"""Small random Qwen2-VL models and inputs, made on the spot and shared by the tests.
+
+Models and inputs are typed `Any`: tests reach into modules and optional fields.
+"""
 
 import tempfile
 from functools import lru_cache
@@ -8,7 +11,7 @@ from typing import Any
 import torch
 from transformers import AutoTokenizer, Qwen2VLConfig, Qwen2VLForConditionalGeneration
 
-from hooked_vlm import HookedVLM, VLMInputs
+from hooked_vlm import HookedVLM
 from hooked_vlm.experiments.toy import tokenizer as toy
 from hooked_vlm.images import ImageProcessor
 
@@ -63,7 +66,7 @@ def randomise(model: torch.nn.Module, seed: int = 0) -> None:
 
 
 @lru_cache(maxsize=4)
-def tiny_hf(tied: bool = False) -> Qwen2VLForConditionalGeneration:
+def tiny_hf(tied: bool = False) -> Any:
     """The reference, with attention written out. Shared: tests must not change its weights."""
     model = Qwen2VLForConditionalGeneration._from_config(tiny_config(tied), attn_implementation="eager").eval()
     randomise(model)
@@ -73,7 +76,7 @@ def tiny_hf(tied: bool = False) -> Qwen2VLForConditionalGeneration:
 
 
 @lru_cache(maxsize=4)
-def tiny_model(tied: bool = False) -> HookedVLM:
+def tiny_model(tied: bool = False) -> Any:
     """Ours, on the same storage. Shared: tests must not change its weights and must leave no hooks."""
     return HookedVLM.from_hf(tiny_hf(tied))
 
@@ -149,9 +152,9 @@ def published_positions(batch: dict[str, torch.Tensor], merge: int = 2) -> torch
             token = real[len(triples)]
             following = 1 + max((max(triple) for triple in triples), default=-1)
             if token not in grids:
-                triples.append((following,) * 3)
+                triples.append((following, following, following))
                 continue
-            t, h, w = (int(n) for n in next(grids[token]))
+            t, h, w = map(int, next(grids[token]))
             for frame in range(t):
                 for y in range(h // merge):
                     for x in range(w // merge):
@@ -160,13 +163,13 @@ def published_positions(batch: dict[str, torch.Tensor], merge: int = 2) -> torch
     return ids
 
 
-def inputs(rows: list[list[Any]], seed: int = 0, tied: bool = False) -> VLMInputs:
+def inputs(rows: list[list[Any]], seed: int = 0, tied: bool = False) -> Any:
     """`hf_batch(rows)` as inputs of the tiny model."""
     return tiny_model(tied).inputs_from_hf(hf_batch(rows, seed))
 
 
 @lru_cache(maxsize=1)
-def reading_model() -> HookedVLM:
+def reading_model() -> Any:
     """A tiny model with the toy models' tokenizer and chat template, 8 pixels to a token. Shared."""
     with tempfile.TemporaryDirectory() as folder:
         toy.save_tokenizer(Path(folder))
