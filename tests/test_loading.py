@@ -139,7 +139,7 @@ def test_a_dtype_can_be_asked_for(dtype: torch.dtype, tmp_path: Path) -> None:
 def test_loading_maps_the_file_and_copies_nothing(tmp_path: Path) -> None:
     folder = tmp_path / "ours"
     tiny_model().save_pretrained(folder)
-    model = HookedVLM.from_pretrained(folder, device="cpu")
+    model: Any = HookedVLM.from_pretrained(folder, device="cpu")
     mapped = [
         tuple(int(end, 16) for end in line.split()[0].split("-"))
         for line in Path("/proc/self/maps").read_text().splitlines()
