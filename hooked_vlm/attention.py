@@ -10,10 +10,9 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
-from transformer_lens.hook_points import HookPoint
 
 from hooked_vlm.components import HookFn, WithViews, absent_bias, weight_view
-from hooked_vlm.hooks import is_hooked
+from hooked_vlm.hooks import HookPoint, is_hooked
 from hooked_vlm.rotary import Rotation
 
 

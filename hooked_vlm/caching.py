@@ -5,10 +5,9 @@ from functools import partial
 
 import torch
 from torch import Tensor
-from transformer_lens.hook_points import HookPoint
 from transformer_lens.utilities import Slice
 
-from hooked_vlm.hooks import QUADRATIC, is_hooked, is_quadratic, is_vision
+from hooked_vlm.hooks import QUADRATIC, HookPoint, is_hooked, is_quadratic, is_vision
 
 Hooks = list[tuple[str, Callable]]
 

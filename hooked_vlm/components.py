@@ -11,7 +11,8 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from transformer_lens.hook_points import HookPoint
+
+from hooked_vlm.hooks import HookPoint
 
 HookFn = Callable[[HookPoint, Tensor], Tensor]
 """How a tensor passes a hook point: directly in the text side, padded per image in the vision side."""

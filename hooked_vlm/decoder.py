@@ -2,12 +2,11 @@
 
 from jaxtyping import Float
 from torch import Tensor, nn
-from transformer_lens.hook_points import HookPoint
 
 from hooked_vlm.attention import Attention, AttentionRun
 from hooked_vlm.components import MLP, Norm
 from hooked_vlm.config import VisionConfig, VLMConfig
-from hooked_vlm.hooks import fresh
+from hooked_vlm.hooks import HookPoint, fresh
 from hooked_vlm.rotary import Rotation
 
 

@@ -10,10 +10,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from tqdm.auto import trange
-from transformer_lens.hook_points import HookPoint
 
 from hooked_vlm.config import VLMConfig
-from hooked_vlm.hooks import HookName, is_hooked
+from hooked_vlm.hooks import HookName, HookPoint, is_hooked
 from hooked_vlm.inputs import VLMInputs
 from hooked_vlm.token_layout import InputError, InputSpec
 
@@ -27,7 +26,7 @@ class GenerationMixin(nn.Module):
     hooks: Callable[..., Any]
     new_kv_cache: Callable[..., Any]
     to_string: Callable[..., Any]
-    check_hook_name: Callable[[HookName], None]
+    check_reachable: Callable[..., None]
     _check_context: Callable[[VLMInputs, int], None]
 
     @torch.no_grad()
@@ -67,6 +66,7 @@ class GenerationMixin(nn.Module):
             HookError: a hook that cannot act.
         """
         inputs = self.as_inputs(input)
+        self.check_reachable([name for name, _ in fwd_hooks], inputs, {})
         _check_settings(inputs, max_new_tokens, do_sample, temperature, top_k, top_p)
         self._check_context(inputs, 0)
         n_prompt = inputs.shape[1]

@@ -4,10 +4,21 @@ import difflib
 from collections.abc import Callable, Iterable
 
 from torch import Tensor
-from transformer_lens.hook_points import HookPoint
+from transformer_lens import hook_points
 
 QUADRATIC = ("hook_attn_scores", "hook_pattern")
 """Suffixes of the hook points whose tensor has a [pos, pos] plane, and whose presence picks the kernel."""
+
+
+class HookPoint(hook_points.HookPoint):
+    """TransformerLens' hook point; `layer()` also knows the vision tower's names (`vision.blocks.3...`)."""
+
+    def layer(self) -> int:
+        parts = str(self.name).split(".")
+        if "blocks" not in parts:
+            raise HookError(f"{self.name!r} does not belong to a layer")
+        return int(parts[parts.index("blocks") + 1])
+
 
 HookName = str | Callable[[str], bool]
 

@@ -36,6 +36,7 @@ class VLMInputs:
     tokens: Int[Tensor, "batch pos"]
     spec: InputSpec
     attention_mask: Int[Tensor, "batch pos"] = None  # type: ignore[assignment]
+    """1 for real tokens, 0 for padding; all real if left out."""
     pixel_values: Float[Tensor, "patch d_patch"] | None = None
     image_grid_thw: Int[Tensor, "image 3"] | None = None
     pixel_values_videos: Float[Tensor, "video_patch d_patch"] | None = None
@@ -122,13 +123,14 @@ class VLMInputs:
                 "VLMInputs are indexed by rows only: positions hang together with images. "
                 "Use inputs.tokens[...] for token ids, inputs.append(...) to continue a prompt."
             )
-        everything = torch.arange(len(self))
+        everything = range(len(self))
         if isinstance(rows, int):
-            chosen = [range(len(self))[rows]]
-        elif isinstance(rows, Tensor):
-            chosen = everything[rows.cpu()].reshape(-1).tolist()
+            chosen = [everything[rows]]
+        elif isinstance(rows, slice):
+            chosen = list(everything[rows])
         else:
-            chosen = everything[rows if isinstance(rows, slice) else list(rows)].tolist()
+            index = rows.cpu() if isinstance(rows, Tensor) else list(rows)
+            chosen = torch.arange(len(self))[index].reshape(-1).tolist()
         return self._take_rows(chosen)
 
     def to(self, target: torch.device | str | torch.dtype) -> "VLMInputs":

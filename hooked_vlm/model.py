@@ -9,7 +9,6 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 from transformer_lens import HookedRootModule
-from transformer_lens.hook_points import HookPoint
 from transformer_lens.utilities import Slice, SliceInput
 
 from hooked_vlm.attention import AttentionMask, AttentionRun, KVCache
@@ -19,7 +18,8 @@ from hooked_vlm.components import Embed, Norm, Unembed
 from hooked_vlm.config import VLMConfig
 from hooked_vlm.decoder import text_blocks
 from hooked_vlm.generation import GenerationMixin
-from hooked_vlm.hooks import HookError, HookName, fresh, is_encoder, is_hooked, is_vision, nearest_names
+from hooked_vlm.hook_checks import HookChecksMixin
+from hooked_vlm.hooks import HookName, HookPoint, fresh, is_encoder, is_hooked
 from hooked_vlm.inputs import Answer, VLMInputs
 from hooked_vlm.loading import LoadingMixin
 from hooked_vlm.prompting import PromptMixin
@@ -31,7 +31,7 @@ from hooked_vlm.weights import WeightsMixin
 ReturnType = Literal["logits", "loss", "both"] | None
 
 
-class HookedVLM(LoadingMixin, PromptMixin, GenerationMixin, WeightsMixin, HookedRootModule):
+class HookedVLM(LoadingMixin, PromptMixin, GenerationMixin, WeightsMixin, HookChecksMixin, HookedRootModule):
     """Text decoder, vision tower and projector with hooks in all three.
 
     Make one with `HookedVLM.from_pretrained(name_or_path)` or `HookedVLM.from_hf(hf_model)`; then
@@ -155,7 +155,8 @@ class HookedVLM(LoadingMixin, PromptMixin, GenerationMixin, WeightsMixin, Hooked
         if inputs.has_visuals:
             features = self.encode_images(inputs) if inputs.image_features is None else inputs.image_features
             if inputs.image_features is not None:
-                self._check_reachable(inputs, [n for n, p in self.hook_dict.items() if is_hooked(p)])
+                hooked = [n for n, point in self.hook_dict.items() if is_encoder(n) and is_hooked(point)]
+                self.check_reachable(hooked, inputs, {})
             # the features may serve other runs: a hook must not write into them
             point = self.hook_image_features
             features = point(fresh(point, features.to(x.dtype)))
@@ -234,49 +235,6 @@ class HookedVLM(LoadingMixin, PromptMixin, GenerationMixin, WeightsMixin, Hooked
 
     # ---------------------------------------------------------------- hooks
 
-    def check_hook_name(self, name: HookName) -> None:
-        """Refuse a hook that could not act.
-
-        Raises:
-            HookError: no hook point has this name (or none passes this filter), or it is switched off.
-        """
-        if not isinstance(name, str):
-            matches = [n for n in self.hook_dict if name(n)]
-            if not matches:
-                raise HookError("this hook filter matches none of the model's hook points (see model.hook_dict)")
-            if all(self._switched_off(n) for n in matches):
-                raise HookError(f"{matches[0]!r} {self._switched_off(matches[0])}")
-        elif name not in self.hook_dict:
-            raise HookError(f"there is no hook point {name!r}.{nearest_names(name, self.hook_dict)}")
-        elif why := self._switched_off(name):
-            raise HookError(f"{name!r} {why}")
-
-    def _switched_off(self, name: str) -> str:
-        for suffixes, flag in (
-            (("hook_result",), "use_attn_result"),
-            (("hook_q_input", "hook_k_input", "hook_v_input"), "use_split_qkv_input"),
-            (("hook_mlp_in",), "use_hook_mlp_in"),
-        ):
-            if name.endswith(suffixes) and not getattr(self.cfg, flag):
-                return f"is switched off and would never fire: call model.set_{flag}(True) first"
-        return ""
-
-    def _unreachable(self, inputs: VLMInputs, name: str) -> str:
-        """Why a hook on the image side would not fire on these inputs; empty if it would."""
-        if is_vision(name) and not inputs.has_visuals:
-            return "there is no image in the input"
-        if is_encoder(name) and inputs.image_features is not None:
-            return "the image features in these inputs were computed before"
-        return ""
-
-    def _silent(self, inputs: VLMInputs, name: str) -> bool:
-        return bool(self._switched_off(name) or self._unreachable(inputs, name))
-
-    def _check_reachable(self, inputs: VLMInputs, names: Sequence[str]) -> None:
-        for name in names:
-            if why := self._unreachable(inputs, name):
-                raise HookError(f"{name!r} is hooked but cannot act: {why}")
-
     def add_hook(self, name: HookName, *args: Any, **kwargs: Any) -> None:
         """As in TransformerLens; a hook that cannot act is refused (`HookError`)."""
         self.check_hook_name(name)
@@ -312,13 +270,10 @@ class HookedVLM(LoadingMixin, PromptMixin, GenerationMixin, WeightsMixin, Hooked
         """`forward` with temporary hooks: (name or filter, function(tensor, hook) -> tensor or None).
 
         Raises:
-            HookError: a hook that cannot act; also one on the image side when there is no image to encode.
+            HookError: a hook that cannot act, or that this run does not pass (no image to encode, a layer left out).
         """
         inputs = self.as_inputs(input)
-        named = [name for name, _ in (*fwd_hooks, *bwd_hooks) if isinstance(name, str)]
-        for name in named:
-            self.check_hook_name(name)
-        self._check_reachable(inputs, named)
+        self.check_reachable([name for name, _ in (*fwd_hooks, *bwd_hooks)], inputs, kwargs)
         return super().run_with_hooks(inputs, *args, fwd_hooks=list(fwd_hooks), bwd_hooks=list(bwd_hooks), **kwargs)
 
     def run_with_cache(
@@ -352,17 +307,16 @@ class HookedVLM(LoadingMixin, PromptMixin, GenerationMixin, WeightsMixin, Hooked
         inputs = self.as_inputs(input)
         if remove_batch_dim and len(inputs) != 1:
             raise InputError(f"remove_batch_dim needs a batch of one row, this one has {len(inputs)}")
-        if names_filter is not None:
-            given = names_filter if isinstance(names_filter, list | tuple) else [names_filter]
-            for name in given:
-                self.check_hook_name(name)
-            self._check_reachable(inputs, [name for name in given if isinstance(name, str)])
-        wanted = default_filter(self.hook_dict) if names_filter is None else names_filter
-        if callable(wanted):  # a filter means: of those that fire
-            names = [n for n in self.hook_dict if wanted(n) and not self._silent(inputs, n)]
-        else:
-            names = [wanted] if isinstance(wanted, str) else list(wanted)
         cut = Slice.unwrap(pos_slice)
+        if cut.mode != "identity" and kwargs.get("logits_at") == "last":
+            raise InputError('pos_slice does not go with logits_at="last", where ln_final has one position only')
+        wanted = default_filter(self.hook_dict) if names_filter is None else names_filter
+        given = list(wanted) if isinstance(wanted, list | tuple) else [wanted]
+        self.check_reachable(given, inputs, kwargs)
+        if callable(wanted):  # a filter means: of those that fire
+            names = [n for n in self.hook_dict if wanted(n) and not self.why_silent(n, inputs, kwargs)]
+        else:
+            names = given
         store, fwd, bwd = caching_hooks(names, cut, device, remove_batch_dim, incl_bwd)
         with self.hooks(fwd, bwd, reset_hooks_end, clear_contexts):
             out = self(inputs, *args, **kwargs)

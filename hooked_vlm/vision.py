@@ -12,13 +12,12 @@ import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from transformer_lens.hook_points import HookPoint
 
 from hooked_vlm.attention import Attention, AttentionMask, AttentionRun, attend
 from hooked_vlm.components import ACTIVATIONS, Norm
 from hooked_vlm.config import VisionConfig
 from hooked_vlm.decoder import vision_blocks
-from hooked_vlm.hooks import is_hooked
+from hooked_vlm.hooks import HookPoint, is_hooked
 from hooked_vlm.rotary import patch_rotation
 from hooked_vlm.token_layout import Grid
 
