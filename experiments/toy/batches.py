@@ -114,17 +114,13 @@ def collate(samples: Sequence[Sample]) -> Batch:
     return Batch(tokens, labels, mrope_positions(length, grid), images)
 
 
-def decoder_output(
-    model: Qwen2VLForConditionalGeneration, batch: Batch, **kwargs: bool
-) -> BaseModelOutputWithPast:
+def decoder_output(model: Qwen2VLForConditionalGeneration, batch: Batch, **kwargs: bool) -> BaseModelOutputWithPast:
     """The decoder's last hidden state; causal attention alone suffices because padding is at the end."""
     embedded = model.model.language_model.embed_tokens(batch.tokens)
     if batch.images is not None:
         n, height, width, _ = batch.images.shape
         grid = torch.tensor([[1, height // PATCH_SIZE, width // PATCH_SIZE]]).expand(n, -1)
-        features = model.model.visual(
-            patches_of(batch.images), grid_thw=grid.to(batch.tokens.device)
-        ).pooler_output
+        features = model.model.visual(patches_of(batch.images), grid_thw=grid.to(batch.tokens.device)).pooler_output
         rows, columns = image_grid(height, width)
         start = 4
         embedded = torch.cat(

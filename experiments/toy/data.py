@@ -17,10 +17,13 @@ from hooked_vlm.experiments.toy.drawings import OBJECTS, draw_object
 
 Box = tuple[int, int, int, int]
 
+Turns = tuple[tuple[str, str], ...]  # question, answer
+
 LETTERS = string.ascii_lowercase
 CHARACTERS = string.digits + string.ascii_lowercase
 PAGE_SIZE = (128, 112)  # width, height in pixels: 8 x 7 image tokens of 16 x 16
 OTHER_PAGE_SIZES = ((128, 96), (144, 112), (128, 128), (112, 112))
+SEPARATOR = " = "
 VALUE_LENGTH = 4
 MAX_LINES = 6
 FONT_SIZES = (11, 16)  # inclusive range, Pillow's built-in font
@@ -30,10 +33,7 @@ TRANSCRIPTION_PROMPT = "Read the text."
 
 # A key or value equal to one of the tokenizer's words would be one token instead of one per character.
 RESERVED_WORDS = (
-    frozenset(
-        w.lower()
-        for w in ("What", "is", "the", "value", "of", "main", "object", "in", "image", "Read", "text")
-    )
+    frozenset(w.lower() for w in ("What", "is", "the", "value", "of", "main", "object", "in", "image", "Read", "text"))
     | frozenset(OBJECTS)
     | {"user", "system", "assistant"}
 )
@@ -41,6 +41,11 @@ RESERVED_WORDS = (
 
 def question_for(key: str) -> str:
     return f"What is the value of {key}?"
+
+
+def line_question_for(key: str) -> str:
+    """Training only: the answer repeats the key before the value, which makes the line easier to find."""
+    return f"What is the text of {key}?"
 
 
 @dataclass(frozen=True)
@@ -54,7 +59,7 @@ class Line:
 
     @property
     def text(self) -> str:
-        return f"{self.key} = {self.value}"
+        return self.key + SEPARATOR + self.value
 
     @property
     def value_box(self) -> Box:
@@ -85,12 +90,12 @@ class Page:
 class Sample:
     """One conversation: an image or none, then turns of (question, answer).
 
-    ``task`` is ``page``, ``text``, ``transcription`` or ``naming``. ``target_lines`` holds, for pages
+    ``task`` is ``page``, ``text``, ``transcription``, ``naming`` or ``continuation``. ``target_lines`` holds, for pages
     and texts, the line each turn asks for.
     """
 
     task: str
-    turns: tuple[tuple[str, str], ...]
+    turns: Turns
     pixels: np.ndarray | None = None
     page: Page | None = None
     target_lines: tuple[int, ...] = ()
@@ -213,9 +218,7 @@ def make_page(
     for index, line in enumerate(lines):
         baseline = top + index * pitch + round(0.8 * font_size)
         boxes = draw_text(coverage, margin, baseline, line.text, font_size, tracking)
-        rendered.append(
-            Line(line.key, line.value, tuple(boxes[: len(line.key)]), tuple(boxes[-len(line.value) :]))
-        )
+        rendered.append(Line(line.key, line.value, tuple(boxes[: len(line.key)]), tuple(boxes[-len(line.value) :])))
     return Page(paint(rng, coverage), tuple(rendered))
 
 
@@ -241,31 +244,62 @@ def make_strip(
 # --- samples of the four tasks ---------------------------------------------------------------------
 
 
+def dialogue(
+    rng: np.random.Generator, lines: Sequence[Line], asked: Sequence[int], echo: float, separator: str
+) -> Turns:
+    """Questions for the ``asked`` lines; a share ``echo`` of them for the whole line."""
+    turns = []
+    for index in asked:
+        line = lines[index]
+        if rng.random() < echo:
+            turns.append((line_question_for(line.key), line.key + separator + line.value))
+        else:
+            turns.append((question_for(line.key), line.value))
+    return tuple(turns)
+
+
 def page_sample(
     rng: np.random.Generator,
     n_lines: int | None = None,
     size: tuple[int, int] = PAGE_SIZE,
     turns: int = 1,
-    alphabet: str = CHARACTERS,
+    echo: float = 0.0,
 ) -> Sample:
     n_lines = n_lines or int(rng.integers(1, MAX_LINES + 1))
-    page = make_page(rng, size=size, lines=random_lines(rng, n_lines, alphabet))
+    page = make_page(rng, size=size, lines=random_lines(rng, n_lines))
     asked = tuple(int(i) for i in rng.permutation(n_lines)[:turns])
-    dialogue = tuple((page.question(i), page.lines[i].value) for i in asked)
-    return Sample("page", dialogue, page.pixels, page, asked)
+    return Sample("page", dialogue(rng, page.lines, asked, echo, SEPARATOR), page.pixels, page, asked)
 
 
 def text_sample(
-    rng: np.random.Generator, n_lines: int | None = None, turns: int = 1, alphabet: str = CHARACTERS
+    rng: np.random.Generator,
+    n_lines: int | None = None,
+    turns: int = 1,
+    echo: float = 0.0,
+    separators: Sequence[str] = (SEPARATOR,),
 ) -> Sample:
-    lines = random_lines(rng, n_lines or int(rng.integers(1, MAX_LINES + 1)), alphabet)
+    """Other ``separators`` than `` = `` (training only) put the value nearer to its key."""
+    lines = random_lines(rng, n_lines or int(rng.integers(1, MAX_LINES + 1)))
+    separator = separators[int(rng.integers(len(separators)))]
     asked = tuple(int(i) for i in rng.permutation(len(lines))[:turns])
-    context = "\n".join(line.text for line in lines) + "\n"
-    dialogue = tuple(
-        ((context if turn == 0 else "") + question_for(lines[i].key), lines[i].value)
-        for turn, i in enumerate(asked)
-    )
-    return Sample("text", dialogue, target_lines=asked)
+    (first, answer), *rest = dialogue(rng, lines, asked, echo, separator)
+    context = "\n".join(line.key + separator + line.value for line in lines) + "\n"
+    return Sample("text", ((context + first, answer), *rest), target_lines=asked)
+
+
+def continuation_sample(rng: np.random.Generator, turns: int = 3) -> Sample:
+    """Training only: a random string, then questions for what follows two of its characters.
+
+    The purest form of finding a place by its content; it is learned in some hundred steps, and with it
+    the lines of a page or text are found, which by itself was not learned in thousands.
+    """
+    word = random_word(rng, CHARACTERS, int(rng.integers(8, 17)))
+    dialogue = []
+    for turn in range(turns):
+        start = int(rng.integers(len(word) - 4))
+        question = line_question_for(word[start : start + 2])
+        dialogue.append((f"{word}\n{question}" if turn == 0 else question, word[start : start + 6]))
+    return Sample("continuation", tuple(dialogue))
 
 
 def transcription_sample(rng: np.random.Generator, size: tuple[int, int] = PAGE_SIZE) -> Sample:
@@ -279,8 +313,6 @@ def full_page_sample(rng: np.random.Generator, n_lines: int, size: tuple[int, in
     return Sample("transcription", ((TRANSCRIPTION_PROMPT, page.text),), page.pixels, page)
 
 
-def naming_sample(
-    rng: np.random.Generator, size: tuple[int, int] = PAGE_SIZE, name: str | None = None
-) -> Sample:
+def naming_sample(rng: np.random.Generator, size: tuple[int, int] = PAGE_SIZE, name: str | None = None) -> Sample:
     name = name or OBJECTS[int(rng.integers(len(OBJECTS)))]
     return Sample("naming", ((NAMING_PROMPT, name),), draw_object(rng, name, size))

@@ -35,10 +35,7 @@ def _moon() -> Points:
     tip_x, tip_y = math.cos(0.7), math.sin(0.7)
     centre, radius = 0.55, math.hypot(tip_x - 0.55, tip_y)
     start = math.atan2(tip_y, tip_x - centre)
-    inner = [
-        (centre + radius * math.cos(a), radius * math.sin(a))
-        for a in np.linspace(2 * math.pi - start, start, 24)
-    ]
+    inner = [(centre + radius * math.cos(a), radius * math.sin(a)) for a in np.linspace(2 * math.pi - start, start, 24)]
     return outer + inner
 
 

@@ -37,10 +37,7 @@ class EvaluationConfig:
 def held_out(seed: int, n: int) -> dict[str, list[Sample]]:
     """Samples from a stream that training never draws from: pages by number of lines, and the rest."""
     rng = np.random.default_rng([seed, 2**40])
-    sets = {
-        f"page{lines}": [data.page_sample(rng, lines) for _ in range(n)]
-        for lines in range(1, data.MAX_LINES + 1)
-    }
+    sets = {f"page{lines}": [data.page_sample(rng, lines) for _ in range(n)] for lines in range(1, data.MAX_LINES + 1)}
     sets["text"] = [data.text_sample(rng) for _ in range(n)]
     sets["transcription"] = [data.transcription_sample(rng) for _ in range(n)]
     sets["naming"] = [data.naming_sample(rng) for _ in range(n)]

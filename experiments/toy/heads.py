@@ -22,9 +22,7 @@ IMAGE_START = 4  # after <|im_start|> user \n <|vision_start|>
 
 
 @contextmanager
-def kept_heads(
-    model: Qwen2VLForConditionalGeneration, keep: Float[Tensor, "layer batch head"]
-) -> Iterator[None]:
+def kept_heads(model: Qwen2VLForConditionalGeneration, keep: Float[Tensor, "layer batch head"]) -> Iterator[None]:
     """Multiplies each head's output, before ``o_proj`` mixes the heads, by its entry (0 removes it)."""
     handles = []
     for layer, block in enumerate(model.model.language_model.layers):
@@ -61,13 +59,18 @@ def evidence_tokens(box: Box, grid: tuple[int, int], min_overlap: float = 0.1) -
     return (np.outer(down, across) / ((x1 - x0) * (y1 - y0)) > min_overlap).ravel()
 
 
-def answer_boxes(sample: Sample) -> list[Sequence[Box]]:
-    """For every turn, the boxes of its answer's characters (empty where the answer is not such a text)."""
+def answer_boxes(sample: Sample) -> list[list[Box | None]]:
+    """For every turn, the box of each answer token (none for the separator and for other answers)."""
     if sample.char_boxes:
-        return [sample.char_boxes]
-    if sample.page is not None and sample.target_lines:
-        return [sample.page.lines[line].value_boxes for line in sample.target_lines]
-    return []
+        return [list(sample.char_boxes)]
+    if sample.page is None or not sample.target_lines:
+        return []
+    turns = []
+    for (_, answer), index in zip(sample.turns, sample.target_lines, strict=True):
+        line = sample.page.lines[index]
+        whole_line = [*line.key_boxes, None, *line.value_boxes]  # the separator is one token
+        turns.append(whole_line if len(answer) > len(line.value) else list(line.value_boxes))
+    return turns
 
 
 def evidence_mask(samples: Sequence[Sample], batch: Batch) -> Bool[np.ndarray, "batch pos image_token"]:
@@ -81,7 +84,8 @@ def evidence_mask(samples: Sequence[Sample], batch: Batch) -> Bool[np.ndarray, "
         starts = supervised[np.diff(supervised, prepend=-2) > 1]  # the first token of each answer
         for start, boxes in zip(starts, answer_boxes(sample), strict=False):
             for index, box in enumerate(boxes):
-                mask[row, start - 1 + index] = evidence_tokens(box, grid)
+                if box is not None:
+                    mask[row, start - 1 + index] = evidence_tokens(box, grid)
     return mask
 
 
@@ -98,9 +102,7 @@ def visible_patterns(model: Qwen2VLForConditionalGeneration) -> Iterator[None]:
 
 
 @torch.no_grad()
-def ocr_scores(
-    model: Qwen2VLForConditionalGeneration, samples: Sequence[Sample]
-) -> Float[np.ndarray, "layer head"]:
+def ocr_scores(model: Qwen2VLForConditionalGeneration, samples: Sequence[Sample]) -> Float[np.ndarray, "layer head"]:
     """Share of answer characters at whose production a head's argmax lies on that character's tokens.
 
     The row is that of the query which produces the character; the answer is fed, not generated. All
@@ -124,23 +126,21 @@ def ocr_scores(
 
 
 @torch.no_grad()
-def output_norms(
-    model: Qwen2VLForConditionalGeneration, samples: Sequence[Sample]
-) -> Float[np.ndarray, "layer head"]:
+def output_norms(model: Qwen2VLForConditionalGeneration, samples: Sequence[Sample]) -> Float[np.ndarray, "layer head"]:
     """Mean norm of each head's contribution to the residual stream over the produced answer tokens."""
     device = next(model.parameters()).device
     batch = collate(samples).to(device)
     producing = torch.roll(batch.labels != -100, -1, dims=1)
+    n_heads = model.config.text_config.num_attention_heads
     norms: list[Tensor] = []
     handles = []
     for block in model.model.language_model.layers:
 
         def measure(module: torch.nn.Linear, args: tuple[Tensor], _out: Tensor) -> None:
-            z = args[0][producing].unflatten(-1, (text.num_attention_heads, -1))
-            weight = module.weight.unflatten(1, (text.num_attention_heads, -1))
+            z = args[0][producing].unflatten(-1, (n_heads, -1))
+            weight = module.weight.unflatten(1, (n_heads, -1))
             norms.append(torch.einsum("thd,mhd->thm", z, weight).norm(dim=-1).mean(0))
 
-        text = model.config.text_config
         handles.append(block.self_attn.o_proj.register_forward_hook(measure))
     try:
         decoder_output(model, batch)

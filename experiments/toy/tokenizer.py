@@ -3,7 +3,9 @@
 A byte-level alphabet makes the round trip lossless for any text. The prompt's words are whole entries
 of the vocabulary and no merges exist: with ``ignore_merges`` a piece of text (letters and digits, with
 the space before them) is one token if it *is* a word of the vocabulary and falls apart into characters
-otherwise, so ``is`` never hides inside a value such as ``is3k``.
+otherwise, so ``is`` never hides inside a value such as ``is3k``. ``" = "`` is one token too: a value then
+starts two positions after its key's last letter, and small decoders learn to find it; with three tokens
+in between they did not.
 """
 
 import json
@@ -22,7 +24,7 @@ SPECIAL_TOKENS = (END_OF_TEXT, IM_START, IM_END, VISION_START, VISION_END, IMAGE
 
 WORDS = (
     "user", "system", "assistant", "What", " is", " the", " value", " of",
-    " main", " object", " in", " image", "Read", " text", *OBJECTS,
+    " main", " object", " in", " image", "Read", " text", *OBJECTS, " = ",
 )  # fmt: skip
 
 # Qwen2-VL's template without its default system message: the toy never learned one.
@@ -47,7 +49,7 @@ def build_tokenizer() -> Tokenizer:
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[], ignore_merges=True))
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
-            pre_tokenizers.Split(Regex(r" ?[A-Za-z0-9]+|[^A-Za-z0-9]"), behavior="isolated"),
+            pre_tokenizers.Split(Regex(r" = | ?[A-Za-z0-9]+|[^A-Za-z0-9]"), behavior="isolated"),
             pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
         ]
     )

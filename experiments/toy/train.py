@@ -8,7 +8,7 @@ zero at the end.
 import csv
 import os
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -36,7 +36,7 @@ from hooked_vlm.experiments.toy.specialise import (
     top_heads,
 )
 
-TASKS = ("page", "text", "transcription", "naming")
+TASKS = ("page", "text", "transcription", "naming", "continuation")
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class TrainConfig:
     resume: bool = False
     steps: int = 6000
     specialise_from: int = 4000  # step
-    specialisation: Specialisation = Specialisation()
+    specialisation: Specialisation = field(default_factory=Specialisation)
     warmup: int = 100
     decay_from: int = 4800
     lr: float = 1.5e-3
@@ -63,62 +63,100 @@ class TrainConfig:
     save_every: int = 100
 
 
+Sizes = tuple[tuple[int, int], ...]  # width, height
+
+
 @dataclass(frozen=True)
 class Stage:
-    """From ``first`` step on: rows of one step, and the sizes of their images (width, height)."""
+    """From step ``first`` on: rows of one step, number of lines, sizes of images."""
 
     first: int
-    pages: int
-    full_pages: int
-    strips: int
-    drawings: int
+    continuations: int
     texts: int
-    lines: tuple[float, ...]  # how often a page has 1, 2, ... lines
-    page_sizes: tuple[tuple[int, int], ...]
-    strip_sizes: tuple[tuple[int, int], ...]
-    drawing_sizes: tuple[tuple[int, int], ...]
+    text_lines: tuple[float, ...]  # how often a text has 1, 2, ... lines
+    echo: float  # share of questions (pages and texts) whose answer is the whole line
+    pages: int = 0
+    full_pages: int = 0
+    strips: int = 0
+    drawings: int = 0
+    lines: tuple[float, ...] = (1.0,)  # as ``text_lines``, for pages
+    separators: tuple[str, ...] = (data.SEPARATOR,)  # between key and value in texts
+    page_sizes: Sizes = ()
+    strip_sizes: Sizes = ()
+    drawing_sizes: Sizes = ()
 
 
 FULL = (*(data.PAGE_SIZE,) * 6, *data.OTHER_PAGE_SIZES)
 
-# Letters first, on small images: while no glyph is known, a large page is mostly cost and noise.
+SMALL_PAGES = ((112, 32), (112, 48), (128, 48))
+MIDDLE_PAGES = ((128, 64), (128, 80), (112, 80))
+
+# First the two elements: finding a place by its content, in text with the value right behind its key, and
+# letters and objects, on small images (while no glyph is known, a large page is mostly cost and noise).
+# Then pages, from small ones to full size.
 CURRICULUM = (
     Stage(
-        0, 20, 0, 64, 24, 10, (0.7, 0.3),
-        ((112, 32), (128, 32), (112, 48)), ((32, 32), (32, 32), (48, 32), (64, 32)), ((64, 64),),
+        0, continuations=10, texts=12, text_lines=(0.0, 0.34, 0.33, 0.33), echo=0.5,
+        strips=56, drawings=20, strip_sizes=((32, 32), (32, 32), (48, 32), (64, 32)),
+        drawing_sizes=((64, 64),), separators=("", " ", "=", data.SEPARATOR),
     ),
     Stage(
-        1000, 24, 6, 16, 10, 8, (0.25, 0.25, 0.25, 0.25),
-        ((128, 64), (128, 80), (112, 80)), ((128, 48), (96, 64)), ((80, 80), (112, 96)),
+        600, continuations=2, texts=8, text_lines=(0.0, 0.3, 0.3, 0.2, 0.1, 0.1), echo=0.5,
+        pages=20, full_pages=4, strips=32, drawings=16, lines=(0.5, 0.5), page_sizes=SMALL_PAGES,
+        strip_sizes=((32, 32), (48, 32), (64, 32), (96, 32)), drawing_sizes=((64, 64),),
+        separators=("", "=", data.SEPARATOR, data.SEPARATOR),
     ),
-    Stage(2000, 28, 4, 6, 6, 8, (0.1, 0.1, 0.15, 0.2, 0.2, 0.25), FULL, FULL, FULL),
+    Stage(
+        1100, continuations=1, texts=6, text_lines=(0.0, 0.2, 0.2, 0.2, 0.2, 0.2), echo=0.4,
+        pages=22, full_pages=6, strips=12, drawings=10, lines=(0.25, 0.25, 0.25, 0.25),
+        page_sizes=MIDDLE_PAGES, strip_sizes=((128, 48), (96, 64)), drawing_sizes=((80, 80), (112, 96)),
+    ),
+    Stage(
+        1700, continuations=0, texts=6, text_lines=(0.0, 0.1, 0.15, 0.25, 0.25, 0.25), echo=0.1,
+        pages=28, full_pages=4, strips=6, drawings=6, lines=(0.1, 0.1, 0.15, 0.2, 0.2, 0.25),
+        page_sizes=FULL, strip_sizes=FULL, drawing_sizes=FULL,
+    ),
 )  # fmt: skip
+
+
+def stage_at(step: int) -> Stage:
+    return [stage for stage in CURRICULUM if step >= stage.first][-1]
 
 
 def step_samples(config: TrainConfig, step: int) -> list[list[Sample]]:
     """The step's rows in groups of one image size (or none) and similar length."""
     rng = np.random.default_rng([config.seed, step])
-    stage = [stage for stage in CURRICULUM if step >= stage.first][-1]
+    stage = stage_at(step)
 
-    def lines() -> int:
-        return 1 + int(rng.choice(len(stage.lines), p=stage.lines))
+    def n_lines(shares: tuple[float, ...], most: int = data.MAX_LINES) -> int:
+        return min(most, 1 + int(rng.choice(len(shares), p=shares)))
 
-    def one_of(sizes: tuple[tuple[int, int], ...]) -> tuple[int, int]:
+    def one_of(sizes: Sizes) -> tuple[int, int]:
         return sizes[int(rng.integers(len(sizes)))]
 
-    size = one_of(stage.page_sizes)
-    fitting = size[1] // 16  # lines of the smallest font
-    pages = [data.page_sample(rng, min(fitting, lines()), size, config.turns) for _ in range(stage.pages)]
-    pages += [data.full_page_sample(rng, min(fitting, lines()), size) for _ in range(stage.full_pages)]
+    texts = [
+        data.text_sample(rng, n_lines(stage.text_lines), config.turns, stage.echo, stage.separators)
+        for _ in range(stage.texts)
+    ]
+    texts += [data.continuation_sample(rng) for _ in range(stage.continuations)]
+    groups = [texts]
+    if stage.pages:
+        size = one_of(stage.page_sizes)
+        fitting = size[1] // 16  # lines of the smallest font
+        pages = [
+            data.page_sample(rng, n_lines(stage.lines, fitting), size, config.turns, stage.echo)
+            for _ in range(stage.pages)
+        ]
+        pages += [data.full_page_sample(rng, n_lines(stage.lines, fitting), size) for _ in range(stage.full_pages)]
+        groups.append(pages)
     size = one_of(stage.strip_sizes)
     strips = [data.transcription_sample(rng, size) for _ in range(stage.strips)]
     size = one_of(stage.drawing_sizes)
     drawings = [data.naming_sample(rng, size) for _ in range(stage.drawings)]
-    texts = [data.text_sample(rng, max(2, lines()), config.turns) for _ in range(stage.texts)]
-    return [pages, strips, drawings, texts]
+    return [*groups, strips, drawings]
 
 
-LOSS_WEIGHTS = {"page": 1.0, "text": 0.5, "transcription": 1.0, "naming": 0.3}
+LOSS_WEIGHTS = {"page": 1.0, "text": 0.7, "transcription": 1.0, "naming": 0.3, "continuation": 0.5}
 
 
 def task_losses(
@@ -260,7 +298,7 @@ def train(config: TrainConfig) -> Qwen2VLForConditionalGeneration:
         done = step + 1
         if done % config.log_every == 0 or done == config.steps:
             row: dict[str, float] = {k: float(np.mean(v)) for k, v in sums.items()}
-            bar.set_postfix({t[:5]: f"{row[f'token_accuracy_{t}']:.2f}" for t in TASKS})
+            bar.set_postfix({t[:5]: f"{row.get(f'token_accuracy_{t}', 0):.2f}" for t in TASKS})
             sums = {}
             if done % config.eval_every == 0 or done == config.steps:
                 for name, samples in evaluation.items():

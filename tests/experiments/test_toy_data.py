@@ -1,9 +1,11 @@
 """Laws of the toy tasks' generators and tokenizer."""
 
 import string
+from typing import Any
 
 import numpy as np
 import pytest
+
 from hooked_vlm.experiments.toy import data
 from hooked_vlm.experiments.toy.batches import encode
 from hooked_vlm.experiments.toy.drawings import OBJECTS
@@ -20,21 +22,24 @@ def test_a_characters_box_holds_exactly_its_ink(seed: int, monkeypatch: pytest.M
     page = data.make_page(generator(seed))
     line_index = seed % len(page.lines)
     line = page.lines[line_index]
+    real = data.draw_text
     for position, box in enumerate(line.value_boxes):
-        real, seen = data.draw_text, []
+        drawn: list[str] = []
 
-        def skipping(coverage, x, baseline, text, size, tracking, position=position, seen=seen):  # noqa: ANN
+        def skipping(
+            coverage: np.ndarray, *args: Any, drawn: list[str] = drawn, character: int = position
+        ) -> list[data.Box]:
             before = coverage.copy()
-            boxes = real(coverage, x, baseline, text, size, tracking)
-            if len(seen) == line_index:
-                x0, y0, x1, y1 = boxes[len(text) - data.VALUE_LENGTH + position]
+            boxes = real(coverage, *args)
+            if len(drawn) == line_index:
+                x0, y0, x1, y1 = boxes[character - data.VALUE_LENGTH]
                 coverage[y0:y1, x0:x1] = before[y0:y1, x0:x1]
-            seen.append(text)
+            drawn.append("one line")
             return boxes
 
-        monkeypatch.setattr(data, "draw_text", skipping)
-        without = data.make_page(generator(seed))
-        monkeypatch.setattr(data, "draw_text", real)
+        with monkeypatch.context() as patched:
+            patched.setattr(data, "draw_text", skipping)
+            without = data.make_page(generator(seed))
         changed = np.abs(page.pixels.astype(int) - without.pixels.astype(int)).max(-1) > 0
         x0, y0, x1, y1 = box
         assert changed[y0:y1, x0:x1].any(axis=0).mean() > 0.5, "the box must be filled with ink"
@@ -121,19 +126,19 @@ def test_keys_and_values_are_one_token_per_character() -> None:
     for seed in range(300):
         for line in data.random_lines(generator(seed), 6):
             assert len(tokenizer.encode(line.value).ids) == len(line.value)
-            assert len(tokenizer.encode(line.text).ids) == len(line.text)
+            assert len(tokenizer.encode(line.text).ids) == len(line.key) + 1 + len(line.value)
             question = data.question_for(line.key)
-            assert len(tokenizer.encode(question).ids) == len(
-                ("What", " is", " the", " value", " of", " ", "?")
-            ) + len(line.key)
+            assert len(tokenizer.encode(question).ids) == len(("What", " is", " the", " value", " of", " ", "?")) + len(
+                line.key
+            )
 
 
 def test_words_of_the_prompts_are_single_tokens_and_never_hide_in_values() -> None:
     tokenizer = build_tokenizer()
     for word in WORDS:
         assert len(tokenizer.encode(word).ids) == 1
-    assert len(tokenizer.encode("ab = is3k").ids) == len("ab = is3k")
-    assert {word.strip().lower() for word in WORDS} == data.RESERVED_WORDS
+    assert len(tokenizer.encode("ab is3k").ids) == len("ab is3k")
+    assert {word.strip().lower() for word in WORDS if word != data.SEPARATOR} == data.RESERVED_WORDS
 
 
 def test_a_conversation_encoded_in_pieces_equals_its_text_encoded_whole() -> None:
