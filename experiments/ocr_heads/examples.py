@@ -10,7 +10,7 @@ from hooked_vlm.images import smart_resize
 
 CHAT_TOKENS = 32
 """Room for the chat template around a question."""
-Box = tuple[float, float, float, float]
+Box = tuple[int | float, int | float, int | float, int | float]
 """Half-open (x0, y0, x1, y1) in pixels of the picture."""
 
 

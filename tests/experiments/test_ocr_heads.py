@@ -65,7 +65,7 @@ def literal_scores(examples: list[Example], protocol: Protocol, max_new_tokens: 
             (n, i, j)
             for i in range(len(answer))
             for j in range(max(1, len(reply)))
-            for n in range(len(answer) + 1)
+            for n in range(min(len(answer) - i, len(reply) - j) + 1)
             if answer[i : i + n] == reply[j : j + n]
         )
         run_length = best[0]
@@ -193,7 +193,7 @@ def test_the_codes_inverted_rule_drops_the_strongest_heads() -> None:
 
 def test_wilson_interval_by_hand() -> None:
     assert wilson(8, 10) == pytest.approx((0.4902, 0.9433), abs=2e-4)
-    assert wilson(0, 10)[0] == 0 and wilson(10, 10)[1] == 1
+    assert wilson(0, 10)[0] == 0 and wilson(10, 10)[1] == pytest.approx(1)
 
 
 def test_bootstrap_interval_covers_the_mean_at_its_rate() -> None:
