@@ -48,12 +48,11 @@ class TrainConfig:
     device: str = "cpu"
     threads: int = 2
     resume: bool = False
-    steps: int = 4100
-    specialise_from: int = 3300  # step
+    steps: int = 6000
+    specialise_from: int = 4000  # step
     specialisation: Specialisation = field(default_factory=Specialisation)
-    schedule: tuple[tuple[int, float], ...] = (  # (step, factor on the learning rates)
-        (0, 0.0), (100, 1.0), (BOUND, 1.0), (2400, 0.5), (3300, 0.15), (3900, 0.15), (4100, 0.0),
-    )  # fmt: skip
+    warmup: int = 100
+    decay_from: int = 4800
     lr: float = 1.5e-3
     muon_lr: float = 4e-3
     weight_decay: float = 0.02
@@ -113,14 +112,9 @@ CURRICULUM = (
         page_sizes=MIDDLE_PAGES, strip_sizes=((128, 48), (96, 64)), drawing_sizes=((80, 80), (112, 96)),
     ),
     Stage(
-        1700, continuations=0, texts=7, text_lines=(0.0, 0.1, 0.15, 0.25, 0.25, 0.25), echo=0.1,
-        pages=28, full_pages=3, strips=8, drawings=14, lines=(0.1, 0.1, 0.15, 0.2, 0.2, 0.25),
-        page_sizes=FULL, strip_sizes=FULL, drawing_sizes=((80, 80), (112, 96), data.PAGE_SIZE),
-    ),
-    Stage(
-        BOUND, continuations=0, texts=6, text_lines=(0.0, 0.1, 0.15, 0.25, 0.25, 0.25), echo=0.1,
-        pages=18, full_pages=14, strips=10, drawings=10, lines=(0.1, 0.1, 0.15, 0.2, 0.2, 0.25),
-        page_sizes=FULL, strip_sizes=FULL, drawing_sizes=((80, 80), (112, 96), data.PAGE_SIZE),
+        1700, continuations=0, texts=6, text_lines=(0.0, 0.1, 0.15, 0.25, 0.25, 0.25), echo=0.1,
+        pages=28, full_pages=4, strips=6, drawings=6, lines=(0.1, 0.1, 0.15, 0.2, 0.2, 0.25),
+        page_sizes=FULL, strip_sizes=FULL, drawing_sizes=FULL,
     ),
 )  # fmt: skip
 
@@ -153,11 +147,8 @@ def step_samples(config: TrainConfig, step: int) -> list[list[Sample]]:
             data.page_sample(rng, n_lines(stage.lines, fitting), size, config.turns, stage.echo)
             for _ in range(stage.pages)
         ]
+        pages += [data.full_page_sample(rng, n_lines(stage.lines, fitting), size) for _ in range(stage.full_pages)]
         groups.append(pages)
-    if stage.full_pages:
-        groups.append(
-            [data.full_page_sample(rng, n_lines(stage.lines, fitting), size) for _ in range(stage.full_pages)]
-        )
     size = one_of(stage.strip_sizes)
     strips = [data.transcription_sample(rng, size) for _ in range(stage.strips)]
     size = one_of(stage.drawing_sizes)
@@ -223,9 +214,10 @@ def make_optimizers(model: nn.Module, config: TrainConfig) -> list[torch.optim.O
 
 
 def schedule(config: TrainConfig, step: int) -> float:
-    """The factor on every learning rate: straight lines between the configured points."""
-    steps, factors = zip(*config.schedule, strict=True)
-    return float(np.interp(step + 1, steps, factors))
+    """The factor on every learning rate."""
+    up = min(1.0, (step + 1) / config.warmup)
+    down = min(1.0, (config.steps - step) / (config.steps - config.decay_from))
+    return min(up, down)
 
 
 class Log:
