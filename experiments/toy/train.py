@@ -1,8 +1,8 @@
 """Trains a toy model from scratch: ``python -m hooked_vlm.experiments.toy.train --out DIR --seed 0``.
 
 Every step's samples are drawn from ``(seed, step)``, so an interrupted run resumed with ``--resume``
-goes through the same batches as an uninterrupted one. The learning rate warms up, stays, and falls to
-zero at the end.
+goes through the same batches as an uninterrupted one. The learning rate falls twice: once while the model
+learns to read, and again after the pressure towards few reading heads has begun.
 """
 
 import csv
@@ -48,11 +48,13 @@ class TrainConfig:
     device: str = "cpu"
     threads: int = 2
     resume: bool = False
-    steps: int = 6000
-    specialise_from: int = 4000  # step
+    steps: int = 7600
+    specialise_from: int = 6400  # step
     specialisation: Specialisation = field(default_factory=Specialisation)
-    warmup: int = 100
-    decay_from: int = 4800
+    schedule: tuple[tuple[int, float], ...] = (  # (step, factor on the learning rates), straight lines between
+        (0, 0.01), (100, 1.0), (3200, 1.0), (4200, 0.643), (5000, 0.643), (6400, 0.04),
+        (6500, 0.3), (7000, 0.3), (7600, 0.0),
+    )  # fmt: skip
     lr: float = 1.5e-3
     muon_lr: float = 4e-3
     weight_decay: float = 0.02
@@ -114,6 +116,12 @@ CURRICULUM = (
     Stage(
         1700, continuations=0, texts=6, text_lines=(0.0, 0.1, 0.15, 0.25, 0.25, 0.25), echo=0.1,
         pages=28, full_pages=4, strips=6, drawings=6, lines=(0.1, 0.1, 0.15, 0.2, 0.2, 0.25),
+        page_sizes=FULL, strip_sizes=FULL, drawing_sizes=FULL,
+    ),
+    # What is left to learn is to tell glyphs apart: whole pages read out supervise every one of them.
+    Stage(
+        2700, continuations=0, texts=6, text_lines=(0.0, 0.1, 0.15, 0.25, 0.25, 0.25), echo=0.1,
+        pages=16, full_pages=16, strips=8, drawings=6, lines=(0.1, 0.1, 0.15, 0.2, 0.2, 0.25),
         page_sizes=FULL, strip_sizes=FULL, drawing_sizes=FULL,
     ),
 )  # fmt: skip
@@ -213,11 +221,10 @@ def make_optimizers(model: nn.Module, config: TrainConfig) -> list[torch.optim.O
     return [adamw, muon]
 
 
-def schedule(config: TrainConfig, step: int) -> float:
+def learning_rate_factor(config: TrainConfig, step: int) -> float:
     """The factor on every learning rate."""
-    up = min(1.0, (step + 1) / config.warmup)
-    down = min(1.0, (config.steps - step) / (config.steps - config.decay_from))
-    return min(up, down)
+    steps, factors = zip(*config.schedule, strict=True)
+    return float(np.interp(step, steps, factors))
 
 
 class Log:
@@ -275,7 +282,7 @@ def train(config: TrainConfig) -> Qwen2VLForConditionalGeneration:
     for step in bar:
         for optimizer, lr in zip(optimizers, (config.lr, config.muon_lr), strict=True):
             for group in optimizer.param_groups:
-                group["lr"] = lr * schedule(config, step)
+                group["lr"] = lr * learning_rate_factor(config, step)
             optimizer.zero_grad()
         pressure = None
         if step >= config.specialise_from:
@@ -307,7 +314,7 @@ def train(config: TrainConfig) -> Qwen2VLForConditionalGeneration:
                 {
                     "step": done,
                     "seconds": time.monotonic() - begun,
-                    "lr": config.lr * schedule(config, step),
+                    "lr": config.lr * learning_rate_factor(config, step),
                     **row,
                 }
             )
