@@ -8,14 +8,14 @@ from collections.abc import Mapping
 from types import ModuleType
 from typing import Any
 
-from hooked_vlm.converters import qwen2_vl
+from hooked_vlm.converters import internvl, language_models, qwen2_vl
 from hooked_vlm.converters.checkpoint import open_tensors as open_tensors
 from hooked_vlm.converters.checkpoint import read_config as read_config
 from hooked_vlm.converters.checkpoint import read_json as read_json
 from hooked_vlm.converters.errors import CheckpointError as CheckpointError
 from hooked_vlm.converters.known_models import KNOWN_MODELS as KNOWN_MODELS
 
-FAMILIES: tuple[ModuleType, ...] = (qwen2_vl,)
+FAMILIES: tuple[ModuleType, ...] = (qwen2_vl, internvl, language_models)
 
 
 def converter_for(hf_config: Mapping[str, Any]) -> ModuleType:
@@ -34,10 +34,6 @@ def converter_for(hf_config: Mapping[str, Any]) -> ModuleType:
             return family
         if not architectures and model_type in family.MODEL_TYPES:
             return family
-    found = (
-        f"architecture {', '.join(map(str, architectures))}"
-        if architectures
-        else f"model_type {model_type!r}"
-    )
+    found = f"architecture {', '.join(map(str, architectures))}" if architectures else f"model_type {model_type!r}"
     supported = ", ".join(name for family in FAMILIES for name in family.ARCHITECTURES)
     raise CheckpointError(f"{found} is not supported; supported are {supported}")

@@ -18,16 +18,15 @@ from torch import Tensor
 
 from hooked_vlm.converters.errors import CheckpointError
 from hooked_vlm.converters.fields import REQUIRED, Fields, read_dtype
-from hooked_vlm.converters.renaming import Problems, Rename, to_ours, to_theirs
+from hooked_vlm.converters.language_models import MOST_LAYERS, QWEN2
+from hooked_vlm.converters.renaming import Rename, affine, tied_to_ours, tied_to_theirs
 
 ARCHITECTURES = ("Qwen2VLForConditionalGeneration",)
 MODEL_TYPES = ("qwen2_vl",)
 
 # Rotary scalings that change the frequencies. Any other `type` ("mrope", "default", none) is plain M-RoPE.
 SCALINGS = ("linear", "dynamic", "yarn", "longrope", "su", "llama3", "proportional")
-MOST_LAYERS = 10_000
-EMBED, UNEMBED = "embed.weight", "unembed.weight"
-HF_EMBED, HF_UNEMBED = "model.embed_tokens.weight", "lm_head.weight"
+HF_EMBED, HF_UNEMBED = QWEN2.embed, QWEN2.head
 
 # ---------------------------------------------------------------- configuration
 
@@ -155,9 +154,7 @@ def published_config(hf_config: Mapping[str, Any], stored_as: torch.dtype | None
 
 def _refuse_unsupported(root: Fields, text: Fields) -> None:
     if root.get("quantization_config") is not None:
-        raise CheckpointError(
-            "config.json has a quantization_config; quantized checkpoints are not supported"
-        )
+        raise CheckpointError("config.json has a quantization_config; quantized checkpoints are not supported")
     if text.flag("use_sliding_window", False):
         raise text.error("use_sliding_window", "false (sliding-window attention is not supported)", True)
     layers = text.get("layer_types", [])
@@ -232,24 +229,7 @@ def from_hf(tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> dict[st
         CheckpointError: tensors are missing, unexpected or misshapen, or contradict `tie_word_embeddings`.
     """
     cfg = config_kwargs(config)
-    problems = Problems()
-    published: dict[str, Tensor] = {}
-    for name, tensor in tensors.items():
-        if name.endswith(("rotary_emb.inv_freq", "rotary_pos_emb.inv_freq")):
-            continue  # a buffer that old files carry; it follows from the configuration
-        short = _published_name(name)
-        if short in published:
-            problems.others.append(f"{short} is there under two names")
-        published[short] = tensor
-    head = published.pop(HF_UNEMBED, None) if cfg["tie_word_embeddings"] else None
-    ours = to_ours(published, _table(cfg), problems)
-    if cfg["tie_word_embeddings"] and EMBED in ours:
-        if head is not None and not _same(head, ours[EMBED]):
-            problems.others.append(f"tie_word_embeddings is true, but {HF_UNEMBED} differs from {HF_EMBED}")
-        ours[UNEMBED] = ours[EMBED]
-    _explain_missing_head(problems, HF_UNEMBED, cfg)
-    problems.raise_any("the checkpoint's tensors do not match its config.json")
-    return ours
+    return tied_to_ours(tensors, _table(cfg), cfg, (HF_EMBED, HF_UNEMBED), _published_name)
 
 
 def to_hf(
@@ -270,15 +250,8 @@ def to_hf(
     if names not in ("published", "in_memory"):
         raise ValueError(f"names must be 'published' or 'in_memory', got {names!r}")
     cfg = config_kwargs(config)
-    problems = Problems()
-    tensors = dict(tensors)
-    head = tensors.pop(UNEMBED, None) if cfg["tie_word_embeddings"] else None
-    if head is not None and EMBED in tensors and not _same(head, tensors[EMBED]):
-        problems.others.append(f"tie_word_embeddings is true, but {UNEMBED} differs from {EMBED}")
     rename = _in_memory_name if names == "in_memory" else str
-    theirs = to_theirs(tensors, _table(cfg), problems, rename)
-    _explain_missing_head(problems, UNEMBED, cfg)
-    problems.raise_any("the model's tensors do not match the configuration")
+    theirs = tied_to_theirs(tensors, _table(cfg), cfg, rename)
     if cfg["tie_word_embeddings"] and names == "in_memory":
         theirs[HF_UNEMBED] = theirs[rename(HF_EMBED)]
     return theirs
@@ -286,31 +259,7 @@ def to_hf(
 
 def _table(cfg: Mapping[str, Any]) -> list[Rename]:
     """Every tensor of a model with these settings, by its published name."""
-    d_model, d_vocab = cfg["d_model"], cfg["d_vocab"]
-    table = [Rename(HF_EMBED, (EMBED,), (d_vocab, d_model))]
-    for layer in range(cfg["n_layers"]):
-        table += _text_block(cfg, theirs=f"model.layers.{layer}", ours=f"blocks.{layer}")
-    table.append(Rename("model.norm.weight", ("ln_final.weight",), (d_model,)))
-    if not cfg["tie_word_embeddings"]:
-        table.append(Rename(HF_UNEMBED, (UNEMBED,), (d_vocab, d_model)))
-    return table + _vision_table(cfg["vision"])
-
-
-def _text_block(cfg: Mapping[str, Any], theirs: str, ours: str) -> list[Rename]:
-    d_model, d_mlp = cfg["d_model"], cfg["d_mlp"]
-    d_query, d_key = cfg["n_heads"] * cfg["d_head"], cfg["n_key_value_heads"] * cfg["d_head"]
-    shapes: dict[tuple[str, str], tuple[int, ...]] = {
-        ("input_layernorm.weight", "ln1.weight"): (d_model,),
-        ("self_attn.o_proj.weight", "attn.o_proj.weight"): (d_model, d_query),
-        ("post_attention_layernorm.weight", "ln2.weight"): (d_model,),
-        ("mlp.gate_proj.weight", "mlp.gate_proj.weight"): (d_mlp, d_model),
-        ("mlp.up_proj.weight", "mlp.in_proj.weight"): (d_mlp, d_model),
-        ("mlp.down_proj.weight", "mlp.out_proj.weight"): (d_model, d_mlp),
-    }
-    for part, width in (("q_proj", d_query), ("k_proj", d_key), ("v_proj", d_key)):
-        shapes[f"self_attn.{part}.weight", f"attn.{part}.weight"] = (width, d_model)
-        shapes[f"self_attn.{part}.bias", f"attn.{part}.bias"] = (width,)
-    return [Rename(f"{theirs}.{hf}", (f"{ours}.{name}",), shape) for (hf, name), shape in shapes.items()]
+    return [*QWEN2.table(cfg), *_vision_table(cfg["vision"])]
 
 
 def _vision_table(cfg: Mapping[str, Any]) -> list[Rename]:
@@ -322,24 +271,16 @@ def _vision_table(cfg: Mapping[str, Any]) -> list[Rename]:
     for layer in range(cfg["n_layers"]):
         theirs, ours = f"visual.blocks.{layer}", f"vision.blocks.{layer}"
         qkv = tuple(f"{ours}.attn.{part}_proj" for part in "qkv")
-        table += _affine(f"{theirs}.norm1", (f"{ours}.ln1",), (width,))
-        table += _affine(f"{theirs}.attn.qkv", qkv, (3 * width, width))
-        table += _affine(f"{theirs}.attn.proj", (f"{ours}.attn.o_proj",), (width, width))
-        table += _affine(f"{theirs}.norm2", (f"{ours}.ln2",), (width,))
-        table += _affine(f"{theirs}.mlp.fc1", (f"{ours}.mlp.in_proj",), (d_mlp, width))
-        table += _affine(f"{theirs}.mlp.fc2", (f"{ours}.mlp.out_proj",), (width, d_mlp))
-    table += _affine("visual.merger.ln_q", ("projector.ln",), (width,))
-    table += _affine("visual.merger.mlp.0", ("projector.in_proj",), (d_merged, d_merged))
-    table += _affine("visual.merger.mlp.2", ("projector.out_proj",), (cfg["d_out"], d_merged))
+        table += affine(f"{theirs}.norm1", (f"{ours}.ln1",), (width,))
+        table += affine(f"{theirs}.attn.qkv", qkv, (3 * width, width))
+        table += affine(f"{theirs}.attn.proj", (f"{ours}.attn.o_proj",), (width, width))
+        table += affine(f"{theirs}.norm2", (f"{ours}.ln2",), (width,))
+        table += affine(f"{theirs}.mlp.fc1", (f"{ours}.mlp.in_proj",), (d_mlp, width))
+        table += affine(f"{theirs}.mlp.fc2", (f"{ours}.mlp.out_proj",), (width, d_mlp))
+    table += affine("visual.merger.ln_q", ("projector.ln",), (width,))
+    table += affine("visual.merger.mlp.0", ("projector.in_proj",), (d_merged, d_merged))
+    table += affine("visual.merger.mlp.2", ("projector.out_proj",), (cfg["d_out"], d_merged))
     return table
-
-
-def _affine(theirs: str, ours: tuple[str, ...], shape: tuple[int, ...]) -> list[Rename]:
-    """A weight and its bias, one number for each row."""
-    return [
-        Rename(f"{theirs}.weight", tuple(f"{name}.weight" for name in ours), shape),
-        Rename(f"{theirs}.bias", tuple(f"{name}.bias" for name in ours), shape[:1]),
-    ]
 
 
 def _published_name(name: str) -> str:
@@ -356,16 +297,3 @@ def _in_memory_name(name: str) -> str:
     if name.startswith("model."):
         return "model.language_model." + name.removeprefix("model.")
     return name
-
-
-def _same(first: Tensor, second: Tensor) -> bool:
-    """The same numbers; on the meta device there are none to compare."""
-    if first.shape != second.shape or first.dtype != second.dtype or first.device != second.device:
-        return False
-    return first.is_meta or first.data_ptr() == second.data_ptr() or torch.equal(first, second)
-
-
-def _explain_missing_head(problems: Problems, name: str, cfg: Mapping[str, Any]) -> None:
-    if name in problems.missing and not cfg["tie_word_embeddings"]:
-        problems.missing.remove(name)
-        problems.missing.insert(0, f"{name} (config.json has no tie_word_embeddings: true)")

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
+from typing import Any
 
 import torch
 from jaxtyping import Shaped
@@ -12,13 +13,17 @@ from hooked_vlm.converters.checkpoint import listed
 from hooked_vlm.converters.errors import CheckpointError
 from hooked_vlm.converters.fields import DTYPES
 
+EMBED, UNEMBED = "embed.weight", "unembed.weight"
+
 
 @dataclass(frozen=True)
 class Rename:
     """One tensor of the checkpoint and what it becomes.
 
-    With several names in `ours`, the first axis is cut into that many equal parts (fused projections). `flat`
-    makes a matrix of a convolution kernel whose stride is its size: [out, in, ...] becomes [out, in * ...].
+    With several names in `ours`, the first axis is cut into them (fused projections): into equal parts, or into
+    `parts` rows each. Where the checkpoint interleaves them, it does so `groups` times, and `parts` are the
+    rows of one group. `flat` makes a matrix of a convolution kernel whose stride is its size: [out, in, ...]
+    becomes [out, in * ...].
     """
 
     theirs: str
@@ -26,26 +31,42 @@ class Rename:
     shape: tuple[int, ...]
     """In the checkpoint."""
     flat: bool = False
+    parts: tuple[int, ...] = ()
+    groups: int = 1
 
     @property
-    def our_shape(self) -> tuple[int, ...]:
+    def our_shapes(self) -> dict[str, tuple[int, ...]]:
         """Of each tensor in `ours`."""
-        first, *rest = self.shape
-        return (first // len(self.ours), *([prod(rest)] if self.flat else rest))
+        rest = [prod(self.shape[1:])] if self.flat else list(self.shape[1:])
+        return {name: (self.groups * n, *rest) for name, n in zip(self.ours, self._rows, strict=True)}
+
+    @property
+    def _rows(self) -> tuple[int, ...]:
+        """Rows of each part in one group."""
+        return self.parts or (self.shape[0] // len(self.ours),) * len(self.ours)
 
     def forward(self, tensor: Shaped[Tensor, "out *rest"]) -> tuple[Tensor, ...]:
-        """[out, ...] in the checkpoint to one tensor for each name in `ours`: views of a contiguous one."""
+        """[out, ...] in the checkpoint to one tensor for each name in `ours`.
+
+        Views of a contiguous tensor; copies where parts are interleaved.
+        """
         matrix = tensor.flatten(1) if self.flat else tensor
-        return matrix.chunk(len(self.ours)) if len(self.ours) > 1 else (matrix,)
+        if len(self.ours) == 1:
+            return (matrix,)
+        if self.groups == 1:
+            return matrix.split(list(self._rows))
+        grouped = matrix.unflatten(0, (self.groups, -1))
+        return tuple(part.flatten(0, 1) for part in grouped.split(list(self._rows), dim=1))
 
     def backward(self, parts: Sequence[Tensor]) -> Shaped[Tensor, "out *rest"]:
         """The inverse; copies only where several tensors become one."""
-        return (torch.cat(list(parts)) if len(parts) > 1 else parts[0]).reshape(self.shape)
+        if len(parts) == 1:
+            return parts[0].reshape(self.shape)
+        grouped = [part.unflatten(0, (self.groups, -1)) for part in parts]
+        return torch.cat(grouped, dim=1).reshape(self.shape)
 
 
-def to_ours(
-    tensors: Mapping[str, Tensor], table: Iterable[Rename], problems: "Problems"
-) -> dict[str, Tensor]:
+def to_ours(tensors: Mapping[str, Tensor], table: Iterable[Rename], problems: "Problems") -> dict[str, Tensor]:
     """The model's tensors. What does not fit the table is added to `problems` and left out."""
     table = list(table)
     problems.check(tensors, {entry.theirs: entry.shape for entry in table})
@@ -62,12 +83,91 @@ def to_theirs(
 ) -> dict[str, Tensor]:
     """The checkpoint's tensors, under `rename` of the names in the table."""
     table = list(table)
-    problems.check(tensors, {ours: entry.our_shape for entry in table for ours in entry.ours})
+    problems.check(tensors, {name: shape for entry in table for name, shape in entry.our_shapes.items()})
     return {
         rename(entry.theirs): entry.backward([tensors[ours].detach() for ours in entry.ours])
         for entry in table
         if not problems.names.intersection(entry.ours)
     }
+
+
+def tied_to_ours(
+    tensors: Mapping[str, Tensor],
+    table: Iterable[Rename],
+    cfg: Mapping[str, Any],
+    embed_and_head: tuple[str, str],
+    rename: Callable[[str], str] = str,
+) -> dict[str, Tensor]:
+    """`to_ours`; where the output matrix is tied, `unembed.weight` is the very tensor `embed.weight`.
+
+    Args:
+        embed_and_head: the checkpoint's names of the two matrices.
+        rename: from the names in the checkpoint to those in the table.
+
+    Raises:
+        CheckpointError: tensors are missing, unexpected or misshapen, or contradict `tie_word_embeddings`.
+    """
+    problems = Problems()
+    theirs: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        if name.endswith(("rotary_emb.inv_freq", "rotary_pos_emb.inv_freq")):
+            continue  # a buffer that old files carry; it follows from the configuration
+        if (renamed := rename(name)) in theirs:
+            problems.others.append(f"{renamed} is there under two names")
+        theirs[renamed] = tensor
+    hf_embed, hf_head = embed_and_head
+    head = theirs.pop(hf_head, None) if cfg["tie_word_embeddings"] else None
+    ours = to_ours(theirs, table, problems)
+    if cfg["tie_word_embeddings"] and EMBED in ours:
+        if head is not None and not _same(head, ours[EMBED]):
+            problems.others.append(f"tie_word_embeddings is true, but {hf_head} differs from {hf_embed}")
+        ours[UNEMBED] = ours[EMBED]
+    _explain_missing_head(problems, hf_head, cfg)
+    problems.raise_any("the checkpoint's tensors do not match its config.json")
+    return ours
+
+
+def tied_to_theirs(
+    tensors: Mapping[str, Tensor],
+    table: Iterable[Rename],
+    cfg: Mapping[str, Any],
+    rename: Callable[[str], str] = str,
+) -> dict[str, Tensor]:
+    """`to_theirs`, without the output matrix where it is tied.
+
+    Raises:
+        CheckpointError: tensors are missing, unexpected or misshapen, or `unembed.weight` is no longer tied.
+    """
+    problems = Problems()
+    tensors = dict(tensors)
+    head = tensors.pop(UNEMBED, None) if cfg["tie_word_embeddings"] else None
+    if head is not None and EMBED in tensors and not _same(head, tensors[EMBED]):
+        problems.others.append(f"tie_word_embeddings is true, but {UNEMBED} differs from {EMBED}")
+    theirs = to_theirs(tensors, table, problems, rename)
+    _explain_missing_head(problems, UNEMBED, cfg)
+    problems.raise_any("the model's tensors do not match the configuration")
+    return theirs
+
+
+def affine(theirs: str, ours: tuple[str, ...], shape: tuple[int, ...]) -> list[Rename]:
+    """A weight and its bias, one number for each row."""
+    return [
+        Rename(f"{theirs}.weight", tuple(f"{name}.weight" for name in ours), shape),
+        Rename(f"{theirs}.bias", tuple(f"{name}.bias" for name in ours), shape[:1]),
+    ]
+
+
+def _same(first: Tensor, second: Tensor) -> bool:
+    """The same numbers; on the meta device there are none to compare."""
+    if first.shape != second.shape or first.dtype != second.dtype or first.device != second.device:
+        return False
+    return first.is_meta or first.data_ptr() == second.data_ptr() or torch.equal(first, second)
+
+
+def _explain_missing_head(problems: "Problems", name: str, cfg: Mapping[str, Any]) -> None:
+    if name in problems.missing and not cfg["tie_word_embeddings"]:
+        problems.missing.remove(name)
+        problems.missing.insert(0, f"{name} (config.json has no tie_word_embeddings: true)")
 
 
 class Problems:

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from hooked_vlm.components import HookFn, WithViews, absent_bias, weight_view
+from hooked_vlm.components import AllHeadsNorm, HookFn, WithViews, absent_bias, weight_view
 from hooked_vlm.hooks import HookPoint, is_hooked
 from hooked_vlm.rotary import Rotation
 
@@ -28,6 +28,8 @@ class AttentionMask:
     key_valid: Bool[Tensor, "batch key"] | None = None
     uncached_left_padding: Int[Tensor, "batch"] | None = None
     """Padding before each row, given where queries and keys are the same positions."""
+    window: int | None = None
+    """How many keys a query may see at most, itself included (sliding window); None: no limit."""
 
     def to(self, device: torch.device) -> "AttentionMask":
         valid, padding = self.key_valid, self.uncached_left_padding
@@ -35,7 +37,12 @@ class AttentionMask:
             self.causal,
             None if valid is None else valid.to(device),
             None if padding is None else padding.to(device),
+            self.window,
         )
+
+    def limits(self, n_keys: int) -> bool:
+        """Whether the window hides any of `n_keys` keys."""
+        return self.window is not None and self.window < n_keys
 
     def query_valid(self, n_queries: int) -> Bool[Tensor, "batch query"] | None:
         return None if self.key_valid is None else self.key_valid[:, -n_queries:]
@@ -45,6 +52,8 @@ class AttentionMask:
         mask = torch.ones(n_queries, n_keys, dtype=torch.bool, device=device)
         if self.causal:
             mask = mask.tril(n_keys - n_queries)
+        if self.limits(n_keys):
+            mask = mask.triu(n_keys - n_queries - self.window + 1)
         mask = mask[None, None]
         if self.key_valid is not None:
             n_past = n_keys - n_queries
@@ -99,6 +108,8 @@ def _explicit(
 
 def _fused(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask) -> Tensor:
     n_queries, n_keys = q.shape[1], k.shape[1]
+    if mask.limits(n_keys):
+        return _sdpa(q, k, v, mask.dense(n_queries, n_keys, q.device), causal=False)
     padding = mask.uncached_left_padding
     if mask.causal and n_queries == n_keys and padding is not None:
         # Rolling every row to the left puts its padding last, where a causal mask hides it: the fused
@@ -207,12 +218,18 @@ class Attention(WithViews):
         qkv_bias: bool,
         o_bias: bool,
         split_inputs: bool,
+        rotary: bool = True,
+        qk_norm_eps: float | None = None,
     ) -> None:
         super().__init__()
         self.n_heads, self.n_key_value_heads, self.d_head = n_heads, n_key_value_heads, d_head
         self.q_proj = nn.Linear(d_model, n_heads * d_head, bias=qkv_bias)
         self.k_proj = nn.Linear(d_model, n_key_value_heads * d_head, bias=qkv_bias)
         self.v_proj = nn.Linear(d_model, n_key_value_heads * d_head, bias=qkv_bias)
+        self.has_qk_norm = qk_norm_eps is not None
+        if qk_norm_eps is not None:
+            self.q_norm = AllHeadsNorm(n_heads * d_head, qk_norm_eps)
+            self.k_norm = AllHeadsNorm(n_key_value_heads * d_head, qk_norm_eps)
         self.o_proj = nn.Linear(n_heads * d_head, d_model, bias=o_bias)
         self.split_inputs = split_inputs
         if split_inputs:
@@ -222,8 +239,9 @@ class Attention(WithViews):
         self.hook_q = HookPoint()  # [batch, pos, head, d_head]
         self.hook_k = HookPoint()  # [batch, pos, kv_head, d_head]
         self.hook_v = HookPoint()  # [batch, pos, kv_head, d_head]
-        self.hook_rot_q = HookPoint()  # [batch, pos, head, d_head]
-        self.hook_rot_k = HookPoint()  # [batch, pos, kv_head, d_head]
+        if rotary:
+            self.hook_rot_q = HookPoint()  # [batch, pos, head, d_head]
+            self.hook_rot_k = HookPoint()  # [batch, pos, kv_head, d_head]
         self.hook_attn_scores = HookPoint()  # [batch, head, query, key]
         self.hook_pattern = HookPoint()  # [batch, head, query, key]
         self.hook_z = HookPoint()  # [batch, pos, head, d_head]
@@ -232,20 +250,23 @@ class Attention(WithViews):
     def forward(
         self,
         inputs: tuple[Tensor, Tensor, Tensor],
-        rotate: Rotation,
+        rotate: Rotation | None,
         run: "AttentionRun",
         layer: int,
     ) -> Float[Tensor, "*dims d_model"]:
         """`inputs` are what queries, keys and values are made from: one tensor three times, [*dims, d_model],
-        or [*dims, head, d_model] where every head has its own (`use_split_qkv_input`)."""
+        or [*dims, head, d_model] where every head has its own (`use_split_qkv_input`). Where positions are
+        not rotary, `rotate` is None."""
         hook = run.hook
         q_input, k_input, v_input = inputs
-        q = hook(self.hook_q, _project(self.q_proj, q_input, self.n_heads))
-        k = hook(self.hook_k, _project(self.k_proj, k_input, self.n_key_value_heads))
+        q, k = _project(self.q_proj, q_input, self.n_heads), _project(self.k_proj, k_input, self.n_key_value_heads)
+        if self.has_qk_norm:
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k = hook(self.hook_q, q), hook(self.hook_k, k)
         v = hook(self.hook_v, _project(self.v_proj, v_input, self.n_key_value_heads))
-        rot_q = hook(self.hook_rot_q, rotate(q))
-        rot_k = hook(self.hook_rot_k, rotate(k))
-        z = hook(self.hook_z, run.attend(self, layer, rot_q, rot_k, v))
+        if rotate is not None:
+            q, k = hook(self.hook_rot_q, rotate(q)), hook(self.hook_rot_k, rotate(k))
+        z = hook(self.hook_z, run.attend(self, layer, q, k, v))
         if not run.use_attn_result:
             return self.o_proj(z.flatten(-2))
         result = hook(self.hook_result, torch.einsum("...hd,hdm->...hm", z, self.W_O))

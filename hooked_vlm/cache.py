@@ -15,8 +15,8 @@ from hooked_vlm.hooks import is_vision, nearest_names
 class DerivingCache(ActivationCache):
     """An `ActivationCache` that need not hold scores and patterns.
 
-    `cache["pattern", l]` and `cache["attn_scores", l]` are derived from the cached rotated queries and keys
-    unless they were stored: where the layer ran explicitly because its scores or pattern had a hook, or where
+    `cache["pattern", l]` and `cache["attn_scores", l]` are derived from the cached queries and keys (rotated
+    ones where positions are `rotary`) unless they were stored: where the layer ran explicitly because its scores or pattern had a hook, or where
     they were named in `names_filter`.
     """
 
@@ -28,12 +28,14 @@ class DerivingCache(ActivationCache):
         n_layers: int,
         attention_mask: AttentionMask | None,
         why_not: str = "",
+        rotary: bool = True,
     ) -> None:
         super().__init__(cache_dict, model, has_batch_dim)
         self._n_layers = n_layers
         self._mask = attention_mask
         self._why_not = why_not
         """Why patterns cannot be derived in this cache; empty if they can."""
+        self._attended = ("hook_rot_q", "hook_rot_k") if rotary else ("hook_q", "hook_k")
 
     def __getitem__(self, key: Any) -> Tensor:
         name = self._full_name(key)
@@ -54,9 +56,9 @@ class DerivingCache(ActivationCache):
         return get_act_name(*key)
 
     def _derive(self, name: str) -> Tensor:
-        """The scores or pattern of a layer, from its rotated queries and keys."""
+        """The scores or pattern of a layer, from its queries and keys."""
         prefix = name.rsplit(".", 1)[0]
-        needed = [f"{prefix}.hook_rot_q", f"{prefix}.hook_rot_k"]
+        needed = [f"{prefix}.{suffix}" for suffix in self._attended]
         why_not = self._why_not
         if any(n not in self.cache_dict for n in needed) or self._mask is None:
             why_not = why_not or f"{needed[0]} and {needed[1]} are not in this cache"
@@ -106,9 +108,10 @@ class VLMCache(DerivingCache):
         vision = {name: value for name, value in cache_dict.items() if is_vision(name)}
         text = {name: value for name, value in cache_dict.items() if name not in vision}
         super().__init__(text, model, has_batch_dim, model.cfg.n_layers, attention_mask, why_not)
-        n_layers = 0 if model.cfg.vision is None else model.cfg.vision.n_layers
+        tower = model.cfg.vision
+        n_layers, rotary = (0, True) if tower is None else (tower.n_layers, tower.rope_theta is not None)
         stripped = {name.removeprefix("vision."): value for name, value in vision.items()}
-        self.vision = DerivingCache(stripped, model, True, n_layers, vision_mask)
+        self.vision = DerivingCache(stripped, model, True, n_layers, vision_mask, rotary=rotary)
         """The image side: [image, patch, ...], images padded at the end to the longest."""
 
     def __getitem__(self, key: Any) -> Tensor:

@@ -128,6 +128,20 @@ class Norm(WithViews):
         return hook(self.hook_normalized, normalized)
 
 
+class AllHeadsNorm(nn.Module):
+    """RMSNorm of queries or keys over the width of all heads together."""
+
+    def __init__(self, width: int, eps: float) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(width))
+
+    def forward(self, x: Float[Tensor, "*dims head d_head"]) -> Float[Tensor, "*dims head d_head"]:
+        full = x.flatten(-2).to(torch.promote_types(x.dtype, torch.float32))
+        normalized = full * torch.rsqrt(full.pow(2).mean(-1, keepdim=True) + self.eps)
+        return (normalized.to(x.dtype) * self.weight).unflatten(-1, x.shape[-2:])
+
+
 class MLP(WithViews):
     """act(gate(x)) * in(x) when gated, act(in(x)) otherwise, then out."""
 

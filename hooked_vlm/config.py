@@ -6,9 +6,26 @@ module keeps a copy of a field that can change.
 """
 
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
+
+
+@dataclass(frozen=True)
+class RopeScaling:
+    """How rotary frequencies change with the length of the sequence (`hooked_vlm.rotary` has the formulas)."""
+
+    kind: Literal["linear", "dynamic", "longrope"]
+    factor: float = 1.0
+    """Linear and dynamic: by how much the context grows."""
+    n_ctx_trained: int = 0
+    """Dynamic and longrope: up to this length the frequencies are those of training."""
+    short_factor: tuple[float, ...] = ()
+    """Longrope: divisors of the frequencies up to `n_ctx_trained` positions, one for each."""
+    long_factor: tuple[float, ...] = ()
+    """Longrope: the same beyond."""
+    attention_factor: float = 1.0
+    """Longrope: queries and keys are both multiplied by it."""
 
 
 @dataclass(frozen=True)
@@ -25,12 +42,47 @@ class VisionConfig:
     act_fn: str = "quick_gelu"
     normalization_type: str = "LN"
     eps: float = 1e-6
-    rope_theta: float = 10000.0
+    qkv_bias: bool = True
+    qk_norm: bool = False
+    """RMSNorm of queries and of keys over all heads together, before they are told apart."""
+    layer_scale: bool = False
+    """What attention and MLP add to the stream is multiplied by a learned vector."""
+    rope_theta: float | None = 10000.0
+    """Base of the rotary positions (row, column) of patches; None: absolute positions are learned."""
+    tile_size: int | None = None
+    """Side in pixels of the square tiles that images are cut into; None: each image is seen whole.
+
+    A tower of tiles has a class token before each tile's patches and one learned position for each."""
+    n_positions: int = 0
+    """Learned positions of patches (the class token's not counted); other tile sizes interpolate them."""
+    n_layers_used: int | None = None
+    """Blocks that run, if not all: the projector reads what leaves the last of them."""
     patch_size: int = 14
     temporal_patch_size: int = 2
     in_channels: int = 3
     merge_size: int = 2
     """Patches of a `merge_size` x `merge_size` block become one image token."""
+    transposed_tokens: bool = False
+    """The tokens of a tile are numbered column by column (pixel shuffle "v1")."""
+    min_tiles: int = 1
+    max_tiles: int = 12
+    """Bounds on the tiles of an image, its thumbnail not counted."""
+    thumbnail: bool = True
+    """Whether the whole image, as one more tile, follows the tiles of an image that has several."""
+    d_projector: int | None = None
+    """Hidden width of the projector; None: as wide as a merge block."""
+    projector_norm: Literal["patch", "token"] = "patch"
+    """Whether the projector's norm sees single patches or whole merge blocks."""
+    projector_eps: float = 1e-6
+
+    @property
+    def n_layers_run(self) -> int:
+        return self.n_layers if self.n_layers_used is None else self.n_layers_used
+
+    @property
+    def d_merged(self) -> int:
+        """Width of the patches of a merge block side by side."""
+        return self.d_model * self.merge_size**2
 
     @property
     def d_patch(self) -> int:
@@ -62,6 +114,9 @@ class VLMConfig:
     rope_theta: float
     mrope_section: tuple[int, ...] | None = None
     """How many rotary frequencies turn with the (temporal, height, width) position; None: plain RoPE."""
+    rope_scaling: RopeScaling | None = None
+    sliding_window: int | None = None
+    """A position sees so many positions at most, itself included; None: all before it."""
     eps: float = 1e-6
     act_fn: str = "silu"
     normalization_type: str = "RMS"
@@ -76,6 +131,10 @@ class VLMConfig:
     vision_start_token_id: int | None = None
     vision_end_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()
+    chat_template: str | None = None
+    """Name of the conversation template of checkpoints that do not carry one (`hooked_vlm.templates`)."""
+    system_message: str | None = None
+    """In place of that template's own."""
     pad_token_id: int | None = None
 
     vision: VisionConfig | None = None
@@ -100,6 +159,14 @@ class VLMConfig:
                 f"mrope_section {self.mrope_section} must sum to d_head/2 = {self.d_head // 2}, "
                 f"but sums to {sum(self.mrope_section)}"
             )
+
+    @property
+    def n_ctx_limit(self) -> int:
+        """How many positions may be run: `n_ctx`, or more where a scaling stretches it (dynamic: without end)."""
+        scaling = self.rope_scaling
+        if scaling is None or scaling.kind == "longrope":
+            return self.n_ctx
+        return 2**31 - 1 if scaling.kind == "dynamic" else int(self.n_ctx * scaling.factor)
 
     @property
     def placeholder_ids(self) -> tuple[int, ...]:

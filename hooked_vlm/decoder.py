@@ -1,5 +1,6 @@
 """One transformer block, pre-norm, as both the text decoder and the vision tower stack it."""
 
+import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -16,9 +17,14 @@ class Block(nn.Module):
     # transformer_lens/tools/analysis/logit_lens.py asks every block that it has one residual stream
     hook_out_is_single_residual_stream = True
 
-    def __init__(self, ln1: Norm, attn: Attention, ln2: Norm, mlp: MLP) -> None:
+    def __init__(self, ln1: Norm, attn: Attention, ln2: Norm, mlp: MLP, layer_scale: int | None = None) -> None:
+        """`layer_scale` is the width of the stream where what is added to it is scaled by learned vectors."""
         super().__init__()
         self.ln1, self.attn, self.ln2, self.mlp = ln1, attn, ln2, mlp
+        self.layer_scale = layer_scale is not None
+        if layer_scale is not None:
+            self.scale_attn = nn.Parameter(torch.ones(layer_scale))
+            self.scale_mlp = nn.Parameter(torch.ones(layer_scale))
         self.hook_resid_pre = HookPoint()  # [batch, pos, d_model]
         if attn.split_inputs:
             self.hook_mlp_in = HookPoint()  # [batch, pos, d_model], with use_hook_mlp_in
@@ -30,7 +36,7 @@ class Block(nn.Module):
     def forward(
         self,
         resid: Float[Tensor, "*dims d_model"],
-        rotate: Rotation,
+        rotate: Rotation | None,
         run: AttentionRun,
         layer: int,
         split_qkv_input: bool = False,
@@ -44,10 +50,12 @@ class Block(nn.Module):
         else:
             normalized = self.ln1(resid_pre, hook)
             inputs = (normalized, normalized, normalized)
-        attn_out = hook(self.hook_attn_out, self.attn(inputs, rotate, run, layer))
+        attn_out = self.attn(inputs, rotate, run, layer)
+        attn_out = hook(self.hook_attn_out, attn_out * self.scale_attn if self.layer_scale else attn_out)
         resid_mid = hook(self.hook_resid_mid, resid_pre + attn_out)
         mlp_in = hook(self.hook_mlp_in, fresh(self.hook_mlp_in, resid_mid)) if own_mlp_input else resid_mid
-        mlp_out = hook(self.hook_mlp_out, self.mlp(self.ln2(mlp_in, hook), hook))
+        mlp_out = self.mlp(self.ln2(mlp_in, hook), hook)
+        mlp_out = hook(self.hook_mlp_out, mlp_out * self.scale_mlp if self.layer_scale else mlp_out)
         return hook(self.hook_resid_post, resid_mid + mlp_out)
 
     def _split_inputs(self, resid_pre: Tensor, hook) -> tuple[Tensor, Tensor, Tensor]:
@@ -84,7 +92,7 @@ def text_blocks(cfg: VLMConfig) -> nn.ModuleList:
 
 
 def vision_blocks(cfg: VisionConfig) -> nn.ModuleList:
-    """The vision tower's blocks: LayerNorm, full attention within an image, plain MLP, biases everywhere."""
+    """The vision tower's blocks: full attention within an image or tile, a plain MLP with biases."""
     centered = cfg.normalization_type == "LN"
     return nn.ModuleList(
         Block(
@@ -94,12 +102,15 @@ def vision_blocks(cfg: VisionConfig) -> nn.ModuleList:
                 cfg.n_heads,
                 cfg.n_heads,
                 cfg.d_head,
-                qkv_bias=True,
+                qkv_bias=cfg.qkv_bias,
                 o_bias=True,
                 split_inputs=False,
+                rotary=cfg.rope_theta is not None,
+                qk_norm_eps=cfg.eps if cfg.qk_norm else None,
             ),
             Norm(cfg.d_model, cfg.eps, centered),
             MLP(cfg.d_model, cfg.d_mlp, cfg.act_fn, gated=False, bias=True),
+            layer_scale=cfg.d_model if cfg.layer_scale else None,
         )
         for _ in range(cfg.n_layers)
     )

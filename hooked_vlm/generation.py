@@ -70,10 +70,10 @@ class GenerationMixin(nn.Module):
         _check_settings(inputs, max_new_tokens, do_sample, temperature, top_k, top_p)
         self._check_context(inputs, 0)
         n_prompt = inputs.shape[1]
-        room = max(self.cfg.n_ctx - n_prompt, 0)
+        room = max(self.cfg.n_ctx_limit - n_prompt, 0)
         if max_new_tokens > room:
             warnings.warn(
-                f"generation stops after {room} new tokens: the context of {self.cfg.n_ctx} is full then",
+                f"generation stops after {room} new tokens: the context of {self.cfg.n_ctx_limit} is full then",
                 stacklevel=2,
             )
             max_new_tokens = room

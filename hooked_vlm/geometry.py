@@ -218,3 +218,153 @@ class ImageGrid:
                 "(width x height, original size after EXIF orientation)"
             )
         return corners
+
+
+Part = Literal["all", "tiles", "thumbnail"]
+"""Which tokens of a tiled image: those of its tiles, those of its thumbnail, or both."""
+
+
+@dataclass(frozen=True)
+class TileGrid:
+    """One image cut into tiles, as tokens.
+
+    The processor stretches the image to `layout` square tiles; each becomes a square of tokens. Tokens are
+    numbered tile by tile (tiles row by row), in a tile row by row, and those of the thumbnail, a small copy
+    of the whole image, come last. A box of the image lies both in tokens of tiles and in tokens of the
+    thumbnail: `part` says which are meant.
+    """
+
+    image_size: tuple[int, int]
+    """(width, height) of the original image in pixels."""
+    layout: tuple[int, int]
+    """(columns, rows) of tiles, the thumbnail not counted."""
+    thumbnail: bool
+    patch_size: int = 14
+    """Side of a patch in pixels of a tile."""
+    merge_size: int = 2
+    tile_size: int = 448
+    """Side of a tile in its own pixels."""
+    transposed_tokens: bool = False
+    """The tokens of a tile are numbered column by column (pixel shuffle "v1")."""
+
+    @property
+    def n_tiles(self) -> int:
+        """With the thumbnail."""
+        return self.layout[0] * self.layout[1] + self.thumbnail
+
+    @property
+    def tile_side(self) -> int:
+        """Tokens along the side of a tile."""
+        return self.tile_size // (self.patch_size * self.merge_size)
+
+    @property
+    def rows(self) -> int:
+        """Rows of tokens in the picture that the tiles make together."""
+        return self.layout[1] * self.tile_side
+
+    @property
+    def cols(self) -> int:
+        """Columns of tokens in the picture that the tiles make together."""
+        return self.layout[0] * self.tile_side
+
+    @property
+    def n_tokens(self) -> int:
+        return self.n_tiles * self.tile_side**2
+
+    @property
+    def whole(self) -> ImageGrid:
+        """The tiles put together: one grid over the image, in raster order."""
+        return self._grid(*self.layout)
+
+    @property
+    def overview(self) -> ImageGrid:
+        """The thumbnail: one tile over the whole image. Raises `GeometryError` if there is none."""
+        if not self.thumbnail:
+            raise GeometryError("this image has one tile and no thumbnail")
+        return self._grid(1, 1)
+
+    # tokens
+
+    def tokens_of(self, part: Part) -> range:
+        """Numbers of the tokens of a part."""
+        of_tiles = self.rows * self.cols
+        if part not in ("all", "tiles", "thumbnail"):
+            raise GeometryError(f'part must be "all", "tiles" or "thumbnail", got {part!r}')
+        return range(of_tiles if part == "thumbnail" else 0, of_tiles if part == "tiles" else self.n_tokens)
+
+    def is_thumbnail(self, index: int) -> bool:
+        """Whether a token belongs to the thumbnail."""
+        self._check(index)
+        return index in self.tokens_of("thumbnail")
+
+    def tile_of(self, index: int) -> int:
+        """Number of the tile of a token; the thumbnail's is the last."""
+        self._check(index)
+        return index // self.tile_side**2
+
+    def box_of(self, index: int) -> tuple[float, float, float, float]:
+        """The pixels a token covers. Those of the tiles tile the image, those of the thumbnail tile it again."""
+        if self.is_thumbnail(index):
+            return self.overview.box_of(int(self._raster_of_thumbnail()[index - self.rows * self.cols]))
+        return self.whole.box_of(int(self._raster_of_tiles()[index]))
+
+    # boxes
+
+    def overlaps(
+        self, box: Box, of: Literal["box", "token"] = "box", truncate: bool = False
+    ) -> Float[np.ndarray, "tokens"]:
+        """As `ImageGrid.overlaps`; of="box" they sum to 1 over the tiles, and over the thumbnail again."""
+        shares = [self.whole.overlaps(box, of, truncate)[self._raster_of_tiles()]]
+        if self.thumbnail:
+            shares.append(self.overview.overlaps(box, of, truncate)[self._raster_of_thumbnail()])
+        return np.concatenate(shares)
+
+    def tokens_in_box(
+        self,
+        box: Box,
+        min_overlap: float | int = 0.0,
+        of: Literal["box", "token"] = "box",
+        truncate: bool = False,
+        part: Part = "all",
+    ) -> list[int]:
+        """As `ImageGrid.tokens_in_box`, among the tokens of a part."""
+        if not 0 <= min_overlap < 1:
+            raise GeometryError(f"min_overlap is a share of the {of}'s area, 0 <= min_overlap < 1, got {min_overlap}")
+        tokens = self.tokens_of(part)
+        shares = self.overlaps(box, of, truncate)[tokens.start : tokens.stop]
+        return (np.flatnonzero(shares > min_overlap) + tokens.start).tolist()
+
+    # pictures
+
+    def to_image(
+        self, values: Shaped[np.ndarray | torch.Tensor, "*lead tokens"], part: Literal["tiles", "thumbnail"] = "tiles"
+    ) -> Shaped[np.ndarray, "*lead 1 rows cols"]:
+        """One value per token of the image, laid out as the picture of a part."""
+        if values.shape[-1] != self.n_tokens:
+            raise GeometryError(
+                f"expected one value for each of the image's {self.n_tokens} tokens ({self.n_tiles} tiles of "
+                f"{self.tile_side} x {self.tile_side}), got shape {tuple(values.shape)}"
+            )
+        order = self._raster_of_tiles() if part == "tiles" else self._raster_of_thumbnail()
+        tokens = self.tokens_of(part)
+        in_raster = values[..., tokens.start : tokens.stop][..., np.argsort(order)]
+        return (self.whole if part == "tiles" else self.overview).to_image(in_raster)
+
+    def _grid(self, cols: int, rows: int) -> ImageGrid:
+        side = self.tile_size // self.patch_size
+        return ImageGrid(self.image_size, (1, rows * side, cols * side), self.patch_size, self.merge_size)
+
+    def _raster_of_thumbnail(self) -> Int[np.ndarray, "tokens"]:
+        """Place in raster order of each of the thumbnail's tokens."""
+        places = np.arange(self.tile_side**2).reshape(self.tile_side, self.tile_side)
+        return (places.T if self.transposed_tokens else places).ravel()
+
+    def _raster_of_tiles(self) -> Int[np.ndarray, "tokens"]:
+        """Place in raster order, in the picture of all tiles, of each of the tiles' tokens."""
+        (cols, rows), side = self.layout, self.tile_side
+        places = np.arange(self.rows * self.cols).reshape(rows, side, cols, side).swapaxes(1, 2)
+        return (places.swapaxes(2, 3) if self.transposed_tokens else places).ravel()
+
+    def _check(self, index: int) -> None:
+        if not 0 <= index < self.n_tokens:
+            raise GeometryError(f"no token {index}: the image has {self.n_tokens} tokens, counted from 0")

@@ -243,6 +243,11 @@ class ImageProcessor:
         """Side of the square of resized pixels that one token covers."""
         return self.patch_size * self.merge_size
 
+    def n_tokens(self, size: tuple[int, int]) -> int:
+        """Image tokens of an image of (width, height) pixels."""
+        height, width = smart_resize(size[1], size[0], self.pixels_per_token, self.min_pixels, self.max_pixels)
+        return height * width // self.pixels_per_token**2
+
     @classmethod
     def from_dict(cls, config: Mapping[str, Any]) -> "ImageProcessor":
         """From the contents of `preprocessor_config.json` (or of `processor_config.json`, as saved by 5.x).
@@ -296,7 +301,7 @@ class ImageProcessor:
             ImageError: see `load_image` and `smart_resize`; the message starts with the number of the image.
         """
         bounded = self._bounded(min_pixels, max_pixels)
-        prepared = [bounded._prepare(image, f"image {i}") for i, image in enumerate(_checked(images, "images"))]
+        prepared = [bounded._prepare(image, f"image {i}") for i, image in enumerate(checked_images(images, "images"))]
         pixel_values, grid_thw = bounded._pack([[patches] for _, patches in prepared])
         return pixel_values, grid_thw, [size for size, _ in prepared]
 
@@ -322,7 +327,7 @@ class ImageProcessor:
             ImageError: no frames, frames of different sizes, or as for images.
         """
         bounded = self._bounded(min_pixels, max_pixels)
-        prepared = [bounded._prepare(frame, f"frame {i}") for i, frame in enumerate(_checked(frames, "frames"))]
+        prepared = [bounded._prepare(frame, f"frame {i}") for i, frame in enumerate(checked_images(frames, "frames"))]
         if not prepared:
             raise ImageError("a video needs at least one frame, got none")
         first = prepared[0][0]
@@ -364,16 +369,8 @@ class ImageProcessor:
     def _pack(
         self, clips: list[list[np.ndarray]]
     ) -> tuple[Float[torch.Tensor, "patches d_patch"], Int[torch.Tensor, "clips 3"]]:
-        """Normalise the patches of clips (lists of prepared frames; an image is a clip of one).
-
-        8-bit values become numbers by table, one per colour, in a single pass over the result: the same bits
-        as the reference's arithmetic (transformers.image_transforms.rescale and normalize: a product in
-        float64, the rest in float32).
-        """
-        levels = (np.arange(256) * (1 / 255)).astype(np.float32)
-        mean, std = (np.asarray(v, dtype=np.float32)[:, None] for v in (self.image_mean, self.image_std))
-        tables = (levels - mean) / std
-
+        """Normalise the patches of clips (lists of prepared frames; an image is a clip of one), in one pass."""
+        tables = normalisation_tables(self.image_mean, self.image_std)
         side, merge = self.patch_size, self.merge_size
         grid_thw = [
             (-(-len(clip) // self.temporal_patch_size), clip[0].shape[0] * merge, clip[0].shape[1] * merge)
@@ -395,6 +392,19 @@ class ImageProcessor:
             start += n
         pixel_values = torch.from_numpy(packed.reshape(len(packed), 3 * self.temporal_patch_size * side**2))
         return pixel_values, torch.tensor(grid_thw, dtype=torch.int64).reshape(-1, 3)
+
+
+def normalisation_tables(
+    mean: tuple[float, float, float], std: tuple[float, float, float]
+) -> Float[np.ndarray, "3 256"]:
+    """What each 8-bit value of each colour becomes.
+
+    The same bits as the reference's arithmetic (transformers.image_transforms.rescale and normalize: a product
+    in float64, the rest in float32).
+    """
+    levels = (np.arange(256) * (1 / 255)).astype(np.float32)
+    means, stds = (np.asarray(v, dtype=np.float32)[:, None] for v in (mean, std))
+    return (levels - means) / stds
 
 
 def _bounds(config: Mapping[str, Any]) -> dict[str, int]:
@@ -425,7 +435,8 @@ def _bounds(config: Mapping[str, Any]) -> dict[str, int]:
     return bounds
 
 
-def _checked(images: Sequence[Any], what: str) -> Sequence[Any]:
+def checked_images(images: Sequence[Any], what: str) -> Sequence[Any]:
+    """`images` itself if it is a list."""
     if not isinstance(images, list | tuple):
         raise ImageError(f"expected a list of {what}, got {type(images).__name__}: put a single one in a list")
     return images

@@ -13,8 +13,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from hooked_vlm.geometry import Box, ImageGrid
+from hooked_vlm.geometry import Box, GeometryError, ImageGrid, Part, TileGrid
 from hooked_vlm.positions import TokenGroups, mrope_positions, prompt_groups
+from hooked_vlm.tiles import TileProcessor
 from hooked_vlm.token_layout import Grid, InputError, InputSpec, Kind, Visual, locate_visuals, real_span
 
 Answer = str | Sequence[str] | Int[Tensor, "..."] | Sequence[int] | Sequence[Sequence[int]] | Sequence[Tensor]
@@ -26,8 +27,9 @@ class VLMInputs:
     """A batch of token sequences with their images and videos.
 
     Tensors have Hugging Face's layout: `tokens` and `attention_mask` [batch, pos], `pixel_values`
-    [patch, channels * frames * patch height * patch width] of all images one after the other,
-    `image_grid_thw` [image, 3], the same for videos. Padding must lie at the ends of a row.
+    [patch, channels * frames * patch height * patch width] of all images one after the other (models that
+    tile images: [tile, channels, height, width]), `image_grid_thw` [image, 3], the same for videos. Padding
+    must lie at the ends of a row.
 
     Raises:
         InputError: if images and placeholders disagree, or the mask has holes.
@@ -37,8 +39,9 @@ class VLMInputs:
     spec: InputSpec
     attention_mask: Int[Tensor, "batch pos"] = None  # type: ignore[assignment]
     """1 for real tokens, 0 for padding; all real if left out."""
-    pixel_values: Float[Tensor, "patch d_patch"] | None = None
+    pixel_values: Float[Tensor, "patch ..."] | None = None
     image_grid_thw: Int[Tensor, "image 3"] | None = None
+    """Patches of every image: (1, rows, columns), or (tiles, rows, columns) of a tile."""
     pixel_values_videos: Float[Tensor, "video_patch d_patch"] | None = None
     video_grid_thw: Int[Tensor, "video 3"] | None = None
     image_sizes: tuple[tuple[int, int], ...] | None = None
@@ -54,7 +57,7 @@ class VLMInputs:
     stop: tuple[int, ...] = field(init=False)
     """One past the position of the last real token of each row."""
     position_ids: Int[Tensor, "3 batch pos"] = field(init=False)
-    """Temporal, height and width position of every token (M-RoPE)."""
+    """Temporal, height and width position of every token (M-RoPE); all equal where positions are plain."""
 
     def __post_init__(self) -> None:
         set_ = object.__setattr__  # the dataclass is frozen; these fields are derived from the others
@@ -77,7 +80,7 @@ class VLMInputs:
             self.tokens.shape,
             first,
             stop,
-            [(v.row, v.start, v.n_tokens, v.grid) for v in self.visuals],
+            [(v.row, v.start, v.n_tokens, v.grid) for v in self.visuals] if self.spec.mrope else [],
             self.spec.merge_size,
         )
         set_(self, "position_ids", positions.to(self.tokens.device))
@@ -201,27 +204,52 @@ class VLMInputs:
         visual = self._visual("video", i)
         return torch.arange(visual.start, visual.stop)
 
-    def image_grid(self, i: int) -> ImageGrid:
+    def image_grid(self, i: int) -> ImageGrid | TileGrid:
         """The geometry of image `i`: its tokens, rows, columns and their boxes in original pixels.
 
         Inputs made from a Hugging Face batch do not know the original size; their pixels are those of
         the resized image.
-        """
-        _, h, w = grid = self._visual("image", i).grid
-        size = (w * self.spec.patch_size, h * self.spec.patch_size)
-        if self.image_sizes is not None:
-            size = self.image_sizes[i]
-        return ImageGrid(size, grid, self.spec.patch_size, self.spec.merge_size)
 
-    def tokens_in_box(self, image: int, box: Box, min_overlap: float | int = 0.0) -> list[int]:
+        Raises:
+            InputError: the image has several tiles, and its original size, which says how they lie, is not known.
+        """
+        spec, (n_tiles, h, w) = self.spec, self._visual("image", i).grid
+        size = None if self.image_sizes is None else self.image_sizes[i]
+        if spec.tile_size is None:
+            resized = (w * spec.patch_size, h * spec.patch_size)
+            return ImageGrid(resized if size is None else size, (n_tiles, h, w), spec.patch_size, spec.merge_size)
+        if size is None and n_tiles > 1:
+            raise InputError(
+                f"how the {n_tiles} tiles of image {i} lie follows from its size, which a Hugging Face batch does "
+                "not carry: make the inputs with model.to_inputs(...)"
+            )
+        processor = spec.image_processor
+        if not isinstance(processor, TileProcessor):
+            raise InputError("these inputs have no tile processor: make them with model.to_inputs(...)")
+        if size is None:
+            return replace(processor.bounded(1, 1).grid((w * spec.patch_size, h * spec.patch_size)), thumbnail=False)
+        grid = processor.grid(size)
+        if grid.n_tiles != n_tiles:
+            raise InputError(
+                f"image {i} of {size[0]} x {size[1]} pixels has {n_tiles} tiles, but this processor makes "
+                f"{grid.n_tiles}: inputs made with different max_tiles cannot share one batch's geometry"
+            )
+        return grid
+
+    def tokens_in_box(self, image: int, box: Box, min_overlap: float | int = 0.0, part: Part = "all") -> list[int]:
         """Positions of the tokens of `image` that overlap `box`, in the image's row.
 
         Args:
             box: half-open (x0, y0, x1, y1) in pixels of the original image.
             min_overlap: a token counts if more than this share of the box's area lies in it.
+            part: of a tiled image, tokens of its "tiles", of its "thumbnail", or "all".
         """
-        start = self._visual("image", image).start
-        return [start + i for i in self.image_grid(image).tokens_in_box(box, min_overlap)]
+        start, grid = self._visual("image", image).start, self.image_grid(image)
+        if isinstance(grid, TileGrid):
+            return [start + i for i in grid.tokens_in_box(box, min_overlap, part=part)]
+        if part == "thumbnail":
+            raise GeometryError("this model sees images whole: there is no thumbnail")
+        return [start + i for i in grid.tokens_in_box(box, min_overlap)]
 
     def image_of_token(self, pos: int, row: int = 0) -> int:
         """The number of the image whose token stands at `pos`."""
@@ -304,7 +332,8 @@ class VLMInputs:
         assert self.image_grid_thw is not None and self.pixel_values is not None
         grids = self.image_grid_thw.clone()
         grids[i] = grid_thw[0].to(grids)
-        pieces = list(self.pixel_values.split([t * h * w for t, h, w in self.image_grid_thw.tolist()]))
+        rows_of = [self.spec.n_pixel_rows(tuple(grid)) for grid in self.image_grid_thw.tolist()]
+        pieces = list(self.pixel_values.split(rows_of))
         pieces[i] = pixels.to(self.pixel_values)
         new_grid = tuple(int(n) for n in grid_thw[0])
         n_new = self.spec.n_tokens(new_grid)  # type: ignore[arg-type]
@@ -389,8 +418,7 @@ def _pieces(inputs: VLMInputs) -> dict[tuple[str, int], _Piece]:
     pixels = {"image": inputs.pixel_values, "video": inputs.pixel_values_videos}
     grids = {"image": inputs.image_grid_thw, "video": inputs.video_grid_thw}
     for v in inputs._in_feature_order:
-        t, h, w = v.grid
-        a, b = patch_start[v.kind], patch_start[v.kind] + t * h * w
+        a, b = patch_start[v.kind], patch_start[v.kind] + inputs.spec.n_pixel_rows(v.grid)
         own, all_grids, features = pixels[v.kind], grids[v.kind], inputs.image_features
         assert all_grids is not None
         pieces[v.kind, v.index] = _Piece(
@@ -450,8 +478,13 @@ def _check_pixels(inputs: VLMInputs) -> None:
     ):
         if pixels is None and grid_thw is not None and inputs.image_features is None:
             raise InputError(f"{kind} grids without pixels: pass the {kind}'s pixel values or its features")
-        if pixels is not None and (grid_thw is None or len(pixels) != int(grid_thw.prod(1).sum())):
-            n = 0 if grid_thw is None else int(grid_thw.prod(1).sum())
-            raise InputError(f"{len(pixels)} {kind} patches came, but the grids describe {n}")
+        if pixels is None:
+            continue
+        grids = [] if grid_thw is None else grid_thw.tolist()
+        n, what = sum(inputs.spec.n_pixel_rows(tuple(g)) for g in grids), "patches"
+        if inputs.spec.tile_size is not None:
+            what = "tiles"
+        if len(pixels) != n:
+            raise InputError(f"{len(pixels)} {kind} {what} came, but the grids describe {n}")
     if inputs.image_sizes is not None and len(inputs.image_sizes) != inputs.n_images:
         raise InputError(f"{len(inputs.image_sizes)} image sizes for {inputs.n_images} images")

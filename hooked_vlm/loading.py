@@ -13,9 +13,10 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 from torch import Tensor, nn
 from transformers import AutoTokenizer
 
-from hooked_vlm.config import VisionConfig, VLMConfig
+from hooked_vlm.config import RopeScaling, VisionConfig, VLMConfig
 from hooked_vlm.converters import CheckpointError, converter_for, open_tensors, read_config, read_json
 from hooked_vlm.images import ImageProcessor
+from hooked_vlm.tiles import TileProcessor
 
 TOY_MODELS = Path(__file__).parent / "toy_models"
 _FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
@@ -30,7 +31,7 @@ class LoadingMixin(nn.Module):
 
     cfg: VLMConfig
     tokenizer: Any
-    image_processor: ImageProcessor | None
+    image_processor: ImageProcessor | TileProcessor | None
     hf_config: dict[str, Any]
 
     @classmethod
@@ -78,7 +79,10 @@ class LoadingMixin(nn.Module):
 
     @classmethod
     def from_hf(
-        cls: type[Model], hf_model: Any, tokenizer: Any = None, image_processor: ImageProcessor | None = None
+        cls: type[Model],
+        hf_model: Any,
+        tokenizer: Any = None,
+        image_processor: ImageProcessor | TileProcessor | None = None,
     ) -> Model:
         """A model that shares the storage of a `transformers` model's parameters: an edit of one edits both.
 
@@ -101,7 +105,7 @@ class LoadingMixin(nn.Module):
         tensors: Mapping[str, Tensor],
         hf_config: dict[str, Any],
         tokenizer: Any,
-        image_processor: ImageProcessor | None,
+        image_processor: ImageProcessor | TileProcessor | None,
     ) -> Model:
         with torch.device("meta"):
             model = cls(cfg, tokenizer, image_processor)  # type: ignore[call-arg]
@@ -180,8 +184,12 @@ def _find(name_or_path: str | Path, revision: str | None, cache_dir: str | Path 
 
 def _config(converter: Any, hf_config: Mapping[str, Any], generation: Mapping[str, Any]) -> VLMConfig:
     fields = converter.config_kwargs(hf_config)
-    vision = fields.pop("vision")
-    cfg = VLMConfig(**fields, vision=None if vision is None else VisionConfig(**vision))
+    vision, scaling = fields.pop("vision"), fields.pop("rope_scaling", None)
+    cfg = VLMConfig(
+        **fields,
+        vision=None if vision is None else VisionConfig(**vision),
+        rope_scaling=None if scaling is None else RopeScaling(**scaling),
+    )
     stops = generation.get("eos_token_id")
     if stops is not None:
         cfg = cfg.with_(eos_token_ids=tuple(stops) if isinstance(stops, list) else (int(stops),))
@@ -190,11 +198,14 @@ def _config(converter: Any, hf_config: Mapping[str, Any], generation: Mapping[st
     return cfg
 
 
-def _image_processor(settings: Mapping[str, Any], cfg: VLMConfig) -> ImageProcessor | None:
-    """The checkpoint's image processor, with the vision tower's patch sizes where the file is silent."""
+def _image_processor(settings: Mapping[str, Any], cfg: VLMConfig) -> ImageProcessor | TileProcessor | None:
+    """The checkpoint's image processor, with the vision tower's sizes where the file is silent."""
     vision = cfg.vision
     if vision is None:
         return None
+    if vision.tile_size is not None:
+        names = ("tile_size", "patch_size", "merge_size", "min_tiles", "max_tiles", "thumbnail", "transposed_tokens")
+        return TileProcessor.from_dict(settings, **{name: getattr(vision, name) for name in names})
     sizes = {
         "patch_size": vision.patch_size,
         "temporal_patch_size": vision.temporal_patch_size,
@@ -217,7 +228,19 @@ def _tokenizer(folder: Path) -> Any:
         raise CheckpointError(f"the tokenizer in {folder} cannot be read: {reason}") from error
 
 
-def _processor_dict(processor: ImageProcessor) -> dict[str, Any]:
+def _processor_dict(processor: ImageProcessor | TileProcessor) -> dict[str, Any]:
+    """`preprocessor_config.json`, as `transformers` spells it."""
+    normalisation = {"image_mean": list(processor.image_mean), "image_std": list(processor.image_std)}
+    if isinstance(processor, TileProcessor):
+        return {
+            "image_processor_type": "GotOcr2ImageProcessor",
+            "processor_class": "InternVLProcessor",
+            "crop_to_patches": processor.max_tiles > 1,
+            "min_patches": processor.min_tiles,
+            "max_patches": processor.max_tiles,
+            "size": {"height": processor.tile_size, "width": processor.tile_size},
+            **normalisation,
+        }
     return {
         "image_processor_type": "Qwen2VLImageProcessor",
         "patch_size": processor.patch_size,
@@ -225,8 +248,7 @@ def _processor_dict(processor: ImageProcessor) -> dict[str, Any]:
         "merge_size": processor.merge_size,
         "min_pixels": processor.min_pixels,
         "max_pixels": processor.max_pixels,
-        "image_mean": list(processor.image_mean),
-        "image_std": list(processor.image_std),
+        **normalisation,
     }
 
 

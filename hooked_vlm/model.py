@@ -116,6 +116,8 @@ class HookedVLM(LoadingMixin, PromptMixin, GenerationMixin, WeightsMixin, HookCh
             self.cfg.rope_theta,
             self.cfg.mrope_section,
             resid.dtype,
+            self.cfg.rope_scaling,
+            _lengths(inputs, past_kv_cache),
         )
         for layer in range(first, last):
             resid = self.blocks[layer](
@@ -173,9 +175,10 @@ class HookedVLM(LoadingMixin, PromptMixin, GenerationMixin, WeightsMixin, HookCh
         pixels = [p for p in (inputs.pixel_values, inputs.pixel_values_videos) if p is not None]
         if not pixels:
             raise InputError("there are no images in these inputs to encode")
-        run = PatchRun.of(inputs.grids, inputs.device, self.cfg.use_attn_result)
-        patches = self.vision(torch.cat(pixels), inputs.grids, self.cfg.vision, run)
-        return self.projector(patches, run)
+        vision, grids = self.cfg.vision, inputs.grids
+        run = PatchRun.of(grids, vision, inputs.device, self.cfg.use_attn_result)
+        patches = self.vision(torch.cat(pixels), grids, vision, run)
+        return self.projector(patches, grids, vision, run)
 
     def _attention_mask(self, inputs: VLMInputs, past: KVCache | None) -> AttentionMask:
         padded = min(inputs.stop) != inputs.shape[1] or max(inputs.first) != 0
@@ -187,17 +190,17 @@ class HookedVLM(LoadingMixin, PromptMixin, GenerationMixin, WeightsMixin, HookCh
                     before = torch.ones(len(inputs), past.length, dtype=torch.bool, device=inputs.device)
                 now = inputs.attention_mask.bool() if valid is None else valid
                 valid = torch.cat((before, now), dim=1)
-            return AttentionMask(causal=True, key_valid=valid)
+            return AttentionMask(causal=True, key_valid=valid, window=self.cfg.sliding_window)
         padding = None
         if max(inputs.first) != 0:
             padding = torch.tensor(inputs.first, device=inputs.device)
-        return AttentionMask(causal=True, key_valid=valid, uncached_left_padding=padding)
+        return AttentionMask(True, valid, padding, self.cfg.sliding_window)
 
     def _check_context(self, inputs: VLMInputs, n_past: int) -> None:
         longest = max(b - a for a, b in zip(inputs.first, inputs.stop, strict=True)) + n_past
-        if longest > self.cfg.n_ctx:
+        if longest > self.cfg.n_ctx_limit:
             raise InputError(
-                f"{longest} tokens do not fit the context of {self.cfg.n_ctx}: shorten the prompt, or lower "
+                f"{longest} tokens do not fit the context of {self.cfg.n_ctx_limit}: shorten the prompt, or lower "
                 "max_pixels in model.to_inputs(..., max_pixels=)"
             )
 
@@ -328,7 +331,9 @@ class HookedVLM(LoadingMixin, PromptMixin, GenerationMixin, WeightsMixin, HookCh
         elif cut.mode != "identity":
             why_not = "pos_slice cut the keys"
         mask = self._attention_mask(inputs, None)
-        vision_mask = PatchRun.of(inputs.grids, inputs.device).mask if inputs.has_visuals else None
+        vision_mask = None
+        if inputs.has_visuals and self.cfg.vision is not None:
+            vision_mask = PatchRun.of(inputs.grids, self.cfg.vision, inputs.device).mask
         return out, VLMCache(store, self, not remove_batch_dim, mask, vision_mask, why_not)
 
 
@@ -345,3 +350,12 @@ def _rotary_positions(inputs: VLMInputs, past: KVCache | None) -> Int[Tensor, "3
     if past is None or past.next_position is None:
         return inputs.position_ids
     return inputs.position_ids + past.next_position[:, None]
+
+
+def _lengths(inputs: VLMInputs, past: KVCache | None) -> Int[Tensor, "batch"]:
+    """How many positions each row has so far, what is in the cache included."""
+    return (
+        inputs.next_position
+        if past is None or past.next_position is None
+        else inputs.next_position + past.next_position
+    )

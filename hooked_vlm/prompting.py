@@ -17,7 +17,7 @@ from hooked_vlm.config import VLMConfig
 from hooked_vlm.geometry import ImageSize
 from hooked_vlm.images import ImageProcessor, smart_resize
 from hooked_vlm.inputs import VLMInputs
-from hooked_vlm.token_layout import InputError, InputSpec
+from hooked_vlm.token_layout import InputError, InputSpec, tile_grids
 
 Picture = tuple[ImageSize, int]
 """The size of an image or of a video's frames, and how many temporal patches it has."""
@@ -42,6 +42,8 @@ class PromptMixin(nn.Module):
             vision_end_token_id=cfg.vision_end_token_id,
             patch_size=vision.patch_size if vision else 1,
             merge_size=vision.merge_size if vision else 1,
+            mrope=cfg.mrope_section is not None,
+            tile_size=vision.tile_size if vision else None,
             pad_token_id=cfg.pad_token_id if cfg.pad_token_id is not None else eos,
             turn_start_id=self._special_id("<|im_start|>"),
             turn_end_id=self._special_id("<|im_end|>"),
@@ -134,7 +136,7 @@ class PromptMixin(nn.Module):
             video_pixels = torch.cat([p for p, _, _ in parts])
             video_grids = torch.cat([g for _, g, _ in parts])
         rows = self._expand(texts, spec, image_lists, video_lists, grids, video_grids)
-        if max(map(len, rows)) > self.cfg.n_ctx:
+        if max(map(len, rows)) > self.cfg.n_ctx_limit:
             n_frames = [] if video_grids is None else video_grids[:, 0].tolist()
             given = iter([(size, 1) for size in sizes or []]), zip(video_sizes, n_frames, strict=True)
             counts = zip(map(len, image_lists), map(len, video_lists), strict=True)
@@ -162,7 +164,12 @@ class PromptMixin(nn.Module):
         """Inputs from what a Hugging Face processor returns.
 
         Reads `input_ids`, `attention_mask`, `pixel_values`, `image_grid_thw`, `pixel_values_videos` and
-        `video_grid_thw`; other keys (`mm_token_type_ids`, ...) are ignored: positions are our own.
+        `video_grid_thw`; of models that tile images `pixel_values` [tile, 3, height, width] and `num_tiles`
+        [image], how many tiles each image has, thumbnail included (without it, every run of placeholders is
+        one image). Other keys (`mm_token_type_ids`, ...) are ignored: positions are our own.
+
+        Raises:
+            InputError: images and placeholders disagree, or token ids outside the vocabulary.
         """
         if "input_ids" not in batch:
             raise InputError(f"a batch needs input_ids, this one has {sorted(batch)}")
@@ -175,16 +182,13 @@ class PromptMixin(nn.Module):
         assert tokens is not None
         tokens = tokens[None] if tokens.ndim == 1 else tokens
         self._check_ids(tokens)
-        mask = tensor("attention_mask")
-        pixels = (tensor("pixel_values"), tensor("image_grid_thw"))
+        mask, spec = tensor("attention_mask"), self.input_spec()
+        pixels, grids = tensor("pixel_values"), tensor("image_grid_thw")
+        if spec.tile_size is not None and pixels is not None:
+            grids = tile_grids(tokens, pixels, tensor("num_tiles"), spec)
         videos = (tensor("pixel_values_videos"), tensor("video_grid_thw"))
-        return VLMInputs(
-            tokens,
-            self.input_spec(),
-            torch.ones_like(tokens) if mask is None else mask.reshape(tokens.shape),
-            *pixels,
-            *videos,
-        )
+        real = torch.ones_like(tokens) if mask is None else mask.reshape(tokens.shape)
+        return VLMInputs(tokens, spec, real, pixels, grids, *videos)
 
     # ---------------------------------------------------------------- text
 
@@ -333,7 +337,7 @@ class PromptMixin(nn.Module):
         max_pixels: int | None,
     ) -> str:
         """What to say of a prompt longer than the context: the largest `max_pixels` with which every row fits."""
-        n_ctx = self.cfg.n_ctx
+        n_ctx = self.cfg.n_ctx_limit
         n_text = [sum(i not in self.cfg.placeholder_ids for i in row) for row in rows]
         longest = max(range(len(rows)), key=lambda row: len(rows[row]))
         n_image = len(rows[longest]) - n_text[longest]

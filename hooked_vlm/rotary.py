@@ -1,7 +1,9 @@
 """Rotary positions: one, or three at once (M-RoPE), for text; two (row, column) for image patches.
 
 Numerics follow `transformers/models/qwen2_vl/modeling_qwen2_vl.py`: angles in float32, the text side's
-cosines rounded to the activations' dtype, the vision side rotated in float32.
+cosines rounded to the activations' dtype, the vision side rotated in float32. Scalings follow
+`transformers/modeling_rope_utils.py`, but as a function of the positions alone: nothing is remembered from
+one run to the next, and each row of a batch is scaled by its own length.
 """
 
 from dataclasses import dataclass
@@ -9,6 +11,8 @@ from dataclasses import dataclass
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+
+from hooked_vlm.config import RopeScaling
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,25 +38,59 @@ def frequencies(d_rotary: int, theta: float, device: torch.device) -> Float[Tens
     return 1.0 / (theta**exponents)
 
 
+def scaled_frequencies(
+    d_rotary: int, theta: float, scaling: RopeScaling, lengths: Int[Tensor, "batch"]
+) -> Float[Tensor, "batch 1 half"]:
+    """Angles per unit of position for rows that are `lengths` positions long so far.
+
+    linear: all divided by `factor`. dynamic (neural tangent kernel): beyond the trained length n the base
+    becomes theta * (factor * length / n - factor + 1)^(d/(d-2)). longrope: divided by `short_factor` up to
+    the trained length and by `long_factor` beyond.
+    """
+    device = lengths.device
+    if scaling.kind == "linear":
+        return frequencies(d_rotary, theta, device)[None, None] / scaling.factor
+    trained = scaling.n_ctx_trained
+    if scaling.kind == "dynamic":
+        stretch = scaling.factor * lengths.clamp(min=trained).float() / trained - (scaling.factor - 1)
+        bases = theta * stretch ** (d_rotary / (d_rotary - 2))
+        exponents = torch.arange(0, d_rotary, 2, dtype=torch.float32, device=device) / d_rotary
+        return 1.0 / bases[:, None, None] ** exponents
+    short, long = (torch.tensor(f, device=device) for f in (scaling.short_factor, scaling.long_factor))
+    divisors = torch.where(lengths[:, None, None] > trained, long, short)
+    return frequencies(d_rotary, theta, device) / divisors
+
+
 def text_rotation(
     position_ids: Int[Tensor, "axis batch pos"],
     d_head: int,
     theta: float,
     mrope_section: tuple[int, ...] | None,
     dtype: torch.dtype,
+    scaling: RopeScaling | None = None,
+    lengths: Int[Tensor, "batch"] | None = None,
 ) -> Rotation:
     """The rotation of text queries and keys.
 
     With `mrope_section` the frequencies are shared out between the three position axes (temporal,
-    height, width) in consecutive chunks; without it the first axis turns all of them.
+    height, width) in consecutive chunks; without it the first axis turns all of them. A `scaling` goes by
+    `lengths`, how many positions each row has so far (by default one more than the highest here).
     """
-    angles = position_ids[..., None].float() * frequencies(d_head, theta, position_ids.device)
+    if scaling is None:
+        per_position, factor = frequencies(d_head, theta, position_ids.device), 1.0
+    else:
+        lengths = position_ids[0].amax(-1) + 1 if lengths is None else lengths
+        per_position, factor = scaled_frequencies(d_head, theta, scaling, lengths), scaling.attention_factor
+    angles = position_ids[..., None].float() * per_position
     if mrope_section is None:
         angles = angles[0]
     else:
         chunks = angles.split(list(mrope_section), dim=-1)
         angles = torch.cat([chunk[i % 3] for i, chunk in enumerate(chunks)], dim=-1)
-    return Rotation(angles.cos().to(dtype), angles.sin().to(dtype))
+    cos, sin = angles.cos(), angles.sin()
+    if factor != 1.0:
+        cos, sin = cos * factor, sin * factor
+    return Rotation(cos.to(dtype), sin.to(dtype))
 
 
 def patch_rotation(rows_cols: Int[Tensor, "patch 2"], d_head: int, theta: float) -> Rotation:

@@ -2,16 +2,18 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any, Literal
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from hooked_vlm.images import ImageProcessor
+from hooked_vlm.tiles import TileProcessor
 
 Grid = tuple[int, int, int]
-"""Patches of an image or video: (temporal patches, rows, columns)."""
+"""Patches: of an image or video (temporal patches, rows, columns), of a tiled image (tiles, rows, columns)."""
 Kind = Literal["image", "video"]
 
 
@@ -34,7 +36,11 @@ class InputSpec:
     turn_end_id: int | None = None
     """The token that closes a chat turn (`<|im_end|>`)."""
     tokenizer: Any = None
-    image_processor: ImageProcessor | None = None
+    image_processor: ImageProcessor | TileProcessor | None = None
+    mrope: bool = True
+    """Whether images turn on three position axes; otherwise every token counts one position."""
+    tile_size: int | None = None
+    """Side in pixels of the tiles that images are cut into; None: each image is seen whole."""
 
     @property
     def placeholder_ids(self) -> tuple[int, ...]:
@@ -44,6 +50,11 @@ class InputSpec:
         """Placeholders that stand for an image or video of `grid` patches."""
         t, h, w = grid
         return t * h * w // self.merge_size**2
+
+    def n_pixel_rows(self, grid: Grid) -> int:
+        """Rows of the pixel tensor that hold an image or video of `grid`: patches, or whole tiles."""
+        t, h, w = grid
+        return t * h * w if self.tile_size is None else t
 
 
 @dataclass(frozen=True)
@@ -58,7 +69,7 @@ class Visual:
     """Position of its first placeholder."""
     n_tokens: int
     grid: Grid
-    """Patches: (temporal patches, rows, columns)."""
+    """Patches: (temporal patches or tiles, rows, columns)."""
 
     @property
     def stop(self) -> int:
@@ -77,6 +88,53 @@ def real_span(mask: Tensor) -> tuple[tuple[int, ...], tuple[int, ...]]:
         row = int((stop - first != counts).nonzero()[0])
         raise InputError(f"row {row} has padding between real tokens: padding must lie at the ends of a row")
     return tuple(first.tolist()), tuple(stop.tolist())
+
+
+def tile_grids(
+    tokens: Int[Tensor, "batch pos"],
+    pixels: Float[Tensor, "tile 3 height width"],
+    num_tiles: Int[Tensor, "image"] | None,
+    spec: InputSpec,
+) -> Int[Tensor, "image 3"]:
+    """(tiles, rows, columns) of patches of every image of a model that tiles them.
+
+    Without `num_tiles`, every run of placeholders is one image.
+
+    Raises:
+        InputError: tiles that are not square, or do not fit the placeholders.
+    """
+    if pixels.ndim != 4 or pixels.shape[2] != pixels.shape[3] or pixels.shape[2] % (spec.patch_size * spec.merge_size):
+        side = spec.patch_size * spec.merge_size
+        raise InputError(
+            f"pixel_values must be [tile, channels, side, side] with a side that is a multiple of {side}, got "
+            f"{tuple(pixels.shape)}"
+        )
+    side = pixels.shape[2] // spec.patch_size
+    per_tile = spec.n_tokens((1, side, side))
+    if num_tiles is None:
+        runs = _runs(tokens == spec.image_token_id)
+        if any(n % per_tile for n in runs):
+            raise InputError(
+                f"a tile has {per_tile} placeholders, but their runs are {runs} long: pass num_tiles, the number of "
+                "tiles of each image"
+            )
+        counts = [n // per_tile for n in runs]
+    else:
+        counts = [int(n) for n in num_tiles.reshape(-1).tolist()]
+    if sum(counts) != len(pixels) or min(counts, default=1) < 1:
+        said = "num_tiles says" if num_tiles is not None else "the runs of placeholders say"
+        raise InputError(f"{len(pixels)} tiles came, but {said} {counts}")
+    return torch.tensor([[n, side, side] for n in counts], device=tokens.device).reshape(-1, 3)
+
+
+def _runs(marked: Tensor) -> list[int]:
+    """Lengths of the runs of true values in the rows of a [batch, pos] tensor, in order."""
+    lengths: list[int] = []
+    for row in marked.tolist():
+        for is_one, run in groupby(row):
+            if is_one:
+                lengths.append(len(list(run)))
+    return lengths
 
 
 def locate_visuals(

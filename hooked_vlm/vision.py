@@ -3,13 +3,18 @@
 Linear work runs on packed patches, [patch, ...] of all images one after the other. Hooks and attention
 see them as [image, patch, ...], padded with zeros at the end to the longest image; where all images
 have one size that is a view of the same memory. A video counts as one image for each of its temporal
-patches (two frames), because attention never crosses them.
+patches (two frames), and a tiled image as one for each of its tiles, because attention never crosses them.
+
+Two kinds of tower differ in what goes into the first block: Qwen2-VL's sees whole images, patches merge block
+by merge block, with rotary positions; InternViT sees square tiles, patches in raster order behind a class
+token, with learned positions.
 """
 
 from functools import lru_cache
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
@@ -36,9 +41,12 @@ class PatchRun(AttentionRun):
         super().__init__(AttentionMask(causal=False, key_valid=key_valid), None, use_attn_result)
 
     @classmethod
-    def of(cls, grids: tuple[Grid, ...], device: torch.device, use_attn_result: bool = False) -> "PatchRun":
+    def of(
+        cls, grids: tuple[Grid, ...], cfg: VisionConfig, device: torch.device, use_attn_result: bool = False
+    ) -> "PatchRun":
         """A pass over the images and videos with these patch grids."""
-        lengths = tuple(h * w for t, h, w in grids for _ in range(t))
+        class_tokens = 0 if cfg.tile_size is None else 1
+        lengths = tuple(class_tokens + h * w for t, h, w in grids for _ in range(t))
         return cls(lengths, device, use_attn_result)
 
     def pad(self, packed: Float[Tensor, "patch *rest"]) -> Float[Tensor, "image longest *rest"]:
@@ -59,14 +67,11 @@ class PatchRun(AttentionRun):
         q, k, v = self.pad(q), self.pad(k), self.pad(v)
         return self.pack(attend(q, k, v, self.mask, attn.hook_attn_scores, attn.hook_pattern))
 
-    def merged(self, patches_per_token: int) -> "PatchRun":
-        """The same images after `patches_per_token` patches became one token."""
-        lengths = tuple(n // patches_per_token for n in self.lengths)
-        return PatchRun(lengths, self._device, self.use_attn_result)
-
-    @property
-    def _device(self) -> torch.device:
-        return torch.device("cpu") if self.slots is None else self.slots.device
+    def tokens(self, grids: tuple[Grid, ...], cfg: VisionConfig) -> "PatchRun":
+        """The same images as tokens: class tokens dropped, merge blocks of patches made one."""
+        lengths = tuple(h * w // cfg.merge_size**2 for t, h, w in grids for _ in range(t))
+        device = torch.device("cpu") if self.slots is None else self.slots.device
+        return PatchRun(lengths, device, self.use_attn_result)
 
 
 class PatchEmbed(nn.Module):
@@ -74,56 +79,113 @@ class PatchEmbed(nn.Module):
 
     def __init__(self, cfg: VisionConfig) -> None:
         super().__init__()
-        self.proj = nn.Linear(cfg.d_patch, cfg.d_model, bias=False)
+        self.proj = nn.Linear(cfg.d_patch, cfg.d_model, bias=cfg.tile_size is not None)
 
     def forward(self, pixels: Float[Tensor, "patch d_patch"]) -> Float[Tensor, "patch d_model"]:
         return self.proj(pixels.to(self.proj.weight.dtype))
 
 
+class TileEmbed(nn.Module):
+    """What makes a tile's patches a sequence: the class token before them, and learned positions."""
+
+    def __init__(self, cfg: VisionConfig) -> None:
+        super().__init__()
+        self.class_token = nn.Parameter(torch.empty(1, 1, cfg.d_model))
+        self.positions = nn.Parameter(torch.empty(1, 1 + cfg.n_positions, cfg.d_model))
+
+    def forward(self, patches: Float[Tensor, "tile patch d_model"], side: int) -> Float[Tensor, "tile seq d_model"]:
+        """`patches` are `side` rows of as many, in raster order."""
+        class_tokens = self.class_token.expand(len(patches), -1, -1)
+        return torch.cat((class_tokens, patches), dim=1) + self.positions_for(side)
+
+    def positions_for(self, side: int) -> Float[Tensor, "1 seq d_model"]:
+        """The learned positions, of patches bicubically resized to `side` x `side`."""
+        of_class, of_patches = self.positions[:, :1], self.positions[:, 1:]
+        learned = round(of_patches.shape[1] ** 0.5)
+        if side == learned:
+            return self.positions
+        full = of_patches.to(torch.promote_types(of_patches.dtype, torch.float32))
+        square = full.view(1, learned, learned, -1).permute(0, 3, 1, 2)
+        resized = F.interpolate(square, size=(side, side), mode="bicubic", align_corners=False)
+        return torch.cat((of_class, resized.flatten(2).transpose(1, 2).to(of_class.dtype)), dim=1)
+
+
 class VisionTower(nn.Module):
-    """Qwen2-VL's vision transformer: no class token, no absolute positions, no final norm."""
+    """A pre-norm transformer over patches, without a final norm."""
 
     def __init__(self, cfg: VisionConfig) -> None:
         super().__init__()
         self.patch_embed = PatchEmbed(cfg)
+        if cfg.tile_size is not None:
+            self.tile_embed = TileEmbed(cfg)
         self.hook_embed = HookPoint()  # [image, patch, d_model]
         self.blocks = vision_blocks(cfg)
 
     def forward(
         self,
-        pixels: Float[Tensor, "patch d_patch"],
+        pixels: Float[Tensor, "patch d_patch"] | Float[Tensor, "tile channel height width"],
         grids: tuple[Grid, ...],
         cfg: VisionConfig,
         run: PatchRun,
     ) -> Float[Tensor, "patch d_model"]:
-        """`pixels` in the checkpoint's patch order (merge block by merge block), image after image."""
-        resid = run.hook(self.hook_embed, self.patch_embed(pixels))
-        rows_cols = torch.cat([_rows_cols(grid, cfg.merge_size) for grid in grids])
-        rotate = patch_rotation(rows_cols.to(pixels.device), cfg.d_head, cfg.rope_theta)
-        for layer, block in enumerate(self.blocks):
-            resid = block(resid, rotate, run, layer)
+        """`pixels` as the checkpoint's image processor makes them, image after image."""
+        embedded = self._embed_tiles(pixels, cfg) if cfg.tile_size is not None else self.patch_embed(pixels)
+        resid = run.hook(self.hook_embed, embedded)
+        rotate = None
+        if cfg.rope_theta is not None:
+            rows_cols = torch.cat([_rows_cols(grid, cfg.merge_size) for grid in grids])
+            rotate = patch_rotation(rows_cols.to(pixels.device), cfg.d_head, cfg.rope_theta)
+        for layer in range(cfg.n_layers_run):
+            resid = self.blocks[layer](resid, rotate, run, layer)
         return resid
+
+    def _embed_tiles(
+        self, pixels: Float[Tensor, "tile channel height width"], cfg: VisionConfig
+    ) -> Float[Tensor, "patch d_model"]:
+        size = cfg.patch_size
+        patches = pixels.unfold(2, size, size).unfold(3, size, size)  # tile channel row col y x
+        side = patches.shape[2]
+        patches = patches.permute(0, 2, 3, 1, 4, 5).flatten(3).flatten(0, 2)
+        embedded = self.patch_embed(patches).view(len(pixels), side * side, -1)
+        return self.tile_embed(embedded, side).flatten(0, 1)
 
 
 class Projector(nn.Module):
-    """Qwen2-VL's patch merger: norm, the patches of a merge block side by side, a two-layer MLP."""
+    """The patches of a merge block side by side, a norm before or after that, a two-layer MLP."""
 
     def __init__(self, cfg: VisionConfig) -> None:
         super().__init__()
-        self.patches_per_token = cfg.merge_size**2
-        width = cfg.d_model * self.patches_per_token
-        self.ln = Norm(cfg.d_model, cfg.eps, centered=True)
-        self.in_proj = nn.Linear(width, width)
-        self.hook_pre = HookPoint()  # [image, token, d_model * patches per token]
-        self.hook_post = HookPoint()  # [image, token, d_model * patches per token]
-        self.out_proj = nn.Linear(width, cfg.d_out)
+        hidden = cfg.d_merged if cfg.d_projector is None else cfg.d_projector
+        norm_width = cfg.d_model if cfg.projector_norm == "patch" else cfg.d_merged
+        self.ln = Norm(norm_width, cfg.projector_eps, centered=True)
+        self.in_proj = nn.Linear(cfg.d_merged, hidden)
+        self.hook_pre = HookPoint()  # [image, token, d_projector]
+        self.hook_post = HookPoint()  # [image, token, d_projector]
+        self.out_proj = nn.Linear(hidden, cfg.d_out)
 
-    def forward(self, patches: Float[Tensor, "patch d_model"], run: PatchRun) -> Float[Tensor, "token d_out"]:
-        normalized = self.ln(patches, run.hook)
-        tokens = run.merged(self.patches_per_token)
-        pre = tokens.hook(self.hook_pre, self.in_proj(normalized.view(-1, self.in_proj.in_features)))
+    def forward(
+        self, patches: Float[Tensor, "patch d_model"], grids: tuple[Grid, ...], cfg: VisionConfig, run: PatchRun
+    ) -> Float[Tensor, "token d_out"]:
+        tokens = run.tokens(grids, cfg)
+        if cfg.tile_size is None:  # patches come merge block by merge block
+            merged = self.ln(patches, run.hook).view(-1, cfg.d_merged)
+        else:
+            merged = self.ln(_merge_raster(patches, grids, cfg), tokens.hook)
+        pre = tokens.hook(self.hook_pre, self.in_proj(merged))
         post = tokens.hook(self.hook_post, ACTIVATIONS["gelu"](pre))
         return self.out_proj(post)
+
+
+def _merge_raster(
+    patches: Float[Tensor, "patch d_model"], grids: tuple[Grid, ...], cfg: VisionConfig
+) -> Float[Tensor, "token d_merged"]:
+    """Pixel shuffle: class tokens dropped, the patches of every merge block side by side, row by row."""
+    (_, rows, cols), m = grids[0], cfg.merge_size
+    tiles = patches.view(-1, 1 + rows * cols, cfg.d_model)[:, 1:]
+    blocks = tiles.reshape(-1, rows // m, m, cols // m, m, cfg.d_model).transpose(2, 3)
+    if cfg.transposed_tokens:
+        blocks = blocks.transpose(1, 2)
+    return blocks.reshape(-1, cfg.d_merged)
 
 
 @lru_cache(maxsize=256)

@@ -61,9 +61,7 @@ class Tiny:
 
 def make_tiny(folder: Path, tied: bool, dtype: torch.dtype = torch.float32) -> Tiny:
     torch.manual_seed(0)
-    config = Qwen2VLConfig(
-        text_config=deepcopy(TEXT), vision_config=dict(VISION), tie_word_embeddings=tied, **IDS
-    )
+    config = Qwen2VLConfig(text_config=deepcopy(TEXT), vision_config=dict(VISION), tie_word_embeddings=tied, **IDS)
     model: Any = Qwen2VLForConditionalGeneration(config).eval()
     with torch.no_grad():
         for parameter in model.parameters():  # biases and norms start as constants: a mix-up would not show

@@ -136,9 +136,7 @@ class Bomb:
 
 
 @pytest.mark.parametrize("name", ["pytorch_model.bin", "model.pt", "pytorch_model-00001-of-00002.bin"])
-def test_pickles_are_refused_and_never_read(
-    tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_pickles_are_refused_and_never_read(tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     torch.save({"a": Bomb()}, tmp_path / name)
     with pytest.raises(CheckpointError, match=rf"pickle files \({name}\).*convert it"):

@@ -124,9 +124,7 @@ def test_a_tied_checkpoint_may_hold_an_equal_head(tied: Any) -> None:
 
 
 @pytest.mark.parametrize("change", [lambda t: t + 1, lambda t: t[:-1], lambda t: t.bfloat16()])
-def test_a_tied_checkpoint_with_another_head_is_refused(
-    tied: Any, change: Callable[[Tensor], Tensor]
-) -> None:
+def test_a_tied_checkpoint_with_another_head_is_refused(tied: Any, change: Callable[[Tensor], Tensor]) -> None:
     given = tied.published | {"lm_head.weight": change(tied.published["model.embed_tokens.weight"])}
     with pytest.raises(CheckpointError, match=r"tie_word_embeddings is true, but lm_head\.weight differs"):
         qwen2_vl.from_hf(given, tied.config)
@@ -196,8 +194,6 @@ def test_the_way_back_checks_as_well(untied: Any) -> None:
     with pytest.raises(CheckpointError) as caught:
         qwen2_vl.to_hf(ours, untied.config)
     message = str(caught.value)
-    assert (
-        "missing: unembed.weight (config.json has no tie_word_embeddings: true), vision.blocks.0" in message
-    )
+    assert "missing: unembed.weight (config.json has no tie_word_embeddings: true), vision.blocks.0" in message
     assert "unexpected: extra" in message
     assert "blocks.0.ln1.weight (expected [32], got [5])" in message

@@ -1,0 +1,346 @@
+"""The language models of both families as one decoder: their settings, and their tensors' names.
+
+Also a checkpoint family of its own: text-only checkpoints of these language models. Four dialects:
+
+- Qwen2 (`Qwen2ForCausalLM`) and Llama, Yi included (`LlamaForCausalLM`): separate projections;
+- Phi-3 (`Phi3ForCausalLM`): q, k, v fused, and gate and up;
+- InternLM2 (`InternLM2ForCausalLM`): q, k, v fused and interleaved, once for each key-value head.
+
+Defaults are those of the classes in transformers 5.23.0, for InternLM2 those of the published code.
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from hooked_vlm.converters.errors import CheckpointError
+from hooked_vlm.converters.fields import REQUIRED, Fields, read_dtype
+from hooked_vlm.converters.renaming import EMBED, UNEMBED, Rename, tied_to_ours, tied_to_theirs
+
+MOST_LAYERS = 10_000
+
+
+@dataclass(frozen=True)
+class Dialect:
+    """How one architecture spells a decoder."""
+
+    architecture: str
+    model_type: str
+    embed: str
+    norm: str
+    head: str
+    block: Callable[[Mapping[str, Any], str, str], list[Rename]]
+    qkv_bias: bool = False
+    rope_theta: float = 10000.0
+    eps: float = 1e-6
+
+    def table(self, cfg: Mapping[str, Any], prefix: str = "") -> list[Rename]:
+        """Every tensor of a decoder with these settings, by its published name behind `prefix`."""
+        d_model, d_vocab = cfg["d_model"], cfg["d_vocab"]
+        table = [Rename(prefix + self.embed, (EMBED,), (d_vocab, d_model))]
+        for layer in range(cfg["n_layers"]):
+            table += self.block(cfg, f"{prefix}model.layers.{layer}", f"blocks.{layer}")
+        table.append(Rename(prefix + self.norm, ("ln_final.weight",), (d_model,)))
+        if not cfg["tie_word_embeddings"]:
+            table.append(Rename(prefix + self.head, (UNEMBED,), (d_vocab, d_model)))
+        return table
+
+
+# ---------------------------------------------------------------- tensors of a block
+
+
+def llama_block(cfg: Mapping[str, Any], theirs: str, ours: str) -> list[Rename]:
+    """Llama's names, which Qwen2 shares (it has biases on q, k and v)."""
+    d_model, d_mlp = cfg["d_model"], cfg["d_mlp"]
+    d_query, d_key = _widths(cfg)
+    shapes: dict[tuple[str, str], tuple[int, ...]] = {
+        ("input_layernorm.weight", "ln1.weight"): (d_model,),
+        ("self_attn.o_proj.weight", "attn.o_proj.weight"): (d_model, d_query),
+        ("post_attention_layernorm.weight", "ln2.weight"): (d_model,),
+        ("mlp.gate_proj.weight", "mlp.gate_proj.weight"): (d_mlp, d_model),
+        ("mlp.up_proj.weight", "mlp.in_proj.weight"): (d_mlp, d_model),
+        ("mlp.down_proj.weight", "mlp.out_proj.weight"): (d_model, d_mlp),
+    }
+    for part, width in (("q_proj", d_query), ("k_proj", d_key), ("v_proj", d_key)):
+        shapes[f"self_attn.{part}.weight", f"attn.{part}.weight"] = (width, d_model)
+        if cfg["qkv_bias"]:
+            shapes[f"self_attn.{part}.bias", f"attn.{part}.bias"] = (width,)
+    return [Rename(f"{theirs}.{hf}", (f"{ours}.{name}",), shape) for (hf, name), shape in shapes.items()]
+
+
+def phi3_block(cfg: Mapping[str, Any], theirs: str, ours: str) -> list[Rename]:
+    """[q | k | v] and [gate | up], one after the other."""
+    d_model, d_mlp = cfg["d_model"], cfg["d_mlp"]
+    d_query, d_key = _widths(cfg)
+    widths = (d_query, d_key, d_key)
+    qkv = tuple(f"{ours}.attn.{part}_proj.weight" for part in "qkv")
+    gate_up = (f"{ours}.mlp.gate_proj.weight", f"{ours}.mlp.in_proj.weight")
+    return [
+        Rename(f"{theirs}.input_layernorm.weight", (f"{ours}.ln1.weight",), (d_model,)),
+        Rename(f"{theirs}.self_attn.qkv_proj.weight", qkv, (sum(widths), d_model), parts=widths),
+        Rename(f"{theirs}.self_attn.o_proj.weight", (f"{ours}.attn.o_proj.weight",), (d_model, d_query)),
+        Rename(f"{theirs}.post_attention_layernorm.weight", (f"{ours}.ln2.weight",), (d_model,)),
+        Rename(f"{theirs}.mlp.gate_up_proj.weight", gate_up, (2 * d_mlp, d_model)),
+        Rename(f"{theirs}.mlp.down_proj.weight", (f"{ours}.mlp.out_proj.weight",), (d_model, d_mlp)),
+    ]
+
+
+def internlm2_block(cfg: Mapping[str, Any], theirs: str, ours: str) -> list[Rename]:
+    """`wqkv` holds, for each key-value head, its query heads, then its key, then its value."""
+    d_model, d_mlp, d_head, groups = cfg["d_model"], cfg["d_mlp"], cfg["d_head"], cfg["n_key_value_heads"]
+    d_query, d_key = _widths(cfg)
+    qkv = tuple(f"{ours}.attn.{part}_proj.weight" for part in "qkv")
+    parts = (d_query // groups, d_head, d_head)
+    return [
+        Rename(f"{theirs}.attention_norm.weight", (f"{ours}.ln1.weight",), (d_model,)),
+        Rename(f"{theirs}.attention.wqkv.weight", qkv, (d_query + 2 * d_key, d_model), parts=parts, groups=groups),
+        Rename(f"{theirs}.attention.wo.weight", (f"{ours}.attn.o_proj.weight",), (d_model, d_query)),
+        Rename(f"{theirs}.ffn_norm.weight", (f"{ours}.ln2.weight",), (d_model,)),
+        Rename(f"{theirs}.feed_forward.w1.weight", (f"{ours}.mlp.gate_proj.weight",), (d_mlp, d_model)),
+        Rename(f"{theirs}.feed_forward.w3.weight", (f"{ours}.mlp.in_proj.weight",), (d_mlp, d_model)),
+        Rename(f"{theirs}.feed_forward.w2.weight", (f"{ours}.mlp.out_proj.weight",), (d_model, d_mlp)),
+    ]
+
+
+def _widths(cfg: Mapping[str, Any]) -> tuple[int, int]:
+    """Of all query heads, and of all key heads."""
+    return cfg["n_heads"] * cfg["d_head"], cfg["n_key_value_heads"] * cfg["d_head"]
+
+
+_LLAMA_NAMES = {"embed": "model.embed_tokens.weight", "norm": "model.norm.weight", "head": "lm_head.weight"}
+QWEN2 = Dialect("Qwen2ForCausalLM", "qwen2", **_LLAMA_NAMES, block=llama_block, qkv_bias=True)
+LLAMA = Dialect("LlamaForCausalLM", "llama", **_LLAMA_NAMES, block=llama_block)
+PHI3 = Dialect("Phi3ForCausalLM", "phi3", **_LLAMA_NAMES, block=phi3_block, eps=1e-5)
+INTERNLM2 = Dialect(
+    "InternLM2ForCausalLM",
+    "internlm2",
+    embed="model.tok_embeddings.weight",
+    norm="model.norm.weight",
+    head="output.weight",
+    block=internlm2_block,
+)
+DIALECTS = (QWEN2, LLAMA, PHI3, INTERNLM2)
+ARCHITECTURES = tuple(d.architecture for d in DIALECTS)
+MODEL_TYPES = tuple(d.model_type for d in DIALECTS)
+
+
+def dialect_of(config: Mapping[str, Any], where: str = "config.json") -> Dialect:
+    """By `architectures` or, where there are none, by `model_type`.
+
+    Raises:
+        CheckpointError: another language model; the supported ones are listed.
+    """
+    stated = config.get("architectures") or []
+    named = stated if isinstance(stated, list) else [stated]
+    for dialect in DIALECTS:
+        if dialect.architecture in named or (not named and config.get("model_type") == dialect.model_type):
+            return dialect
+    found = ", ".join(map(str, named)) or f"model_type {config.get('model_type')!r}"
+    raise CheckpointError(
+        f"{where}: the language model {found} is not supported; supported are {', '.join(ARCHITECTURES)}"
+    )
+
+
+# ---------------------------------------------------------------- configuration
+
+
+def decoder_kwargs(section: Mapping[str, Any], dialect: Dialect, where: str = "config.json") -> dict[str, Any]:
+    """Keyword arguments for `VLMConfig` of the decoder alone.
+
+    Raises:
+        CheckpointError: a field is missing, absurd, contradicts another or asks for something not supported.
+    """
+    text = Fields(section, where=where)
+    _refuse_unsupported(text, dialect)
+    d_model = text.size("hidden_size")
+    n_heads = text.size("num_attention_heads")
+    default_heads = n_heads if text.states("num_key_value_heads") or dialect is not QWEN2 else REQUIRED
+    n_key_value_heads = text.size("num_key_value_heads", default=default_heads)
+    text.divided("num_attention_heads", "num_key_value_heads", n_heads, n_key_value_heads)
+    if text.get("head_dim") is not None:
+        d_head = text.size("head_dim")
+    else:
+        d_head = text.divided("hidden_size", "num_attention_heads", d_model, n_heads)
+    if d_head % 2:
+        raise text.error("hidden_size", "an even multiple of num_attention_heads (rotary positions)", d_model)
+    n_ctx = text.size("max_position_embeddings", default=32768 if dialect is QWEN2 else 2048)
+    window = text.get("sliding_window") if dialect is PHI3 else None
+    return {
+        "n_layers": text.size("num_hidden_layers", most=MOST_LAYERS),
+        "d_model": d_model,
+        "n_heads": n_heads,
+        "n_key_value_heads": n_key_value_heads,
+        "d_head": d_head,
+        "d_mlp": text.size("intermediate_size"),
+        "d_vocab": text.size("vocab_size"),
+        "n_ctx": n_ctx,
+        **_rope(text, dialect, d_head, n_ctx),
+        "sliding_window": None if window is None else text.size("sliding_window"),
+        "eps": text.number("rms_norm_eps", default=dialect.eps),
+        "act_fn": text.one_of("hidden_act", ("silu",), default="silu"),
+        "normalization_type": "RMS",
+        "gated_mlp": True,
+        "qkv_bias": dialect.qkv_bias,
+        "tie_word_embeddings": text.flag("tie_word_embeddings", False),
+        "eos_token_ids": text.token_ids("eos_token_id"),
+        "pad_token_id": text.token_id("pad_token_id"),
+    }
+
+
+def _refuse_unsupported(text: Fields, dialect: Dialect) -> None:
+    if text.get("quantization_config") is not None:
+        raise CheckpointError(f"{text.where} has a quantization_config; quantized checkpoints are not supported")
+    if dialect is QWEN2 and text.flag("use_sliding_window", False):
+        raise text.error("use_sliding_window", "false (not supported for Qwen2)", True)
+    # InternLM2's class default is true, but every published checkpoint says false
+    for name in {LLAMA: ("attention_bias", "mlp_bias"), INTERNLM2: ("bias",)}.get(dialect, ()):
+        if text.flag(name, default=dialect is INTERNLM2):
+            raise text.error(name, "false (biases are not supported in this language model)", True)
+    layers = text.get("layer_types", [])
+    allowed = {"full_attention"} | ({"sliding_attention"} if dialect is PHI3 else set())
+    if not isinstance(layers, list | tuple) or any(kind not in allowed for kind in layers):
+        raise text.error("layer_types", "'full_attention' for every layer (others are not supported)", layers)
+
+
+def _rope(text: Fields, dialect: Dialect, d_head: int, n_ctx: int) -> dict[str, Any]:
+    """The base and, if any, the scaling.
+
+    They are in `rope_theta` and `rope_scaling` or, since transformers 5, both in `rope_parameters`.
+    """
+    key = "rope_scaling" if text.get("rope_scaling") else "rope_parameters"
+    rope = Fields(text.section(key), where=f"{text.where}: {key}")
+    theta = rope.number("rope_theta", default=text.number("rope_theta", default=dialect.rope_theta))
+    for fields in (rope, text):
+        if fields.number("partial_rotary_factor", default=1.0) != 1.0:
+            raise fields.error("partial_rotary_factor", "1", fields.get("partial_rotary_factor"))
+    return {"rope_theta": theta, "rope_scaling": _scaling(rope, text, d_head, n_ctx)}
+
+
+def _scaling(rope: Fields, text: Fields, d_head: int, n_ctx: int) -> dict[str, Any] | None:
+    """Keyword arguments for `RopeScaling`."""
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind in ("default", None):
+        return None
+    if kind == "linear":
+        return {"kind": "linear", "factor": rope.number("factor")}
+    if kind == "dynamic":
+        trained = rope.size("original_max_position_embeddings", default=n_ctx)
+        return {"kind": "dynamic", "factor": rope.number("factor"), "n_ctx_trained": trained}
+    if kind not in ("longrope", "su"):
+        raise rope.error("type", "'default', 'linear', 'dynamic' or 'longrope' (others are not supported)", kind)
+    stated = text.get("original_max_position_embeddings", n_ctx)
+    trained = rope.size("original_max_position_embeddings", default=stated)
+    growth = n_ctx / trained
+    attention = math.sqrt(1 + math.log(growth) / math.log(trained)) if growth > 1 else 1.0
+    return {
+        "kind": "longrope",
+        "n_ctx_trained": trained,
+        "short_factor": _factors(rope, "short_factor", d_head // 2),
+        "long_factor": _factors(rope, "long_factor", d_head // 2),
+        "attention_factor": rope.number("attention_factor", default=attention),
+    }
+
+
+def _factors(rope: Fields, name: str, n: int) -> tuple[float, ...]:
+    values = rope.get(name)
+    numbers = isinstance(values, list | tuple) and all(isinstance(v, int | float) and v > 0 for v in values)
+    if not numbers or len(values) != n:
+        raise rope.error(name, f"{n} positive numbers, one for each frequency", values)
+    return tuple(float(v) for v in values)
+
+
+def decoder_config(cfg: Mapping[str, Any], dialect: Dialect) -> dict[str, Any]:
+    """The `config.json` section of a decoder in a dialect's spelling (`transformers`' own, both of 4 and 5)."""
+    scaling = cfg["rope_scaling"]
+    rope: dict[str, Any] | None = None
+    if scaling is not None:
+        names = {
+            "linear": ("factor",),
+            "dynamic": ("factor",),
+            "longrope": ("short_factor", "long_factor"),
+        }[scaling["kind"]]
+        values = {name: list(v) if isinstance(v := scaling[name], tuple) else v for name in names}
+        rope = {"type": scaling["kind"], **values}
+    eos = list(cfg["eos_token_ids"])
+    config = {
+        "architectures": [dialect.architecture],
+        "model_type": dialect.model_type,
+        "hidden_act": cfg["act_fn"],
+        "hidden_size": cfg["d_model"],
+        "intermediate_size": cfg["d_mlp"],
+        "max_position_embeddings": cfg["n_ctx"],
+        "num_attention_heads": cfg["n_heads"],
+        "num_hidden_layers": cfg["n_layers"],
+        "num_key_value_heads": cfg["n_key_value_heads"],
+        "head_dim": cfg["d_head"],
+        "rms_norm_eps": cfg["eps"],
+        "rope_theta": cfg["rope_theta"],
+        "rope_scaling": rope,
+        "tie_word_embeddings": cfg["tie_word_embeddings"],
+        "vocab_size": cfg["d_vocab"],
+        "eos_token_id": (eos[0] if len(eos) == 1 else eos) if eos else None,
+        "pad_token_id": cfg["pad_token_id"],
+    }
+    if dialect is PHI3:
+        config["sliding_window"] = cfg["sliding_window"]
+        if scaling is not None:
+            config["original_max_position_embeddings"] = scaling["n_ctx_trained"]
+    if dialect is INTERNLM2:
+        config["bias"] = False
+    return config
+
+
+# ---------------------------------------------------------------- text-only checkpoints
+
+
+def config_kwargs(hf_config: Mapping[str, Any]) -> dict[str, Any]:
+    """Keyword arguments for `VLMConfig`; `"vision"` is None.
+
+    Raises:
+        CheckpointError: see `decoder_kwargs`.
+    """
+    dialect = dialect_of(hf_config)
+    return {**decoder_kwargs(hf_config, dialect), "vision": None, "original_architecture": dialect.architecture}
+
+
+def dtype(hf_config: Mapping[str, Any]) -> torch.dtype | None:
+    """The dtype that the configuration states; None where it states none (then the tensors say)."""
+    return read_dtype(Fields(hf_config))
+
+
+def published_config(hf_config: Mapping[str, Any], stored_as: torch.dtype | None = None) -> dict[str, Any]:
+    """The same configuration without references to remote code; `stored_as` replaces the stated dtype."""
+    config = {name: value for name, value in hf_config.items() if name not in ("auto_map", "dtype", "torch_dtype")}
+    stored_as = dtype(hf_config) if stored_as is None else stored_as
+    return config if stored_as is None else {**config, "torch_dtype": str(stored_as).removeprefix("torch.")}
+
+
+def from_hf(tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Our tensors from a checkpoint's; see `hooked_vlm.converters.qwen2_vl.from_hf`.
+
+    Raises:
+        CheckpointError: tensors are missing, unexpected or misshapen, or contradict `tie_word_embeddings`.
+    """
+    dialect, cfg = dialect_of(config), config_kwargs(config)
+    return tied_to_ours(tensors, dialect.table(cfg), cfg, (dialect.embed, dialect.head))
+
+
+def to_hf(
+    tensors: Mapping[str, Tensor],
+    config: Mapping[str, Any],
+    names: Literal["published", "in_memory"] = "published",
+) -> dict[str, Tensor]:
+    """The inverse of `from_hf`, bit for bit; both kinds of names are the same here.
+
+    Raises:
+        CheckpointError: tensors are missing, unexpected or misshapen, or `unembed.weight` is no longer tied.
+    """
+    dialect, cfg = dialect_of(config), config_kwargs(config)
+    theirs = tied_to_theirs(tensors, dialect.table(cfg), cfg)
+    if cfg["tie_word_embeddings"] and names == "in_memory":
+        theirs[dialect.head] = theirs[dialect.embed]
+    return theirs

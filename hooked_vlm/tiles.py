@@ -1,0 +1,195 @@
+"""InternVL2's image preparation: an image as square tiles and a thumbnail, with Pillow and numpy only.
+
+Equal to the published `dynamic_preprocess` with its bicubic resizing and ImageNet normalisation, tile for
+tile. What is read and how (orientation, transparency, 16-bit greyscale) is `hooked_vlm.images`' business.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int, UInt8
+from PIL import Image
+
+from hooked_vlm.geometry import ImageSize, TileGrid
+from hooked_vlm.images import ImageError, checked_images, load_image, normalisation_tables
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+@dataclass(frozen=True)
+class TileProcessor:
+    """Images to `pixel_values` [tile, 3, tile_size, tile_size]; the defaults are the published checkpoints'."""
+
+    tile_size: int = 448
+    """Side of a tile in pixels."""
+    patch_size: int = 14
+    merge_size: int = 2
+    min_tiles: int = 1
+    max_tiles: int = 12
+    """Tiles of an image, its thumbnail not counted; 1: every image is one tile."""
+    thumbnail: bool = True
+    """Whether the whole image, as one more tile, follows the tiles of an image that has several."""
+    transposed_tokens: bool = False
+    """The tokens of a tile are numbered column by column (pixel shuffle "v1")."""
+    image_mean: tuple[float, float, float] = IMAGENET_MEAN
+    image_std: tuple[float, float, float] = IMAGENET_STD
+
+    def __post_init__(self) -> None:
+        if min(self.tile_size, self.patch_size, self.merge_size) < 1 or self.tile_size % self.pixels_per_token:
+            raise ImageError(
+                f"tile_size must be a multiple of patch_size * merge_size = {self.pixels_per_token}, "
+                f"got {self.tile_size}"
+            )
+        if not 1 <= self.min_tiles <= self.max_tiles:
+            raise ImageError(
+                f"expected 1 <= min_tiles <= max_tiles, got min_tiles={self.min_tiles}, max_tiles={self.max_tiles}"
+            )
+        if 0 in self.image_std:
+            raise ImageError(f"image_std must not contain 0, got {self.image_std}")
+
+    @property
+    def pixels_per_token(self) -> int:
+        """Side of the square of tile pixels that one token covers."""
+        return self.patch_size * self.merge_size
+
+    @property
+    def tokens_per_tile(self) -> int:
+        return (self.tile_size // self.pixels_per_token) ** 2
+
+    def layout(self, width: int, height: int) -> tuple[int, int]:
+        """Columns and rows of tiles for an image of these pixels.
+
+        Of all grids with `min_tiles` to `max_tiles` tiles the one whose aspect ratio is closest to the image's;
+        of two equally close, the one with more tiles if the image has more than half of that one's pixels.
+        """
+        best, least = (1, 1), math.inf
+        for cols, rows in _grids(self.min_tiles, self.max_tiles):
+            difference = abs(width / height - cols / rows)
+            enough = width * height > 0.5 * self.tile_size**2 * cols * rows
+            if difference < least or (difference == least and enough):
+                best, least = (cols, rows), difference
+        return best
+
+    def grid(self, size: tuple[int, int]) -> TileGrid:
+        """The geometry of an image of (width, height) pixels."""
+        layout = self.layout(*size)
+        return TileGrid(
+            image_size=(size[0], size[1]),
+            layout=layout,
+            thumbnail=self.thumbnail and layout != (1, 1),
+            patch_size=self.patch_size,
+            merge_size=self.merge_size,
+            tile_size=self.tile_size,
+            transposed_tokens=self.transposed_tokens,
+        )
+
+    def n_tokens(self, size: tuple[int, int]) -> int:
+        """Image tokens of an image of (width, height) pixels."""
+        return self.grid(size).n_tokens
+
+    def __call__(
+        self, images: Sequence[Any]
+    ) -> tuple[Float[torch.Tensor, "tile 3 side side"], Int[torch.Tensor, "image 3"], list[ImageSize]]:
+        """Prepare images (anything `load_image` takes).
+
+        Returns:
+            pixel_values: float32, the tiles of all images one after the other: row by row, the thumbnail last.
+            grids: int64, (tiles with the thumbnail, rows, columns) of patches per image.
+            sizes: width and height of each original image (after EXIF orientation).
+
+        Raises:
+            ImageError: see `load_image`; the message starts with the number of the image.
+        """
+        sizes, tiles, counts = [], [], []
+        for i, image in enumerate(checked_images(images, "images")):
+            try:
+                rgb = load_image(image)
+            except ImageError as error:
+                raise ImageError(f"image {i}: {error}") from error
+            own = self._cut(rgb)
+            sizes.append(ImageSize(*rgb.size))
+            tiles.append(own)
+            counts.append(len(own))
+        side = self.tile_size // self.patch_size
+        grids = torch.tensor([[n, side, side] for n in counts], dtype=torch.int64).reshape(-1, 3)
+        pixels = np.concatenate(tiles) if tiles else np.zeros((0, self.tile_size, self.tile_size, 3), np.uint8)
+        return torch.from_numpy(self._normalised(pixels)), grids, sizes
+
+    def _cut(self, rgb: Image.Image) -> UInt8[np.ndarray, "tile side side 3"]:
+        side = self.tile_size
+        cols, rows = self.layout(*rgb.size)
+        whole = np.asarray(rgb.resize((cols * side, rows * side), Image.Resampling.BICUBIC))
+        tiles = whole.reshape(rows, side, cols, side, 3).swapaxes(1, 2).reshape(-1, side, side, 3)
+        if self.thumbnail and cols * rows > 1:
+            small = np.asarray(rgb.resize((side, side), Image.Resampling.BICUBIC))
+            tiles = np.concatenate([tiles, small[None]])
+        return tiles
+
+    def _normalised(self, tiles: UInt8[np.ndarray, "tile side side 3"]) -> Float[np.ndarray, "tile 3 side side"]:
+        tables = normalisation_tables(self.image_mean, self.image_std)
+        return np.stack([table[tiles[..., colour]] for colour, table in enumerate(tables)], axis=1)
+
+    @classmethod
+    def from_dict(cls, config: Mapping[str, Any], **defaults: Any) -> "TileProcessor":
+        """From `preprocessor_config.json` of either layout, on top of what the model's configuration says.
+
+        The published repositories keep tiling in config.json (`defaults`); those for transformers' own classes
+        name it `min_patches`, `max_patches` and `crop_to_patches` here.
+
+        Raises:
+            ImageError: a setting that this processor does not have.
+        """
+        config = config.get("image_processor", config)
+        for key, expected in (
+            ("do_resize", True),
+            ("do_rescale", True),
+            ("do_normalize", True),
+            ("resample", Image.Resampling.BICUBIC.value),
+            ("rescale_factor", 1 / 255),
+        ):
+            if config.get(key) not in (None, expected):
+                raise ImageError(f"unsupported image processor: expected {key} = {expected}, got {config[key]!r}")
+        fields = dict(defaults)
+        for key, name in (("min_patches", "min_tiles"), ("max_patches", "max_tiles")):
+            if config.get(key) is not None:
+                fields[name] = int(config[key])
+        size = config.get("size")
+        if isinstance(size, Mapping) and size.get("height") is not None:
+            if size["height"] != size.get("width"):
+                raise ImageError(f"unsupported image processor: expected square tiles, got a size of {dict(size)}")
+            fields["tile_size"] = int(size["height"])
+        for key in ("image_mean", "image_std"):
+            if config.get(key) is not None:
+                fields[key] = tuple(float(value) for value in config[key])
+                if len(fields[key]) != 3:
+                    raise ImageError(f"expected three numbers for {key}, one per colour, got {config[key]!r}")
+        return cls(**fields)
+
+    def bounded(self, min_tiles: int | None, max_tiles: int | None) -> "TileProcessor":
+        """The same processor with other bounds; None keeps one. `max_tiles` below `min_tiles` lowers both."""
+        most = self.max_tiles if max_tiles is None else max_tiles
+        least = min(self.min_tiles, most) if min_tiles is None else min_tiles
+        return replace(self, min_tiles=least, max_tiles=most)
+
+
+@lru_cache(maxsize=32)
+def _grids(least: int, most: int) -> tuple[tuple[int, int], ...]:
+    """Every (columns, rows) with so many tiles, by rising number of tiles.
+
+    Grids with equally many tiles stay in the order of a set built as the published code builds it, because
+    that order decides between two that are equally close.
+    """
+    every = {
+        (cols, rows)
+        for n in range(least, most + 1)
+        for cols in range(1, n + 1)
+        for rows in range(1, n + 1)
+        if least <= cols * rows <= most
+    }
+    return tuple(sorted(every, key=lambda grid: grid[0] * grid[1]))
