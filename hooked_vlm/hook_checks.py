@@ -84,7 +84,7 @@ class HookChecksMixin(nn.Module):
             if name.endswith(suffixes) and not getattr(self.cfg, flag):
                 return f"is switched off and would never fire: call model.set_{flag}(True) first"
         tower = self.cfg.vision
-        if tower is not None and name.startswith("vision.blocks."):
-            if int(name.split(".")[2]) >= tower.n_layers_run:
-                return f"lies behind the last layer that this checkpoint's projector reads ({tower.n_layers_run - 1})"
+        in_tower = tower is not None and name.startswith("vision.blocks.")
+        if in_tower and int(name.split(".")[2]) >= tower.n_layers_run:
+            return f"lies behind the last layer that this checkpoint's projector reads ({tower.n_layers_run - 1})"
         return ""

@@ -2,7 +2,7 @@
 writes docs/hooks.md from it."""
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -68,7 +68,7 @@ _TEXT = {
     "ln_final.hook_normalized": ("d_model", ONCE, "what the unembedding reads, norm weight applied"),
 }
 _VISION = {
-    "vision.hook_embed": ("d_model", ENCODES, "patch embeddings"),
+    "vision.hook_embed": ("d_model", ENCODES, "what enters block 0: patch embeddings"),
     **{
         f"vision.blocks.{{l}}.{suffix}": (
             axes.replace("kv_head", "head"),
@@ -78,15 +78,14 @@ _VISION = {
         for suffix, (axes, fires, what) in _BLOCK.items()
     },
 }
+_PROJECTOR_NORM = {"patch": ("image patch", "d_model", "patches"), "token": ("image token", "d_merged", "tokens")}
 _PROJECTOR = {
-    "projector.ln.hook_scale": ("image patch 1", ENCODES, "denominator of the projector's norm"),
-    "projector.ln.hook_normalized": ("image patch d_model", ENCODES, "normalised patches"),
     "projector.hook_pre": (
-        "image token d_merged",
+        "image token d_projector",
         ENCODES,
         "before the activation function; one row per token",
     ),
-    "projector.hook_post": ("image token d_merged", ENCODES, "after the activation function"),
+    "projector.hook_post": ("image token d_projector", ENCODES, "after the activation function"),
     "hook_image_features": (
         "image_token d_model_text",
         IMAGES,
@@ -101,8 +100,10 @@ def hook_table(model: "HookedVLM") -> list[HookRow]:
     Raises:
         KeyError: a hook point that is described nowhere.
     """
+    vision = model.cfg.vision
     described = {
         **{name: _vision_row(name, *row) for name, row in _VISION.items()},
+        **({} if vision is None else _projector_norm_rows(vision)),
         **{name: HookRow(name, tuple(axes.split()), *rest) for name, (axes, *rest) in _PROJECTOR.items()},
         **{name: _text_row(name, *row) for name, row in _TEXT.items()},
     }
@@ -122,6 +123,15 @@ def _text_row(name: str, axes: str, fires: str, what: str) -> HookRow:
 def _vision_row(name: str, axes: str, fires: str, what: str) -> HookRow:
     at = "image patch" if axes else "image head query_patch key_patch"
     return HookRow(name, (*at.split(), *axes.split()), fires, what)
+
+
+def _projector_norm_rows(vision: VisionConfig) -> dict[str, HookRow]:
+    at, width, what = _PROJECTOR_NORM[vision.projector_norm]
+    scale, normalized = "projector.ln.hook_scale", "projector.ln.hook_normalized"
+    return {
+        scale: HookRow(scale, (*at.split(), "1"), ENCODES, "denominator of the projector's norm"),
+        normalized: HookRow(normalized, (*at.split(), width), ENCODES, f"normalised {what}"),
+    }
 
 
 _HEAD = """\
@@ -185,27 +195,49 @@ _SECTIONS = (
         "Projector",
         lambda name: is_vision(name) and not name.startswith("vision."),
         "`token` are an image's tokens (merge blocks of patches), padded like patches; `d_merged` is the width of a "
-        "merge block. `hook_image_features` has the tokens of all images, then of all videos, without padding; it "
+        "merge block, `d_projector` that of the projector's hidden layer. `hook_image_features` has the tokens of all images, then of all videos, without padding; it "
         "also fires when the features came with the inputs (`inputs.with_image_features`).",
     ),
 )
 
 
-def markdown(rows: list[HookRow]) -> str:
-    """The page docs/hooks.md."""
+_TILES = """\
+## Where InternVL2 differs
+
+`image` counts tiles: those of the first image, its thumbnail, those of the next. `patch` starts with the class token
+of the tile, its patches follow in raster order; tiles of one size need no padding. `hook_attn_out` and `hook_mlp_out`
+are what is added to the stream, after layer scale (`attn.hook_result` is before it); `attn.hook_q` and `attn.hook_k`
+come after the norm of queries and keys where a tower has one. Positions are learned and enter with
+`vision.hook_embed`, so queries and keys are not rotated and these points do not exist: {absent}.
+Blocks behind the layer that the projector reads (`select_layer`) do not run. These shapes differ:
+"""
+
+
+def markdown(rows: list[HookRow], rows_of_tiles: list[HookRow]) -> str:
+    """The page docs/hooks.md: a table of Qwen2-VL's points, and what is different in InternVL2."""
     parts = [_HEAD]
     for title, belongs, note in _SECTIONS:
-        table = ["| name | shape | fires | what |", "|---|---|---|---|"]
-        table += [f"| `{r.name}` | `[{', '.join(r.shape)}]` | {r.fires} | {r.what} |" for r in rows if belongs(r.name)]
-        parts.append(f"## {title}\n\n{note}\n\n" + "\n".join(table) + "\n")
+        parts.append(f"## {title}\n\n{note}\n\n" + _table([row for row in rows if belongs(row.name)]))
+    absent = sorted({row.name for row in rows} - {row.name for row in rows_of_tiles})
+    parts.append(_TILES.format(absent=", ".join(f"`{name}`" for name in absent)))
+    parts.append(_table([row for row in rows_of_tiles if row not in rows]))
     return "\n".join(parts)
 
 
+def _table(rows: list[HookRow]) -> str:
+    lines = ["| name | shape | fires | what |", "|---|---|---|---|"]
+    lines += [f"| `{r.name}` | `[{', '.join(r.shape)}]` | {r.fires} | {r.what} |" for r in rows]
+    return "\n".join(lines) + "\n"
+
+
 def page() -> str:
-    """docs/hooks.md for the published architecture; sizes do not matter, so the model is minute and random."""
+    """docs/hooks.md for both families; sizes do not matter, so the models are minute and random."""
     from hooked_vlm.model import HookedVLM
 
-    vision = VisionConfig(n_layers=1, d_model=4, n_heads=1, d_head=4, d_mlp=4, d_out=4, patch_size=2)
+    sizes = VisionConfig(n_layers=1, d_model=4, n_heads=1, d_head=4, d_mlp=4, d_out=4, patch_size=2)
+    tiles = replace(
+        sizes, tile_size=4, n_positions=4, rope_theta=None, layer_scale=True, d_projector=4, projector_norm="token"
+    )
     cfg = VLMConfig(
         n_layers=1,
         d_model=4,
@@ -216,9 +248,9 @@ def page() -> str:
         d_vocab=8,
         n_ctx=8,
         rope_theta=1e4,
-        vision=vision,
     )
-    return markdown(hook_table(HookedVLM(cfg)))
+    whole, tiled = (hook_table(HookedVLM(cfg.with_(vision=vision))) for vision in (sizes, tiles))
+    return markdown(whole, tiled)
 
 
 if __name__ == "__main__":

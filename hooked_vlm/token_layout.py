@@ -92,7 +92,7 @@ def real_span(mask: Tensor) -> tuple[tuple[int, ...], tuple[int, ...]]:
 
 def tile_grids(
     tokens: Int[Tensor, "batch pos"],
-    pixels: Float[Tensor, "tile 3 height width"],
+    pixels: Float[Tensor, "tile ..."],
     num_tiles: Int[Tensor, "image"] | None,
     spec: InputSpec,
 ) -> Int[Tensor, "image 3"]:

@@ -5,6 +5,7 @@ from functools import lru_cache
 
 import pytest
 import tiny
+import tiny_internvl
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -23,10 +24,14 @@ MIXED = [
 SWITCHES = ("use_attn_result", "use_split_qkv_input", "use_hook_mlp_in")
 
 
+MIXED_TILES = [[5, ("image", 3), 7, 8], [11, 12, 13], [("image", 1), ("image", 2), 9]]
+"""Left-padded, images of different numbers of tiles."""
+
+
 @lru_cache
-def own_model(switched: bool) -> HookedVLM:
-    """A model on the shared weights whose switches these tests may turn."""
-    model = HookedVLM.from_hf(tiny.tiny_hf())
+def own_model(switched: bool, tiles: str = "") -> HookedVLM:
+    """A model on the shared weights whose switches these tests may turn; Qwen2-VL or a kind of InternVL."""
+    model = HookedVLM.from_hf(tiny_internvl.tiny_hf(tiles) if tiles else tiny.tiny_hf())
     for switch in SWITCHES:
         getattr(model, f"set_{switch}")(switched)
     return model
@@ -37,11 +42,24 @@ def live_names(model: HookedVLM) -> list[str]:
     return [n for n in model.hook_dict if not model._switched_off(n)]
 
 
-@pytest.fixture(params=["one image", "switches, padding, mixed sizes, video"])
+@pytest.fixture(
+    params=[
+        "one image",
+        "switches, padding, mixed sizes, video",
+        "tiles",
+        "switches, padding, tiles, large tower",
+        "phi3, tiles",
+    ]
+)
 def case(request) -> tuple[HookedVLM, VLMInputs]:
     if request.param == "one image":
         return own_model(False), tiny.inputs(tiny.ONE_IMAGE)
-    return own_model(True), tiny.inputs(MIXED)
+    if request.param == "switches, padding, mixed sizes, video":
+        return own_model(True), tiny.inputs(MIXED)
+    kind = {"tiles": "qwen2", "phi3, tiles": "phi3"}.get(request.param, "llama")
+    model = own_model(kind == "llama", kind)
+    rows = MIXED_TILES if kind == "llama" else [[5, ("image", 2), 7, 8]]
+    return model, model.inputs_from_hf(tiny_internvl.hf_batch(rows))
 
 
 @torch.no_grad()
@@ -67,7 +85,8 @@ def expected_shape(row: HookRow, name: str, model: HookedVLM, inputs: VLMInputs)
     """The table's axis names as numbers."""
     cfg, vision = model.cfg, model.cfg.vision
     assert vision is not None
-    patches = [h * w for t, h, w in inputs.grids for _ in range(t)]
+    seen = [h * w for t, h, w in inputs.grids for _ in range(t)]
+    patches = [n + 1 for n in seen] if vision.tile_size else seen  # a class token
     n_image_tokens = sum(v.n_tokens for v in inputs.visuals)
     sizes = {
         "1": 1,
@@ -80,9 +99,10 @@ def expected_shape(row: HookRow, name: str, model: HookedVLM, inputs: VLMInputs)
         "patch": max(patches),
         "query_patch": max(patches),
         "key_patch": max(patches),
-        "token": max(patches) // vision.merge_size**2,
+        "token": max(seen) // vision.merge_size**2,
         "image_token": n_image_tokens,
         "d_merged": vision.d_model * vision.merge_size**2,
+        "d_projector": cfg.d_model if vision.tile_size else vision.d_model * vision.merge_size**2,
         "d_model_text": cfg.d_model,
     }
     own = vision if is_vision(name) else cfg

@@ -1,6 +1,7 @@
 """Pressure towards few reading heads, applied only after the model reads.
 
-The heads with the highest OCR scores are chosen once and stay. From then on
+The heads of one layer with the highest OCR scores are chosen once and stay: of the third layer, because two must
+come before it, one to gather the question's letters and one to find their line. From then on
 
 - rows that read an image run with some of the other heads switched off at random, so that no single
   one of them is indispensable;
@@ -28,16 +29,17 @@ class Specialisation:
     """Strength of the pressure."""
 
     reading_heads: int = 2
-    row_share: float = 0.5  # rows in which heads are switched off
-    others_off: int = 4  # at most, on rows that read
+    layer: int = 2  # of the reading heads
+    row_share: float = 0.3  # rows in which heads are switched off
+    others_off: int = 2  # at most, on rows that read
     naming_without_reading: float = 0.5
-    text_off: int = 2  # any heads, at most, on text rows
+    text_off: int = 1  # any heads, at most, on text rows
     penalty: float = 0.1  # per unit of attention, summed over heads
 
 
-def top_heads(scores: Float[np.ndarray, "layer head"], n: int) -> list[Head]:
-    order = np.argsort(-scores, axis=None, kind="stable")[:n]
-    return [(int(index) // scores.shape[1], int(index) % scores.shape[1]) for index in order]
+def top_heads(scores: Float[np.ndarray, "layer head"], layer: int, n: int) -> list[Head]:
+    """The `n` heads of a layer with the highest scores."""
+    return [(layer, int(head)) for head in np.argsort(-scores[layer], kind="stable")[:n]]
 
 
 def random_gates(

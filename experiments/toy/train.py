@@ -1,8 +1,8 @@
 """Trains a toy model from scratch: ``python -m hooked_vlm.experiments.toy.train --out DIR --seed 0``.
 
 Every step's samples are drawn from ``(seed, step)``, so an interrupted run resumed with ``--resume``
-goes through the same batches as an uninterrupted one. The learning rate falls twice: once while the model
-learns to read, and again after the pressure towards few reading heads has begun.
+goes through the same batches as an uninterrupted one. The learning rate stays, falls
+a little while the model learns to read, and to zero after the pressure towards few reading heads has begun.
 """
 
 import csv
@@ -48,12 +48,11 @@ class TrainConfig:
     device: str = "cpu"
     threads: int = 2
     resume: bool = False
-    steps: int = 7600
-    specialise_from: int = 6400  # step
+    steps: int = 9500
+    specialise_from: int = 5300  # step
     specialisation: Specialisation = field(default_factory=Specialisation)
     schedule: tuple[tuple[int, float], ...] = (  # (step, factor on the learning rates), straight lines between
-        (0, 0.01), (100, 1.0), (3200, 1.0), (4200, 0.643), (5000, 0.643), (6400, 0.04),
-        (6500, 0.3), (7000, 0.3), (7600, 0.0),
+        (0, 0.01), (100, 1.0), (3200, 1.0), (4200, 0.643), (5000, 0.643), (5300, 0.514), (7500, 0.514), (9500, 0.0),
     )  # fmt: skip
     lr: float = 1.5e-3
     muon_lr: float = 4e-3
@@ -203,7 +202,7 @@ def choose_reading_heads(model: Qwen2VLForConditionalGeneration, config: TrainCo
     rng = np.random.default_rng([config.seed, 2**41])
     pages = [data.page_sample(rng) for _ in range(256)]
     scores = ocr_scores(model, pages)
-    heads = top_heads(scores, config.specialisation.reading_heads)
+    heads = top_heads(scores, config.specialisation.layer, config.specialisation.reading_heads)
     tqdm.write(f"OCR scores {scores.round(2).tolist()}; reading heads from here on: {heads}")
     return heads
 
