@@ -195,8 +195,9 @@ _SECTIONS = (
         "Projector",
         lambda name: is_vision(name) and not name.startswith("vision."),
         "`token` are an image's tokens (merge blocks of patches), padded like patches; `d_merged` is the width of a "
-        "merge block, `d_projector` that of the projector's hidden layer. `hook_image_features` has the tokens of all images, then of all videos, without padding; it "
-        "also fires when the features came with the inputs (`inputs.with_image_features`).",
+        "merge block, `d_projector` that of the projector's hidden layer. `hook_image_features` has the tokens of all "
+        "images, then of all videos, without padding; it also fires when the features came with the inputs "
+        "(`inputs.with_image_features`).",
     ),
 )
 

@@ -5,7 +5,7 @@ import shutil
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 from huggingface_hub import save_torch_state_dict, snapshot_download
@@ -120,29 +120,41 @@ class LoadingMixin(nn.Module):
         return model.requires_grad_(True).eval()
 
     def to_hf_state_dict(self, names: str = "published") -> dict[str, Tensor]:
-        """The weights under the checkpoint's names ("published"), or as `transformers` holds them ("in_memory")."""
+        """The weights under the checkpoint's names ("published"), or as `transformers` holds them ("in_memory").
+
+        InternVL's also in either layout ("original", "hf").
+        """
         state = {name: tensor.detach() for name, tensor in self.state_dict().items()}
         return converter_for(self.hf_config).to_hf(state, self.hf_config, names)
 
-    def save_pretrained(self, folder: str | Path) -> None:
-        """Write a checkpoint folder that `transformers` and `from_pretrained` load, bit for bit.
+    def save_pretrained(self, folder: str | Path, *, layout: Literal["original", "hf"] | None = None) -> None:
+        """Write a checkpoint folder that `from_pretrained` loads, bit for bit.
 
         It is written aside and put in place when complete.
 
+        Args:
+            layout: of InternVL checkpoints, "original" as published or "hf" for `transformers`' own class; the
+                loaded one by default. Qwen2-VL has one layout, which `transformers` loads.
+
         Raises:
-            CheckpointError: the folder exists and is not empty, or cannot be written.
+            CheckpointError: the folder exists and is not empty, or cannot be written; no such layout.
         """
         folder = Path(folder)
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
             raise CheckpointError(f"{folder} exists and is not an empty folder: choose another")
         converter = converter_for(self.hf_config)
+        layouts = getattr(converter, "LAYOUTS", ())
+        if layout is not None and layout not in layouts:
+            known = ", ".join(map(repr, layouts)) or "None"
+            raise CheckpointError(f"layout must be {known} for this model, got {layout!r}")
+        config = converter.published_config(self.hf_config, self.cfg.dtype, *([layout] if layouts else []))
         try:
             folder.parent.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as aside:
                 written = Path(aside) / "checkpoint"
                 written.mkdir()
-                save_torch_state_dict(self.to_hf_state_dict(), written)
-                _write_json(written / "config.json", converter.published_config(self.hf_config, self.cfg.dtype))
+                save_torch_state_dict(_apart(self.to_hf_state_dict(layout or "published")), written)
+                _write_json(written / "config.json", config)
                 ids = {"eos_token_id": list(self.cfg.eos_token_ids) or None, "pad_token_id": self.cfg.pad_token_id}
                 _write_json(written / "generation_config.json", _without_none(ids))
                 if self.image_processor is not None:
@@ -250,6 +262,15 @@ def _processor_dict(processor: ImageProcessor | TileProcessor) -> dict[str, Any]
         "max_pixels": processor.max_pixels,
         **normalisation,
     }
+
+
+def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Parts of one storage (projections that were loaded fused) as tensors of their own, for the file writer."""
+    parts_of: dict[int, set[int]] = {}
+    for tensor in tensors.values():
+        parts_of.setdefault(tensor.untyped_storage().data_ptr(), set()).add(tensor.data_ptr())
+    shared = {storage for storage, parts in parts_of.items() if len(parts) > 1}
+    return {name: t.clone() if t.untyped_storage().data_ptr() in shared else t for name, t in tensors.items()}
 
 
 def _without_none(config: dict[str, Any]) -> dict[str, Any]:
