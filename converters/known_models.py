@@ -12,6 +12,8 @@ class KnownModel:
     """Its `config.json`."""
     n_params: int
     """Parameters, a tied matrix counted once."""
+    certainty: str = "values seen in published config.json files"
+    """How the values are known."""
 
 
 def _qwen2_vl(
@@ -70,6 +72,97 @@ def _qwen2_vl(
     }
 
 
+_LONG_FACTORS = (
+    1.0299999713897705, 1.0499999523162842, 1.0499999523162842, 1.0799999237060547, 1.2299998998641968,
+    1.2299998998641968, 1.2999999523162842, 1.4499999284744263, 1.5999999046325684, 1.6499998569488525,
+    1.8999998569488525, 2.859999895095825, 3.68999981880188, 5.419999599456787, 5.489999771118164,
+    5.489999771118164, 9.09000015258789, 11.579999923706055, 15.65999984741211, 15.769999504089355,
+    15.789999961853027, 18.360000610351562, 21.989999771118164, 23.079999923706055, 30.009998321533203,
+    32.35000228881836, 32.590003967285156, 35.56000518798828, 39.95000457763672, 53.840003967285156,
+    56.20000457763672, 57.95000457763672, 59.29000473022461, 59.77000427246094, 59.920005798339844,
+    61.190006256103516, 61.96000671386719, 62.50000762939453, 63.3700065612793, 63.48000717163086,
+    63.48000717163086, 63.66000747680664, 63.850006103515625, 64.08000946044922, 64.760009765625,
+    64.80001068115234, 64.81001281738281, 64.81001281738281,
+)  # fmt: skip
+_SHORT_FACTORS = (
+    *(1.05,) * 3, 1.1, 1.1, 1.15, 1.2, 1.25, 1.3, 1.35, 1.5, *(2.0,) * 21, *(2.05,) * 3, *(2.1,) * 3, 2.15, 2.15,
+    2.35, 2.55, 2.6, 2.6, 2.75, 2.85, 2.85, 2.95,
+)  # fmt: skip
+
+
+def _internvl2(template: str, llm: dict[str, Any], *, large_vit: bool = False) -> dict[str, Any]:
+    """The published `config.json`, as far as it says anything about the model."""
+    vision = {
+        "architectures": ["InternVisionModel"],
+        "model_type": "intern_vit_6b",
+        "hidden_act": "gelu",
+        "hidden_size": 3200 if large_vit else 1024,
+        "image_size": 448,
+        "intermediate_size": 12800 if large_vit else 4096,
+        "layer_norm_eps": 1e-06,
+        "norm_type": "rms_norm" if large_vit else "layer_norm",
+        "num_attention_heads": 25 if large_vit else 16,
+        "num_channels": 3,
+        "num_hidden_layers": 45 if large_vit else 24,
+        "patch_size": 14,
+        "qk_normalization": large_vit,
+        "qkv_bias": not large_vit,
+    }
+    return {
+        "architectures": ["InternVLChatModel"],
+        "model_type": "internvl_chat",
+        "downsample_ratio": 0.5,
+        "dynamic_image_size": True,
+        "force_image_size": 448,
+        "llm_config": {"hidden_act": "silu", "tie_word_embeddings": False, "torch_dtype": "bfloat16", **llm},
+        "max_dynamic_patch": 12,
+        "min_dynamic_patch": 1,
+        "ps_version": "v2",
+        "select_layer": -1,
+        "template": template,
+        "torch_dtype": "bfloat16",
+        "use_thumbnail": True,
+        "vision_config": vision,
+    }
+
+
+def _llm(
+    architecture: str,
+    *,
+    hidden_size: int,
+    intermediate_size: int,
+    layers: int,
+    heads: int,
+    kv_heads: int,
+    vocab_size: int,
+    n_ctx: int,
+    theta: float,
+    eps: float = 1e-5,
+    eos: int,
+    **others: Any,
+) -> dict[str, Any]:
+    return {
+        "architectures": [architecture],
+        "hidden_size": hidden_size,
+        "intermediate_size": intermediate_size,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "vocab_size": vocab_size,
+        "max_position_embeddings": n_ctx,
+        "rope_theta": theta,
+        "rms_norm_eps": eps,
+        "eos_token_id": eos,
+        **others,
+    }
+
+
+def _internlm2(factor: float, **sizes: int) -> dict[str, Any]:
+    scaling = {"type": "dynamic", "factor": factor}
+    return _llm("InternLM2ForCausalLM", **sizes, kv_heads=8, vocab_size=92553, n_ctx=32768, theta=1e6, eos=2,
+                bias=False, pad_token_id=2, rope_scaling=scaling)  # fmt: skip
+
+
 # fmt: off
 KNOWN_MODELS: dict[str, KnownModel] = {
     "Qwen/Qwen2-VL-2B-Instruct": KnownModel(
@@ -86,6 +179,48 @@ KNOWN_MODELS: dict[str, KnownModel] = {
         _qwen2_vl(hidden_size=8192, intermediate_size=29568, layers=80, heads=64, kv_heads=8,
                   vocab_size=152064, tied=False),
         n_params=73_405_560_320,
+    ),
+    "OpenGVLab/InternVL2-1B": KnownModel(
+        _internvl2("Hermes-2", _llm(
+            "Qwen2ForCausalLM", hidden_size=896, intermediate_size=4864, layers=24, heads=14, kv_heads=2,
+            vocab_size=151655, n_ctx=32768, theta=1e6, eps=1e-6, eos=151645)),
+        n_params=938_158_976, certainty="the language model's sizes are Qwen2-0.5B-Instruct's",
+    ),
+    "OpenGVLab/InternVL2-2B": KnownModel(
+        _internvl2("internlm2-chat", _internlm2(
+            2.0, hidden_size=2048, intermediate_size=8192, layers=24, heads=16)),
+        n_params=2_205_754_368, certainty="sizes seen in public sources, the rest as in 8B",
+    ),
+    "OpenGVLab/InternVL2-4B": KnownModel(
+        _internvl2("phi3-chat", _llm(
+            "Phi3ForCausalLM", hidden_size=3072, intermediate_size=8192, layers=32, heads=32, kv_heads=32,
+            vocab_size=32020, n_ctx=131072, theta=1e4, eos=32000, original_max_position_embeddings=4096,
+            sliding_window=262144, pad_token_id=32000,
+            rope_scaling={"type": "su", "short_factor": list(_SHORT_FACTORS),
+                          "long_factor": list(_LONG_FACTORS)})),
+        n_params=4_146_855_936, certainty="as Phi-3-mini-128k-instruct; its short_factor from memory, not verified",
+    ),
+    "OpenGVLab/InternVL2-8B": KnownModel(
+        _internvl2("internlm2-chat", _internlm2(
+            2.0, hidden_size=4096, intermediate_size=14336, layers=32, heads=32)),
+        n_params=8_075_365_376,
+    ),
+    "OpenGVLab/InternVL2-26B": KnownModel(
+        _internvl2("internlm2-chat", _internlm2(
+            3.0, hidden_size=6144, intermediate_size=16384, layers=48, heads=48), large_vit=True),
+        n_params=25_514_186_112,
+    ),
+    "OpenGVLab/InternVL2-40B": KnownModel(
+        _internvl2("Hermes-2", _llm(
+            "LlamaForCausalLM", hidden_size=7168, intermediate_size=20480, layers=60, heads=56, kv_heads=8,
+            vocab_size=64007, n_ctx=4096, theta=5e6, eos=7, pad_token_id=0), large_vit=True),
+        n_params=40_068_684_160, certainty="sizes are Yi-34B's; max_position_embeddings not verified",
+    ),
+    "OpenGVLab/InternVL2-Llama3-76B": KnownModel(
+        _internvl2("internlm2-chat", _llm(
+            "LlamaForCausalLM", hidden_size=8192, intermediate_size=28672, layers=80, heads=64, kv_heads=8,
+            vocab_size=128265, n_ctx=8192, theta=5e5, eos=128003), large_vit=True),
+        n_params=76_262_358_400, certainty="sizes are Llama-3-70B's; template and stop token not verified",
     ),
 }
 # fmt: on

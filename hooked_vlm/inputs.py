@@ -274,7 +274,7 @@ class VLMInputs:
                 self.stop[row],
                 self.n_generated[row],
                 [(v.kind, v.start, v.stop) for v in self.visuals if v.row == row],
-                (spec.turn_start_id, spec.turn_end_id),
+                (spec.turn_start_ids, spec.turn_end_id, spec.user_header),
                 frozenset({spec.vision_end_token_id, *spec.placeholder_ids}),
             )
             for row in range(len(self))

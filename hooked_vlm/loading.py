@@ -1,5 +1,6 @@
 """From checkpoint folders, the hub and `transformers` models to a `HookedVLM`, and back."""
 
+import copy
 import json
 import shutil
 import tempfile
@@ -11,16 +12,16 @@ import torch
 from huggingface_hub import save_torch_state_dict, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from torch import Tensor, nn
-from transformers import AutoTokenizer
 
 from hooked_vlm.config import RopeScaling, VisionConfig, VLMConfig
 from hooked_vlm.converters import CheckpointError, converter_for, open_tensors, read_config, read_json
 from hooked_vlm.images import ImageProcessor
+from hooked_vlm.templates import template_named
 from hooked_vlm.tiles import TileProcessor
+from hooked_vlm.tokenization import load_tokenizer
 
 TOY_MODELS = Path(__file__).parent / "toy_models"
 _FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
-_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "tokenizer.model")
 
 Model = TypeVar("Model", bound="LoadingMixin")
 """The class called upon (`typing.Self`, which beartype does not know in methods)."""
@@ -68,12 +69,13 @@ class LoadingMixin(nn.Module):
         dtype = dtype or converter.dtype(hf_config) or next(iter(tensors.values())).dtype
         generation = read_json(folder, "generation_config.json", default={})
         cfg = _config(converter, hf_config, generation).with_(model_name=str(name_or_path), device=device, dtype=dtype)
-        has_tokenizer = any((folder / name).exists() for name in _TOKENIZER_FILES)
+        tokenizer = load_tokenizer(folder)
+        cfg = _with_tokens(cfg, tokenizer)
         return cls._assemble(
             cfg,
             tensors,
             hf_config,
-            _tokenizer(folder) if has_tokenizer else None,
+            tokenizer,
             _image_processor(read_json(folder, "preprocessor_config.json", default={}), cfg),
         )
 
@@ -96,6 +98,7 @@ class LoadingMixin(nn.Module):
         cfg = _config(converter, hf_config, {} if generation is None else generation.to_dict())
         some = tensors["embed.weight"]
         cfg = cfg.with_(model_name=type(hf_model).__name__, device=some.device, dtype=some.dtype)
+        cfg = _with_tokens(cfg, tokenizer)
         return cls._assemble(cfg, tensors, hf_config, tokenizer, image_processor or _image_processor({}, cfg))
 
     @classmethod
@@ -160,12 +163,21 @@ class LoadingMixin(nn.Module):
                 if self.image_processor is not None:
                     _write_json(written / "preprocessor_config.json", _processor_dict(self.image_processor))
                 if self.tokenizer is not None:
-                    self.tokenizer.save_pretrained(written)
+                    self._save_tokenizer(written, layout)
                 if folder.exists():
                     folder.rmdir()
                 shutil.move(written, folder)
         except OSError as error:
             raise CheckpointError(f"cannot write a checkpoint to {folder}: {error}") from error
+
+    def _save_tokenizer(self, folder: Path, layout: str | None) -> None:
+        """For `transformers` the conversation template goes along, which the published layout only names."""
+        tokenizer = self.tokenizer
+        if layout == "hf" and self.cfg.chat_template is not None:
+            template = template_named(self.cfg.chat_template)
+            tokenizer = copy.deepcopy(tokenizer)
+            tokenizer.chat_template = template.jinja(self.cfg.system_message)
+        tokenizer.save_pretrained(folder)
 
 
 def _find(name_or_path: str | Path, revision: str | None, cache_dir: str | Path | None, local: bool) -> Path:
@@ -232,12 +244,20 @@ def _image_processor(settings: Mapping[str, Any], cfg: VLMConfig) -> ImageProces
     return processor
 
 
-def _tokenizer(folder: Path) -> Any:
-    try:
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    except Exception as error:  # transformers raises whatever its readers raise
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise CheckpointError(f"the tokenizer in {folder} cannot be read: {reason}") from error
+def _with_tokens(cfg: VLMConfig, tokenizer: Any) -> VLMConfig:
+    """What only the tokenizer knows of a model that tiles images: its placeholders, and where answers end."""
+    if cfg.vision is None or cfg.vision.tile_size is None or tokenizer is None:
+        return cfg
+    known = tokenizer.get_vocab()
+    names = {
+        "image_token_id": "<IMG_CONTEXT>",
+        "vision_start_token_id": "<img>",
+        "vision_end_token_id": "</img>",
+    }
+    found: dict[str, Any] = {field: known[token] for field, token in names.items() if token in known}
+    if cfg.chat_template is not None and (stop := template_named(cfg.chat_template).stop) in known:
+        found["eos_token_ids"] = (known[stop],)
+    return cfg.with_(**found)
 
 
 def _processor_dict(processor: ImageProcessor | TileProcessor) -> dict[str, Any]:

@@ -65,7 +65,7 @@ def prompt_groups(
     stop: int,
     n_generated: int,
     visuals: Sequence[tuple[str, int, int]],
-    turn_ids: tuple[int | None, int | None],
+    turn: tuple[tuple[int, ...], int | None, int],
     markers: frozenset[int | None],
 ) -> dict[str, list[int]]:
     """The fields of `TokenGroups` for one row.
@@ -73,18 +73,17 @@ def prompt_groups(
     Args:
         first, stop: the row's real tokens lie at first <= pos < stop; the last `n_generated` were appended.
         visuals: (kind, start, stop) of the row's images and videos in order.
-        turn_ids: the tokens that open and close a chat turn.
+        turn: the tokens that open a chat turn, the one that closes it, and how many tokens open a user's.
         markers: placeholders and the token that closes an image: never part of the question.
     """
     prompt_stop = stop - n_generated
-    turn_start, turn_end = turn_ids
+    turn_starts, turn_end, user_header = turn
     ends = [p for p in range(first, prompt_stop) if tokens[p] == turn_end]
-    starts = [p for p in range(first, prompt_stop) if tokens[p] == turn_start]
+    starts = [p for p in range(first, prompt_stop) if tokens[p] in turn_starts]
     is_chat = bool(ends and starts) and starts[-1] > ends[-1]
     role_start = ends[-1] if is_chat else prompt_stop
-    # the header "<|im_start|> user \n" is three tokens long in every tokenizer of these families
     opening = [p for p in starts if p < role_start]
-    user_start = opening[-1] + 3 if is_chat and opening else first
+    user_start = opening[-1] + user_header if is_chat and opening else first
     last_visual = max((end for _, _, end in visuals if end <= role_start), default=user_start)
     text = range(max(last_visual, user_start), role_start)
     question = [p for p in text if tokens[p] not in markers]

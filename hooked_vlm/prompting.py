@@ -1,7 +1,7 @@
 """From text, chat messages, pictures and Hugging Face batches to `VLMInputs`; and from tokens to text."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -17,6 +17,8 @@ from hooked_vlm.config import VLMConfig
 from hooked_vlm.geometry import ImageSize
 from hooked_vlm.images import ImageProcessor, smart_resize
 from hooked_vlm.inputs import VLMInputs
+from hooked_vlm.templates import IMAGE_SLOT, template_named
+from hooked_vlm.tiles import TileProcessor
 from hooked_vlm.token_layout import InputError, InputSpec, tile_grids
 
 Picture = tuple[ImageSize, int]
@@ -30,7 +32,7 @@ class PromptMixin(nn.Module):
 
     cfg: VLMConfig
     tokenizer: Any
-    image_processor: ImageProcessor | None
+    image_processor: ImageProcessor | TileProcessor | None
 
     def input_spec(self) -> InputSpec:
         """What `VLMInputs` need to know of this model."""
@@ -45,11 +47,23 @@ class PromptMixin(nn.Module):
             mrope=cfg.mrope_section is not None,
             tile_size=vision.tile_size if vision else None,
             pad_token_id=cfg.pad_token_id if cfg.pad_token_id is not None else eos,
-            turn_start_id=self._special_id("<|im_start|>"),
-            turn_end_id=self._special_id("<|im_end|>"),
+            **self._turns(),
             tokenizer=self.tokenizer,
             image_processor=self.image_processor,
         )
+
+    def _turns(self) -> dict[str, Any]:
+        """Which tokens open and close a chat turn."""
+        starts, stop, header = ("<|im_start|>",), "<|im_end|>", "<|im_start|>user\n"
+        if self.cfg.chat_template is not None:
+            template = template_named(self.cfg.chat_template)
+            starts, stop, header = template.turn_starts, template.stop, template.user_header
+        ids = [self._special_id(start) for start in dict.fromkeys(starts)]
+        opening = tuple(i for i in ids if i is not None)
+        if not opening:
+            return {}
+        length = len(self.tokenizer.encode(header, add_special_tokens=False))
+        return {"turn_start_ids": opening, "turn_end_id": self._special_id(stop), "user_header": length}
 
     def as_inputs(self, input: Any) -> VLMInputs:
         """`input` itself if it is a `VLMInputs`; raw text and bare token ids become one, on the model's device.
@@ -83,6 +97,7 @@ class PromptMixin(nn.Module):
         *,
         min_pixels: int | None = None,
         max_pixels: int | None = None,
+        max_tiles: int | None = None,
         chat: bool = True,
     ) -> VLMInputs:
         """Inputs from a prompt with its pictures, or from a list of prompts (padded on the left).
@@ -95,7 +110,8 @@ class PromptMixin(nn.Module):
                 also carry them: {"type": "image", "image": ...}.
             videos: the same for videos; a video is a list of frames.
             min_pixels, max_pixels: bounds on the area of the resized image, in pixels; the checkpoint's by
-                default. A token covers `cfg.vision.pixels_per_token` squared pixels.
+                default. A token covers `cfg.vision.pixels_per_token` squared pixels. (Qwen2-VL)
+            max_tiles: how many tiles an image is cut into at most, its thumbnail not counted. (InternVL)
             chat: apply the checkpoint's chat template. Without it the text is taken as it stands, and
                 pictures whose placeholders it lacks are put in front.
 
@@ -123,19 +139,22 @@ class PromptMixin(nn.Module):
         spec = self.input_spec()
         processor = self.image_processor
         if processor is not None:
-            bounds = {"min_pixels": min_pixels, "max_pixels": max_pixels}
-            processor = replace(processor, **{name: n for name, n in bounds.items() if n is not None})
+            processor = _bounded(processor, min_pixels, max_pixels, max_tiles)
             spec = replace(spec, image_processor=processor)  # for with_image, too
         pixels = grids = sizes = video_pixels = video_grids = None
         video_sizes = []
         if all_images and processor is not None:
             pixels, grids, sizes = processor(all_images)
+        if all_videos and isinstance(processor, TileProcessor):
+            raise InputError("this model takes no videos: give their frames as images")
         if all_videos and processor is not None:
             parts = [processor.video(frames) for frames in all_videos]
             video_sizes = [size for _, _, (size,) in parts]
             video_pixels = torch.cat([p for p, _, _ in parts])
             video_grids = torch.cat([g for _, g, _ in parts])
-        rows = self._expand(texts, spec, image_lists, video_lists, grids, video_grids)
+        # published InternVL tokenizes the rendered template as any text, beginning-of-text token included
+        special = chat and self.cfg.chat_template is not None
+        rows = self._expand(texts, spec, image_lists, video_lists, grids, video_grids, special)
         if max(map(len, rows)) > self.cfg.n_ctx_limit:
             n_frames = [] if video_grids is None else video_grids[:, 0].tolist()
             given = iter([(size, 1) for size in sizes or []]), zip(video_sizes, n_frames, strict=True)
@@ -262,6 +281,8 @@ class PromptMixin(nn.Module):
 
     def _text_of(self, prompt: Any, images: list, videos: list, chat: bool) -> tuple[str, list, list]:
         """The prompt as text with one placeholder per picture, and its pictures in order."""
+        if self.cfg.chat_template is not None and chat:
+            return self._text_by_name(prompt, images, videos)
         if isinstance(prompt, str) and not chat:
             missing = "" if self.image_token in prompt else self._vision_text(self.image_token) * len(images)
             if self.video_token not in prompt:
@@ -278,6 +299,24 @@ class PromptMixin(nn.Module):
             raise InputError("this tokenizer has no chat template: pass chat=False and the text as it should stand")
         text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
         return text, images or own_images, videos or own_videos
+
+    def _text_by_name(self, prompt: Any, images: list, videos: list) -> tuple[str, list, list]:
+        """As `_text_of`, with the conversation template that the checkpoint names."""
+        template = template_named(str(self.cfg.chat_template))
+        if isinstance(prompt, str):
+            slots = "" if IMAGE_SLOT in prompt else f"{IMAGE_SLOT}\n" * len(images)
+            prompt = [{"role": "user", "content": slots + prompt}]
+        messages, own_images, own_videos = _take_pictures(prompt)
+        if own_images and images:
+            raise InputError("pictures came both in the messages and as an argument: give them in one place")
+        text = template.render(messages, self.cfg.system_message)
+        images = images or own_images
+        if (found := text.count(IMAGE_SLOT)) != len(images):
+            raise InputError(
+                f"the prompt has {found} {IMAGE_SLOT} but {len(images)} images came: give one for each, or none "
+                "and they stand in front"
+            )
+        return text.replace(IMAGE_SLOT, self._vision_text(self.image_token)), images, videos or own_videos
 
     @property
     def image_token(self) -> str:
@@ -305,6 +344,7 @@ class PromptMixin(nn.Module):
         videos: list[list],
         image_grids: Tensor | None,
         video_grids: Tensor | None,
+        special: bool,
     ) -> list[list[int]]:
         """Token ids of every row, each picture's one placeholder repeated to its number of tokens."""
         grids = {
@@ -313,7 +353,7 @@ class PromptMixin(nn.Module):
         }
         rows = []
         for row, text in enumerate(texts):
-            ids = self._tokenizer().encode(text, add_special_tokens=False)
+            ids = self._tokenizer().encode(text, add_special_tokens=special)
             if not ids:
                 raise InputError("there are no tokens: the prompt is empty")
             for kind, token_id, n in (
@@ -326,14 +366,26 @@ class PromptMixin(nn.Module):
                         f"prompt {row} has {found} {kind} placeholder{'s' * (found != 1)} but {n} "
                         f"{kind}{'s' * (n != 1)} came: give one {kind} for each placeholder"
                     )
-            rows.append([t for i in ids for t in ([i] * spec.n_tokens(tuple(next(grids[i]))) if i in grids else [i])])
+            rows.append(list(self._with_placeholders(ids, spec, grids)))
         return rows
+
+    def _with_placeholders(self, ids: list[int], spec: InputSpec, grids: dict[int | None, Any]) -> Iterator[int]:
+        """Every placeholder repeated; transformers' InternVL templates leave its two marks to be added here."""
+        start, end = self.cfg.vision_start_token_id, self.cfg.vision_end_token_id
+        for at, token in enumerate(ids):
+            if token not in grids:
+                yield token
+                continue
+            unmarked = spec.tile_size is not None and start is not None and (at == 0 or ids[at - 1] != start)
+            yield from [start] if unmarked and start is not None else []
+            yield from [token] * spec.n_tokens(tuple(next(grids[token])))
+            yield from [end] if unmarked and end is not None else []
 
     def _too_long(
         self,
         rows: list[list[int]],
         pictures: list[list[Picture]],
-        processor: ImageProcessor | None,
+        processor: ImageProcessor | TileProcessor | None,
         max_pixels: int | None,
     ) -> str:
         """What to say of a prompt longer than the context: the largest `max_pixels` with which every row fits."""
@@ -344,6 +396,8 @@ class PromptMixin(nn.Module):
         message = f"the prompt has {len(rows[longest])} tokens but the context holds {n_ctx}"
         if processor is None or n_image == 0 or max(n_text) > n_ctx:
             return f"{message}: shorten the text"
+        if isinstance(processor, TileProcessor):
+            return self._too_many_tiles(message, n_image, n_text, pictures, processor)
         side, area = processor.pixels_per_token, processor.pixels_per_token**2
         least = processor.min_pixels
 
@@ -366,6 +420,30 @@ class PromptMixin(nn.Module):
                 lower = f"min_pixels={fitting} and " if least > fitting else ""
                 return f"{message} ({n_image} stand for images): pass {lower}max_pixels={fitting} (now {now})"
         return f"{message} ({n_image} stand for images): shorten the text, or give fewer images or frames"
+
+    def _too_many_tiles(
+        self, message: str, n_image: int, n_text: list[int], pictures: list[list[Picture]], processor: TileProcessor
+    ) -> str:
+        for fewer in range(processor.max_tiles - 1, 0, -1):
+            bounded = processor.bounded(None, fewer)
+            lengths = [n + sum(bounded.n_tokens(s) for s, _ in row) for n, row in zip(n_text, pictures, strict=True)]
+            if max(lengths) <= self.cfg.n_ctx_limit:
+                return f"{message} ({n_image} stand for images): pass max_tiles={fewer} (now {processor.max_tiles})"
+        return f"{message} ({n_image} stand for images): shorten the text, or give fewer images"
+
+
+def _bounded(
+    processor: ImageProcessor | TileProcessor, min_pixels: int | None, max_pixels: int | None, max_tiles: int | None
+) -> ImageProcessor | TileProcessor:
+    """The processor with other bounds on the size of images."""
+    if isinstance(processor, TileProcessor):
+        if min_pixels is not None or max_pixels is not None:
+            raise InputError("this model cuts images into tiles: bound them by max_tiles, not min_pixels or max_pixels")
+        return processor.bounded(None, max_tiles)
+    if max_tiles is not None:
+        raise InputError("this model sees images whole: bound them by min_pixels and max_pixels, not max_tiles")
+    bounds = {"min_pixels": min_pixels, "max_pixels": max_pixels}
+    return replace(processor, **{name: n for name, n in bounds.items() if n is not None})
 
 
 def _per_prompt(given: Any, n: int, batched: bool, name: str, as_list: Any) -> list[list]:

@@ -31,10 +31,12 @@ class InputSpec:
     patch_size: int
     merge_size: int
     pad_token_id: int
-    turn_start_id: int | None = None
-    """The token that opens a chat turn (`<|im_start|>`)."""
+    turn_start_ids: tuple[int, ...] = ()
+    """The tokens that open a chat turn (`<|im_start|>`, or one for each role)."""
     turn_end_id: int | None = None
     """The token that closes a chat turn (`<|im_end|>`)."""
+    user_header: int = 3
+    """Tokens that open a user's turn, the opening one included: `<|im_start|> user \\n`."""
     tokenizer: Any = None
     image_processor: ImageProcessor | TileProcessor | None = None
     mrope: bool = True

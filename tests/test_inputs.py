@@ -274,7 +274,7 @@ def chat(*content) -> VLMInputs:
     row = [START, SYSTEM, NEWLINE, 60, END, NEWLINE, START, USER, NEWLINE, *content]
     row += [END, NEWLINE, START, ASSISTANT, NEWLINE]
     made = tiny.inputs([row])
-    return replace(made, spec=replace(made.spec, turn_start_id=START, turn_end_id=END))
+    return replace(made, spec=replace(made.spec, turn_start_ids=(START,), turn_end_id=END))
 
 
 def groups(inputs: VLMInputs, row: int = 0) -> dict[str, list[int]]:

@@ -14,7 +14,8 @@ from torch import Tensor
 from transformers import AutoTokenizer, Qwen2VLForConditionalGeneration
 
 from hooked_vlm import HookedVLM
-from hooked_vlm.converters import KNOWN_MODELS, CheckpointError
+from hooked_vlm.converters import KNOWN_MODELS, CheckpointError, converter_for
+from hooked_vlm.loading import _config
 
 
 def equal(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> None:
@@ -182,12 +183,8 @@ def test_an_unsupported_architecture_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", KNOWN_MODELS)
 def test_published_sizes_have_the_published_number_of_parameters(name: str) -> None:
-    from hooked_vlm import VisionConfig, VLMConfig
-    from hooked_vlm.converters import converter_for
-
     known = KNOWN_MODELS[name]
-    fields = converter_for(known.config).config_kwargs(known.config)
-    vision = VisionConfig(**fields.pop("vision"))
+    cfg = _config(converter_for(known.config), known.config, {})
     with torch.device("meta"):
-        model = HookedVLM(VLMConfig(**fields, vision=vision))
+        model = HookedVLM(cfg)
     assert sum(parameter.numel() for parameter in model.parameters()) == known.n_params

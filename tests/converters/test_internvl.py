@@ -8,143 +8,11 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny_internvl import CASES, IMAGE, KINDS, for_hf, hf_batch, tiny_config, tiny_hf
-from transformers import AutoModelForCausalLM, InternVLForConditionalGeneration
+from tiny_internvl import CASES, IMAGE, KINDS, by_hand, for_hf, hf_batch, original_config, tiny_config, tiny_hf
+from transformers import AutoModelForCausalLM, InternVLConfig, InternVLForConditionalGeneration
 
 from hooked_vlm import CheckpointError, HookedVLM
-from hooked_vlm.converters import converter_for, internvl
-
-ORIGINAL_TEXT = {
-    "qwen2": "Qwen2ForCausalLM",
-    "llama": "LlamaForCausalLM",
-    "llama-dynamic": "InternLM2ForCausalLM",
-    "phi3": "Phi3ForCausalLM",
-}
-
-
-def original_config(kind: str) -> dict[str, Any]:
-    """The published spelling of a tiny model: flat, with remote code that must not matter."""
-    text, vision = KINDS[kind][0], KINDS[kind][1]
-    rope = text["rope_parameters"]
-    scaling = {
-        "default": None,
-        "dynamic": {"type": "dynamic", "factor": 2.0},
-        "longrope": {"type": "su", **{k: rope.get(k) for k in ("short_factor", "long_factor")}},
-    }[rope["rope_type"]]
-    return {
-        "architectures": ["InternVLChatModel"],
-        "auto_map": {"AutoConfig": "configuration_internvl_chat.InternVLChatConfig"},
-        "downsample_ratio": 0.5,
-        "dynamic_image_size": True,
-        "force_image_size": 32,
-        "llm_config": {
-            "architectures": [ORIGINAL_TEXT[kind]],
-            "attn_implementation": "flash_attention_2",
-            "bias": False,
-            "eos_token_id": 3,
-            "hidden_act": "silu",
-            "hidden_size": 64,
-            "intermediate_size": 96,
-            "max_position_embeddings": 128,
-            "num_attention_heads": 4,
-            "num_hidden_layers": 3,
-            "num_key_value_heads": text.get("num_key_value_heads", 2),
-            "original_max_position_embeddings": text.get("original_max_position_embeddings", 128),
-            "pad_token_id": 0,
-            "rms_norm_eps": 1e-6,
-            "rope_scaling": scaling,
-            "rope_theta": rope["rope_theta"],
-            "vocab_size": 200,
-        },
-        "max_dynamic_patch": 6,
-        "min_dynamic_patch": 1,
-        "model_type": "internvl_chat",
-        "ps_version": "v2",
-        "select_layer": -1,
-        "template": "internlm2-chat",
-        "torch_dtype": "float32",
-        "use_thumbnail": True,
-        "vision_config": {
-            "architectures": ["InternVisionModel"],
-            "drop_path_rate": 0.1,
-            "hidden_act": "gelu",
-            "hidden_size": 32,
-            "image_size": 32,
-            "intermediate_size": 48,
-            "layer_norm_eps": 1e-6,
-            "model_type": "intern_vit_6b",
-            "norm_type": vision["norm_type"],
-            "num_attention_heads": 4,
-            "num_channels": 3,
-            "num_hidden_layers": 2,
-            "patch_size": 4,
-            "qk_normalization": vision["use_qk_norm"],
-            "qkv_bias": vision["attention_bias"],
-            "use_flash_attn": True,
-        },
-    }
-
-
-def by_hand(kind: str) -> dict[str, torch.Tensor]:
-    """The reference's weights under the published names, head by head and part by part."""
-    state, config = tiny_hf(kind).state_dict(), original_config(kind)
-    out: dict[str, torch.Tensor] = {}
-    for name, tensor in state.items():
-        if name.startswith("model.vision_tower."):
-            short = name.removeprefix("model.vision_tower.")
-            short = short.replace("embeddings.cls_token", "embeddings.class_embedding")
-            short = short.replace("embeddings.position_embeddings", "embeddings.position_embedding")
-            short = short.replace("embeddings.patch_embeddings.projection", "embeddings.patch_embedding")
-            short = short.replace("encoder.layer.", "encoder.layers.")
-            for part in ("q_norm", "k_norm"):
-                short = short.replace(f"attention.{part}", f"attn.{part}")
-            short = short.replace("attention.projection_layer", "attn.proj")
-            short = short.replace("layernorm_before", "norm1").replace("layernorm_after", "norm2")
-            short = short.replace("lambda_1", "ls1").replace("lambda_2", "ls2")
-            if "_proj." in short:
-                fused = short.replace("attention.q_proj", "attn.qkv")
-                if fused != short:
-                    parts = [state[name.replace("q_proj", f"{p}_proj")] for p in "qkv"]
-                    out["vision_model." + fused] = torch.cat(parts)
-                continue
-            out["vision_model." + short] = tensor
-        elif name.startswith("model.multi_modal_projector."):
-            part, kind_of = name.split(".")[2:]
-            number = {"layer_norm": 0, "linear_1": 1, "linear_2": 3}[part]
-            out[f"mlp1.{number}.{kind_of}"] = tensor
-        elif kind != "llama-dynamic":
-            short = name.replace("model.language_model.", "model.")
-            out["language_model." + short] = tensor
-    if kind == "llama-dynamic":
-        out |= _internlm2(state, config["llm_config"])
-    return out
-
-
-def _internlm2(state: dict[str, torch.Tensor], config: dict[str, Any]) -> dict[str, torch.Tensor]:
-    groups, d_head = config["num_key_value_heads"], 16
-    per_group = config["num_attention_heads"] // groups
-    theirs = "model.language_model"
-    out = {
-        "language_model.model.tok_embeddings.weight": state[f"{theirs}.embed_tokens.weight"],
-        "language_model.model.norm.weight": state[f"{theirs}.norm.weight"],
-        "language_model.output.weight": state["lm_head.weight"],
-    }
-    for layer in range(config["num_hidden_layers"]):
-        at, to = f"{theirs}.layers.{layer}", f"language_model.model.layers.{layer}"
-        q, k, v = (state[f"{at}.self_attn.{p}_proj.weight"] for p in "qkv")
-        rows = []
-        for g in range(groups):
-            for head in range(g * per_group, (g + 1) * per_group):
-                rows.append(q[head * d_head : (head + 1) * d_head])
-            rows.append(k[g * d_head : (g + 1) * d_head])
-            rows.append(v[g * d_head : (g + 1) * d_head])
-        out[f"{to}.attention.wqkv.weight"] = torch.cat(rows)
-        out[f"{to}.attention.wo.weight"] = state[f"{at}.self_attn.o_proj.weight"]
-        out[f"{to}.attention_norm.weight"] = state[f"{at}.input_layernorm.weight"]
-        out[f"{to}.ffn_norm.weight"] = state[f"{at}.post_attention_layernorm.weight"]
-        for ours, name in (("w1", "gate_proj"), ("w3", "up_proj"), ("w2", "down_proj")):
-            out[f"{to}.feed_forward.{ours}.weight"] = state[f"{at}.mlp.{name}.weight"]
-    return out
+from hooked_vlm.converters import KNOWN_MODELS, converter_for, internvl
 
 
 @pytest.fixture(params=KINDS)
@@ -250,6 +118,22 @@ def test_a_text_only_checkpoint_that_transformers_wrote(tied: bool, tmp_path: Pa
 
 
 # ---------------------------------------------------------------- configurations
+
+
+@pytest.mark.parametrize("name", [name for name in KNOWN_MODELS if "InternVL" in name])
+def test_known_sizes(name: str) -> None:
+    """Against the reference implementation, without memory for the numbers."""
+    known = KNOWN_MODELS[name]
+    config = InternVLConfig(**internvl.published_config(known.config, layout="hf"))
+    with torch.device("meta"):
+        model = InternVLForConditionalGeneration(config)
+    assert sum(parameter.numel() for parameter in model.parameters()) == known.n_params
+    in_original = set(internvl._table(*_parts(known.config), "original"))
+    assert all(entry.theirs.startswith(("language_model.", "vision_model.", "mlp1.")) for entry in in_original)
+
+
+def _parts(config: dict[str, Any]) -> tuple[dict[str, Any], Any]:
+    return internvl.config_kwargs(config), internvl._dialect(config)
 
 
 @pytest.mark.parametrize(

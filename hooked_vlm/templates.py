@@ -1,0 +1,134 @@
+"""Conversation templates of checkpoints that do not carry one: InternVL's published layout names it only.
+
+The texts are those of the published conversation code (`internvl/conversation.py`); where a checkpoint brings a
+chat template of its own, `transformers` applies it and this file is not used.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from hooked_vlm.token_layout import InputError
+
+IMAGE_SLOT = "<image>"
+"""Stands for an image in a text."""
+
+_SYSTEM_2 = (
+    "你是由上海人工智能实验室联合商汤科技开发的书生多模态大模型，英文名叫InternVL, 是一个有用无害的人工智能助手。"
+)
+_SYSTEM_2_5 = (
+    "你是书生·万象，英文名是InternVL，是由上海人工智能实验室、清华大学及多家合作单位联合开发的多模态大语言模型。"
+)
+
+
+@dataclass(frozen=True)
+class ChatTemplate:
+    """A turn is its role's header, the message and the separator."""
+
+    system_header: str
+    user_header: str
+    assistant_header: str
+    separator: str
+    system_message: str
+
+    @property
+    def stop(self) -> str:
+        """The token that ends an answer."""
+        return self.separator.strip()
+
+    @property
+    def turn_starts(self) -> tuple[str, str]:
+        """The special tokens that open a user's turn and an assistant's."""
+        return _first_token(self.user_header), _first_token(self.assistant_header)
+
+    def render(self, messages: Sequence[Mapping[str, Any]], system_message: str | None = None) -> str:
+        """The prompt that asks for the next answer.
+
+        Args:
+            messages: a chat; a content is a text, or a list of {"type": "text", "text": ...} and
+                {"type": "image"}. A system message in front replaces the template's.
+            system_message: in place of the template's own.
+
+        Raises:
+            InputError: a role or a part that the template does not know.
+        """
+        system = self.system_message if system_message is None else system_message
+        if messages and messages[0]["role"] == "system":
+            system, messages = _text(messages[0]), messages[1:]
+        headers = {"user": self.user_header, "assistant": self.assistant_header}
+        prompt = self.system_header + system + self.separator
+        for message in messages:
+            if message["role"] not in headers:
+                raise InputError(f"this template knows the roles user and assistant, got {message['role']!r}")
+            prompt += headers[message["role"]] + _text(message) + self.separator
+        return prompt + self.assistant_header
+
+    def jinja(self, system_message: str | None = None) -> str:
+        """The same template for `transformers`, with `<IMG_CONTEXT>` where an image stands."""
+        system = self.system_message if system_message is None else system_message
+        turn = (
+            "{% if message['content'] is string %}{{ message['content'] }}{% else %}"
+            "{% for part in message['content'] %}{% if part['type'] == 'image' %}{{ '<IMG_CONTEXT>\\n' }}"
+            "{% elif part['type'] == 'text' %}{{ part['text'] }}{% endif %}{% endfor %}{% endif %}"
+        )
+        return (
+            "{% if messages[0]['role'] != 'system' %}" + _quoted(self.system_header + system + self.separator)
+            + "{% endif %}{% for message in messages %}"
+            + "{% if message['role'] == 'system' %}" + _quoted(self.system_header)
+            + "{% elif message['role'] == 'user' %}" + _quoted(self.user_header)
+            + "{% else %}" + _quoted(self.assistant_header) + "{% endif %}"
+            + turn + _quoted(self.separator) + "{% endfor %}"
+            + "{% if add_generation_prompt %}" + _quoted(self.assistant_header) + "{% endif %}"
+        )  # fmt: skip
+
+
+def _first_token(header: str) -> str:
+    return header[: header.index(">") + 1]
+
+
+def _quoted(text: str) -> str:
+    """A Jinja expression that prints `text`."""
+    return "{{ " + json.dumps(text, ensure_ascii=False) + " }}"
+
+
+def _text(message: Mapping[str, Any]) -> str:
+    content = message["content"]
+    if isinstance(content, str):
+        return content
+    text = ""
+    for part in content:
+        if part.get("type") == "image":
+            text += f"{IMAGE_SLOT}\n"
+        elif part.get("type") == "text":
+            text += part["text"]
+        else:
+            raise InputError(f"this model takes texts and images, got a part of type {part.get('type')!r}")
+    return text
+
+
+_CHATML = {
+    "system_header": "<|im_start|>system\n",
+    "user_header": "<|im_start|>user\n",
+    "assistant_header": "<|im_start|>assistant\n",
+}
+TEMPLATES: dict[str, ChatTemplate] = {
+    "Hermes-2": ChatTemplate(**_CHATML, separator="<|im_end|>", system_message=_SYSTEM_2),
+    "internlm2-chat": ChatTemplate(**_CHATML, separator="<|im_end|>", system_message=_SYSTEM_2),
+    "phi3-chat": ChatTemplate(
+        "<|system|>\n", "<|user|>\n", "<|assistant|>\n", separator="<|end|>", system_message=_SYSTEM_2
+    ),
+    "internvl2_5": ChatTemplate(**_CHATML, separator="<|im_end|>\n", system_message=_SYSTEM_2_5),
+}
+
+
+def template_named(name: str) -> ChatTemplate:
+    """
+    Raises:
+        InputError: no template has this name; the known ones are listed.
+    """
+    if name not in TEMPLATES:
+        raise InputError(
+            f"config.json names the template {name!r}, which is not known; known are {', '.join(TEMPLATES)}"
+        )
+    return TEMPLATES[name]
