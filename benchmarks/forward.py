@@ -5,6 +5,7 @@ python benchmarks/forward.py [--device cuda] [--dtype bfloat16] [--rounds 9]
 
 import argparse
 import warnings
+from typing import Any
 
 import torch
 from interleaved import ratios, show
@@ -16,7 +17,7 @@ from hooked_vlm.attention_rows import attention_rows
 IMAGE, START, END = 1000, 1002, 1003
 
 
-def middle_size_model(device: str, dtype: torch.dtype) -> Qwen2VLForConditionalGeneration:
+def middle_size_model(device: str, dtype: torch.dtype) -> Any:
     """8 layers, 8 heads (2 key-value heads), d_model 512; a vision tower of 4 layers."""
     config = Qwen2VLConfig(
         text_config={
@@ -39,7 +40,8 @@ def middle_size_model(device: str, dtype: torch.dtype) -> Qwen2VLForConditionalG
         vision_end_token_id=END,
     )
     torch.manual_seed(0)
-    return Qwen2VLForConditionalGeneration(config).to(device, dtype).eval()
+    model: Any = Qwen2VLForConditionalGeneration(config)
+    return model.to(device, dtype).eval()
 
 
 def batch_of(grids: list[tuple[int, int]], device: str, n_text: int = 32) -> dict[str, torch.Tensor]:
@@ -61,7 +63,7 @@ def batch_of(grids: list[tuple[int, int]], device: str, n_text: int = 32) -> dic
 
 @torch.no_grad()
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
     parser.add_argument("--rounds", type=int, default=9)
@@ -87,9 +89,7 @@ def main() -> None:
     generation(hf, ours, batch_of(one, arguments.device), arguments.rounds)
 
 
-def generation(
-    hf: Qwen2VLForConditionalGeneration, ours: HookedVLM, batch: dict[str, torch.Tensor], rounds: int
-) -> None:
+def generation(hf: Any, ours: HookedVLM, batch: dict[str, torch.Tensor], rounds: int) -> None:
     inputs = ours.inputs_from_hf(batch)
     hooks = [(f"blocks.{layer}.attn.hook_z", lambda z, hook: z) for layer in range(ours.cfg.n_layers)]
     settings = {"max_new_tokens": 32, "do_sample": False}

@@ -11,7 +11,7 @@ Defaults are those of the classes in transformers 5.23.0, for InternLM2 those of
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -111,15 +111,21 @@ def _widths(cfg: Mapping[str, Any]) -> tuple[int, int]:
     return cfg["n_heads"] * cfg["d_head"], cfg["n_key_value_heads"] * cfg["d_head"]
 
 
-_LLAMA_NAMES = {"embed": "model.embed_tokens.weight", "norm": "model.norm.weight", "head": "lm_head.weight"}
-QWEN2 = Dialect("Qwen2ForCausalLM", "qwen2", **_LLAMA_NAMES, block=llama_block, qkv_bias=True)
-LLAMA = Dialect("LlamaForCausalLM", "llama", **_LLAMA_NAMES, block=llama_block)
-PHI3 = Dialect("Phi3ForCausalLM", "phi3", **_LLAMA_NAMES, block=phi3_block, eps=1e-5)
-INTERNLM2 = Dialect(
-    "InternLM2ForCausalLM",
-    "internlm2",
-    embed="model.tok_embeddings.weight",
+LLAMA = Dialect(
+    "LlamaForCausalLM",
+    "llama",
+    embed="model.embed_tokens.weight",
     norm="model.norm.weight",
+    head="lm_head.weight",
+    block=llama_block,
+)
+QWEN2 = replace(LLAMA, architecture="Qwen2ForCausalLM", model_type="qwen2", qkv_bias=True)
+PHI3 = replace(LLAMA, architecture="Phi3ForCausalLM", model_type="phi3", block=phi3_block, eps=1e-5)
+INTERNLM2 = replace(
+    LLAMA,
+    architecture="InternLM2ForCausalLM",
+    model_type="internlm2",
+    embed="model.tok_embeddings.weight",
     head="output.weight",
     block=internlm2_block,
 )

@@ -52,7 +52,7 @@ class AttentionMask:
         mask = torch.ones(n_queries, n_keys, dtype=torch.bool, device=device)
         if self.causal:
             mask = mask.tril(n_keys - n_queries)
-        if self.limits(n_keys):
+        if self.window is not None:
             mask = mask.triu(n_keys - n_queries - self.window + 1)
         mask = mask[None, None]
         if self.key_valid is not None:
@@ -116,7 +116,7 @@ def _fused(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask) -> Tensor:
         # causal kernel then needs no [pos, pos] mask.
         there = (torch.arange(n_queries, device=q.device) + padding[:, None]) % n_queries
         back = (torch.arange(n_queries, device=q.device) - padding[:, None]) % n_queries
-        z = _sdpa(*(_take(x, there) for x in (q, k, v)), None, causal=True)
+        z = _sdpa(_take(q, there), _take(k, there), _take(v, there), None, causal=True)
         return _take(z, back)
     if mask.causal and n_queries == n_keys:
         # without left padding, keys padded at the end lie in every real query's future

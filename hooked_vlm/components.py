@@ -199,8 +199,8 @@ class Embed(WithViews, nn.Embedding):
     def W_E(self) -> Float[Tensor, "d_vocab d_model"]:
         return self.weight
 
-    def forward(self, tokens: Int[Tensor, "batch pos"]) -> Float[Tensor, "batch pos d_model"]:
-        return super().forward(tokens)
+    def forward(self, input: Int[Tensor, "batch pos"]) -> Float[Tensor, "batch pos d_model"]:
+        return super().forward(input)
 
 
 class Unembed(WithViews, nn.Linear):

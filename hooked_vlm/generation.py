@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from tqdm.auto import trange
 
 from hooked_vlm.config import VLMConfig
-from hooked_vlm.hooks import HookName, HookPoint, is_hooked
+from hooked_vlm.hooks import HookName, is_hooked
 from hooked_vlm.inputs import VLMInputs
 from hooked_vlm.token_layout import InputError, InputSpec
 
@@ -21,7 +21,7 @@ class GenerationMixin(nn.Module):
     """`generate` of a `HookedVLM`."""
 
     cfg: VLMConfig
-    hook_dict: dict[str, HookPoint]
+    hook_dict: dict[str, Any]
     as_inputs: Callable[[Any], VLMInputs]
     hooks: Callable[..., Any]
     new_kv_cache: Callable[..., Any]

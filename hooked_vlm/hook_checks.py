@@ -6,7 +6,7 @@ from typing import Any
 from torch import nn
 
 from hooked_vlm.config import VLMConfig
-from hooked_vlm.hooks import HookError, HookName, HookPoint, is_encoder, is_vision, nearest_names
+from hooked_vlm.hooks import HookError, HookName, is_encoder, is_vision, nearest_names
 from hooked_vlm.inputs import VLMInputs
 
 _SWITCHES = (
@@ -20,7 +20,7 @@ class HookChecksMixin(nn.Module):
     """What a `HookedVLM` asks of a hook before it is set."""
 
     cfg: VLMConfig
-    hook_dict: dict[str, HookPoint]
+    hook_dict: dict[str, Any]
 
     def check_hook_name(self, name: HookName) -> None:
         """Refuse a hook that could not act in any run.
@@ -83,8 +83,7 @@ class HookChecksMixin(nn.Module):
         for suffixes, flag in _SWITCHES:
             if name.endswith(suffixes) and not getattr(self.cfg, flag):
                 return f"is switched off and would never fire: call model.set_{flag}(True) first"
-        tower = self.cfg.vision
-        in_tower = tower is not None and name.startswith("vision.blocks.")
-        if in_tower and int(name.split(".")[2]) >= tower.n_layers_run:
-            return f"lies behind the last layer that this checkpoint's projector reads ({tower.n_layers_run - 1})"
+        n_run = 0 if self.cfg.vision is None else self.cfg.vision.n_layers_run
+        if name.startswith("vision.blocks.") and int(name.split(".")[2]) >= n_run:
+            return f"lies behind the last layer that this checkpoint's projector reads ({n_run - 1})"
         return ""

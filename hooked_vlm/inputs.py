@@ -340,7 +340,7 @@ class VLMInputs:
         rows, masks = [], []
         for r, (row, mask) in enumerate(zip(self.tokens, self.attention_mask, strict=True)):
             if r == visual.row:
-                placeholders = row.new_full((n_new,), row[visual.start])
+                placeholders = row.new_full((n_new,), int(row[visual.start]))
                 row = torch.cat((row[: visual.start], placeholders, row[visual.stop :]))
                 mask = torch.cat((mask[: visual.start], mask.new_ones(n_new), mask[visual.stop :]))
             rows.append(row)

@@ -13,6 +13,7 @@ from huggingface_hub import save_torch_state_dict, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from torch import Tensor, nn
 
+from hooked_vlm.components import Embed, Unembed
 from hooked_vlm.config import RopeScaling, VisionConfig, VLMConfig
 from hooked_vlm.converters import CheckpointError, converter_for, open_tensors, read_config, read_json
 from hooked_vlm.images import ImageProcessor
@@ -31,6 +32,8 @@ class LoadingMixin(nn.Module):
     """Loading and saving of a `HookedVLM`."""
 
     cfg: VLMConfig
+    embed: Embed
+    unembed: Unembed
     tokenizer: Any
     image_processor: ImageProcessor | TileProcessor | None
     hf_config: dict[str, Any]

@@ -16,7 +16,7 @@ from hooked_vlm.cache import VLMCache
 from hooked_vlm.caching import caching_hooks, default_filter
 from hooked_vlm.components import Embed, Norm, Unembed
 from hooked_vlm.config import VLMConfig
-from hooked_vlm.decoder import text_blocks
+from hooked_vlm.decoder import Block, text_blocks
 from hooked_vlm.generation import GenerationMixin
 from hooked_vlm.hook_checks import HookChecksMixin
 from hooked_vlm.hooks import HookName, HookPoint, fresh, is_encoder, is_hooked
@@ -103,11 +103,10 @@ class HookedVLM(LoadingMixin, PromptMixin, GenerationMixin, WeightsMixin, HookCh
         if past_kv_cache is not None and past_kv_cache.batch != len(inputs):
             raise InputError(f"the key-value cache has {past_kv_cache.batch} rows, the inputs {len(inputs)}")
         self._check_context(inputs, 0 if past_kv_cache is None else past_kv_cache.length)
-        if resid is None:
-            resid = self._embed(inputs)
-        elif resid.shape != (*inputs.shape, self.cfg.d_model):
+        if resid is not None and resid.shape != (*inputs.shape, self.cfg.d_model):
             expected = (*inputs.shape, self.cfg.d_model)
             raise InputError(f"resid must be [batch, pos, d_model] = {expected}, got {tuple(resid.shape)}")
+        stream: Tensor = self._embed(inputs) if resid is None else resid
 
         run = AttentionRun(self._attention_mask(inputs, past_kv_cache), past_kv_cache, self.cfg.use_attn_result)
         rotate = text_rotation(
@@ -115,25 +114,24 @@ class HookedVLM(LoadingMixin, PromptMixin, GenerationMixin, WeightsMixin, HookCh
             self.cfg.d_head,
             self.cfg.rope_theta,
             self.cfg.mrope_section,
-            resid.dtype,
+            stream.dtype,
             self.cfg.rope_scaling,
             _lengths(inputs, past_kv_cache),
         )
         for layer in range(first, last):
-            resid = self.blocks[layer](
-                resid, rotate, run, layer, self.cfg.use_split_qkv_input, self.cfg.use_hook_mlp_in
-            )
+            block: Block = self.blocks[layer]  # type: ignore[assignment]
+            stream = block(stream, rotate, run, layer, self.cfg.use_split_qkv_input, self.cfg.use_hook_mlp_in)
         if past_kv_cache is not None:
             past_kv_cache.advance(inputs.shape[1], run.mask.key_valid, inputs.next_position)
         if stop_at_layer is not None:
-            return resid
+            return stream
         if return_type is None:
             # the final norm's hooks still fire, as they do in TransformerLens' own models
-            self.ln_final(resid)
+            self.ln_final(stream)
             return None
         if logits_at == "last":
-            resid = _last_real(resid, inputs)
-        logits = self.unembed(self.ln_final(resid))
+            stream = _last_real(stream, inputs)
+        logits = self.unembed(self.ln_final(stream))
         if return_type == "logits":
             return logits
         loss = self._loss(logits, inputs, logits_at)
@@ -279,7 +277,7 @@ class HookedVLM(LoadingMixin, PromptMixin, GenerationMixin, WeightsMixin, HookCh
         self.check_reachable([name for name, _ in (*fwd_hooks, *bwd_hooks)], inputs, kwargs)
         return super().run_with_hooks(inputs, *args, fwd_hooks=list(fwd_hooks), bwd_hooks=list(bwd_hooks), **kwargs)
 
-    def run_with_cache(
+    def run_with_cache(  # pyright: ignore[reportIncompatibleMethodOverride] (the input has a type here)
         self,
         input: VLMInputs | Int[Tensor, "batch pos"] | str | Sequence[str],
         *args: Any,
@@ -314,7 +312,7 @@ class HookedVLM(LoadingMixin, PromptMixin, GenerationMixin, WeightsMixin, HookCh
         if cut.mode != "identity" and kwargs.get("logits_at") == "last":
             raise InputError('pos_slice does not go with logits_at="last", where ln_final has one position only')
         wanted = default_filter(self.hook_dict) if names_filter is None else names_filter
-        given = list(wanted) if isinstance(wanted, list | tuple) else [wanted]
+        given: list[Any] = list(wanted) if isinstance(wanted, list | tuple) else [wanted]
         self.check_reachable(given, inputs, kwargs)
         if callable(wanted):  # a filter means: of those that fire
             names = [n for n in self.hook_dict if wanted(n) and not self.why_silent(n, inputs, kwargs)]

@@ -145,9 +145,9 @@ class PromptMixin(nn.Module):
         video_sizes = []
         if all_images and processor is not None:
             pixels, grids, sizes = processor(all_images)
-        if all_videos and isinstance(processor, TileProcessor):
+        if all_videos and not isinstance(processor, ImageProcessor):
             raise InputError("this model takes no videos: give their frames as images")
-        if all_videos and processor is not None:
+        if all_videos and isinstance(processor, ImageProcessor):
             parts = [processor.video(frames) for frames in all_videos]
             video_sizes = [size for _, _, (size,) in parts]
             video_pixels = torch.cat([p for p, _, _ in parts])

@@ -48,7 +48,7 @@ def _internlm2(folder: Path, settings: Mapping[str, Any]) -> PreTrainedTokenizer
     path = folder / "tokenizer.model"
     if not path.exists():
         raise CheckpointError(f"{folder} has no tokenizer.model, which {settings['tokenizer_class']} needs")
-    proto = sentencepiece_model_pb2.ModelProto()
+    proto = sentencepiece_model_pb2.ModelProto()  # pyright: ignore[reportAttributeAccessIssue] (generated code)
     proto.ParseFromString(path.read_bytes())
     if proto.trainer_spec.model_type != _BPE:
         raise CheckpointError(f"{path} is not a byte-pair model, which InternLM2's tokenizer is")

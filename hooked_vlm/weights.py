@@ -25,7 +25,7 @@ class WeightsMixin(WithViews):
     embed: Embed
     unembed: Unembed
     ln_final: Norm
-    blocks: nn.ModuleList
+    blocks: Any  # a ModuleList of Block
     to_single_token: Callable[[str], int]
 
     @weight_view

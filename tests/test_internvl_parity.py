@@ -187,19 +187,20 @@ def test_steps_across_the_trained_length_equal_a_fresh_references() -> None:
     fresh: Any = InternVLForConditionalGeneration(tiny_config("llama-dynamic")).eval()
     fresh.load_state_dict(tiny_hf("llama-dynamic").state_dict())
     model, tokens = tiny_model("llama-dynamic"), text_of(140)["input_ids"]
-    cache, past = model.new_kv_cache(1, 140), None
+    cache, step = model.new_kv_cache(1, 140), None
     for first, stop in ((0, 120), *((i, i + 1) for i in range(120, 140))):
+        past = None if step is None else step.past_key_values
         step = fresh(input_ids=tokens[:, first:stop], past_key_values=past, use_cache=True)
-        past = step.past_key_values
         close(model(tokens[:, first:stop], past_kv_cache=cache)[:, -1], step.logits[:, -1])
     whole = model(tokens)[:, -1]
+    assert step is not None
     assert (whole - step.logits[:, -1]).abs().max() > 1e-3  # an uncached run rotates all keys anew
 
 
 @pytest.mark.parametrize("window", [4, 9])
 @torch.no_grad()
 def test_a_sliding_window_hides_what_lies_before_it(window: int) -> None:
-    config = tiny_config("phi3").text_config
+    config: Any = tiny_config("phi3").text_config
     config.sliding_window = window
     config._attn_implementation = "eager"
     hf: Any = Phi3ForCausalLM(config).eval()

@@ -86,7 +86,7 @@ def test_the_real_shape_of_qwen2_vl_2b_equals_the_reference() -> None:
     """Random weights in float32 (9 GB, shared by both): logits, every layer, the vision tower, greedy tokens."""
     config = Qwen2VLConfig(**KNOWN_MODELS["Qwen/Qwen2-VL-2B-Instruct"].config)
     config.dtype = torch.float32
-    hf = Qwen2VLForConditionalGeneration._from_config(config, attn_implementation="sdpa").eval()
+    hf: Any = Qwen2VLForConditionalGeneration._from_config(config, attn_implementation="sdpa").eval()
     generator = torch.Generator().manual_seed(0)
     for parameter in hf.parameters():  # biases and norm weights start as zeros and ones
         if parameter.ndim == 1:

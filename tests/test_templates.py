@@ -155,8 +155,8 @@ def test_a_template_that_is_not_known(tmp_path: Path) -> None:
 
 def test_saved_for_transformers_the_template_goes_along(model: Any, tmp_path: Path) -> None:
     model.save_pretrained(tmp_path / "hf", layout="hf")
-    again = HookedVLM.from_pretrained(tmp_path / "hf")
+    again: Any = HookedVLM.from_pretrained(tmp_path / "hf")
     assert again.cfg.chat_template is None
     here, there = (m.to_inputs("What?", IMAGE) for m in (model, again))
     assert torch.equal(there.tokens, here.tokens[:, 1:])  # transformers' templates bring no <s> of their own
-    assert torch.equal(here.pixel_values, there.pixel_values)
+    assert here.pixel_values is not None and torch.equal(here.pixel_values, there.pixel_values)

@@ -1,15 +1,16 @@
 """Questions about pictures with text, and where in the pictures each part of the answer is written."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from PIL import Image
 
-from hooked_vlm.images import smart_resize
+from hooked_vlm.images import ImageProcessor
+from hooked_vlm.tiles import TileProcessor
 
-CHAT_TOKENS = 32
-"""Room for the chat template around a question."""
+MARKS = 3
+"""Tokens around a picture at most: its two marks and a line break."""
 Box = tuple[int | float, int | float, int | float, int | float]
 """Half-open (x0, y0, x1, y1) in pixels of the picture."""
 
@@ -54,21 +55,19 @@ def coarse(example: Example) -> Example:
 
 
 def to_inputs(model: Any, examples: Sequence[Example], pixels: int | None) -> Any:
-    """The examples as one batch; `pixels` fixes the area of every resized picture."""
+    """The examples as one batch; `pixels` fixes the area of every resized picture (of models that do not tile)."""
     images = [list(e.images) for e in examples] if any(e.images for e in examples) else None
-    return model.to_inputs([e.question for e in examples], images, min_pixels=pixels, max_pixels=pixels)
+    area = None if isinstance(model.image_processor, TileProcessor) else pixels
+    return model.to_inputs([e.question for e in examples], images, min_pixels=area, max_pixels=area)
 
 
 def prompt_length(model: Any, example: Example, pixels: int | None) -> int:
-    """About how many tokens the example's prompt has (exact for its pictures), without preparing them."""
-    text = len(model.tokenizer.encode(example.question, add_special_tokens=False)) + CHAT_TOKENS
+    """How many tokens the example's prompt has, a few more at most, without preparing its pictures."""
+    text = model.to_inputs(example.question).shape[1]
     processor = model.image_processor
-    if not example.images:
-        return text
-    side = processor.pixels_per_token
-    low, high = (processor.min_pixels, processor.max_pixels) if pixels is None else (pixels, pixels)
-    sizes = [smart_resize(image.height, image.width, side, low, high) for image in example.images]
-    return text + sum(h * w // side**2 + 2 for h, w in sizes)
+    if isinstance(processor, ImageProcessor) and pixels is not None:
+        processor = replace(processor, min_pixels=pixels, max_pixels=pixels)
+    return text + sum(processor.n_tokens(image.size) + MARKS for image in example.images)
 
 
 def batches(n_tokens: Sequence[int], tokens_per_batch: int) -> list[list[int]]:

@@ -32,7 +32,9 @@ class Comparison:
 
 def published_for(model_name: str) -> dict | None:
     """The published record of a model, by the last part of its name or path; None if there is none."""
-    models = json.loads(resources.files(__package__).joinpath("published.json").read_text(encoding="utf-8"))["models"]
+    models = json.loads(resources.files(str(__package__)).joinpath("published.json").read_text(encoding="utf-8"))[
+        "models"
+    ]
     wanted = PurePosixPath(model_name.replace("\\", "/")).name.lower()
     return next((m | {"name": name} for name, m in models.items() if name.split("/")[1].lower() == wanted), None)
 

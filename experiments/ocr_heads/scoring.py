@@ -157,14 +157,14 @@ def _hits(
 ) -> tuple[Bool[np.ndarray, "copy layer head"], Float[np.ndarray, "row layer head"]]:
     """For every copy, which heads' argmax lies in its evidence; and the heads' output norms on the prompts."""
     by_row: dict[int, list[int]] = {row: [] for row in range(len(inputs))}
-    for i, copy in enumerate(copies):
-        if copy.position is not None:
-            by_row[copy.row].append(i)
+    position_of = {i: copy.position for i, copy in enumerate(copies) if copy.position is not None}
+    for i in position_of:
+        by_row[copies[i].row].append(i)
     width = max(1, *(len(found) for found in by_row.values()))
     positions = torch.tensor([[f - 1] * width for f in inputs.stop])  # spare columns hold a harmless query
     for row, found in by_row.items():
         for column, i in enumerate(found):
-            positions[row, column] = copies[i].position
+            positions[row, column] = position_of[i]
     last_key = n_prompt - 1 if protocol.keys == "prompt" else inputs.shape[1]
     norms: dict[int, Tensor] = {}
 

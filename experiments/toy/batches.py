@@ -3,6 +3,7 @@
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -10,11 +11,9 @@ from jaxtyping import Bool, Float, Int, UInt8
 from tokenizers import Tokenizer
 from torch import Tensor
 from torch.nn import functional as F
-from transformers import Qwen2VLForConditionalGeneration
-from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from hooked_vlm.experiments.toy.data import Sample
-from hooked_vlm.experiments.toy.model import MERGE_SIZE, PATCH_SIZE, patches_of
+from hooked_vlm.experiments.toy.model import MERGE_SIZE, PATCH_SIZE, HFModel, patches_of
 from hooked_vlm.experiments.toy.tokenizer import (
     END_OF_TEXT,
     IM_END,
@@ -109,12 +108,12 @@ def collate(samples: Sequence[Sample]) -> Batch:
         labels[row, : len(ids)] = torch.tensor(targets)
     images, grid = None, None
     if samples[0].pixels is not None:
-        images = torch.from_numpy(np.stack([sample.pixels for sample in samples]))
+        images = torch.from_numpy(np.stack([np.asarray(sample.pixels) for sample in samples]))
         grid = image_grid(images.shape[1], images.shape[2])
     return Batch(tokens, labels, mrope_positions(length, grid), images)
 
 
-def decoder_output(model: Qwen2VLForConditionalGeneration, batch: Batch, **kwargs: bool) -> BaseModelOutputWithPast:
+def decoder_output(model: HFModel, batch: Batch, **kwargs: bool) -> Any:
     """The decoder's last hidden state; causal attention alone suffices because padding is at the end."""
     embedded = model.model.language_model.embed_tokens(batch.tokens)
     if batch.images is not None:
@@ -137,7 +136,7 @@ def decoder_output(model: Qwen2VLForConditionalGeneration, batch: Batch, **kwarg
 
 
 def answer_logits(
-    model: Qwen2VLForConditionalGeneration, batch: Batch, patterns: list[Tensor] | None = None
+    model: HFModel, batch: Batch, patterns: list[Tensor] | None = None
 ) -> tuple[Float[Tensor, "answer_token vocab"], Int[Tensor, " answer_token"], Bool[Tensor, "batch pos"]]:
     """Logits where an answer token is produced, the tokens, and where they stand (producing position).
 

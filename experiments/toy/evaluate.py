@@ -17,7 +17,7 @@ from hooked_vlm.experiments.toy import data
 from hooked_vlm.experiments.toy.batches import answer_logits, collate
 from hooked_vlm.experiments.toy.data import Sample
 from hooked_vlm.experiments.toy.heads import Head, head_mask, kept_heads, ocr_scores, output_norms
-from hooked_vlm.experiments.toy.model import batch_vision_attention
+from hooked_vlm.experiments.toy.model import HFModel, batch_vision_attention
 
 LIVE_NORM = 0.1  # of the largest head's
 NOT_READING = 0.1  # OCR score
@@ -45,9 +45,7 @@ def held_out(seed: int, n: int) -> dict[str, list[Sample]]:
 
 
 @torch.no_grad()
-def exact_match(
-    model: Qwen2VLForConditionalGeneration, samples: list[Sample], masked: list[Head] | None = None
-) -> np.ndarray:
+def exact_match(model: HFModel, samples: list[Sample], masked: list[Head] | None = None) -> np.ndarray:
     """Per sample, whether greedy decoding gives the answer and stops; ``masked`` heads output zero.
 
     One pass over prompt and answer decides it: greedy decoding follows the answer exactly as long as
@@ -68,9 +66,7 @@ def exact_match(
     return np.concatenate(right)
 
 
-def masking_control(
-    model: Qwen2VLForConditionalGeneration, sets: dict[str, list[Sample]], config: EvaluationConfig
-) -> dict:
+def masking_control(model: HFModel, sets: dict[str, list[Sample]], config: EvaluationConfig) -> dict:
     """Masks the heads with the highest OCR score, then as many random live heads that do not read."""
     pages = [sample for name, samples in sets.items() if name.startswith("page") for sample in samples]
     pages = pages[:: max(1, len(pages) // config.samples)]
@@ -115,7 +111,8 @@ def _head(scores: np.ndarray, index: int) -> Head:
 
 def evaluate(config: EvaluationConfig) -> dict:
     torch.set_num_threads(config.threads)
-    model = Qwen2VLForConditionalGeneration.from_pretrained(config.model).to(config.device).eval()
+    loaded: HFModel = Qwen2VLForConditionalGeneration.from_pretrained(config.model)
+    model = loaded.to(config.device).eval()
     batch_vision_attention(model)
     sets = held_out(config.seed, config.samples)
     exact = {name: float(exact_match(model, samples).mean()) for name, samples in sets.items()}

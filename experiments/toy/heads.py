@@ -11,18 +11,17 @@ import numpy as np
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
-from transformers import Qwen2VLForConditionalGeneration
 
 from hooked_vlm.experiments.toy.batches import IGNORED, Batch, collate, decoder_output, image_grid
 from hooked_vlm.experiments.toy.data import Box, Sample
-from hooked_vlm.experiments.toy.model import MERGE_SIZE, PATCH_SIZE
+from hooked_vlm.experiments.toy.model import MERGE_SIZE, PATCH_SIZE, HFModel
 
 Head = tuple[int, int]  # layer, head
 IMAGE_START = 4  # after <|im_start|> user \n <|vision_start|>
 
 
 @contextmanager
-def kept_heads(model: Qwen2VLForConditionalGeneration, keep: Float[Tensor, "layer batch head"]) -> Iterator[None]:
+def kept_heads(model: HFModel, keep: Float[Tensor, "layer batch head"]) -> Iterator[None]:
     """Multiplies each head's output, before ``o_proj`` mixes the heads, by its entry (0 removes it)."""
     handles = []
     for layer, block in enumerate(model.model.language_model.layers):
@@ -90,7 +89,7 @@ def evidence_mask(samples: Sequence[Sample], batch: Batch) -> Bool[np.ndarray, "
 
 
 @contextmanager
-def visible_patterns(model: Qwen2VLForConditionalGeneration) -> Iterator[None]:
+def visible_patterns(model: HFModel) -> Iterator[None]:
     """Attention computed step by step, because the fused kernel returns no pattern."""
     config = model.model.language_model.config
     implementation = config._attn_implementation
@@ -102,7 +101,7 @@ def visible_patterns(model: Qwen2VLForConditionalGeneration) -> Iterator[None]:
 
 
 @torch.no_grad()
-def ocr_scores(model: Qwen2VLForConditionalGeneration, samples: Sequence[Sample]) -> Float[np.ndarray, "layer head"]:
+def ocr_scores(model: HFModel, samples: Sequence[Sample]) -> Float[np.ndarray, "layer head"]:
     """Share of answer characters at whose production a head's argmax lies on that character's tokens.
 
     The row is that of the query which produces the character; the answer is fed, not generated. All
@@ -126,7 +125,7 @@ def ocr_scores(model: Qwen2VLForConditionalGeneration, samples: Sequence[Sample]
 
 
 @torch.no_grad()
-def output_norms(model: Qwen2VLForConditionalGeneration, samples: Sequence[Sample]) -> Float[np.ndarray, "layer head"]:
+def output_norms(model: HFModel, samples: Sequence[Sample]) -> Float[np.ndarray, "layer head"]:
     """Mean norm of each head's contribution to the residual stream over the produced answer tokens."""
     device = next(model.parameters()).device
     batch = collate(samples).to(device)

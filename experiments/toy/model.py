@@ -7,11 +7,12 @@ one, and a mistake in our forward pass cannot hide in weights trained with the s
 
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int, UInt8
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
 from transformers.models.qwen2_vl.modeling_qwen2_vl import apply_rotary_pos_emb_vision
@@ -87,7 +88,11 @@ def config_dict(**overrides: int) -> dict:
     return config
 
 
-def build_model(**overrides: int) -> Qwen2VLForConditionalGeneration:
+HFModel = Any
+"""`transformers`' Qwen2VLForConditionalGeneration; its parts are reached into, which its types do not know."""
+
+
+def build_model(**overrides: int) -> HFModel:
     """Freshly initialised from torch's current seed.
 
     The vision tower's matrices start at a standard deviation of 1 / sqrt(fan in), those that write to its
@@ -97,14 +102,14 @@ def build_model(**overrides: int) -> Qwen2VLForConditionalGeneration:
     """
     config = Qwen2VLConfig(**config_dict(**overrides))
     config._attn_implementation = "sdpa"
-    model = Qwen2VLForConditionalGeneration(config)
+    model: HFModel = Qwen2VLForConditionalGeneration(config)
     with torch.no_grad():
         for name, parameter in model.model.visual.named_parameters():
             if parameter.ndim < 2:
                 continue
             std = parameter[0].numel() ** -0.5
             if name.endswith(("attn.proj.weight", "fc2.weight")):
-                std /= (2 * config.vision_config.depth) ** 0.5
+                std /= (2 * model.config.vision_config.depth) ** 0.5
             parameter.normal_(0, std)
     return model
 
@@ -125,7 +130,7 @@ def patches_of(images: UInt8[Tensor, "image height width 3"]) -> Float[Tensor, "
     return pixels.reshape(n * (height // PATCH_SIZE) * (width // PATCH_SIZE), -1)
 
 
-def batch_vision_attention(model: Qwen2VLForConditionalGeneration) -> None:
+def batch_vision_attention(model: HFModel) -> None:
     """Attends within all images at once where they have one size (training batches do).
 
     ``transformers`` loops over the images; for 64 small ones the loop costs more than the arithmetic.
@@ -135,7 +140,7 @@ def batch_vision_attention(model: Qwen2VLForConditionalGeneration) -> None:
 
 
 class _BatchedAttention:
-    def __init__(self, attention: nn.Module) -> None:
+    def __init__(self, attention: Any) -> None:
         self.attention = attention
 
     def __call__(
@@ -156,7 +161,7 @@ class _BatchedAttention:
         return attention.proj(z.transpose(1, 2).reshape(hidden_states.shape))
 
 
-def save_checkpoint_folder(model: Qwen2VLForConditionalGeneration, folder: Path, **overrides: int) -> None:
+def save_checkpoint_folder(model: HFModel, folder: Path, **overrides: int) -> None:
     """Writes the checkpoint as Qwen2-VL is published: flat config, ``visual.*`` and ``model.*`` names."""
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {}

@@ -34,7 +34,12 @@ class Specialisation:
     others_off: int = 2  # at most, on rows that read
     naming_without_reading: float = 0.5
     text_off: int = 1  # any heads, at most, on text rows
-    penalty: float = 0.1  # per unit of attention, summed over heads
+    penalty: tuple[tuple[int, float], ...] = ((6500, 0.1), (7500, 0.3))
+    """(step, weight per unit of attention, summed over heads), straight lines between."""
+
+    def penalty_at(self, step: int) -> float:
+        steps, weights = zip(*self.penalty, strict=True)
+        return float(np.interp(step, steps, weights))
 
 
 def top_heads(scores: Float[np.ndarray, "layer head"], layer: int, n: int) -> list[Head]:

@@ -17,18 +17,13 @@ import tyro
 from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
-from transformers import Qwen2VLForConditionalGeneration
 
 from hooked_vlm.experiments.toy import data
 from hooked_vlm.experiments.toy.batches import Batch, answer_logits, collate
 from hooked_vlm.experiments.toy.data import Sample
 from hooked_vlm.experiments.toy.evaluate import exact_match, held_out
 from hooked_vlm.experiments.toy.heads import Head, kept_heads, ocr_scores, visible_patterns
-from hooked_vlm.experiments.toy.model import (
-    batch_vision_attention,
-    build_model,
-    save_checkpoint_folder,
-)
+from hooked_vlm.experiments.toy.model import HFModel, batch_vision_attention, build_model, save_checkpoint_folder
 from hooked_vlm.experiments.toy.specialise import (
     Specialisation,
     attention_on_evidence,
@@ -52,7 +47,7 @@ class TrainConfig:
     specialise_from: int = 5300  # step
     specialisation: Specialisation = field(default_factory=Specialisation)
     schedule: tuple[tuple[int, float], ...] = (  # (step, factor on the learning rates), straight lines between
-        (0, 0.01), (100, 1.0), (3200, 1.0), (4200, 0.643), (5000, 0.643), (5300, 0.514), (7500, 0.514), (9500, 0.0),
+        (0, 0.01), (100, 1.0), (3200, 1.0), (4200, 0.643), (5000, 0.643), (5300, 0.514), (6500, 0.514), (9500, 0.0),
     )  # fmt: skip
     lr: float = 1.5e-3
     muon_lr: float = 4e-3
@@ -166,18 +161,28 @@ def step_samples(config: TrainConfig, step: int) -> list[list[Sample]]:
 LOSS_WEIGHTS = {"page": 1.0, "text": 0.7, "transcription": 1.0, "naming": 0.3, "continuation": 0.5}
 
 
+@dataclass(frozen=True, eq=False)
+class Pressure:
+    """What one step does towards few reading heads."""
+
+    rng: np.random.Generator
+    reading: list[Head]
+    strength: Specialisation
+    penalty: float
+
+
 def task_losses(
-    model: Qwen2VLForConditionalGeneration,
+    model: HFModel,
     samples: list[Sample],
     batch: Batch,
-    pressure: tuple[np.random.Generator, list[Head], Specialisation] | None = None,
+    pressure: Pressure | None = None,
 ) -> tuple[dict[str, tuple[Tensor, Tensor]], Tensor]:
     """Per task of the batch the mean cross-entropy and the accuracy over answer tokens; the penalty."""
     penalty = torch.zeros((), device=batch.tokens.device)
     if pressure is None:
         logits, targets, producing = answer_logits(model, batch)
     else:
-        rng, reading, strength = pressure
+        rng, reading, strength = pressure.rng, pressure.reading, pressure.strength
         text = model.config.text_config
         shape = (text.num_hidden_layers, text.num_attention_heads)
         gates = kept_heads(model, random_gates(rng, samples, shape, reading, strength).to(penalty.device))
@@ -185,7 +190,7 @@ def task_losses(
         with gates, visible_patterns(model):
             logits, targets, producing = answer_logits(model, batch, patterns)
         if samples[0].task == "page":
-            penalty = strength.penalty * attention_on_evidence(samples, batch, patterns, reading)
+            penalty = pressure.penalty * attention_on_evidence(samples, batch, patterns, reading)
     losses = F.cross_entropy(logits.float(), targets, reduction="none")
     correct = (logits.argmax(-1) == targets).float()
     row = producing.nonzero()[:, 0]
@@ -197,7 +202,7 @@ def task_losses(
     return result, penalty
 
 
-def choose_reading_heads(model: Qwen2VLForConditionalGeneration, config: TrainConfig) -> list[Head]:
+def choose_reading_heads(model: HFModel, config: TrainConfig) -> list[Head]:
     """The heads with the highest OCR scores on pages that are neither trained on nor evaluated."""
     rng = np.random.default_rng([config.seed, 2**41])
     pages = [data.page_sample(rng) for _ in range(256)]
@@ -238,14 +243,16 @@ class Log:
         if path.exists() and start > 0:
             with path.open(newline="") as file:
                 rows = [row for row in csv.DictReader(file) if int(row["step"]) <= start]
-        self.file = path.open("w", newline="")
-        self.writer = csv.DictWriter(self.file, self.fields)
-        self.writer.writeheader()
-        self.writer.writerows(rows)
+        self.path = path
+        with path.open("w", newline="") as file:
+            writer = csv.DictWriter(file, self.fields)
+            writer.writeheader()
+            writer.writerows(rows)
 
-    def write(self, row: dict[str, float]) -> None:
-        self.writer.writerow({k: f"{v:.5g}" if isinstance(v, float) else v for k, v in row.items()})
-        self.file.flush()
+    def write(self, row: dict[str, float | int]) -> None:
+        with self.path.open("a", newline="") as file:
+            written = {k: f"{v:.5g}" if isinstance(v, float) else v for k, v in row.items()}
+            csv.DictWriter(file, self.fields).writerow(written)
 
 
 def save_state(path: Path, state: dict) -> None:
@@ -255,7 +262,7 @@ def save_state(path: Path, state: dict) -> None:
     os.replace(aside, path)
 
 
-def train(config: TrainConfig) -> Qwen2VLForConditionalGeneration:
+def train(config: TrainConfig) -> HFModel:
     torch.set_num_threads(config.threads)
     torch.manual_seed(config.seed)
     device = torch.device(config.device)
@@ -287,7 +294,9 @@ def train(config: TrainConfig) -> Qwen2VLForConditionalGeneration:
         if step >= config.specialise_from:
             if not reading:
                 reading = choose_reading_heads(model, config)
-            pressure = (np.random.default_rng([config.seed, step, 1]), reading, config.specialisation)
+            rng = np.random.default_rng([config.seed, step, 1])
+            strength = config.specialisation
+            pressure = Pressure(rng, reading, strength, strength.penalty_at(step))
         for samples in step_samples(config, step):
             results, penalty = task_losses(model, samples, collate(samples).to(device), pressure)
             total = penalty + sum(LOSS_WEIGHTS[task] * loss for task, (loss, _) in results.items())
@@ -303,7 +312,7 @@ def train(config: TrainConfig) -> Qwen2VLForConditionalGeneration:
 
         done = step + 1
         if done % config.log_every == 0 or done == config.steps:
-            row: dict[str, float] = {k: float(np.mean(v)) for k, v in sums.items()}
+            row: dict[str, float | int] = {k: float(np.mean(v)) for k, v in sums.items()}
             bar.set_postfix({t[:5]: f"{row.get(f'token_accuracy_{t}', 0):.2f}" for t in TASKS})
             sums = {}
             if done % config.eval_every == 0 or done == config.steps:

@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, InternVLConfig, InternVLForCondit
 
 from hooked_vlm import CheckpointError, HookedVLM
 from hooked_vlm.converters import KNOWN_MODELS, converter_for, internvl
+from hooked_vlm.tiles import TileProcessor
 
 
 @pytest.fixture(params=KINDS)
@@ -39,7 +40,7 @@ def test_the_published_layout_gives_the_references_numbers(original: tuple[str, 
     model = HookedVLM.from_pretrained(folder)
     torch.testing.assert_close(logits(model), reference(kind), atol=2e-5, rtol=0)
     assert model.cfg.image_token_id == IMAGE == 200 - 7
-    assert model.image_processor is not None and model.image_processor.max_tiles == 6
+    assert isinstance(model.image_processor, TileProcessor) and model.image_processor.max_tiles == 6
 
 
 def test_saving_in_the_published_layout_is_bit_exact(original: tuple[str, Path], tmp_path: Path) -> None:
@@ -106,7 +107,7 @@ def test_a_text_only_checkpoint_of_the_language_model(kind: str, tmp_path: Path)
 
 @pytest.mark.parametrize("tied", [False, True])
 def test_a_text_only_checkpoint_that_transformers_wrote(tied: bool, tmp_path: Path) -> None:
-    config = tiny_config("qwen2").text_config
+    config: Any = tiny_config("qwen2").text_config
     config.tie_word_embeddings = tied
     torch.manual_seed(0)
     hf = AutoModelForCausalLM.from_config(config).eval()
