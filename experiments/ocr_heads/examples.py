@@ -6,7 +6,6 @@ from typing import Any
 
 from PIL import Image
 
-from hooked_vlm.images import ImageProcessor
 from hooked_vlm.tiles import TileProcessor
 
 MARKS = 3
@@ -55,17 +54,26 @@ def coarse(example: Example) -> Example:
 
 
 def to_inputs(model: Any, examples: Sequence[Example], pixels: int | None) -> Any:
-    """The examples as one batch; `pixels` fixes the area of every resized picture (of models that do not tile)."""
+    """The examples as one batch.
+
+    `pixels` fixes the area of every resized picture; a model that tiles pictures then sees each as one tile,
+    as the paper has it.
+    """
     images = [list(e.images) for e in examples] if any(e.images for e in examples) else None
-    area = None if isinstance(model.image_processor, TileProcessor) else pixels
-    return model.to_inputs([e.question for e in examples], images, min_pixels=area, max_pixels=area)
+    if isinstance(model.image_processor, TileProcessor):
+        bounds = {"max_tiles": None if pixels is None else 1}
+    else:
+        bounds = {"min_pixels": pixels, "max_pixels": pixels}
+    return model.to_inputs([e.question for e in examples], images, **bounds)
 
 
 def prompt_length(model: Any, example: Example, pixels: int | None) -> int:
     """How many tokens the example's prompt has, a few more at most, without preparing its pictures."""
     text = model.to_inputs(example.question).shape[1]
     processor = model.image_processor
-    if isinstance(processor, ImageProcessor) and pixels is not None:
+    if isinstance(processor, TileProcessor) and pixels is not None:
+        processor = processor.bounded(1, 1)
+    elif pixels is not None:
         processor = replace(processor, min_pixels=pixels, max_pixels=pixels)
     return text + sum(processor.n_tokens(image.size) + MARKS for image in example.images)
 

@@ -3,11 +3,15 @@
 Both give the same kind of item; a run's config.json says which it used.
 """
 
+import socket
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
+from urllib.parse import urlsplit
 
+import httpx
 import numpy as np
+from huggingface_hub import constants
 
 PASSKEY_DATASET = "nanotron/simple_needle_in_a_hay_stack"
 NEEDLE_DATASET = "opencompass/NeedleBench"
@@ -70,13 +74,26 @@ def niah_items(seed: int, n: int, lengths: Sequence[int]) -> tuple[list[Haystack
 
 
 def _from_hub(name: str, subset: str | None, split: str) -> Any:
-    """A data set's split, or None where the hub cannot be reached."""
-    from datasets import load_dataset  # slow to import, and needed by this function only
+    """A data set's split, from the hub or from its local cache; None where neither has it."""
+    from datasets import config, load_dataset  # slow to import, and needed by this function only
 
+    was_offline = config.HF_HUB_OFFLINE
+    # without a network the client would knock again and again for most of a minute
+    config.HF_HUB_OFFLINE = was_offline or not _has_network()
     try:
         return load_dataset(name, subset, split=split)
-    except (OSError, RuntimeError, ValueError):  # offline, refused, or no such data set there any more
+    except (OSError, RuntimeError, ValueError, httpx.HTTPError):  # offline, refused, or gone from the hub
         return None
+    finally:
+        config.HF_HUB_OFFLINE = was_offline
+
+
+def _has_network() -> bool:
+    try:
+        socket.getaddrinfo(urlsplit(constants.ENDPOINT).hostname, None)
+    except OSError:
+        return False
+    return True
 
 
 # ---------------------------------------------------------------- synthetic

@@ -43,11 +43,11 @@ class TrainConfig:
     device: str = "cpu"
     threads: int = 2
     resume: bool = False
-    steps: int = 9500
+    steps: int = 8900
     specialise_from: int = 5300  # step
     specialisation: Specialisation = field(default_factory=Specialisation)
     schedule: tuple[tuple[int, float], ...] = (  # (step, factor on the learning rates), straight lines between
-        (0, 0.01), (100, 1.0), (3200, 1.0), (4200, 0.643), (5000, 0.643), (5300, 0.514), (6500, 0.514), (9500, 0.0),
+        (0, 0.01), (100, 1.0), (3200, 1.0), (4200, 0.643), (5000, 0.643), (5300, 0.514), (6500, 0.514), (7300, 0.377), (8900, 0.0),
     )  # fmt: skip
     lr: float = 1.5e-3
     muon_lr: float = 4e-3
