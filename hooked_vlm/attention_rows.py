@@ -51,7 +51,7 @@ def attention_rows(
         if not 0 <= layer < n_layers:
             raise InputError(f"layer {layer} is out of range: the model has layers 0 to {n_layers - 1}")
     positions = positions.to(inputs.device)
-    visible = _visible(inputs, positions)
+    visible = _visible(inputs, positions, model.cfg.sliding_window)
     queries: dict[int, Tensor] = {}
     found: dict[int, Tensor] = {}
 
@@ -75,7 +75,7 @@ def attention_rows(
     return torch.stack([found[layer] for layer in chosen])
 
 
-def _visible(inputs: VLMInputs, positions: Int[Tensor, "batch row"]) -> Tensor:
+def _visible(inputs: VLMInputs, positions: Int[Tensor, "batch row"], window: int | None) -> Tensor:
     """Which keys each of the chosen queries may see, bool [batch, row, key]."""
     if positions.shape[0] != len(inputs):
         raise InputError(f"positions must be [batch, row] with {len(inputs)} rows, got {tuple(positions.shape)}")
@@ -84,4 +84,5 @@ def _visible(inputs: VLMInputs, positions: Int[Tensor, "batch row"]) -> Tensor:
     if ((positions < first) | (positions >= stop)).any():
         raise InputError("a query position lies outside the inputs or under their padding")
     keys = torch.arange(inputs.shape[1], device=inputs.device)
-    return (keys <= positions[..., None]) & (keys >= first[..., None])
+    visible = (keys <= positions[..., None]) & (keys >= first[..., None])
+    return visible if window is None else visible & (keys > positions[..., None] - window)

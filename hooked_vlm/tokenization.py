@@ -4,7 +4,8 @@
 SentencePiece model: that one is rebuilt here from the model file and the added tokens.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers, proc
 from tokenizers.models import BPE
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from transformers.tokenization_utils_base import generate_merges
+from transformers.utils import logging
 
 from hooked_vlm.converters import CheckpointError, read_json
 
@@ -36,12 +38,31 @@ def load_tokenizer(folder: Path) -> Any:
             return _internlm2(folder, settings)
         if settings.get("tokenizer_class") in INTERNLM2_CLASSES:
             return PreTrainedTokenizerFast.from_pretrained(folder, trust_remote_code=False)
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        with _quiet_transformers():
+            return AutoTokenizer.from_pretrained(folder, trust_remote_code=False, **_defaults(folder, settings))
     except CheckpointError:
         raise
     except Exception as error:  # transformers raises whatever its readers raise
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise CheckpointError(f"the tokenizer in {folder} cannot be read: {reason}") from error
+
+
+def _defaults(folder: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """What transformers 4 took for granted, with which the checkpoints were published, and 5 does not."""
+    llama = str(settings.get("tokenizer_class")).startswith("LlamaTokenizer")
+    silent = "add_bos_token" not in settings and not (folder / "tokenizer.json").exists()
+    return {"add_bos_token": True} if llama and silent else {}
+
+
+@contextmanager
+def _quiet_transformers() -> Iterator[None]:
+    """Without its remark that InternVL's model_type is unknown to it, which does not matter to a tokenizer."""
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
 
 
 def _internlm2(folder: Path, settings: Mapping[str, Any]) -> PreTrainedTokenizerFast:

@@ -4,6 +4,7 @@ Only positions with attention_mask 1 are compared. InternLM2, which `transformer
 through Llama with the equivalent weights (tests/converters/test_internvl.py shows that they are equivalent).
 """
 
+from copy import deepcopy
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -15,6 +16,7 @@ from torch import Tensor
 from transformers import InternVLForConditionalGeneration, Phi3ForCausalLM
 
 from hooked_vlm import HookedVLM, InputError
+from hooked_vlm.attention_rows import attention_rows
 
 LAYERS, VISION_LAYERS = 3, 2
 # Longrope changes the frequencies of a row that is longer than 32: the reference does so for the whole batch.
@@ -210,9 +212,31 @@ def test_a_sliding_window_hides_what_lies_before_it(window: int) -> None:
     close(logits, theirs.logits)
     close(seen["pattern", 1], theirs.attentions[1], 5e-6)
     close(model(tokens), theirs.logits)  # the fused kernel
+    rows = attention_rows(model, model.as_inputs(tokens), torch.tensor([[3, 20]]))
+    close(rows[1, 0], theirs.attentions[1][0][:, [3, 20]], 5e-6)
     cache = model.new_kv_cache(1, 24)
     steps = [model(tokens[:, i : i + 1], past_kv_cache=cache) for i in range(24)]
     close(torch.cat(steps, dim=1), theirs.logits)
+
+
+# ---------------------------------------------------------------- low precision
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("kind", KINDS)
+@torch.no_grad()
+def test_rounding_errors_are_no_larger_than_the_references(kind: str, dtype: torch.dtype) -> None:
+    low = deepcopy(tiny_hf(kind)).to(dtype)
+    low.set_attn_implementation("sdpa")
+    exact, model = deepcopy(low).double(), HookedVLM.from_hf(low)
+    ours, theirs = 0.0, 0.0
+    for seed in range(6):
+        batch = hf_batch(CASES["images-of-different-tiles"], seed)
+        batch["input_ids"] = torch.where(batch["input_ids"] < 100, batch["input_ids"] + 10 * seed, batch["input_ids"])
+        truth = exact(**for_hf(batch)).logits
+        ours += float((model(model.inputs_from_hf(batch)).double() - truth).pow(2).mean().sqrt())
+        theirs += float((low(**for_hf(batch)).logits.double() - truth).pow(2).mean().sqrt())
+    assert 0 < ours <= 1.1 * theirs
 
 
 # ---------------------------------------------------------------- tiles

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tiny_internvl import ADDED, train_tokenizer
+from tokenizers import ByteLevelBPETokenizer
 
 from hooked_vlm import CheckpointError
 from hooked_vlm.tokenization import load_tokenizer
@@ -107,3 +108,37 @@ def test_added_tokens_must_have_their_ids(tmp_path: Path) -> None:
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
     with pytest.raises(CheckpointError, match="'<img>' should have the id 999"):
         load_tokenizer(tmp_path)
+
+
+# ---------------------------------------------------------------- tokenizers that transformers knows
+
+
+@pytest.mark.parametrize(
+    ("says", "starts"), [({}, True), ({"add_bos_token": True}, True), ({"add_bos_token": False}, False)]
+)
+def test_llamas_tokenizer_begins_a_text_unless_told_not_to(says: dict[str, bool], starts: bool, tmp_path: Path) -> None:
+    """As in the versions of transformers that the checkpoints were published for."""
+    processor = train_tokenizer(tmp_path)
+    config = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    config |= {"tokenizer_class": "LlamaTokenizer", **says}
+    del config["auto_map"]
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    (tmp_path / "config.json").write_text('{"model_type": "internvl_chat", "auto_map": {"AutoConfig": "a.B"}}')
+    tokenizer = load_tokenizer(tmp_path)
+    assert (tokenizer.encode("a word")[0] == processor.bos_id()) is starts
+    assert tokenizer.convert_tokens_to_ids("<IMG_CONTEXT>") == len(processor) + ADDED.index("<IMG_CONTEXT>")
+
+
+def test_qwen2s_tokenizer_beside_a_configuration_with_remote_code(tmp_path: Path, capfd: Any) -> None:
+    learner = ByteLevelBPETokenizer()
+    learner.train_from_iterator(["hello world what is the image"] * 50, vocab_size=300)
+    learner.save_model(str(tmp_path))
+    added = {str(learner.get_vocab_size() + i): {"content": t, "special": True} for i, t in enumerate(ADDED)}
+    config = {"tokenizer_class": "Qwen2Tokenizer", "added_tokens_decoder": added, "eos_token": "<|im_end|>"}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    (tmp_path / "config.json").write_text('{"model_type": "internvl_chat", "auto_map": {"AutoConfig": "a.B"}}')
+    capfd.readouterr()  # what the training printed
+    tokenizer = load_tokenizer(tmp_path)
+    ids = tokenizer.encode("<|im_start|>hello<img><IMG_CONTEXT></img>")
+    assert tokenizer.convert_ids_to_tokens(ids) == ["<|im_start|>", "hello", "<img>", "<IMG_CONTEXT>", "</img>"]
+    assert capfd.readouterr() == ("", "")
