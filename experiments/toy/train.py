@@ -47,7 +47,8 @@ class TrainConfig:
     specialise_from: int = 5300  # step
     specialisation: Specialisation = field(default_factory=Specialisation)
     schedule: tuple[tuple[int, float], ...] = (  # (step, factor on the learning rates), straight lines between
-        (0, 0.01), (100, 1.0), (3200, 1.0), (4200, 0.643), (5000, 0.643), (5300, 0.514), (6500, 0.514), (7300, 0.377), (8900, 0.0),
+        (0, 0.01), (100, 1.0), (3200, 1.0), (4200, 0.643), (5000, 0.643), (5300, 0.514), (6500, 0.514),
+        (7300, 0.377), (8900, 0.0),
     )  # fmt: skip
     lr: float = 1.5e-3
     muon_lr: float = 4e-3
@@ -116,6 +117,12 @@ CURRICULUM = (
     Stage(
         2700, continuations=0, texts=6, text_lines=(0.0, 0.1, 0.15, 0.25, 0.25, 0.25), echo=0.1,
         pages=16, full_pages=16, strips=8, drawings=6, lines=(0.1, 0.1, 0.15, 0.2, 0.2, 0.25),
+        page_sizes=FULL, strip_sizes=FULL, drawing_sizes=FULL,
+    ),
+    # Glyphs are known; lines are still mixed up, on pages and in texts of many lines.
+    Stage(
+        7500, continuations=0, texts=10, text_lines=(0.0, 0.05, 0.1, 0.2, 0.3, 0.35), echo=0.05,
+        pages=28, full_pages=4, strips=4, drawings=4, lines=(0.05, 0.05, 0.1, 0.2, 0.3, 0.3),
         page_sizes=FULL, strip_sizes=FULL, drawing_sizes=FULL,
     ),
 )  # fmt: skip
