@@ -326,7 +326,7 @@ def _table(cfg: Mapping[str, Any], dialect: Dialect, layout: Layout) -> list[Ren
 
 
 def _original_vision(cfg: Mapping[str, Any]) -> list[Rename]:
-    width, d_mlp = cfg["d_model"], cfg["d_mlp"]
+    width = cfg["d_model"]
     table = _embeddings(
         cfg,
         ("vision_model.embeddings.class_embedding", "vision_model.embeddings.position_embedding"),
@@ -342,16 +342,13 @@ def _original_vision(cfg: Mapping[str, Any]) -> list[Rename]:
             *_qk_norms(cfg, f"{theirs}.attn", f"{ours}.attn"),
             *affine(f"{theirs}.attn.proj", (f"{ours}.attn.o_proj",), (width, width)),
             *_norm(cfg, f"{theirs}.norm2", f"{ours}.ln2"),
-            *affine(f"{theirs}.mlp.fc1", (f"{ours}.mlp.in_proj",), (d_mlp, width)),
-            *affine(f"{theirs}.mlp.fc2", (f"{ours}.mlp.out_proj",), (width, d_mlp)),
-            Rename(f"{theirs}.ls1", (f"{ours}.scale_attn",), (width,)),
-            Rename(f"{theirs}.ls2", (f"{ours}.scale_mlp",), (width,)),
+            *_mlp_and_scales(cfg, theirs, ours, ("ls1", "ls2")),
         ]
     return table + _projector(cfg, ("mlp1.0", "mlp1.1", "mlp1.3"))
 
 
 def _hf_vision(cfg: Mapping[str, Any]) -> list[Rename]:
-    width, d_mlp = cfg["d_model"], cfg["d_mlp"]
+    width = cfg["d_model"]
     table = _embeddings(
         cfg,
         ("vision_tower.embeddings.cls_token", "vision_tower.embeddings.position_embeddings"),
@@ -367,10 +364,7 @@ def _hf_vision(cfg: Mapping[str, Any]) -> list[Rename]:
             *_qk_norms(cfg, f"{theirs}.attention", f"{ours}.attn"),
             *affine(f"{theirs}.attention.projection_layer", (f"{ours}.attn.o_proj",), (width, width)),
             *_norm(cfg, f"{theirs}.layernorm_after", f"{ours}.ln2"),
-            *affine(f"{theirs}.mlp.fc1", (f"{ours}.mlp.in_proj",), (d_mlp, width)),
-            *affine(f"{theirs}.mlp.fc2", (f"{ours}.mlp.out_proj",), (width, d_mlp)),
-            Rename(f"{theirs}.lambda_1", (f"{ours}.scale_attn",), (width,)),
-            Rename(f"{theirs}.lambda_2", (f"{ours}.scale_mlp",), (width,)),
+            *_mlp_and_scales(cfg, theirs, ours, ("lambda_1", "lambda_2")),
         ]
     projector = "multi_modal_projector"
     return table + _projector(cfg, (f"{projector}.layer_norm", f"{projector}.linear_1", f"{projector}.linear_2"))
@@ -384,6 +378,16 @@ def _embeddings(cfg: Mapping[str, Any], tokens: tuple[str, str], patches: str) -
         Rename(tokens[1], ("vision.tile_embed.positions",), (1, 1 + cfg["n_positions"], width)),
         Rename(f"{patches}.weight", (f"{ours}.weight",), (width, cfg["in_channels"], side, side), flat=True),
         Rename(f"{patches}.bias", (f"{ours}.bias",), (width,)),
+    ]
+
+
+def _mlp_and_scales(cfg: Mapping[str, Any], theirs: str, ours: str, scales: tuple[str, str]) -> list[Rename]:
+    width, d_mlp = cfg["d_model"], cfg["d_mlp"]
+    return [
+        *affine(f"{theirs}.mlp.fc1", (f"{ours}.mlp.in_proj",), (d_mlp, width)),
+        *affine(f"{theirs}.mlp.fc2", (f"{ours}.mlp.out_proj",), (width, d_mlp)),
+        Rename(f"{theirs}.{scales[0]}", (f"{ours}.scale_attn",), (width,)),
+        Rename(f"{theirs}.{scales[1]}", (f"{ours}.scale_mlp",), (width,)),
     ]
 
 

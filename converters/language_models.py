@@ -162,29 +162,16 @@ def decoder_kwargs(section: Mapping[str, Any], dialect: Dialect, where: str = "c
     """
     text = Fields(section, where=where)
     _refuse_unsupported(text, dialect)
-    d_model = text.size("hidden_size")
-    n_heads = text.size("num_attention_heads")
-    default_heads = n_heads if text.states("num_key_value_heads") or dialect is not QWEN2 else REQUIRED
-    n_key_value_heads = text.size("num_key_value_heads", default=default_heads)
-    text.divided("num_attention_heads", "num_key_value_heads", n_heads, n_key_value_heads)
-    if text.get("head_dim") is not None:
-        d_head = text.size("head_dim")
-    else:
-        d_head = text.divided("hidden_size", "num_attention_heads", d_model, n_heads)
-    if d_head % 2:
-        raise text.error("hidden_size", "an even multiple of num_attention_heads (rotary positions)", d_model)
+    sizes = head_sizes(text, kv_may_be_absent=dialect is not QWEN2)
     n_ctx = text.size("max_position_embeddings", default=32768 if dialect is QWEN2 else 2048)
     window = text.get("sliding_window") if dialect is PHI3 else None
     return {
         "n_layers": text.size("num_hidden_layers", most=MOST_LAYERS),
-        "d_model": d_model,
-        "n_heads": n_heads,
-        "n_key_value_heads": n_key_value_heads,
-        "d_head": d_head,
+        **sizes,
         "d_mlp": text.size("intermediate_size"),
         "d_vocab": text.size("vocab_size"),
         "n_ctx": n_ctx,
-        **_rope(text, dialect, d_head, n_ctx),
+        **_rope(text, dialect, sizes["d_head"], n_ctx),
         "sliding_window": None if window is None else text.size("sliding_window"),
         "eps": text.number("rms_norm_eps", default=dialect.eps),
         "act_fn": text.one_of("hidden_act", ("silu",), default="silu"),
@@ -195,6 +182,28 @@ def decoder_kwargs(section: Mapping[str, Any], dialect: Dialect, where: str = "c
         "eos_token_ids": text.token_ids("eos_token_id"),
         "pad_token_id": text.token_id("pad_token_id"),
     }
+
+
+def head_sizes(text: Fields, kv_may_be_absent: bool) -> dict[str, int]:
+    """Widths of the stream and of heads, and how many heads there are.
+
+    Where the number of key-value heads is absent, `kv_may_be_absent` says whether that means as many as query
+    heads (a null always does).
+
+    Raises:
+        CheckpointError: sizes that do not divide each other.
+    """
+    d_model, n_heads = text.size("hidden_size"), text.size("num_attention_heads")
+    as_many = kv_may_be_absent or text.states("num_key_value_heads")
+    n_key_value_heads = text.size("num_key_value_heads", default=n_heads if as_many else REQUIRED)
+    text.divided("num_attention_heads", "num_key_value_heads", n_heads, n_key_value_heads)
+    if text.get("head_dim") is not None:
+        d_head = text.size("head_dim")
+    else:
+        d_head = text.divided("hidden_size", "num_attention_heads", d_model, n_heads)
+    if d_head % 2:
+        raise text.error("hidden_size", "an even multiple of num_attention_heads (rotary positions)", d_model)
+    return {"d_model": d_model, "n_heads": n_heads, "n_key_value_heads": n_key_value_heads, "d_head": d_head}
 
 
 def _refuse_unsupported(text: Fields, dialect: Dialect) -> None:

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from hooked_vlm.converters.errors import CheckpointError
-from hooked_vlm.converters.fields import REQUIRED, Fields, read_dtype
-from hooked_vlm.converters.language_models import MOST_LAYERS, QWEN2
+from hooked_vlm.converters.fields import Fields, read_dtype
+from hooked_vlm.converters.language_models import MOST_LAYERS, QWEN2, head_sizes
 from hooked_vlm.converters.renaming import Rename, affine, tied_to_ours, tied_to_theirs
 
 ARCHITECTURES = ("Qwen2VLForConditionalGeneration",)
@@ -41,25 +41,15 @@ def config_kwargs(hf_config: Mapping[str, Any]) -> dict[str, Any]:
     # What a nested file repeats at its root is decoration to transformers; what it lacks may be there.
     text = Fields(root.section("text_config"), hf_config)
     _refuse_unsupported(root, text)
-    d_model = text.size("hidden_size")
-    n_heads = text.size("num_attention_heads")
-    # Null means as many as there are query heads, to transformers too; where the key is absent, nobody knows.
-    default_heads = n_heads if text.states("num_key_value_heads") else REQUIRED
-    n_key_value_heads = text.size("num_key_value_heads", default=default_heads)
-    text.divided("num_attention_heads", "num_key_value_heads", n_heads, n_key_value_heads)
-    d_head = text.divided("hidden_size", "num_attention_heads", d_model, n_heads)
-    if d_head % 2:
-        raise text.error("hidden_size", "an even multiple of num_attention_heads (rotary positions)", d_model)
+    # Null means as many key-value heads as query heads; where the key is absent, nobody knows.
+    sizes = head_sizes(text, kv_may_be_absent=False)
     return {
         "n_layers": text.size("num_hidden_layers", most=MOST_LAYERS),
-        "d_model": d_model,
-        "n_heads": n_heads,
-        "n_key_value_heads": n_key_value_heads,
-        "d_head": d_head,
+        **sizes,
         "d_mlp": text.size("intermediate_size"),
         "d_vocab": text.size("vocab_size"),
         "n_ctx": text.size("max_position_embeddings", default=32768),
-        **_rope(text, d_head),
+        **_rope(text, sizes["d_head"]),
         "eps": text.number("rms_norm_eps", default=1e-5),
         "act_fn": text.one_of("hidden_act", ("silu",), default="silu"),
         "normalization_type": "RMS",
@@ -73,7 +63,7 @@ def config_kwargs(hf_config: Mapping[str, Any]) -> dict[str, Any]:
         "vision_end_token_id": root.token_id("vision_end_token_id", default=151653),
         "eos_token_ids": text.token_ids("eos_token_id"),
         "pad_token_id": text.token_id("pad_token_id"),
-        "vision": _vision_kwargs(root.section("vision_config"), d_model),
+        "vision": _vision_kwargs(root.section("vision_config"), sizes["d_model"]),
         "original_architecture": ARCHITECTURES[0],
     }
 

@@ -161,8 +161,7 @@ class ImageGrid:
         Raises:
             GeometryError: see `overlaps`; or `min_overlap` is not in [0, 1).
         """
-        if not 0 <= min_overlap < 1:
-            raise GeometryError(f"min_overlap is a share of the {of}'s area, 0 <= min_overlap < 1, got {min_overlap}")
+        _check_share(min_overlap, of)
         return np.flatnonzero(self.overlaps(box, of, truncate) > min_overlap).tolist()
 
     # patches and pictures
@@ -218,6 +217,11 @@ class ImageGrid:
                 "(width x height, original size after EXIF orientation)"
             )
         return corners
+
+
+def _check_share(min_overlap: float | int, of: str) -> None:
+    if not 0 <= min_overlap < 1:
+        raise GeometryError(f"min_overlap is a share of the {of}'s area, 0 <= min_overlap < 1, got {min_overlap}")
 
 
 Part = Literal["all", "tiles", "thumbnail"]
@@ -328,8 +332,7 @@ class TileGrid:
         part: Part = "all",
     ) -> list[int]:
         """As `ImageGrid.tokens_in_box`, among the tokens of a part."""
-        if not 0 <= min_overlap < 1:
-            raise GeometryError(f"min_overlap is a share of the {of}'s area, 0 <= min_overlap < 1, got {min_overlap}")
+        _check_share(min_overlap, of)
         tokens = self.tokens_of(part)
         shares = self.overlaps(box, of, truncate)[tokens.start : tokens.stop]
         return (np.flatnonzero(shares > min_overlap) + tokens.start).tolist()

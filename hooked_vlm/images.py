@@ -260,25 +260,10 @@ class ImageProcessor:
             ImageError: bounds that contradict each other, or a setting that this processor does not have.
         """
         config = config.get("image_processor", config)
-        for key, expected in (
-            ("do_resize", True),
-            ("do_rescale", True),
-            ("do_normalize", True),
-            ("resample", Image.Resampling.BICUBIC.value),
-            ("rescale_factor", 1 / 255),
-        ):
-            if config.get(key) not in (None, expected):
-                raise ImageError(f"unsupported image processor: expected {key} = {expected}, got {config[key]!r}")
-
-        fields: dict[str, Any] = _bounds(config)
+        fields: dict[str, Any] = {**_bounds(config), **common_settings(config)}
         for key in ("patch_size", "temporal_patch_size", "merge_size"):
             if config.get(key) is not None:
                 fields[key] = config[key]
-        for key in ("image_mean", "image_std"):
-            if config.get(key) is not None:
-                fields[key] = tuple(float(value) for value in config[key])
-                if len(fields[key]) != 3:
-                    raise ImageError(f"expected three numbers for {key}, one per colour, got {config[key]!r}")
         return cls(**fields)
 
     def __call__(
@@ -392,6 +377,30 @@ class ImageProcessor:
             start += n
         pixel_values = torch.from_numpy(packed.reshape(len(packed), 3 * self.temporal_patch_size * side**2))
         return pixel_values, torch.tensor(grid_thw, dtype=torch.int64).reshape(-1, 3)
+
+
+def common_settings(config: Mapping[str, Any]) -> dict[str, tuple[float, ...]]:
+    """Mean and standard deviation of the colours, if stated, of any of the families' `preprocessor_config.json`.
+
+    Raises:
+        ImageError: a step is switched off or set to what is not done here.
+    """
+    for key, expected in (
+        ("do_resize", True),
+        ("do_rescale", True),
+        ("do_normalize", True),
+        ("resample", Image.Resampling.BICUBIC.value),
+        ("rescale_factor", 1 / 255),
+    ):
+        if config.get(key) not in (None, expected):
+            raise ImageError(f"unsupported image processor: expected {key} = {expected}, got {config[key]!r}")
+    fields = {}
+    for key in ("image_mean", "image_std"):
+        if config.get(key) is not None:
+            fields[key] = tuple(float(value) for value in config[key])
+            if len(fields[key]) != 3:
+                raise ImageError(f"expected three numbers for {key}, one per colour, got {config[key]!r}")
+    return fields
 
 
 def normalisation_tables(

@@ -16,7 +16,7 @@ from jaxtyping import Float, Int, UInt8
 from PIL import Image
 
 from hooked_vlm.geometry import ImageSize, TileGrid
-from hooked_vlm.images import ImageError, checked_images, load_image, normalisation_tables
+from hooked_vlm.images import ImageError, checked_images, common_settings, load_image, normalisation_tables
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -146,16 +146,7 @@ class TileProcessor:
             ImageError: a setting that this processor does not have.
         """
         config = config.get("image_processor", config)
-        for key, expected in (
-            ("do_resize", True),
-            ("do_rescale", True),
-            ("do_normalize", True),
-            ("resample", Image.Resampling.BICUBIC.value),
-            ("rescale_factor", 1 / 255),
-        ):
-            if config.get(key) not in (None, expected):
-                raise ImageError(f"unsupported image processor: expected {key} = {expected}, got {config[key]!r}")
-        fields = dict(defaults)
+        fields = {**defaults, **common_settings(config)}
         for key, name in (("min_patches", "min_tiles"), ("max_patches", "max_tiles")):
             if config.get(key) is not None:
                 fields[name] = int(config[key])
@@ -164,11 +155,6 @@ class TileProcessor:
             if size["height"] != size.get("width"):
                 raise ImageError(f"unsupported image processor: expected square tiles, got a size of {dict(size)}")
             fields["tile_size"] = int(size["height"])
-        for key in ("image_mean", "image_std"):
-            if config.get(key) is not None:
-                fields[key] = tuple(float(value) for value in config[key])
-                if len(fields[key]) != 3:
-                    raise ImageError(f"expected three numbers for {key}, one per colour, got {config[key]!r}")
         return cls(**fields)
 
     def bounded(self, min_tiles: int | None, max_tiles: int | None) -> "TileProcessor":
