@@ -249,7 +249,7 @@ def _scaling(rope: Fields, text: Fields, d_head: int, n_ctx: int) -> dict[str, A
         raise rope.error("type", "'default', 'linear', 'dynamic' or 'longrope' (others are not supported)", kind)
     stated = text.get("original_max_position_embeddings", n_ctx)
     trained = rope.size("original_max_position_embeddings", default=stated)
-    growth = n_ctx / trained
+    growth = rope.number("factor", default=n_ctx / trained)
     attention = math.sqrt(1 + math.log(growth) / math.log(trained)) if growth > 1 else 1.0
     return {
         "kind": "longrope",

@@ -227,7 +227,8 @@ class VLMInputs:
         if not isinstance(processor, TileProcessor):
             raise InputError("these inputs have no tile processor: make them with model.to_inputs(...)")
         if size is None:
-            return replace(processor.bounded(1, 1).grid((w * spec.patch_size, h * spec.patch_size)), thumbnail=False)
+            side = h * spec.patch_size
+            return replace(processor.bounded(1, 1).grid((side, side)), tile_size=side)
         grid = processor.grid(size)
         if grid.n_tiles != n_tiles:
             raise InputError(
