@@ -154,6 +154,8 @@ class LoadingMixin(nn.Module):
             known = ", ".join(map(repr, layouts)) or "None"
             raise CheckpointError(f"layout must be {known} for this model, got {layout!r}")
         config = converter.published_config(self.hf_config, self.cfg.dtype, *([layout] if layouts else []))
+        if layouts and layout not in (None, converter.layout_of(self.hf_config)):
+            config["image_token_id"] = self.cfg.image_token_id  # the tokenizer may have said another
         try:
             folder.parent.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as aside:
