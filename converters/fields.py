@@ -68,6 +68,13 @@ class Fields:
             raise self.error(name, "true or false", value)
         return value
 
+    def text(self, name: str) -> str | None:
+        """A string, or None where absent."""
+        value = self.get(name)
+        if value is not None and not isinstance(value, str):
+            raise self.error(name, "a text", value)
+        return value
+
     def one_of(self, name: str, values: tuple[str, ...], default: str) -> str:
         """A string among `values`."""
         value = self.get(name, default)

@@ -61,15 +61,17 @@ def config_kwargs(hf_config: Mapping[str, Any]) -> dict[str, Any]:
     name = _text_section(hf_config)
     section = root.section(name)
     text = decoder_kwargs(section, _dialect(hf_config), where=name)
-    # the published class ties nothing unless its language model does; transformers' class says it at the root
-    tied = text["tie_word_embeddings"] or (layout_of(hf_config) == "hf" and root.flag("tie_word_embeddings", False))
+    # the published class ties what its language model ties; of transformers' class the root says it, if it does
+    tied = text["tie_word_embeddings"]
+    if layout_of(hf_config) == "hf":
+        tied = root.flag("tie_word_embeddings", tied)
     stated = root.token_id("image_token_id", default=text["d_vocab"] - IMAGE_TOKEN_FROM_END)
     return {
         **text,
         "tie_word_embeddings": tied,
         "image_token_id": root.token_id("img_context_token_id", default=stated),
-        "chat_template": root.get("template"),
-        "system_message": root.get("system_message"),
+        "chat_template": root.text("template"),
+        "system_message": root.text("system_message"),
         "vision": _vision_kwargs(hf_config, text["d_model"]),
         "original_architecture": ORIGINAL if layout_of(hf_config) == "original" else HF,
     }
@@ -176,22 +178,29 @@ def dtype(hf_config: Mapping[str, Any]) -> torch.dtype | None:
 
 
 def published_config(
-    hf_config: Mapping[str, Any], stored_as: torch.dtype | None = None, layout: Layout | None = None
+    hf_config: Mapping[str, Any],
+    stored_as: torch.dtype | None = None,
+    layout: Layout | None = None,
+    image_token_id: int | None = None,
 ) -> dict[str, Any]:
     """The configuration in a layout (its own by default), without references to remote code.
 
-    `stored_as` replaces the stated dtype.
+    `stored_as` and `image_token_id` replace what it says of the dtype and of the token that stands for images.
 
     Raises:
         CheckpointError: as `config_kwargs`; or the layout cannot say what this one says.
     """
     layout = layout_of(hf_config) if layout is None else layout
+    cfg = config_kwargs(hf_config)
+    if image_token_id not in (None, cfg["image_token_id"]):
+        hf_config = {**hf_config, "image_token_id": image_token_id, "img_context_token_id": None}
+        cfg["image_token_id"] = image_token_id
     if layout == layout_of(hf_config):
         config = {name: value for name, value in hf_config.items() if name not in ("auto_map", "_commit_hash")}
     elif layout == "hf":
-        config = _hf_config(config_kwargs(hf_config), _dialect(hf_config))
+        config = _hf_config(cfg, _dialect(hf_config))
     else:
-        config = _original_config(config_kwargs(hf_config), _dialect(hf_config))
+        config = _original_config(cfg, _dialect(hf_config))
     stored_as = dtype(hf_config) if stored_as is None else stored_as
     config = {name: value for name, value in config.items() if name not in ("dtype", "torch_dtype")}
     return config if stored_as is None else {**config, "torch_dtype": str(stored_as).removeprefix("torch.")}
@@ -201,6 +210,8 @@ def _hf_config(cfg: Mapping[str, Any], dialect: Dialect) -> dict[str, Any]:
     vision = cfg["vision"]
     if vision["transposed_tokens"]:
         raise CheckpointError('transformers\' InternVL has no pixel shuffle "v1": keep layout="original"')
+    if vision["max_tiles"] > 1 and not vision["thumbnail"]:
+        raise CheckpointError('transformers\' InternVL always adds a thumbnail: keep layout="original"')
     side = round(vision["n_positions"] ** 0.5) * vision["patch_size"]
     return {
         "architectures": [HF],

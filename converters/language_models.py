@@ -243,8 +243,8 @@ def _scaling(rope: Fields, text: Fields, d_head: int, n_ctx: int) -> dict[str, A
     if kind == "linear":
         return {"kind": "linear", "factor": rope.number("factor")}
     if kind == "dynamic":
-        trained = rope.size("original_max_position_embeddings", default=n_ctx)
-        return {"kind": "dynamic", "factor": rope.number("factor"), "n_ctx_trained": trained}
+        # as in transformers, whatever `original_max_position_embeddings` says
+        return {"kind": "dynamic", "factor": rope.number("factor"), "n_ctx_trained": n_ctx}
     if kind not in ("longrope", "su"):
         raise rope.error("type", "'default', 'linear', 'dynamic' or 'longrope' (others are not supported)", kind)
     stated = text.get("original_max_position_embeddings", n_ctx)
@@ -276,10 +276,12 @@ def decoder_config(cfg: Mapping[str, Any], dialect: Dialect) -> dict[str, Any]:
         names = {
             "linear": ("factor",),
             "dynamic": ("factor",),
-            "longrope": ("short_factor", "long_factor"),
+            "longrope": ("short_factor", "long_factor", "attention_factor"),
         }[scaling["kind"]]
         values = {name: list(v) if isinstance(v := scaling[name], tuple) else v for name in names}
         rope = {"type": scaling["kind"], **values}
+        if scaling["kind"] == "longrope":
+            rope["original_max_position_embeddings"] = scaling["n_ctx_trained"]
     eos = list(cfg["eos_token_ids"])
     config = {
         "architectures": [dialect.architecture],

@@ -397,10 +397,16 @@ def common_settings(config: Mapping[str, Any]) -> dict[str, tuple[float, ...]]:
     fields = {}
     for key in ("image_mean", "image_std"):
         if config.get(key) is not None:
-            fields[key] = tuple(float(value) for value in config[key])
-            if len(fields[key]) != 3:
-                raise ImageError(f"expected three numbers for {key}, one per colour, got {config[key]!r}")
+            fields[key] = _colours(key, config[key])
     return fields
+
+
+def _colours(name: str, values: Any) -> tuple[float, ...]:
+    numbers = isinstance(values, list | tuple) and all(isinstance(v, int | float) and math.isfinite(v) for v in values)
+    if not numbers or len(values) != 3 or (name == "image_std" and min(values) <= 0):
+        positive = "positive " if name == "image_std" else ""
+        raise ImageError(f"expected three {positive}numbers for {name}, one per colour, got {values!r}")
+    return tuple(float(value) for value in values)
 
 
 def normalisation_tables(

@@ -230,10 +230,11 @@ class VLMInputs:
             side = h * spec.patch_size
             return replace(processor.bounded(1, 1).grid((side, side)), tile_size=side)
         grid = processor.grid(size)
-        if grid.n_tiles != n_tiles:
+        if grid.n_tiles != n_tiles or grid.tile_size != h * spec.patch_size:
             raise InputError(
-                f"image {i} of {size[0]} x {size[1]} pixels has {n_tiles} tiles, but this processor makes "
-                f"{grid.n_tiles}: inputs made with different max_tiles cannot share one batch's geometry"
+                f"image {i} of {size[0]} x {size[1]} pixels has {n_tiles} tiles {h * spec.patch_size} wide, but this "
+                f"processor makes {grid.n_tiles} tiles {grid.tile_size} wide: inputs made with different settings "
+                "cannot share one batch's geometry"
             )
         return grid
 

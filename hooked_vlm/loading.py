@@ -62,13 +62,14 @@ class LoadingMixin(nn.Module):
             they are mapped from the files and read when first used.
 
         Raises:
-            CheckpointError: no such checkpoint, an unsupported architecture, corrupt or missing files or tensors.
+            CheckpointError: no such checkpoint or device, an unsupported architecture, corrupt or missing files or
+                tensors.
         """
+        device = _device(device)
         folder = _find(name_or_path, revision, cache_dir, local_files_only)
         hf_config = read_config(folder)
         converter = converter_for(hf_config)
         tensors = converter.from_hf(open_tensors(folder), hf_config)
-        device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         dtype = dtype or converter.dtype(hf_config) or next(iter(tensors.values())).dtype
         generation = read_json(folder, "generation_config.json", default={})
         cfg = _config(converter, hf_config, generation).with_(model_name=str(name_or_path), device=device, dtype=dtype)
@@ -153,9 +154,9 @@ class LoadingMixin(nn.Module):
         if layout is not None and layout not in layouts:
             known = ", ".join(map(repr, layouts)) or "None"
             raise CheckpointError(f"layout must be {known} for this model, got {layout!r}")
-        config = converter.published_config(self.hf_config, self.cfg.dtype, *([layout] if layouts else []))
-        if layouts and layout not in (None, converter.layout_of(self.hf_config)):
-            config["image_token_id"] = self.cfg.image_token_id  # the tokenizer may have said another
+        # of models that tile images the tokenizer says which token stands for one
+        more = (layout, self.cfg.image_token_id) if layouts else ()
+        config = converter.published_config(self.hf_config, self.cfg.dtype, *more)
         try:
             folder.parent.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as aside:
@@ -183,6 +184,17 @@ class LoadingMixin(nn.Module):
             tokenizer = copy.deepcopy(tokenizer)
             tokenizer.chat_template = template.jinja(self.cfg.system_message)
         tokenizer.save_pretrained(folder)
+
+
+def _device(wanted: torch.device | str | None) -> torch.device:
+    """A device that holds tensors; CUDA, if there is one, by default."""
+    try:
+        device = torch.device(wanted or ("cuda" if torch.cuda.is_available() else "cpu"))
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise CheckpointError(f"cannot use the device {str(wanted)!r} ({reason}): pass device=None or 'cpu'") from error
+    return device
 
 
 def _find(name_or_path: str | Path, revision: str | None, cache_dir: str | Path | None, local: bool) -> Path:
@@ -262,6 +274,12 @@ def _with_tokens(cfg: VLMConfig, tokenizer: Any) -> VLMConfig:
     found: dict[str, Any] = {field: known[token] for field, token in names.items() if token in known}
     if cfg.chat_template is not None and (stop := template_named(cfg.chat_template).stop) in known:
         found["eos_token_ids"] = (known[stop],)
+    outside = {token: i for token, i in known.items() if token in names.values() and i >= cfg.d_vocab}
+    if outside:
+        raise CheckpointError(
+            f"the tokenizer's {outside} lie outside the vocabulary of {cfg.d_vocab} that config.json states: are the "
+            "files of one checkpoint?"
+        )
     return cfg.with_(**found)
 
 
@@ -275,6 +293,7 @@ def _processor_dict(processor: ImageProcessor | TileProcessor) -> dict[str, Any]
             "crop_to_patches": processor.max_tiles > 1,
             "min_patches": processor.min_tiles,
             "max_patches": processor.max_tiles,
+            "use_thumbnail": processor.thumbnail,
             "size": {"height": processor.tile_size, "width": processor.tile_size},
             **normalisation,
         }

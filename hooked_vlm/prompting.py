@@ -1,7 +1,7 @@
 """From text, chat messages, pictures and Hugging Face batches to `VLMInputs`; and from tokens to text."""
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -37,7 +37,6 @@ class PromptMixin(nn.Module):
     def input_spec(self) -> InputSpec:
         """What `VLMInputs` need to know of this model."""
         cfg, vision = self.cfg, self.cfg.vision
-        eos = cfg.eos_token_ids[0] if cfg.eos_token_ids else 0
         return InputSpec(
             image_token_id=cfg.image_token_id if vision else None,
             video_token_id=cfg.video_token_id if vision else None,
@@ -46,11 +45,17 @@ class PromptMixin(nn.Module):
             merge_size=vision.merge_size if vision else 1,
             mrope=cfg.mrope_section is not None,
             tile_size=vision.tile_size if vision else None,
-            pad_token_id=cfg.pad_token_id if cfg.pad_token_id is not None else eos,
+            pad_token_id=self._pad_ids()[0],
             **self._turns(),
             tokenizer=self.tokenizer,
             image_processor=self.image_processor,
         )
+
+    def _pad_ids(self) -> list[int]:
+        """Tokens that stand for nothing in front of a row: ours first, then the tokenizer's own, if another."""
+        ids = [self.cfg.pad_token_id, getattr(self.tokenizer, "pad_token_id", None), *self.cfg.eos_token_ids[:1], 0]
+        known = [i for i in ids[:2] if i is not None and i < self.cfg.d_vocab]
+        return list(dict.fromkeys(known)) or [i for i in ids[2:] if i is not None][:1]
 
     def _turns(self) -> dict[str, Any]:
         """Which tokens open and close a chat turn."""
@@ -68,8 +73,8 @@ class PromptMixin(nn.Module):
     def as_inputs(self, input: Any) -> VLMInputs:
         """`input` itself if it is a `VLMInputs`; raw text and bare token ids become one, on the model's device.
 
-        Bare ids of several rows, some of which begin with the tokenizer's padding token, are taken as padded
-        on the left: so `to_tokens` makes them.
+        Bare ids of several rows, some of which begin with the model's or the tokenizer's padding token, are
+        taken as padded on the left: so `to_tokens` and tokenizers make them.
 
         Raises:
             InputError: bare token ids with image placeholders, ids outside the vocabulary, no tokens at all.
@@ -86,7 +91,7 @@ class PromptMixin(nn.Module):
             )
         self._check_ids(tokens)
         tokens, spec = tokens.to(self.cfg.device), self.input_spec()
-        real = torch.ones_like(tokens) if self.tokenizer is None else _real_tokens(tokens, spec.pad_token_id)
+        real = torch.ones_like(tokens) if self.tokenizer is None else _real_tokens(tokens, self._pad_ids())
         return VLMInputs(tokens, spec, real)
 
     def to_inputs(
@@ -126,6 +131,8 @@ class PromptMixin(nn.Module):
             raise InputError("there are no prompts: the list is empty")
         image_lists = _per_prompt(images, len(prompts), batched, "images", _as_images)
         video_lists = _per_prompt(videos, len(prompts), batched, "videos", _as_videos)
+        if self.cfg.vision is None and any([*image_lists, *video_lists]):
+            raise self._sees_nothing()
         texts = []
         for row, one in enumerate(prompts):
             text, own_images, own_videos = self._text_of(one, image_lists[row], video_lists[row], chat)
@@ -134,7 +141,7 @@ class PromptMixin(nn.Module):
         all_images = [image for row in image_lists for image in row]
         all_videos = [video for row in video_lists for video in row]
         if (all_images or all_videos) and (self.cfg.vision is None or self.image_processor is None):
-            raise InputError(f"{self.cfg.model_name or 'this model'} takes no images: it has no vision tower")
+            raise self._sees_nothing()
 
         spec = self.input_spec()
         processor = self.image_processor
@@ -264,6 +271,9 @@ class PromptMixin(nn.Module):
             raise InputError("this model has no tokenizer: pass token ids, or set model.tokenizer")
         return self.tokenizer
 
+    def _sees_nothing(self) -> InputError:
+        return InputError(f"{self.cfg.model_name or 'this model'} takes no images: it has no vision tower")
+
     def _special_id(self, token: str) -> int | None:
         if self.tokenizer is None:
             return None
@@ -366,6 +376,7 @@ class PromptMixin(nn.Module):
                         f"prompt {row} has {found} {kind} placeholder{'s' * (found != 1)} but {n} "
                         f"{kind}{'s' * (n != 1)} came: give one {kind} for each placeholder"
                     )
+            self._check_ids(torch.tensor([ids]))
             rows.append(list(self._with_placeholders(ids, spec, grids)))
         return rows
 
@@ -458,9 +469,9 @@ def _per_prompt(given: Any, n: int, batched: bool, name: str, as_list: Any) -> l
     return [[] if one is None else as_list(one) for one in given]
 
 
-def _real_tokens(tokens: Int[Tensor, "batch pos"], pad_token_id: int) -> Int[Tensor, "batch pos"]:
+def _real_tokens(tokens: Int[Tensor, "batch pos"], pad_ids: list[int]) -> Int[Tensor, "batch pos"]:
     """The attention mask of rows padded on the left, if some are and some are not; else all ones."""
-    padding = (tokens == pad_token_id).long().cumprod(dim=1)
+    padding = torch.isin(tokens, torch.tensor(pad_ids, device=tokens.device)).long().cumprod(dim=1)
     if padding[:, 0].all():
         return torch.ones_like(tokens)
     return 1 - padding * (1 - padding.amin(dim=1, keepdim=True))
@@ -471,13 +482,21 @@ def _is_picture(x: Any) -> bool:
 
 
 def _as_images(given: Any) -> list:
+    if not _is_picture(given) and not isinstance(given, Iterable):
+        raise InputError(f"images must be a picture or a list of pictures, got {given!r}")
     return [given] if _is_picture(given) else list(given)
 
 
 def _as_videos(given: Any) -> list:
     """A list of videos; a flat list of frames is one video."""
+    if not isinstance(given, Iterable):
+        raise InputError(f"videos must be a list of frames, or a list of such lists, got {given!r}")
     given = list(given)
     return [given] if given and _is_picture(given[0]) else [list(video) for video in given]
+
+
+def _is_part(part: Any) -> bool:
+    return isinstance(part, Mapping) and (part.get("type") != "text" or isinstance(part.get("text"), str))
 
 
 def _take_pictures(messages: Messages) -> tuple[list[dict], list, list]:
@@ -488,6 +507,11 @@ def _take_pictures(messages: Messages) -> tuple[list[dict], list, list]:
             raise InputError(f"a chat message needs 'role' and 'content', got {sorted(message)}")
         content = message["content"]
         if not isinstance(content, str):
+            if not isinstance(content, Sequence) or not all(_is_part(part) for part in content):
+                raise InputError(
+                    'a message\'s content is a text or a list of {"type": "text", "text": ...} and {"type": "image"}, '
+                    f"got {content!r}"
+                )
             parts = []
             for part in content:
                 kind = part.get("type")

@@ -50,8 +50,6 @@ class TileProcessor:
             raise ImageError(
                 f"expected 1 <= min_tiles <= max_tiles, got min_tiles={self.min_tiles}, max_tiles={self.max_tiles}"
             )
-        if 0 in self.image_std:
-            raise ImageError(f"image_std must not contain 0, got {self.image_std}")
 
     @property
     def pixels_per_token(self) -> int:
@@ -146,22 +144,34 @@ class TileProcessor:
             ImageError: a setting that this processor does not have.
         """
         config = config.get("image_processor", config)
+        if not isinstance(config, Mapping):
+            raise ImageError(f"image_processor must be an object, got {config!r}")
         fields = {**defaults, **common_settings(config)}
         for key, name in (("min_patches", "min_tiles"), ("max_patches", "max_tiles")):
             if config.get(key) is not None:
-                fields[name] = int(config[key])
+                fields[name] = _whole(key, config[key])
+        if config.get("use_thumbnail") is not None:
+            if not isinstance(config["use_thumbnail"], bool):
+                raise ImageError(f"use_thumbnail must be true or false, got {config['use_thumbnail']!r}")
+            fields["thumbnail"] = config["use_thumbnail"]
         size = config.get("size")
         if isinstance(size, Mapping) and size.get("height") is not None:
             if size["height"] != size.get("width"):
                 raise ImageError(f"unsupported image processor: expected square tiles, got a size of {dict(size)}")
-            fields["tile_size"] = int(size["height"])
+            fields["tile_size"] = _whole("size", size["height"])
         return cls(**fields)
 
     def bounded(self, min_tiles: int | None, max_tiles: int | None) -> "TileProcessor":
         """The same processor with other bounds; None keeps one. `max_tiles` below `min_tiles` lowers both."""
-        most = self.max_tiles if max_tiles is None else max_tiles
+        most = self.max_tiles if max_tiles is None else _whole("max_tiles", max_tiles)
         least = min(self.min_tiles, most) if min_tiles is None else min_tiles
         return replace(self, min_tiles=least, max_tiles=most)
+
+
+def _whole(name: str, value: Any) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ImageError(f"{name} must be a whole number of at least 1, got {value!r}")
+    return value
 
 
 @lru_cache(maxsize=32)

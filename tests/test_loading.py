@@ -175,6 +175,12 @@ def test_a_name_that_is_no_folder_says_what_there_is(name: str) -> None:
         HookedVLM.from_pretrained(name)
 
 
+@pytest.mark.parametrize("device", ["nonsense", "cuda:99"])
+def test_a_device_that_is_not_there_is_refused_before_anything_is_loaded(device: str) -> None:
+    with pytest.raises(CheckpointError, match=f"cannot use the device '{device}'"):
+        HookedVLM.from_pretrained("no-such-folder", device=device)
+
+
 def test_an_unsupported_architecture_is_refused(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"architectures": ["LlavaForConditionalGeneration"]}')
     with pytest.raises(CheckpointError, match="Qwen2VLForConditionalGeneration"):

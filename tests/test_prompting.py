@@ -1,5 +1,6 @@
 """From prompts and pictures to tokens, and from tokens to text, with the toy models' tokenizer."""
 
+import copy
 import re
 from typing import Any
 
@@ -143,6 +144,11 @@ def test_an_odd_clip_repeats_its_last_frame_and_a_flat_list_is_one_video(model: 
         ([{"content": "a"}], {}, "needs 'role' and 'content'"),
         ([], {}, "the list is empty"),
         ("", {"chat": False}, "the prompt is empty"),
+        ("a", {"images": 5}, "images must be a picture or a list"),
+        ("a", {"videos": 5}, "videos must be a list of frames"),
+        ([{"role": "user", "content": None}], {}, "content is a text or a list"),
+        ([{"role": "user", "content": [{"type": "text"}]}], {}, "content is a text or a list"),
+        ([{"role": "user", "content": ["a"]}], {}, "content is a text or a list"),
     ],
     ids=str,
 )
@@ -239,6 +245,25 @@ def test_texts_of_different_lengths_run_alike_as_texts_and_as_tokens(model: Any)
     alone = torch.cat([real_logits(model, model.as_inputs(text)) for text in both])
     for inputs in (as_tokens, as_texts):
         torch.testing.assert_close(real_logits(model, inputs), alone, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("pad_token_id", [None, 7])
+def test_rows_that_the_tokenizer_padded_run_as_each_alone(model: Any, pad_token_id: int | None) -> None:
+    """Whatever token the configuration pads with."""
+    both = ["Read", "What is the value"]
+    padded = model.tokenizer(both, padding=True, padding_side="left", return_tensors="pt")
+    other = copy.copy(model)
+    other.cfg = model.cfg.with_(pad_token_id=pad_token_id)
+    assert torch.equal(other.as_inputs(padded["input_ids"]).attention_mask, padded["attention_mask"])
+    tokens = other.to_tokens(both)
+    assert torch.equal(other.as_inputs(tokens).attention_mask, padded["attention_mask"])
+
+
+def test_a_tokenizer_of_another_checkpoint_is_noticed(model: Any) -> None:
+    other = copy.copy(model)
+    other.cfg = model.cfg.with_(d_vocab=100)
+    with pytest.raises(InputError, match="outside the vocabulary of 100"):
+        other.to_inputs("Read the text.")
 
 
 @pytest.mark.parametrize("tokens", [[[0, 5, 6]], [[0, 5, 6], [0, 7, 8]], [[0, 0], [5, 6]]], ids=str)

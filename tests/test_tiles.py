@@ -85,7 +85,6 @@ def test_images_of_different_sizes_come_one_after_the_other() -> None:
         ({"tile_size": 450}, "tile_size must be a multiple of patch_size"),
         ({"min_tiles": 4, "max_tiles": 2}, "min_tiles <= max_tiles"),
         ({"max_tiles": 0}, "min_tiles <= max_tiles"),
-        ({"image_std": (1.0, 0.0, 1.0)}, "image_std"),
     ],
 )
 def test_settings_that_make_no_sense(settings_: dict[str, Any], says: str) -> None:
@@ -100,8 +99,32 @@ def test_settings_of_both_layouts() -> None:
     assert TileProcessor.from_dict(for_transformers) == TileProcessor(min_tiles=2, max_tiles=5, tile_size=224)
     with pytest.raises(ImageError, match="do_resize"):
         TileProcessor.from_dict({"do_resize": False})
-    with pytest.raises(ImageError, match="square"):
-        TileProcessor.from_dict({"size": {"height": 224, "width": 448}})
+    assert not TileProcessor.from_dict({"use_thumbnail": False}).thumbnail
+
+
+@pytest.mark.parametrize(
+    ("settings_", "says"),
+    [
+        ({"size": {"height": 224, "width": 448}}, "square"),
+        ({"size": {"height": "224", "width": "224"}}, "size must be a whole number"),
+        ({"image_std": [1.0, 0.0, 1.0]}, "three positive numbers for image_std"),
+        ({"image_mean": [1.0, 2.0]}, "three numbers for image_mean"),
+        ({"image_mean": "abc"}, "three numbers for image_mean"),
+        ({"image_mean": [float("nan"), 0.0, 0.0]}, "three numbers for image_mean"),
+        ({"max_patches": 2.5}, "max_patches must be a whole number"),
+        ({"use_thumbnail": "yes"}, "use_thumbnail must be true or false"),
+        ({"image_processor": 3}, "image_processor must be an object"),
+    ],
+)
+def test_a_settings_file_that_makes_no_sense(settings_: dict[str, Any], says: str) -> None:
+    with pytest.raises(ImageError, match=says):
+        TileProcessor.from_dict(settings_)
+
+
+@pytest.mark.parametrize("max_tiles", [0, -1])
+def test_a_bound_on_tiles_is_positive(max_tiles: int) -> None:
+    with pytest.raises(ImageError, match="max_tiles must be a whole number"):
+        TileProcessor().bounded(None, max_tiles)
 
 
 # ---------------------------------------------------------------- geometry

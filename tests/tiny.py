@@ -12,7 +12,8 @@ import torch
 from transformers import AutoTokenizer, Qwen2VLConfig, Qwen2VLForConditionalGeneration
 
 from hooked_vlm import HookedVLM
-from hooked_vlm.experiments.toy import tokenizer as toy
+from hooked_vlm.experiments.toy import qwen2_vl as toy
+from hooked_vlm.experiments.toy.tokenizer import END_OF_TEXT, IM_END, save_tokenizer
 from hooked_vlm.images import ImageProcessor
 
 IMAGE, VIDEO, VISION_START, VISION_END, STOP, PAD = 100, 101, 102, 103, 3, 0
@@ -172,10 +173,10 @@ def inputs(rows: list[list[Any]], seed: int = 0, tied: bool = False) -> Any:
 def reading_model() -> Any:
     """A tiny model with the toy models' tokenizer and chat template, 8 pixels to a token. Shared."""
     with tempfile.TemporaryDirectory() as folder:
-        toy.save_tokenizer(Path(folder))
+        save_tokenizer(Path(folder), toy.SPECIAL_TOKENS, chat_template=toy.CHAT_TEMPLATE)
         tokenizer = AutoTokenizer.from_pretrained(folder)
     ids = {token: tokenizer.convert_tokens_to_ids(token) for token in toy.SPECIAL_TOKENS}
-    config = tiny_config(vocab_size=len(tokenizer), eos_token_id=ids[toy.IM_END], pad_token_id=ids[toy.END_OF_TEXT])
+    config = tiny_config(vocab_size=len(tokenizer), eos_token_id=ids[IM_END], pad_token_id=ids[END_OF_TEXT])
     config.image_token_id, config.video_token_id = ids[toy.IMAGE_PAD], ids[toy.VIDEO_PAD]
     config.vision_start_token_id, config.vision_end_token_id = ids[toy.VISION_START], ids[toy.VISION_END]
     hf = Qwen2VLForConditionalGeneration(config).eval()

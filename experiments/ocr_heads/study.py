@@ -100,6 +100,9 @@ def run(config: OcrHeadsConfig, model: HookedVLM | None = None) -> OcrHeadsResul
     config.check()
     report.prepare_folder(config.out)
     model = model or load(config)
+    if model.cfg.vision is None or model.tokenizer is None:
+        lacks = "vision tower" if model.cfg.vision is None else "tokenizer"
+        raise StudyError(f"{config.model} has no {lacks}: this study asks questions about images")
     if config.data == "auto":
         is_toy = (TOY_MODELS / Path(config.model).name).exists()
         config = replace(config, data="toy" if is_toy else "paper")

@@ -176,15 +176,31 @@ def random_word(rng: np.random.Generator, alphabet: str, length: int) -> str:
 
 
 def random_lines(
-    rng: np.random.Generator, n_lines: int, alphabet: str = CHARACTERS, value_length: int = VALUE_LENGTH
+    rng: np.random.Generator,
+    n_lines: int,
+    alphabet: str = CHARACTERS,
+    value_length: int = VALUE_LENGTH,
+    decoys: float = 0.0,
 ) -> tuple[Line, ...]:
-    """Lines with distinct two-letter keys and random values."""
+    """Lines with distinct two-letter keys and random values.
+
+    A share ``decoys`` of the lines has a character, not its last, from the start of another line's value: who goes
+    on from the answer's first character alone then reads the wrong line (training only).
+    """
     keys: list[str] = []
     while len(keys) < n_lines:
         key = random_word(rng, LETTERS, 2)
         if key not in keys:
             keys.append(key)
-    return tuple(Line(key, random_word(rng, alphabet, value_length)) for key in keys)
+    values = [random_word(rng, alphabet, value_length) for _ in keys]
+    if decoys and n_lines > 1:
+        for index in np.flatnonzero(rng.random(n_lines) < decoys):
+            other = int(index + rng.integers(1, n_lines)) % n_lines
+            place = int(rng.integers(value_length - 1))
+            value = values[index][:place] + values[other][0] + values[index][place + 1 :]
+            if value not in RESERVED_WORDS:
+                values[index] = value
+    return tuple(Line(key, value) for key, value in zip(keys, values, strict=True))
 
 
 def make_page(
@@ -264,9 +280,10 @@ def page_sample(
     size: tuple[int, int] = PAGE_SIZE,
     turns: int = 1,
     echo: float = 0.0,
+    decoys: float = 0.0,
 ) -> Sample:
     n_lines = n_lines or int(rng.integers(1, MAX_LINES + 1))
-    page = make_page(rng, size=size, lines=random_lines(rng, n_lines))
+    page = make_page(rng, size=size, lines=random_lines(rng, n_lines, decoys=decoys))
     asked = tuple(int(i) for i in rng.permutation(n_lines)[:turns])
     return Sample("page", dialogue(rng, page.lines, asked, echo, SEPARATOR), page.pixels, page, asked)
 
@@ -277,9 +294,10 @@ def text_sample(
     turns: int = 1,
     echo: float = 0.0,
     separators: Sequence[str] = (SEPARATOR,),
+    decoys: float = 0.0,
 ) -> Sample:
     """Other ``separators`` than `` = `` (training only) put the value nearer to its key."""
-    lines = random_lines(rng, n_lines or int(rng.integers(1, MAX_LINES + 1)))
+    lines = random_lines(rng, n_lines or int(rng.integers(1, MAX_LINES + 1)), decoys=decoys)
     separator = separators[int(rng.integers(len(separators)))]
     asked = tuple(int(i) for i in rng.permutation(len(lines))[:turns])
     (first, answer), *rest = dialogue(rng, lines, asked, echo, separator)

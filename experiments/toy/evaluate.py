@@ -11,13 +11,13 @@ from pathlib import Path
 import numpy as np
 import torch
 import tyro
-from transformers import Qwen2VLForConditionalGeneration
 
 from hooked_vlm.experiments.toy import data
 from hooked_vlm.experiments.toy.batches import answer_logits, collate
 from hooked_vlm.experiments.toy.data import Sample
+from hooked_vlm.experiments.toy.families import family_in, family_of
+from hooked_vlm.experiments.toy.family import HFModel, text_shape
 from hooked_vlm.experiments.toy.heads import Head, head_mask, kept_heads, ocr_scores, output_norms
-from hooked_vlm.experiments.toy.model import HFModel, batch_vision_attention
 
 LIVE_NORM = 0.1  # of the largest head's
 NOT_READING = 0.1  # OCR score
@@ -51,13 +51,11 @@ def exact_match(model: HFModel, samples: list[Sample], masked: list[Head] | None
     One pass over prompt and answer decides it: greedy decoding follows the answer exactly as long as
     every answer token is the most likely one after the right ones before it.
     """
-    device = next(model.parameters()).device
-    text = model.config.text_config
-    shape = (text.num_hidden_layers, text.num_attention_heads)
+    device, family, shape = next(model.parameters()).device, family_of(model), text_shape(model)
     right = []
     for first in range(0, len(samples), 64):
         part = samples[first : first + 64]
-        batch = collate(part).to(device)
+        batch = collate(family, part).to(device)
         with kept_heads(model, head_mask(shape, masked or [], len(part)).to(device)):
             logits, targets, producing = answer_logits(model, batch)
         wrong = torch.zeros(len(part), dtype=torch.long, device=device)
@@ -111,9 +109,9 @@ def _head(scores: np.ndarray, index: int) -> Head:
 
 def evaluate(config: EvaluationConfig) -> dict:
     torch.set_num_threads(config.threads)
-    loaded: HFModel = Qwen2VLForConditionalGeneration.from_pretrained(config.model)
-    model = loaded.to(config.device).eval()
-    batch_vision_attention(model)
+    family = family_in(config.model)
+    model = family.load(config.model).to(config.device).eval()
+    family.prepare_training(model)
     sets = held_out(config.seed, config.samples)
     exact = {name: float(exact_match(model, samples).mean()) for name, samples in sets.items()}
     exact["page"] = float(np.mean([v for name, v in exact.items() if name.startswith("page")]))

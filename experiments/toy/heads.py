@@ -12,12 +12,13 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from hooked_vlm.experiments.toy.batches import IGNORED, Batch, collate, decoder_output, image_grid
+from hooked_vlm.experiments.toy.batches import IGNORED, Batch, collate, decoder_output
 from hooked_vlm.experiments.toy.data import Box, Sample
-from hooked_vlm.experiments.toy.model import MERGE_SIZE, PATCH_SIZE, HFModel
+from hooked_vlm.experiments.toy.families import family_of
+from hooked_vlm.experiments.toy.family import HFModel, text_shape
 
 Head = tuple[int, int]  # layer, head
-IMAGE_START = 4  # after <|im_start|> user \n <|vision_start|>
+EVIDENCE_SHARE = 0.1  # of a character's area, that a token must hold more than
 
 
 @contextmanager
@@ -47,17 +48,6 @@ def head_mask(shape: tuple[int, int], heads: Sequence[Head], batch: int) -> Floa
     return keep
 
 
-def evidence_tokens(box: Box, grid: tuple[int, int], min_overlap: float = 0.1) -> Bool[np.ndarray, " token"]:
-    """Image tokens (row by row) that hold more than ``min_overlap`` of the box's area."""
-    rows, columns = grid
-    side = PATCH_SIZE * MERGE_SIZE
-    x0, y0, x1, y1 = box
-    left, top = np.arange(columns) * side, np.arange(rows) * side
-    across = np.clip(np.minimum(left + side, x1) - np.maximum(left, x0), 0, None)
-    down = np.clip(np.minimum(top + side, y1) - np.maximum(top, y0), 0, None)
-    return (np.outer(down, across) / ((x1 - x0) * (y1 - y0)) > min_overlap).ravel()
-
-
 def answer_boxes(sample: Sample) -> list[list[Box | None]]:
     """For every turn, the box of each answer token (none for the separator and for other answers)."""
     if sample.char_boxes:
@@ -74,9 +64,8 @@ def answer_boxes(sample: Sample) -> list[list[Box | None]]:
 
 def evidence_mask(samples: Sequence[Sample], batch: Batch) -> Bool[np.ndarray, "batch pos image_token"]:
     """At the position that produces a character, the image tokens where that character is drawn."""
-    assert samples[0].pixels is not None
-    grid = image_grid(*samples[0].pixels.shape[:2])
-    mask = np.zeros((*batch.tokens.shape, grid[0] * grid[1]), bool)
+    assert batch.grid is not None
+    mask = np.zeros((*batch.tokens.shape, batch.grid.n_tokens), bool)
     labels = batch.labels.cpu().numpy()
     for row, sample in enumerate(samples):
         supervised = np.flatnonzero(labels[row] != IGNORED)
@@ -84,7 +73,7 @@ def evidence_mask(samples: Sequence[Sample], batch: Batch) -> Bool[np.ndarray, "
         for start, boxes in zip(starts, answer_boxes(sample), strict=False):
             for index, box in enumerate(boxes):
                 if box is not None:
-                    mask[row, start - 1 + index] = evidence_tokens(box, grid)
+                    mask[row, start - 1 + index] = batch.grid.overlaps(box) > EVIDENCE_SHARE
     return mask
 
 
@@ -107,17 +96,17 @@ def ocr_scores(model: HFModel, samples: Sequence[Sample]) -> Float[np.ndarray, "
     The row is that of the query which produces the character; the answer is fed, not generated. All
     images have one size.
     """
-    device = next(model.parameters()).device
+    device, family = next(model.parameters()).device, family_of(model)
     hits = []
     for first in range(0, len(samples), 64):
         part = samples[first : first + 64]
-        batch = collate(part).to(device)
+        batch = collate(family, part).to(device)
         with visible_patterns(model):
             attentions = decoder_output(model, batch, output_attentions=True).attentions
         evidence = evidence_mask(part, batch)
         rows, queries = np.nonzero(evidence.any(-1))
         # layer, character, head: the position attended most
-        attended = np.stack([p.argmax(-1).cpu().numpy()[rows, :, queries] for p in attentions]) - IMAGE_START
+        attended = np.stack([p.argmax(-1).cpu().numpy()[rows, :, queries] for p in attentions]) - family.image_start
         in_image = (attended >= 0) & (attended < evidence.shape[-1])
         where = np.clip(attended, 0, evidence.shape[-1] - 1)
         hits.append(evidence[rows[None, :, None], queries[None, :, None], where] & in_image)
@@ -128,9 +117,9 @@ def ocr_scores(model: HFModel, samples: Sequence[Sample]) -> Float[np.ndarray, "
 def output_norms(model: HFModel, samples: Sequence[Sample]) -> Float[np.ndarray, "layer head"]:
     """Mean norm of each head's contribution to the residual stream over the produced answer tokens."""
     device = next(model.parameters()).device
-    batch = collate(samples).to(device)
-    producing = torch.roll(batch.labels != -100, -1, dims=1)
-    n_heads = model.config.text_config.num_attention_heads
+    batch = collate(family_of(model), samples).to(device)
+    producing = torch.roll(batch.labels != IGNORED, -1, dims=1)
+    _, n_heads = text_shape(model)
     norms: list[Tensor] = []
     handles = []
     for block in model.model.language_model.layers:

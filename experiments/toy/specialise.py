@@ -21,7 +21,7 @@ from torch import Tensor
 
 from hooked_vlm.experiments.toy.batches import Batch
 from hooked_vlm.experiments.toy.data import Sample
-from hooked_vlm.experiments.toy.heads import IMAGE_START, Head, evidence_mask
+from hooked_vlm.experiments.toy.heads import Head, evidence_mask
 
 
 @dataclass(frozen=True)
@@ -76,15 +76,17 @@ def attention_on_evidence(
     batch: Batch,
     patterns: Sequence[Float[Tensor, "batch head query key"]],
     reading: Sequence[Head],
+    image_start: int,
 ) -> Float[Tensor, ""]:
     """Attention that the other heads pay to a character's image tokens where it is produced.
 
-    Summed over heads, averaged over the characters of all answers.
+    Summed over heads, averaged over the characters of all answers; ``image_start`` is the position of the first
+    image token.
     """
     evidence = torch.from_numpy(evidence_mask(samples, batch)).to(batch.tokens.device)
     rows, queries = evidence.any(-1).nonzero(as_tuple=True)
     where = evidence[rows, queries].float()
-    image = slice(IMAGE_START, IMAGE_START + where.shape[-1])
+    image = slice(image_start, image_start + where.shape[-1])
     total = torch.zeros((), device=batch.tokens.device)
     for layer, pattern in enumerate(patterns):
         others = [head for head in range(pattern.shape[1]) if (layer, head) not in set(reading)]

@@ -9,40 +9,23 @@ in between they did not.
 """
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
 
 from hooked_vlm.experiments.toy.drawings import OBJECTS
 
-# Qwen2-VL's special tokens, in the order of its ids.
-END_OF_TEXT = "<|endoftext|>"
-IM_START, IM_END = "<|im_start|>", "<|im_end|>"
-VISION_START, VISION_END = "<|vision_start|>", "<|vision_end|>"
-IMAGE_PAD, VIDEO_PAD = "<|image_pad|>", "<|video_pad|>"
-SPECIAL_TOKENS = (END_OF_TEXT, IM_START, IM_END, VISION_START, VISION_END, IMAGE_PAD, VIDEO_PAD)
+# The special tokens of both families; each adds those of its images.
+END_OF_TEXT, IM_START, IM_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 
 WORDS = (
     "user", "system", "assistant", "What", " is", " the", " value", " of",
     " main", " object", " in", " image", "Read", " text", *OBJECTS, " = ",
 )  # fmt: skip
 
-# Qwen2-VL's template without its default system message: the toy never learned one.
-CHAT_TEMPLATE = (
-    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' }}"
-    "{% if message['content'] is string %}{{ message['content'] }}"
-    "{% else %}{% for part in message['content'] %}"
-    "{% if part['type'] == 'image' or 'image' in part or 'image_url' in part %}"
-    "{{ '<|vision_start|><|image_pad|><|vision_end|>' }}"
-    "{% elif part['type'] == 'video' or 'video' in part %}"
-    "{{ '<|vision_start|><|video_pad|><|vision_end|>' }}"
-    "{% elif 'text' in part %}{{ part['text'] }}{% endif %}{% endfor %}{% endif %}"
-    "{{ '<|im_end|>\\n' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
-)
 
-
-def build_tokenizer() -> Tokenizer:
+def build_tokenizer(special_tokens: Sequence[str]) -> Tokenizer:
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokens = [*alphabet, *(word.replace(" ", "Ġ") for word in WORDS)]
     vocabulary = {token: index for index, token in enumerate(tokens)}
@@ -54,22 +37,22 @@ def build_tokenizer() -> Tokenizer:
         ]
     )
     tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in SPECIAL_TOKENS])
+    tokenizer.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in special_tokens])
     return tokenizer
 
 
-def save_tokenizer(folder: Path) -> None:
-    """Writes ``tokenizer.json`` and ``tokenizer_config.json`` (with the chat template)."""
+def save_tokenizer(folder: Path, special_tokens: Sequence[str], **settings: str) -> None:
+    """Writes ``tokenizer.json`` and ``tokenizer_config.json`` (with ``settings`` besides the usual ones)."""
     folder.mkdir(parents=True, exist_ok=True)
-    build_tokenizer().save(str(folder / "tokenizer.json"))
+    build_tokenizer(special_tokens).save(str(folder / "tokenizer.json"))
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "bos_token": None,
         "eos_token": IM_END,
         "pad_token": END_OF_TEXT,
         "unk_token": None,
-        "additional_special_tokens": list(SPECIAL_TOKENS[1:]),
-        "chat_template": CHAT_TEMPLATE,
+        "additional_special_tokens": list(special_tokens[1:]),
+        **settings,
         "clean_up_tokenization_spaces": False,
         "model_max_length": 1024,
         "padding_side": "left",

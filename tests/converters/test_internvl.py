@@ -152,6 +152,7 @@ def _parts(config: dict[str, Any]) -> tuple[dict[str, Any], Any]:
         ({"force_image_size": 30}, "force_image_size must be a multiple of"),
         ({"select_layer": -9}, "select_layer must be a whole number from -2 to 2"),
         ({"ps_version": "v3"}, "ps_version must be"),
+        ({"template": 5}, "template must be a text"),
     ],
 )
 def test_a_configuration_that_is_not_supported(changes: dict[str, Any], says: str) -> None:
@@ -162,6 +163,50 @@ def test_a_configuration_that_is_not_supported(changes: dict[str, Any], says: st
         config["llm_config"]["quantization_config"] = {"quant_method": "awq"}
     with pytest.raises(CheckpointError, match=says):
         converter_for(config).config_kwargs(config)
+
+
+def text_config(kind: str, layout: str, **changes: Any) -> dict[str, Any]:
+    """The decoder's settings after a configuration was saved in a layout and read again."""
+    config = original_config(kind)
+    config["llm_config"] = {**config["llm_config"], **changes}
+    written = internvl.published_config(config, layout=layout)  # pyright: ignore[reportArgumentType]
+    return internvl.config_kwargs(written)
+
+
+@pytest.mark.parametrize("layout", ["original", "hf"])
+def test_a_longrope_scaling_survives_the_other_layout(layout: str) -> None:
+    scaling = {**original_config("phi3")["llm_config"]["rope_scaling"], "attention_factor": 1.7}
+    scaling["original_max_position_embeddings"] = 16
+    kept = text_config("phi3", layout, rope_scaling=scaling)["rope_scaling"]
+    assert (kept["attention_factor"], kept["n_ctx_trained"]) == (1.7, 16)
+
+
+def test_a_dynamic_scaling_begins_at_the_context_as_in_transformers() -> None:
+    scaling = {"type": "dynamic", "factor": 2.0, "original_max_position_embeddings": 16}
+    assert text_config("llama-dynamic", "original", rope_scaling=scaling)["rope_scaling"]["n_ctx_trained"] == 128
+
+
+def test_transformers_has_no_tiles_without_a_thumbnail() -> None:
+    config = {**original_config("qwen2"), "use_thumbnail": False}
+    assert internvl.published_config(config)["use_thumbnail"] is False
+    with pytest.raises(CheckpointError, match="thumbnail"):
+        internvl.published_config(config, layout="hf")
+
+
+@pytest.mark.parametrize("layout", [None, "original", "hf"])
+def test_the_token_of_images_that_the_tokenizer_named_is_saved(layout: Any) -> None:
+    config = {**original_config("qwen2"), "img_context_token_id": 5}
+    assert internvl.config_kwargs(config)["image_token_id"] == 5
+    written = internvl.published_config(config, layout=layout, image_token_id=9)
+    assert internvl.config_kwargs(written)["image_token_id"] == 9
+
+
+@pytest.mark.parametrize(("root", "text", "tied"), [(False, True, False), (None, True, True), (True, False, True)])
+def test_the_root_says_whether_transformers_model_is_tied(root: bool | None, text: bool, tied: bool) -> None:
+    config = tiny_config("qwen2").to_dict()
+    config["tie_word_embeddings"] = root
+    config["text_config"]["tie_word_embeddings"] = text
+    assert internvl.config_kwargs({**config, "architectures": [internvl.HF]})["tie_word_embeddings"] is tied
 
 
 def test_pixel_shuffle_v1_transposes_the_tokens_of_a_tile() -> None:

@@ -1,27 +1,40 @@
-"""The shipped toy checkpoint: an ordinary folder that transformers loads, small, and able to read."""
+"""The shipped toy checkpoints: ordinary folders of the published layouts, small, and able to read."""
 
 import json
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
-from transformers import AutoTokenizer, Qwen2VLForConditionalGeneration, Qwen2VLImageProcessorPil
+from transformers import AutoTokenizer
 
+from hooked_vlm import HookedVLM
 from hooked_vlm.experiments.toy import data
+from hooked_vlm.experiments.toy.batches import collate, decoder_output
 from hooked_vlm.experiments.toy.data import Sample
 from hooked_vlm.experiments.toy.evaluate import exact_match, held_out
+from hooked_vlm.experiments.toy.families import FAMILIES, family_in
+from hooked_vlm.experiments.toy.family import ToyFamily
 from hooked_vlm.experiments.toy.heads import ocr_scores
-from hooked_vlm.experiments.toy.tokenizer import build_tokenizer
 from hooked_vlm.loading import TOY_MODELS
 
-FOLDER = TOY_MODELS / "toy-qwen2-vl"
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def family(request: pytest.FixtureRequest) -> ToyFamily:
+    return FAMILIES[request.param]
 
 
 @pytest.fixture(scope="module")
-def toy() -> Any:
-    return Qwen2VLForConditionalGeneration.from_pretrained(FOLDER).eval()
+def folder(family: ToyFamily) -> Path:
+    return TOY_MODELS / family.name
+
+
+@pytest.fixture(scope="module")
+def toy(family: ToyFamily, folder: Path) -> Iterator[Any]:
+    yield family.load(folder).eval()
 
 
 @pytest.fixture(scope="module")
@@ -29,51 +42,69 @@ def sets() -> dict[str, list[Sample]]:
     return held_out(seed=1, n=24)
 
 
-def answer(toy: Any, sample: Sample) -> str:
-    """What a user of transformers gets: chat template, image processor, greedy generation."""
-    tokenizer = AutoTokenizer.from_pretrained(FOLDER)
-    processor = Qwen2VLImageProcessorPil.from_pretrained(FOLDER)
-    question = {"type": "text", "text": sample.turns[0][0]}
-    content = [question] if sample.image is None else [{"type": "image"}, question]
-    prompt = tokenizer.apply_chat_template(
-        [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True
-    )
-    images = {}
-    if sample.image is not None:
-        images = dict(processor(sample.image, return_tensors="pt"))
-        n_tokens = int(images["image_grid_thw"].prod()) // processor.merge_size**2
-        prompt = prompt.replace("<|image_pad|>", "<|image_pad|>" * n_tokens)
-    encoded = tokenizer(prompt, return_tensors="pt")
-    image_token = toy.config.image_token_id
-    output = toy.generate(
-        **encoded, **images, mm_token_type_ids=(encoded["input_ids"] == image_token).long(), max_new_tokens=12
-    )
-    return tokenizer.decode(output[0, encoded["input_ids"].shape[1] :], skip_special_tokens=True)
+def prompt_of(family: ToyFamily, sample: Sample) -> dict[str, Any]:
+    """What a user of transformers gives the model: the first question with its image, in the chat format."""
+    batch = collate(family, [sample])
+    end = int((batch.labels[0] != -100).nonzero()[0])
+    given: dict[str, Any] = {"input_ids": batch.tokens[:, :end], "attention_mask": torch.ones(1, end).long()}
+    if batch.pixel_values is not None:
+        given["pixel_values"] = batch.pixel_values
+    if family.name == "toy-qwen2-vl":
+        image_token = family.tokenizer.token_to_id("<|image_pad|>")
+        given["mm_token_type_ids"] = (given["input_ids"] == image_token).long()
+        if batch.grid is not None:
+            given["image_grid_thw"] = torch.tensor([batch.grid.grid_thw])  # pyright: ignore[reportAttributeAccessIssue]
+    return given
 
 
-def test_the_folder_stays_below_eight_megabytes() -> None:
-    files = {path.name: path.stat().st_size for path in FOLDER.rglob("*") if path.is_file()}
+def answer(toy: Any, family: ToyFamily, sample: Sample) -> str:
+    given = prompt_of(family, sample)
+    output = toy.generate(**given, max_new_tokens=12, do_sample=False)
+    return family.tokenizer.decode(output[0, given["input_ids"].shape[1] :].tolist(), skip_special_tokens=True)
+
+
+def test_the_folder_stays_below_eight_megabytes(folder: Path) -> None:
+    files = {path.name: path.stat().st_size for path in folder.rglob("*") if path.is_file()}
     assert sum(files.values()) <= 8_000_000
     expected = {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "README.md"}
     expected |= {"preprocessor_config.json", "generation_config.json", "training_log.csv", "evaluation.json"}
     assert expected <= set(files)
 
 
-def test_tensors_have_published_names_and_the_head_is_tied() -> None:
-    with safe_open(FOLDER / "model.safetensors", framework="pt") as file:
+def test_tensors_have_published_names_and_the_head_is_tied(family: ToyFamily, folder: Path) -> None:
+    with safe_open(folder / "model.safetensors", framework="pt") as file:
         names = set(file.keys())
         assert all(file.get_slice(name).get_dtype() == "F32" for name in names)
-    assert "lm_head.weight" not in names and json.loads((FOLDER / "config.json").read_text())["tie_word_embeddings"]
-    assert {name.split(".")[0] for name in names} == {"model", "visual"}
-    assert {"model.embed_tokens.weight", "visual.patch_embed.proj.weight"} <= names
+    config = json.loads((folder / "config.json").read_text())
+    assert family_in(folder) is family and config["tie_word_embeddings"]
+    assert not any("lm_head" in name for name in names)
+    tops, some = {
+        "toy-qwen2-vl": ({"model", "visual"}, {"model.embed_tokens.weight", "visual.patch_embed.proj.weight"}),
+        "toy-internvl2": (
+            {"language_model", "vision_model", "mlp1"},
+            {"language_model.model.embed_tokens.weight", "vision_model.encoder.layers.0.attn.qkv.weight"},
+        ),
+    }[family.name]
+    assert {name.split(".")[0] for name in names} == tops and some <= names
 
 
-def test_the_tokenizer_is_the_one_in_the_code() -> None:
-    assert (FOLDER / "tokenizer.json").read_text() == build_tokenizer().to_str(pretty=True)
+def test_the_tokenizer_is_the_one_in_the_code(family: ToyFamily, folder: Path) -> None:
+    assert (folder / "tokenizer.json").read_text() == family.tokenizer.to_str(pretty=True)
+
+
+def test_prompts_are_those_of_training(family: ToyFamily, folder: Path, sets: dict[str, list[Sample]]) -> None:
+    """What `to_inputs` makes of a question and its image: the chat format, the tiles or patches, the positions."""
+    model = HookedVLM.from_pretrained(folder)
+    for sample in (sets["page3"][0], sets["text"][0], data.page_sample(np.random.default_rng(0), 3, (256, 112))):
+        given = prompt_of(family, sample)
+        inputs = model.to_inputs(sample.turns[0][0], images=sample.image)
+        assert torch.equal(inputs.tokens, given["input_ids"])
+        if sample.pixels is not None:
+            assert inputs.pixel_values is not None and torch.equal(inputs.pixel_values, given["pixel_values"])
 
 
 def test_the_chat_template_is_qwen2_vls_without_a_default_system_message() -> None:
-    tokenizer = AutoTokenizer.from_pretrained(FOLDER)
+    tokenizer = AutoTokenizer.from_pretrained(TOY_MODELS / "toy-qwen2-vl")
     content = [{"type": "image"}, {"type": "text", "text": "Read the text."}]
     text = tokenizer.apply_chat_template(
         [{"role": "user", "content": content}, {"role": "assistant", "content": "ab12"}], tokenize=False
@@ -95,11 +126,11 @@ def test_held_out_answers_are_right(toy: Any, sets: dict[str, list[Sample]], tas
 
 
 def test_greedy_generation_in_transformers_gives_the_answers_that_evaluation_counts(
-    toy: Any, sets: dict[str, list[Sample]]
+    toy: Any, family: ToyFamily, sets: dict[str, list[Sample]]
 ) -> None:
     for task in ("page6", "text", "transcription", "naming"):
         counted = exact_match(toy, sets[task][:4])
-        generated = [answer(toy, sample) == sample.turns[0][1] for sample in sets[task][:4]]
+        generated = [answer(toy, family, sample) == sample.turns[0][1] for sample in sets[task][:4]]
         np.testing.assert_array_equal(counted, generated)
 
 
@@ -121,3 +152,15 @@ def test_two_heads_read_and_the_others_do_not(toy: Any, sets: dict[str, list[Sam
     assert scores.flat[order[1]] > 0.5 and scores.flat[order[2]] < 0.15
     assert exact_match(toy, pages, top).mean() < 0.35 < 0.85 < exact_match(toy, pages).mean()
     assert exact_match(toy, sets["naming"], top).mean() > 0.9
+
+
+@torch.no_grad()
+def test_this_library_gives_the_logits_of_transformers(
+    toy: Any, family: ToyFamily, folder: Path, sets: dict[str, list[Sample]]
+) -> None:
+    model = HookedVLM.from_pretrained(folder)
+    samples = [sets["page6"][0], sets["naming"][0], data.page_sample(np.random.default_rng(1), 4, (256, 112))]
+    for sample in samples:
+        inputs = model.to_inputs(sample.turns[0][0], images=sample.image)
+        expected = toy.lm_head(decoder_output(toy, collate(family, [sample])).last_hidden_state)
+        torch.testing.assert_close(model(inputs), expected[:, : inputs.shape[1]], atol=1e-4, rtol=0)

@@ -9,7 +9,11 @@ import pytest
 from hooked_vlm.experiments.toy import data
 from hooked_vlm.experiments.toy.batches import encode
 from hooked_vlm.experiments.toy.drawings import OBJECTS
-from hooked_vlm.experiments.toy.tokenizer import WORDS, build_tokenizer
+from hooked_vlm.experiments.toy.families import FAMILIES
+from hooked_vlm.experiments.toy.family import ToyFamily
+from hooked_vlm.experiments.toy.tokenizer import END_OF_TEXT, WORDS, build_tokenizer
+
+every_family = pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
 
 
 def generator(seed: int) -> np.random.Generator:
@@ -116,13 +120,13 @@ def test_every_object_is_drawn_with_varying_look() -> None:
 
 
 def test_printable_text_survives_the_tokenizer() -> None:
-    tokenizer = build_tokenizer()
+    tokenizer = build_tokenizer((END_OF_TEXT,))
     for text in (string.printable, "naïve – 日本", "  What is  the value of ab?\n\n", "is3k = star"):
         assert tokenizer.decode(tokenizer.encode(text).ids, skip_special_tokens=False) == text
 
 
 def test_keys_and_values_are_one_token_per_character() -> None:
-    tokenizer = build_tokenizer()
+    tokenizer = build_tokenizer((END_OF_TEXT,))
     for seed in range(300):
         for line in data.random_lines(generator(seed), 6):
             assert len(tokenizer.encode(line.value).ids) == len(line.value)
@@ -134,19 +138,30 @@ def test_keys_and_values_are_one_token_per_character() -> None:
 
 
 def test_words_of_the_prompts_are_single_tokens_and_never_hide_in_values() -> None:
-    tokenizer = build_tokenizer()
+    tokenizer = build_tokenizer((END_OF_TEXT,))
     for word in WORDS:
         assert len(tokenizer.encode(word).ids) == 1
     assert len(tokenizer.encode("ab is3k").ids) == len("ab is3k")
     assert {word.strip().lower() for word in WORDS if word != data.SEPARATOR} == data.RESERVED_WORDS
 
 
-def test_a_conversation_encoded_in_pieces_equals_its_text_encoded_whole() -> None:
-    tokenizer = build_tokenizer()
+@every_family
+def test_a_conversation_encoded_in_pieces_equals_its_text_encoded_whole(family: ToyFamily) -> None:
     for sample in (data.page_sample(generator(1), 4, turns=4), data.text_sample(generator(2), 4, turns=4)):
-        tokens, labels = encode(sample)
-        text = tokenizer.decode(tokens, skip_special_tokens=False)
-        assert tokenizer.encode(text).ids == tokens
+        tokens, labels = encode(family, sample)
+        text = family.tokenizer.decode(tokens, skip_special_tokens=False)
+        assert family.tokenizer.encode(text).ids == tokens
         supervised = [token for token, label in zip(tokens, labels, strict=True) if label != -100]
         answers = "".join(answer + "<|im_end|>" for _, answer in sample.turns)
-        assert tokenizer.decode(supervised, skip_special_tokens=False) == answers
+        assert family.tokenizer.decode(supervised, skip_special_tokens=False) == answers
+
+
+def test_decoys_start_like_another_value_and_go_on_differently() -> None:
+    for seed in range(50):
+        lines = data.random_lines(generator(seed), 4, decoys=1.0)
+        assert [line.key for line in lines] == [line.key for line in data.random_lines(generator(seed), 4)]
+        assert all(len(line.value) == data.VALUE_LENGTH for line in lines)
+        for index, line in enumerate(lines):
+            starts = {other.value[0] for other in lines[:index] + lines[index + 1 :]}
+            before = {o.value[0] for o in data.random_lines(generator(seed), 4)}
+            assert set(line.value[:-1]) & (starts | before)
