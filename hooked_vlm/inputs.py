@@ -460,6 +460,8 @@ def _join(rows: list[_Row], spec: InputSpec) -> VLMInputs:
 
 def _cat(tensors: list[Tensor | None]) -> Tensor | None:
     present = [t for t in tensors if t is not None]
+    if len(shapes := {tuple(t.shape[1:]) for t in present}) > 1:
+        raise InputError(f"images whose pixels have different sizes {sorted(shapes)} cannot share a batch")
     return torch.cat(present) if present else None
 
 

@@ -197,9 +197,11 @@ class HookedVLM(LoadingMixin, PromptMixin, GenerationMixin, WeightsMixin, HookCh
     def _check_context(self, inputs: VLMInputs, n_past: int) -> None:
         longest = max(b - a for a, b in zip(inputs.first, inputs.stop, strict=True)) + n_past
         if longest > self.cfg.n_ctx_limit:
+            vision = self.cfg.vision
+            bound = "max_pixels" if vision is None or vision.tile_size is None else "max_tiles"
+            lower = f", or lower {bound} in model.to_inputs(..., {bound}=)" if vision is not None else ""
             raise InputError(
-                f"{longest} tokens do not fit the context of {self.cfg.n_ctx_limit}: shorten the prompt, or lower "
-                "max_pixels in model.to_inputs(..., max_pixels=)"
+                f"{longest} tokens do not fit the context of {self.cfg.n_ctx_limit}: shorten the prompt{lower}"
             )
 
     def _loss(self, logits: Tensor, inputs: VLMInputs, logits_at: str) -> Float[Tensor, ""]:

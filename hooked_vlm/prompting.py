@@ -202,14 +202,22 @@ class PromptMixin(nn.Module):
 
         def tensor(name: str) -> Tensor | None:
             value = batch.get(name)
-            return None if value is None else torch.as_tensor(value).to(self.cfg.device)
+            try:
+                return None if value is None else torch.as_tensor(value).to(self.cfg.device)
+            except (TypeError, ValueError, RuntimeError) as error:
+                raise InputError(
+                    f"{name} is no tensor ({error}): ask the processor for return_tensors='pt', padding=True"
+                ) from error
 
         tokens = tensor("input_ids")
         assert tokens is not None
         tokens = tokens[None] if tokens.ndim == 1 else tokens
         self._check_ids(tokens)
         mask, spec = tensor("attention_mask"), self.input_spec()
+        if mask is not None and mask.numel() != tokens.numel():
+            raise InputError(f"attention_mask is {tuple(mask.shape)}, input_ids are {tuple(tokens.shape)}")
         pixels, grids = tensor("pixel_values"), tensor("image_grid_thw")
+        self._check_pixel_width(pixels)
         if spec.tile_size is not None and pixels is not None:
             grids = tile_grids(tokens, pixels, tensor("num_tiles"), spec)
         videos = (tensor("pixel_values_videos"), tensor("video_grid_thw"))
@@ -270,6 +278,21 @@ class PromptMixin(nn.Module):
         if self.tokenizer is None:
             raise InputError("this model has no tokenizer: pass token ids, or set model.tokenizer")
         return self.tokenizer
+
+    def _check_pixel_width(self, pixels: Tensor | None) -> None:
+        vision = self.cfg.vision
+        if pixels is None:
+            return
+        if vision is None:
+            raise self._sees_nothing()
+        if vision.tile_size is None:
+            width, form, expected = pixels.shape[-1], "[patch, numbers of a patch]", vision.d_patch
+        else:
+            width, form, expected = pixels.shape[min(1, pixels.ndim - 1)], "[tile, channel, h, w]", vision.in_channels
+        if width != expected:
+            raise InputError(
+                f"pixel_values must be {form} with {expected} in the second place, got {tuple(pixels.shape)}"
+            )
 
     def _sees_nothing(self) -> InputError:
         return InputError(f"{self.cfg.model_name or 'this model'} takes no images: it has no vision tower")

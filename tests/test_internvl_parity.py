@@ -282,6 +282,9 @@ def test_tiles_of_images_are_inferred_from_the_runs_of_placeholders() -> None:
         ({"pixel_values": torch.zeros(4, 96)}, "pixel_values must be"),
         ({"num_tiles": None, "pixel_values": torch.zeros(4, 3, 40, 40)}, "a tile has 25 placeholders"),
         ({"num_tiles": None, "pixel_values": torch.zeros(3, 3, 32, 32)}, r"the runs of placeholders say \[3, 1\]"),
+        ({"pixel_values": torch.zeros(4, 1, 32, 32)}, "with 3 in the second place"),
+        ({"attention_mask": torch.ones(1, 3)}, "attention_mask is"),
+        ({"input_ids": [[1, 2], [3]]}, "input_ids is no tensor"),
         ({"pixel_values": None}, "image placeholders but no image"),
     ],
 )

@@ -18,9 +18,11 @@ from hooked_vlm.experiments.toy.data import Sample
 from hooked_vlm.experiments.toy.families import family_in, family_of
 from hooked_vlm.experiments.toy.family import HFModel, text_shape
 from hooked_vlm.experiments.toy.heads import Head, head_mask, kept_heads, ocr_scores, output_norms
+from hooked_vlm.geometry import TileGrid
 
 LIVE_NORM = 0.1  # of the largest head's
 NOT_READING = 0.1  # OCR score
+WIDE_PAGE = (256, 112)  # width, height in pixels
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,12 @@ def held_out(seed: int, n: int) -> dict[str, list[Sample]]:
     sets["transcription"] = [data.transcription_sample(rng) for _ in range(n)]
     sets["naming"] = [data.naming_sample(rng) for _ in range(n)]
     return sets
+
+
+def wide_pages(seed: int, n: int) -> list[Sample]:
+    """Pages of several tiles, for the family that cuts them into tiles."""
+    rng = np.random.default_rng([seed, 2**40, 1])
+    return [data.page_sample(rng, size=WIDE_PAGE) for _ in range(n)]
 
 
 @torch.no_grad()
@@ -113,6 +121,8 @@ def evaluate(config: EvaluationConfig) -> dict:
     model = family.load(config.model).to(config.device).eval()
     family.prepare_training(model)
     sets = held_out(config.seed, config.samples)
+    if isinstance(family.grid(*WIDE_PAGE[::-1]), TileGrid):
+        sets["wide"] = wide_pages(config.seed, config.samples)
     exact = {name: float(exact_match(model, samples).mean()) for name, samples in sets.items()}
     exact["page"] = float(np.mean([v for name, v in exact.items() if name.startswith("page")]))
     return {

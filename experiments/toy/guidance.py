@@ -1,13 +1,14 @@
-"""Training only: two read-outs that show a decoder how to find a line's second character.
+"""Training only: read-outs that show a decoder how to find a line's second character.
 
 The first character of an answer is found by the line's key. The later ones can be guessed as what follows the
 characters before them; that guess fails for the second one wherever the first stands elsewhere on the page, and by
 the answers alone it was never unlearned: the way out has two parts, neither of which helps without the other. So
-each is asked for by itself, in texts, of the residual stream that enters the reading layer: at every position that
-produces a character, the key that was asked for; at every character of a value, its line's key and its place.
+each is asked for by itself, of the residual stream that enters the reading layer: at every position that produces a
+character, the key that was asked for; where the characters of values stand, their line's key.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -18,10 +19,27 @@ from torch.nn import functional as F
 from hooked_vlm.experiments.toy import data
 from hooked_vlm.experiments.toy.batches import IGNORED, Batch
 from hooked_vlm.experiments.toy.data import Sample
+from hooked_vlm.experiments.toy.family import ToyFamily
 
 N_LETTERS = len(data.LETTERS)
-Places = Int[np.ndarray, "n 2"]
-"""Row and position."""
+CLEAR_SHARE = 0.5  # of a character's area, that an image token must hold to be asked for its line
+
+
+@dataclass(frozen=True, eq=False)
+class Facts:
+    """What is to be read out where."""
+
+    rows: Int[np.ndarray, " n"]
+    positions: Int[np.ndarray, " n"]
+    keys: Int[np.ndarray, "n 2"]
+    """Numbers of a key's letters."""
+
+    @classmethod
+    def collect(cls, facts: Iterator[tuple[int, int, str]]) -> "Facts":
+        """From row, position and key."""
+        found = [(row, position, *map(data.LETTERS.index, key)) for row, position, key in facts]
+        columns = np.array(found, dtype=np.int64).reshape(-1, 4)
+        return cls(columns[:, 0], columns[:, 1], columns[:, 2:])
 
 
 class Guidance(nn.Module):
@@ -30,62 +48,63 @@ class Guidance(nn.Module):
     def __init__(self, d_model: int) -> None:
         super().__init__()
         self.asked = nn.Linear(d_model, 2 * N_LETTERS)
-        self.context = nn.Linear(d_model, 2 * N_LETTERS + data.VALUE_LENGTH)
+        self.context = nn.Linear(d_model, 2 * N_LETTERS)
+        self.image = nn.Linear(d_model, 2 * N_LETTERS)
 
     def loss(
-        self, samples: Sequence[Sample], batch: Batch, text_start: int, residual: Float[Tensor, "batch pos d_model"]
+        self,
+        family: ToyFamily,
+        samples: Sequence[Sample],
+        batch: Batch,
+        residual: Float[Tensor, "batch pos d_model"],
     ) -> Float[Tensor, ""]:
-        """Cross-entropy of all that is read out of text samples (without echo, with the usual separator).
-
-        ``text_start`` is the position of their first token.
-        """
+        """Cross-entropy of all that is read out of texts or of pages (without echo, with the usual separator)."""
         residual = F.layer_norm(residual, residual.shape[-1:])
-        where, keys = asked_keys(samples, batch)
-        read = self.asked(residual[where[:, 0], where[:, 1]])
-        loss = _letters_loss(read, torch.from_numpy(keys).to(read.device))
-        where, keys, places = context_keys(samples, text_start)
-        read = self.context(residual[where[:, 0], where[:, 1]])
-        loss = loss + _letters_loss(read[:, : 2 * N_LETTERS], torch.from_numpy(keys).to(read.device))
-        return loss + F.cross_entropy(read[:, 2 * N_LETTERS :], torch.from_numpy(places).to(read.device))
+        if samples[0].task == "text":
+            where = _read(self.context, residual, Facts.collect(_in_text(family, samples)))
+        else:
+            where = _read(self.image, residual, Facts.collect(_in_image(family, samples, batch)))
+        return where + _read(self.asked, residual, Facts.collect(_asked(samples, batch)))
 
 
-def _letters_loss(read: Float[Tensor, "n two_letters"], keys: Int[Tensor, "n 2"]) -> Float[Tensor, ""]:
-    first, second = read.chunk(2, dim=-1)
+def _read(head: nn.Linear, residual: Float[Tensor, "batch pos d_model"], facts: Facts) -> Float[Tensor, ""]:
+    first, second = head(residual[facts.rows, facts.positions]).chunk(2, dim=-1)
+    keys = torch.from_numpy(facts.keys).to(residual.device)
     return F.cross_entropy(first, keys[:, 0]) + F.cross_entropy(second, keys[:, 1])
 
 
-def _numbers(key: str) -> list[int]:
-    return [data.LETTERS.index(letter) for letter in key]
+def _keys(sample: Sample) -> list[str]:
+    """Of the lines of a page, or of the text before the first question."""
+    if sample.page is not None:
+        return [line.key for line in sample.page.lines]
+    return [line[:2] for line in sample.turns[0][0].split("\n")[:-1]]
 
 
-def context_lines(sample: Sample) -> list[str]:
-    """The lines of a text sample, which stand before its first question."""
-    return sample.turns[0][0].split("\n")[:-1]
-
-
-def asked_keys(samples: Sequence[Sample], batch: Batch) -> tuple[Places, Int[np.ndarray, "n 2"]]:
-    """Where answer tokens are produced, and the two letters of the key that was asked for there."""
+def _asked(samples: Sequence[Sample], batch: Batch) -> Iterator[tuple[int, int, str]]:
+    """Where answers are produced, and the key that was asked for."""
     labels = batch.labels.cpu().numpy()
-    where, keys = [], []
     for row, sample in enumerate(samples):
-        lines = context_lines(sample)
-        produced = np.flatnonzero(labels[row] != IGNORED) - 1
-        for answer, index in zip(produced.reshape(len(sample.turns), -1), sample.target_lines, strict=True):
-            where += [(row, position) for position in answer]
-            keys += [_numbers(lines[index][:2])] * len(answer)
-    return np.array(where), np.array(keys)
+        if sample.target_lines:
+            keys = _keys(sample)
+            producing = (np.flatnonzero(labels[row] != IGNORED) - 1).reshape(len(sample.turns), -1)
+            for answer, index in zip(producing, sample.target_lines, strict=True):
+                yield from ((row, int(position), keys[index]) for position in answer)
 
 
-def context_keys(
-    samples: Sequence[Sample], text_start: int
-) -> tuple[Places, Int[np.ndarray, "n 2"], Int[np.ndarray, " n"]]:
-    """Where the characters of values stand, the letters of their line's key, and their place in the value."""
-    per_line = 2 + 1 + data.VALUE_LENGTH + 1  # tokens: key, separator, value, new line
-    where, keys, places = [], [], []
+def _in_text(family: ToyFamily, samples: Sequence[Sample]) -> Iterator[tuple[int, int, str]]:
+    """Where the characters of values stand in texts, and their line's key."""
+    before, after = 2 + 1, 1  # tokens of a key and the separator; of a new line
     for row, sample in enumerate(samples):
-        for number, line in enumerate(context_lines(sample)):
-            for place in range(data.VALUE_LENGTH):
-                where.append((row, text_start + number * per_line + 3 + place))
-                keys.append(_numbers(line[:2]))
-                places.append(place)
-    return np.array(where), np.array(keys), np.array(places)
+        for number, key in enumerate(_keys(sample)):
+            start = family.text_start + number * (before + data.VALUE_LENGTH + after) + before
+            yield from ((row, position, key) for position in range(start, start + data.VALUE_LENGTH))
+
+
+def _in_image(family: ToyFamily, samples: Sequence[Sample], batch: Batch) -> Iterator[tuple[int, int, str]]:
+    """The image tokens that hold most of a value's character, and its line's key."""
+    assert batch.grid is not None
+    for row, sample in enumerate(samples):
+        for line in sample.page.lines if sample.page is not None else ():
+            for box in line.value_boxes:
+                tokens = np.flatnonzero(batch.grid.overlaps(box) > CLEAR_SHARE)
+                yield from ((row, family.image_start + int(token), line.key) for token in tokens)

@@ -29,7 +29,7 @@ class Stage:
     strip_sizes: Sizes = ()
     drawing_sizes: Sizes = ()
     decoys: float = 0.0  # of `data.random_lines`, in pages and texts
-    guided: bool = False  # texts, which then have no echo and no other separators
+    guided: bool = False  # texts and pages, which then have no echo and no other separators
 
 
 @dataclass(frozen=True)
@@ -116,10 +116,11 @@ QWEN2_VL_CURRICULUM = (
 
 QWEN2_VL = Recipe(
     QWEN2_VL_CURRICULUM,
-    steps=11300,
+    steps=11900,
     schedule=(
         (0, 0.01), (100, 1.0), (3200, 1.0), (4200, 0.643), (5000, 0.643), (5300, 0.514), (6500, 0.514),
-        (7300, 0.377), (8900, 0.0), (9000, 0.2), (10400, 0.0), (10440, 0.5), (10750, 0.5), (11300, 0.0),
+        (7300, 0.377), (8900, 0.0), (9000, 0.2), (10400, 0.0), (10440, 0.5), (10750, 0.5),
+        (11100, 0.182), (11110, 0.5), (11300, 0.5), (11900, 0.0),
     ),
     specialise_from=5300,
     specialisation=Specialisation(),

@@ -170,7 +170,12 @@ class Log:
         sets = [f"page{n}" for n in range(1, data.MAX_LINES + 1)] + ["text", "transcription", "naming"]
         self.fields = ["step", "seconds", "lr"]
         self.fields += [f"loss_{t}" for t in TASKS] + [f"token_accuracy_{t}" for t in TASKS]
-        self.fields += [f"exact_{name}" for name in sets] + ["penalty", "loss_guidance", "loss_imitation"]
+        self.fields += [f"exact_{name}" for name in sets] + [
+            "penalty",
+            "loss_guidance_text",
+            "loss_guidance_page",
+            "loss_imitation",
+        ]
         rows = []
         if path.exists() and start > 0:
             with path.open(newline="") as file:
@@ -297,10 +302,10 @@ def task_step(
         residuals: list[Tensor] = []
         results, penalty = task_losses(model, samples, batch, pressure, residuals)
         total = penalty + sum(LOSS_WEIGHTS[task] * loss for task, (loss, _) in results.items())
-        if guidance is not None and samples[0].task == "text":
-            guided = guidance.loss(samples, batch, family.text_start, residuals[reading_layer])
+        if guidance is not None and samples[0].task in ("text", "page"):
+            guided = guidance.loss(family, samples, batch, residuals[reading_layer])
             total = total + GUIDANCE_WEIGHT * guided
-            logged.setdefault("loss_guidance", []).append(guided.item())
+            logged.setdefault(f"loss_guidance_{samples[0].task}", []).append(guided.item())
         total.backward()
         if samples[0].task == "page":
             logged.setdefault("penalty", []).append(float(penalty.detach()))

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from hooked_vlm import HookedVLM
-from hooked_vlm.experiments.toy import batches, data, heads, imitate, qwen2_vl, train
+from hooked_vlm.experiments.toy import batches, data, guidance, heads, imitate, qwen2_vl, train
 from hooked_vlm.experiments.toy.families import FAMILIES, INTERNVL2, QWEN2_VL
 from hooked_vlm.experiments.toy.family import ToyFamily
 from hooked_vlm.experiments.toy.internvl2 import start_from_qwen2_vl
@@ -182,3 +182,31 @@ def test_evidence_is_where_the_answers_characters_are_drawn(family: ToyFamily) -
     for position, box in zip(producing, boxes, strict=True):
         shares = batch.grid.overlaps(box)  # pyright: ignore[reportOptionalMemberAccess]
         assert (mask[position] == (shares > heads.EVIDENCE_SHARE)).all() and shares[mask[position]].sum() > 0.8
+
+
+@every_family
+def test_guidance_asks_where_the_keys_are_and_where_they_are_needed(family: ToyFamily) -> None:
+    text = data.text_sample(np.random.default_rng(0), 3, turns=2)
+    batch = batches.collate(family, [text])
+    decode = family.tokenizer.decode
+    lines = dict(line.split(data.SEPARATOR) for line in text.turns[0][0].split("\n")[:-1])
+    told: dict[str, str] = {}
+    for _, position, key in guidance._in_text(family, [text]):
+        told[key] = told.get(key, "") + decode([int(batch.tokens[0, position])])
+    assert told == lines
+    page = data.page_sample(np.random.default_rng(0), 3, (256, 112), turns=2)
+    for sample in (text, page):
+        batch = batches.collate(family, [sample])
+        produced: dict[str, list[int]] = {}
+        for _, position, key in guidance._asked([sample], batch):
+            produced.setdefault(key, []).append(int(batch.tokens[0, position + 1]))
+        answers = {question.removesuffix("?").split()[-1]: answer for question, answer in sample.turns}
+        assert {key: decode(tokens) for key, tokens in produced.items()} == answers
+    keys = {line.key: line for line in page.page.lines}  # pyright: ignore[reportOptionalMemberAccess]
+    seen = set()
+    for _, position, key in guidance._in_image(family, [page], batch):
+        x0, y0, x1, y1 = batch.grid.box_of(position - family.image_start)  # pyright: ignore[reportOptionalMemberAccess]
+        a0, b0, a1, b1 = keys[key].value_box
+        assert x0 < a1 and a0 < x1 and y0 < b1 and b0 < y1
+        seen.add(key)
+    assert seen == set(keys)
