@@ -23,8 +23,9 @@ class Block(nn.Module):
         self.ln1, self.attn, self.ln2, self.mlp = ln1, attn, ln2, mlp
         self.layer_scale = layer_scale is not None
         if layer_scale is not None:
-            self.scale_attn = nn.Parameter(torch.ones(layer_scale))
-            self.scale_mlp = nn.Parameter(torch.ones(layer_scale))
+            self.scale_attn = nn.Parameter(torch.empty(layer_scale))
+            self.scale_mlp = nn.Parameter(torch.empty(layer_scale))
+            self.reset_parameters()
         self.hook_resid_pre = HookPoint()  # [batch, pos, d_model]
         if attn.split_inputs:
             self.hook_mlp_in = HookPoint()  # [batch, pos, d_model], with use_hook_mlp_in
@@ -32,6 +33,10 @@ class Block(nn.Module):
         self.hook_resid_mid = HookPoint()  # [batch, pos, d_model]
         self.hook_mlp_out = HookPoint()  # [batch, pos, d_model]
         self.hook_resid_post = HookPoint()  # [batch, pos, d_model]
+
+    def reset_parameters(self) -> None:
+        for scale in (self.scale_attn, self.scale_mlp) if self.layer_scale else ():
+            nn.init.ones_(scale)
 
     def forward(
         self,

@@ -92,6 +92,11 @@ class TileEmbed(nn.Module):
         super().__init__()
         self.class_token = nn.Parameter(torch.empty(1, 1, cfg.d_model))
         self.positions = nn.Parameter(torch.empty(1, 1 + cfg.n_positions, cfg.d_model))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        for parameter in (self.class_token, self.positions):
+            nn.init.normal_(parameter, std=0.02)
 
     def forward(self, patches: Float[Tensor, "tile patch d_model"], side: int) -> Float[Tensor, "tile seq d_model"]:
         """`patches` are `side` rows of as many, in raster order."""

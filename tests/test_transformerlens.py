@@ -1,4 +1,4 @@
-"""TransformerLens' own tools run with an image in the input, and give the numbers computed by hand.
+"""TransformerLens' own tools run with an image in the input, in both families, and give the numbers of a hand.
 
 Expected values never come from the tool under test: they are hand-written patches, autograd, or the logits.
 """
@@ -8,6 +8,7 @@ Expected values never come from the tool under test: they are hand-written patch
 # pyright: reportAssignmentType=false, reportOptionalSubscript=false
 
 import copy
+import sys
 from collections.abc import Callable
 from dataclasses import FrozenInstanceError
 from functools import lru_cache
@@ -16,6 +17,7 @@ from typing import Any
 import pandas as pd
 import pytest
 import tiny
+import tiny_internvl
 import torch
 from torch import Tensor
 from transformer_lens import ActivationCache, HookedRootModule, SVDInterpreter, patching
@@ -33,30 +35,54 @@ from transformer_lens.weight_processing import ProcessWeights
 from hooked_vlm import HookedVLM, VLMCache, VLMInputs
 from hooked_vlm.components import AbsentBias
 
-ROWS = [[5, ("image", (1, 4, 4)), 7]]
 N_POS, ANSWER, OTHER = 8, 17, 42
 
 
+FAMILIES = {"qwen2-vl": tiny.tiny_hf, "internvl2": lambda: tiny_internvl.tiny_hf("qwen2")}
+current = "qwen2-vl"
+
+
+@pytest.fixture(autouse=True, params=FAMILIES)
+def family(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The family that `model` and `pictured` give."""
+    monkeypatch.setattr(sys.modules[__name__], "current", request.param)
+    return request.param
+
+
 @lru_cache
-def model() -> Any:  # the tools' annotations name a bridge and token tensors
+def _model(family: str) -> Any:  # the tools' annotations name a bridge and token tensors
+    return HookedVLM.from_hf(FAMILIES[family]())
+
+
+def model() -> Any:
     """Shared weights, switches of its own."""
-    return HookedVLM.from_hf(tiny.tiny_hf())
+    return _model(current)
+
+
+def pictured(seed: int) -> Any:
+    """The same words about a picture of its own, of four tokens."""
+    if current == "qwen2-vl":
+        return tiny.inputs([[5, ("image", (1, 4, 4)), 7]], seed)
+    return model().inputs_from_hf(tiny_internvl.hf_batch([[5, ("image", 1), 7]], seed, tile_size=16))
 
 
 def clean() -> Any:
-    return tiny.inputs(ROWS, seed=0)
+    return pictured(0)
 
 
 def corrupt() -> Any:
-    """The same words about another picture."""
-    return tiny.inputs(ROWS, seed=1)
+    return pictured(1)
 
 
 @lru_cache
-def cached(which: Callable[[], Any], patterns: bool = False) -> VLMCache:
+def _cached(family: str, which: Callable[[], Any], patterns: bool) -> VLMCache:
     names = (lambda name: True) if patterns else None
     with torch.no_grad():
         return model().run_with_cache(which(), names_filter=names)[1]
+
+
+def cached(which: Callable[[], Any], patterns: bool = False) -> VLMCache:
+    return _cached(current, which, patterns)
 
 
 def metric(logits: Tensor) -> Tensor:
@@ -104,7 +130,6 @@ def test_the_model_has(name):
         "d_head": 16,
         "d_mlp": 96,
         "d_vocab": 200,
-        "n_ctx": 512,
         "act_fn": "silu",
         "normalization_type": "RMS",
         "gated_mlp": True,
@@ -118,6 +143,7 @@ def test_the_model_has(name):
     }.items(),
 )
 def test_the_config_has(field, value):
+    assert model().cfg.n_ctx == {"qwen2-vl": 512, "internvl2": 128}[current]
     assert getattr(model().cfg, field) == value
     with pytest.raises(FrozenInstanceError):
         setattr(model().cfg, field, value)
@@ -488,7 +514,7 @@ def test_attribution_patching_scores_are_the_derivatives_of_real_patches():
 
 
 def test_attribution_patching_of_a_batch_is_the_mean_of_its_rows():
-    pairs = [(clean(), corrupt()), (tiny.inputs(ROWS, seed=2), clean())]
+    pairs = [(clean(), corrupt()), (pictured(2), clean())]
     one_by_one = [attribution_patch(model(), a, b, metric).node_scores for a, b in pairs]
     both = attribution_patch(
         model(), VLMInputs.concat([a for a, _ in pairs]), VLMInputs.concat([b for _, b in pairs]), metric
@@ -506,7 +532,7 @@ HOOK = "blocks.1.hook_resid_post"
 
 
 def three(seed: int) -> Any:
-    return VLMInputs.concat([tiny.inputs(ROWS, seed=seed + i) for i in range(3)])
+    return VLMInputs.concat([pictured(seed + i) for i in range(3)])
 
 
 def test_interchange_collects_activations_and_puts_them_in():
@@ -550,13 +576,13 @@ def test_das_learns_a_direction_that_carries_the_answer_and_leaves_the_model_as_
 @pytest.mark.parametrize("tied", [False, True])
 @torch.no_grad()
 def test_a_reinitialized_copy_has_all_parameters_drawn_anew(tied):
-    trained = tiny.tiny_model(tied)
+    trained = tiny.tiny_model(tied) if tied or current == "qwen2-vl" else model()
     before = {name: p.clone() for name, p in trained.named_parameters()}
     fresh = interchange.reinitialized(trained, seed=0)
     assert [n for n, p in fresh.named_parameters() if p.equal(before[n])] == []
     assert all(p.equal(before[n]) for n, p in trained.named_parameters())
     assert (fresh.W_E.data_ptr() == fresh.W_U.data_ptr()) == tied
-    assert fresh(clean()).isfinite().all()
+    assert fresh(torch.arange(5, 12)[None]).isfinite().all()
 
 
 # ---- weights ----

@@ -132,18 +132,23 @@ TILED = (*FULL * 2, *WIDE)
 
 INTERNVL2_CURRICULUM = (
     Stage(
-        0, continuations=0, texts=8, text_lines=(0.0, 0.1, 0.15, 0.25, 0.25, 0.25), echo=0.1,
-        pages=20, full_pages=12, strips=8, drawings=6, lines=(0.1, 0.1, 0.15, 0.2, 0.2, 0.25),
-        page_sizes=TILED, strip_sizes=TILED, drawing_sizes=TILED, decoys=0.3,
+        0, continuations=0, texts=8, text_lines=(0.0, 0.1, 0.15, 0.25, 0.25, 0.25), echo=0.0,
+        pages=24, full_pages=8, strips=6, drawings=5, lines=(0.1, 0.1, 0.15, 0.2, 0.2, 0.25),
+        page_sizes=TILED, strip_sizes=TILED, drawing_sizes=TILED, decoys=0.5, guided=True,
+    ),
+    Stage(
+        1000, continuations=0, texts=12, text_lines=(0.0, 0.1, 0.1, 0.2, 0.3, 0.3), echo=0.0,
+        pages=30, full_pages=2, strips=3, drawings=4, lines=(0.05, 0.05, 0.1, 0.2, 0.3, 0.3),
+        page_sizes=TILED, strip_sizes=TILED, drawing_sizes=TILED, decoys=0.5, guided=True,
     ),
 )  # fmt: skip
 
 INTERNVL2 = Recipe(
     INTERNVL2_CURRICULUM,
-    steps=3000,
-    schedule=((0, 0.01), (50, 1.0), (300, 1.0), (350, 0.5), (1500, 0.5), (3000, 0.0)),
-    specialise_from=800,
-    specialisation=Specialisation(penalty=((800, 0.1), (1600, 0.3))),
+    steps=1700,
+    schedule=((0, 0.01), (50, 1.0), (250, 1.0), (300, 0.5), (1000, 0.5), (1700, 0.0)),
+    specialise_from=500,
+    specialisation=Specialisation(penalty=((500, 0.1), (1000, 0.3))),
     imitation=300,
 )
 
