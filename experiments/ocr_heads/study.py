@@ -14,7 +14,7 @@ from jaxtyping import Bool, Float
 
 from hooked_vlm.attention_rows import attention_rows
 from hooked_vlm.experiments.ocr_heads import plots, report
-from hooked_vlm.experiments.ocr_heads.config import OcrHeadsConfig
+from hooked_vlm.experiments.ocr_heads.config import OcrHeadsConfig, StudyError
 from hooked_vlm.experiments.ocr_heads.examples import Box, Example, coarse, to_inputs
 from hooked_vlm.experiments.ocr_heads.masking import Outcome, masking_control, n_to_mask, random_candidates
 from hooked_vlm.experiments.ocr_heads.published import Comparison, compare, ranked

@@ -133,22 +133,40 @@ def evaluate(config: EvaluationConfig) -> dict:
     }
 
 
+LABELS = {f"page{n}": f"pages of {n} line{'s' * (n > 1)}" for n in range(1, data.MAX_LINES + 1)} | {
+    "page": "pages of 1 to 6 lines, mean",
+    "wide": "wide pages (two tiles and a thumbnail)",
+    "text": "the same as text",
+    "transcription": "transcription of a line",
+    "naming": "naming the object",
+}
+
+
 def report(result: dict) -> str:
-    lines = ["exact match (held out)"]
-    lines += [f"  {name:<16}{value:7.1%}" for name, value in result["exact_match"].items()]
-    masking = result["masking"]
-    lines.append("OCR score by layer and head (output norm)")
-    for layer, (scores, norms) in enumerate(zip(masking["ocr_score"], masking["output_norm"], strict=True)):
-        cells = "  ".join(f"{s:.3f} ({n:.2f})" for s, n in zip(scores, norms, strict=True))
-        lines.append(f"  {layer}  {cells}")
-    lines.append(f"masking the top heads {masking['top_heads']}")
-    for task, value in masking["intact"].items():
-        lines.append(f"  {task:<16}{value:7.1%} -> {masking['masked'][task]:7.1%}")
+    """The tables of `docs/toy-models.md`."""
+    exact, masking = result["exact_match"], result["masking"]
     median = masking["random_page_median"]
-    lines.append(
-        "masking as many random live heads that do not read: page "
-        + ("not possible, too few such heads" if median is None else f"{median:.1%} (median)")
-    )
+    random_heads = "too few such heads" if median is None else f"{median:.1%}"
+    masked = ", ".join(f"{layer}.{head}" for layer, head in masking["top_heads"])
+    n_heads = len(masking["ocr_score"][0])
+    lines = [
+        "| task | exact match |",
+        "|---|---|",
+        *(f"| {label} | {exact[task]:.1%} |" for task, label in LABELS.items() if task in exact),
+        "",
+        "| OCR score | " + " | ".join(f"head {head}" for head in range(n_heads)) + " |",
+        "|---" * (n_heads + 1) + "|",
+        *(
+            f"| layer {layer} | " + " | ".join(f"{score:.2f}" for score in scores) + " |"
+            for layer, scores in enumerate(masking["ocr_score"])
+        ),
+        "",
+        f"| task | nothing masked | masked: {masked} | masked: two random live heads that do not read |",
+        "|---|---|---|---|",
+    ]
+    for task, value in masking["intact"].items():
+        control = f"{random_heads} (median)" if task == "page" else ""
+        lines.append(f"| {task} | {value:.1%} | {masking['masked'][task]:.1%} | {control} |")
     return "\n".join(lines)
 
 

@@ -1,5 +1,6 @@
 """The OCR-heads study: its numbers against literal re-computations, its files, its refusals."""
 
+import copy
 import json
 from functools import lru_cache
 from pathlib import Path
@@ -22,11 +23,18 @@ from hooked_vlm.experiments.ocr_heads.published import compare, per_range, publi
 from hooked_vlm.experiments.ocr_heads.scoring import Scores, longest_run, score_heads
 from hooked_vlm.experiments.ocr_heads.selection import bootstrap_interval, select
 from hooked_vlm.experiments.ocr_heads.sources import niah_pages, passkey_pages, toy_controls, toy_pages
+from hooked_vlm.experiments.toy.families import FAMILIES
 
 
-@lru_cache(maxsize=1)
-def toy() -> HookedVLM:
-    return HookedVLM.from_pretrained("toy-qwen2-vl")
+@lru_cache
+def bundled(name: str) -> HookedVLM:
+    return HookedVLM.from_pretrained(name)
+
+
+@pytest.fixture(params=FAMILIES)
+def toy(request: pytest.FixtureRequest) -> HookedVLM:
+    """The bundled models, one after the other."""
+    return bundled(request.param)
 
 
 def config(**changes: object) -> OcrHeadsConfig:
@@ -37,9 +45,9 @@ def config(**changes: object) -> OcrHeadsConfig:
 # ---------------------------------------------------------------- the score
 
 
-def literal_scores(examples: list[Example], protocol: Protocol, max_new_tokens: int) -> np.ndarray:
+def literal_scores(model: HookedVLM, examples: list[Example], protocol: Protocol, max_new_tokens: int) -> np.ndarray:
     """The score one example at a time, from patterns hooked at every step of generation."""
-    model, instances = toy(), []
+    instances = []
     shape = (model.cfg.n_layers, model.cfg.n_heads)
     for example in examples:
         inputs = to_inputs(model, [example], None)
@@ -124,11 +132,11 @@ def literal_scores(examples: list[Example], protocol: Protocol, max_new_tokens: 
     [Protocol(), OFFICIAL_CODE, Protocol(query="copied"), Protocol(matching="in_order", instance="token")],
     ids=["paper", "code", "copied", "in order"],
 )
-def test_scores_equal_a_literal_loop_over_the_steps_of_generation(protocol: Protocol) -> None:
+def test_scores_equal_a_literal_loop_over_the_steps_of_generation(protocol: Protocol, toy: HookedVLM) -> None:
     examples = toy_pages(3, 6)
     settings = config(protocol=protocol)
-    scores = score_heads(toy(), examples, settings, None)
-    expected = literal_scores(examples, protocol, settings.max_new_tokens or 0)
+    scores = score_heads(toy, examples, settings, None)
+    expected = literal_scores(toy, examples, protocol, settings.max_new_tokens or 0)
     assert scores.instances.shape == expected.shape
     np.testing.assert_allclose(scores.instances.mean(0), expected.mean(0), atol=1e-6)
 
@@ -138,8 +146,8 @@ def test_compat_is_the_official_code() -> None:
     assert config().measured_by == Protocol()
 
 
-def test_output_norm_is_that_of_the_heads_result() -> None:
-    model, examples = toy(), toy_pages(3, 2)
+def test_output_norm_is_that_of_the_heads_result(toy: HookedVLM) -> None:
+    model, examples = toy, toy_pages(3, 2)
     scores = score_heads(model, examples[:1], config(), None)
     inputs = to_inputs(model, examples[:1], None)
     reply = model.generate(inputs, 6)[:, inputs.shape[1] :]
@@ -211,8 +219,8 @@ def test_random_candidates_are_live_low_scoring_and_not_masked() -> None:
     assert random_candidates(scores, norms, [(0, 0)]) == [(0, 1)]
 
 
-def test_masking_top_heads_equals_zeroing_their_output_by_hand() -> None:
-    model = toy()
+def test_masking_top_heads_equals_zeroing_their_output_by_hand(toy: HookedVLM) -> None:
+    model = toy
     tasks = {"page": toy_pages(5, 6)}
     scores = np.zeros((model.cfg.n_layers, model.cfg.n_heads))
     scores[2, 1], scores[1, 3] = 0.9, 0.8
@@ -295,10 +303,10 @@ def test_data_is_a_function_of_the_seed() -> None:
     assert same(passkey_pages(1, 2, (1024,))[0], passkey_pages(1, 2, (1024,))[0])
 
 
-def test_prompt_length_bounds_the_prompt() -> None:
+def test_prompt_length_bounds_the_prompt(toy: HookedVLM) -> None:
     for example in [*toy_pages(0, 3), *toy_controls(0, 3)["text"]]:
-        n = to_inputs(toy(), [example], None).shape[1]
-        assert n <= prompt_length(toy(), example, None) <= n + 3
+        n = to_inputs(toy, [example], None).shape[1]
+        assert n <= prompt_length(toy, example, None) <= n + 3
 
 
 def test_batches_hold_every_index_once_and_keep_to_the_budget() -> None:
@@ -350,9 +358,9 @@ def test_score_ranges_and_order() -> None:
 # ---------------------------------------------------------------- the run
 
 
-def test_a_run_writes_its_tables_and_the_same_seed_gives_the_same_bytes(tmp_path: Path) -> None:
-    first = run(config(out=tmp_path / "a"), toy())
-    run(config(out=tmp_path / "b"), toy())
+def test_a_run_writes_its_tables_and_the_same_seed_gives_the_same_bytes(tmp_path: Path, toy: HookedVLM) -> None:
+    first = run(config(out=tmp_path / "a"), toy)
+    run(config(out=tmp_path / "b"), toy)
     names = ["config.json", "heatmap.png", "masking.parquet", "masking.png", "pages.png", "scores.parquet"]
     assert sorted(p.name for p in (tmp_path / "a").iterdir()) == names
     for name in ("scores.parquet", "masking.parquet"):
@@ -380,6 +388,17 @@ def test_settings_out_of_range_are_refused_before_anything_is_loaded(changes: di
     with pytest.raises(StudyError, match=words):
         run(config(model="/nowhere", out=tmp_path / "out", **changes))
     assert not (tmp_path / "out").exists()
+
+
+def test_a_model_that_cannot_be_asked_about_images_is_refused_before_any_page_is_made(tmp_path: Path) -> None:
+    blind = copy.copy(bundled("toy-qwen2-vl"))
+    blind.cfg = blind.cfg.with_(vision=None)
+    with pytest.raises(StudyError, match="has no vision tower"):
+        run(config(out=tmp_path / "out"), blind)
+    silent = copy.copy(bundled("toy-qwen2-vl"))
+    silent.tokenizer = None
+    with pytest.raises(StudyError, match="has no tokenizer"):
+        run(config(out=tmp_path / "out"), silent)
 
 
 def test_an_output_folder_that_cannot_be_written_is_refused_at_once(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from hooked_vlm import HookedVLM
 from hooked_vlm.experiments.toy import data
 from hooked_vlm.experiments.toy.batches import collate, decoder_output
 from hooked_vlm.experiments.toy.data import Sample
-from hooked_vlm.experiments.toy.evaluate import exact_match, held_out
+from hooked_vlm.experiments.toy.evaluate import exact_match, held_out, report
 from hooked_vlm.experiments.toy.families import FAMILIES, family_in
 from hooked_vlm.experiments.toy.family import ToyFamily
 from hooked_vlm.experiments.toy.heads import ocr_scores
@@ -152,6 +152,15 @@ def test_two_heads_read_and_the_others_do_not(toy: Any, sets: dict[str, list[Sam
     assert scores.flat[order[1]] > 0.5 and scores.flat[order[2]] < 0.15
     assert exact_match(toy, pages, top).mean() < 0.35 < 0.85 < exact_match(toy, pages).mean()
     assert exact_match(toy, sets["naming"], top).mean() > 0.9
+
+
+def test_the_page_about_the_toys_has_the_measured_figures(folder: Path) -> None:
+    result = json.loads((folder / "evaluation.json").read_text())
+    assert result["samples"] >= 500
+    docs = (Path(__file__).parents[2] / "docs" / "toy-models.md").read_text()
+    assert report(result) in docs
+    card = (folder / "README.md").read_text()
+    assert all(f"{result['exact_match'][task]:.1%}" in card for task in ("page", "text", "transcription", "naming"))
 
 
 @torch.no_grad()
