@@ -61,7 +61,7 @@ def config_kwargs(hf_config: Mapping[str, Any]) -> dict[str, Any]:
     name = _text_section(hf_config)
     section = root.section(name)
     text = decoder_kwargs(section, _dialect(hf_config), where=name)
-    # the published class ties what its language model ties; of transformers' class the root says it, if it does
+    # of transformers' class the root says it, if it does
     tied = text["tie_word_embeddings"]
     if layout_of(hf_config) == "hf":
         tied = root.flag("tie_word_embeddings", tied)

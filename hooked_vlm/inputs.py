@@ -15,6 +15,7 @@ from torch import Tensor
 
 from hooked_vlm.geometry import Box, GeometryError, ImageGrid, Part, TileGrid
 from hooked_vlm.positions import TokenGroups, mrope_positions, prompt_groups
+from hooked_vlm.rows import join, left_pad, rows_of
 from hooked_vlm.tiles import TileProcessor
 from hooked_vlm.token_layout import Grid, InputError, InputSpec, Kind, Visual, locate_visuals, real_span
 
@@ -347,7 +348,7 @@ class VLMInputs:
                 mask = torch.cat((mask[: visual.start], mask.new_ones(n_new), mask[visual.stop :]))
             rows.append(row)
             masks.append(mask)
-        tokens, attention_mask = _left_pad(rows, masks, self.spec.pad_token_id)
+        tokens, attention_mask = left_pad(rows, masks, self.spec.pad_token_id)
         known = self.image_sizes
         return replace(
             self,
@@ -374,105 +375,12 @@ class VLMInputs:
         with_features = [b.image_features is not None for b in batches if b.visuals]
         if any(with_features) and not all(with_features):
             raise InputError("some of these inputs have encoded images and some have not: encode all or none")
-        parts = [part for b in batches for part in b._rows()]
-        return _join(parts, batches[0].spec)
+        parts = [part for b in batches for part in rows_of(b)]
+        return VLMInputs(**join(parts, batches[0].spec))
 
     def _take_rows(self, rows: list[int]) -> "VLMInputs":
-        parts = self._rows()
-        return _join([parts[r] for r in rows], self.spec)
-
-    def _rows(self) -> "list[_Row]":
-        pieces = _pieces(self)
-        return [
-            _Row(
-                self.tokens[r],
-                self.attention_mask[r],
-                self.n_generated[r],
-                [pieces[v.kind, v.index] for v in self.visuals if v.row == r],
-            )
-            for r in range(len(self))
-        ]
-
-
-@dataclass(frozen=True, eq=False)
-class _Piece:
-    """One image or video cut out of a batch."""
-
-    kind: Kind
-    grid_thw: Tensor
-    pixels: Tensor | None
-    size: tuple[int, int] | None
-    features: Tensor | None
-
-
-@dataclass(frozen=True, eq=False)
-class _Row:
-    tokens: Tensor
-    mask: Tensor
-    n_generated: int
-    pieces: list[_Piece]
-
-
-def _pieces(inputs: VLMInputs) -> dict[tuple[str, int], _Piece]:
-    pieces = {}
-    feature_start = 0
-    patch_start = {"image": 0, "video": 0}
-    pixels = {"image": inputs.pixel_values, "video": inputs.pixel_values_videos}
-    grids = {"image": inputs.image_grid_thw, "video": inputs.video_grid_thw}
-    for v in inputs._in_feature_order:
-        a, b = patch_start[v.kind], patch_start[v.kind] + inputs.spec.n_pixel_rows(v.grid)
-        own, all_grids, features = pixels[v.kind], grids[v.kind], inputs.image_features
-        assert all_grids is not None
-        pieces[v.kind, v.index] = _Piece(
-            v.kind,
-            all_grids[v.index],
-            None if own is None else own[a:b],
-            inputs.image_sizes[v.index] if v.kind == "image" and inputs.image_sizes is not None else None,
-            None if features is None else features[feature_start : feature_start + v.n_tokens],
-        )
-        patch_start[v.kind] = b
-        feature_start += v.n_tokens
-    return pieces
-
-
-def _join(rows: list[_Row], spec: InputSpec) -> VLMInputs:
-    if not rows:
-        raise InputError("no rows are left: a batch needs at least one")
-    tokens, mask = _left_pad([r.tokens for r in rows], [r.mask for r in rows], spec.pad_token_id)
-    pieces = [p for r in rows for p in r.pieces]
-    images = [p for p in pieces if p.kind == "image"]
-    videos = [p for p in pieces if p.kind == "video"]
-    sizes = tuple(p.size for p in images if p.size is not None)
-    features = [p.features for p in (*images, *videos) if p.features is not None]
-    return VLMInputs(
-        tokens,
-        spec,
-        mask,
-        _cat([p.pixels for p in images]),
-        torch.stack([p.grid_thw for p in images]) if images else None,
-        _cat([p.pixels for p in videos]),
-        torch.stack([p.grid_thw for p in videos]) if videos else None,
-        sizes if images and len(sizes) == len(images) else None,
-        torch.cat(features) if features else None,
-        tuple(r.n_generated for r in rows),
-    )
-
-
-def _cat(tensors: list[Tensor | None]) -> Tensor | None:
-    present = [t for t in tensors if t is not None]
-    if len(shapes := {tuple(t.shape[1:]) for t in present}) > 1:
-        raise InputError(f"images whose pixels have different sizes {sorted(shapes)} cannot share a batch")
-    return torch.cat(present) if present else None
-
-
-def _left_pad(rows: list[Tensor], masks: list[Tensor], pad_token_id: int) -> tuple[Tensor, Tensor]:
-    width = max(len(row) for row in rows)
-    tokens = rows[0].new_full((len(rows), width), pad_token_id)
-    mask = masks[0].new_zeros(len(rows), width)
-    for r, (row, row_mask) in enumerate(zip(rows, masks, strict=True)):
-        tokens[r, width - len(row) :] = row
-        mask[r, width - len(row) :] = row_mask
-    return tokens, mask
+        parts = rows_of(self)
+        return VLMInputs(**join([parts[r] for r in rows], self.spec))
 
 
 def _check_pixels(inputs: VLMInputs) -> None:

@@ -1,30 +1,22 @@
 """From text, chat messages, pictures and Hugging Face batches to `VLMInputs`; and from tokens to text."""
 
-import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import islice
-from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from jaxtyping import Int
-from PIL import Image
 from torch import Tensor, nn
 
 from hooked_vlm.config import VLMConfig
-from hooked_vlm.geometry import ImageSize
-from hooked_vlm.images import ImageProcessor, smart_resize
+from hooked_vlm.context_length import too_long
+from hooked_vlm.images import ImageProcessor
 from hooked_vlm.inputs import VLMInputs
+from hooked_vlm.messages import Messages, as_images, as_videos, per_prompt, take_pictures
 from hooked_vlm.templates import IMAGE_SLOT, template_named
 from hooked_vlm.tiles import TileProcessor
 from hooked_vlm.token_layout import InputError, InputSpec, tile_grids
-
-Picture = tuple[ImageSize, int]
-"""The size of an image or of a video's frames, and how many temporal patches it has."""
-Messages = Sequence[Mapping[str, Any]]
-"""A chat as Hugging Face's templates take it: [{"role": "user", "content": [{"type": "image"}, ...]}]."""
 
 
 class PromptMixin(nn.Module):
@@ -129,8 +121,8 @@ class PromptMixin(nn.Module):
         prompts: list[Any] = list(prompt) if batched else [prompt]
         if not prompts:
             raise InputError("there are no prompts: the list is empty")
-        image_lists = _per_prompt(images, len(prompts), batched, "images", _as_images)
-        video_lists = _per_prompt(videos, len(prompts), batched, "videos", _as_videos)
+        image_lists = per_prompt(images, len(prompts), batched, "images", as_images)
+        video_lists = per_prompt(videos, len(prompts), batched, "videos", as_videos)
         if self.cfg.vision is None and any([*image_lists, *video_lists]):
             raise self._sees_nothing()
         texts = []
@@ -167,7 +159,7 @@ class PromptMixin(nn.Module):
             given = iter([(size, 1) for size in sizes or []]), zip(video_sizes, n_frames, strict=True)
             counts = zip(map(len, image_lists), map(len, video_lists), strict=True)
             pictures = [[p for n, source in zip(row, given, strict=True) for p in islice(source, n)] for row in counts]
-            raise InputError(self._too_long(rows, pictures, processor, max_pixels))
+            raise InputError(too_long(rows, pictures, processor, max_pixels, self.cfg))
         width = max(len(row) for row in rows)
         tokens = torch.full((len(rows), width), spec.pad_token_id)
         mask = torch.zeros_like(tokens)
@@ -324,7 +316,7 @@ class PromptMixin(nn.Module):
         if isinstance(prompt, str):
             content = [{"type": "image"}] * len(images) + [{"type": "video"}] * len(videos)
             prompt = [{"role": "user", "content": [*content, {"type": "text", "text": prompt}]}]
-        messages, own_images, own_videos = _take_pictures(prompt)
+        messages, own_images, own_videos = take_pictures(prompt)
         if (own_images and images) or (own_videos and videos):
             raise InputError("pictures came both in the messages and as an argument: give them in one place")
         tokenizer = self._tokenizer()
@@ -339,7 +331,7 @@ class PromptMixin(nn.Module):
         if isinstance(prompt, str):
             slots = "" if IMAGE_SLOT in prompt else f"{IMAGE_SLOT}\n" * len(images)
             prompt = [{"role": "user", "content": slots + prompt}]
-        messages, own_images, own_videos = _take_pictures(prompt)
+        messages, own_images, own_videos = take_pictures(prompt)
         if own_images and images:
             raise InputError("pictures came both in the messages and as an argument: give them in one place")
         text = template.render(messages, self.cfg.system_message)
@@ -415,56 +407,6 @@ class PromptMixin(nn.Module):
             yield from [token] * spec.n_tokens(tuple(next(grids[token])))
             yield from [end] if unmarked and end is not None else []
 
-    def _too_long(
-        self,
-        rows: list[list[int]],
-        pictures: list[list[Picture]],
-        processor: ImageProcessor | TileProcessor | None,
-        max_pixels: int | None,
-    ) -> str:
-        """What to say of a prompt longer than the context: the largest `max_pixels` with which every row fits."""
-        n_ctx = self.cfg.n_ctx_limit
-        n_text = [sum(i not in self.cfg.placeholder_ids for i in row) for row in rows]
-        longest = max(range(len(rows)), key=lambda row: len(rows[row]))
-        n_image = len(rows[longest]) - n_text[longest]
-        message = f"the prompt has {len(rows[longest])} tokens but the context holds {n_ctx}"
-        if processor is None or n_image == 0 or max(n_text) > n_ctx:
-            return f"{message}: shorten the text"
-        if isinstance(processor, TileProcessor):
-            return self._too_many_tiles(message, n_image, n_text, pictures, processor)
-        side, area = processor.pixels_per_token, processor.pixels_per_token**2
-        least = processor.min_pixels
-
-        def fit(row: int, most: int) -> bool:
-            sizes = [
-                frames * math.prod(smart_resize(height, width, side, min(least, most), most))
-                for (width, height), frames in pictures[row]
-            ]
-            return n_text[row] + sum(sizes) // area <= n_ctx
-
-        # tokens for each picture, if all took what they may; a narrow one takes more, no side being below a token's
-        shares = [
-            (n_ctx - n_text[row]) // sum(frames for _, frames in pictures[row])
-            for row in range(len(rows))
-            if pictures[row]
-        ]
-        for fitting in range(min(shares) * area, 0, -area):
-            if all(fit(row, fitting) for row in range(len(rows))):
-                now = "the checkpoint's own" if max_pixels is None else str(max_pixels)
-                lower = f"min_pixels={fitting} and " if least > fitting else ""
-                return f"{message} ({n_image} stand for images): pass {lower}max_pixels={fitting} (now {now})"
-        return f"{message} ({n_image} stand for images): shorten the text, or give fewer images or frames"
-
-    def _too_many_tiles(
-        self, message: str, n_image: int, n_text: list[int], pictures: list[list[Picture]], processor: TileProcessor
-    ) -> str:
-        for fewer in range(processor.max_tiles - 1, 0, -1):
-            bounded = processor.bounded(None, fewer)
-            lengths = [n + sum(bounded.n_tokens(s) for s, _ in row) for n, row in zip(n_text, pictures, strict=True)]
-            if max(lengths) <= self.cfg.n_ctx_limit:
-                return f"{message} ({n_image} stand for images): pass max_tiles={fewer} (now {processor.max_tiles})"
-        return f"{message} ({n_image} stand for images): shorten the text, or give fewer images"
-
 
 def _bounded(
     processor: ImageProcessor | TileProcessor, min_pixels: int | None, max_pixels: int | None, max_tiles: int | None
@@ -480,70 +422,9 @@ def _bounded(
     return replace(processor, **{name: n for name, n in bounds.items() if n is not None})
 
 
-def _per_prompt(given: Any, n: int, batched: bool, name: str, as_list: Any) -> list[list]:
-    """A list of pictures for each of the `n` prompts."""
-    if given is None:
-        return [[] for _ in range(n)]
-    if not batched:
-        return [as_list(given)]
-    if not isinstance(given, list | tuple) or len(given) != n:
-        count = len(given) if isinstance(given, list | tuple) else 1
-        raise InputError(f"{n} prompts need {n} entries in {name} (None where a prompt has none), got {count}")
-    return [[] if one is None else as_list(one) for one in given]
-
-
 def _real_tokens(tokens: Int[Tensor, "batch pos"], pad_ids: list[int]) -> Int[Tensor, "batch pos"]:
     """The attention mask of rows padded on the left, if some are and some are not; else all ones."""
     padding = torch.isin(tokens, torch.tensor(pad_ids, device=tokens.device)).long().cumprod(dim=1)
     if padding[:, 0].all():
         return torch.ones_like(tokens)
     return 1 - padding * (1 - padding.amin(dim=1, keepdim=True))
-
-
-def _is_picture(x: Any) -> bool:
-    return isinstance(x, str | Path | Image.Image | np.ndarray | Tensor)
-
-
-def _as_images(given: Any) -> list:
-    if not _is_picture(given) and not isinstance(given, Iterable):
-        raise InputError(f"images must be a picture or a list of pictures, got {given!r}")
-    return [given] if _is_picture(given) else list(given)
-
-
-def _as_videos(given: Any) -> list:
-    """A list of videos; a flat list of frames is one video."""
-    if not isinstance(given, Iterable):
-        raise InputError(f"videos must be a list of frames, or a list of such lists, got {given!r}")
-    given = list(given)
-    return [given] if given and _is_picture(given[0]) else [list(video) for video in given]
-
-
-def _is_part(part: Any) -> bool:
-    return isinstance(part, Mapping) and (part.get("type") != "text" or isinstance(part.get("text"), str))
-
-
-def _take_pictures(messages: Messages) -> tuple[list[dict], list, list]:
-    """The messages with bare placeholders, and the pictures they carried."""
-    out, images, videos = [], [], []
-    for message in messages:
-        if "role" not in message or "content" not in message:
-            raise InputError(f"a chat message needs 'role' and 'content', got {sorted(message)}")
-        content = message["content"]
-        if not isinstance(content, str):
-            if not isinstance(content, Sequence) or not all(_is_part(part) for part in content):
-                raise InputError(
-                    'a message\'s content is a text or a list of {"type": "text", "text": ...} and {"type": "image"}, '
-                    f"got {content!r}"
-                )
-            parts = []
-            for part in content:
-                kind = part.get("type")
-                if kind in ("image", "video"):
-                    picture = part.get(kind)
-                    if picture is not None:
-                        (images if kind == "image" else videos).append(picture)
-                    part = {"type": kind}
-                parts.append(part)
-            content = parts
-        out.append({**message, "content": content})
-    return out, images, videos

@@ -7,6 +7,7 @@ tokens, wide ones are two and a thumbnail.
 import json
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int, UInt8
@@ -66,7 +67,7 @@ def text_config(**overrides: int) -> dict:
     }
 
 
-VISION_CONFIG = {
+VISION_CONFIG: dict[str, Any] = {
     "hidden_act": "gelu",
     "hidden_size": 96,
     "image_size": TILE_SIZE,
@@ -151,12 +152,12 @@ class InternVL2(ToyFamily):
         config._attn_implementation = "sdpa"
         model: HFModel = InternVLForConditionalGeneration(config)
         tower = model.model.vision_tower
-        depth = config.vision_config.num_hidden_layers
+        depth = VISION_CONFIG["num_hidden_layers"]
         normal_vision_weights(tower, depth, ("projection_layer.weight", "fc2.weight"))
         normal_vision_weights(model.model.multi_modal_projector, depth, ())
         with torch.no_grad():
             side = TILE_SIZE // PATCH_SIZE
-            tower.embeddings.position_embeddings[0, 1:] = circular_positions(side, config.vision_config.hidden_size)
+            tower.embeddings.position_embeddings[0, 1:] = circular_positions(side, VISION_CONFIG["hidden_size"])
         return model
 
     def grid(self, height: int, width: int) -> TileGrid:

@@ -146,7 +146,7 @@ class Qwen2VL(ToyFamily):
         config = Qwen2VLConfig(**config_dict(**overrides))
         config._attn_implementation = "sdpa"
         model: HFModel = Qwen2VLForConditionalGeneration(config)
-        normal_vision_weights(model.model.visual, config.vision_config.depth, ("attn.proj.weight", "fc2.weight"))
+        normal_vision_weights(model.model.visual, model.config.vision_config.depth, ("attn.proj.weight", "fc2.weight"))
         return model
 
     def grid(self, height: int, width: int) -> ImageGrid:

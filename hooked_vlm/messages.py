@@ -1,0 +1,75 @@
+"""Prompts as users give them: lists of pictures, chat messages with pictures inside."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from torch import Tensor
+
+from hooked_vlm.token_layout import InputError
+
+Messages = Sequence[Mapping[str, Any]]
+"""A chat as Hugging Face's templates take it: [{"role": "user", "content": [{"type": "image"}, ...]}]."""
+
+
+def per_prompt(given: Any, n: int, batched: bool, name: str, as_list: Any) -> list[list]:
+    """A list of pictures for each of the `n` prompts."""
+    if given is None:
+        return [[] for _ in range(n)]
+    if not batched:
+        return [as_list(given)]
+    if not isinstance(given, list | tuple) or len(given) != n:
+        count = len(given) if isinstance(given, list | tuple) else 1
+        raise InputError(f"{n} prompts need {n} entries in {name} (None where a prompt has none), got {count}")
+    return [[] if one is None else as_list(one) for one in given]
+
+
+def _is_picture(x: Any) -> bool:
+    return isinstance(x, str | Path | Image.Image | np.ndarray | Tensor)
+
+
+def as_images(given: Any) -> list:
+    if not _is_picture(given) and not isinstance(given, Iterable):
+        raise InputError(f"images must be a picture or a list of pictures, got {given!r}")
+    return [given] if _is_picture(given) else list(given)
+
+
+def as_videos(given: Any) -> list:
+    """A list of videos; a flat list of frames is one video."""
+    if not isinstance(given, Iterable):
+        raise InputError(f"videos must be a list of frames, or a list of such lists, got {given!r}")
+    given = list(given)
+    return [given] if given and _is_picture(given[0]) else [list(video) for video in given]
+
+
+def _is_part(part: Any) -> bool:
+    return isinstance(part, Mapping) and (part.get("type") != "text" or isinstance(part.get("text"), str))
+
+
+def take_pictures(messages: Messages) -> tuple[list[dict], list, list]:
+    """The messages with bare placeholders, and the pictures they carried."""
+    out, images, videos = [], [], []
+    for message in messages:
+        if "role" not in message or "content" not in message:
+            raise InputError(f"a chat message needs 'role' and 'content', got {sorted(message)}")
+        content = message["content"]
+        if not isinstance(content, str):
+            if not isinstance(content, Sequence) or not all(_is_part(part) for part in content):
+                raise InputError(
+                    'a message\'s content is a text or a list of {"type": "text", "text": ...} and {"type": "image"}, '
+                    f"got {content!r}"
+                )
+            parts = []
+            for part in content:
+                kind = part.get("type")
+                if kind in ("image", "video"):
+                    picture = part.get(kind)
+                    if picture is not None:
+                        (images if kind == "image" else videos).append(picture)
+                    part = {"type": kind}
+                parts.append(part)
+            content = parts
+        out.append({**message, "content": content})
+    return out, images, videos
