@@ -52,7 +52,8 @@ class LoadingMixin(nn.Module):
         """A model from a checkpoint folder, a bundled toy model or the Hugging Face hub.
 
         Args:
-            name_or_path: a folder, "toy-qwen2-vl", or a hub name such as "Qwen/Qwen2-VL-2B-Instruct".
+            name_or_path: a folder, "toy-qwen2-vl", "toy-internvl2", or a hub name such as
+                "Qwen/Qwen2-VL-2B-Instruct".
             device: CUDA if present by default.
             dtype: the checkpoint's own by default.
             revision, cache_dir, local_files_only: as in `huggingface_hub.snapshot_download`.

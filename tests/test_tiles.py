@@ -180,9 +180,7 @@ def test_every_token_of_a_coloured_picture_sees_its_own_colour(transposed: bool)
     if transposed:
         blocks = blocks.transpose(1, 2)
     tokens = blocks.flatten(0, 2)
-    levels = torch.tensor([[0.0], [255.0]])
     mean, std = torch.tensor(IMAGENET_MEAN), torch.tensor(IMAGENET_STD)
-    assert levels.shape == (2, 1)
     for i in grid.tokens_of("tiles"):
         x0, y0, x1, y1 = (int(v) for v in grid.box_of(i))
         square = np.asarray(image)[y0:y1, x0:x1].reshape(-1, 3)

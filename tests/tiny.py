@@ -82,6 +82,15 @@ def tiny_model(tied: bool = False) -> Any:
     return HookedVLM.from_hf(tiny_hf(tied))
 
 
+def left_padded(ids: list[list[int]], pad: int) -> dict[str, torch.Tensor]:
+    """Rows of token ids as a Hugging Face tokenizer pads them."""
+    width = max(map(len, ids))
+    return {
+        "input_ids": torch.tensor([[pad] * (width - len(r)) + r for r in ids]),
+        "attention_mask": torch.tensor([[0] * (width - len(r)) + [1] * len(r) for r in ids]),
+    }
+
+
 def hf_batch(rows: list[list[Any]], seed: int = 0, d_patch: int = 96) -> dict[str, torch.Tensor]:
     """A batch as a Hugging Face processor returns it, padded on the left.
 
@@ -101,11 +110,7 @@ def hf_batch(rows: list[list[Any]], seed: int = 0, d_patch: int = 96) -> dict[st
             placeholder = IMAGE if kind == "image" else VIDEO
             tokens += [VISION_START, *[placeholder] * (t * h * w // 4), VISION_END]
         ids.append(tokens)
-    width = max(map(len, ids))
-    batch = {
-        "input_ids": torch.tensor([[PAD] * (width - len(r)) + r for r in ids]),
-        "attention_mask": torch.tensor([[0] * (width - len(r)) + [1] * len(r) for r in ids]),
-    }
+    batch = left_padded(ids, PAD)
     for kind, pixels, thw in (
         ("image", "pixel_values", "image_grid_thw"),
         ("video", "pixel_values_videos", "video_grid_thw"),

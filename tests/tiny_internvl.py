@@ -7,7 +7,7 @@ from typing import Any
 
 import sentencepiece
 import torch
-from tiny import randomise
+from tiny import left_padded, randomise
 from transformers import InternVLConfig, InternVLForConditionalGeneration
 
 from hooked_vlm import HookedVLM
@@ -108,11 +108,7 @@ def hf_batch(rows: list[list[Any]], seed: int = 0, tile_size: int = 32) -> dict[
             num_tiles.append(item[1])
             tokens += [IMAGE_START, *[IMAGE] * (per_tile * item[1]), IMAGE_END]
         ids.append(tokens)
-    width = max(map(len, ids))
-    batch = {
-        "input_ids": torch.tensor([[PAD] * (width - len(r)) + r for r in ids]),
-        "attention_mask": torch.tensor([[0] * (width - len(r)) + [1] * len(r) for r in ids]),
-    }
+    batch = left_padded(ids, PAD)
     if num_tiles:
         batch["num_tiles"] = torch.tensor(num_tiles)
         batch["pixel_values"] = torch.randn(sum(num_tiles), 3, tile_size, tile_size, generator=generator)

@@ -1,4 +1,4 @@
-"""The toy InternVL2 (one of the size and kind of ours, very small), kept in the published checkpoint layout.
+"""The toy InternVL2 (an ordinary one, very small), kept in the published checkpoint layout.
 
 Its decoder is a Qwen2, as InternVL2-1B's. Tiles are 128 pixels wide: the pages of the tasks are one tile of 8 x 8
 tokens, wide ones are two and a thumbnail.
@@ -143,7 +143,7 @@ class InternVL2(ToyFamily):
                 "patch_size": [PATCH_SIZE, PATCH_SIZE],
                 "layer_scale_init_value": 1.0,
             },
-            image_token_id=self.tokenizer.token_to_id(IMAGE_CONTEXT),
+            image_token_id=self.tokenizer.get_vocab()[IMAGE_CONTEXT],
             image_seq_length=PROCESSOR.tokens_per_tile,
             downsample_ratio=1 / MERGE_SIZE,
             vision_feature_layer=-1,

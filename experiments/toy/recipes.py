@@ -136,20 +136,36 @@ INTERNVL2_CURRICULUM = (
         pages=24, full_pages=8, strips=6, drawings=5, lines=(0.1, 0.1, 0.15, 0.2, 0.2, 0.25),
         page_sizes=TILED, strip_sizes=TILED, drawing_sizes=TILED, decoys=0.5, guided=True,
     ),
+    # Texts are known from the other model; reading is found again on short lines and pages of few.
     Stage(
-        1000, continuations=0, texts=12, text_lines=(0.0, 0.1, 0.1, 0.2, 0.3, 0.3), echo=0.0,
-        pages=30, full_pages=2, strips=3, drawings=4, lines=(0.05, 0.05, 0.1, 0.2, 0.3, 0.3),
+        600, continuations=0, texts=5, text_lines=(0.0, 0.1, 0.15, 0.25, 0.25, 0.25), echo=0.0,
+        pages=20, full_pages=4, strips=18, drawings=5, lines=(0.3, 0.25, 0.2, 0.1, 0.1, 0.05),
+        page_sizes=TILED, strip_sizes=TILED, drawing_sizes=TILED, decoys=0.5, guided=True,
+    ),
+    Stage(
+        1200, continuations=0, texts=8, text_lines=(0.0, 0.1, 0.1, 0.2, 0.3, 0.3), echo=0.0,
+        pages=30, full_pages=4, strips=4, drawings=4, lines=(0.05, 0.05, 0.1, 0.2, 0.3, 0.3),
+        page_sizes=TILED, strip_sizes=TILED, drawing_sizes=TILED, decoys=0.5, guided=True,
+    ),
+    # Lines are found; glyphs are mixed up. Whole pages read out supervise every one of them.
+    Stage(
+        1500, continuations=0, texts=5, text_lines=(0.0, 0.1, 0.1, 0.2, 0.3, 0.3), echo=0.0,
+        pages=14, full_pages=16, strips=6, drawings=5, lines=(0.1, 0.1, 0.15, 0.2, 0.2, 0.25),
         page_sizes=TILED, strip_sizes=TILED, drawing_sizes=TILED, decoys=0.5, guided=True,
     ),
 )  # fmt: skip
 
 INTERNVL2 = Recipe(
     INTERNVL2_CURRICULUM,
-    steps=1700,
-    schedule=((0, 0.01), (50, 1.0), (250, 1.0), (300, 0.5), (1000, 0.5), (1700, 0.0)),
-    specialise_from=500,
-    specialisation=Specialisation(penalty=((500, 0.1), (1000, 0.3))),
-    imitation=300,
-)
+    steps=2600,
+    schedule=(
+        (0, 0.01), (50, 1.0), (250, 1.0), (300, 0.5), (310, 1.0), (450, 1.0), (480, 0.5), (600, 0.5), (620, 1.0),
+        (1300, 1.0), (1500, 0.75), (1900, 0.75), (2200, 0.0),
+        (2210, 0.6), (2360, 0.6), (2600, 0.0),
+    ),
+    specialise_from=2600,  # not at all: the decoder's reading heads are toy-qwen2-vl's
+    specialisation=Specialisation(),
+    imitation=450,
+)  # fmt: skip
 
 RECIPES = {"toy-qwen2-vl": QWEN2_VL, "toy-internvl2": INTERNVL2}

@@ -94,7 +94,7 @@ def reference_logits(model: Any, batch: batches.Batch) -> torch.Tensor:
     placeholder = batch.tokens == model.config.image_token_id
     images: dict[str, torch.Tensor] = {"pixel_values": batch.pixel_values}  # pyright: ignore[reportAssignmentType]
     if model.config.model_type == "qwen2_vl":
-        grids = torch.tensor([batch.grid.grid_thw] * len(batch.tokens))  # pyright: ignore[reportOptionalMemberAccess]  # pyright: ignore
+        grids = torch.tensor([batch.grid.grid_thw] * len(batch.tokens))  # pyright: ignore
         images |= {"image_grid_thw": grids, "mm_token_type_ids": placeholder.long()}
     return model(input_ids=batch.tokens, **images).logits
 
