@@ -113,16 +113,17 @@ def test_the_chat_template_is_qwen2_vls_without_a_default_system_message() -> No
     assert text == (f"<|im_start|>user\n{image}Read the text.<|im_end|>\n<|im_start|>assistant\nab12<|im_end|>\n")
 
 
-@pytest.mark.parametrize(
-    ("task", "floor"),
-    [
-        *((f"page{n}", 0.9) for n in range(1, 4)),
-        *((f"page{n}", 0.8) for n in range(4, 7)),
-        *((task, 0.9) for task in ("text", "transcription", "naming")),
-    ],
-)
-def test_held_out_answers_are_right(toy: Any, sets: dict[str, list[Sample]], task: str, floor: float) -> None:
-    assert exact_match(toy, sets[task]).mean() >= floor
+# Below what evaluation.json says by three standard deviations of a share of 24 samples, or so.
+FLOORS = {
+    "toy-qwen2-vl": {f"page{n}": 0.9 if n < 4 else 0.8 for n in range(1, 7)}
+    | {"text": 0.95, "transcription": 0.85, "naming": 0.9},
+    "toy-internvl2": {f"page{n}": 0.6 for n in range(1, 7)} | {"text": 0.9, "transcription": 0.55, "naming": 0.9},
+}
+
+
+@pytest.mark.parametrize("task", [*(f"page{n}" for n in range(1, 7)), "text", "transcription", "naming"])
+def test_held_out_answers_are_right(toy: Any, family: ToyFamily, sets: dict[str, list[Sample]], task: str) -> None:
+    assert exact_match(toy, sets[task]).mean() >= FLOORS[family.name][task]
 
 
 def test_greedy_generation_in_transformers_gives_the_answers_that_evaluation_counts(
@@ -144,14 +145,20 @@ def test_evaluation_restores_the_model(toy: Any) -> None:
     assert not any(block.self_attn.o_proj._forward_pre_hooks for block in blocks)
 
 
-def test_two_heads_read_and_the_others_do_not(toy: Any, sets: dict[str, list[Sample]]) -> None:
+def test_the_heads_with_the_highest_scores_are_needed_for_pages_and_not_for_names(
+    toy: Any, family: ToyFamily, sets: dict[str, list[Sample]]
+) -> None:
     pages = [sample for n in range(1, 7) for sample in sets[f"page{n}"]]
     scores = ocr_scores(toy, pages)
     order = np.argsort(-scores, axis=None)
     top = [(int(i) // 4, int(i) % 4) for i in order[:2]]
-    assert scores.flat[order[1]] > 0.5 and scores.flat[order[2]] < 0.15
-    assert exact_match(toy, pages, top).mean() < 0.35 < 0.85 < exact_match(toy, pages).mean()
+    assert scores.flat[order[1]] > 0.5
+    masked, intact = exact_match(toy, pages, top).mean(), exact_match(toy, pages).mean()
     assert exact_match(toy, sets["naming"], top).mean() > 0.9
+    if family.name == "toy-qwen2-vl":  # these two read, the others do not
+        assert scores.flat[order[2]] < 0.15 and masked < 0.2 < 0.9 < intact
+    else:  # other heads read, too
+        assert masked < intact - 0.15
 
 
 def test_the_page_about_the_toys_has_the_measured_figures(folder: Path) -> None:
