@@ -280,7 +280,7 @@ def test_settings_saved_by_transformers_are_read(tmp_path):
         ({"do_normalize": False}, "do_normalize = True"),
         ({"resample": 2}, "resample = 3"),
         ({"image_mean": [0.5]}, "three numbers"),
-        ({"image_std": [0.5, 0, 0.5]}, "not contain 0"),
+        ({"image_std": [0.5, 0, 0.5]}, "three positive numbers"),
         ({"patch_size": 0}, "at least 1"),
     ],
 )
