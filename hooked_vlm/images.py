@@ -235,8 +235,8 @@ class ImageProcessor:
             )
         if self.max_pixels < self.pixels_per_token**2:
             raise ImageError(f"max_pixels={self.max_pixels} is less than one token's {self.pixels_per_token**2} pixels")
-        if 0 in self.image_std:
-            raise ImageError(f"image_std must not contain 0, got {self.image_std}")
+        colours("image_mean", self.image_mean)
+        colours("image_std", self.image_std)
 
     @property
     def pixels_per_token(self) -> int:
@@ -397,11 +397,16 @@ def common_settings(config: Mapping[str, Any]) -> dict[str, tuple[float, ...]]:
     fields = {}
     for key in ("image_mean", "image_std"):
         if config.get(key) is not None:
-            fields[key] = _colours(key, config[key])
+            fields[key] = colours(key, config[key])
     return fields
 
 
-def _colours(name: str, values: Any) -> tuple[float, ...]:
+def colours(name: str, values: Any) -> tuple[float, ...]:
+    """The three numbers of `image_mean` or of `image_std`, which must be positive.
+
+    Raises:
+        ImageError: they are something else.
+    """
     numbers = isinstance(values, list | tuple) and all(isinstance(v, int | float) and math.isfinite(v) for v in values)
     if not numbers or len(values) != 3 or (name == "image_std" and min(values) <= 0):
         positive = "positive " if name == "image_std" else ""

@@ -16,7 +16,7 @@ from jaxtyping import Float, Int, UInt8
 from PIL import Image
 
 from hooked_vlm.geometry import ImageSize, TileGrid
-from hooked_vlm.images import ImageError, checked_images, common_settings, load_image, normalisation_tables
+from hooked_vlm.images import ImageError, checked_images, colours, common_settings, load_image, normalisation_tables
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -50,6 +50,8 @@ class TileProcessor:
             raise ImageError(
                 f"expected 1 <= min_tiles <= max_tiles, got min_tiles={self.min_tiles}, max_tiles={self.max_tiles}"
             )
+        colours("image_mean", self.image_mean)
+        colours("image_std", self.image_std)
 
     @property
     def pixels_per_token(self) -> int:
