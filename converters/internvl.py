@@ -193,7 +193,8 @@ def published_config(
     layout = layout_of(hf_config) if layout is None else layout
     cfg = config_kwargs(hf_config)
     if image_token_id not in (None, cfg["image_token_id"]):
-        hf_config = {**hf_config, "image_token_id": image_token_id, "img_context_token_id": None}
+        hf_config = {key: value for key, value in hf_config.items() if key != "img_context_token_id"}
+        hf_config["image_token_id"] = image_token_id
         cfg["image_token_id"] = image_token_id
     if layout == layout_of(hf_config):
         config = {name: value for name, value in hf_config.items() if name not in ("auto_map", "_commit_hash")}

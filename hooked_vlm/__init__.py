@@ -10,4 +10,6 @@ from hooked_vlm.hooks import HookError as HookError
 from hooked_vlm.images import ImageError as ImageError
 from hooked_vlm.inputs import VLMInputs as VLMInputs
 from hooked_vlm.model import HookedVLM as HookedVLM
+from hooked_vlm.sweep import SweepResult as SweepResult
+from hooked_vlm.sweep import sweep as sweep
 from hooked_vlm.token_layout import InputError as InputError

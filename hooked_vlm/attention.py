@@ -1,65 +1,23 @@
-"""Attention: the one place where the presence of a hook chooses the arithmetic.
+"""Attention: the place where the presence of a hook chooses the arithmetic.
 
 `attend` runs the fused kernel unless that layer's scores or pattern are hooked; only then are the
 [query, key] tensors made. The two paths compute the same function (tested in float32 and bfloat16).
 """
 
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from hooked_vlm.components import AllHeadsNorm, HookFn, WithViews, absent_bias, weight_view
-from hooked_vlm.hooks import HookPoint, is_hooked
+from hooked_vlm.hooks import HookPoint, call_told, is_hooked
+from hooked_vlm.kv_cache import EarlierKeys
+from hooked_vlm.masks import AttentionMask
 from hooked_vlm.rotary import Rotation
-
-
-@dataclass(frozen=True, eq=False)
-class AttentionMask:
-    """Which keys a query may see, without ever being a [pos, pos] tensor unless a pattern is hooked.
-
-    The queries are the last `n_queries` of the keys. Real keys of a row are one contiguous run
-    (padding at either end or none); `key_valid` is None when nothing is padded.
-    """
-
-    causal: bool
-    key_valid: Bool[Tensor, "batch key"] | None = None
-    uncached_left_padding: Int[Tensor, "batch"] | None = None
-    """Padding before each row, given where queries and keys are the same positions."""
-    window: int | None = None
-    """How many keys a query may see at most, itself included (sliding window); None: no limit."""
-
-    def to(self, device: torch.device) -> "AttentionMask":
-        valid, padding = self.key_valid, self.uncached_left_padding
-        return AttentionMask(
-            self.causal,
-            None if valid is None else valid.to(device),
-            None if padding is None else padding.to(device),
-            self.window,
-        )
-
-    def limits(self, n_keys: int) -> bool:
-        """Whether the window hides any of `n_keys` keys."""
-        return self.window is not None and self.window < n_keys
-
-    def query_valid(self, n_queries: int) -> Bool[Tensor, "batch query"] | None:
-        return None if self.key_valid is None else self.key_valid[:, -n_queries:]
-
-    def dense(self, n_queries: int, n_keys: int, device: torch.device) -> Bool[Tensor, "#batch 1 query key"]:
-        """The mask written out. A padding query sees itself, so that its softmax stays finite."""
-        mask = torch.ones(n_queries, n_keys, dtype=torch.bool, device=device)
-        if self.causal:
-            mask = mask.tril(n_keys - n_queries)
-        if self.window is not None:
-            mask = mask.triu(n_keys - n_queries - self.window + 1)
-        mask = mask[None, None]
-        if self.key_valid is not None:
-            n_past = n_keys - n_queries
-            itself = torch.ones(n_queries, n_keys, dtype=torch.bool, device=device).tril(n_past).triu(n_past)
-            mask = (mask & self.key_valid[:, None, None, :]) | itself
-        return mask
 
 
 def attend(
@@ -69,10 +27,11 @@ def attend(
     mask: AttentionMask,
     hook_attn_scores: HookPoint,
     hook_pattern: HookPoint,
+    hook: HookFn = HookPoint.__call__,
 ) -> Float[Tensor, "batch query head d_head"]:
     """softmax(q k^T / sqrt(d_head)) v with grouped key-value heads; rows of padding queries are zero."""
     if is_hooked(hook_attn_scores) or is_hooked(hook_pattern):
-        z = _explicit(q, k, v, mask, hook_attn_scores, hook_pattern)
+        z = _explicit(q, k, v, mask, hook_attn_scores, hook_pattern, hook)
     else:
         z = _fused(q, k, v, mask)
     valid = mask.query_valid(q.shape[1])
@@ -88,6 +47,51 @@ def attention_scores(
     return q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5
 
 
+def attention_pattern(
+    scores: Float[Tensor, "*dims query key"], keep_float32: bool = False
+) -> Float[Tensor, "*dims query key"]:
+    """Softmax over keys, made in float32 at least and given in the scores' dtype (unless `keep_float32`)."""
+    pattern = scores.softmax(-1, dtype=torch.promote_types(torch.float32, scores.dtype))
+    return pattern if keep_float32 else pattern.to(scores.dtype)
+
+
+@dataclass(frozen=True, eq=False)
+class AttentionCall:
+    """What a layer's z was made from; a hook on `hook_z` finds it as `hook.ctx["attention"]`.
+
+    Scores, patterns or another z for a few queries or heads are made from it without a [pos, pos] tensor,
+    also under a key-value cache, where `k` and `v` hold all positions so far.
+    """
+
+    q: Float[Tensor, "batch query head d_head"]
+    k: Float[Tensor, "batch key kv_head d_head"]
+    v: Float[Tensor, "batch key kv_head d_head"]
+    mask: AttentionMask
+
+    def scores(
+        self, queries: Int[Tensor, "#batch row"], heads: Sequence[int] | None = None
+    ) -> Float[Tensor, "batch head row key"]:
+        """Masked scores of some queries, given as indices into the query axis, and of all or some heads."""
+        index = queries[:, :, None, None].expand(len(self.q), -1, *self.q.shape[2:])
+        q, k = self.q.gather(1, index), self.k
+        if heads is not None:
+            chosen = torch.tensor(heads, device=q.device)
+            k = k[:, :, chosen // (q.shape[2] // k.shape[2])]
+            q = q[:, :, chosen]
+        n_past = k.shape[1] - self.q.shape[1]
+        return attention_scores(q, k).masked_fill(~self.mask.visible(queries + n_past, k.shape[1]), -torch.inf)
+
+    def rows(self, first: int, stop: int) -> "AttentionCall":
+        """The same of some rows of the batch."""
+        valid, padding = self.mask.key_valid, self.mask.uncached_left_padding
+        mask = replace(
+            self.mask,
+            key_valid=None if valid is None else valid[first:stop],
+            uncached_left_padding=None if padding is None else padding[first:stop],
+        )
+        return AttentionCall(self.q[first:stop], self.k[first:stop], self.v[first:stop], mask)
+
+
 def _explicit(
     q: Tensor,
     k: Tensor,
@@ -95,14 +99,15 @@ def _explicit(
     mask: AttentionMask,
     hook_attn_scores: HookPoint,
     hook_pattern: HookPoint,
+    hook: HookFn,
 ) -> Tensor:
     allowed = mask.dense(q.shape[1], k.shape[1], q.device)
-    scores = hook_attn_scores(attention_scores(q, k).masked_fill(~allowed, -torch.inf))
-    pattern = scores.softmax(-1, dtype=torch.promote_types(torch.float32, q.dtype)).to(q.dtype)
+    scores = hook(hook_attn_scores, attention_scores(q, k).masked_fill(~allowed, -torch.inf))
+    pattern = attention_pattern(scores)
     valid = mask.query_valid(q.shape[1])
     if valid is not None:
         pattern = pattern.masked_fill(~valid[:, None, :, None], 0.0)
-    pattern = hook_pattern(pattern)
+    pattern = hook(hook_pattern, pattern)
     return (pattern @ _per_query_head(v, q.shape[2]).transpose(1, 2)).transpose(1, 2)
 
 
@@ -142,68 +147,6 @@ def _take(x: Tensor, order: Int[Tensor, "batch pos"]) -> Tensor:
 def _per_query_head(x: Float[Tensor, "batch key kv_head d_head"], n_heads: int) -> Tensor:
     """Keys or values repeated for the query heads that share them."""
     return x if x.shape[2] == n_heads else x.repeat_interleave(n_heads // x.shape[2], dim=2)
-
-
-class KVCache:
-    """Rotated keys and values of the positions run so far, in buffers made once.
-
-    `capacity` is how many positions fit before the buffers must grow (they then double).
-    """
-
-    def __init__(
-        self,
-        n_layers: int,
-        batch: int,
-        capacity: int,
-        n_key_value_heads: int,
-        d_head: int,
-        device: torch.device,
-        dtype: torch.dtype,
-    ) -> None:
-        shape = (batch, capacity, n_key_value_heads, d_head)
-        self.keys = [torch.empty(shape, device=device, dtype=dtype) for _ in range(n_layers)]
-        self.values = [torch.empty(shape, device=device, dtype=dtype) for _ in range(n_layers)]
-        self.length = 0
-        """Positions filled, the same for every row (padding included)."""
-        self.key_valid: Bool[Tensor, "batch key"] | None = None
-        """False where a filled position is padding; None if none is."""
-        self.next_position: Int[Tensor, "batch"] | None = None
-        """The rotary position of each row's next token (images take up fewer positions than tokens)."""
-
-    @property
-    def batch(self) -> int:
-        return self.keys[0].shape[0]
-
-    def extend(
-        self,
-        layer: int,
-        k: Float[Tensor, "batch pos kv_head d_head"],
-        v: Float[Tensor, "batch pos kv_head d_head"],
-    ) -> tuple[Float[Tensor, "batch key kv_head d_head"], Float[Tensor, "batch key kv_head d_head"]]:
-        """Write one layer's new keys and values after the filled ones; all of them come back as views.
-
-        `length` moves only with `advance`, so a forward pass that fails half-way leaves the cache as it was.
-        """
-        end = self.length + k.shape[1]
-        for buffers, new in ((self.keys, k), (self.values, v)):
-            if end > buffers[layer].shape[1]:
-                grown = new.new_empty(new.shape[0], max(end, 2 * self.length), *new.shape[2:])
-                grown[:, : self.length] = buffers[layer][:, : self.length]
-                buffers[layer] = grown
-            buffers[layer][:, self.length : end] = new
-        return self.keys[layer][:, :end], self.values[layer][:, :end]
-
-    def advance(
-        self,
-        n_positions: int,
-        key_valid: Bool[Tensor, "batch key"] | None,
-        n_rotary_positions: Int[Tensor, "batch"],
-    ) -> None:
-        """Count `n_positions` more as filled; `key_valid` covers all filled positions."""
-        self.length += n_positions
-        self.key_valid = key_valid
-        past = 0 if self.next_position is None else self.next_position
-        self.next_position = past + n_rotary_positions
 
 
 class Attention(WithViews):
@@ -248,28 +191,23 @@ class Attention(WithViews):
         self.hook_result = HookPoint()  # [batch, pos, head, d_model], with use_attn_result
 
     def forward(
-        self,
-        inputs: tuple[Tensor, Tensor, Tensor],
-        rotate: Rotation | None,
-        run: "AttentionRun",
-        layer: int,
+        self, inputs: tuple[Tensor, Tensor, Tensor], run: "AttentionRun", asking: "AttentionRun", layer: int
     ) -> Float[Tensor, "*dims d_model"]:
         """`inputs` are what queries, keys and values are made from: one tensor three times, [*dims, d_model],
-        or [*dims, head, d_model] where every head has its own (`use_split_qkv_input`). Where positions are
-        not rotary, `rotate` is None."""
-        hook = run.hook
+        or [*dims, head, d_model] where every head has its own (`use_split_qkv_input`). Keys and values are of
+        the positions of `run`, queries of those of `asking`, the same or the last of them."""
         q_input, k_input, v_input = inputs
         q, k = _project(self.q_proj, q_input, self.n_heads), _project(self.k_proj, k_input, self.n_key_value_heads)
         if self.has_qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
-        q, k = hook(self.hook_q, q), hook(self.hook_k, k)
-        v = hook(self.hook_v, _project(self.v_proj, v_input, self.n_key_value_heads))
-        if rotate is not None:
-            q, k = hook(self.hook_rot_q, rotate(q)), hook(self.hook_rot_k, rotate(k))
-        z = hook(self.hook_z, run.attend(self, layer, q, k, v))
+        q, k = asking.hook(self.hook_q, q), run.hook(self.hook_k, k)
+        v = run.hook(self.hook_v, _project(self.v_proj, v_input, self.n_key_value_heads))
+        if run.rotate is not None and asking.rotate is not None:
+            q, k = asking.hook(self.hook_rot_q, asking.rotate(q)), run.hook(self.hook_rot_k, run.rotate(k))
+        z = asking.attend(self, layer, q, k, v)
         if not run.use_attn_result:
             return self.o_proj(z.flatten(-2))
-        result = hook(self.hook_result, torch.einsum("...hd,hdm->...hm", z, self.W_O))
+        result = asking.hook(self.hook_result, torch.einsum("...hd,hdm->...hm", z, self.W_O))
         return result.sum(-2) if self.o_proj.bias is None else result.sum(-2) + self.o_proj.bias
 
     @weight_view
@@ -306,19 +244,49 @@ class Attention(WithViews):
         return absent_bias(self.o_proj.weight, self.o_proj.out_features) if bias is None else bias
 
 
+@dataclass(eq=False)
 class AttentionRun:
-    """What one forward pass tells its attention layers: how tensors pass hooks, who sees whom, the KV cache."""
+    """What one pass tells its layers: who sees whom, rotary positions, earlier keys, and what hooks are told."""
 
-    def __init__(self, mask: AttentionMask, past: KVCache | None = None, use_attn_result: bool = False) -> None:
-        self.mask, self.past, self.use_attn_result = mask, past, use_attn_result
+    mask: AttentionMask
+    rotate: Rotation | None = None
+    """None where positions are not rotary."""
+    past: EarlierKeys | None = None
+    use_attn_result: bool = False
+    told: Mapping[str, Any] = field(default_factory=dict)
+    """What a hook finds in `hook.ctx` while it is called: `positions`, the first of them as a plain number
+    (`first_position`), and `step` where there is a cache."""
 
-    hook: HookFn = staticmethod(HookPoint.__call__)
+    def last(self, n: int) -> "AttentionRun":
+        """The same for the last `n` positions as those that ask; keys stay as they are."""
+        rotate = None if self.rotate is None else self.rotate.last(n)
+        told = dict(self.told)
+        if "positions" in told:
+            told["first_position"] += len(told["positions"]) - n
+            told["positions"] = told["positions"][-n:]
+        return replace(self, rotate=rotate, told=told)
+
+    def without_positions(self) -> "AttentionRun":
+        """The same, where rows of the batch are at different positions."""
+        return replace(self, told={name: self.told[name] for name in self.told if name == "step"})
+
+    def call(self, point: HookPoint, x: Tensor) -> Tensor:
+        """`x` past a hook point that sees it as it is."""
+        return call_told(point, x, self.told) if is_hooked(point) else x
+
+    def hook(self, point: HookPoint, x: Tensor) -> Tensor:
+        """`x` past a hook point, which may see it in another shape."""
+        return self.call(point, x)
 
     def attend(self, attn: Attention, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """z [batch, pos, head, d_head] from rotated queries and keys and from values."""
         if self.past is not None:
             k, v = self.past.extend(layer, k, v)
-        return attend(q, k, v, self.mask, attn.hook_attn_scores, attn.hook_pattern)
+        scores, pattern, z = attn.hook_attn_scores, attn.hook_pattern, attn.hook_z
+        attended = attend(q, k, v, self.mask, scores, pattern, self.call)
+        if not is_hooked(z):
+            return attended
+        return call_told(z, attended, {**self.told, "attention": AttentionCall(q, k, v, self.mask)})
 
 
 def _project(linear: nn.Linear, x: Tensor, n_heads: int) -> Float[Tensor, "*dims head d_head"]:

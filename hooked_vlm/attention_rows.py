@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
-from hooked_vlm.attention import attention_scores
+from hooked_vlm.attention import attention_pattern
 from hooked_vlm.inputs import VLMInputs
 from hooked_vlm.token_layout import InputError
 
@@ -51,38 +51,22 @@ def attention_rows(
         if not 0 <= layer < n_layers:
             raise InputError(f"layer {layer} is out of range: the model has layers 0 to {n_layers - 1}")
     positions = positions.to(inputs.device)
-    visible = _visible(inputs, positions, model.cfg.sliding_window)
-    queries: dict[int, Tensor] = {}
+    _check_positions(inputs, positions)
     found: dict[int, Tensor] = {}
 
-    def hooks_of(layer: int) -> list[tuple[str, Callable]]:
-        def keep_queries(q: Tensor, hook: Any) -> None:
-            index = positions[:, :, None, None].expand(-1, -1, *q.shape[2:])
-            queries[layer] = q.gather(1, index)
+    def watch(z: Tensor, hook: Any) -> None:
+        rows = attention_pattern(hook.ctx["attention"].scores(positions), keep_float32=True)
+        found[hook.layer()] = rows if reduce is None else reduce(rows)
 
-        def make_rows(k: Tensor, hook: Any) -> None:
-            scores = attention_scores(queries.pop(layer), k).masked_fill(~visible[:, None], -torch.inf)
-            rows = scores.softmax(-1, dtype=torch.promote_types(torch.float32, k.dtype))
-            found[layer] = rows if reduce is None else reduce(rows)
-
-        return [
-            (f"blocks.{layer}.attn.hook_rot_q", keep_queries),
-            (f"blocks.{layer}.attn.hook_rot_k", make_rows),
-        ]
-
-    watching = [hook for layer in chosen for hook in hooks_of(layer)]
+    watching = [(f"blocks.{layer}.attn.hook_z", watch) for layer in chosen]
     model.run_with_hooks(inputs, return_type=None, fwd_hooks=[*fwd_hooks, *watching])
     return torch.stack([found[layer] for layer in chosen])
 
 
-def _visible(inputs: VLMInputs, positions: Int[Tensor, "batch row"], window: int | None) -> Tensor:
-    """Which keys each of the chosen queries may see, bool [batch, row, key]."""
+def _check_positions(inputs: VLMInputs, positions: Int[Tensor, "batch row"]) -> None:
     if positions.shape[0] != len(inputs):
         raise InputError(f"positions must be [batch, row] with {len(inputs)} rows, got {tuple(positions.shape)}")
     first = torch.tensor(inputs.first, device=inputs.device)[:, None]
     stop = torch.tensor(inputs.stop, device=inputs.device)[:, None]
     if ((positions < first) | (positions >= stop)).any():
         raise InputError("a query position lies outside the inputs or under their padding")
-    keys = torch.arange(inputs.shape[1], device=inputs.device)
-    visible = (keys <= positions[..., None]) & (keys >= first[..., None])
-    return visible if window is None else visible & (keys > positions[..., None] - window)

@@ -8,8 +8,9 @@ from torch import Tensor
 from transformer_lens import ActivationCache
 from transformer_lens.utilities import Slice, SliceInput, get_act_name
 
-from hooked_vlm.attention import AttentionMask, attention_scores
+from hooked_vlm.attention import attention_pattern, attention_scores
 from hooked_vlm.hooks import is_vision, nearest_names
+from hooked_vlm.masks import AttentionMask
 
 
 class DerivingCache(ActivationCache):
@@ -73,7 +74,7 @@ class DerivingCache(ActivationCache):
         scores = attention_scores(q, k).masked_fill(~allowed, -torch.inf)
         if name.endswith("hook_attn_scores"):
             return scores if self.has_batch_dim else scores[0]
-        pattern = scores.softmax(-1, dtype=torch.promote_types(torch.float32, q.dtype)).to(q.dtype)
+        pattern = attention_pattern(scores)
         valid = self._mask.query_valid(q.shape[1])
         if valid is not None:
             pattern = pattern.masked_fill(~valid[:, None, :, None], 0.0)

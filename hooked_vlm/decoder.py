@@ -8,7 +8,6 @@ from hooked_vlm.attention import Attention, AttentionRun
 from hooked_vlm.components import MLP, Norm
 from hooked_vlm.config import VisionConfig, VLMConfig
 from hooked_vlm.hooks import HookPoint, fresh
-from hooked_vlm.rotary import Rotation
 
 
 class Block(nn.Module):
@@ -41,21 +40,27 @@ class Block(nn.Module):
     def forward(
         self,
         resid: Float[Tensor, "*dims d_model"],
-        rotate: Rotation | None,
         run: AttentionRun,
         layer: int,
         split_qkv_input: bool = False,
         own_mlp_input: bool = False,
-    ) -> Float[Tensor, "*dims d_model"]:
-        hook = run.hook
+        n_out: int | None = None,
+    ) -> Float[Tensor, "*out d_model"]:
+        """The stream behind the block, of the last `n_out` positions if that is all that is wanted: queries and
+        all that follows them are then made for these alone."""
         # the previous block's resid_post is this very tensor
-        resid_pre = hook(self.hook_resid_pre, fresh(self.hook_resid_pre, resid))
+        resid_pre = run.hook(self.hook_resid_pre, fresh(self.hook_resid_pre, resid))
         if split_qkv_input:
-            inputs = self._split_inputs(resid_pre, hook)
+            inputs = self._split_inputs(resid_pre, run.hook)
         else:
-            normalized = self.ln1(resid_pre, hook)
+            normalized = self.ln1(resid_pre, run.hook)
             inputs = (normalized, normalized, normalized)
-        attn_out = self.attn(inputs, rotate, run, layer)
+        asking = run
+        if n_out is not None:
+            asking, resid_pre = run.last(n_out), resid_pre[:, -n_out:]
+            inputs = (inputs[0][:, -n_out:], *inputs[1:])
+        hook = asking.hook
+        attn_out = self.attn(inputs, run, asking, layer)
         attn_out = hook(self.hook_attn_out, attn_out * self.scale_attn if self.layer_scale else attn_out)
         resid_mid = hook(self.hook_resid_mid, resid_pre + attn_out)
         mlp_in = hook(self.hook_mlp_in, fresh(self.hook_mlp_in, resid_mid)) if own_mlp_input else resid_mid

@@ -1,9 +1,7 @@
 """Greedy and sampled generation with a key-value cache, hooks live at every step."""
 
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import replace
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import torch
@@ -12,9 +10,9 @@ from torch import Tensor, nn
 from tqdm.auto import trange
 
 from hooked_vlm.config import VLMConfig
-from hooked_vlm.hooks import HookName, is_hooked
+from hooked_vlm.hooks import HookName
 from hooked_vlm.inputs import VLMInputs
-from hooked_vlm.token_layout import InputError, InputSpec
+from hooked_vlm.token_layout import InputError
 
 
 class GenerationMixin(nn.Module):
@@ -27,6 +25,7 @@ class GenerationMixin(nn.Module):
     new_kv_cache: Callable[..., Any]
     to_string: Callable[..., Any]
     check_reachable: Callable[..., None]
+    next_logits: Callable[[Tensor, Any], Tensor]
     _check_context: Callable[[VLMInputs, int], None]
 
     @torch.no_grad()
@@ -81,11 +80,12 @@ class GenerationMixin(nn.Module):
         stops = torch.tensor(self.cfg.eos_token_ids, device=inputs.device)
         done = torch.zeros(len(inputs), dtype=torch.bool, device=inputs.device)
         new: list[Tensor] = []
-        step_inputs, text_only = inputs, _plain(inputs)
-        with self.hooks(fwd_hooks=list(fwd_hooks)), self._told_hooks():
+        with self.hooks(fwd_hooks=list(fwd_hooks)):
             for step in trange(max_new_tokens, disable=not verbose, desc="generating", unit="token"):
-                self._tell_hooks(step, cache.length, step_inputs.shape[1])
-                logits = self(step_inputs, past_kv_cache=cache, logits_at="last")[:, -1]
+                if step == 0:
+                    logits = self(inputs, past_kv_cache=cache, logits_at="last")[:, -1]
+                else:
+                    logits = self.next_logits(new[-1], cache)
                 token = _choose(logits, do_sample, temperature, top_k, top_p, generator)
                 if stop_at_eos:
                     token = torch.where(done, inputs.spec.pad_token_id, token)
@@ -93,7 +93,6 @@ class GenerationMixin(nn.Module):
                 new.append(token)
                 if stop_at_eos and bool(done.all()):
                     break
-                step_inputs = VLMInputs(token[:, None], text_only)
         tokens = torch.stack(new, dim=1) if new else inputs.tokens[:, :0]
         if return_type == "tokens":
             return torch.cat((inputs.tokens, tokens), dim=1)
@@ -105,27 +104,6 @@ class GenerationMixin(nn.Module):
             at = torch.isin(row, stops).nonzero()
             texts.append(self.to_string(row[: int(at[0])] if len(at) else row))
         return texts[0] if len(texts) == 1 else texts
-
-    def _tell_hooks(self, step: int, n_past: int, n_new: int) -> None:
-        positions = torch.arange(n_past, n_past + n_new, device=self.cfg.device)
-        for point in self.hook_dict.values():
-            if is_hooked(point):
-                point.ctx["step"], point.ctx["positions"] = step, positions
-
-    @contextmanager
-    def _told_hooks(self) -> Iterator[None]:
-        """What generation tells the hooks does not outlive it."""
-        try:
-            yield
-        finally:
-            for point in self.hook_dict.values():
-                point.ctx.pop("step", None)
-                point.ctx.pop("positions", None)
-
-
-def _plain(inputs: VLMInputs) -> InputSpec:
-    """The spec of generated tokens: a placeholder among them is a token like any other, not an image."""
-    return replace(inputs.spec, image_token_id=None, video_token_id=None)
 
 
 def _check_settings(

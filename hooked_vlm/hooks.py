@@ -1,7 +1,8 @@
 """Small helpers around TransformerLens' `HookPoint`: is it hooked, which names exist, what was meant."""
 
 import difflib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
 from torch import Tensor
 from transformer_lens import hook_points
@@ -30,6 +31,16 @@ class HookError(ValueError):
 def is_hooked(point: HookPoint) -> bool:
     """Whether anything listens at `point`, hooks set through plain PyTorch and backward hooks included."""
     return bool(point._forward_hooks or point._forward_pre_hooks or point._backward_hooks or point._backward_pre_hooks)
+
+
+def call_told(point: HookPoint, x: Tensor, told: Mapping[str, Any]) -> Tensor:
+    """`point(x)`, with `told` in the point's `ctx` for just as long."""
+    point.ctx.update(told)
+    try:
+        return point(x)
+    finally:
+        for name in told:
+            point.ctx.pop(name, None)
 
 
 def fresh(point: HookPoint, x: Tensor) -> Tensor:

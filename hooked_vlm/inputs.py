@@ -169,19 +169,19 @@ class VLMInputs:
     @cached_property
     def grids(self) -> tuple[Grid, ...]:
         """Patches of all images, then of all videos: the order of pixels and of image features."""
-        return tuple(v.grid for v in self._in_feature_order)
+        return tuple(v.grid for v in self.in_feature_order)
 
     @cached_property
     def feature_slots(self) -> Int[Tensor, "token"]:
         """Index into the flattened [batch * pos] tokens of every image feature, in feature order."""
         spans = [
-            torch.arange(v.row * self.shape[1] + v.start, v.row * self.shape[1] + v.stop)
-            for v in self._in_feature_order
+            torch.arange(v.row * self.shape[1] + v.start, v.row * self.shape[1] + v.stop) for v in self.in_feature_order
         ]
         return (torch.cat(spans) if spans else torch.zeros(0, dtype=torch.long)).to(self.device)
 
     @property
-    def _in_feature_order(self) -> list[Visual]:
+    def in_feature_order(self) -> list[Visual]:
+        """Images, then videos, by number."""
         return sorted(self.visuals, key=lambda v: (v.kind == "video", v.index))
 
     def _visual(self, kind: Kind, i: int) -> Visual:

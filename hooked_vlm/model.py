@@ -1,7 +1,8 @@
 """`HookedVLM`: a vision-language model whose every intermediate tensor passes a named hook point."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -11,19 +12,20 @@ from torch import Tensor
 from transformer_lens import HookedRootModule
 from transformer_lens.utilities import Slice, SliceInput
 
-from hooked_vlm.attention import AttentionMask, AttentionRun, KVCache
+from hooked_vlm.attention import AttentionRun
 from hooked_vlm.cache import VLMCache
-from hooked_vlm.caching import caching_hooks, default_filter
+from hooked_vlm.caching import caching_hooks, default_filter, runs_explicitly
 from hooked_vlm.components import Embed, Norm, Unembed
 from hooked_vlm.config import VLMConfig
 from hooked_vlm.decoder import Block, text_blocks
 from hooked_vlm.generation import GenerationMixin
 from hooked_vlm.hook_checks import HookChecksMixin
-from hooked_vlm.hooks import HookName, HookPoint, fresh, is_encoder, is_hooked
+from hooked_vlm.hooks import HookName, HookPoint, call_told, fresh, is_encoder, is_hooked
 from hooked_vlm.inputs import Answer, VLMInputs
+from hooked_vlm.kv_cache import KVCache
 from hooked_vlm.loading import LoadingMixin
+from hooked_vlm.passes import inputs_mask, inputs_run, step_run
 from hooked_vlm.prompting import PromptMixin
-from hooked_vlm.rotary import text_rotation
 from hooked_vlm.token_layout import InputError
 from hooked_vlm.vision import PatchRun, Projector, VisionTower
 from hooked_vlm.weights import WeightsMixin
@@ -106,36 +108,49 @@ class HookedVLM(LoadingMixin, PromptMixin, GenerationMixin, WeightsMixin, HookCh
         if resid is not None and resid.shape != (*inputs.shape, self.cfg.d_model):
             expected = (*inputs.shape, self.cfg.d_model)
             raise InputError(f"resid must be [batch, pos, d_model] = {expected}, got {tuple(resid.shape)}")
-        stream: Tensor = self._embed(inputs) if resid is None else resid
-
-        run = AttentionRun(self._attention_mask(inputs, past_kv_cache), past_kv_cache, self.cfg.use_attn_result)
-        rotate = text_rotation(
-            _rotary_positions(inputs, past_kv_cache),
-            self.cfg.d_head,
-            self.cfg.rope_theta,
-            self.cfg.mrope_section,
-            stream.dtype,
-            self.cfg.rope_scaling,
-            _lengths(inputs, past_kv_cache),
-        )
+        run = inputs_run(self.cfg, inputs, past_kv_cache, self.cfg.dtype if resid is None else resid.dtype)
+        stream: Tensor = self._embed(inputs, run) if resid is None else resid
+        ends_together = min(inputs.stop) == inputs.shape[1]
+        n_out = None
+        if logits_at == "last" and return_type == "logits" and stop_at_layer is None and ends_together:
+            n_out = None if self._hooked_in(self.cfg.n_layers - 1) else 1
         for layer in range(first, last):
-            block: Block = self.blocks[layer]  # type: ignore[assignment]
-            stream = block(stream, rotate, run, layer, self.cfg.use_split_qkv_input, self.cfg.use_hook_mlp_in)
+            stream = self.run_block(stream, run, layer, n_out if layer == self.cfg.n_layers - 1 else None)
         if past_kv_cache is not None:
-            past_kv_cache.advance(inputs.shape[1], run.mask.key_valid, inputs.next_position)
+            past_kv_cache.advance(inputs.shape[1], inputs.next_position)
         if stop_at_layer is not None:
             return stream
         if return_type is None:
             # the final norm's hooks still fire, as they do in TransformerLens' own models
-            self.ln_final(stream)
+            self.ln_final(stream, run.hook)
             return None
         if logits_at == "last":
-            stream = _last_real(stream, inputs)
-        logits = self.unembed(self.ln_final(stream))
+            stream, run = _last_real(stream, inputs), run.last(1) if ends_together else run.without_positions()
+        logits = self.unembed(self.ln_final(stream, run.hook))
         if return_type == "logits":
             return logits
         loss = self._loss(logits, inputs, logits_at)
         return loss if return_type == "loss" else (logits, loss)
+
+    def run_block(
+        self, stream: Float[Tensor, "batch pos d_model"], run: AttentionRun, layer: int, n_out: int | None = None
+    ) -> Float[Tensor, "batch out d_model"]:
+        """One block of the decoder in a pass that was set up before (`hooked_vlm.passes`)."""
+        block: Block = self.blocks[layer]  # type: ignore[assignment]
+        return block(stream, run, layer, self.cfg.use_split_qkv_input, self.cfg.use_hook_mlp_in, n_out)
+
+    def _hooked_in(self, layer: int) -> bool:
+        """Whether any hook point of a block of the decoder is hooked."""
+        return any(is_hooked(m) for m in self.blocks[layer].modules() if isinstance(m, HookPoint))
+
+    def next_logits(self, token: Int[Tensor, "batch"], past_kv_cache: KVCache) -> Float[Tensor, "batch d_vocab"]:
+        """Logits after one more token in every row, which joins the cache."""
+        run = step_run(self.cfg, past_kv_cache, self.cfg.dtype)
+        stream = run.hook(self.hook_embed, self.embed(token[:, None]))
+        for layer in range(self.cfg.n_layers):
+            stream = self.run_block(stream, run, layer)
+        past_kv_cache.advance(1, 1)
+        return self.unembed(self.ln_final(stream, run.hook))[:, 0]
 
     def _layer_range(self, start_at_layer: int, stop_at_layer: int | None) -> tuple[int, int]:
         n = self.cfg.n_layers
@@ -149,19 +164,20 @@ class HookedVLM(LoadingMixin, PromptMixin, GenerationMixin, WeightsMixin, HookCh
         last = n if stop_at_layer is None else stop_at_layer if stop_at_layer >= 0 else stop_at_layer + n
         return first, last
 
-    def _embed(self, inputs: VLMInputs) -> Float[Tensor, "batch pos d_model"]:
+    def _embed(self, inputs: VLMInputs, run: AttentionRun) -> Float[Tensor, "batch pos d_model"]:
         """What enters block 0: token embeddings with image features in the placeholders' places."""
         x = self.embed(inputs.tokens)
         if inputs.has_visuals:
-            features = self.encode_images(inputs) if inputs.image_features is None else inputs.image_features
+            told = run.without_positions().told
+            features = self._encode(inputs, told) if inputs.image_features is None else inputs.image_features
             if inputs.image_features is not None:
                 hooked = [n for n, point in self.hook_dict.items() if is_encoder(n) and is_hooked(point)]
                 self.check_reachable(hooked, inputs, {})
             # the features may serve other runs: a hook must not write into them
             point = self.hook_image_features
-            features = point(fresh(point, features.to(x.dtype)))
+            features = call_told(point, fresh(point, features.to(x.dtype)), told)
             x = x.flatten(0, 1).index_copy(0, inputs.feature_slots, features).view_as(x)
-        return self.hook_embed(x)
+        return run.hook(self.hook_embed, x)
 
     def encode_images(self, inputs: VLMInputs) -> Float[Tensor, "token d_model"]:
         """What the projector hands over for every image token, images first, then videos.
@@ -170,29 +186,17 @@ class HookedVLM(LoadingMixin, PromptMixin, GenerationMixin, WeightsMixin, HookCh
         """
         if self.cfg.vision is None:
             raise InputError(f"{self.cfg.model_name or 'this model'} is a language model without a vision tower")
-        pixels = [p for p in (inputs.pixel_values, inputs.pixel_values_videos) if p is not None]
-        if not pixels:
+        if inputs.pixel_values is None and inputs.pixel_values_videos is None:
             raise InputError("there are no images in these inputs to encode")
+        return self._encode(inputs, {})
+
+    def _encode(self, inputs: VLMInputs, told: Mapping[str, Any]) -> Float[Tensor, "token d_model"]:
+        pixels = [p for p in (inputs.pixel_values, inputs.pixel_values_videos) if p is not None]
         vision, grids = self.cfg.vision, inputs.grids
-        run = PatchRun.of(grids, vision, inputs.device, self.cfg.use_attn_result)
+        assert vision is not None
+        run = PatchRun.of(grids, vision, inputs.device, self.cfg.use_attn_result, told)
         patches = self.vision(torch.cat(pixels), grids, vision, run)
         return self.projector(patches, grids, vision, run)
-
-    def _attention_mask(self, inputs: VLMInputs, past: KVCache | None) -> AttentionMask:
-        padded = min(inputs.stop) != inputs.shape[1] or max(inputs.first) != 0
-        valid = inputs.attention_mask.bool() if padded else None
-        if past is not None and past.length:
-            if past.key_valid is not None or valid is not None:
-                before = past.key_valid
-                if before is None:
-                    before = torch.ones(len(inputs), past.length, dtype=torch.bool, device=inputs.device)
-                now = inputs.attention_mask.bool() if valid is None else valid
-                valid = torch.cat((before, now), dim=1)
-            return AttentionMask(causal=True, key_valid=valid, window=self.cfg.sliding_window)
-        padding = None
-        if max(inputs.first) != 0:
-            padding = torch.tensor(inputs.first, device=inputs.device)
-        return AttentionMask(True, valid, padding, self.cfg.sliding_window)
 
     def _check_context(self, inputs: VLMInputs, n_past: int) -> None:
         longest = max(b - a for a, b in zip(inputs.first, inputs.stop, strict=True)) + n_past
@@ -297,7 +301,9 @@ class HookedVLM(LoadingMixin, PromptMixin, GenerationMixin, WeightsMixin, HookCh
         Args:
             names_filter: a hook name, a list of them or a predicate. None stores everything but the
                 [pos, pos] tensors, which `cache["pattern", layer]` derives; name them to store them.
-            pos_slice: which positions of the text side to store (image-side tensors are kept whole).
+            pos_slice: which positions of the text side to store (image-side tensors are kept whole). Of scores
+                and patterns, named in `names_filter`, only these rows are made: `names_filter="blocks.3.attn.
+                hook_pattern", pos_slice=-1` is where the last token looks, without a [pos, pos] tensor.
             device: where to store.
             remove_batch_dim: drop the text side's batch axis; needs a batch of one.
             incl_bwd: also run backward from the output (use return_type="loss") and store gradients
@@ -320,7 +326,8 @@ class HookedVLM(LoadingMixin, PromptMixin, GenerationMixin, WeightsMixin, HookCh
             names = [n for n in self.hook_dict if wanted(n) and not self.why_silent(n, inputs, kwargs)]
         else:
             names = given
-        store, fwd, bwd = caching_hooks(names, cut, device, remove_batch_dim, incl_bwd)
+        explicit = partial(runs_explicitly, self.hook_dict)
+        store, fwd, bwd = caching_hooks(names, cut, device, remove_batch_dim, incl_bwd, explicit)
         with self.hooks(fwd, bwd, reset_hooks_end, clear_contexts):
             out = self(inputs, *args, **kwargs)
             if incl_bwd:
@@ -330,7 +337,7 @@ class HookedVLM(LoadingMixin, PromptMixin, GenerationMixin, WeightsMixin, HookCh
             why_not = "the run continued a key-value cache, whose keys are not in this cache"
         elif cut.mode != "identity":
             why_not = "pos_slice cut the keys"
-        mask = self._attention_mask(inputs, None)
+        mask = inputs_mask(self.cfg, inputs, None)
         vision_mask = None
         if inputs.has_visuals and self.cfg.vision is not None:
             vision_mask = PatchRun.of(inputs.grids, self.cfg.vision, inputs.device).mask
@@ -343,19 +350,3 @@ def _last_real(resid: Float[Tensor, "batch pos d_model"], inputs: VLMInputs) -> 
         return resid[:, -1:]
     last = torch.tensor(inputs.stop, device=resid.device) - 1
     return resid[torch.arange(len(inputs), device=resid.device), last][:, None]
-
-
-def _rotary_positions(inputs: VLMInputs, past: KVCache | None) -> Int[Tensor, "3 batch pos"]:
-    """Positions of these tokens, counted on from what is in the cache."""
-    if past is None or past.next_position is None:
-        return inputs.position_ids
-    return inputs.position_ids + past.next_position[:, None]
-
-
-def _lengths(inputs: VLMInputs, past: KVCache | None) -> Int[Tensor, "batch"]:
-    """How many positions each row has so far, what is in the cache included."""
-    return (
-        inputs.next_position
-        if past is None or past.next_position is None
-        else inputs.next_position + past.next_position
-    )

@@ -45,9 +45,9 @@ class PromptMixin(nn.Module):
 
     def _pad_ids(self) -> list[int]:
         """Tokens that stand for nothing in front of a row: ours first, then the tokenizer's own, if another."""
-        ids = [self.cfg.pad_token_id, getattr(self.tokenizer, "pad_token_id", None), *self.cfg.eos_token_ids[:1], 0]
-        known = [i for i in ids[:2] if i is not None and i < self.cfg.d_vocab]
-        return list(dict.fromkeys(known)) or [i for i in ids[2:] if i is not None][:1]
+        ids = [self.cfg.pad_token_id, getattr(self.tokenizer, "pad_token_id", None)]
+        known = [i for i in ids if i is not None and i < self.cfg.d_vocab]
+        return list(dict.fromkeys(known)) or [*self.cfg.eos_token_ids, 0][:1]
 
     def _turns(self) -> dict[str, Any]:
         """Which tokens open and close a chat turn."""

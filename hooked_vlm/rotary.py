@@ -26,6 +26,30 @@ class Rotation:
     cos: Float[Tensor, "*dims half"]
     sin: Float[Tensor, "*dims half"]
 
+    def last(self, n: int) -> "Rotation":
+        """That of the last `n` positions."""
+        return self.positions(slice(-n, None))
+
+    def rows(self, row: int) -> "Rotation":
+        """That of one row of the batch, as a batch of one."""
+        row = row if len(self.cos) > 1 else 0
+        return Rotation(self.cos[row : row + 1], self.sin[row : row + 1])
+
+    def positions(self, span: slice) -> "Rotation":
+        """That of some positions."""
+        return Rotation(self.cos[..., span, :], self.sin[..., span, :])
+
+    def repeat(self, n: int) -> "Rotation":
+        """That of `n` runs of the same batch."""
+        if n == 1 or len(self.cos) == 1:
+            return self
+        return Rotation(self.cos.repeat(n, 1, 1), self.sin.repeat(n, 1, 1))
+
+    def inverse(self) -> "Rotation":
+        """What undoes it; cosines and sines that carry a factor are divided by its square."""
+        scale = self.cos.square() + self.sin.square()
+        return Rotation(self.cos / scale, -self.sin / scale)
+
     def __call__(self, x: Float[Tensor, "*dims head d_head"]) -> Float[Tensor, "*dims head d_head"]:
         cos, sin = self.cos.unsqueeze(-2), self.sin.unsqueeze(-2)
         a, b = x.to(torch.promote_types(x.dtype, cos.dtype)).chunk(2, dim=-1)

@@ -50,7 +50,7 @@ def _pieces(inputs: Any) -> dict[tuple[str, int], Piece]:
     patch_start = {"image": 0, "video": 0}
     pixels = {"image": inputs.pixel_values, "video": inputs.pixel_values_videos}
     grids = {"image": inputs.image_grid_thw, "video": inputs.video_grid_thw}
-    for v in inputs._in_feature_order:
+    for v in inputs.in_feature_order:
         a, b = patch_start[v.kind], patch_start[v.kind] + inputs.spec.n_pixel_rows(v.grid)
         own, all_grids, features = pixels[v.kind], grids[v.kind], inputs.image_features
         assert all_grids is not None

@@ -10,7 +10,9 @@ by merge block, with rotary positions; InternViT sees square tiles, patches in r
 token, with learned positions.
 """
 
+from collections.abc import Mapping
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,19 +20,27 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from hooked_vlm.attention import Attention, AttentionMask, AttentionRun, attend
+from hooked_vlm.attention import Attention, AttentionRun
 from hooked_vlm.components import ACTIVATIONS, Norm
 from hooked_vlm.config import VisionConfig
 from hooked_vlm.decoder import vision_blocks
 from hooked_vlm.hooks import HookPoint, is_hooked
-from hooked_vlm.rotary import patch_rotation
+from hooked_vlm.masks import AttentionMask
+from hooked_vlm.rotary import Rotation, patch_rotation
 from hooked_vlm.token_layout import Grid
 
 
 class PatchRun(AttentionRun):
     """A forward pass over packed patches of images with `lengths` patches each."""
 
-    def __init__(self, lengths: tuple[int, ...], device: torch.device, use_attn_result: bool) -> None:
+    def __init__(
+        self,
+        lengths: tuple[int, ...],
+        device: torch.device,
+        use_attn_result: bool,
+        rotate: Rotation | None = None,
+        told: Mapping[str, Any] | None = None,
+    ) -> None:
         self.lengths, self.longest = lengths, max(lengths)
         self.slots: Int[Tensor, "patch"] | None = None
         key_valid = None
@@ -38,16 +48,26 @@ class PatchRun(AttentionRun):
             valid = np.arange(self.longest) < np.array(lengths)[:, None]
             key_valid = torch.from_numpy(valid).to(device)
             self.slots = torch.from_numpy(np.flatnonzero(valid)).to(device)
-        super().__init__(AttentionMask(causal=False, key_valid=key_valid), None, use_attn_result)
+        mask = AttentionMask(causal=False, key_valid=key_valid)
+        super().__init__(mask, rotate, None, use_attn_result, told or {})
 
     @classmethod
     def of(
-        cls, grids: tuple[Grid, ...], cfg: VisionConfig, device: torch.device, use_attn_result: bool = False
+        cls,
+        grids: tuple[Grid, ...],
+        cfg: VisionConfig,
+        device: torch.device,
+        use_attn_result: bool = False,
+        told: Mapping[str, Any] | None = None,
     ) -> "PatchRun":
         """A pass over the images and videos with these patch grids."""
         class_tokens = 0 if cfg.tile_size is None else 1
         lengths = tuple(class_tokens + h * w for t, h, w in grids for _ in range(t))
-        return cls(lengths, device, use_attn_result)
+        rotate = None
+        if cfg.rope_theta is not None:
+            rows_cols = torch.cat([_rows_cols(grid, cfg.merge_size) for grid in grids])
+            rotate = patch_rotation(rows_cols.to(device), cfg.d_head, cfg.rope_theta)
+        return cls(lengths, device, use_attn_result, rotate, told)
 
     def pad(self, packed: Float[Tensor, "patch *rest"]) -> Float[Tensor, "image longest *rest"]:
         shape = (len(self.lengths), self.longest, *packed.shape[1:])
@@ -60,18 +80,17 @@ class PatchRun(AttentionRun):
         flat = padded.flatten(0, 1)
         return flat if self.slots is None else flat[self.slots]
 
-    def hook(self, point: HookPoint, x: Tensor) -> Tensor:  # type: ignore[override]
-        return self.pack(point(self.pad(x))) if is_hooked(point) else x
+    def hook(self, point: HookPoint, x: Tensor) -> Tensor:
+        return self.pack(self.call(point, self.pad(x))) if is_hooked(point) else x
 
     def attend(self, attn: Attention, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        q, k, v = self.pad(q), self.pad(k), self.pad(v)
-        return self.pack(attend(q, k, v, self.mask, attn.hook_attn_scores, attn.hook_pattern))
+        return self.pack(super().attend(attn, layer, self.pad(q), self.pad(k), self.pad(v)))
 
     def tokens(self, grids: tuple[Grid, ...], cfg: VisionConfig) -> "PatchRun":
         """The same images as tokens: class tokens dropped, merge blocks of patches made one."""
         lengths = tuple(h * w // cfg.merge_size**2 for t, h, w in grids for _ in range(t))
         device = torch.device("cpu") if self.slots is None else self.slots.device
-        return PatchRun(lengths, device, self.use_attn_result)
+        return PatchRun(lengths, device, self.use_attn_result, told=self.told)
 
 
 class PatchEmbed(nn.Module):
@@ -136,12 +155,8 @@ class VisionTower(nn.Module):
         """`pixels` as the checkpoint's image processor makes them, image after image."""
         embedded = self._embed_tiles(pixels, cfg) if cfg.tile_size is not None else self.patch_embed(pixels)
         resid = run.hook(self.hook_embed, embedded)
-        rotate = None
-        if cfg.rope_theta is not None:
-            rows_cols = torch.cat([_rows_cols(grid, cfg.merge_size) for grid in grids])
-            rotate = patch_rotation(rows_cols.to(pixels.device), cfg.d_head, cfg.rope_theta)
         for layer in range(cfg.n_layers_run):
-            resid = self.blocks[layer](resid, rotate, run, layer)
+            resid = self.blocks[layer](resid, run, layer)
         return resid
 
     def _embed_tiles(

@@ -6,7 +6,7 @@ import torch
 from transformer_lens import ActivationCache
 from transformer_lens.utilities import Slice
 
-from hooked_vlm import HookError, InputError, VLMCache
+from hooked_vlm import HookError, InputError, VLMCache, attention
 from hooked_vlm.hook_table import hook_table
 from hooked_vlm.hooks import is_quadratic, is_vision
 
@@ -162,16 +162,53 @@ def test_a_pattern_is_not_derived_from_a_run_that_continued_others():
 @pytest.mark.parametrize("rows", [tiny.ONE_IMAGE, tiny.PADDED], ids=["one row", "padded"])
 @pytest.mark.parametrize("pos_slice", [-1, (2, 6), (1, 9, 3), [4, 2], torch.tensor([0, 3])], ids=str)
 def test_pos_slice_cuts_the_position_axis_of_every_text_tensor_and_no_other(rows, pos_slice):
-    whole, cut = run(rows, names_filter=everything), run(rows, names_filter=everything, pos_slice=pos_slice)
+    whole, cut = run(rows), run(rows, pos_slice=pos_slice)
     shapes = {row.name: row.shape for row in hook_table(tiny.tiny_model())}
     assert all_names(cut) == all_names(whole)
     for name in all_names(whole):
         expected = whole[name]
         if not is_vision(name):
             axes = shapes[".".join("{l}" if part.isdigit() else part for part in name.split("."))]
-            axis = axes.index("query" if is_quadratic(name) else "pos")
-            expected = Slice.unwrap(pos_slice).apply(expected, dim=axis)  # one position keeps its axis
+            expected = Slice.unwrap(pos_slice).apply(expected, dim=axes.index("pos"))  # one position keeps its axis
         assert cut[name].equal(expected), name
+
+
+@pytest.mark.parametrize("rows", [tiny.ONE_IMAGE, tiny.PADDED], ids=["one row", "padded"])
+@pytest.mark.parametrize("pos_slice", [-1, (2, 6), (1, 9, 3), [4, 2], torch.tensor([0, 3])], ids=str)
+@pytest.mark.parametrize("suffix", ["hook_pattern", "hook_attn_scores"])
+def test_rows_of_patterns_equal_those_of_the_whole_and_are_all_that_is_made(rows, pos_slice, suffix, monkeypatch):
+    def named(name: str) -> bool:
+        return name.endswith(suffix) and not is_vision(name)
+
+    whole = run(rows, names_filter=named)
+    monkeypatch.setattr(attention, "_explicit", None)  # the [pos, pos] path cannot be taken
+    cut = run(rows, names_filter=named, pos_slice=pos_slice)
+    assert all_names(cut) == all_names(whole)
+    for name in all_names(whole):
+        expected = Slice.unwrap(pos_slice).apply(whole[name], dim=2)
+        torch.testing.assert_close(cut[name], expected, atol=2e-5, rtol=1e-5, msg=name)
+
+
+def test_rows_of_patterns_under_a_key_value_cache_are_those_of_its_steps():
+    model, inputs = tiny.tiny_model(), tiny.inputs(tiny.PADDED)
+    past = model.new_kv_cache(len(inputs), 40)
+    named = {"names_filter": "blocks.1.attn.hook_pattern", "pos_slice": -1}
+    _, first = model.run_with_cache(inputs, past_kv_cache=past, **named)
+    token = torch.full((len(inputs), 1), 7)
+    _, second = model.run_with_cache(model.as_inputs(token), past_kv_cache=past, **named)
+    continued = inputs.append(token)
+    _, whole = model.run_with_cache(continued, names_filter="blocks.1.attn.hook_pattern")
+    n = inputs.shape[1]
+    torch.testing.assert_close(first["pattern", 1][:, :, 0], whole["pattern", 1][:, :, n - 1, :n], atol=1e-6, rtol=0)
+    torch.testing.assert_close(second["pattern", 1][:, :, 0], whole["pattern", 1][:, :, n], atol=1e-5, rtol=0)
+
+
+def test_rows_of_a_pattern_that_was_edited_are_the_edited_ones():
+    model = tiny.tiny_model()
+    with model.hooks(fwd_hooks=[("blocks.1.attn.hook_pattern", lambda pattern, hook: pattern * 0.5)]):
+        cut = run(names_filter="blocks.1.attn.hook_pattern", pos_slice=-1)
+    whole = run(names_filter="blocks.1.attn.hook_pattern")
+    torch.testing.assert_close(cut["pattern", 1], whole["pattern", 1][:, :, -1:] * 0.5)
 
 
 def test_pos_slice_and_remove_batch_dim_go_together():

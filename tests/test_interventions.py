@@ -1,30 +1,474 @@
-"""Interventions compile to hooks that do what they say."""
+"""Every intervention does what a literal few lines do, in both families, and acts in generation."""
+
+from typing import Any
 
 import pytest
 import torch
+from families import ROWS, model_and_inputs
 from tiny import PADDED, inputs, tiny_model
+from torch import Tensor
 
 from hooked_vlm import InputError
-from hooked_vlm.interventions import ZeroHeads
+from hooked_vlm.attention import attention_scores
+from hooked_vlm.interventions import (
+    AddVector,
+    BlockAttention,
+    CustomHooks,
+    Intervention,
+    MeanHeads,
+    PatchActivation,
+    RedistributeSink,
+    ReplaceImageKV,
+    ReplaceImageTokens,
+    ScaleHeads,
+    Together,
+    ZeroHeads,
+    mean_head_outputs,
+    mean_image_kv,
+)
+from hooked_vlm.interventions.attention import all_heads
+from hooked_vlm.passes import inputs_rotation
+
+HEADS = ((0, 1), (1, 0), (1, 3), (2, 2))
 
 
-def test_zero_heads_equals_removing_their_rows_of_W_O() -> None:
-    model, batch = tiny_model(), inputs(PADDED)
-    heads = ((0, 1), (2, 0), (2, 3))
-    masked = model.run_with_hooks(batch, fwd_hooks=ZeroHeads(heads).hooks(model))
+@pytest.fixture(params=["qwen2-vl", "internvl2"])
+def family(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+@pytest.fixture(params=list(ROWS))
+def case(request: pytest.FixtureRequest, family: str) -> tuple[Any, Any]:
+    return model_and_inputs(family, request.param)
+
+
+def edited(model: Any, batch: Any, intervention: Intervention) -> Tensor:
+    with torch.no_grad():
+        return model.run_with_hooks(batch, fwd_hooks=intervention.hooks(model, batch))
+
+
+def by_hand(model: Any, batch: Any, hooks: list) -> Tensor:
+    with torch.no_grad():
+        return model.run_with_hooks(batch, fwd_hooks=hooks)
+
+
+def same(model: Any, batch: Any, intervention: Intervention, expected: Tensor, acts: bool = True) -> None:
+    found, real = edited(model, batch, intervention), batch.attention_mask.bool()
+    torch.testing.assert_close(found[real], expected[real], atol=1e-5, rtol=1e-5)
+    with torch.no_grad():
+        assert torch.allclose(found[real], model(batch)[real], atol=1e-5) != acts
+
+
+# ---- heads ----
+
+
+def test_zero_heads_equals_removing_their_rows_of_W_O(case: tuple[Any, Any]) -> None:
+    model, batch = case
     saved = [block.attn.W_O.detach().clone() for block in model.blocks]
     with torch.no_grad():
-        for layer, head in heads:
+        for layer, head in HEADS:
             model.blocks[layer].attn.W_O[head] = 0
         expected = model(batch)
         for block, weight in zip(model.blocks, saved, strict=True):
             block.attn.W_O[:] = weight
+    same(model, batch, ZeroHeads(HEADS), expected)
+
+
+def test_scaled_heads_at_some_positions(case: tuple[Any, Any]) -> None:
+    model, batch = case
+
+    def scale(z: Tensor, hook: Any) -> Tensor:
+        z = z.clone()
+        for row, final in enumerate(batch.positions.final):
+            z[row, final, 1] *= -2.0
+        return z
+
+    expected = by_hand(model, batch, [("blocks.1.attn.hook_z", scale)])
+    same(model, batch, ScaleHeads(((1, 1),), -2.0, positions="final"), expected)
+
+
+def test_mean_heads_write_their_mean_over_a_dataset(case: tuple[Any, Any]) -> None:
+    model, batch = case
+    means = mean_head_outputs(model, [batch, batch])
+    _, cache = model.run_with_cache(batch)
     real = batch.attention_mask.bool()
-    torch.testing.assert_close(masked[real], expected[real], atol=1e-6, rtol=1e-6)
-    assert not torch.equal(masked[real], model(batch)[real])
+    torch.testing.assert_close(means[1, 2], cache["z", 1][real][:, 2].mean(0), atol=1e-6, rtol=1e-5)
+
+    def write(z: Tensor, hook: Any) -> Tensor:
+        z = z.clone()
+        z[:, :, 2] = means[1, 2]
+        return z
+
+    same(model, batch, MeanHeads(((1, 2),), means), by_hand(model, batch, [("blocks.1.attn.hook_z", write)]))
+
+
+# ---- image keys and values ----
+
+
+def literal_replacement(model: Any, batch: Any, head: tuple[int, int], baseline: Any, before_rope: bool) -> list:
+    """One head's z made again, query by query, from keys and values with the image's replaced."""
+    layer, h = head
+    seen: dict[str, Tensor] = {}
+    at = f"blocks.{layer}.attn."
+    rotate = inputs_rotation(model.cfg, batch, model.cfg.dtype)
+
+    def keep(x: Tensor, hook: Any) -> None:
+        seen[hook.name.removeprefix(at)] = x.clone()
+
+    def again(z: Tensor, hook: Any) -> Tensor:
+        z = z.clone()
+        group = h // (model.cfg.n_heads // model.cfg.n_key_value_heads)
+        for row in range(len(batch)):
+            own = [v for v in batch.visuals if v.row == row]
+            k, rotated = seen["hook_k"][row].clone(), seen["hook_rot_k"][row].clone()
+            v = seen["hook_v"][row].clone()
+            hidden = torch.zeros(len(k), dtype=torch.bool)
+            for visual in own:
+                span = slice(visual.start, visual.stop)
+                hidden[span] = True
+                if baseline == "mean":
+                    k[span], v[span] = k[span].mean(0), v[span].mean(0)
+                    rotated[span] = rotated[span].mean(0)
+                elif baseline == "zero":
+                    k[span], v[span], rotated[span] = 0, 0, 0
+                elif baseline != "knockout":
+                    k[span], v[span] = baseline.keys[layer], baseline.values[layer]
+                    rotated[span] = baseline.keys[layer]
+            turned = rotate.rows(row)(k[None])[0]
+            keys = torch.where(hidden[:, None, None], turned if before_rope else rotated, seen["hook_rot_k"][row])
+            for query in range(batch.first[row], batch.stop[row]):
+                if hidden[query] or not any(visual.start < query for visual in own):
+                    continue
+                visible = torch.arange(len(k)) <= query
+                visible &= torch.arange(len(k)) >= batch.first[row]
+                if baseline == "knockout":
+                    visible &= ~hidden
+                scores = keys[visible, group] @ seen["hook_rot_q"][row, query, h] / model.cfg.d_head**0.5
+                z[row, query, h] = scores.softmax(-1) @ v[visible, group]
+        return z
+
+    names = ("hook_k", "hook_v", "hook_rot_k", "hook_rot_q")
+    return [*((at + name, keep) for name in names), (at + "hook_z", again)]
+
+
+@pytest.mark.parametrize("before_rope", [True, False], ids=["before RoPE", "after RoPE"])
+@pytest.mark.parametrize("baseline", ["mean", "zero", "knockout", "dataset"])
+def test_image_keys_and_values_are_replaced_for_text_queries_of_one_head(
+    case: tuple[Any, Any], baseline: Any, before_rope: bool
+) -> None:
+    model, batch = case
+    if baseline == "dataset":
+        baseline = mean_image_kv(model, [batch])
+    expected = by_hand(model, batch, literal_replacement(model, batch, (1, 2), baseline, before_rope))
+    same(model, batch, ReplaceImageKV(((1, 2),), baseline, before_rope), expected)
+
+
+def test_the_image_itself_and_text_before_it_are_left_alone(case: tuple[Any, Any]) -> None:
+    model, batch = case
+    iv = ReplaceImageKV(all_heads(model), "knockout")
+    with torch.no_grad():
+        plain, found = model(batch), edited(model, batch, iv)
+    for row in range(len(batch)):
+        before = [v.stop for v in batch.visuals if v.row == row]
+        untouched = slice(batch.first[row], min(before) if before else batch.stop[row])
+        assert found[row, untouched].equal(plain[row, untouched])
+
+
+def test_knocking_out_the_image_equals_blocking_the_edges_from_text_to_it(case: tuple[Any, Any]) -> None:
+    model, batch = case
+    heads = all_heads(model)
+    blocked = edited(model, batch, BlockAttention(heads, query="text", key="image"))
+    same(model, batch, ReplaceImageKV(heads, "knockout"), blocked)
+
+
+def test_dataset_means_are_of_image_tokens_before_rotation() -> None:
+    model, batch = tiny_model(), inputs(PADDED)
+    means = mean_image_kv(model, [batch])
+    _, cache = model.run_with_cache(batch)
+    tokens = torch.cat([cache["k", 2][v.row, v.start : v.stop] for v in batch.visuals])
+    torch.testing.assert_close(means.keys[2], tokens.mean(0), atol=1e-6, rtol=1e-5)
+
+
+# ---- attention ----
+
+
+def test_blocked_edges(case: tuple[Any, Any]) -> None:
+    model, batch = case
+
+    def block(scores: Tensor, hook: Any) -> Tensor:
+        for row in range(len(batch)):
+            for query in batch.positions.final[row].tolist():
+                for key in batch.positions.image[row].tolist():
+                    scores[row, 3, query, key] = -torch.inf
+        return scores
+
+    expected = by_hand(model, batch, [("blocks.1.attn.hook_attn_scores", block)])
+    same(model, batch, BlockAttention(((1, 3),), query="final", key="image"), expected)
+
+
+def test_a_query_with_nothing_left_attends_to_nothing(case: tuple[Any, Any]) -> None:
+    model, batch = case
+    iv = BlockAttention.in_layers(model, range(1, 2), query="final")
+    with torch.no_grad(), model.hooks(fwd_hooks=iv.hooks(model, batch)):
+        _, cache = model.run_with_cache(batch)
+    for row, final in enumerate(batch.positions.final):
+        assert cache["pattern", 1][row, :, final].eq(0).all()
+        assert cache["z", 1][row, final].eq(0).all()
+
+
+def test_redistributed_sink(case: tuple[Any, Any]) -> None:
+    model, batch = case
+    beta = 0.4
+
+    def literal(pattern: Tensor, hook: Any) -> Tensor:
+        for row in range(len(batch)):
+            sink = batch.first[row]
+            for query in range(sink + 1, batch.stop[row]):
+                a = pattern[row, 2, query].clone()
+                rest = a.sum() - a[sink]
+                for key in range(sink, query + 1):
+                    pattern[row, 2, query, key] = (
+                        beta * a[sink] if key == sink else a[key] + (1 - beta) * a[sink] * a[key] / rest
+                    )
+        return pattern
+
+    expected = by_hand(model, batch, [("blocks.1.attn.hook_pattern", literal)])
+    iv = RedistributeSink(((1, 2),), beta)
+    same(model, batch, iv, expected)
+    with torch.no_grad(), model.hooks(fwd_hooks=iv.hooks(model, batch)):
+        _, cache = model.run_with_cache(batch)
+    rows = cache["pattern", 1].sum(-1)[batch.attention_mask.bool()[:, None].expand(-1, model.cfg.n_heads, -1)]
+    torch.testing.assert_close(rows, torch.ones_like(rows))
+
+
+# ---- activations ----
+
+
+@pytest.mark.parametrize(
+    ("name", "heads"),
+    [
+        ("blocks.1.hook_resid_pre", None),
+        ("blocks.1.hook_mlp_out", None),
+        ("blocks.1.attn.hook_z", (0, 3)),
+        ("blocks.2.attn.hook_k", (1,)),
+        ("blocks.1.attn.hook_pattern", (2,)),
+        ("hook_embed", None),
+        ("ln_final.hook_normalized", None),
+    ],
+)
+@pytest.mark.parametrize("positions", [None, "question", "image"])
+def test_patched_activation(case: tuple[Any, Any], name: str, heads: Any, positions: Any) -> None:
+    model, batch = case
+    with torch.no_grad():
+        noise = torch.randn_like(model.embed.weight[batch.tokens])
+        with model.hooks(fwd_hooks=[("hook_embed", lambda x, hook: x + noise)]):
+            _, cache = model.run_with_cache(batch, names_filter=name)
+    source = cache[name]
+    axis = 2 if name.endswith("pattern") else 1
+    head_axis = 1 if axis == 2 else 2
+
+    def literal(x: Tensor, hook: Any) -> None:
+        for row in range(len(batch)):
+            own = range(batch.first[row], batch.stop[row])
+            chosen = own if positions is None else getattr(batch.positions, positions)[row].tolist()
+            for p in chosen:
+                for h in range(x.shape[head_axis]) if heads is None and x.ndim == 4 else heads or (None,):
+                    at: list[Any] = [row] + [slice(None)] * (x.ndim - 1)
+                    at[axis] = p
+                    if h is not None:
+                        at[head_axis] = h
+                    x[tuple(at)] = source[tuple(at)]
+
+    expected = by_hand(model, batch, [(name, literal)])
+    same(model, batch, PatchActivation(name, source, positions, heads), expected)
+
+
+def test_patched_image_side(family: str) -> None:
+    model, batch = model_and_inputs(family, "two images")
+    _, cache = model.run_with_cache(batch)
+    source = cache["vision.blocks.1.hook_resid_pre"].flip(-1)
+
+    def literal(x: Tensor, hook: Any) -> None:
+        x[:, 1], x[:, 3] = source[:, 1], source[:, 3]
+
+    expected = by_hand(model, batch, [("vision.blocks.1.hook_resid_pre", literal)])
+    same(model, batch, PatchActivation("vision.blocks.1.hook_resid_pre", source, (1, 3)), expected)
+    features = cache["hook_image_features"].flip(0)
+
+    def literal_features(x: Tensor, hook: Any) -> None:
+        x[2] = features[2]
+
+    expected = by_hand(model, batch, [("hook_image_features", literal_features)])
+    same(model, batch, PatchActivation("hook_image_features", features, (2,)), expected)
+
+
+def test_added_vector(case: tuple[Any, Any]) -> None:
+    model, batch = case
+    vector = torch.randn(model.cfg.d_model)
+
+    def literal(x: Tensor, hook: Any) -> None:
+        for row, positions in enumerate(batch.positions.question):
+            x[row, positions] += 3 * vector
+
+    expected = by_hand(model, batch, [("blocks.1.hook_resid_post", literal)])
+    same(model, batch, AddVector("blocks.1.hook_resid_post", vector, 3.0, "question"), expected)
+
+
+@pytest.mark.parametrize("values", ["mean", "zero", "vector"])
+def test_replaced_image_tokens(case: tuple[Any, Any], values: Any) -> None:
+    model, batch = case
+    values = torch.randn(model.cfg.d_model) if values == "vector" else values
+    chosen = tuple(tuple(positions[1:4].tolist()) for positions in batch.positions.image)
+
+    def literal(x: Tensor, hook: Any) -> Tensor:
+        new = x.clone()
+        for row, positions in enumerate(chosen):
+            for p in positions:
+                if isinstance(values, Tensor):
+                    new[row, p] = values
+                else:
+                    own = next(v for v in batch.visuals if v.row == row and v.start <= p < v.stop)
+                    new[row, p] = 0 if values == "zero" else x[row, own.start : own.stop].mean(0)
+        return new
+
+    same(model, batch, ReplaceImageTokens(chosen, values), by_hand(model, batch, [("hook_embed", literal)]))
+
+
+# ---- together, and in generation ----
+
+
+def test_several_at_one_point_act_in_order() -> None:
+    model, batch = tiny_model(), inputs(PADDED)
+    both = Together((ScaleHeads(((1, 2),), 3.0), ScaleHeads(((1, 2),), -1.0), ZeroHeads(((0, 0),))))
+    expected = by_hand(
+        model,
+        batch,
+        ScaleHeads(((1, 2),), -3.0).hooks(model, batch) + ZeroHeads(((0, 0),)).hooks(model, batch),
+    )
+    same(model, batch, both, expected)
+
+
+def of_every_kind(model: Any, batch: Any) -> dict[str, Intervention]:
+    """One intervention of each kind that acts on the text side."""
+    generator = torch.Generator().manual_seed(1)
+    _, cache = model.run_with_cache(batch)
+    vector = torch.randn(model.cfg.d_model, generator=generator)
+    return {
+        "zero": ZeroHeads(HEADS),
+        "scale": ScaleHeads(HEADS, 0.5, "text"),
+        "mean": MeanHeads(HEADS, mean_head_outputs(model, [batch])),
+        "image mean": ReplaceImageKV(HEADS),
+        "image mean after RoPE": ReplaceImageKV(HEADS, before_rope=False),
+        "image zero": ReplaceImageKV(HEADS, "zero"),
+        "image knocked out": ReplaceImageKV(HEADS, "knockout"),
+        "image mean of a dataset": ReplaceImageKV(HEADS, mean_image_kv(model, [batch])),
+        "blocked": BlockAttention(HEADS, "text", "image"),
+        "sink": RedistributeSink(HEADS, 0.3),
+        "patch": PatchActivation("blocks.1.hook_resid_mid", cache["resid_mid", 2], "question"),
+        "steering": AddVector("blocks.1.hook_resid_post", vector, positions="text"),
+        "image tokens": ReplaceImageTokens("image", "mean"),
+        "together": Together((ZeroHeads(((2, 0),)), BlockAttention(((1, 1),), "final", "image"))),
+    }
+
+
+KINDS = tuple(of_every_kind(*model_and_inputs("qwen2-vl", "one image")))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("rows", ["one image", "padded"])
+def test_generation_under_an_intervention_equals_passes_without_a_cache(family: str, rows: str, kind: str) -> None:
+    model, batch = model_and_inputs(family, rows)
+    iv = of_every_kind(model, batch)[kind]
+    tokens = model.generate(batch, 4, stop_at_eos=False, fwd_hooks=iv.hooks(model, batch))
+    new = tokens[:, batch.shape[1] :]
+    placeholders = torch.tensor(batch.spec.placeholder_ids)
+    for step in range(4):
+        if torch.isin(new[:, :step], placeholders).any():  # random weights may write one; a prompt cannot hold it
+            assert step > 1
+            break
+        # the hooks are made for the prompt: generated tokens lie past its end
+        with torch.no_grad():
+            continued = batch.append(new[:, :step]) if step else batch
+            logits = model.run_with_hooks(continued, fwd_hooks=iv.hooks(model, batch))
+        assert logits[:, -1].argmax(-1).tolist() == new[:, step].tolist()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_inputs_and_model_are_as_before(family: str, kind: str) -> None:
+    model, batch = model_and_inputs(family, "padded")
+    with torch.no_grad():
+        encoded = batch.with_image_features(model.encode_images(batch))
+        before, features = model(encoded), encoded.image_features.clone()
+        model.run_with_hooks(encoded, fwd_hooks=of_every_kind(model, batch)[kind].hooks(model, encoded))
+        assert model(encoded).equal(before) and encoded.image_features.equal(features)
+
+
+# ---- what cannot be done ----
 
 
 @pytest.mark.parametrize("head", [(3, 0), (0, 4), (-1, 0)])
 def test_a_head_the_model_does_not_have_is_refused(head: tuple[int, int]) -> None:
     with pytest.raises(InputError, match="layers 0 to 2 with heads 0 to 3"):
-        ZeroHeads((head,)).hooks(tiny_model())
+        ZeroHeads((head,)).hooks(tiny_model(), inputs(PADDED))
+
+
+def unchecked(intervention: Intervention, **values: Any) -> Intervention:
+    """With values that the annotations, checked in tests only, would refuse."""
+    for name, value in values.items():
+        object.__setattr__(intervention, name, value)
+    return intervention
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda model: ZeroHeads(HEADS, "answer"), "choose from image, video, question"),
+        (lambda model: ZeroHeads(HEADS, (1,)), "position 1 of row 1 is not one of its tokens"),
+        (lambda model: ZeroHeads(HEADS, ((1,), (14,))), "positions for 2 rows, but the inputs have 3"),
+        (lambda model: unchecked(ReplaceImageKV(HEADS), baseline="median"), 'must be "mean", "zero", "knockout"'),
+        (lambda model: RedistributeSink(HEADS, 1.5), "between 0 and 1"),
+        (lambda model: RedistributeSink(HEADS, 0.5, sink=7), "a row has no such token"),
+        (lambda model: MeanHeads(HEADS, torch.zeros(3, 4, 8)), r"\(3, 4, 16\), got \(3, 4, 8\)"),
+        (lambda model: PatchActivation("blocks.0.hook_mlp_out", torch.zeros(1), heads=(1,)), "no head axis"),
+        (lambda model: PatchActivation("blocks.0.hook_mlp_out", torch.zeros(3, 20, 8)), "same rows and columns"),
+        (lambda model: AddVector("blocks.0.hook_mlp_out", torch.zeros(8)), "cannot be added"),
+        (lambda model: AddVector("vision.hook_embed", torch.zeros(32), positions="text"), "image side"),
+        (lambda model: ReplaceImageTokens("text"), "is not an image token"),
+        (lambda model: unchecked(ReplaceImageTokens(), values="noise"), '"mean", "zero" or a vector'),
+    ],
+)
+def test_what_does_not_fit_is_refused(make: Any, message: str) -> None:
+    model, batch = tiny_model(), inputs(PADDED)
+    with pytest.raises(InputError, match=message):
+        model.run_with_hooks(batch, fwd_hooks=make(model).hooks(model, batch))
+
+
+def test_text_alone_has_no_image_to_replace() -> None:
+    model, batch = tiny_model(), inputs([[5, 6, 7]])
+    with pytest.raises(InputError, match="no image"):
+        ReplaceImageKV(HEADS).hooks(model, batch)
+    with pytest.raises(InputError, match="no image"):
+        mean_image_kv(model, [batch])
+
+
+def test_hooks_of_your_own_are_taken_as_they_are() -> None:
+    model, batch = tiny_model(), inputs(PADDED)
+    iv = CustomHooks([("blocks.1.hook_mlp_out", lambda x, hook: x * 2)], "twice the MLP")
+    assert str(iv) == "twice the MLP"
+    same(model, batch, iv, by_hand(model, batch, list(iv.fwd_hooks)))
+
+
+def test_scores_of_chosen_queries_and_heads_equal_those_of_all() -> None:
+    model, batch = tiny_model(), inputs(PADDED)
+    queries = torch.tensor([[10, 11]])
+
+    def check(z: Tensor, hook: Any) -> None:
+        call = hook.ctx["attention"]
+        whole = attention_scores(call.q, call.k).masked_fill(
+            ~call.mask.dense(z.shape[1], call.k.shape[1], z.device), -torch.inf
+        )
+        torch.testing.assert_close(call.scores(queries), whole[:, :, [10, 11]])
+        torch.testing.assert_close(call.scores(queries, [3, 1]), whole[:, [3, 1]][:, :, [10, 11]])
+        torch.testing.assert_close(call.rows(1, 3).scores(queries), whole[1:, :, [10, 11]])
+
+    model.run_with_hooks(batch, fwd_hooks=[("blocks.1.attn.hook_z", check)])

@@ -116,6 +116,8 @@ def _count_right(
     heads: tuple[Head, ...],
     config: OcrHeadsConfig,
 ) -> int:
-    replies = model.generate(inputs, config.new_tokens, fwd_hooks=ZeroHeads(heads).hooks(model), return_type="str")
+    replies = model.generate(
+        inputs, config.new_tokens, fwd_hooks=ZeroHeads(heads).hooks(model, inputs), return_type="str"
+    )
     replies = [replies] if isinstance(replies, str) else replies
     return sum(e.is_right(reply) for e, reply in zip(examples, replies, strict=True))

@@ -1,7 +1,7 @@
 """From samples to tensors: chat format, positions, pixels, labels on the answers only."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
@@ -31,10 +31,13 @@ class Batch:
     grid: ImageGrid | TileGrid | None
 
     def to(self, device: torch.device) -> "Batch":
-        pixels = None if self.pixel_values is None else self.pixel_values.to(device)
-        return Batch(
-            self.tokens.to(device), self.labels.to(device), self.position_ids.to(device), pixels, self.grid
-        )  # fmt: skip
+        return replace(
+            self,
+            tokens=self.tokens.to(device),
+            labels=self.labels.to(device),
+            position_ids=self.position_ids.to(device),
+            pixel_values=None if self.pixel_values is None else self.pixel_values.to(device),
+        )
 
 
 def encode(family: ToyFamily, sample: Sample) -> tuple[list[int], list[int]]:
@@ -54,7 +57,7 @@ def encode(family: ToyFamily, sample: Sample) -> tuple[list[int], list[int]]:
         extend(_ids(family, f"{family.turn_separator if turn else family.prompt_start}{IM_START}user\n"), False)
         if turn == 0 and sample.pixels is not None:
             n_tokens = family.grid(*sample.pixels.shape[:2]).n_tokens
-            extend(_ids(family, "".join(family.image_text(n_tokens))), False)
+            extend(_ids(family, family.image_text(n_tokens)), False)
         extend(encoded(question), False)
         extend(_ids(family, f"{IM_END}{family.turn_separator}{IM_START}assistant\n"), False)
         extend(encoded(answer), True)

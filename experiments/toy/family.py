@@ -5,17 +5,20 @@ fact for the library to reproduce, like a published one, and a mistake in our fo
 trained with the same mistake.
 """
 
+import json
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Float, Int, UInt8
+from safetensors.torch import save_file
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from hooked_vlm.experiments.toy.tokenizer import build_tokenizer
+from hooked_vlm.experiments.toy.tokenizer import build_tokenizer, save_tokenizer
 from hooked_vlm.geometry import ImageGrid, TileGrid
 
 HFModel = Any
@@ -49,8 +52,8 @@ class ToyFamily(ABC):
         return self.text_start + 1
 
     @abstractmethod
-    def image_text(self, n_tokens: int) -> tuple[str, str, str]:
-        """What opens an image in a prompt, its ``n_tokens`` placeholders, and what closes it."""
+    def image_text(self, n_tokens: int) -> str:
+        """An image in a prompt: what opens it, its ``n_tokens`` placeholders, what closes it."""
 
     @abstractmethod
     def build(self, **overrides: int) -> HFModel:
@@ -84,6 +87,22 @@ class ToyFamily(ABC):
     @abstractmethod
     def load(self, folder: Path) -> HFModel:
         """The checkpoint in `transformers`."""
+
+
+def write_checkpoint(
+    folder: Path,
+    tensors: dict[str, Tensor],
+    files: dict[str, dict],
+    special_tokens: Sequence[str],
+    **tokenizer_settings: str,
+) -> None:
+    """Writes a checkpoint's folder: its weights, ``files`` as JSON, and the tokenizer."""
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    (folder / "model.safetensors").chmod(0o644)  # save_file leaves it readable by its owner only
+    for name, content in files.items():
+        (folder / name).write_text(json.dumps(content, indent=2) + "\n")
+    save_tokenizer(folder, special_tokens, **tokenizer_settings)
 
 
 def text_shape(model: HFModel) -> tuple[int, int]:

@@ -4,7 +4,6 @@ Its decoder is a Qwen2, as InternVL2-1B's. Tiles are 128 pixels wide: the pages 
 tokens, wide ones are two and a thumbnail.
 """
 
-import json
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -12,13 +11,12 @@ from typing import Any
 import torch
 from jaxtyping import Float, Int, UInt8
 from PIL import Image
-from safetensors.torch import save_file
 from torch import Tensor
 from transformers import InternVLConfig, InternVLForConditionalGeneration
 
 from hooked_vlm import HookedVLM
-from hooked_vlm.experiments.toy.family import HFModel, ToyFamily, normal_vision_weights
-from hooked_vlm.experiments.toy.tokenizer import END_OF_TEXT, IM_END, IM_START, save_tokenizer
+from hooked_vlm.experiments.toy.family import HFModel, ToyFamily, normal_vision_weights, write_checkpoint
+from hooked_vlm.experiments.toy.tokenizer import END_OF_TEXT, IM_END, IM_START, build_tokenizer
 from hooked_vlm.geometry import ImageGrid, TileGrid
 from hooked_vlm.tiles import IMAGENET_MEAN, IMAGENET_STD, TileProcessor
 
@@ -46,7 +44,7 @@ PROJECTOR_NAMES = (("layer_norm", "0"), ("linear_1", "1"), ("linear_2", "3"))
 
 def text_config(**overrides: int) -> dict:
     """The decoder's settings, which the two layouts share; those of toy-qwen2-vl's decoder, with plain RoPE."""
-    tokenizer = InternVL2().tokenizer
+    tokenizer = build_tokenizer(SPECIAL_TOKENS)
     return {
         "bos_token_id": tokenizer.token_to_id(END_OF_TEXT),
         "eos_token_id": tokenizer.token_to_id(IM_END),
@@ -124,8 +122,8 @@ class InternVL2(ToyFamily):
     prompt_start = f"{IM_START}system\n{SYSTEM_MESSAGE}{IM_END}"
     turn_separator = ""
 
-    def image_text(self, n_tokens: int) -> tuple[str, str, str]:
-        return IMAGE_START, IMAGE_CONTEXT * n_tokens, f"{IMAGE_END}\n"
+    def image_text(self, n_tokens: int) -> str:
+        return f"{IMAGE_START}{IMAGE_CONTEXT * n_tokens}{IMAGE_END}\n"
 
     def build(self, **overrides: int) -> HFModel:
         text = text_config(**overrides)
@@ -178,9 +176,6 @@ class InternVL2(ToyFamily):
 
     def save(self, model: HFModel, folder: Path, **overrides: int) -> None:
         """The published layout: ``vision_model.*``, ``mlp1.*`` and ``language_model.*`` names."""
-        folder.mkdir(parents=True, exist_ok=True)
-        save_file(published_tensors(model), folder / "model.safetensors", metadata={"format": "pt"})
-        (folder / "model.safetensors").chmod(0o644)  # save_file leaves it readable by its owner only
         config = config_dict(**overrides)
         generation = {key: config["llm_config"][key] for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
         preprocessor = {
@@ -194,13 +189,12 @@ class InternVL2(ToyFamily):
             "resample": 3,
             "size": TILE_SIZE,
         }
-        for name, content in (
-            ("config.json", config),
-            ("generation_config.json", {**generation, "do_sample": False}),
-            ("preprocessor_config.json", preprocessor),
-        ):
-            (folder / name).write_text(json.dumps(content, indent=2) + "\n")
-        save_tokenizer(folder, SPECIAL_TOKENS)
+        files = {
+            "config.json": config,
+            "generation_config.json": {**generation, "do_sample": False},
+            "preprocessor_config.json": preprocessor,
+        }
+        write_checkpoint(folder, published_tensors(model), files, SPECIAL_TOKENS)
 
     def load(self, folder: Path) -> HFModel:
         """`transformers` reads its own layout only, so the checkpoint is written in it first."""

@@ -1,19 +1,17 @@
 """The toy Qwen2-VL (an ordinary one, very small) and a training forward over images of one size."""
 
-import json
 from pathlib import Path
 from typing import Any
 
 import torch
 from jaxtyping import Float, Int, UInt8
-from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
 from transformers.models.qwen2_vl.modeling_qwen2_vl import apply_rotary_pos_emb_vision
 
-from hooked_vlm.experiments.toy.family import HFModel, ToyFamily, normal_vision_weights
-from hooked_vlm.experiments.toy.tokenizer import END_OF_TEXT, IM_END, IM_START, save_tokenizer
+from hooked_vlm.experiments.toy.family import HFModel, ToyFamily, normal_vision_weights, write_checkpoint
+from hooked_vlm.experiments.toy.tokenizer import END_OF_TEXT, IM_END, IM_START, build_tokenizer
 from hooked_vlm.geometry import ImageGrid, TileGrid
 
 # Qwen2-VL's special tokens, in the order of its ids.
@@ -46,7 +44,7 @@ def config_dict(**overrides: int) -> dict:
     ``rope_theta`` is far below the published 1e6, with which heads of width 48 would see no difference
     between neighbouring rows of a page (the height part starts at theta ** (-1/3) radians per row).
     """
-    tokenizer = Qwen2VL().tokenizer
+    tokenizer = build_tokenizer(SPECIAL_TOKENS)
     ids = {token: tokenizer.token_to_id(token) for token in tokenizer.get_vocab()}
     config = {
         "architectures": ["Qwen2VLForConditionalGeneration"],
@@ -139,8 +137,8 @@ class Qwen2VL(ToyFamily):
     prompt_start = ""
     turn_separator = "\n"
 
-    def image_text(self, n_tokens: int) -> tuple[str, str, str]:
-        return VISION_START, IMAGE_PAD * n_tokens, VISION_END
+    def image_text(self, n_tokens: int) -> str:
+        return f"{VISION_START}{IMAGE_PAD * n_tokens}{VISION_END}"
 
     def build(self, **overrides: int) -> HFModel:
         config = Qwen2VLConfig(**config_dict(**overrides))
@@ -188,15 +186,12 @@ class Qwen2VL(ToyFamily):
 
     def save(self, model: HFModel, folder: Path, **overrides: int) -> None:
         """Flat config, ``visual.*`` and ``model.*`` names."""
-        folder.mkdir(parents=True, exist_ok=True)
         tensors = {}
         for name, tensor in model.state_dict().items():
             if name == "lm_head.weight":
                 continue  # tied to model.embed_tokens.weight
             published = name.replace("model.visual.", "visual.").replace("model.language_model.", "model.")
             tensors[published] = tensor.detach().to("cpu", torch.float32).contiguous()
-        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-        (folder / "model.safetensors").chmod(0o644)  # save_file leaves it readable by its owner only
         config = config_dict(**overrides)
         generation = {key: config[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
         generation["do_sample"] = False
@@ -216,10 +211,9 @@ class Qwen2VL(ToyFamily):
             "resample": 3,
             "rescale_factor": 1 / 255,
         }
-        for name, content in (
-            ("config.json", config),
-            ("generation_config.json", generation),
-            ("preprocessor_config.json", preprocessor),
-        ):
-            (folder / name).write_text(json.dumps(content, indent=2) + "\n")
-        save_tokenizer(folder, SPECIAL_TOKENS, chat_template=CHAT_TEMPLATE)
+        files = {
+            "config.json": config,
+            "generation_config.json": generation,
+            "preprocessor_config.json": preprocessor,
+        }
+        write_checkpoint(folder, tensors, files, SPECIAL_TOKENS, chat_template=CHAT_TEMPLATE)

@@ -299,11 +299,12 @@ def task_step(
     logged: dict[str, list[float]] = {}
     for samples in groups:
         batch = collate(family, samples).to(device)
-        residuals: list[Tensor] = []
+        guides = guidance if samples[0].task in ("text", "page") else None
+        residuals: list[Tensor] | None = None if guides is None else []
         results, penalty = task_losses(model, samples, batch, pressure, residuals)
         total = penalty + sum(LOSS_WEIGHTS[task] * loss for task, (loss, _) in results.items())
-        if guidance is not None and samples[0].task in ("text", "page"):
-            guided = guidance.loss(family, samples, batch, residuals[reading_layer])
+        if guides is not None and residuals is not None:
+            guided = guides.loss(family, samples, batch, residuals[reading_layer])
             total = total + GUIDANCE_WEIGHT * guided
             logged.setdefault(f"loss_guidance_{samples[0].task}", []).append(guided.item())
         total.backward()

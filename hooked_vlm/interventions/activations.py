@@ -1,0 +1,189 @@
+"""Interventions on any named activation: patched from another run, steered, image tokens replaced."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from hooked_vlm.hooks import is_quadratic, is_vision
+from hooked_vlm.inputs import VLMInputs
+from hooked_vlm.interventions.base import Hooks, Intervention, Positions, first_meant, meant, position_table
+from hooked_vlm.token_layout import InputError
+
+
+@dataclass(frozen=True, eq=False)
+class PatchActivation(Intervention):
+    """An activation takes the values it had in another run.
+
+    Args:
+        name: the hook point.
+        source: its whole tensor from the other run (`cache[name]`), with the rows and columns of these inputs.
+        positions: where on the text side (query positions, for scores and patterns); for image-side tensors, which
+            patches of every image (their group names and "text" have no meaning there).
+        heads: only these, where the tensor has a head axis.
+    """
+
+    name: str
+    source: Float[Tensor, "..."]
+    positions: Positions = None
+    heads: Sequence[int] | None = None
+
+    def first_position(self, model: Any, inputs: VLMInputs) -> int:
+        return 0 if is_vision(self.name) else first_meant(position_table(self.positions, inputs))
+
+    def hooks(self, model: Any, inputs: VLMInputs) -> Hooks:
+        head_axis = _head_axis(self.name)
+        if self.heads is not None and head_axis is None:
+            raise InputError(f"{self.name} has no head axis: leave out heads")
+        where = _Where(self.name, self.positions, inputs)
+
+        def patch(x: Tensor, hook: Any) -> Tensor:
+            source, axis = self.source.to(x), where.axis
+            if where.table is not None:  # cut to this pass's positions
+                first = where.first_position(hook)
+                if first >= source.shape[axis]:
+                    return x  # generation has gone past the other run
+                n = min(x.shape[axis], source.shape[axis] - first)
+                source = source.narrow(axis, first, n)
+                if n < x.shape[axis] and not is_quadratic(self.name):  # tokens were appended since
+                    source = torch.cat((source, x.narrow(axis, n, x.shape[axis] - n)), dim=axis)
+            if source.shape != x.shape:
+                raise InputError(
+                    f"the source for {self.name} is {tuple(self.source.shape)}, which does not fit {tuple(x.shape)}: "
+                    "both runs need the same rows and columns"
+                )
+            here = where.mask(x, hook)
+            if self.heads is not None and head_axis is not None:
+                shape = [1] * x.ndim
+                shape[head_axis] = x.shape[head_axis]
+                chosen = torch.zeros(x.shape[head_axis], dtype=torch.bool, device=x.device)
+                chosen[list(self.heads)] = True
+                here = here & chosen.view(shape)
+            return torch.where(here, source, x)
+
+        return [(self.name, patch)]
+
+    def __str__(self) -> str:
+        heads = "" if self.heads is None else f" heads {','.join(map(str, self.heads))}"
+        return f"PatchActivation {self.name}{heads} at {_said(self.positions)}"
+
+
+@dataclass(frozen=True, eq=False)
+class AddVector(Intervention):
+    """`scale` times a vector is added to an activation ("steering").
+
+    Args:
+        name: the hook point, e.g. "blocks.5.hook_resid_post".
+        vector: its last axis, or its last axes where heads have one each.
+        positions: as in `PatchActivation`.
+    """
+
+    name: str
+    vector: Float[Tensor, "*head d"]
+    scale: float = 1.0
+    positions: Positions = None
+
+    def first_position(self, model: Any, inputs: VLMInputs) -> int:
+        return 0 if is_vision(self.name) else first_meant(position_table(self.positions, inputs))
+
+    def hooks(self, model: Any, inputs: VLMInputs) -> Hooks:
+        where = _Where(self.name, self.positions, inputs)
+
+        def add(x: Tensor, hook: Any) -> Tensor:
+            if x.shape[-self.vector.ndim :] != self.vector.shape:
+                shape = tuple(self.vector.shape)
+                raise InputError(f"a vector of {shape} cannot be added to {self.name}, which is {tuple(x.shape)}")
+            return torch.where(where.mask(x, hook), x + self.scale * self.vector.to(x), x)
+
+        return [(self.name, add)]
+
+    def __str__(self) -> str:
+        return f"AddVector {self.scale:g} at {self.name}, {_said(self.positions)}"
+
+
+@dataclass(frozen=True, eq=False)
+class ReplaceImageTokens(Intervention):
+    """Image tokens enter the decoder as something else.
+
+    Args:
+        tokens: which positions, all of them image tokens ("image" for all; `inputs.tokens_in_box` for a region).
+        values: "mean" over the tokens of the same image, "zero", or a vector [d_model].
+    """
+
+    tokens: Positions = "image"
+    values: Literal["mean", "zero"] | Float[Tensor, "d_model"] = "mean"
+
+    def first_position(self, model: Any, inputs: VLMInputs) -> int:
+        table = position_table(self.tokens, inputs)
+        touched = [v.start for v in inputs.visuals if table[v.row, v.start : v.stop].any()]
+        return min(touched, default=inputs.shape[1])  # a mean needs the whole image
+
+    def hooks(self, model: Any, inputs: VLMInputs) -> Hooks:
+        table = position_table(self.tokens, inputs)
+        text = position_table("text", inputs)
+        if not isinstance(self.values, Tensor) and self.values not in ("mean", "zero"):
+            raise InputError(f'values must be "mean", "zero" or a vector, got {self.values!r}')
+        if (table & text).any():
+            row, position = (table & text).nonzero()[0].tolist()
+            raise InputError(f"position {position} of row {row} is not an image token")
+        table = table.to(inputs.device)
+
+        def replace(x: Tensor, hook: Any) -> Tensor:
+            first = hook.ctx["first_position"]
+            new = torch.zeros_like(x)
+            if isinstance(self.values, Tensor):
+                new = new + self.values.to(x)
+            elif self.values == "mean":
+                for visual in (v for v in inputs.visuals if v.start >= first):
+                    span = slice(visual.start - first, visual.stop - first)
+                    new[visual.row, span] = x[visual.row, span].mean(0)
+            return torch.where(meant(table, first, x.shape[1], len(x))[..., None], new, x)
+
+        return [("hook_embed", replace)]
+
+    def __str__(self) -> str:
+        values = self.values if isinstance(self.values, str) else "a vector"
+        return f"ReplaceImageTokens {_said(self.tokens)} by {values}"
+
+
+class _Where:
+    """Where in a hook point's tensor some positions lie."""
+
+    def __init__(self, name: str, positions: Positions, inputs: VLMInputs) -> None:
+        self.name, self.positions = name, positions
+        self.axis = 0 if name == "hook_image_features" else 2 if is_quadratic(name) else 1
+        self.table = None if is_vision(name) else position_table(positions, inputs).to(inputs.device)
+        if is_vision(name) and isinstance(positions, str):
+            raise InputError(f"{name} is on the image side: its patches have numbers, not groups like {positions!r}")
+
+    def first_position(self, hook: Any) -> int:
+        if "first_position" not in hook.ctx:
+            raise InputError(f'rows end at different positions, so {self.name} holds no one of them: logits_at="all"')
+        return hook.ctx["first_position"]
+
+    def mask(self, x: Tensor, hook: Any) -> Bool[Tensor, "..."]:
+        """True where meant; broadcasts against `x`."""
+        if self.table is None:
+            here = torch.zeros(1, x.shape[self.axis], dtype=torch.bool, device=x.device)
+            here[0, slice(None) if self.positions is None else torch.tensor(self.positions)] = True
+        else:
+            here = meant(self.table, self.first_position(hook), x.shape[self.axis], len(x))
+        shape = [1] * x.ndim
+        shape[0], shape[self.axis] = len(here), here.shape[1]
+        if self.axis == 0:
+            shape[0] = here.shape[1]
+        return here.view(shape)
+
+
+def _head_axis(name: str) -> int | None:
+    per_head = ("hook_q", "hook_k", "hook_v", "hook_z", "hook_rot_q", "hook_rot_k", "hook_result")
+    if name.endswith(("hook_attn_scores", "hook_pattern")):
+        return 1
+    return 2 if name.endswith(per_head) else None
+
+
+def _said(positions: Positions) -> str:
+    return "all positions" if positions is None else positions if isinstance(positions, str) else f"{positions}"

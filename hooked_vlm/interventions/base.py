@@ -1,0 +1,151 @@
+"""What an intervention is, and which positions it acts on."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from jaxtyping import Bool
+from torch import Tensor
+
+from hooked_vlm.hooks import is_encoder, is_vision
+from hooked_vlm.inputs import VLMInputs
+from hooked_vlm.token_layout import InputError
+
+Hooks = list[tuple[str, Callable]]
+
+Positions = str | tuple[int, ...] | tuple[tuple[int, ...], ...] | None
+"""Which positions: None for all; a group of `inputs.positions` ("image", "video", "question", "role", "final",
+"generated") or "text" (all but images and videos); absolute positions, the same for all rows or a tuple per row."""
+
+EMBEDDING = -1
+"""The "layer" of `hook_embed`."""
+ENCODER = -2
+"""The "layer" of everything before it: the vision tower, the projector, the features they hand over."""
+
+
+class Intervention(ABC):
+    """A change to a forward pass."""
+
+    finds_positions: ClassVar[bool] = True
+    """Whether its hooks go by `hook.ctx["positions"]`, so that a pass may leave out positions nobody asks for."""
+
+    @abstractmethod
+    def hooks(self, model: Any, inputs: VLMInputs) -> Hooks:
+        """Pairs for `run_with_hooks(inputs, ...)` and `generate(inputs, ...)`.
+
+        Raises:
+            InputError: layers, heads or positions that this model or these inputs do not have.
+        """
+
+    def first_layer(self, model: Any, inputs: VLMInputs) -> int:
+        """The first layer it touches; `EMBEDDING`, `ENCODER` or the number of layers (final norm) outside."""
+        return min((layer_of(name, model.cfg.n_layers) for name, _ in self.hooks(model, inputs)), default=0)
+
+    def first_position(self, model: Any, inputs: VLMInputs) -> int:
+        """Positions before this one are as they would be without it."""
+        return 0
+
+
+@dataclass(frozen=True)
+class Together(Intervention):
+    """Several interventions in one run, in this order where they meet at one hook point."""
+
+    parts: tuple[Intervention, ...]
+
+    @property
+    def finds_positions(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return all(part.finds_positions for part in self.parts)
+
+    def hooks(self, model: Any, inputs: VLMInputs) -> Hooks:
+        return [pair for part in self.parts for pair in part.hooks(model, inputs)]
+
+    def first_position(self, model: Any, inputs: VLMInputs) -> int:
+        return min((part.first_position(model, inputs) for part in self.parts), default=0)
+
+
+@dataclass(frozen=True, eq=False)
+class CustomHooks(Intervention):
+    """Hooks of your own, for a sweep: functions that see whole tensors, as in `run_with_hooks`."""
+
+    fwd_hooks: Sequence[tuple[str, Callable]]
+    label: str = "custom"
+
+    finds_positions: ClassVar[bool] = False
+
+    def hooks(self, model: Any, inputs: VLMInputs) -> Hooks:
+        return list(self.fwd_hooks)
+
+    def __str__(self) -> str:
+        return self.label
+
+
+def layer_of(name: str, n_layers: int) -> int:
+    """The layer of a hook point, in the order a pass meets them."""
+    if is_encoder(name) or is_vision(name):
+        return ENCODER
+    if name == "hook_embed":
+        return EMBEDDING
+    return int(name.split(".")[1]) if name.startswith("blocks.") else n_layers
+
+
+def position_table(where: Positions, inputs: VLMInputs) -> Bool[Tensor, "batch width_and_one"]:
+    """Which columns of `inputs` are meant, row by row; the last entry stands for every position past their end.
+
+    Padding is never meant.
+
+    Raises:
+        InputError: an unknown group, positions outside the inputs, or a number of rows that is not theirs.
+    """
+    n_rows, width = inputs.shape
+    table = torch.zeros(n_rows, width + 1, dtype=torch.bool)
+    spans = list(zip(inputs.first, inputs.stop, strict=True))
+    if where is None or where == "text":
+        for row, (first, stop) in enumerate(spans):
+            table[row, first:stop] = True
+        table[:, -1] = True
+        if where == "text":
+            for visual in inputs.visuals:
+                table[visual.row, visual.start : visual.stop] = False
+        return table
+    if isinstance(where, str):
+        groups = vars(inputs.positions)
+        if where not in groups:
+            raise InputError(f"there is no group of positions {where!r}: choose from {', '.join(groups)}, text")
+        for row, members in enumerate(groups[where]):
+            table[row, members] = True
+        table[:, -1] = where == "generated"
+        return table
+    for row, members in enumerate(_per_row(where, n_rows)):
+        first, stop = spans[row]
+        outside = [p for p in members if not first <= p < stop]
+        if outside:
+            raise InputError(f"position {outside[0]} of row {row} is not one of its tokens ({first} to {stop - 1})")
+        table[row, list(members)] = True
+    return table
+
+
+def _per_row(where: Sequence[Any], n_rows: int) -> Sequence[Sequence[int]]:
+    if not where or isinstance(where[0], int):
+        return [where] * n_rows
+    if len(where) != n_rows:
+        raise InputError(f"there are positions for {len(where)} rows, but the inputs have {n_rows}")
+    return where
+
+
+def first_meant(table: Bool[Tensor, "batch width_and_one"]) -> int:
+    """The first column that is meant in any row; past the end if none is."""
+    columns = table[:, :-1].any(0).nonzero()
+    return int(columns[0]) if len(columns) else table.shape[1] - 1
+
+
+def meant(
+    table: Bool[Tensor, "batch width_and_one"], n_past: int, n_queries: int, rows: int
+) -> Bool[Tensor, "rows query"]:
+    """The table's columns n_past, n_past + 1, ...; its rows repeated where several runs share a batch."""
+    width = table.shape[1] - 1
+    columns = table[:, min(n_past, width) : min(n_past + n_queries, width)]
+    if columns.shape[1] < n_queries:
+        columns = torch.cat((columns, table[:, -1:].expand(-1, n_queries - columns.shape[1])), dim=1)
+    return columns if rows == len(table) else columns.repeat(rows // len(table), 1)

@@ -1,0 +1,170 @@
+"""Interventions on the outputs of chosen heads, and what all interventions on heads share."""
+
+from abc import abstractmethod
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from hooked_vlm.inputs import VLMInputs
+from hooked_vlm.interventions.base import Hooks, Intervention, Positions, first_meant, meant, position_table
+from hooked_vlm.token_layout import InputError
+
+Head = tuple[int, int]
+"""(layer, head), both from 0."""
+
+
+@dataclass(frozen=True, eq=False)
+class Chosen:
+    """Which heads of which rows of a batch an edit is for."""
+
+    mask: Bool[Tensor, "rows head"]
+    heads: tuple[int, ...]
+    """Those chosen in any row."""
+
+
+Edit = Callable[[Tensor, Any, Chosen], Tensor]
+"""(tensor, hook point, where) -> the tensor edited there."""
+
+
+@dataclass(frozen=True, eq=False)
+class HeadIntervention(Intervention):
+    """The same change for a set of heads.
+
+    Runs that differ in their heads only are edited together: what `edits` returns takes a mask over rows and heads.
+    """
+
+    heads: tuple[Head, ...]
+
+    @abstractmethod
+    def edits(self, model: Any, inputs: VLMInputs, layer: int) -> list[tuple[str, Edit]]:
+        """For one layer, (suffix of the hook point's name, edit)."""
+
+    @property
+    def kind(self) -> tuple:
+        """Equal for interventions that differ in their heads only."""
+        rest = (getattr(self, field.name) for field in fields(self) if field.name != "heads")
+        return (type(self), *(value if isinstance(value, str | float | int | tuple) else id(value) for value in rest))
+
+    def hooks(self, model: Any, inputs: VLMInputs) -> Hooks:
+        by_layer: dict[int, list[int]] = defaultdict(list)
+        for layer, head in check_heads(model, self.heads):
+            by_layer[layer].append(head)
+        pairs: Hooks = []
+        for layer, heads in sorted(by_layer.items()):
+            chosen = torch.zeros(1, model.cfg.n_heads, dtype=torch.bool)
+            chosen[0, heads] = True
+            pairs += layer_hooks(self, model, inputs, layer, chosen)
+        return pairs
+
+    def first_layer(self, model: Any, inputs: VLMInputs) -> int:
+        return min((layer for layer, _ in check_heads(model, self.heads)), default=model.cfg.n_layers)
+
+    def __str__(self) -> str:
+        return f"{type(self).__name__} {' '.join(f'{layer}.{head}' for layer, head in self.heads)}"
+
+
+def layer_hooks(
+    kind: HeadIntervention, model: Any, inputs: VLMInputs, layer: int, chosen: Bool[Tensor, "run head"]
+) -> Hooks:
+    """`kind`'s edits of one layer as hooks, for one run or for several in one batch (run by run, row by row)."""
+    heads = tuple(chosen.any(0).nonzero()[:, 0].tolist())
+    where = Chosen(chosen.repeat_interleave(len(inputs), dim=0).to(inputs.device), heads)
+
+    def hook_for(edit: Edit) -> Callable[[Tensor, Any], Tensor]:
+        return lambda x, hook: edit(x, hook, where)
+
+    return [(f"blocks.{layer}.attn.{suffix}", hook_for(edit)) for suffix, edit in kind.edits(model, inputs, layer)]
+
+
+@dataclass(frozen=True)
+class ScaleHeads(HeadIntervention):
+    """Heads write `factor` times what they would: their `hook_z` is multiplied by it."""
+
+    factor: float
+    positions: Positions = None
+
+    def first_position(self, model: Any, inputs: VLMInputs) -> int:
+        return first_meant(position_table(self.positions, inputs))
+
+    def edits(self, model: Any, inputs: VLMInputs, layer: int) -> list[tuple[str, Edit]]:
+        return [("hook_z", _edit_z(inputs, self.positions, lambda z: z * self.factor))]
+
+
+@dataclass(frozen=True)
+class ZeroHeads(HeadIntervention):
+    """Heads write nothing: their `hook_z` is zero, at every position and every step of generation by default."""
+
+    positions: Positions = None
+
+    def first_position(self, model: Any, inputs: VLMInputs) -> int:
+        return first_meant(position_table(self.positions, inputs))
+
+    def edits(self, model: Any, inputs: VLMInputs, layer: int) -> list[tuple[str, Edit]]:
+        return [("hook_z", _edit_z(inputs, self.positions, torch.zeros_like))]
+
+
+@dataclass(frozen=True, eq=False)
+class MeanHeads(HeadIntervention):
+    """Heads write what they write on average: their `hook_z` is `means[layer, head]` (`mean_head_outputs`)."""
+
+    means: Float[Tensor, "layer head d_head"]
+    positions: Positions = None
+
+    def first_position(self, model: Any, inputs: VLMInputs) -> int:
+        return first_meant(position_table(self.positions, inputs))
+
+    def edits(self, model: Any, inputs: VLMInputs, layer: int) -> list[tuple[str, Edit]]:
+        cfg = model.cfg
+        if self.means.shape != (cfg.n_layers, cfg.n_heads, cfg.d_head):
+            expected = (cfg.n_layers, cfg.n_heads, cfg.d_head)
+            raise InputError(f"means must be [layer, head, d_head] = {expected}, got {tuple(self.means.shape)}")
+        return [("hook_z", _edit_z(inputs, self.positions, lambda z: self.means[layer].to(z)))]
+
+
+def _edit_z(inputs: VLMInputs, positions: Positions, make: Callable[[Tensor], Tensor]) -> Edit:
+    table = position_table(positions, inputs).to(inputs.device)
+
+    def edit(z: Tensor, hook: Any, chosen: Chosen) -> Tensor:
+        call = hook.ctx["attention"]
+        here = meant(table, call.k.shape[1] - z.shape[1], z.shape[1], len(z))
+        return torch.where((here[:, :, None] & chosen.mask[:, None])[..., None], make(z), z)
+
+    return edit
+
+
+def check_heads(model: Any, heads: Sequence[Head]) -> Sequence[Head]:
+    """The same heads.
+
+    Raises:
+        InputError: a layer or head out of range.
+    """
+    n_layers, n_heads = model.cfg.n_layers, model.cfg.n_heads
+    for layer, head in heads:
+        if not (0 <= layer < n_layers and 0 <= head < n_heads):
+            raise InputError(
+                f"there is no head {layer}.{head}: the model has layers 0 to {n_layers - 1} "
+                f"with heads 0 to {n_heads - 1}"
+            )
+    return heads
+
+
+@torch.no_grad()
+def mean_head_outputs(
+    model: Any, inputs: Iterable[VLMInputs], positions: Positions = None
+) -> Float[Tensor, "layer head d_head"]:
+    """Every head's `hook_z` averaged over positions of all inputs, what `MeanHeads` takes."""
+    total, n = torch.zeros((), device=model.cfg.device), 0
+    names = [f"blocks.{layer}.attn.hook_z" for layer in range(model.cfg.n_layers)]
+    for batch in inputs:
+        table = position_table(positions, batch)[:, :-1].to(batch.device)
+        _, cache = model.run_with_cache(batch, names_filter=names, return_type=None)
+        z = torch.stack([cache[name][table] for name in names])
+        total, n = total + z.sum(1, dtype=torch.promote_types(z.dtype, torch.float32)), n + z.shape[1]
+    if n == 0:
+        raise InputError("there are no such positions in these inputs to average over")
+    return total / n

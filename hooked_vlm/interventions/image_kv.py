@@ -1,0 +1,160 @@
+"""What a head sees of the image, replaced: image keys and values as text queries find them (arXiv 2509.17588)."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from hooked_vlm.attention import AttentionCall, attention_pattern
+from hooked_vlm.inputs import VLMInputs
+from hooked_vlm.interventions.base import first_meant, meant, position_table
+from hooked_vlm.interventions.heads import Chosen, Edit, HeadIntervention
+from hooked_vlm.passes import inputs_rotation
+from hooked_vlm.rotary import Rotation
+from hooked_vlm.token_layout import InputError
+
+
+@dataclass(frozen=True, eq=False)
+class ImageMeans:
+    """Keys (not rotated) and values averaged over the image tokens of a dataset; see `mean_image_kv`."""
+
+    keys: Float[Tensor, "layer kv_head d_head"]
+    values: Float[Tensor, "layer kv_head d_head"]
+
+
+@dataclass(frozen=True, eq=False)
+class ReplaceImageKV(HeadIntervention):
+    """Text queries of a head see a baseline in place of the image's keys and values.
+
+    Flow from image to image stays as it is, and so do the other heads that share keys and values with this one
+    (grouped queries): z is made again for these heads and the text positions behind an image, and for nothing else.
+    Patterns that are cached in the same run are those of the real keys.
+
+    Args:
+        baseline: "mean" over the tokens of each image, "zero" keys and values (the tokens still draw attention,
+            with score 0), "knockout" (they are not seen at all), or `ImageMeans` of a dataset.
+        before_rope: whether the mean key is taken before rotation and then rotated to each token's place
+            (positions stay visible), or taken of rotated keys (one key for all). Dataset means are rotated or used
+            as they are.
+    """
+
+    baseline: Literal["mean", "zero", "knockout"] | ImageMeans = "mean"
+    before_rope: bool = True
+
+    def first_position(self, model: Any, inputs: VLMInputs) -> int:
+        return first_meant(_behind_images(inputs))
+
+    def edits(self, model: Any, inputs: VLMInputs, layer: int) -> list[tuple[str, Edit]]:
+        if not inputs.has_visuals:
+            raise InputError("there is no image in these inputs whose keys and values could be replaced")
+        if isinstance(self.baseline, str) and self.baseline not in ("mean", "zero", "knockout"):
+            raise InputError(f'baseline must be "mean", "zero", "knockout" or ImageMeans, got {self.baseline!r}')
+        images = _Images(inputs)
+        rotate = inputs_rotation(model.cfg, inputs, model.cfg.dtype) if self.before_rope else None
+        behind = _behind_images(inputs)
+
+        def edit(z: Tensor, hook: Any, chosen: Chosen) -> Tensor:
+            call: AttentionCall = hook.ctx["attention"]
+            n_past, n = call.k.shape[1] - z.shape[1], z.shape[1]
+            here = meant(behind, n_past, n, len(z))
+            rows = here.any(0).nonzero()[:, 0].to(z.device)
+            if not len(rows):
+                return z
+            heads = torch.tensor(chosen.heads, device=z.device)
+            replaced = self._z(call, layer, rows, chosen.heads, images, rotate)
+            where = here.to(z.device)[:, rows, None] & chosen.mask[:, None, heads]
+            out, at = z.clone(), (slice(None), rows[:, None], heads)
+            out[at] = torch.where(where[..., None], replaced, z[at])
+            return out
+
+        return [("hook_z", edit)]
+
+    def _z(
+        self,
+        call: AttentionCall,
+        layer: int,
+        rows: Int[Tensor, "row"],
+        heads: Sequence[int],
+        images: "_Images",
+        rotate: Rotation | None,
+    ) -> Float[Tensor, "batch row head d_head"]:
+        k, v = call.k, call.v
+        if self.baseline != "knockout":
+            k, v = self._baseline(call, layer, images, rotate)
+        edited = AttentionCall(call.q, k, v, call.mask)
+        scores = edited.scores(rows[None], heads)
+        if self.baseline == "knockout":
+            scores = scores.masked_fill(images.columns(call.k.shape[1], len(k))[:, None, None], -torch.inf)
+        v = v[:, :, torch.tensor(heads, device=v.device) // (call.q.shape[2] // v.shape[2])]
+        return torch.einsum("bhrk,bkhd->brhd", attention_pattern(scores), v)
+
+    def _baseline(
+        self, call: AttentionCall, layer: int, images: "_Images", rotate: Rotation | None
+    ) -> tuple[Tensor, Tensor]:
+        """Keys and values with those of image tokens replaced."""
+        k, v = call.k.clone(), call.v.clone()
+        n_rows = images.n_rows
+        for row, span in images.spans:
+            these = slice(row, None, n_rows)  # this row of every run in the batch
+            if self.baseline == "zero":
+                k[these, span], v[these, span] = 0, 0
+                continue
+            turn = None if rotate is None else rotate.rows(row).positions(span)
+            if isinstance(self.baseline, ImageMeans):
+                key = self.baseline.keys[layer].to(k).expand(1, 1, -1, -1)
+                v[these, span] = self.baseline.values[layer].to(v)
+            else:
+                real = k[these, span]
+                key = (real if turn is None else turn.inverse()(real)).mean(1, keepdim=True)
+                v[these, span] = v[these, span].mean(1, keepdim=True)
+            k[these, span] = key if turn is None else turn(key.expand(-1, span.stop - span.start, -1, -1))
+        return k, v
+
+
+class _Images:
+    """Where the images and videos of a batch lie."""
+
+    def __init__(self, inputs: VLMInputs) -> None:
+        self.n_rows, self.device = len(inputs), inputs.device
+        self.spans = [(v.row, slice(v.start, v.stop)) for v in inputs.visuals]
+
+    def columns(self, n_keys: int, rows: int) -> Bool[Tensor, "rows key"]:
+        """True at image tokens."""
+        found = torch.zeros(self.n_rows, n_keys, dtype=torch.bool)
+        for row, span in self.spans:
+            found[row, span] = True
+        return found.to(self.device).repeat(rows // self.n_rows, 1)
+
+
+def _behind_images(inputs: VLMInputs) -> Bool[Tensor, "batch width_and_one"]:
+    """Text positions that see an image, as a `position_table`."""
+    table = position_table("text", inputs)
+    for row in range(len(inputs)):
+        own = [visual.start for visual in inputs.visuals if visual.row == row]
+        table[row, : min(own) if own else table.shape[1]] = False
+    return table
+
+
+@torch.no_grad()
+def mean_image_kv(model: Any, inputs: Iterable[VLMInputs]) -> ImageMeans:
+    """Keys and values averaged over all image tokens of a dataset.
+
+    Raises:
+        InputError: there is no image token in them.
+    """
+    sums = {kind: torch.zeros((), device=model.cfg.device) for kind in "kv"}
+    n = 0
+    names = {kind: [f"blocks.{layer}.attn.hook_{kind}" for layer in range(model.cfg.n_layers)] for kind in "kv"}
+    for batch in inputs:
+        images = _Images(batch).columns(batch.shape[1], len(batch))
+        _, cache = model.run_with_cache(batch, names_filter=[*names["k"], *names["v"]], return_type=None)
+        for kind in "kv":
+            found = torch.stack([cache[name][images] for name in names[kind]])
+            sums[kind] = sums[kind] + found.sum(1, dtype=torch.promote_types(found.dtype, torch.float32))
+        n += int(images.sum())
+    if n == 0:
+        raise InputError("there is no image in these inputs to average over")
+    return ImageMeans(sums["k"] / n, sums["v"] / n)

@@ -1,0 +1,120 @@
+"""Keys and values of positions that were run before, in buffers made once."""
+
+from typing import Protocol, runtime_checkable
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+
+@runtime_checkable
+class EarlierKeys(Protocol):
+    """Where a pass finds the keys and values of positions before its own."""
+
+    def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """One layer's new keys and values behind the earlier ones."""
+        ...
+
+
+class KVCache:
+    """Rotated keys and values of the positions run so far.
+
+    `capacity` is how many positions fit before the buffers must grow (they then double).
+    """
+
+    def __init__(
+        self,
+        n_layers: int,
+        batch: int,
+        capacity: int,
+        n_key_value_heads: int,
+        d_head: int,
+        device: torch.device,
+        dtype: torch.dtype,
+    ) -> None:
+        shape = (batch, capacity, n_key_value_heads, d_head)
+        self.keys = [torch.empty(shape, device=device, dtype=dtype) for _ in range(n_layers)]
+        self.values = [torch.empty(shape, device=device, dtype=dtype) for _ in range(n_layers)]
+        self.length = 0
+        """Positions filled, the same for every row (padding included)."""
+        self.n_passes = 0
+        """Forward passes that filled them."""
+        self.next_position: Int[Tensor, "batch"] | None = None
+        """The rotary position of each row's next token (images take up fewer positions than tokens)."""
+        self._valid: Bool[Tensor, "batch capacity"] | None = None
+        """False where a filled position is padding; None as long as none is."""
+
+    @property
+    def batch(self) -> int:
+        return self.keys[0].shape[0]
+
+    def extend(
+        self,
+        layer: int,
+        k: Float[Tensor, "batch pos kv_head d_head"],
+        v: Float[Tensor, "batch pos kv_head d_head"],
+    ) -> tuple[Float[Tensor, "batch key kv_head d_head"], Float[Tensor, "batch key kv_head d_head"]]:
+        """Write one layer's new keys and values after the filled ones; all of them come back as views.
+
+        `length` moves only with `advance`, so a forward pass that fails half-way leaves the cache as it was.
+        """
+        end = self.length + k.shape[1]
+        for buffers, new in ((self.keys, k), (self.values, v)):
+            buffers[layer] = _with_room(buffers[layer], self.length, end)
+            buffers[layer][:, self.length : end] = new
+        return self.keys[layer][:, :end], self.values[layer][:, :end]
+
+    def valid_with(self, n_new: int, new_valid: Bool[Tensor, "batch new"] | None) -> Bool[Tensor, "batch key"] | None:
+        """Which of the filled positions and of `n_new` more are not padding; None if all are.
+
+        `new_valid` is None where none of the new ones is padding.
+        """
+        if self._valid is None and new_valid is None:
+            return None
+        end = self.length + n_new
+        if self._valid is None:
+            self._valid = torch.ones(self.batch, end, dtype=torch.bool, device=self.keys[0].device)
+        self._valid = _with_room(self._valid, self.length, end)
+        self._valid[:, self.length : end] = True if new_valid is None else new_valid
+        return self._valid[:, :end]
+
+    def advance(self, n_positions: int, n_rotary_positions: Int[Tensor, "batch"] | int) -> None:
+        """Count `n_positions` more as filled, whose rotary positions reach `n_rotary_positions` further."""
+        self.length += n_positions
+        self.n_passes += 1
+        past = torch.zeros(self.batch, dtype=torch.long, device=self.keys[0].device)
+        self.next_position = (past if self.next_position is None else self.next_position) + n_rotary_positions
+
+
+class SharedPrefix:
+    """The first positions of a cache, in front of what any number of runs over the same rows go on with.
+
+    A batch holds the rows of one run after those of another; nothing is written into the cache.
+    """
+
+    def __init__(self, cache: KVCache, n_positions: int) -> None:
+        self.cache, self.n_positions = cache, n_positions
+
+    def extend(
+        self,
+        layer: int,
+        k: Float[Tensor, "rows pos kv_head d_head"],
+        v: Float[Tensor, "rows pos kv_head d_head"],
+    ) -> tuple[Float[Tensor, "rows key kv_head d_head"], Float[Tensor, "rows key kv_head d_head"]]:
+        return self._before(self.cache.keys[layer], k), self._before(self.cache.values[layer], v)
+
+    def _before(self, shared: Tensor, own: Tensor) -> Tensor:
+        n = self.n_positions
+        out = own.new_empty(len(own), n + own.shape[1], *own.shape[2:])
+        out.unflatten(0, (-1, len(shared)))[:, :, :n] = shared[:, :n]
+        out[:, n:] = own
+        return out
+
+
+def _with_room(buffer: Tensor, filled: int, end: int) -> Tensor:
+    """`buffer` itself if positions up to `end` fit, otherwise a copy of twice the size."""
+    if end <= buffer.shape[1]:
+        return buffer
+    grown = buffer.new_empty(buffer.shape[0], max(end, 2 * filled), *buffer.shape[2:])
+    grown[:, :filled] = buffer[:, :filled]
+    return grown

@@ -1,0 +1,54 @@
+"""What a sweep measures: functions of logits [batch, d_vocab] that give one number for each row."""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+Metric = Callable[[Tensor], Tensor]
+Tokens = Int[Tensor, "batch"] | Sequence[int] | int
+"""A token id for each row, or one for all."""
+
+
+def logit(tokens: Tokens) -> Metric:
+    """The logit of a token."""
+    return lambda logits: _of(logits, tokens)
+
+
+def log_prob(tokens: Tokens) -> Metric:
+    """The log-probability of a token, in float32 at least."""
+    return lambda logits: _of(_exact(logits).log_softmax(-1), tokens)
+
+
+def logit_difference(right: Tokens, wrong: Tokens) -> Metric:
+    """How much higher the logit of one token is than that of another."""
+    return lambda logits: _of(logits, right) - _of(logits, wrong)
+
+
+def margin(tokens: Tokens) -> Metric:
+    """How much higher the logit of a token is than the best of all others."""
+
+    def of(logits: Float[Tensor, "batch d_vocab"]) -> Float[Tensor, "batch"]:
+        index = _index(logits, tokens)
+        return _of(logits, tokens) - logits.scatter(-1, index[:, None], -torch.inf).amax(-1)
+
+    return of
+
+
+def kl_divergence(reference: Float[Tensor, "batch d_vocab"]) -> Metric:
+    """KL(reference || run) in nats, for the logits of another run."""
+    log_p = _exact(reference).log_softmax(-1)
+    return lambda logits: (log_p.exp() * (log_p.to(logits.device) - _exact(logits).log_softmax(-1))).sum(-1)
+
+
+def _exact(logits: Tensor) -> Tensor:
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+
+def _index(logits: Tensor, tokens: Tokens) -> Int[Tensor, "batch"]:
+    return torch.as_tensor(tokens, device=logits.device).expand(len(logits))
+
+
+def _of(logits: Float[Tensor, "batch d_vocab"], tokens: Tokens) -> Float[Tensor, "batch"]:
+    return logits.gather(-1, _index(logits, tokens)[:, None])[:, 0]

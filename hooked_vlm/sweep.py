@@ -1,0 +1,146 @@
+"""Many interventions on the same inputs, at the cost of a few forward passes.
+
+    result = sweep(model, inputs, [ZeroHeads(((layer, head),)) for layer, head in heads], log_prob(answer))
+    result.to_dataframe()
+
+The numbers are those of a loop over `run_with_hooks`. What is saved: the vision tower runs once; a run begins at
+the first layer it touches, and where it leaves earlier positions as they were, with their keys and values in place;
+many runs share a batch; behind the last block's keys only the last position is computed, if that is all the metric
+reads. `result.plan.describe()` tells what was done.
+"""
+
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import pandas as pd
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from hooked_vlm.hooks import is_hooked
+from hooked_vlm.inputs import VLMInputs
+from hooked_vlm.interventions.base import Intervention
+from hooked_vlm.metrics import Metric
+from hooked_vlm.sweep_plan import Batch, SweepPlan, make_plan
+from hooked_vlm.sweep_run import PlainRun, batch_logits
+from hooked_vlm.token_layout import InputError
+
+
+@dataclass(frozen=True, eq=False)
+class SweepResult:
+    """The metric of every run on every row."""
+
+    values: Float[Tensor, "run batch"]
+    baseline: Float[Tensor, "batch"]
+    """Without intervention."""
+    interventions: tuple[Intervention, ...]
+    plan: SweepPlan
+
+    @property
+    def effects(self) -> Float[Tensor, "run batch"]:
+        """What each intervention adds to the metric."""
+        return self.values - self.baseline
+
+    def to_dataframe(self) -> pd.DataFrame:
+        """One line for each run and row: `run`, `intervention`, `row`, `value`, `baseline`, `effect`."""
+        n_runs, n_rows = self.values.shape
+        return pd.DataFrame(
+            {
+                "run": torch.arange(n_runs).repeat_interleave(n_rows),
+                "intervention": [str(iv) for iv in self.interventions for _ in range(n_rows)],
+                "row": torch.arange(n_rows).repeat(n_runs),
+                "value": self.values.flatten(),
+                "baseline": self.baseline.repeat(n_runs),
+                "effect": self.effects.flatten(),
+            }
+        )
+
+
+@torch.no_grad()
+def sweep(
+    model: Any,
+    inputs: VLMInputs | Any,
+    interventions: Sequence[Intervention],
+    metric: Metric,
+    *,
+    logits_at: Literal["last", "all"] = "last",
+    max_runs: int | None = None,
+    progress: bool = False,
+) -> SweepResult:
+    """The metric under every intervention, and without any.
+
+    Args:
+        inputs: as for `forward`; all rows go through every run. For many images call it once per image (or for a
+            few at a time): what is shared is shared within the call.
+        metric: given logits [batch, d_vocab] of each row's last token, one number per row (`hooked_vlm.metrics`);
+            with `logits_at="all"` it is given [batch, pos, d_vocab].
+        max_runs: how many runs share a batch at most. By default it is found from free memory; a batch that does
+            not fit after all is halved.
+        progress: show a bar.
+
+    Raises:
+        InputError: hooks are set on the model already, an intervention does not fit, or the metric gives something
+            else than one number per row.
+    """
+    inputs = model.as_inputs(inputs)
+    interventions = tuple(interventions)
+    hooked = [name for name, point in model.hook_dict.items() if is_hooked(point)]
+    if hooked:
+        raise InputError(f"a sweep needs a model without hooks of its own, and {hooked[0]} has one: reset_hooks()")
+    if logits_at not in ("last", "all"):
+        raise InputError(f'logits_at must be "last" or "all", got {logits_at!r}')
+    plan = make_plan(model, inputs, interventions, logits_at == "last", max_runs)
+    encoded = inputs
+    if inputs.has_visuals and inputs.image_features is None:
+        encoded = inputs.with_image_features(model.encode_images(inputs))
+    plain = PlainRun.of(model, encoded, plan, logits_at)
+    baseline = _measure(metric, plain.logits, logits_at)
+    values = baseline.new_empty(len(interventions), len(inputs))
+    with tqdm(total=plan.n_runs, disable=not progress, desc="sweep", unit="run") as bar:
+        for i in plan.encoder_runs:
+            hooks = interventions[i].hooks(model, inputs)
+            logits = model.run_with_hooks(inputs, fwd_hooks=hooks, logits_at=logits_at)
+            values[i] = _measure(metric, logits, logits_at)
+            bar.update()
+        waiting = list(reversed(plan.batches))
+        while waiting:
+            batch = waiting.pop()
+            try:
+                logits = batch_logits(model, plain, batch, interventions, plan, logits_at)
+            except (torch.OutOfMemoryError, RuntimeError) as error:
+                if not _out_of_memory(error) or len(batch.runs) == 1:
+                    raise
+                waiting += _halves(batch)
+                continue
+            for i, own in zip(batch.runs, logits, strict=True):
+                if logits_at == "all":
+                    own = torch.cat((plain.logits[:, : batch.first_position], own), dim=1)
+                values[i] = _measure(metric, own, logits_at)
+            bar.update(len(batch.runs))
+    if (n_bad := int(values.isnan().sum())) > 0:
+        warnings.warn(f"{n_bad} of {values.numel()} values are not numbers (NaN); they are kept as such", stacklevel=2)
+    return SweepResult(values, baseline, interventions, plan)
+
+
+def _measure(metric: Metric, logits: Float[Tensor, "batch out d_vocab"], logits_at: str) -> Float[Tensor, "batch"]:
+    values = metric(logits[:, 0] if logits_at == "last" else logits)
+    if not isinstance(values, Tensor) or values.shape != logits.shape[:1]:
+        got = tuple(values.shape) if isinstance(values, Tensor) else type(values).__name__
+        raise InputError(f"the metric must give one number for each of {len(logits)} rows, a tensor; it gave {got}")
+    return values.cpu()
+
+
+def _out_of_memory(error: BaseException) -> bool:
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+
+
+def _halves(batch: Batch) -> list[Batch]:
+    """The second half, then the first (they are taken from the end)."""
+    middle = len(batch.runs) // 2
+    return [
+        replace(batch, runs=batch.runs[part], layers=batch.layers[part])
+        for part in (slice(middle, None), slice(None, middle))
+    ]

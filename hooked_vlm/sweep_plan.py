@@ -1,0 +1,154 @@
+"""How a sweep saves work: which runs share a batch, where each begins, what of the plain run they reuse."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import psutil
+import torch
+
+from hooked_vlm.inputs import VLMInputs
+from hooked_vlm.interventions.base import ENCODER, Intervention
+
+SLACK = 1.1
+"""Runs share a batch if it makes none of them compute more than this many times its own positions."""
+MEMORY_SHARE = 0.5
+"""Of the free memory a batch may take."""
+TOKENS_PER_BATCH = {"cpu": 4096, "cuda": 65536}
+"""Beyond so many, larger batches are no faster."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Runs that go through the decoder together, in the order of the layers at which they join."""
+
+    runs: tuple[int, ...]
+    """Indices into the sweep's interventions."""
+    layers: tuple[int, ...]
+    """The first layer of each run."""
+    first_position: int
+    """Positions before it are the plain run's, whose keys and values stand in for them."""
+
+
+@dataclass(frozen=True)
+class SweepPlan:
+    """What is computed, and what is reused."""
+
+    batches: tuple[Batch, ...]
+    encoder_runs: tuple[int, ...]
+    """Interventions on the image side: whole forward passes, one by one."""
+    n_rows: int
+    n_positions: int
+    n_layers: int
+    narrow_end: bool
+    """Whether the last block computes queries of the last position only."""
+    has_images: bool
+
+    @property
+    def n_runs(self) -> int:
+        return len(self.encoder_runs) + sum(len(batch.runs) for batch in self.batches)
+
+    @property
+    def naive_work(self) -> int:
+        """Positions times layers of the decoder that a loop over `run_with_hooks` computes."""
+        return self.n_runs * self.n_rows * self.n_positions * self.n_layers
+
+    @property
+    def work(self) -> int:
+        """Positions times layers of the decoder that the plan computes, the plain run included."""
+        whole = self.n_rows * self.n_positions * self.n_layers
+        return whole * (1 + len(self.encoder_runs)) + sum(self._work(batch) for batch in self.batches)
+
+    def _work(self, batch: Batch) -> int:
+        width = self.n_positions - batch.first_position
+        n_layers = [self.n_layers - max(layer, 0) for layer in batch.layers]
+        whole_blocks = sum(n - 1 if self.narrow_end and n else n for n in n_layers)
+        ends = sum(n > 0 for n in n_layers) if self.narrow_end else 0
+        return self.n_rows * (whole_blocks * width + ends)
+
+    def describe(self) -> str:
+        """The plan in words and numbers."""
+        lines = [f"{self.n_runs} runs on {self.n_rows} x {self.n_positions} tokens, {self.n_layers} layers"]
+        if self.has_images:
+            passes = 1 + len(self.encoder_runs)
+            lines.append(f"vision tower: {passes} {'pass' if passes == 1 else 'passes'} instead of {self.n_runs}")
+        if self.encoder_runs:
+            lines.append(f"{len(self.encoder_runs)} runs change the image side: whole passes, one by one")
+        for batch in self.batches:
+            reused = f"reuse keys and values of positions 0 to {batch.first_position - 1}, "
+            lines.append(
+                f"{len(batch.runs)} runs in one batch: {reused if batch.first_position else ''}"
+                f"{_joining(batch.layers, self.n_layers)}"
+            )
+        if self.narrow_end:
+            lines.append("last block: queries of the last position only")
+        share = self.naive_work / self.work if self.work else 1.0
+        lines.append(
+            f"positions x layers: {self.work:,} (the plain run included) instead of {self.naive_work:,}, "
+            f"{share:.1f} times fewer"
+        )
+        return "\n".join(lines)
+
+
+def _joining(layers: Sequence[int], n_layers: int) -> str:
+    names = ["the embedding" if x < 0 else "the final norm" if x == n_layers else f"layer {x}" for x in layers]
+    counted = ", ".join(f"{names.count(name)} from {name}" for name in dict.fromkeys(names))
+    return f"{counted} on"
+
+
+def make_plan(
+    model: Any,
+    inputs: VLMInputs,
+    interventions: Sequence[Intervention],
+    narrow: bool,
+    max_runs: int | None = None,
+) -> SweepPlan:
+    """Batches of runs with nearly the same first position, each in the order of first layers.
+
+    Args:
+        narrow: whether only the last position's logits are wanted.
+        max_runs: how many runs share a batch at most; by default as many as memory and speed ask for.
+    """
+    n_positions, n_layers = inputs.shape[1], model.cfg.n_layers
+    begins = [(iv.first_layer(model, inputs), iv.first_position(model, inputs)) for iv in interventions]
+    encoder = tuple(i for i, (layer, _) in enumerate(begins) if layer == ENCODER)
+    rest = sorted((min(p, n_positions - 1), layer, i) for i, (layer, p) in enumerate(begins) if layer != ENCODER)
+    groups: list[list[tuple[int, int, int]]] = []
+    for item in rest:
+        fits = groups and n_positions - groups[-1][0][0] <= SLACK * (n_positions - item[0])
+        if fits:
+            groups[-1].append(item)
+        else:
+            groups.append([item])
+    batches = []
+    for group in groups:
+        first = group[0][0]
+        most = max_runs or runs_that_fit(model, inputs, n_positions - first)
+        ordered = sorted((layer, i) for _, layer, i in group)
+        for start in range(0, len(ordered), most):
+            part = ordered[start : start + most]
+            batches.append(Batch(tuple(i for _, i in part), tuple(layer for layer, _ in part), first))
+    ends_together = min(inputs.stop) == n_positions
+    narrow = narrow and ends_together and all(iv.finds_positions for iv in interventions)
+    return SweepPlan(tuple(batches), encoder, len(inputs), n_positions, n_layers, narrow, inputs.has_visuals)
+
+
+def runs_that_fit(model: Any, inputs: VLMInputs, width: int) -> int:
+    """How many runs over the last `width` positions fit into a batch."""
+    cfg, n_keys = model.cfg, inputs.shape[1]
+    size = torch.finfo(cfg.dtype).bits // 8
+    activations = width * (6 * cfg.d_model + 3 * cfg.d_mlp + 4 * cfg.n_heads * cfg.d_head) * size
+    keys = 6 * n_keys * cfg.n_key_value_heads * cfg.d_head * size
+    scores = 3 * cfg.n_heads * width * n_keys * 4
+    per_run = len(inputs) * (activations + keys + scores + cfg.d_vocab * 4)
+    by_memory = int(MEMORY_SHARE * free_memory(cfg.device)) // per_run
+    by_speed = TOKENS_PER_BATCH.get(cfg.device.type, TOKENS_PER_BATCH["cpu"]) // (len(inputs) * width)
+    return max(1, min(by_memory, max(by_speed, 1)))
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes."""
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return psutil.virtual_memory().available

@@ -1,0 +1,162 @@
+"""The runs of a sweep: the plain one, and batches that begin where they part from it."""
+
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from hooked_vlm.attention import AttentionRun
+from hooked_vlm.inputs import VLMInputs
+from hooked_vlm.interventions.base import EMBEDDING, Hooks, Intervention
+from hooked_vlm.interventions.heads import HeadIntervention, layer_hooks
+from hooked_vlm.kv_cache import KVCache, SharedPrefix
+from hooked_vlm.masks import AttentionMask
+from hooked_vlm.passes import inputs_mask, inputs_rotation
+from hooked_vlm.rotary import Rotation
+from hooked_vlm.sweep_plan import Batch, SweepPlan
+
+
+@dataclass(frozen=True, eq=False)
+class PlainRun:
+    """The run without any intervention, and what the others take from it."""
+
+    inputs: VLMInputs
+    logits: Float[Tensor, "batch out d_vocab"]
+    streams: dict[int, Float[Tensor, "batch pos d_model"]]
+    """What enters a layer; also `EMBEDDING` (what enters block 0, before `hook_embed`) and the final norm."""
+    cache: KVCache
+    mask: AttentionMask
+    rotate: Rotation
+
+    @classmethod
+    def of(cls, model: Any, inputs: VLMInputs, plan: SweepPlan, logits_at: str) -> "PlainRun":
+        streams: dict[int, Tensor] = {}
+        n_layers = model.cfg.n_layers
+        wanted = {layer for batch in plan.batches for layer in batch.layers}
+
+        def keep(layer: int) -> Callable[[Tensor, Any], None]:
+            return lambda x, hook: streams.__setitem__(layer, x.detach())
+
+        def name(layer: int) -> str:
+            if layer == EMBEDDING:
+                return "hook_embed"
+            last = layer == n_layers
+            return f"blocks.{n_layers - 1}.hook_resid_post" if last else f"blocks.{layer}.hook_resid_pre"
+
+        cache = model.new_kv_cache(len(inputs), inputs.shape[1])
+        with model.hooks(fwd_hooks=[(name(layer), keep(layer)) for layer in sorted(wanted)]):
+            logits = model(inputs, past_kv_cache=cache, logits_at=logits_at)
+        rotate = inputs_rotation(model.cfg, inputs, model.cfg.dtype)
+        return cls(inputs, logits, streams, cache, inputs_mask(model.cfg, inputs, None), rotate)
+
+    def run(self, model: Any, first: int, n: int) -> AttentionRun:
+        """A pass of `n` runs over the positions from `first` on."""
+        mask, n_positions = self.mask, self.inputs.shape[1]
+        valid = None if mask.key_valid is None else mask.key_valid.repeat(n, 1)
+        padding = None if mask.uncached_left_padding is None or first else mask.uncached_left_padding.repeat(n)
+        told = {"positions": torch.arange(first, n_positions, device=self.inputs.device), "first_position": first}
+        return AttentionRun(
+            AttentionMask(True, valid, padding, mask.window),
+            self.rotate.positions(slice(first, None)).repeat(n),
+            SharedPrefix(self.cache, first) if first else None,
+            model.cfg.use_attn_result,
+            told,
+        )
+
+
+def batch_logits(
+    model: Any, plain: PlainRun, batch: Batch, interventions: Sequence[Intervention], plan: SweepPlan, logits_at: str
+) -> Float[Tensor, "run batch out d_vocab"]:
+    """Logits of a batch's runs, of each row's last position or of those the batch computes."""
+    first, n_layers, n_rows = batch.first_position, model.cfg.n_layers, len(plain.inputs)
+    stream = plain.logits.new_empty(0, plain.inputs.shape[1] - first, model.cfg.d_model)
+
+    def joined(stream: Tensor, layer: int) -> Tensor:
+        n = batch.layers.count(layer)
+        if not n:
+            return stream
+        shared = plain.streams[layer][:, first:]
+        if layer == n_layers:  # behind a last block that may have computed the last position only
+            shared = shared[:, -stream.shape[1] :] if len(stream) else shared
+        return torch.cat((stream, shared.repeat(n, 1, 1)))
+
+    run = plain.run(model, first, len(batch.runs))
+    with model.hooks(fwd_hooks=batch_hooks(model, plain.inputs, [interventions[i] for i in batch.runs])):
+        stream = joined(stream, EMBEDDING)
+        if len(stream):
+            stream = plain.run(model, first, len(stream) // n_rows).hook(model.hook_embed, stream)
+        for layer in range(n_layers):
+            stream = joined(stream, layer)
+            if len(stream):
+                run = plain.run(model, first, len(stream) // n_rows)
+                n_out = 1 if plan.narrow_end and layer == n_layers - 1 else None
+                stream = model.run_block(stream, run, layer, n_out)
+        stream = joined(stream, n_layers)
+        if logits_at == "last":
+            stream, run = _last(stream, run, plain.inputs)
+        logits = model.unembed(model.ln_final(stream, run.hook))
+    return logits.unflatten(0, (len(batch.runs), n_rows))
+
+
+def _last(stream: Tensor, run: AttentionRun, inputs: VLMInputs) -> tuple[Tensor, AttentionRun]:
+    """Each row's last real position."""
+    n_positions = inputs.shape[1]
+    if min(inputs.stop) == n_positions:
+        return stream[:, -1:], run.last(1)
+    last = torch.tensor(inputs.stop, device=stream.device) - 1 - (n_positions - stream.shape[1])
+    last = last.repeat(len(stream) // len(inputs))
+    return stream[torch.arange(len(stream), device=stream.device), last][:, None], run.without_positions()
+
+
+Edits = list[tuple[int, int, Callable]]
+"""(first run, one past the last, hook)."""
+
+
+def batch_hooks(model: Any, inputs: VLMInputs, runs: Sequence[Intervention]) -> Hooks:
+    """One hook for each point that any of the runs touches; each run's edits see its own rows only.
+
+    Interventions on heads that differ in their heads only become one edit with a mask.
+    """
+    edits: dict[str, Edits] = defaultdict(list)
+    kinds: dict[tuple, list[int]] = defaultdict(list)
+    for i, run in enumerate(runs):
+        if isinstance(run, HeadIntervention):
+            kinds[run.kind].append(i)
+        else:
+            for name, fn in run.hooks(model, inputs):
+                edits[name].append((i, i + 1, fn))
+    for members in kinds.values():
+        heads = torch.zeros(len(runs), model.cfg.n_layers, model.cfg.n_heads, dtype=torch.bool)
+        for i in members:
+            own = runs[i]
+            assert isinstance(own, HeadIntervention)
+            if own.heads:
+                layers, numbers = zip(*own.heads, strict=True)
+                heads[i, list(layers), list(numbers)] = True
+        kind = runs[members[0]]
+        assert isinstance(kind, HeadIntervention)
+        for layer in heads.any(-1).any(0).nonzero()[:, 0].tolist():
+            touched = heads[:, layer].any(-1).nonzero()[:, 0]
+            lo, hi = int(touched[0]), int(touched[-1]) + 1
+            for name, fn in layer_hooks(kind, model, inputs, layer, heads[lo:hi, layer]):
+                edits[name].append((lo, hi, fn))
+    return [(name, _on_own_rows(own, len(inputs))) for name, own in edits.items()]
+
+
+def _on_own_rows(edits: Edits, n_rows: int) -> Callable[[Tensor, Any], Tensor]:
+    def apply(x: Tensor, hook: Any) -> Tensor:
+        call = hook.ctx.get("attention")
+        for lo, hi, fn in edits:
+            rows = slice(lo * n_rows, hi * n_rows)
+            if call is not None:
+                hook.ctx["attention"] = call.rows(rows.start, rows.stop)
+            edited = fn(x[rows], hook)
+            if edited is not None:
+                x[rows] = edited
+        return x
+
+    return apply

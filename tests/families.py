@@ -1,0 +1,26 @@
+"""Both families' tiny models with inputs of the same kinds, for what must hold in either."""
+
+from typing import Any
+
+import tiny
+import tiny_internvl
+
+# name: (row of both families; a number stands for an image, of two sizes)
+ROWS: dict[str, list[list[Any]]] = {
+    "one image": [[5, 6, "small", 7, 8, 9, 10]],
+    "two images": [[5, "small", 7, "large", 8, 9]],
+    "padded": [[5, 6, "small", 7, 8], [11, 12, 13], [5, "large", "small", 9]],
+}
+IMAGES = {
+    "qwen2-vl": {"small": ("image", (1, 4, 4)), "large": ("image", (1, 4, 6))},
+    "internvl2": {"small": ("image", 1), "large": ("image", 2)},
+}
+
+
+def model_and_inputs(family: str, rows: str) -> tuple[Any, Any]:
+    """Shared: weights must not be changed, hooks not left."""
+    filled = [[IMAGES[family].get(item, item) for item in row] for row in ROWS[rows]]
+    if family == "qwen2-vl":
+        return tiny.tiny_model(), tiny.inputs(filled)
+    model = tiny_internvl.tiny_model("qwen2")
+    return model, model.inputs_from_hf(tiny_internvl.hf_batch(filled))

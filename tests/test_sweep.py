@@ -1,0 +1,295 @@
+"""A sweep gives the numbers of a loop over `run_with_hooks`, whatever it shares and reuses."""
+
+from importlib import import_module
+from typing import Any
+
+import pytest
+import torch
+from families import ROWS, model_and_inputs
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_interventions import of_every_kind
+from torch import Tensor
+
+from hooked_vlm import InputError, sweep
+from hooked_vlm import sweep_run as sweep_run_module
+from hooked_vlm.interventions import (
+    AddVector,
+    BlockAttention,
+    CustomHooks,
+    Intervention,
+    PatchActivation,
+    RedistributeSink,
+    ReplaceImageKV,
+    ReplaceImageTokens,
+    ScaleHeads,
+    Together,
+    ZeroHeads,
+)
+from hooked_vlm.metrics import kl_divergence, log_prob, logit, logit_difference, margin
+from hooked_vlm.sweep_plan import make_plan
+
+FAMILIES = ("qwen2-vl", "internvl2")
+SWEEP = import_module("hooked_vlm.sweep")  # the package's attribute of this name is the function
+
+
+@pytest.fixture(params=FAMILIES)
+def family(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+def naive(model: Any, batch: Any, interventions: list[Intervention], metric: Any, logits_at: str = "last") -> Tensor:
+    """One forward pass, from the pixels on, for each intervention."""
+    values = []
+    for iv in interventions:
+        with torch.no_grad():
+            logits = model.run_with_hooks(batch, fwd_hooks=iv.hooks(model, batch))
+        last = torch.tensor(batch.stop) - 1
+        values.append(metric(logits[torch.arange(len(batch)), last] if logits_at == "last" else logits))
+    return torch.stack(values)
+
+
+def agrees(model: Any, batch: Any, interventions: list[Intervention], metric: Any, **settings: Any) -> Any:
+    result = sweep(model, batch, interventions, metric, **settings)
+    expected = naive(model, batch, interventions, metric, settings.get("logits_at", "last"))
+    torch.testing.assert_close(result.values, expected, atol=2e-5, rtol=1e-5)
+    return result
+
+
+def right_padded(model: Any, batch: Any) -> Any:
+    """Answers of several lengths: rows end at different columns."""
+    return batch.append([[7 + i] * (1 + i % 3) for i in range(len(batch))])
+
+
+@pytest.mark.parametrize("rows", ROWS)
+def test_every_kind_of_intervention_at_once(family: str, rows: str) -> None:
+    model, batch = model_and_inputs(family, rows)
+    result = agrees(model, batch, list(of_every_kind(model, batch).values()), log_prob(7))
+    assert (result.effects.abs().amax(1) > 1e-4).all()
+
+
+@pytest.mark.parametrize("kind", of_every_kind(*model_and_inputs("qwen2-vl", "one image")))
+@pytest.mark.parametrize("ragged", [False, True], ids=["padded left", "padded at both ends"])
+@pytest.mark.parametrize("logits_at", ["last", "all"])
+def test_one_kind_at_a_time(family: str, kind: str, ragged: bool, logits_at: str) -> None:
+    model, batch = model_and_inputs(family, "padded")
+    interventions = [of_every_kind(model, batch)[kind]]
+    if ragged:
+        patched = kind == "patch"  # its source has the columns of the prompt
+        batch = batch if patched else right_padded(model, batch)
+        interventions = interventions if patched else [of_every_kind(model, batch)[kind]]
+    real = batch.attention_mask[..., None]
+    metric = logit(9) if logits_at == "last" else lambda logits: (logits * real).sum((1, 2))
+    if logits_at == "last":
+        agrees(model, batch, interventions, metric)
+    else:
+        found = sweep(model, batch, interventions, metric, logits_at="all").values
+        torch.testing.assert_close(found, naive(model, batch, interventions, metric, "all"), atol=2e-3, rtol=1e-4)
+
+
+def random_intervention(draw: Any, model: Any, batch: Any, cache: Any) -> Intervention:
+    """Any kind, with any heads, layers and positions."""
+    heads = tuple(draw(st.lists(st.tuples(st.integers(0, 2), st.integers(0, 3)), min_size=1, max_size=12, unique=True)))
+    groups = st.sampled_from([None, "text", "image", "question", "final"])
+    where = draw(groups)
+    layer = draw(st.integers(0, 2))
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 5)))
+    kind = draw(st.integers(0, 8))
+    if kind == 0:
+        return ZeroHeads(heads, where)
+    if kind == 1:
+        return ScaleHeads(heads, draw(st.sampled_from([-1.0, 0.5])), where)
+    if kind == 2:
+        baseline = draw(st.sampled_from(["mean", "zero", "knockout"]))
+        return ReplaceImageKV(heads, baseline, draw(st.booleans()))
+    if kind == 3:
+        return BlockAttention(heads, where, draw(groups))
+    if kind == 4:
+        return RedistributeSink(heads, draw(st.sampled_from([0.0, 0.4])))
+    if kind == 5:
+        suffix = draw(st.sampled_from(["hook_resid_pre", "hook_mlp_out", "attn.hook_z", "attn.hook_k", "attn.hook_v"]))
+        name = f"blocks.{layer}.{suffix}"
+        return PatchActivation(name, cache[name], where)
+    if kind == 6:
+        name = draw(st.sampled_from([f"blocks.{layer}.hook_resid_post", "hook_embed", "ln_final.hook_normalized"]))
+        return AddVector(name, torch.randn(model.cfg.d_model, generator=generator), positions=where)
+    if kind == 7:
+        return ReplaceImageTokens("image", draw(st.sampled_from(["mean", "zero"])))
+    parts = [random_intervention(draw, model, batch, cache) for _ in range(2)]
+    return Together(tuple(parts))
+
+
+@settings(max_examples=60)
+@given(data=st.data())
+def test_random_sweeps(data: Any) -> None:
+    family, rows = data.draw(st.sampled_from(FAMILIES)), data.draw(st.sampled_from(list(ROWS)))
+    model, batch = model_and_inputs(family, rows)
+    with torch.no_grad():
+        other = torch.randn(model.cfg.d_model)
+        with model.hooks(fwd_hooks=[("hook_embed", lambda x, hook: x + other)]):
+            _, cache = model.run_with_cache(batch)
+    n = data.draw(st.integers(1, 6))
+    interventions = [random_intervention(data.draw, model, batch, cache) for _ in range(n)]
+    max_runs = data.draw(st.sampled_from([None, 1, 2, 3]))
+    agrees(model, batch, interventions, logit_difference(5, 9), max_runs=max_runs)
+
+
+def test_hooks_of_your_own_see_whole_tensors(family: str) -> None:
+    model, batch = model_and_inputs(family, "padded")
+    shapes = []
+
+    def halve(x: Tensor, hook: Any) -> Tensor:
+        shapes.append(tuple(x.shape))
+        return x / 2
+
+    def in_place(x: Tensor, hook: Any) -> None:
+        x[:, 3:] += 1
+
+    last = f"blocks.{model.cfg.n_layers - 1}.hook_mlp_out"
+    own = [CustomHooks([(last, halve)]), CustomHooks([("blocks.0.hook_resid_pre", in_place), (last, halve)])]
+    agrees(model, batch, [*own, ZeroHeads(((1, 1),))], logit(5))
+    assert set(shapes) == {(len(batch), batch.shape[1], model.cfg.d_model)}
+
+
+def test_the_image_side_is_swept_too(family: str) -> None:
+    model, batch = model_and_inputs(family, "two images")
+    _, cache = model.run_with_cache(batch)
+    source = cache["vision.blocks.1.hook_resid_pre"].flip(-1)
+    patches = [PatchActivation("vision.blocks.1.hook_resid_pre", source, (i,)) for i in range(3)]
+    features = PatchActivation("hook_image_features", cache["hook_image_features"].flip(0), (0, 2))
+    result = agrees(model, batch, [*patches, ZeroHeads(((0, 0),)), features], logit(5))
+    assert result.plan.encoder_runs == (0, 1, 2, 4)
+
+
+def test_what_is_shared_is_left_as_it_was(family: str) -> None:
+    """Edits in place, of points whose tensors are tiled from the plain run."""
+    model, batch = model_and_inputs(family, "padded")
+    with torch.no_grad():
+        features = model.encode_images(batch)
+        encoded = batch.with_image_features(features)
+        kept, logits = features.clone(), model(encoded)
+
+    def ruin(x: Tensor, hook: Any) -> None:
+        x.fill_(3.0)
+
+    names = ["hook_embed", "blocks.0.hook_resid_pre", "blocks.1.hook_resid_pre", "blocks.1.attn.hook_k"]
+    runs: list[Intervention] = [CustomHooks([(name, ruin)]) for name in names]
+    agrees(model, encoded, [*runs, ZeroHeads(((2, 1),)), ReplaceImageKV(((1, 1),))], logit(5))
+    with torch.no_grad():
+        assert features.equal(kept) and model(encoded).equal(logits)
+    assert not any(point.ctx or point.fwd_hooks for point in model.hook_dict.values())
+
+
+def test_the_vision_tower_runs_once(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, batch = model_and_inputs(family, "one image")
+    calls = []
+    run = model._encode
+    monkeypatch.setattr(model, "_encode", lambda *args: calls.append(1) or run(*args))
+    sweep(model, batch, [ZeroHeads(((i, 0),)) for i in range(3)], logit(5))
+    assert len(calls) == 1
+
+
+def test_only_what_an_intervention_touches_is_computed(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, batch = model_and_inputs(family, "one image")
+    ran: list[tuple[int, int, int]] = []
+    run_block = model.run_block
+
+    def watch(stream: Tensor, run: Any, layer: int, n_out: int | None = None) -> Tensor:
+        out = run_block(stream, run, layer, n_out)
+        ran.append((layer, *out.shape[:2]))
+        return out
+
+    heads = [(layer, head) for layer in range(3) for head in range(4)]
+    plan = make_plan(model, batch, [ReplaceImageKV((h,)) for h in heads], narrow=True)
+    monkeypatch.setattr(model, "run_block", watch)
+    sweep(model, batch, [ReplaceImageKV((h,)) for h in heads], logit(5))
+    first, n = int(batch.positions.image[0][-1]) + 1, batch.shape[1]
+    whole = [(0, 1, n), (1, 1, n), (2, 1, n)]
+    assert ran == [*whole, (0, 4, n - first), (1, 8, n - first), (2, 12, 1)]
+    assert plan.work == 3 * n + (4 + 8) * (n - first) + 12
+    assert plan.naive_work == 12 * 3 * n
+    told = plan.describe()
+    assert "vision tower: 1 pass instead of 12" in told
+    assert f"reuse keys and values of positions 0 to {first - 1}" in told
+    assert "4 from layer 0, 4 from layer 1, 4 from layer 2" in told
+    assert f"{plan.work:,} (the plain run included) instead of {plan.naive_work:,}" in told
+
+
+def test_a_batch_that_does_not_fit_is_halved(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, batch = model_and_inputs(family, "one image")
+    sizes = []
+    run = sweep_run_module.batch_logits
+
+    def short_of_memory(model: Any, plain: Any, part: Any, *rest: Any) -> Tensor:
+        sizes.append(len(part.runs))
+        if len(part.runs) > 3:
+            raise torch.OutOfMemoryError("out of memory")
+        return run(model, plain, part, *rest)
+
+    monkeypatch.setattr(SWEEP, "batch_logits", short_of_memory)
+    agrees(model, batch, [ScaleHeads(((i % 3, i % 4),), 0.1 * i) for i in range(10)], logit(5))
+    assert sizes == [10, 5, 2, 3, 5, 2, 3]
+    monkeypatch.setattr(SWEEP, "batch_logits", lambda *args: (_ for _ in ()).throw(torch.OutOfMemoryError))
+    with pytest.raises(torch.OutOfMemoryError):
+        sweep(model, batch, [ZeroHeads(((0, 0),))], logit(5))
+
+
+def test_an_error_in_a_hook_is_not_taken_for_a_lack_of_memory() -> None:
+    model, batch = model_and_inputs("qwen2-vl", "one image")
+
+    def fail(x: Tensor, hook: Any) -> None:
+        raise RuntimeError("broken hook")
+
+    runs = [CustomHooks([("blocks.1.hook_mlp_out", fail)]), CustomHooks([("blocks.1.hook_mlp_out", fail)])]
+    with pytest.raises(RuntimeError, match="broken hook"):
+        sweep(model, batch, runs, logit(5))
+    assert not any(point.fwd_hooks for point in model.hook_dict.values())
+
+
+def test_the_table(family: str) -> None:
+    model, batch = model_and_inputs(family, "padded")
+    result = sweep(model, batch, [ZeroHeads(((0, 1), (2, 3))), ReplaceImageKV(((1, 0),))], logit(5), progress=True)
+    table = result.to_dataframe()
+    assert list(table.columns) == ["run", "intervention", "row", "value", "baseline", "effect"]
+    assert len(table) == 6
+    assert table["intervention"].tolist() == ["ZeroHeads 0.1 2.3"] * 3 + ["ReplaceImageKV 1.0"] * 3
+    assert table["value"].tolist() == result.values.flatten().tolist()
+    assert table["effect"].tolist() == (result.values - result.baseline).flatten().tolist()
+    with torch.no_grad():
+        torch.testing.assert_close(result.baseline, model(batch)[:, -1, 5], atol=1e-5, rtol=1e-5)
+
+
+def test_values_that_are_not_numbers_are_kept_and_told() -> None:
+    model, batch = model_and_inputs("qwen2-vl", "one image")
+    broken = AddVector("blocks.1.hook_resid_post", torch.full((64,), torch.nan))
+    with pytest.warns(UserWarning, match="1 of 2 values are not numbers"):
+        result = sweep(model, batch, [broken, ZeroHeads(((0, 0),))], logit(5))
+    assert result.values.isnan().tolist() == [[True], [False]]
+
+
+def test_no_interventions_are_an_empty_table() -> None:
+    model, batch = model_and_inputs("qwen2-vl", "one image")
+    result = sweep(model, batch, [], logit(5))
+    assert result.values.shape == (0, 1) and len(result.to_dataframe()) == 0
+
+
+def test_metrics_by_hand() -> None:
+    logits = torch.tensor([[1.0, 3.0, 2.0], [0.0, -1.0, 4.0]])
+    p = logits.exp() / logits.exp().sum(-1, keepdim=True)
+    assert logit([1, 0])(logits).tolist() == [3.0, 0.0]
+    torch.testing.assert_close(log_prob(2)(logits), p[:, 2].log())
+    assert logit_difference(torch.tensor([1, 2]), 0)(logits).tolist() == [2.0, 4.0]
+    assert margin([1, 0])(logits).tolist() == [1.0, -4.0]
+    q = torch.tensor([[0.2, 0.3, 0.5], [0.1, 0.1, 0.8]])
+    torch.testing.assert_close(kl_divergence(q.log())(logits), (q * (q / p).log()).sum(-1))
+
+
+def test_what_a_sweep_cannot_do_is_said() -> None:
+    model, batch = model_and_inputs("qwen2-vl", "one image")
+    with pytest.raises(InputError, match="one number for each of 1 rows"):
+        sweep(model, batch, [], lambda logits: logits)
+    with pytest.raises(InputError, match=r"no head 7\.0"):
+        sweep(model, batch, [ZeroHeads(((7, 0),))], logit(5))
+    hooked = model.hooks(fwd_hooks=[("blocks.1.hook_mlp_out", lambda x, hook: x)])
+    with hooked, pytest.raises(InputError, match=r"blocks.1.hook_mlp_out has one: reset_hooks"):
+        sweep(model, batch, [], logit(5))
