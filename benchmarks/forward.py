@@ -9,56 +9,9 @@ from typing import Any
 
 import torch
 from interleaved import ratios, show
-from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
 
 from hooked_vlm import HookedVLM, VLMInputs
 from hooked_vlm.attention_rows import attention_rows
-
-IMAGE, START, END = 1000, 1002, 1003
-
-
-def middle_size_model(device: str, dtype: torch.dtype) -> Any:
-    """8 layers, 8 heads (2 key-value heads), d_model 512; a vision tower of 4 layers."""
-    config = Qwen2VLConfig(
-        text_config={
-            "vocab_size": 1100,
-            "hidden_size": 512,
-            "intermediate_size": 1408,
-            "num_hidden_layers": 8,
-            "num_attention_heads": 8,
-            "num_key_value_heads": 2,
-            "max_position_embeddings": 16384,
-            "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [8, 12, 12]},
-            "bos_token_id": 1,
-            "eos_token_id": 1099,
-            "pad_token_id": 0,
-        },
-        vision_config={"depth": 4, "embed_dim": 320, "hidden_size": 512, "num_heads": 4},
-        image_token_id=IMAGE,
-        video_token_id=1001,
-        vision_start_token_id=START,
-        vision_end_token_id=END,
-    )
-    torch.manual_seed(0)
-    model: Any = Qwen2VLForConditionalGeneration(config)
-    return model.to(device, dtype).eval()
-
-
-def batch_of(grids: list[tuple[int, int]], device: str, n_text: int = 32) -> dict[str, torch.Tensor]:
-    """One prompt for each grid of patches (rows, columns), as a Hugging Face processor returns it."""
-    rows = [[START, *[IMAGE] * (h * w // 4), END, *range(2, 2 + n_text)] for h, w in grids]
-    width = max(map(len, rows))
-    ids = torch.tensor([[0] * (width - len(r)) + r for r in rows])
-    mask = torch.tensor([[0] * (width - len(r)) + [1] * len(r) for r in rows])
-    pixels = torch.randn(sum(h * w for h, w in grids), 1176, generator=torch.Generator().manual_seed(0))
-    batch = {
-        "input_ids": ids,
-        "attention_mask": mask,
-        "pixel_values": pixels,
-        "image_grid_thw": torch.tensor([(1, h, w) for h, w in grids]),
-        "mm_token_type_ids": (ids == IMAGE).int(),
-    }
-    return {name: tensor.to(device) for name, tensor in batch.items()}
 
 
 @torch.no_grad()

@@ -1,37 +1,131 @@
-"""Times several ways of doing the same work in one process, taking turns, and prints ratios of medians."""
+"""Times and memory of several ways of doing the same work in one process, as ratios of medians."""
 
+import argparse
+import json
+import platform
 import statistics
+import threading
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
+import psutil
 import torch
 
+RESULTS = Path(__file__).parent / "results"
 
-def ratios(
-    ways: Mapping[str, Callable[[], object]], rounds: int = 9, warmup: int = 2
-) -> dict[str, tuple[float, float]]:
-    """(median seconds, ratio to the first way) of every way. They take turns, so that a change in the
-    machine's load meets all of them."""
+
+@dataclass(frozen=True)
+class Settings:
+    """What a benchmark was asked for."""
+
+    device: str
+    dtype: str
+    model: str
+    rounds: int
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        return getattr(torch, self.dtype)
+
+
+def read_settings(description: str | None) -> Settings:
+    parser = argparse.ArgumentParser(description=str(description).splitlines()[0])
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
+    parser.add_argument("--model", default="middle", choices=("middle", "2b"))
+    parser.add_argument("--rounds", type=int, default=7)
+    return Settings(**vars(parser.parse_args()))
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Of one way: medians over the rounds."""
+
+    seconds: float
+    extra_bytes: int
+    """Peak memory beyond what was in use before."""
+
+
+def measure(
+    ways: Mapping[str, Callable[[], object]], rounds: int, device: str = "cpu", warmup: int = 1
+) -> dict[str, Timing]:
+    """They take turns, so that a change in the machine's load meets all of them."""
     seconds: dict[str, list[float]] = {name: [] for name in ways}
+    peaks: dict[str, list[int]] = {name: [] for name in ways}
     for round_ in range(warmup + rounds):
         for name, work in ways.items():
-            _synchronise()
-            start = time.perf_counter()
-            work()
-            _synchronise()
+            with PeakMemory(device) as peak:
+                start = time.perf_counter()
+                work()
+                _synchronise(device)
+                took = time.perf_counter() - start
             if round_ >= warmup:
-                seconds[name].append(time.perf_counter() - start)
-    medians = {name: statistics.median(s) for name, s in seconds.items()}
-    first = next(iter(medians.values()))
-    return {name: (median, median / first) for name, median in medians.items()}
+                seconds[name].append(took)
+                peaks[name].append(peak.extra_bytes)
+    return {name: Timing(statistics.median(seconds[name]), int(statistics.median(peaks[name]))) for name in ways}
 
 
-def _synchronise() -> None:
-    if torch.cuda.is_available():
+class PeakMemory:
+    """The most memory in use within a `with` block, beyond that before it."""
+
+    def __init__(self, device: str) -> None:
+        self.device, self.extra_bytes = device, 0
+
+    def __enter__(self) -> "PeakMemory":
+        _synchronise(self.device)
+        if self.device.startswith("cuda"):
+            torch.cuda.reset_peak_memory_stats()
+            self.before = torch.cuda.memory_allocated()
+            return self
+        self.process, self.done = psutil.Process(), threading.Event()
+        self.before = self.most = self.process.memory_info().rss
+        self.thread = threading.Thread(target=self._watch, daemon=True)
+        self.thread.start()
+        return self
+
+    def _watch(self) -> None:
+        while not self.done.wait(0.005):
+            self.most = max(self.most, self.process.memory_info().rss)
+
+    def __exit__(self, *_: object) -> None:
+        if self.device.startswith("cuda"):
+            self.extra_bytes = torch.cuda.max_memory_allocated() - self.before
+            return
+        self.most = max(self.most, self.process.memory_info().rss)
+        self.done.set()
+        self.thread.join()
+        self.extra_bytes = self.most - self.before
+
+
+def _synchronise(device: str) -> None:
+    if device.startswith("cuda"):
         torch.cuda.synchronize()
 
 
-def show(title: str, measured: Mapping[str, tuple[float, float]]) -> None:
+def show(title: str, measured: Mapping[str, Timing]) -> None:
+    """A table; ratios are to the first way."""
     print(title)
-    for name, (median, ratio) in measured.items():
-        print(f"  {name:48s} {median * 1000:9.1f} ms   {ratio:5.2f}x")
+    first = next(iter(measured.values())).seconds
+    for name, timing in measured.items():
+        ratio, extra = timing.seconds / first, timing.extra_bytes / 2**20
+        print(f"  {name:52s} {timing.seconds * 1000:10.1f} ms {ratio:7.2f}x {extra:9.0f} MiB extra", flush=True)
+
+
+def save(settings: Settings, name: str, tables: Mapping[str, Any]) -> None:
+    """Written as JSON beside what it was measured on."""
+    RESULTS.mkdir(exist_ok=True)
+    on = {
+        "device": torch.cuda.get_device_name() if settings.device.startswith("cuda") else platform.processor(),
+        "cores": len(psutil.Process().cpu_affinity() or []),
+        "torch": torch.__version__,
+        "dtype": settings.dtype,
+        "model": settings.model,
+        "rounds": settings.rounds,
+    }
+    kind = f"{settings.device.partition(':')[0]}-{settings.dtype}-{settings.model}"
+    path = RESULTS / f"{name}-{kind}.json"
+    path.write_text(json.dumps({"measured_on": on, "tables": tables}, indent=1) + "\n")
+    print(f"written to {path}")

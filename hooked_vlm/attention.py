@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from hooked_vlm.components import AllHeadsNorm, HookFn, WithViews, absent_bias, weight_view
@@ -42,9 +42,21 @@ def attention_scores(
     q: Float[Tensor, "batch query head d_head"], k: Float[Tensor, "batch key kv_head d_head"]
 ) -> Float[Tensor, "batch head query key"]:
     """Unmasked scores, q k^T / sqrt(d_head)."""
-    q = q.transpose(1, 2)
-    k = _per_query_head(k, q.shape[1]).transpose(1, 2)
-    return q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5
+    scores = _by_group(q.transpose(1, 2), k.shape[2]) @ k.permute(0, 2, 3, 1)
+    return scores.view(q.shape[0], q.shape[2], q.shape[1], k.shape[1]) * q.shape[-1] ** -0.5
+
+
+def weighted_values(
+    pattern: Float[Tensor, "batch head query key"], v: Float[Tensor, "batch key kv_head d_head"]
+) -> Float[Tensor, "batch query head d_head"]:
+    """Values averaged by a pattern."""
+    z = _by_group(pattern, v.shape[2]) @ v.transpose(1, 2)
+    return z.view(*pattern.shape[:3], v.shape[-1]).transpose(1, 2)
+
+
+def _by_group(x: Float[Tensor, "batch head query d"], n_groups: int) -> Float[Tensor, "batch group grouped d"]:
+    """The queries of all heads that share keys and values, one after the other."""
+    return x.reshape(x.shape[0], n_groups, -1, x.shape[-1])
 
 
 def attention_pattern(
@@ -67,19 +79,46 @@ class AttentionCall:
     k: Float[Tensor, "batch key kv_head d_head"]
     v: Float[Tensor, "batch key kv_head d_head"]
     mask: AttentionMask
+    n_shared: int = 0
+    """So many keys and values, from the first on, are the same for all runs that share the batch (`sweep`)."""
+
+    @property
+    def n_past(self) -> int:
+        """Keys from earlier passes, in front of this one's."""
+        return self.k.shape[1] - self.q.shape[1]
 
     def scores(
         self, queries: Int[Tensor, "#batch row"], heads: Sequence[int] | None = None
     ) -> Float[Tensor, "batch head row key"]:
         """Masked scores of some queries, given as indices into the query axis, and of all or some heads."""
-        index = queries[:, :, None, None].expand(len(self.q), -1, *self.q.shape[2:])
-        q, k = self.q.gather(1, index), self.k
-        if heads is not None:
+        q, k, _ = self._of(queries, heads)
+        return attention_scores(q, k).masked_fill(~self.visible(queries), -torch.inf)
+
+    def z(
+        self,
+        queries: Int[Tensor, "#batch row"],
+        heads: Sequence[int] | None = None,
+        visible: Bool[Tensor, "#batch 1 row key"] | None = None,
+    ) -> Float[Tensor, "batch row head d_head"]:
+        """z of some queries and heads, in the fused kernel; what they see may be given."""
+        q, k, v = self._of(queries, heads)
+        return _sdpa(q, k, v, self.visible(queries) if visible is None else visible, causal=False)
+
+    def visible(self, queries: Int[Tensor, "#batch row"]) -> Bool[Tensor, "#batch 1 row key"]:
+        """Which keys some queries see."""
+        return self.mask.visible(queries + self.n_past, self.k.shape[1])
+
+    def _of(self, queries: Int[Tensor, "#batch row"], heads: Sequence[int] | None) -> tuple[Tensor, Tensor, Tensor]:
+        q, k, v = self.q, self.k, self.v
+        if queries.shape[1] < q.shape[1] or len(queries) > 1:
+            q = q.gather(1, queries[:, :, None, None].expand(len(q), -1, *q.shape[2:]))
+        elif q.shape[1] > 1:
+            q = q[:, queries[0]]
+        if heads is not None and list(heads) != list(range(q.shape[2])):
             chosen = torch.tensor(heads, device=q.device)
-            k = k[:, :, chosen // (q.shape[2] // k.shape[2])]
-            q = q[:, :, chosen]
-        n_past = k.shape[1] - self.q.shape[1]
-        return attention_scores(q, k).masked_fill(~self.mask.visible(queries + n_past, k.shape[1]), -torch.inf)
+            groups = chosen // (q.shape[2] // k.shape[2])
+            q, k, v = q[:, :, chosen], k[:, :, groups], v[:, :, groups]
+        return q, k, v
 
     def rows(self, first: int, stop: int) -> "AttentionCall":
         """The same of some rows of the batch."""
@@ -89,7 +128,7 @@ class AttentionCall:
             key_valid=None if valid is None else valid[first:stop],
             uncached_left_padding=None if padding is None else padding[first:stop],
         )
-        return AttentionCall(self.q[first:stop], self.k[first:stop], self.v[first:stop], mask)
+        return AttentionCall(self.q[first:stop], self.k[first:stop], self.v[first:stop], mask, self.n_shared)
 
 
 def _explicit(
@@ -108,7 +147,7 @@ def _explicit(
     if valid is not None:
         pattern = pattern.masked_fill(~valid[:, None, :, None], 0.0)
     pattern = hook(hook_pattern, pattern)
-    return (pattern @ _per_query_head(v, q.shape[2]).transpose(1, 2)).transpose(1, 2)
+    return weighted_values(pattern, v)
 
 
 def _fused(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask) -> Tensor:
@@ -142,11 +181,6 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool) ->
 def _take(x: Tensor, order: Int[Tensor, "batch pos"]) -> Tensor:
     """Positions of `x` [batch, pos, head, d_head] in another order, row by row."""
     return x.gather(1, order[:, :, None, None].expand(-1, -1, *x.shape[2:]))
-
-
-def _per_query_head(x: Float[Tensor, "batch key kv_head d_head"], n_heads: int) -> Tensor:
-    """Keys or values repeated for the query heads that share them."""
-    return x if x.shape[2] == n_heads else x.repeat_interleave(n_heads // x.shape[2], dim=2)
 
 
 class Attention(WithViews):
@@ -286,7 +320,11 @@ class AttentionRun:
         attended = attend(q, k, v, self.mask, scores, pattern, self.call)
         if not is_hooked(z):
             return attended
-        return call_told(z, attended, {**self.told, "attention": AttentionCall(q, k, v, self.mask)})
+        return call_told(
+            z,
+            attended,
+            {**self.told, "attention": AttentionCall(q, k, v, self.mask, getattr(self.past, "n_shared", 0))},
+        )
 
 
 def _project(linear: nn.Linear, x: Tensor, n_heads: int) -> Float[Tensor, "*dims head d_head"]:

@@ -93,7 +93,7 @@ class SharedPrefix:
     """
 
     def __init__(self, cache: KVCache, n_positions: int) -> None:
-        self.cache, self.n_positions = cache, n_positions
+        self.cache, self.n_shared = cache, n_positions
 
     def extend(
         self,
@@ -104,7 +104,7 @@ class SharedPrefix:
         return self._before(self.cache.keys[layer], k), self._before(self.cache.values[layer], v)
 
     def _before(self, shared: Tensor, own: Tensor) -> Tensor:
-        n = self.n_positions
+        n = self.n_shared
         out = own.new_empty(len(own), n + own.shape[1], *own.shape[2:])
         out.unflatten(0, (-1, len(shared)))[:, :, :n] = shared[:, :n]
         out[:, n:] = own

@@ -14,7 +14,7 @@ SLACK = 1.1
 """Runs share a batch if it makes none of them compute more than this many times its own positions."""
 MEMORY_SHARE = 0.5
 """Of the free memory a batch may take."""
-TOKENS_PER_BATCH = {"cpu": 4096, "cuda": 65536}
+TOKENS_PER_BATCH = {"cpu": 1024, "cuda": 65536}
 """Beyond so many, larger batches are no faster."""
 
 

@@ -1,14 +1,14 @@
 """What a head sees of the image, replaced: image keys and values as text queries find them (arXiv 2509.17588)."""
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from hooked_vlm.attention import AttentionCall, attention_pattern
+from hooked_vlm.attention import AttentionCall
 from hooked_vlm.inputs import VLMInputs
 from hooked_vlm.interventions.base import first_meant, meant, position_table
 from hooked_vlm.interventions.heads import Chosen, Edit, HeadIntervention
@@ -63,8 +63,10 @@ class ReplaceImageKV(HeadIntervention):
             rows = here.any(0).nonzero()[:, 0].to(z.device)
             if not len(rows):
                 return z
-            heads = torch.tensor(chosen.heads, device=z.device)
             replaced = self._z(call, layer, rows, chosen.heads, images, rotate)
+            if len(rows) == n and len(chosen.heads) == z.shape[2] and bool(here.all()):
+                return torch.where(chosen.mask[:, None, :, None], replaced, z)
+            heads = torch.tensor(chosen.heads, device=z.device)
             where = here.to(z.device)[:, rows, None] & chosen.mask[:, None, heads]
             out, at = z.clone(), (slice(None), rows[:, None], heads)
             out[at] = torch.where(where[..., None], replaced, z[at])
@@ -81,15 +83,11 @@ class ReplaceImageKV(HeadIntervention):
         images: "_Images",
         rotate: Rotation | None,
     ) -> Float[Tensor, "batch row head d_head"]:
-        k, v = call.k, call.v
-        if self.baseline != "knockout":
-            k, v = self._baseline(call, layer, images, rotate)
-        edited = AttentionCall(call.q, k, v, call.mask)
-        scores = edited.scores(rows[None], heads)
         if self.baseline == "knockout":
-            scores = scores.masked_fill(images.columns(call.k.shape[1], len(k))[:, None, None], -torch.inf)
-        v = v[:, :, torch.tensor(heads, device=v.device) // (call.q.shape[2] // v.shape[2])]
-        return torch.einsum("bhrk,bkhd->brhd", attention_pattern(scores), v)
+            hidden = images.columns(call.k.shape[1], len(call.k))[:, None, None]
+            return call.z(rows[None], heads, call.visible(rows[None]) & ~hidden)
+        k, v = self._baseline(call, layer, images, rotate)
+        return replace(call, k=k, v=v).z(rows[None], heads)
 
     def _baseline(
         self, call: AttentionCall, layer: int, images: "_Images", rotate: Rotation | None
@@ -99,6 +97,7 @@ class ReplaceImageKV(HeadIntervention):
         n_rows = images.n_rows
         for row, span in images.spans:
             these = slice(row, None, n_rows)  # this row of every run in the batch
+            alike = slice(row, row + 1) if span.stop <= call.n_shared else these
             if self.baseline == "zero":
                 k[these, span], v[these, span] = 0, 0
                 continue
@@ -107,9 +106,9 @@ class ReplaceImageKV(HeadIntervention):
                 key = self.baseline.keys[layer].to(k).expand(1, 1, -1, -1)
                 v[these, span] = self.baseline.values[layer].to(v)
             else:
-                real = k[these, span]
+                real = k[alike, span]
                 key = (real if turn is None else turn.inverse()(real)).mean(1, keepdim=True)
-                v[these, span] = v[these, span].mean(1, keepdim=True)
+                v[these, span] = v[alike, span].mean(1, keepdim=True)
             k[these, span] = key if turn is None else turn(key.expand(-1, span.stop - span.start, -1, -1))
         return k, v
 
