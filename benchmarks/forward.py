@@ -1,72 +1,72 @@
-"""Forward passes, caching and generation beside `transformers` (sdpa), on a random model of middle size.
+"""Forward passes, caching and generation beside `transformers` (sdpa).
 
-python benchmarks/forward.py [--device cuda] [--dtype bfloat16] [--rounds 9]
+python benchmarks/forward.py [--device cuda] [--dtype bfloat16] [--model 2b] [--rounds 7]
 """
 
-import argparse
 import warnings
+from functools import partial
 from typing import Any
 
 import torch
-from interleaved import ratios, show
+from interleaved import Settings, Timing, measure, ratios, read_settings, save, show
+from models import MODELS, batch_of
 
-from hooked_vlm import HookedVLM, VLMInputs
-from hooked_vlm.attention_rows import attention_rows
+from hooked_vlm import HookedVLM
+
+GRIDS = {
+    "one image, 256 image tokens": [(32, 32)],
+    "8 prompts, images of mixed sizes": [
+        (32, 32), (24, 32), (32, 24), (16, 32), (32, 16), (24, 24), (20, 32), (32, 20),
+    ],
+}  # fmt: skip
 
 
 @torch.no_grad()
 def main() -> None:
-    parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
-    parser.add_argument("--rounds", type=int, default=9)
-    arguments = parser.parse_args()
-    hf = middle_size_model(arguments.device, getattr(torch, arguments.dtype))
+    settings = read_settings(__doc__)
+    hf = MODELS[settings.model](settings.device, settings.torch_dtype)
     ours = HookedVLM.from_hf(hf)
-    one = [(32, 32)]
-    mixed = [(32, 32), (24, 32), (32, 24), (16, 32), (32, 16), (24, 24), (20, 32), (32, 20)]
-    for title, grids in (("one image, 256 image tokens", one), ("8 prompts, images of mixed sizes", mixed)):
-        batch = batch_of(grids, arguments.device)
+    tables = {}
+    for title, grids in GRIDS.items():
+        batch = batch_of(grids, settings.device)
         inputs = ours.inputs_from_hf(batch)
         difference = (hf(**batch).logits - ours(inputs)).abs()[batch["attention_mask"].bool()].max().item()
-        measured = ratios(
+        measured = measure(
             {
-                "transformers, sdpa": lambda batch=batch: hf(**batch),
-                "hooked_vlm": lambda inputs=inputs: ours(inputs),
-                "hooked_vlm, logits_at='last'": lambda inputs=inputs: ours(inputs, logits_at="last"),
-                "hooked_vlm, run_with_cache": lambda inputs=inputs: ours.run_with_cache(inputs),
+                "transformers, sdpa": partial(hf, **batch),
+                "hooked_vlm": partial(ours, inputs),
+                "hooked_vlm, logits_at='last'": partial(ours, inputs, logits_at="last"),
+                "hooked_vlm, run_with_cache": partial(ours.run_with_cache, inputs),
             },
-            arguments.rounds,
+            settings.rounds,
+            settings.device,
         )
         show(f"{title} (logits differ by {difference:.1e})", measured)
-    generation(hf, ours, batch_of(one, arguments.device), arguments.rounds)
+        tables[title] = ratios(measured)
+    tables["32 tokens generated after one image"] = ratios(generation(hf, ours, settings))
+    save(settings, "forward", tables)
 
 
-def generation(hf: Any, ours: HookedVLM, batch: dict[str, torch.Tensor], rounds: int) -> None:
+def generation(hf: Any, ours: HookedVLM, settings: Settings) -> dict[str, Timing]:
+    batch = batch_of([(32, 32)], settings.device)
     inputs = ours.inputs_from_hf(batch)
     hooks = [(f"blocks.{layer}.attn.hook_z", lambda z, hook: z) for layer in range(ours.cfg.n_layers)]
-    settings = {"max_new_tokens": 32, "do_sample": False}
-
-    def rows_of_answer(inputs: VLMInputs = inputs) -> None:
-        tokens = ours.generate(inputs, 32, stop_at_eos=False)
-        continued = inputs.append(tokens[:, inputs.shape[1] :])
-        n = inputs.shape[1]
-        attention_rows(ours, continued, torch.arange(n - 1, n + 31)[None])
-
+    reference = {"max_new_tokens": 32, "min_new_tokens": 32, "do_sample": False}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        measured = ratios(
+        measured = measure(
             {
-                "transformers, sdpa, cached": lambda: hf.generate(**batch, **settings, min_new_tokens=32),
-                "hooked_vlm": lambda: ours.generate(inputs, 32, stop_at_eos=False),
-                "hooked_vlm, a hook on every hook_z": lambda: ours.generate(
-                    inputs, 32, stop_at_eos=False, fwd_hooks=hooks
+                "transformers, sdpa, cached": partial(hf.generate, **batch, **reference),
+                "hooked_vlm": partial(ours.generate, inputs, 32, stop_at_eos=False),
+                "hooked_vlm, a hook on every hook_z": partial(
+                    ours.generate, inputs, 32, stop_at_eos=False, fwd_hooks=hooks
                 ),
-                "hooked_vlm, then every head's row for each token": rows_of_answer,
             },
-            max(3, rounds // 2),
+            max(3, settings.rounds // 2),
+            settings.device,
         )
     show("32 tokens generated after one image", measured)
+    return measured
 
 
 if __name__ == "__main__":

@@ -105,6 +105,15 @@ def _synchronise(device: str) -> None:
         torch.cuda.synchronize()
 
 
+def ratios(measured: Mapping[str, Timing]) -> dict[str, Any]:
+    """What is written of a table: seconds, the ratio to the first way, extra memory."""
+    first = next(iter(measured.values())).seconds
+    return {
+        name: {"seconds": timing.seconds, "ratio": timing.seconds / first, "extra_bytes": timing.extra_bytes}
+        for name, timing in measured.items()
+    }
+
+
 def show(title: str, measured: Mapping[str, Timing]) -> None:
     """A table; ratios are to the first way."""
     print(title)

@@ -33,7 +33,7 @@ def attend(
     if is_hooked(hook_attn_scores) or is_hooked(hook_pattern):
         z = _explicit(q, k, v, mask, hook_attn_scores, hook_pattern, hook)
     else:
-        z = _fused(q, k, v, mask)
+        z = fused_attention(q, k, v, mask)
     valid = mask.query_valid(q.shape[1])
     return z if valid is None else z * valid[:, :, None, None]
 
@@ -150,7 +150,8 @@ def _explicit(
     return weighted_values(pattern, v)
 
 
-def _fused(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask) -> Tensor:
+def fused_attention(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask) -> Tensor:
+    """z in PyTorch's fused kernel, which makes no [pos, pos] tensor; padding queries hold unused numbers."""
     n_queries, n_keys = q.shape[1], k.shape[1]
     if mask.limits(n_keys):
         return _sdpa(q, k, v, mask.dense(n_queries, n_keys, q.device), causal=False)
@@ -291,6 +292,11 @@ class AttentionRun:
     """What a hook finds in `hook.ctx` while it is called: `positions`, the first of them as a plain number
     (`first_position`), and `step` where there is a cache."""
 
+    @property
+    def step(self) -> dict[str, Any]:
+        """What hooks are told that have no positions."""
+        return {name: self.told[name] for name in self.told if name == "step"}
+
     def last(self, n: int) -> "AttentionRun":
         """The same for the last `n` positions as those that ask; keys stay as they are."""
         rotate = None if self.rotate is None else self.rotate.last(n)
@@ -300,9 +306,28 @@ class AttentionRun:
             told["positions"] = told["positions"][-n:]
         return replace(self, rotate=rotate, told=told)
 
+    @property
+    def packs(self) -> bool:
+        """Whether layers see rows without their padding (`hooked_vlm.packing`)."""
+        return False
+
+    def pack(self, padded: Float[Tensor, "batch pos *rest"]) -> Float[Tensor, "..."]:
+        """As layers see it."""
+        return padded
+
+    def pad(self, x: Float[Tensor, "..."]) -> Float[Tensor, "batch pos *rest"]:
+        """As hooks see it."""
+        return x
+
+    def last_of_rows(
+        self, stream: Float[Tensor, "batch pos d_model"]
+    ) -> tuple[Float[Tensor, "batch 1 d_model"], "AttentionRun"]:
+        """Each row's last position, and the run that goes on with it."""
+        return stream[:, -1:], self.last(1)
+
     def without_positions(self) -> "AttentionRun":
         """The same, where rows of the batch are at different positions."""
-        return replace(self, told={name: self.told[name] for name in self.told if name == "step"})
+        return replace(self, told=self.step)
 
     def call(self, point: HookPoint, x: Tensor) -> Tensor:
         """`x` past a hook point that sees it as it is."""
@@ -316,15 +341,14 @@ class AttentionRun:
         """z [batch, pos, head, d_head] from rotated queries and keys and from values."""
         if self.past is not None:
             k, v = self.past.extend(layer, k, v)
-        scores, pattern, z = attn.hook_attn_scores, attn.hook_pattern, attn.hook_z
-        attended = attend(q, k, v, self.mask, scores, pattern, self.call)
-        if not is_hooked(z):
-            return attended
-        return call_told(
-            z,
-            attended,
-            {**self.told, "attention": AttentionCall(q, k, v, self.mask, getattr(self.past, "n_shared", 0))},
-        )
+        z = attend(q, k, v, self.mask, attn.hook_attn_scores, attn.hook_pattern, self.call)
+        if not is_hooked(attn.hook_z):
+            return z
+        return self.hook_z(attn, z, AttentionCall(q, k, v, self.mask, 0 if self.past is None else self.past.n_shared))
+
+    def hook_z(self, attn: Attention, z: Tensor, call: AttentionCall) -> Tensor:
+        """z past its hook point, which is told what z was made from."""
+        return call_told(attn.hook_z, z, {**self.told, "attention": call})
 
 
 def _project(linear: nn.Linear, x: Tensor, n_heads: int) -> Float[Tensor, "*dims head d_head"]:

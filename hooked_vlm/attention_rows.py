@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
@@ -45,11 +46,7 @@ def attention_rows(
     Raises:
         InputError: a position outside the inputs or under their padding, or a layer out of range.
     """
-    n_layers = model.cfg.n_layers
-    chosen = range(n_layers) if layers is None else layers
-    for layer in chosen:
-        if not 0 <= layer < n_layers:
-            raise InputError(f"layer {layer} is out of range: the model has layers 0 to {n_layers - 1}")
+    chosen = _check_layers(model, layers)
     positions = positions.to(inputs.device)
     _check_positions(inputs, positions)
     found: dict[int, Tensor] = {}
@@ -61,6 +58,56 @@ def attention_rows(
     watching = [(f"blocks.{layer}.attn.hook_z", watch) for layer in chosen]
     model.run_with_hooks(inputs, return_type=None, fwd_hooks=[*fwd_hooks, *watching])
     return torch.stack([found[layer] for layer in chosen])
+
+
+@torch.no_grad()
+def generate_with_rows(
+    model: Any,
+    inputs: VLMInputs,
+    max_new_tokens: int,
+    layers: Sequence[int] | None = None,
+    reduce: Callable[[Rows], Tensor] | None = None,
+    **settings: Any,
+) -> tuple[Int[Tensor, "batch pos"], Shaped[Tensor, "layer batch head token ..."]]:
+    """Tokens, and for each generated one the attention row at whose end it was chosen.
+
+    The rows are made at the steps of generation, from one query each; in the prompt's pass, too, no pattern is made.
+
+    Args:
+        reduce: applied to each layer's row [batch, head, 1, key] at once. Without it, rows are as long as the whole
+            (prompt and answer), zero behind the keys a step had.
+        settings: of `model.generate`.
+
+    Returns:
+        The tokens [batch, pos] as `generate` gives them, and [layer, batch, head, token, key] or the stacked results
+        of `reduce`, [layer, batch, head, token].
+
+    Raises:
+        InputError: a layer out of range.
+    """
+    chosen = _check_layers(model, layers)
+    steps: dict[int, list[Tensor]] = {layer: [] for layer in chosen}
+
+    def watch(z: Tensor, hook: Any) -> None:
+        last = torch.full((1, 1), z.shape[1] - 1, device=z.device)
+        row = attention_pattern(hook.ctx["attention"].scores(last), keep_float32=True)
+        steps[hook.layer()].append(row if reduce is None else reduce(row))
+
+    hooks = [*settings.pop("fwd_hooks", ()), *((f"blocks.{layer}.attn.hook_z", watch) for layer in chosen)]
+    tokens = model.generate(inputs, max_new_tokens, fwd_hooks=hooks, **settings)
+    if reduce is None:
+        n_keys = max(row.shape[-1] for rows in steps.values() for row in rows)
+        steps = {layer: [F.pad(row, (0, n_keys - row.shape[-1])) for row in rows] for layer, rows in steps.items()}
+    return tokens, torch.stack([torch.cat(steps[layer], dim=2) for layer in chosen])
+
+
+def _check_layers(model: Any, layers: Sequence[int] | None) -> Sequence[int]:
+    n_layers = model.cfg.n_layers
+    chosen = range(n_layers) if layers is None else layers
+    for layer in chosen:
+        if not 0 <= layer < n_layers:
+            raise InputError(f"layer {layer} is out of range: the model has layers 0 to {n_layers - 1}")
+    return chosen
 
 
 def _check_positions(inputs: VLMInputs, positions: Int[Tensor, "batch row"]) -> None:

@@ -171,9 +171,14 @@ What they switch on costs memory and a little time, and may move results by roun
 stored queries and keys. Padding: rows of a pattern that belong to padding are zero; other tensors hold unused
 numbers there.
 
-During `model.generate(...)` every hook finds `hook.ctx["step"]` (0 is the pass over the prompt) and
-`hook.ctx["positions"]`, the absolute position of each row of the tensor; after the first step `pos` and `query` are
-1 and `key` is all positions so far. Image-side hooks fire at step 0 only.
+While it is called, a text-side hook finds `hook.ctx["positions"]`, the absolute positions that its tensor holds, and
+the first of them as a plain number, `hook.ctx["first_position"]`; a hook on `hook_z` also finds
+`hook.ctx["attention"]`, what z was made from: scores, patterns or another z of a few queries and heads can be had
+from it at linear cost. During `model.generate(...)` there is `hook.ctx["step"]`, too (0 is the pass over the prompt);
+after the first step `pos` and `query` are 1 and `key` is all positions so far. Image-side hooks fire at step 0 only.
+
+With `logits_at="last"` the last block computes queries, and all that follows them, for the last position alone,
+unless one of its hook points is hooked; results may then move by rounding.
 """
 
 _SECTIONS = (

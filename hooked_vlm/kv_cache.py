@@ -11,6 +11,9 @@ from torch import Tensor
 class EarlierKeys(Protocol):
     """Where a pass finds the keys and values of positions before its own."""
 
+    n_shared: int
+    """So many of them are the same for all runs that share a batch."""
+
     def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """One layer's new keys and values behind the earlier ones."""
         ...
@@ -21,6 +24,8 @@ class KVCache:
 
     `capacity` is how many positions fit before the buffers must grow (they then double).
     """
+
+    n_shared = 0
 
     def __init__(
         self,

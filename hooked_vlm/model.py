@@ -109,32 +109,31 @@ class HookedVLM(LoadingMixin, PromptMixin, GenerationMixin, WeightsMixin, HookCh
             expected = (*inputs.shape, self.cfg.d_model)
             raise InputError(f"resid must be [batch, pos, d_model] = {expected}, got {tuple(resid.shape)}")
         run = inputs_run(self.cfg, inputs, past_kv_cache, self.cfg.dtype if resid is None else resid.dtype)
-        stream: Tensor = self._embed(inputs, run) if resid is None else resid
-        ends_together = min(inputs.stop) == inputs.shape[1]
+        stream: Tensor = run.pack(self._embed(inputs, run) if resid is None else resid)
         n_out = None
-        if logits_at == "last" and return_type == "logits" and stop_at_layer is None and ends_together:
+        if logits_at == "last" and return_type == "logits" and stop_at_layer is None and not run.packs:
             n_out = None if self._hooked_in(self.cfg.n_layers - 1) else 1
         for layer in range(first, last):
             stream = self.run_block(stream, run, layer, n_out if layer == self.cfg.n_layers - 1 else None)
         if past_kv_cache is not None:
             past_kv_cache.advance(inputs.shape[1], inputs.next_position)
         if stop_at_layer is not None:
-            return stream
+            return run.pad(stream)
         if return_type is None:
             # the final norm's hooks still fire, as they do in TransformerLens' own models
             self.ln_final(stream, run.hook)
             return None
         if logits_at == "last":
-            stream, run = _last_real(stream, inputs), run.last(1) if ends_together else run.without_positions()
-        logits = self.unembed(self.ln_final(stream, run.hook))
+            stream, run = run.last_of_rows(stream)
+        logits = run.pad(self.unembed(self.ln_final(stream, run.hook)))
         if return_type == "logits":
             return logits
         loss = self._loss(logits, inputs, logits_at)
         return loss if return_type == "loss" else (logits, loss)
 
     def run_block(
-        self, stream: Float[Tensor, "batch pos d_model"], run: AttentionRun, layer: int, n_out: int | None = None
-    ) -> Float[Tensor, "batch out d_model"]:
+        self, stream: Float[Tensor, "*dims d_model"], run: AttentionRun, layer: int, n_out: int | None = None
+    ) -> Float[Tensor, "*out d_model"]:
         """One block of the decoder in a pass that was set up before (`hooked_vlm.passes`)."""
         block: Block = self.blocks[layer]  # type: ignore[assignment]
         return block(stream, run, layer, self.cfg.use_split_qkv_input, self.cfg.use_hook_mlp_in, n_out)
@@ -168,7 +167,7 @@ class HookedVLM(LoadingMixin, PromptMixin, GenerationMixin, WeightsMixin, HookCh
         """What enters block 0: token embeddings with image features in the placeholders' places."""
         x = self.embed(inputs.tokens)
         if inputs.has_visuals:
-            told = run.without_positions().told
+            told = run.step
             features = self._encode(inputs, told) if inputs.image_features is None else inputs.image_features
             if inputs.image_features is not None:
                 hooked = [n for n, point in self.hook_dict.items() if is_encoder(n) and is_hooked(point)]
@@ -177,7 +176,7 @@ class HookedVLM(LoadingMixin, PromptMixin, GenerationMixin, WeightsMixin, HookCh
             point = self.hook_image_features
             features = call_told(point, fresh(point, features.to(x.dtype)), told)
             x = x.flatten(0, 1).index_copy(0, inputs.feature_slots, features).view_as(x)
-        return run.hook(self.hook_embed, x)
+        return run.call(self.hook_embed, x)
 
     def encode_images(self, inputs: VLMInputs) -> Float[Tensor, "token d_model"]:
         """What the projector hands over for every image token, images first, then videos.
@@ -342,11 +341,3 @@ class HookedVLM(LoadingMixin, PromptMixin, GenerationMixin, WeightsMixin, HookCh
         if inputs.has_visuals and self.cfg.vision is not None:
             vision_mask = PatchRun.of(inputs.grids, self.cfg.vision, inputs.device).mask
         return out, VLMCache(store, self, not remove_batch_dim, mask, vision_mask, why_not)
-
-
-def _last_real(resid: Float[Tensor, "batch pos d_model"], inputs: VLMInputs) -> Float[Tensor, "batch 1 d_model"]:
-    """The last real position of each row."""
-    if min(inputs.stop) == inputs.shape[1]:
-        return resid[:, -1:]
-    last = torch.tensor(inputs.stop, device=resid.device) - 1
-    return resid[torch.arange(len(inputs), device=resid.device), last][:, None]

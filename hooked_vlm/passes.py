@@ -14,6 +14,7 @@ from hooked_vlm.config import VLMConfig
 from hooked_vlm.inputs import VLMInputs
 from hooked_vlm.kv_cache import KVCache
 from hooked_vlm.masks import AttentionMask
+from hooked_vlm.packing import PackedRun
 from hooked_vlm.rotary import Rotation, text_rotation
 
 
@@ -24,8 +25,13 @@ def inputs_run(cfg: VLMConfig, inputs: VLMInputs, past: KVCache | None, dtype: t
     told["first_position"] = n_past
     if past is not None:
         told["step"] = past.n_passes
-    rotate = inputs_rotation(cfg, inputs, dtype, past)
-    return AttentionRun(inputs_mask(cfg, inputs, past), rotate, past, cfg.use_attn_result, told)
+    rotate, mask = inputs_rotation(cfg, inputs, dtype, past), inputs_mask(cfg, inputs, past)
+    lengths = [stop - first for first, stop in zip(inputs.first, inputs.stop, strict=True)]
+    if n_past or min(lengths) == n or cfg.use_split_qkv_input:
+        return AttentionRun(mask, rotate, past, cfg.use_attn_result, told)
+    run = PackedRun(lengths, mask, inputs.device, None, past, cfg.use_attn_result, told, inputs.first, n)
+    run.rotate = Rotation(run.pack(rotate.cos), run.pack(rotate.sin))
+    return run
 
 
 def step_run(cfg: VLMConfig, past: KVCache, dtype: torch.dtype) -> AttentionRun:

@@ -1,8 +1,6 @@
 """The vision tower and the projector.
 
-Linear work runs on packed patches, [patch, ...] of all images one after the other. Hooks and attention
-see them as [image, patch, ...], padded with zeros at the end to the longest image; where all images
-have one size that is a view of the same memory. A video counts as one image for each of its temporal
+Linear work runs on packed patches (`hooked_vlm.packing`). A video counts as one image for each of its temporal
 patches (two frames), and a tiled image as one for each of its tiles, because attention never crosses them.
 
 Two kinds of tower differ in what goes into the first block: Qwen2-VL's sees whole images, patches merge block
@@ -20,17 +18,17 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from hooked_vlm.attention import Attention, AttentionRun
 from hooked_vlm.components import ACTIVATIONS, Norm
 from hooked_vlm.config import VisionConfig
 from hooked_vlm.decoder import vision_blocks
-from hooked_vlm.hooks import HookPoint, is_hooked
+from hooked_vlm.hooks import HookPoint
 from hooked_vlm.masks import AttentionMask
+from hooked_vlm.packing import PackedRun
 from hooked_vlm.rotary import Rotation, patch_rotation
 from hooked_vlm.token_layout import Grid
 
 
-class PatchRun(AttentionRun):
+class PatchRun(PackedRun):
     """A forward pass over packed patches of images with `lengths` patches each."""
 
     def __init__(
@@ -41,15 +39,11 @@ class PatchRun(AttentionRun):
         rotate: Rotation | None = None,
         told: Mapping[str, Any] | None = None,
     ) -> None:
-        self.lengths, self.longest = lengths, max(lengths)
-        self.slots: Int[Tensor, "patch"] | None = None
-        key_valid = None
-        if min(lengths) != self.longest:
-            valid = np.arange(self.longest) < np.array(lengths)[:, None]
-            key_valid = torch.from_numpy(valid).to(device)
-            self.slots = torch.from_numpy(np.flatnonzero(valid)).to(device)
-        mask = AttentionMask(causal=False, key_valid=key_valid)
-        super().__init__(mask, rotate, None, use_attn_result, told or {})
+        valid = None
+        if min(lengths) != max(lengths):
+            valid = torch.from_numpy(np.arange(max(lengths)) < np.array(lengths)[:, None]).to(device)
+        mask = AttentionMask(causal=False, key_valid=valid)
+        super().__init__(lengths, mask, device, rotate, None, use_attn_result, told)
 
     @classmethod
     def of(
@@ -68,23 +62,6 @@ class PatchRun(AttentionRun):
             rows_cols = torch.cat([_rows_cols(grid, cfg.merge_size) for grid in grids])
             rotate = patch_rotation(rows_cols.to(device), cfg.d_head, cfg.rope_theta)
         return cls(lengths, device, use_attn_result, rotate, told)
-
-    def pad(self, packed: Float[Tensor, "patch *rest"]) -> Float[Tensor, "image longest *rest"]:
-        shape = (len(self.lengths), self.longest, *packed.shape[1:])
-        if self.slots is None:
-            return packed.view(shape)
-        flat = packed.new_zeros(shape[0] * shape[1], *shape[2:])
-        return flat.index_copy(0, self.slots, packed).view(shape)
-
-    def pack(self, padded: Float[Tensor, "image longest *rest"]) -> Float[Tensor, "patch *rest"]:
-        flat = padded.flatten(0, 1)
-        return flat if self.slots is None else flat[self.slots]
-
-    def hook(self, point: HookPoint, x: Tensor) -> Tensor:
-        return self.pack(self.call(point, self.pad(x))) if is_hooked(point) else x
-
-    def attend(self, attn: Attention, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return self.pack(super().attend(attn, layer, self.pad(q), self.pad(k), self.pad(v)))
 
     def tokens(self, grids: tuple[Grid, ...], cfg: VisionConfig) -> "PatchRun":
         """The same images as tokens: class tokens dropped, merge blocks of patches made one."""

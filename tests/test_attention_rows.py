@@ -5,7 +5,7 @@ import torch
 from tiny import ONE_IMAGE, PADDED, TEXT, inputs, tiny_model
 
 from hooked_vlm import InputError
-from hooked_vlm.attention_rows import attention_rows
+from hooked_vlm.attention_rows import attention_rows, generate_with_rows
 
 
 @pytest.mark.parametrize("rows", [ONE_IMAGE, TEXT, PADDED], ids=["image", "text", "padded"])
@@ -34,6 +34,21 @@ def test_rows_of_an_appended_answer_equal_the_steps_of_generation() -> None:
     found = attention_rows(model, continued, positions, layers=[1])[0]
     for step, row in steps.items():
         torch.testing.assert_close(found[:, :, step, : n + step], row, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("rows", [ONE_IMAGE, TEXT, PADDED], ids=["image", "text", "padded"])
+def test_rows_made_while_generating_equal_those_of_a_pass_over_the_answer(rows: list) -> None:
+    model, batch = tiny_model(), inputs(rows)
+    tokens, found = generate_with_rows(model, batch, 4, stop_at_eos=False)
+    assert tokens.equal(model.generate(batch, 4, stop_at_eos=False))
+    n = batch.shape[1]
+    positions = torch.arange(n - 1, n + 3).expand(len(batch), -1)
+    expected = attention_rows(model, batch.append(tokens[:, n:]), positions)
+    torch.testing.assert_close(found, expected[..., : n + 3], atol=1e-5, rtol=0)
+    _, best = generate_with_rows(model, batch, 4, [1], lambda row: row.argmax(-1), stop_at_eos=False)
+    assert best.equal(found[1:2].argmax(-1))
+    with pytest.raises(InputError, match="layer 3 is out of range"):
+        generate_with_rows(model, batch, 4, [3])
 
 
 def test_reduce_sees_one_layer_at_a_time() -> None:

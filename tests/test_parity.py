@@ -311,7 +311,7 @@ def test_last_logits_are_those_of_each_rows_last_real_token() -> None:
     whole, last = model(batch), model(batch, logits_at="last")
     assert last.shape == (3, 1, 200)
     for row, stop in enumerate(batch.stop):
-        close(last[row, 0], whole[row, stop - 1], 1e-6)
+        close(last[row, 0], whole[row, stop - 1], 2e-6)  # sums over other numbers of rows round otherwise
 
 
 def test_encoded_images_stand_in_for_pixels() -> None:

@@ -17,6 +17,15 @@ def test_every_python_block_of_the_readme_runs(capsys) -> None:
     assert names["mass"].shape == (names["model"].cfg.n_heads,)
 
 
+def test_every_python_block_of_the_page_about_sweeps_runs(capsys) -> None:
+    page = (Path(__file__).parents[1] / "docs" / "sweeps.md").read_text(encoding="utf-8")
+    names: dict = {}
+    for block in re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL):
+        exec(compile(block, "sweeps.md", "exec"), names)
+    assert "vision tower: 1 pass instead of 16" in capsys.readouterr().out
+    assert names["result"].values.shape == (16, 1)
+
+
 def test_the_files_it_points_to_exist() -> None:
     for target in re.findall(r"\]\((?!https?:)([^)#]+)\)", README):
         assert (Path(__file__).parents[1] / target).exists(), target

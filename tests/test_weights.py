@@ -87,7 +87,8 @@ def test_the_residual_stream_is_a_sum_of_head_outputs_and_biases() -> None:
     parts = cache["hook_embed"] + model.accumulated_bias(2, mlp_input=True)
     for layer in range(3):
         parts = parts + cache["result", layer].sum(2) + cache["mlp_out", layer]
-    close(parts, cache["resid_post", 2])
+    real = batch.attention_mask.bool()
+    close(parts[real], cache["resid_post", 2][real])
 
 
 # ---------------------------------------------------------------- views and copies

@@ -1,8 +1,12 @@
 """The OCR score: how often a head's strongest attention lies on what is being read (papers 1.3 to 1.6).
 
 Per example: generate; find the answer's tokens among the generated ones; read one attention row per answer
-token in a second pass over prompt and reply, and ask for every head whether its argmax is an image token of
-that token's evidence boxes.
+token in a pass over prompt and reply, and ask for every head whether its argmax is an image token of that token's
+evidence boxes.
+
+A model that reads well says the answer and stops. So the answer is put behind the prompt first: where greedy decoding
+would have given just that, this one pass stands for generation and for reading the rows. Only the other examples are
+generated token by token.
 """
 
 from collections.abc import Sequence
@@ -11,7 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -47,8 +51,6 @@ class Scores:
 class Copy:
     """One answer token to look at."""
 
-    row: int
-    """Which example of the batch."""
     position: int | None
     """Whose attention row counts; None if the token was not generated."""
     weight: float
@@ -67,25 +69,72 @@ def score_heads(model: Any, examples: Sequence[Example], config: OcrHeadsConfig,
         chosen = [examples[i] for i in group]
         inputs = to_inputs(model, chosen, pixels)
         inputs = inputs.with_image_features(model.encode_images(inputs).detach())
-        generated = model.generate(inputs, config.new_tokens)[:, inputs.shape[1] :]
-        replies = [reply_tokens(model, row) for row in generated]
-        right += sum(e.is_right(model.to_string(r)) for e, r in zip(chosen, replies, strict=True))
-        continued = inputs.append([torch.tensor(r, dtype=torch.long) for r in replies])
-        copies = [
-            c for row, e in enumerate(chosen) for c in find_copies(model, continued, row, e, replies[row], protocol)
-        ]
-        hits, batch_norms = _hits(model, continued, inputs.shape[1], copies, protocol)
-        norms.append(batch_norms)
-        n_tokens += sum(c.position is not None for c in copies)
-        instances += _instances(copies, hits, len(chosen), protocol)
+        readings = _expected(model, inputs, chosen, config)
+        others = [row for row, reading in enumerate(readings) if reading is None]
+        if others:
+            found = _generated(model, inputs[others], [chosen[row] for row in others], config)
+            readings = [found[others.index(row)] if r is None else r for row, r in enumerate(readings)]
+        for example, reading in zip(chosen, readings, strict=True):
+            assert reading is not None
+            right += example.is_right(model.to_string(reading.reply))
+            norms.append(reading.norms)
+            n_tokens += sum(c.position is not None for c in reading.copies)
+            instances += _instances(reading.copies, reading.hits, protocol)
     shape = (0, model.cfg.n_layers, model.cfg.n_heads)
     return Scores(
         np.stack(instances) if instances else np.zeros(shape),
-        np.concatenate(norms).mean(0),
+        np.stack(norms).mean(0),
         right / len(examples),
         len(examples),
         n_tokens,
     )
+
+
+@dataclass(frozen=True, eq=False)
+class _Reading:
+    """What was found of one example."""
+
+    reply: list[int]
+    copies: list[Copy]
+    hits: Bool[np.ndarray, "copy layer head"]
+    norms: Float[np.ndarray, "layer head"]
+
+
+def _generated(model: Any, inputs: VLMInputs, examples: list[Example], config: OcrHeadsConfig) -> list[_Reading]:
+    """Generation step by step, then a pass over prompt and reply."""
+    generated = model.generate(inputs, config.new_tokens)[:, inputs.shape[1] :]
+    replies = [reply_tokens(model, row) for row in generated]
+    return [reading for reading, _ in _read(model, inputs, examples, replies, config.measured_by)]
+
+
+def _expected(model: Any, inputs: VLMInputs, examples: list[Example], config: OcrHeadsConfig) -> list[_Reading | None]:
+    """What generation would have found where it would have said the answer and stopped; None elsewhere."""
+    stops = list(model.cfg.eos_token_ids)
+    answers = [model.tokenizer(e.answer, add_special_tokens=False)["input_ids"] for e in examples]
+    if not stops or max(map(len, answers)) >= config.new_tokens:
+        return [None] * len(examples)
+    found = _read(model, inputs, examples, [[*answer, stops[0]] for answer in answers], config.measured_by)
+    readings: list[_Reading | None] = []
+    for answer, (reading, predicted) in zip(answers, found, strict=True):
+        said = predicted[:-1] == answer and predicted[-1] in stops
+        readings.append(_without_stop(reading) if said else None)
+    return readings
+
+
+def _without_stop(reading: _Reading) -> _Reading:
+    return _Reading(reading.reply[:-1], reading.copies, reading.hits, reading.norms)
+
+
+def _read(
+    model: Any, inputs: VLMInputs, examples: list[Example], replies: list[list[int]], protocol: Protocol
+) -> list[tuple[_Reading, list[int]]]:
+    """One pass over prompts and replies; with each reading, what greedy decoding gives in the reply's place."""
+    continued = inputs.append([torch.tensor(r, dtype=torch.long) for r in replies])
+    copies = [find_copies(model, continued, row, e, replies[row], protocol) for row, e in enumerate(examples)]
+    hits, norms, predicted = _hits(model, continued, inputs.shape[1], copies, [len(r) for r in replies], protocol)
+    return [
+        (_Reading(replies[row], copies[row], hits[row], norms[row]), predicted[row]) for row in range(len(examples))
+    ]
 
 
 def reply_tokens(model: Any, row: Tensor) -> list[int]:
@@ -114,7 +163,7 @@ def find_copies(
         if len(boxes) == 1:  # one box around everything: every place is held against it
             boxes = boxes * len(places)
         return [
-            Copy(row, start + places[i] + shift if i < len(places) else None, weight, evidence)
+            Copy(start + places[i] + shift if i < len(places) else None, weight, evidence)
             for i, (_, evidence) in enumerate(boxes)
         ]
     copies = []
@@ -124,7 +173,7 @@ def find_copies(
             continue  # white space, or too small a part of any token
         generated = in_answer <= i < in_answer + run
         position = start + in_reply + i - in_answer + shift if generated else None
-        copies.append(Copy(row, position, weight, tuple(sorted(evidence))))
+        copies.append(Copy(position, weight, tuple(sorted(evidence))))
     return copies
 
 
@@ -153,58 +202,70 @@ def _tokens_of(inputs: VLMInputs, row: int, evidence: Any, protocol: Protocol) -
 
 
 def _hits(
-    model: Any, inputs: VLMInputs, n_prompt: int, copies: list[Copy], protocol: Protocol
-) -> tuple[Bool[np.ndarray, "copy layer head"], Float[np.ndarray, "row layer head"]]:
-    """For every copy, which heads' argmax lies in its evidence; and the heads' output norms on the prompts."""
-    by_row: dict[int, list[int]] = {row: [] for row in range(len(inputs))}
-    position_of = {i: copy.position for i, copy in enumerate(copies) if copy.position is not None}
-    for i in position_of:
-        by_row[copies[i].row].append(i)
-    width = max(1, *(len(found) for found in by_row.values()))
-    positions = torch.tensor([[f - 1] * width for f in inputs.stop])  # spare columns hold a harmless query
-    for row, found in by_row.items():
-        for column, i in enumerate(found):
-            positions[row, column] = position_of[i]
+    model: Any,
+    inputs: VLMInputs,
+    n_prompt: int,
+    copies: list[list[Copy]],
+    n_reply: list[int],
+    protocol: Protocol,
+) -> tuple[list[Bool[np.ndarray, "copy layer head"]], Float[np.ndarray, "row layer head"], list[list[int]]]:
+    """For every copy, which heads' argmax lies in its evidence; the heads' output norms on the prompts; the likeliest
+    token where each token of a reply was produced."""
+    asked = [[copy.position for copy in own if copy.position is not None] for own in copies]
+    width = max(1, *map(len, asked))
+    # spare columns hold a harmless query
+    positions = torch.tensor(
+        [own + [stop - 1] * (width - len(own)) for own, stop in zip(asked, inputs.stop, strict=True)]
+    )
     last_key = n_prompt - 1 if protocol.keys == "prompt" else inputs.shape[1]
     norms: dict[int, Tensor] = {}
+    predicted: list[list[int]] = []
+    prompt = inputs.attention_mask.clone()
+    prompt[:, n_prompt:] = 0
 
     def measure_norm(z: Tensor, hook: Any) -> None:
-        norms[hook.layer()] = _output_norm(z, model.blocks[hook.layer()].attn.W_O, inputs)
+        norms[hook.layer()] = _output_norm(z, model.blocks[hook.layer()].attn.W_O, prompt)
+
+    def predict(normalized: Tensor, hook: Any) -> None:
+        for row, (stop, n) in enumerate(zip(inputs.stop, n_reply, strict=True)):
+            predicted.append(model.unembed(normalized[row, stop - n - 1 : stop - 1]).argmax(-1).tolist())
 
     argmax = attention_rows(
         model,
         inputs,
         positions,
         reduce=lambda rows: rows[..., :last_key].argmax(-1),
-        fwd_hooks=[(lambda name: name.endswith("attn.hook_z") and name.startswith("blocks."), measure_norm)],
+        fwd_hooks=[
+            (lambda name: name.endswith("attn.hook_z") and name.startswith("blocks."), measure_norm),
+            ("ln_final.hook_normalized", predict),
+        ],
     ).cpu()
-    hits = np.zeros((len(copies), model.cfg.n_layers, model.cfg.n_heads), dtype=bool)
-    for row, found in by_row.items():
-        for column, i in enumerate(found):
-            evidence = torch.tensor(copies[i].evidence, dtype=torch.long)
-            hits[i] = torch.isin(argmax[:, row, :, column], evidence).numpy()
+    hits = []
+    for row, own in enumerate(copies):
+        found = np.zeros((len(own), model.cfg.n_layers, model.cfg.n_heads), dtype=bool)
+        generated = [i for i, copy in enumerate(own) if copy.position is not None]
+        for column, i in enumerate(generated):
+            evidence = torch.tensor(own[i].evidence, dtype=torch.long)
+            found[i] = torch.isin(argmax[:, row, :, column], evidence).numpy()
+        hits.append(found)
     stacked = torch.stack([norms[layer] for layer in range(model.cfg.n_layers)], dim=1)
-    return hits, stacked.float().cpu().numpy()
+    return hits, stacked.float().cpu().numpy(), predicted
 
 
-def _output_norm(z: Tensor, W_O: Tensor, inputs: VLMInputs) -> Float[Tensor, "batch head"]:
-    """Mean over real positions of the norm of z W_O per head, without making [pos, head, d_model]."""
+def _output_norm(z: Tensor, W_O: Tensor, where: Int[Tensor, "batch pos"]) -> Float[Tensor, "batch head"]:
+    """Mean over the positions marked in `where` of the norm of z W_O per head, without making [pos, head, d_model]."""
     gram = torch.einsum("hdm,hem->hde", W_O.float(), W_O.float())
     squared = torch.einsum("bphd,hde,bphe->bph", z.float(), gram, z.float())
-    mask = inputs.attention_mask.to(squared)[:, :, None]
+    mask = where.to(squared)[:, :, None]
     return (squared.clamp_min(0).sqrt() * mask).sum(1) / mask.sum(1)
 
 
-def _instances(copies: list[Copy], hits: np.ndarray, n_rows: int, protocol: Protocol) -> list[np.ndarray]:
-    """Scores per sample, |tokens copied| / |answer tokens|, or per token."""
-    weights = np.array([c.weight for c in copies])[:, None, None]
-    values = hits * weights if len(copies) else hits.astype(float)
+def _instances(
+    copies: list[Copy], hits: Bool[np.ndarray, "copy layer head"], protocol: Protocol
+) -> list[Float[np.ndarray, "layer head"]]:
+    """One example's scores: of the sample, |tokens copied| / |answer tokens|, or of each token."""
+    values = hits * np.array([c.weight for c in copies])[:, None, None]
     counted = [c.position is not None or protocol.missing == "zero" for c in copies]
     if protocol.instance == "token":
         return [v for v, keep in zip(values, counted, strict=True) if keep]
-    rows = []
-    for row in range(n_rows):
-        own = [i for i, c in enumerate(copies) if c.row == row and counted[i]]
-        if own:
-            rows.append(values[own].mean(0))
-    return rows
+    return [values[counted].mean(0)] if any(counted) else []

@@ -2,6 +2,7 @@
 
 import copy
 import json
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -146,14 +147,24 @@ def test_compat_is_the_official_code() -> None:
     assert config().measured_by == Protocol()
 
 
+def test_only_examples_that_are_not_answered_as_expected_are_generated(
+    toy: HookedVLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    examples = toy_pages(3, 12)
+    examples[4] = replace(examples[4], answer="zz")
+    plain = score_heads(toy, examples, config(), None)
+    generate, rows = toy.generate, []
+    monkeypatch.setattr(toy, "generate", lambda inputs, *rest: rows.append(len(inputs)) or generate(inputs, *rest))
+    again = score_heads(toy, examples, config(), None)
+    assert again.instances.tobytes() == plain.instances.tobytes()
+    assert sum(rows) == len(examples) - round(plain.exact * len(examples)) < len(examples)
+
+
 def test_output_norm_is_that_of_the_heads_result(toy: HookedVLM) -> None:
     model, examples = toy, toy_pages(3, 2)
     scores = score_heads(model, examples[:1], config(), None)
     inputs = to_inputs(model, examples[:1], None)
-    reply = model.generate(inputs, 6)[:, inputs.shape[1] :]
-    stop = [i for i, t in enumerate(reply[0].tolist()) if t in model.cfg.eos_token_ids]
-    continued = inputs.append(reply[:, : stop[0] if stop else None])
-    _, cache = model.run_with_cache(continued, names_filter=lambda n: n.endswith("hook_z") and n.startswith("blocks"))
+    _, cache = model.run_with_cache(inputs, names_filter=lambda n: n.endswith("hook_z") and n.startswith("blocks"))
     for layer, block in enumerate(model.blocks):
         result = torch.einsum("bphd,hdm->bphm", cache["z", layer], block.attn.W_O)
         expected = result.norm(dim=-1).mean((0, 1)).detach().numpy()
