@@ -1,0 +1,111 @@
+"""What a pass does not do: wait for the device, compute what nobody asked for, copy what it has."""
+
+from typing import Any
+
+import pytest
+import torch
+from families import ROWS, model_and_inputs
+
+from hooked_vlm.hooks import HookPoint
+
+
+@pytest.fixture(params=["qwen2-vl", "internvl2"])
+def family(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+@pytest.fixture
+def no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Reading a tensor's values from Python makes the host wait for the device."""
+
+    def refuse(*args: Any, **kwargs: Any) -> None:
+        raise AssertionError("the host waits for the device")
+
+    for name in ("item", "tolist", "cpu", "numpy", "nonzero", "__bool__", "__int__", "__float__", "__index__"):
+        monkeypatch.setattr(torch.Tensor, name, refuse)
+
+
+@pytest.mark.parametrize("rows", ROWS)
+def test_the_host_never_waits_for_the_device(family: str, rows: str, no_waiting: None) -> None:
+    model, inputs = model_and_inputs(family, rows)
+    with torch.no_grad():
+        model(inputs)
+        past = model.new_kv_cache(len(inputs), inputs.shape[1] + 2)
+        logits = model(inputs, past_kv_cache=past, logits_at="last")
+        for _ in range(2):
+            logits = model.next_logits(logits.flatten(0, 1).argmax(-1), past)[:, None]
+
+
+@pytest.mark.parametrize("rows", ROWS)
+@pytest.mark.parametrize("cached", [False, True])
+def test_the_last_block_computes_what_is_asked_for(family: str, rows: str, cached: bool) -> None:
+    model, inputs = model_and_inputs(family, rows)
+    last = model.blocks[model.cfg.n_layers - 1]
+    sizes: dict[str, torch.Size] = {}
+
+    def note(name: str) -> Any:
+        return lambda module, args, out: sizes.__setitem__(name, out.shape)
+
+    def run() -> torch.Tensor:
+        past = model.new_kv_cache(len(inputs), inputs.shape[1]) if cached else None
+        with torch.no_grad():
+            return model(inputs, past_kv_cache=past, logits_at="last")
+
+    handles = [getattr(last.attn, n).register_forward_hook(note(n)) for n in ("q_proj", "k_proj", "o_proj")]
+    handles.append(last.mlp.out_proj.register_forward_hook(note("mlp")))
+    try:
+        narrow = run()
+    finally:
+        for handle in handles:
+            handle.remove()
+    if rows != "padded":  # padded rows are packed
+        assert {name: size[1] for name, size in sizes.items()} == {
+            "q_proj": 1, "k_proj": inputs.shape[1], "o_proj": 1, "mlp": 1,
+        }  # fmt: skip
+    with torch.no_grad():
+        torch.testing.assert_close(narrow[:, 0], model(inputs)[:, -1], atol=1e-5, rtol=1e-5)
+        seen = []
+        with model.hooks(fwd_hooks=[(f"blocks.{model.cfg.n_layers - 1}.hook_mlp_out", lambda x, hook: seen.append(x))]):
+            torch.testing.assert_close(run(), narrow, atol=1e-5, rtol=1e-5)
+    assert seen[0].shape[:2] == inputs.shape
+
+
+def test_a_cache_with_room_is_never_moved(family: str) -> None:
+    model, inputs = model_and_inputs(family, "padded")
+    past = model.new_kv_cache(len(inputs), inputs.shape[1] + 3)
+    with torch.no_grad():
+        logits = model(inputs, past_kv_cache=past, logits_at="last")
+        before = [x.data_ptr() for x in (*past.keys, *past.values)]
+        for _ in range(3):
+            logits = model.next_logits(logits.flatten(0, 1).argmax(-1), past)[:, None]
+        assert [x.data_ptr() for x in (*past.keys, *past.values)] == before
+        model.next_logits(logits.flatten(0, 1).argmax(-1), past)  # beyond its room it grows
+    assert past.length == inputs.shape[1] + 4
+    assert past.keys[0].shape[1] == 2 * (inputs.shape[1] + 3)
+
+
+def test_padding_is_left_out_of_linear_work(family: str) -> None:
+    model, inputs = model_and_inputs(family, "padded")
+    rows = []
+    handle = model.blocks[1].mlp.out_proj.register_forward_hook(lambda module, args, out: rows.append(out.shape))
+    try:
+        with torch.no_grad():
+            model(inputs)
+    finally:
+        handle.remove()
+    assert rows == [(int(inputs.attention_mask.sum()), model.cfg.d_model)]
+
+
+def test_hooks_are_told_where_they_are(family: str) -> None:
+    model, inputs = model_and_inputs(family, "one image")
+    n = inputs.shape[1]
+    told: dict[str, tuple[list[int], int]] = {}
+
+    def note(x: torch.Tensor, hook: HookPoint) -> None:
+        told[str(hook.name)] = (hook.ctx["positions"].tolist(), hook.ctx["first_position"])
+
+    hooks = [(name, note) for name in ("hook_embed", "blocks.0.attn.hook_k", "ln_final.hook_normalized")]
+    model.run_with_hooks(inputs, fwd_hooks=hooks, logits_at="last")
+    assert told["hook_embed"] == told["blocks.0.attn.hook_k"] == (list(range(n)), 0)
+    assert told["ln_final.hook_normalized"] == ([n - 1], n - 1)
+    assert not any(point.ctx for point in model.hook_dict.values())
