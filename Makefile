@@ -15,7 +15,7 @@ help:
 	@echo "make test-all    the same, then the slow ones (make test-slow)"
 	@echo "make lint        ruff and pyright"
 	@echo "make format      let ruff rewrite what it can"
-	@echo "make bench       timings and memory, side by side with transformers"
+	@echo "make bench       timings and memory, side by side with transformers (half an hour)"
 	@echo "make docs-hooks  regenerate docs/hooks.md"
 	@echo "make setup       everything a developer needs, pre-commit hooks included"
 	@echo "make clean       remove .venv and all that was built"
@@ -42,7 +42,8 @@ format: $(VENV)/.installed-dev
 	$(BIN)/ruff format
 
 bench: $(VENV)/.installed-dev
-	@set -e; for script in benchmarks/*.py; do echo "== $$script"; $(BIN)/python "$$script"; done
+	@set -e; for name in forward scoring sweeps memory loading peers figure; do \
+	  echo "== $$name"; $(BIN)/python "benchmarks/$$name.py"; done
 
 docs-hooks: $(VENV)/.installed-dev
 	$(BIN)/python -m hooked_vlm.hook_table

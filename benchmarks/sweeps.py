@@ -64,7 +64,7 @@ def against_forward(
     found = sweep(model, inputs, interventions, METRIC)
     error = (found.values[::naive_share] - naive(model, inputs, some).cpu()).abs().max().item()
     scale = len(interventions) / len(some)
-    plan = make_plan(model, inputs, interventions, narrow=True)
+    plan = make_plan(model, inputs, interventions, logits_at="last")
     measured = measure(
         {
             "plain forward": partial(model, inputs),

@@ -42,8 +42,10 @@ def attention_scores(
     q: Float[Tensor, "batch query head d_head"], k: Float[Tensor, "batch key kv_head d_head"]
 ) -> Float[Tensor, "batch head query key"]:
     """Unmasked scores, q k^T / sqrt(d_head)."""
-    scores = _by_group(q.transpose(1, 2), k.shape[2]) @ k.permute(0, 2, 3, 1)
-    return scores.view(q.shape[0], q.shape[2], q.shape[1], k.shape[1]) * q.shape[-1] ** -0.5
+    scale = q.shape[-1] ** -0.5
+    before, after = (scale, 1.0) if q.dtype == torch.float16 else (1.0, scale)  # float16 ends at 65504
+    scores = _by_group(q.transpose(1, 2) * before, k.shape[2]) @ k.permute(0, 2, 3, 1)
+    return scores.view(q.shape[0], q.shape[2], q.shape[1], k.shape[1]) * after
 
 
 def weighted_values(
@@ -318,12 +320,6 @@ class AttentionRun:
     def pad(self, x: Float[Tensor, "..."]) -> Float[Tensor, "batch pos *rest"]:
         """As hooks see it."""
         return x
-
-    def last_of_rows(
-        self, stream: Float[Tensor, "batch pos d_model"]
-    ) -> tuple[Float[Tensor, "batch 1 d_model"], "AttentionRun"]:
-        """Each row's last position, and the run that goes on with it."""
-        return stream[:, -1:], self.last(1)
 
     def without_positions(self) -> "AttentionRun":
         """The same, where rows of the batch are at different positions."""

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
@@ -30,7 +31,7 @@ def margin(tokens: Tokens) -> Metric:
     """How much higher the logit of a token is than the best of all others."""
 
     def of(logits: Float[Tensor, "batch d_vocab"]) -> Float[Tensor, "batch"]:
-        index = _index(logits, tokens)
+        logits, index = _exact(logits), _index(logits, tokens)
         return _of(logits, tokens) - logits.scatter(-1, index[:, None], -torch.inf).amax(-1)
 
     return of
@@ -39,7 +40,12 @@ def margin(tokens: Tokens) -> Metric:
 def kl_divergence(reference: Float[Tensor, "batch d_vocab"]) -> Metric:
     """KL(reference || run) in nats, for the logits of another run."""
     log_p = _exact(reference).log_softmax(-1)
-    return lambda logits: (log_p.exp() * (log_p.to(logits.device) - _exact(logits).log_softmax(-1))).sum(-1)
+
+    def of(logits: Float[Tensor, "batch d_vocab"]) -> Float[Tensor, "batch"]:
+        log_q = _exact(logits).log_softmax(-1)
+        return F.kl_div(log_q, log_p.to(log_q), reduction="none", log_target=True).sum(-1)
+
+    return of
 
 
 def _exact(logits: Tensor) -> Tensor:
@@ -51,4 +57,4 @@ def _index(logits: Tensor, tokens: Tokens) -> Int[Tensor, "batch"]:
 
 
 def _of(logits: Float[Tensor, "batch d_vocab"], tokens: Tokens) -> Float[Tensor, "batch"]:
-    return logits.gather(-1, _index(logits, tokens)[:, None])[:, 0]
+    return _exact(logits).gather(-1, _index(logits, tokens)[:, None])[:, 0]

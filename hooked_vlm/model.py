@@ -24,7 +24,7 @@ from hooked_vlm.hooks import HookName, HookPoint, call_told, fresh, is_encoder, 
 from hooked_vlm.inputs import Answer, VLMInputs
 from hooked_vlm.kv_cache import KVCache
 from hooked_vlm.loading import LoadingMixin
-from hooked_vlm.passes import inputs_mask, inputs_run, step_run
+from hooked_vlm.passes import inputs_mask, inputs_run, last_of_rows, step_run
 from hooked_vlm.prompting import PromptMixin
 from hooked_vlm.token_layout import InputError
 from hooked_vlm.vision import PatchRun, Projector, VisionTower
@@ -111,7 +111,8 @@ class HookedVLM(LoadingMixin, PromptMixin, GenerationMixin, WeightsMixin, HookCh
         run = inputs_run(self.cfg, inputs, past_kv_cache, self.cfg.dtype if resid is None else resid.dtype)
         stream: Tensor = run.pack(self._embed(inputs, run) if resid is None else resid)
         n_out = None
-        if logits_at == "last" and return_type == "logits" and stop_at_layer is None and not run.packs:
+        narrow = logits_at == "last" and return_type == "logits" and stop_at_layer is None
+        if narrow and not run.packs and min(inputs.stop) == inputs.shape[1]:
             n_out = None if self._hooked_in(self.cfg.n_layers - 1) else 1
         for layer in range(first, last):
             stream = self.run_block(stream, run, layer, n_out if layer == self.cfg.n_layers - 1 else None)
@@ -124,7 +125,7 @@ class HookedVLM(LoadingMixin, PromptMixin, GenerationMixin, WeightsMixin, HookCh
             self.ln_final(stream, run.hook)
             return None
         if logits_at == "last":
-            stream, run = run.last_of_rows(stream)
+            stream, run = last_of_rows(stream, run, inputs)
         logits = run.pad(self.unembed(self.ln_final(stream, run.hook)))
         if return_type == "logits":
             return logits

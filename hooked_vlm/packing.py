@@ -42,11 +42,10 @@ class PackedRun(AttentionRun):
         """`starts` are the columns of the rows' first positions (0 by default). `mask` is that of padded rows."""
         super().__init__(mask, rotate, past, use_attn_result, told or {})
         self.lengths, self.width = tuple(lengths), width or max(lengths)
-        first = np.zeros(len(lengths), dtype=int) if starts is None else np.array(starts)
-        self.stops = first + np.array(lengths)
         self.slots: Int[Tensor, "position"] | None = None
         """Where each packed position lies among the padded ones; None where nothing is padded."""
         if min(lengths) != self.width:
+            first = np.zeros(len(lengths), dtype=int) if starts is None else np.array(starts)
             columns = [start + np.arange(n) for start, n in zip(first, lengths, strict=True)]
             slots = np.concatenate([row * self.width + own for row, own in enumerate(columns)])
             self.slots = torch.from_numpy(slots).to(device)
@@ -67,22 +66,14 @@ class PackedRun(AttentionRun):
     def packs(self) -> bool:
         return True
 
-    def last_of_rows(
-        self, stream: Float[Tensor, "position d_model"]
-    ) -> tuple[Float[Tensor, "row 1 d_model"], AttentionRun]:
-        ends = np.cumsum(self.lengths) - 1
-        run = AttentionRun(self.mask, None, self.past, self.use_attn_result, self.told)
-        together = self.slots is None or bool((self.stops == self.width).all())
-        run = run.last(1) if together else run.without_positions()
-        return stream[torch.from_numpy(ends).to(stream.device)][:, None], run
-
     def hook(self, point: HookPoint, x: Tensor) -> Tensor:
         if not is_hooked(point):
             return x
         seen = self.pad(x)
-        version = seen._version
+        tracked = not (seen.is_inference() or seen.requires_grad)  # a hook may ask `seen` for its gradient
+        version = seen._version if tracked else -1
         out = self.call(point, seen)
-        if out is seen and seen._version == version:
+        if tracked and out is seen and seen._version == version and not out.requires_grad:
             return x  # only looked at
         return self.pack(out)
 

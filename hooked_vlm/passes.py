@@ -6,7 +6,7 @@ Made once per pass. A step of generation makes it from the key-value cache alone
 from typing import Any
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from hooked_vlm.attention import AttentionRun
@@ -43,6 +43,27 @@ def step_run(cfg: VLMConfig, past: KVCache, dtype: torch.dtype) -> AttentionRun:
     told = {"positions": here, "first_position": past.length, "step": past.n_passes}
     rotate = _rotation(cfg, position_ids, past.next_position + 1, dtype)
     return AttentionRun(mask, rotate, past, cfg.use_attn_result, told)
+
+
+def last_of_rows(
+    stream: Float[Tensor, "*dims d_model"], run: AttentionRun, inputs: VLMInputs, first: int = 0
+) -> tuple[Float[Tensor, "rows 1 d_model"], AttentionRun]:
+    """Each row's last real position, and the run that goes on with it.
+
+    `stream` begins at the position `first`; its rows may be those of several runs over `inputs`.
+    """
+    together = min(inputs.stop) == inputs.shape[1]
+    if isinstance(run, PackedRun):
+        ends = torch.tensor(run.lengths).cumsum(0).to(stream.device, non_blocking=True) - 1
+        last = stream[ends][:, None]
+        run = AttentionRun(run.mask, None, run.past, run.use_attn_result, run.told)
+    elif together:
+        last = stream[:, -1:]
+    else:
+        index = torch.tensor(inputs.stop, device=stream.device) - 1 - first
+        rows = torch.arange(len(stream), device=stream.device)
+        last = stream[rows, index.repeat(len(stream) // len(inputs))][:, None]
+    return last, run.last(1) if together else run.without_positions()
 
 
 def inputs_mask(cfg: VLMConfig, inputs: VLMInputs, past: KVCache | None) -> AttentionMask:

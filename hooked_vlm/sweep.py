@@ -92,37 +92,54 @@ def sweep(
         raise InputError(f"a sweep needs a model without hooks of its own, and {hooked[0]} has one: reset_hooks()")
     if logits_at not in ("last", "all"):
         raise InputError(f'logits_at must be "last" or "all", got {logits_at!r}')
-    plan = make_plan(model, inputs, interventions, logits_at == "last", max_runs)
+    plan = make_plan(model, inputs, interventions, logits_at, max_runs)
     encoded = inputs
     if inputs.has_visuals and inputs.image_features is None:
         encoded = inputs.with_image_features(model.encode_images(inputs))
     plain = PlainRun.of(model, encoded, plan, logits_at)
-    baseline = _measure(metric, plain.logits, logits_at)
-    values = baseline.new_empty(len(interventions), len(inputs))
+    baseline = _measure(metric, plain.logits, logits_at).cpu()
+    values = baseline.new_full((len(interventions), len(inputs)), torch.nan)
     with tqdm(total=plan.n_runs, disable=not progress, desc="sweep", unit="run") as bar:
         for i in plan.encoder_runs:
-            hooks = interventions[i].hooks(model, inputs)
-            logits = model.run_with_hooks(inputs, fwd_hooks=hooks, logits_at=logits_at)
-            values[i] = _measure(metric, logits, logits_at)
+            values[i] = _measure(metric, _whole_pass(model, inputs, interventions[i], logits_at), logits_at).cpu()
             bar.update()
         waiting = list(reversed(plan.batches))
         while waiting:
             batch = waiting.pop()
             try:
                 logits = batch_logits(model, plain, batch, interventions, plan, logits_at)
+                found = [_measure(metric, _with_prefix(own, plain, logits_at), logits_at) for own in logits]
             except (torch.OutOfMemoryError, RuntimeError) as error:
                 if not _out_of_memory(error) or len(batch.runs) == 1:
                     raise
                 waiting += _halves(batch)
                 continue
-            for i, own in zip(batch.runs, logits, strict=True):
-                if logits_at == "all":
-                    own = torch.cat((plain.logits[:, : batch.first_position], own), dim=1)
-                values[i] = _measure(metric, own, logits_at)
+            values[list(batch.runs)] = torch.stack(found).cpu()
             bar.update(len(batch.runs))
     if (n_bad := int(values.isnan().sum())) > 0:
         warnings.warn(f"{n_bad} of {values.numel()} values are not numbers (NaN); they are kept as such", stacklevel=2)
     return SweepResult(values, baseline, interventions, plan)
+
+
+def _whole_pass(
+    model: Any, inputs: VLMInputs, intervention: Intervention, logits_at: Literal["last", "all"]
+) -> Float[Tensor, "batch out d_vocab"]:
+    """A run from the pixels on, whose hooks see whole tensors unless they go by positions."""
+    at = logits_at if intervention.finds_positions else "all"
+    logits = model.run_with_hooks(inputs, fwd_hooks=intervention.hooks(model, inputs), logits_at=at)
+    if at == logits_at:
+        return logits
+    last = torch.tensor(inputs.stop, device=logits.device) - 1
+    return logits[torch.arange(len(inputs), device=logits.device), last][:, None]
+
+
+def _with_prefix(
+    own: Float[Tensor, "batch out d_vocab"], plain: PlainRun, logits_at: str
+) -> Float[Tensor, "batch pos d_vocab"]:
+    """Of all positions, if they are wanted: those before a run's own are the plain run's."""
+    if logits_at == "last" or own.shape == plain.logits.shape:
+        return own
+    return torch.cat((plain.logits[:, : plain.logits.shape[1] - own.shape[1]], own), dim=1)
 
 
 def _measure(metric: Metric, logits: Float[Tensor, "batch out d_vocab"], logits_at: str) -> Float[Tensor, "batch"]:
@@ -130,7 +147,7 @@ def _measure(metric: Metric, logits: Float[Tensor, "batch out d_vocab"], logits_
     if not isinstance(values, Tensor) or values.shape != logits.shape[:1]:
         got = tuple(values.shape) if isinstance(values, Tensor) else type(values).__name__
         raise InputError(f"the metric must give one number for each of {len(logits)} rows, a tensor; it gave {got}")
-    return values.cpu()
+    return values.to(torch.promote_types(values.dtype, torch.float32))
 
 
 def _out_of_memory(error: BaseException) -> bool:

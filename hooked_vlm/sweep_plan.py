@@ -9,6 +9,7 @@ import torch
 
 from hooked_vlm.inputs import VLMInputs
 from hooked_vlm.interventions.base import ENCODER, Intervention
+from hooked_vlm.token_layout import InputError
 
 SLACK = 1.1
 """Runs share a batch if it makes none of them compute more than this many times its own positions."""
@@ -42,7 +43,10 @@ class SweepPlan:
     n_layers: int
     narrow_end: bool
     """Whether the last block computes queries of the last position only."""
-    has_images: bool
+    find_positions: bool
+    """Whether all interventions go by the positions that hooks are told."""
+    encodes: bool
+    """Whether there are images that are not encoded yet."""
 
     @property
     def n_runs(self) -> int:
@@ -69,7 +73,7 @@ class SweepPlan:
     def describe(self) -> str:
         """The plan in words and numbers."""
         lines = [f"{self.n_runs} runs on {self.n_rows} x {self.n_positions} tokens, {self.n_layers} layers"]
-        if self.has_images:
+        if self.encodes:
             passes = 1 + len(self.encoder_runs)
             lines.append(f"vision tower: {passes} {'pass' if passes == 1 else 'passes'} instead of {self.n_runs}")
         if self.encoder_runs:
@@ -100,19 +104,25 @@ def make_plan(
     model: Any,
     inputs: VLMInputs,
     interventions: Sequence[Intervention],
-    narrow: bool,
+    logits_at: str,
     max_runs: int | None = None,
 ) -> SweepPlan:
     """Batches of runs with nearly the same first position, each in the order of first layers.
 
     Args:
-        narrow: whether only the last position's logits are wanted.
+        logits_at: "last", or "all".
         max_runs: how many runs share a batch at most; by default as many as memory and speed ask for.
+
+    Raises:
+        InputError: `max_runs` below 1, or an intervention that does not fit.
     """
+    if max_runs is not None and max_runs < 1:
+        raise InputError(f"max_runs, the number of runs in a batch, must be at least 1, got {max_runs}")
     n_positions, n_layers = inputs.shape[1], model.cfg.n_layers
     begins = [(iv.first_layer(model, inputs), iv.first_position(model, inputs)) for iv in interventions]
     encoder = tuple(i for i, (layer, _) in enumerate(begins) if layer == ENCODER)
-    rest = sorted((min(p, n_positions - 1), layer, i) for i, (layer, p) in enumerate(begins) if layer != ENCODER)
+    end = min(inputs.stop) - 1  # every row's last position is computed
+    rest = sorted((min(p, end), layer, i) for i, (layer, p) in enumerate(begins) if layer != ENCODER)
     groups: list[list[tuple[int, int, int]]] = []
     for item in rest:
         fits = groups and n_positions - groups[-1][0][0] <= SLACK * (n_positions - item[0])
@@ -123,24 +133,26 @@ def make_plan(
     batches = []
     for group in groups:
         first = group[0][0]
-        most = max_runs or runs_that_fit(model, inputs, n_positions - first)
+        most = max_runs or runs_that_fit(model, inputs, n_positions - first, logits_at)
         ordered = sorted((layer, i) for _, layer, i in group)
         for start in range(0, len(ordered), most):
             part = ordered[start : start + most]
             batches.append(Batch(tuple(i for _, i in part), tuple(layer for layer, _ in part), first))
-    ends_together = min(inputs.stop) == n_positions
-    narrow = narrow and ends_together and all(iv.finds_positions for iv in interventions)
-    return SweepPlan(tuple(batches), encoder, len(inputs), n_positions, n_layers, narrow, inputs.has_visuals)
+    find_positions = all(iv.finds_positions for iv in interventions)
+    narrow = logits_at == "last" and find_positions and min(inputs.stop) == n_positions
+    encodes = inputs.has_visuals and inputs.image_features is None
+    return SweepPlan(tuple(batches), encoder, len(inputs), n_positions, n_layers, narrow, find_positions, encodes)
 
 
-def runs_that_fit(model: Any, inputs: VLMInputs, width: int) -> int:
+def runs_that_fit(model: Any, inputs: VLMInputs, width: int, logits_at: str) -> int:
     """How many runs over the last `width` positions fit into a batch."""
     cfg, n_keys = model.cfg, inputs.shape[1]
     size = torch.finfo(cfg.dtype).bits // 8
     activations = width * (6 * cfg.d_model + 3 * cfg.d_mlp + 4 * cfg.n_heads * cfg.d_head) * size
     keys = 6 * n_keys * cfg.n_key_value_heads * cfg.d_head * size
     scores = 3 * cfg.n_heads * width * n_keys * 4
-    per_run = len(inputs) * (activations + keys + scores + cfg.d_vocab * 4)
+    logits = cfg.d_vocab * 4 * (1 if logits_at == "last" else 2 * width)
+    per_run = len(inputs) * (activations + keys + scores + logits)
     by_memory = int(MEMORY_SHARE * free_memory(cfg.device)) // per_run
     by_speed = TOKENS_PER_BATCH.get(cfg.device.type, TOKENS_PER_BATCH["cpu"]) // (len(inputs) * width)
     return max(1, min(by_memory, max(by_speed, 1)))

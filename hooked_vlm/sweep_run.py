@@ -15,7 +15,7 @@ from hooked_vlm.interventions.base import EMBEDDING, Hooks, Intervention
 from hooked_vlm.interventions.heads import HeadIntervention, layer_hooks
 from hooked_vlm.kv_cache import KVCache, SharedPrefix
 from hooked_vlm.masks import AttentionMask
-from hooked_vlm.passes import inputs_mask, inputs_rotation
+from hooked_vlm.passes import inputs_mask, inputs_rotation, last_of_rows
 from hooked_vlm.rotary import Rotation
 from hooked_vlm.sweep_plan import Batch, SweepPlan
 
@@ -84,7 +84,8 @@ def batch_logits(
             shared = shared[:, -stream.shape[1] :] if len(stream) else shared
         return torch.cat((stream, shared.repeat(n, 1, 1)))
 
-    run = plain.run(model, first, len(batch.runs))
+    n_runs = len(batch.runs)
+    run = plain.run(model, first, n_runs)
     with model.hooks(fwd_hooks=batch_hooks(model, plain.inputs, [interventions[i] for i in batch.runs])):
         stream = joined(stream, EMBEDDING)
         if len(stream):
@@ -92,24 +93,19 @@ def batch_logits(
         for layer in range(n_layers):
             stream = joined(stream, layer)
             if len(stream):
-                run = plain.run(model, first, len(stream) // n_rows)
+                if len(stream) != n_runs * n_rows:  # runs have joined
+                    n_runs = len(stream) // n_rows
+                    run = plain.run(model, first, n_runs)
                 n_out = 1 if plan.narrow_end and layer == n_layers - 1 else None
                 stream = model.run_block(stream, run, layer, n_out)
         stream = joined(stream, n_layers)
-        if logits_at == "last":
-            stream, run = _last(stream, run, plain.inputs)
-        logits = model.unembed(model.ln_final(stream, run.hook))
+        if logits_at == "last" and plan.find_positions:
+            stream, run = last_of_rows(stream, run, plain.inputs, first)
+        normalized = model.ln_final(stream, run.hook)
+        if logits_at == "last" and not plan.find_positions:  # hooks on the final norm saw all of it
+            normalized, _ = last_of_rows(normalized, run, plain.inputs, first)
+        logits = model.unembed(normalized)
     return logits.unflatten(0, (len(batch.runs), n_rows))
-
-
-def _last(stream: Tensor, run: AttentionRun, inputs: VLMInputs) -> tuple[Tensor, AttentionRun]:
-    """Each row's last real position."""
-    n_positions = inputs.shape[1]
-    if min(inputs.stop) == n_positions:
-        return stream[:, -1:], run.last(1)
-    last = torch.tensor(inputs.stop, device=stream.device) - 1 - (n_positions - stream.shape[1])
-    last = last.repeat(len(stream) // len(inputs))
-    return stream[torch.arange(len(stream), device=stream.device), last][:, None], run.without_positions()
 
 
 Edits = list[tuple[int, int, Callable]]

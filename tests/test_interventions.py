@@ -430,7 +430,14 @@ def unchecked(intervention: Intervention, **values: Any) -> Intervention:
         (lambda model: RedistributeSink(HEADS, 0.5, sink=7), "a row has no such token"),
         (lambda model: MeanHeads(HEADS, torch.zeros(3, 4, 8)), r"\(3, 4, 16\), got \(3, 4, 8\)"),
         (lambda model: PatchActivation("blocks.0.hook_mlp_out", torch.zeros(1), heads=(1,)), "no head axis"),
-        (lambda model: PatchActivation("blocks.0.hook_mlp_out", torch.zeros(3, 20, 8)), "same rows and columns"),
+        (lambda model: PatchActivation("blocks.0.hook_mlp_out", torch.zeros(3, 20, 64)), "same rows and columns"),
+        (lambda model: PatchActivation("blocks.0.hook_mlp_out", torch.zeros(3, 9, 64)), "same rows and columns"),
+        (lambda model: PatchActivation("blocks.0.hook_mlp_out", torch.zeros(3, 13, 8)), "does not fit"),
+        (
+            lambda model: Together((RedistributeSink(HEADS, 0.5), ReplaceImageKV(((1, 3),)))),
+            r"head 1\.3 has its pattern",
+        ),
+        (lambda model: ReplaceImageTokens("video"), "no video positions"),
         (lambda model: AddVector("blocks.0.hook_mlp_out", torch.zeros(8)), "cannot be added"),
         (lambda model: AddVector("vision.hook_embed", torch.zeros(32), positions="text"), "image side"),
         (lambda model: ReplaceImageTokens("text"), "is not an image token"),
@@ -456,6 +463,19 @@ def test_hooks_of_your_own_are_taken_as_they_are() -> None:
     iv = CustomHooks([("blocks.1.hook_mlp_out", lambda x, hook: x * 2)], "twice the MLP")
     assert str(iv) == "twice the MLP"
     same(model, batch, iv, by_hand(model, batch, list(iv.fwd_hooks)))
+
+
+def test_scores_in_float16_do_not_overflow_where_they_fit() -> None:
+    q, k = torch.full((1, 1, 1, 128), 64.0, dtype=torch.float16), torch.full((1, 2, 1, 128), 8.5, dtype=torch.float16)
+    expected = torch.full((1, 1, 1, 2), 69632 / 128**0.5)  # beyond float16 before it is scaled
+    torch.testing.assert_close(attention_scores(q, k).float(), expected, rtol=2e-3, atol=0)
+
+
+def test_numbers_that_are_not_finite_are_not_hidden_by_blocking() -> None:
+    model, batch = tiny_model(), inputs(PADDED)
+    broken = AddVector("blocks.1.attn.hook_q", torch.full((4, 16), torch.nan), positions="final")
+    both = Together((broken, BlockAttention(((1, 1),), "final", "final")))
+    assert edited(model, batch, both)[:, -1].isnan().all()
 
 
 def test_scores_of_chosen_queries_and_heads_equal_those_of_all() -> None:

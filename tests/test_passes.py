@@ -1,5 +1,6 @@
 """What a pass does not do: wait for the device, compute what nobody asked for, copy what it has."""
 
+import copy
 from typing import Any
 
 import pytest
@@ -14,8 +15,7 @@ def family(request: pytest.FixtureRequest) -> str:
     return request.param
 
 
-@pytest.fixture
-def no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+def refuse_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
     """Reading a tensor's values from Python makes the host wait for the device."""
 
     def refuse(*args: Any, **kwargs: Any) -> None:
@@ -26,8 +26,9 @@ def no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("rows", ROWS)
-def test_the_host_never_waits_for_the_device(family: str, rows: str, no_waiting: None) -> None:
+def test_the_host_never_waits_for_the_device(family: str, rows: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model, inputs = model_and_inputs(family, rows)
+    refuse_waiting(monkeypatch)
     with torch.no_grad():
         model(inputs)
         past = model.new_kv_cache(len(inputs), inputs.shape[1] + 2)
@@ -94,6 +95,43 @@ def test_padding_is_left_out_of_linear_work(family: str) -> None:
     finally:
         handle.remove()
     assert rows == [(int(inputs.attention_mask.sum()), model.cfg.d_model)]
+
+
+def test_what_hooks_see_of_padded_rows_has_its_gradient(family: str) -> None:
+    model, inputs = model_and_inputs(family, "padded")
+    seen = []
+
+    def watch(x: torch.Tensor, hook: HookPoint) -> None:
+        x.retain_grad()
+        seen.append(x)
+
+    model.run_with_hooks(inputs, fwd_hooks=[("blocks.1.hook_resid_post", watch)])[:, -1, 5].sum().backward()
+    model.zero_grad()
+    _, cache = model.run_with_cache(inputs, incl_bwd=True, return_type="loss")
+    grad = seen[0].grad
+    real = inputs.attention_mask.bool()
+    assert grad.shape == (*inputs.shape, model.cfg.d_model) and grad[real].abs().sum() > 0 and not grad[~real].any()
+    assert cache["blocks.1.hook_resid_post_grad"].shape == grad.shape
+    model.zero_grad()
+
+
+def test_a_hook_may_ask_a_tensor_for_a_gradient(family: str) -> None:
+    model, inputs = model_and_inputs(family, "padded")
+    seen = []
+    frozen = copy.deepcopy(model).requires_grad_(False)
+    hooks = [("blocks.1.hook_resid_post", lambda x, hook: seen.append(x.requires_grad_()))]
+    frozen.run_with_hooks(inputs, fwd_hooks=hooks)[:, -1, 5].sum().backward()
+    assert seen[0].grad is not None and seen[0].grad.abs().sum() > 0
+
+
+def test_inference_mode_gives_the_same_numbers(family: str) -> None:
+    model, inputs = model_and_inputs(family, "padded")
+    with torch.no_grad():
+        expected = model.run_with_hooks(inputs, fwd_hooks=[("blocks.1.hook_mlp_out", lambda x, hook: x * 2)])
+    with torch.inference_mode():
+        found = model.run_with_hooks(inputs, fwd_hooks=[("blocks.1.hook_mlp_out", lambda x, hook: x.mul_(2))])
+        _, cache = model.run_with_cache(inputs)
+    assert found.equal(expected) and cache["resid_post", 1].shape == (*inputs.shape, model.cfg.d_model)
 
 
 def test_hooks_are_told_where_they_are(family: str) -> None:

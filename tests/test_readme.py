@@ -15,6 +15,7 @@ def test_every_python_block_of_the_readme_runs(capsys) -> None:
     answer, line = capsys.readouterr().out.strip().split(" is written in ")
     assert line.endswith(f"= {answer}")
     assert names["mass"].shape == (names["model"].cfg.n_heads,)
+    assert set(names["table"]["intervention"][:2]) == {"ReplaceImageKV 2.1", "ReplaceImageKV 2.0"}
 
 
 def test_every_python_block_of_the_page_about_sweeps_runs(capsys) -> None:

@@ -1,5 +1,6 @@
 """A sweep gives the numbers of a loop over `run_with_hooks`, whatever it shares and reuses."""
 
+import copy
 from importlib import import_module
 from typing import Any
 
@@ -151,6 +152,66 @@ def test_hooks_of_your_own_see_whole_tensors(family: str) -> None:
     assert set(shapes) == {(len(batch), batch.shape[1], model.cfg.d_model)}
 
 
+def test_hooks_of_your_own_may_have_filters_and_sit_on_the_final_norm(family: str) -> None:
+    model, batch = model_and_inputs(family, "padded")
+    filtered = CustomHooks([(lambda name: name.endswith("hook_mlp_out"), lambda x, hook: x * 0.9)])
+
+    def shift(x: Tensor, hook: Any) -> Tensor:
+        return x + x[:, 3:4]
+
+    behind = CustomHooks([("ln_final.hook_normalized", shift)])
+    agrees(model, batch, [filtered, behind, ZeroHeads(((1, 1),))], logit(5))
+    _, cache = model.run_with_cache(batch, names_filter="vision.hook_embed")
+    encoder = Together((PatchActivation("vision.hook_embed", cache["vision.hook_embed"].flip(0)), behind))
+    agrees(model, batch, [encoder], logit(5))
+
+
+def test_an_intervention_of_your_own_sees_whole_tensors_unless_it_says_otherwise(family: str) -> None:
+    model, batch = model_and_inputs(family, "one image")
+
+    class Own(Intervention):
+        def hooks(self, model: Any, inputs: Any) -> Any:
+            def halve(x: Tensor, hook: Any) -> Tensor:
+                assert x.shape[1] == inputs.shape[1]
+                return x / 2
+
+            return [(f"blocks.{model.cfg.n_layers - 1}.hook_mlp_out", halve)]
+
+    agrees(model, batch, [Own(), ZeroHeads(((0, 0),))], logit(5))
+
+
+def test_positions_past_the_end_of_a_shorter_row(family: str) -> None:
+    model, batch = model_and_inputs(family, "padded")
+    n = batch.shape[1]
+    ragged = batch.append([[7], [8, 9, 10, 11, 12], [13, 14]])
+    late = tuple((n + 3,) if row == 1 else () for row in range(len(batch)))
+    agrees(model, ragged, [ZeroHeads(((1, 1), (2, 0)), late)], logit(5))
+
+
+@pytest.mark.parametrize("switch", ["use_split_qkv_input", "use_attn_result", "use_hook_mlp_in"])
+@pytest.mark.parametrize("ragged", [False, True])
+def test_switches(family: str, switch: str, ragged: bool) -> None:
+    model, batch = model_and_inputs(family, "padded")
+    batch = right_padded(model, batch) if ragged else batch
+    getattr(model, f"set_{switch}")(True)
+    try:
+        result = agrees(model, batch, list(of_every_kind(model, batch).values()), logit(5))
+    finally:
+        getattr(model, f"set_{switch}")(False)
+    last = torch.tensor(batch.stop) - 1
+    with torch.no_grad():
+        expected = model(batch)[torch.arange(len(batch)), last, 5]
+    torch.testing.assert_close(result.baseline, expected, atol=2e-5, rtol=1e-5)
+
+
+def test_low_precision_gives_a_table(family: str) -> None:
+    model, batch = model_and_inputs(family, "padded")
+    half = copy.deepcopy(model).to(torch.bfloat16)
+    result = sweep(half, batch, [ZeroHeads(((1, 1),)), ReplaceImageKV(((2, 0),))], lambda logits: logits[:, 5])
+    assert result.values.dtype == torch.float32 and len(result.to_dataframe()) == 6
+    assert margin(3)(torch.randn(2, 8, dtype=torch.bfloat16)).dtype == torch.float32
+
+
 def test_the_image_side_is_swept_too(family: str) -> None:
     model, batch = model_and_inputs(family, "two images")
     _, cache = model.run_with_cache(batch)
@@ -200,7 +261,7 @@ def test_only_what_an_intervention_touches_is_computed(family: str, monkeypatch:
         return out
 
     heads = [(layer, head) for layer in range(3) for head in range(4)]
-    plan = make_plan(model, batch, [ReplaceImageKV((h,)) for h in heads], narrow=True)
+    plan = make_plan(model, batch, [ReplaceImageKV((h,)) for h in heads], logits_at="last")
     monkeypatch.setattr(model, "run_block", watch)
     sweep(model, batch, [ReplaceImageKV((h,)) for h in heads], logit(5))
     first, n = int(batch.positions.image[0][-1]) + 1, batch.shape[1]
@@ -288,6 +349,8 @@ def test_what_a_sweep_cannot_do_is_said() -> None:
     model, batch = model_and_inputs("qwen2-vl", "one image")
     with pytest.raises(InputError, match="one number for each of 1 rows"):
         sweep(model, batch, [], lambda logits: logits)
+    with pytest.raises(InputError, match="max_runs, the number of runs in a batch, must be at least 1, got 0"):
+        sweep(model, batch, [ZeroHeads(((0, 0),))], logit(5), max_runs=0)
     with pytest.raises(InputError, match=r"no head 7\.0"):
         sweep(model, batch, [ZeroHeads(((7, 0),))], logit(5))
     hooked = model.hooks(fwd_hooks=[("blocks.1.hook_mlp_out", lambda x, hook: x)])

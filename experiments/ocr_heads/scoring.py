@@ -111,7 +111,8 @@ def _expected(model: Any, inputs: VLMInputs, examples: list[Example], config: Oc
     """What generation would have found where it would have said the answer and stopped; None elsewhere."""
     stops = list(model.cfg.eos_token_ids)
     answers = [model.tokenizer(e.answer, add_special_tokens=False)["input_ids"] for e in examples]
-    if not stops or max(map(len, answers)) >= config.new_tokens:
+    longest = max(map(len, answers))
+    if not stops or longest >= config.new_tokens or inputs.shape[1] + longest + 1 > model.cfg.n_ctx_limit:
         return [None] * len(examples)
     found = _read(model, inputs, examples, [[*answer, stops[0]] for answer in answers], config.measured_by)
     readings: list[_Reading | None] = []

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from jaxtyping import Bool, Float
@@ -31,29 +31,37 @@ class PatchActivation(Intervention):
     positions: Positions = None
     heads: Sequence[int] | None = None
 
+    finds_positions: ClassVar[bool] = True
+
     def first_position(self, model: Any, inputs: VLMInputs) -> int:
         return 0 if is_vision(self.name) else first_meant(position_table(self.positions, inputs))
 
     def hooks(self, model: Any, inputs: VLMInputs) -> Hooks:
+        inputs = model.as_inputs(inputs)
         head_axis = _head_axis(self.name)
         if self.heads is not None and head_axis is None:
             raise InputError(f"{self.name} has no head axis: leave out heads")
-        where = _Where(self.name, self.positions, inputs)
+        where, shape = _Where(self.name, self.positions, inputs), self.source.shape
+        if where.table is not None and (shape[0], shape[where.axis]) != inputs.shape:
+            raise InputError(
+                f"the source for {self.name} has {shape[0]} rows and {shape[where.axis]} columns, these inputs "
+                f"{len(inputs)} and {inputs.shape[1]}: both runs need the same rows and columns"
+            )
 
         def patch(x: Tensor, hook: Any) -> Tensor:
-            source, axis = self.source.to(x), where.axis
+            source, axis = self.source, where.axis
             if where.table is not None:  # cut to this pass's positions
                 first = where.first_position(hook)
                 if first >= source.shape[axis]:
                     return x  # generation has gone past the other run
+                source = source.to(x)
                 n = min(x.shape[axis], source.shape[axis] - first)
                 source = source.narrow(axis, first, n)
                 if n < x.shape[axis] and not is_quadratic(self.name):  # tokens were appended since
                     source = torch.cat((source, x.narrow(axis, n, x.shape[axis] - n)), dim=axis)
             if source.shape != x.shape:
                 raise InputError(
-                    f"the source for {self.name} is {tuple(self.source.shape)}, which does not fit {tuple(x.shape)}: "
-                    "both runs need the same rows and columns"
+                    f"the source for {self.name} is {tuple(self.source.shape)}, which does not fit {tuple(x.shape)}"
                 )
             here = where.mask(x, hook)
             if self.heads is not None and head_axis is not None:
@@ -62,7 +70,7 @@ class PatchActivation(Intervention):
                 chosen = torch.zeros(x.shape[head_axis], dtype=torch.bool, device=x.device)
                 chosen[list(self.heads)] = True
                 here = here & chosen.view(shape)
-            return torch.where(here, source, x)
+            return torch.where(here, source.to(x), x)
 
         return [(self.name, patch)]
 
@@ -86,10 +94,13 @@ class AddVector(Intervention):
     scale: float = 1.0
     positions: Positions = None
 
+    finds_positions: ClassVar[bool] = True
+
     def first_position(self, model: Any, inputs: VLMInputs) -> int:
         return 0 if is_vision(self.name) else first_meant(position_table(self.positions, inputs))
 
     def hooks(self, model: Any, inputs: VLMInputs) -> Hooks:
+        inputs = model.as_inputs(inputs)
         where = _Where(self.name, self.positions, inputs)
 
         def add(x: Tensor, hook: Any) -> Tensor:
@@ -116,12 +127,15 @@ class ReplaceImageTokens(Intervention):
     tokens: Positions = "image"
     values: Literal["mean", "zero"] | Float[Tensor, "d_model"] = "mean"
 
+    finds_positions: ClassVar[bool] = True
+
     def first_position(self, model: Any, inputs: VLMInputs) -> int:
         table = position_table(self.tokens, inputs)
         touched = [v.start for v in inputs.visuals if table[v.row, v.start : v.stop].any()]
         return min(touched, default=inputs.shape[1])  # a mean needs the whole image
 
     def hooks(self, model: Any, inputs: VLMInputs) -> Hooks:
+        inputs = model.as_inputs(inputs)
         table = position_table(self.tokens, inputs)
         text = position_table("text", inputs)
         if not isinstance(self.values, Tensor) and self.values not in ("mean", "zero"):
@@ -180,6 +194,7 @@ class _Where:
 
 def _head_axis(name: str) -> int | None:
     per_head = ("hook_q", "hook_k", "hook_v", "hook_z", "hook_rot_q", "hook_rot_k", "hook_result")
+    per_head += ("hook_q_input", "hook_k_input", "hook_v_input")
     if name.endswith(("hook_attn_scores", "hook_pattern")):
         return 1
     return 2 if name.endswith(per_head) else None

@@ -1,7 +1,7 @@
 """Interventions on who attends to whom."""
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -23,6 +23,8 @@ class BlockAttention(HeadIntervention):
     query: Positions = None
     key: Positions = None
 
+    attention: ClassVar[Literal["edited", "made again", ""]] = "edited"
+
     @classmethod
     def in_layers(
         cls, model: Any, layers: range | tuple[int, ...], query: Positions = None, key: Positions = None
@@ -38,14 +40,17 @@ class BlockAttention(HeadIntervention):
         query = position_table(self.query, inputs).to(inputs.device)
         key = position_table(self.key, inputs).to(inputs.device)
 
+        empty: list[Tensor] = []  # queries with no key left; from the scores to the pattern of the same pass
+
         def block(scores: Tensor, hook: Any, chosen: Chosen) -> Tensor:
             rows, _, n, n_keys = scores.shape
             edges = meant(query, n_keys - n, n, rows)[:, :, None] & meant(key, 0, n_keys, rows)[:, None]
-            return scores.masked_fill(edges[:, None] & chosen.mask[:, :, None, None], -torch.inf)
+            blocked = scores.masked_fill(edges[:, None] & chosen.mask[:, :, None, None], -torch.inf)
+            empty.append(blocked.isneginf().all(-1, keepdim=True))
+            return blocked
 
         def nothing_left(pattern: Tensor, hook: Any, chosen: Chosen) -> Tensor:
-            # the softmax of a row of minus infinities is not a number
-            return torch.where(chosen.mask[:, :, None, None], pattern.nan_to_num(0.0), pattern)
+            return pattern.masked_fill(empty.pop(), 0.0)  # the softmax of a row of minus infinities is not a number
 
         return [("hook_attn_scores", block), ("hook_pattern", nothing_left)]
 
@@ -60,6 +65,8 @@ class RedistributeSink(HeadIntervention):
 
     beta: float
     sink: int = 0
+
+    attention: ClassVar[Literal["edited", "made again", ""]] = "edited"
 
     def edits(self, model: Any, inputs: VLMInputs, layer: int) -> list[tuple[str, Edit]]:
         if not 0 <= self.beta <= 1:

@@ -3,13 +3,13 @@
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from jaxtyping import Bool
 from torch import Tensor
 
-from hooked_vlm.hooks import is_encoder, is_vision
+from hooked_vlm.hooks import HookName, is_encoder, is_vision
 from hooked_vlm.inputs import VLMInputs
 from hooked_vlm.token_layout import InputError
 
@@ -28,8 +28,10 @@ ENCODER = -2
 class Intervention(ABC):
     """A change to a forward pass."""
 
-    finds_positions: ClassVar[bool] = True
+    finds_positions: ClassVar[bool] = False
     """Whether its hooks go by `hook.ctx["positions"]`, so that a pass may leave out positions nobody asks for."""
+    attention: ClassVar[Literal["edited", "made again", ""]] = ""
+    """Whether it edits a head's scores or pattern, or makes z again from queries and keys."""
 
     @abstractmethod
     def hooks(self, model: Any, inputs: VLMInputs) -> Hooks:
@@ -59,7 +61,23 @@ class Together(Intervention):
         return all(part.finds_positions for part in self.parts)
 
     def hooks(self, model: Any, inputs: VLMInputs) -> Hooks:
+        heads = {kind: self._heads(kind) for kind in ("edited", "made again")}
+        if both := sorted(heads["edited"] & heads["made again"]):
+            layer, head = both[0]
+            raise InputError(
+                f"head {layer}.{head} has its pattern edited and its z made again from queries and keys, which would "
+                'undo the edit: use BlockAttention in place of ReplaceImageKV(..., "knockout"), or other heads'
+            )
         return [pair for part in self.parts for pair in part.hooks(model, inputs)]
+
+    def _heads(self, kind: str) -> set[tuple[int, int]]:
+        found: set[tuple[int, int]] = set()
+        for part in self.parts:
+            if isinstance(part, Together):
+                found |= part._heads(kind)
+            elif part.attention == kind:
+                found |= set(getattr(part, "heads", ()))
+        return found
 
     def first_position(self, model: Any, inputs: VLMInputs) -> int:
         return min((part.first_position(model, inputs) for part in self.parts), default=0)
@@ -67,15 +85,19 @@ class Together(Intervention):
 
 @dataclass(frozen=True, eq=False)
 class CustomHooks(Intervention):
-    """Hooks of your own, for a sweep: functions that see whole tensors, as in `run_with_hooks`."""
+    """Hooks of your own, for a sweep: (name or filter, function that sees a whole tensor), as in `run_with_hooks`."""
 
-    fwd_hooks: Sequence[tuple[str, Callable]]
+    fwd_hooks: Sequence[tuple[HookName, Callable]]
     label: str = "custom"
 
-    finds_positions: ClassVar[bool] = False
-
     def hooks(self, model: Any, inputs: VLMInputs) -> Hooks:
-        return list(self.fwd_hooks)
+        pairs: Hooks = []
+        for name, fn in self.fwd_hooks:
+            if isinstance(name, str):
+                pairs.append((name, fn))
+            else:
+                pairs += [(n, fn) for n in model.hook_dict if name(n) and not model.why_silent(n, inputs, {})]
+        return pairs
 
     def __str__(self) -> str:
         return self.label
@@ -115,6 +137,8 @@ def position_table(where: Positions, inputs: VLMInputs) -> Bool[Tensor, "batch w
             raise InputError(f"there is no group of positions {where!r}: choose from {', '.join(groups)}, text")
         for row, members in enumerate(groups[where]):
             table[row, members] = True
+        if where != "generated" and not table.any():
+            raise InputError(f"these inputs have no {where} positions")
         table[:, -1] = where == "generated"
         return table
     for row, members in enumerate(_per_row(where, n_rows)):

@@ -4,7 +4,7 @@ from abc import abstractmethod
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Bool, Float
@@ -40,6 +40,8 @@ class HeadIntervention(Intervention):
 
     heads: tuple[Head, ...]
 
+    finds_positions: ClassVar[bool] = True
+
     @abstractmethod
     def edits(self, model: Any, inputs: VLMInputs, layer: int) -> list[tuple[str, Edit]]:
         """For one layer, (suffix of the hook point's name, edit)."""
@@ -51,6 +53,7 @@ class HeadIntervention(Intervention):
         return (type(self), *(value if isinstance(value, str | float | int | tuple) else id(value) for value in rest))
 
     def hooks(self, model: Any, inputs: VLMInputs) -> Hooks:
+        inputs = model.as_inputs(inputs)
         by_layer: dict[int, list[int]] = defaultdict(list)
         for layer, head in check_heads(model, self.heads):
             by_layer[layer].append(head)

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -43,6 +43,8 @@ class ReplaceImageKV(HeadIntervention):
 
     baseline: Literal["mean", "zero", "knockout"] | ImageMeans = "mean"
     before_rope: bool = True
+
+    attention: ClassVar[Literal["edited", "made again", ""]] = "made again"
 
     def first_position(self, model: Any, inputs: VLMInputs) -> int:
         return first_meant(_behind_images(inputs))
