@@ -7,7 +7,8 @@ from functools import partial
 from typing import Any
 
 import torch
-from interleaved import measure, ratios, read_settings, save, show
+from interleaved import read_settings, save
+from live import LiveTensors
 from models import MODELS, batch_of
 
 from hooked_vlm import HookedVLM
@@ -22,12 +23,16 @@ def main() -> None:
     tables: dict[str, Any] = {}
     for side in (88, 126, 180):  # patches; four to a token
         inputs = ours.inputs_from_hf(batch_of([(side, side)], settings.device))
-        inputs = inputs.with_image_features(ours.encode_images(inputs))  # the tower has its own square
+        features = torch.randn(side * side // 4, ours.cfg.d_model, device=settings.device, dtype=settings.torch_dtype)
+        inputs = inputs.with_image_features(features)  # the tower has a square of its own
         run = partial(ours.run_with_hooks, inputs, fwd_hooks=hooks, logits_at="last")
+        with LiveTensors() as live:
+            run()
         title = f"{inputs.shape[1]:,} tokens"
-        measured = measure({"residual hooks": run}, rounds=2, device=settings.device)
-        show(title, measured)
-        tables[title] = ratios(measured)
+        print(
+            f"{title}: {live.peak / 2**20:.0f} MiB, {live.peak / inputs.shape[1] / 2**10:.1f} KiB a token", flush=True
+        )
+        tables[title] = {"residual hooks": {"extra_bytes": live.peak}}
     save(settings, "memory", tables)
 
 

@@ -50,7 +50,11 @@ def main() -> None:
         print(f"{name} differs by {(way() - expected).abs().max().item():.1e}")
     measured = measure(ways, max(3, settings.rounds // 2), settings.device)
     show(f"zeroing each of the {len(runs)} heads of layer {LAYER}", measured)
-    tables = {"heads of one layer": ratios(measured), "bridge": bridge(settings)}
+    tables = {"heads of one layer": ratios(measured)}
+    if importlib.util.find_spec("torchvision"):
+        tables["bridge"] = bridge(settings)
+    else:
+        print("TransformerLens' bridge is left out: for Qwen2.5-VL it needs torchvision")
     save(settings, "peers", tables)
 
 
