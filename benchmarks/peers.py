@@ -96,7 +96,7 @@ def bridge(settings: Settings) -> dict[str, Any]:
 
     from hooked_vlm.experiments.toy.tokenizer import END_OF_TEXT, save_tokenizer
 
-    config = Qwen2_5_VLConfig(
+    config: Any = Qwen2_5_VLConfig(
         text_config={
             "vocab_size": 1100,
             "hidden_size": 512,
@@ -121,7 +121,8 @@ def bridge(settings: Settings) -> dict[str, Any]:
         vision_end_token_id=END,
     )
     torch.manual_seed(0)
-    hf: Any = Qwen2_5_VLForConditionalGeneration(config).to(settings.device, settings.torch_dtype).eval()
+    kind: Any = Qwen2_5_VLForConditionalGeneration
+    hf = kind(config).to(settings.device, settings.torch_dtype).eval()
     with tempfile.TemporaryDirectory() as folder:
         save_tokenizer(Path(folder), (END_OF_TEXT, "<|im_start|>", "<|im_end|>"))
         config.save_pretrained(folder)
@@ -132,7 +133,7 @@ def bridge(settings: Settings) -> dict[str, Any]:
     batch = batch_of([(32, 32)], settings.device)
     more = {name: batch[name] for name in ("pixel_values", "image_grid_thw", "mm_token_type_ids")}
     tokens = batch["input_ids"]
-    own: Any = Qwen2_5_VLForConditionalGeneration(config).to(settings.device, settings.torch_dtype).eval()
+    own = kind(config).to(settings.device, settings.torch_dtype).eval()
     measured = measure(
         {
             "transformers, sdpa (Qwen2.5-VL)": partial(own, **batch),

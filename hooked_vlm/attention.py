@@ -317,9 +317,9 @@ class AttentionRun:
         """As layers see it."""
         return padded
 
-    def pad(self, x: Float[Tensor, "..."]) -> Float[Tensor, "batch pos *rest"]:
+    def pad(self, packed: Float[Tensor, "..."]) -> Float[Tensor, "batch pos *rest"]:
         """As hooks see it."""
-        return x
+        return packed
 
     def without_positions(self) -> "AttentionRun":
         """The same, where rows of the batch are at different positions."""
