@@ -5,15 +5,16 @@ import sys
 import tyro
 
 from hooked_vlm.converters import CheckpointError
+from hooked_vlm.experiments.common.errors import StudyError
 from hooked_vlm.experiments.ocr_heads import OcrHeadsConfig, run
-from hooked_vlm.experiments.ocr_heads.config import StudyError
 from hooked_vlm.experiments.ocr_heads.report import summary
+from hooked_vlm.files import OutputError
 from hooked_vlm.geometry import GeometryError
 from hooked_vlm.hooks import HookError
 from hooked_vlm.images import ImageError
 from hooked_vlm.token_layout import InputError
 
-EXPECTED = (CheckpointError, GeometryError, HookError, ImageError, InputError, StudyError)
+EXPECTED = (CheckpointError, GeometryError, HookError, ImageError, InputError, OutputError, StudyError)
 """What a user can cause and mend; anything else is a fault of ours and keeps its traceback."""
 
 app = tyro.extras.SubcommandApp()

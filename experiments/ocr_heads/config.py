@@ -4,11 +4,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from hooked_vlm.experiments.common.errors import StudyError
+
 DATASETS = ("toy", "passkey", "niah")
-
-
-class StudyError(ValueError):
-    """A setting of the study that cannot be used."""
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,106 @@
+"""The page a study leaves behind: one self-contained HTML file beside its figures and tables.
+
+report = Report("OCR heads of toy-qwen2-vl")
+report.section("Scores", "One head of eight reads.")
+report.figure("heatmap", figure, "OCR score of every head")
+report.table("scores", frame, "Every head's score", shown=20)
+report.write(out, record)
+"""
+
+import base64
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import numpy as np
+import pandas as pd
+from matplotlib.figure import Figure
+
+from hooked_vlm.experiments.common.figures import save_figure
+from hooked_vlm.files import place
+
+
+@dataclass
+class _Section:
+    heading: str
+    parts: list[dict[str, Any]] = field(default_factory=list)
+
+
+class Report:
+    """Sections of text, figures and tables, in the order they are added."""
+
+    def __init__(self, title: str, lead: str = "") -> None:
+        self.title, self.lead = title, lead
+        self._sections: list[_Section] = []
+        self._figures: dict[str, Figure] = {}
+        self._tables: dict[str, pd.DataFrame] = {}
+
+    def section(self, heading: str, *paragraphs: str) -> None:
+        """Begin a section."""
+        self._sections.append(_Section(heading))
+        self.text(*paragraphs)
+
+    def text(self, *paragraphs: str) -> None:
+        """Add paragraphs of plain text."""
+        self._sections[-1].parts += [{"kind": "text", "text": text} for text in paragraphs]
+
+    def figure(self, name: str, figure: Figure, caption: str) -> None:
+        """Add a figure, kept as figures/`name`.png and .svg too."""
+        self._figures[name] = figure
+        self._sections[-1].parts.append({"kind": "figure", "name": name, "caption": caption})
+
+    def table(self, name: str, frame: pd.DataFrame, caption: str, shown: int | None = None) -> None:
+        """Add a table that sorts by a click, kept whole as tables/`name`.parquet; the first `shown` rows are shown."""
+        self._tables[name] = frame
+        visible = frame if shown is None else frame.head(shown)
+        more = f" ({len(visible)} of {len(frame)} rows)" if len(visible) < len(frame) else ""
+        self._sections[-1].parts.append(
+            {
+                "kind": "table",
+                "name": name,
+                "caption": caption + more,
+                "columns": [str(column) for column in visible.columns],
+                "rows": [[_cell(value) for value in row] for row in visible.itertuples(index=False)],
+            }
+        )
+
+    def write(self, out: Path, record: Mapping[str, Any]) -> Path:
+        """Write report.html, figures/, tables/ and run.json (`record`: configuration, versions, counts).
+
+        Returns:
+            The page's path.
+
+        Raises:
+            OutputError: the folder cannot be written.
+        """
+        for name, frame in self._tables.items():
+            place(out / "tables" / f"{name}.parquet", lambda aside, f=frame: f.to_parquet(aside, index=False))
+        for name, figure in self._figures.items():
+            save_figure(figure, out / "figures" / name)
+        text = json.dumps(record, indent=2) + "\n"
+        place(out / "run.json", lambda aside: aside.write_text(text, encoding="utf-8"))
+        pictures = {
+            name: base64.b64encode((out / "figures" / f"{name}.png").read_bytes()).decode() for name in self._figures
+        }
+        template = resources.files(str(__package__)).joinpath("report.html.jinja").read_text(encoding="utf-8")
+        environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
+        page = environment.from_string(template).render(
+            title=self.title, lead=self.lead, sections=self._sections, pictures=pictures, record=text
+        )
+        place(out / "report.html", lambda aside: aside.write_text(page, encoding="utf-8"))
+        return out / "report.html"
+
+
+def _cell(value: Any) -> dict[str, Any]:
+    """What is shown, and what is sorted by."""
+    if isinstance(value, bool | np.bool_):
+        return {"shown": "yes" if value else "", "key": int(value)}
+    if isinstance(value, int | np.integer):
+        return {"shown": f"{int(value):,}", "key": int(value), "number": True}
+    if isinstance(value, float | np.floating):
+        return {"shown": "–" if np.isnan(value) else f"{value:.4g}", "key": float(value), "number": True}
+    return {"shown": str(value), "key": str(value)}

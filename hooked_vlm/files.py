@@ -1,0 +1,41 @@
+"""Files that are there whole or not at all."""
+
+import os
+import uuid
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+
+class OutputError(OSError):
+    """A file or folder that cannot be written."""
+
+
+def place(path: Path, save: Callable[[Path], Any]) -> None:
+    """Write a file aside with `save(path_aside)`, and put it in place when complete.
+
+    Raises:
+        OutputError: it cannot be written; nothing is left of it.
+    """
+    aside = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save(aside)
+        os.replace(aside, path)
+    except OSError as error:
+        raise OutputError(f"cannot write {path}: {error.strerror or error}") from error
+    finally:
+        with suppress(OSError):  # if its folder cannot be reached either, that was said already
+            aside.unlink(missing_ok=True)
+
+
+def writable_folder(folder: Path) -> Path:
+    """Make a folder, and be sure that files can be written into it, before any work is done.
+
+    Raises:
+        OutputError: it is a file, or cannot be written.
+    """
+    place(folder / ".writable", lambda aside: aside.touch())
+    (folder / ".writable").unlink(missing_ok=True)
+    return folder

@@ -1,0 +1,76 @@
+"""Results kept as they are made: a folder of Parquet parts, one for each unit of work.
+
+    parts = Parts(out / "parts" / "scores")
+    for image in images:
+        table = parts.get_or_make({**settings, "image": image.id}, lambda: score(image))
+
+A part's name is made from its key, which holds everything that decides its content. So work that was interrupted
+goes on where it stopped and ends with the same table, changed settings never meet old results, and the same unit
+done twice, even by two processes at once, is one part.
+"""
+
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from hooked_vlm.files import place
+
+_KEY = b"hooked_vlm.key"
+
+
+class Parts:
+    """A folder of tables, found again by their keys."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def path(self, key: Mapping[str, Any]) -> Path:
+        """Where the part of a key is kept."""
+        return self.folder / f"{hashlib.sha256(_canonical(key)).hexdigest()[:24]}.parquet"
+
+    def get(self, key: Mapping[str, Any]) -> pd.DataFrame | None:
+        """A part that is there whole, or None."""
+        path = self.path(key)
+        try:
+            table = pq.read_table(path)
+        except FileNotFoundError:
+            return None
+        except (pa.ArrowInvalid, OSError):  # not ours, or damaged since: it is made again
+            return None
+        if (table.schema.metadata or {}).get(_KEY) != _canonical(key):
+            return None
+        return table.to_pandas()
+
+    def put(self, key: Mapping[str, Any], frame: pd.DataFrame) -> None:
+        """Keep a part; nobody ever reads half of one.
+
+        Raises:
+            OutputError: it cannot be written.
+        """
+        table = pa.Table.from_pandas(frame, preserve_index=False)
+        table = table.replace_schema_metadata({**(table.schema.metadata or {}), _KEY: _canonical(key)})
+        place(self.path(key), lambda aside: pq.write_table(table, aside))
+
+    def get_or_make(self, key: Mapping[str, Any], make: Callable[[], pd.DataFrame]) -> pd.DataFrame:
+        """The part of a key, made and kept if it is not there."""
+        found = self.get(key)
+        if found is not None:
+            return found
+        self.put(key, make())
+        made = self.get(key)
+        assert made is not None
+        return made  # as read back, so that a first run and a resumed one see the same
+
+    def missing(self, keys: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+        """The keys whose parts are yet to be made."""
+        return [key for key in keys if self.get(key) is None]
+
+
+def _canonical(key: Mapping[str, Any]) -> bytes:
+    return json.dumps(key, sort_keys=True, separators=(",", ":")).encode()

@@ -1,0 +1,102 @@
+"""Intervals and tests that every result carries: bootstrap, exact shares, paired and permutation tests."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+from jaxtyping import Float
+from scipy import stats
+
+DRAWS = 2000
+"""Resamples of a bootstrap and permutations of a test, by default."""
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A number, its 95% interval, and how many observations it is made of."""
+
+    value: float
+    low: float
+    high: float
+    n: int
+
+    def __str__(self) -> str:
+        return f"{self.value:.3f} ({self.low:.3f} to {self.high:.3f}, n={self.n})"
+
+
+def share(right: int, n: int) -> Estimate:
+    """A share with its score interval (Wilson 1927)."""
+    low, high = stats.binomtest(right, n).proportion_ci(method="wilson")
+    return Estimate(right / n, float(low), float(high), n)
+
+
+def bootstrap_means(
+    values: Float[np.ndarray, "n *dims"], seed: int, draws: int = DRAWS
+) -> tuple[Float[np.ndarray, "*dims"], Float[np.ndarray, "*dims"]]:
+    """95% percentile intervals of means over the first axis, whose entries are resampled together."""
+    n = len(values)
+    # how often each entry is drawn: a matrix product instead of `draws` copies of the data
+    counts = np.random.default_rng([seed, 5]).multinomial(n, np.full(n, 1 / n), size=draws) / n
+    means = counts @ values.reshape(n, -1)
+    low, high = np.percentile(means, [2.5, 97.5], axis=0)
+    return low.reshape(values.shape[1:]), high.reshape(values.shape[1:])
+
+
+def bootstrap_mean(values: Float[np.ndarray, "n"], seed: int, draws: int = DRAWS) -> Estimate:
+    """A mean with its 95% percentile interval. NaN entries are observations that could not be made: left out."""
+    values = np.asarray(values, dtype=float)
+    values = values[~np.isnan(values)]
+    if not len(values):
+        return Estimate(np.nan, np.nan, np.nan, 0)
+    low, high = bootstrap_means(values, seed, draws)
+    return Estimate(float(values.mean()), float(low), float(high), len(values))
+
+
+def bootstrap(
+    statistic: Callable[..., float], *samples: Float[np.ndarray, "n"], seed: int, draws: int = DRAWS
+) -> Estimate:
+    """Any statistic of observations that belong together, with its 95% percentile interval.
+
+    Resamples on which it is not a number (a correlation of constants) are left out.
+    """
+    n = len(samples[0])
+    rng = np.random.default_rng([seed, 6])
+    found = []
+    for _ in range(draws):
+        chosen = rng.integers(n, size=n)
+        value = statistic(*(sample[chosen] for sample in samples))
+        if not np.isnan(value):
+            found.append(value)
+    low, high = np.percentile(found, [2.5, 97.5]) if found else (np.nan, np.nan)
+    return Estimate(float(statistic(*samples)), float(low), float(high), n)
+
+
+def paired_p(a: Float[np.ndarray, "n"], b: Float[np.ndarray, "n"], seed: int, draws: int = DRAWS) -> float:
+    """Two-sided p that paired observations have the same mean: the signs of their differences are flipped.
+
+    Exact where there are fewer than `draws` ways to flip them.
+    """
+    difference = np.asarray(a, dtype=float) - np.asarray(b, dtype=float)
+    difference = difference[~np.isnan(difference)]
+    changed = difference[difference != 0]  # others are the same under every flip
+    if not len(changed):
+        return 1.0
+    if 2 ** len(changed) <= draws:
+        signs = 1 - 2 * ((np.arange(2 ** len(changed))[:, None] >> np.arange(len(changed))) & 1)
+        return float((np.abs(signs @ changed) >= abs(changed.sum()) - 1e-12).mean())
+    signs = 1 - 2 * np.random.default_rng([seed, 7]).integers(2, size=(draws, len(changed)))
+    as_far = np.abs(signs @ changed) >= abs(changed.sum()) - 1e-12
+    return float((as_far.sum() + 1) / (draws + 1))
+
+
+def permutation_p(
+    statistic: Callable[[np.ndarray], float],
+    shuffle: Callable[[np.random.Generator], np.ndarray],
+    observed: float,
+    seed: int,
+    draws: int = DRAWS,
+) -> float:
+    """One-sided p of a statistic at least as large as `observed` when the data are shuffled."""
+    rng = np.random.default_rng([seed, 8])
+    as_large = sum(statistic(shuffle(rng)) >= observed - 1e-12 for _ in range(draws))
+    return (as_large + 1) / (draws + 1)

@@ -1,0 +1,67 @@
+"""Results kept as they are made: whole or not at all, found by what decides them."""
+
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from hooked_vlm.files import OutputError, place, writable_folder
+from hooked_vlm.parts import Parts
+
+FRAME = pd.DataFrame({"head": [0, 1], "score": [0.25, 0.5]})
+
+
+def test_a_part_is_made_once_and_found_again(tmp_path: Path) -> None:
+    parts, made = Parts(tmp_path / "parts"), []
+
+    def make() -> pd.DataFrame:
+        made.append(1)
+        return FRAME
+
+    for _ in range(2):
+        pd.testing.assert_frame_equal(parts.get_or_make({"image": 3, "seed": 0}, make), FRAME)
+    assert len(made) == 1
+    assert parts.get({"seed": 0, "image": 3}) is not None  # the order of a key's fields means nothing
+    assert parts.get({"image": 3, "seed": 1}) is None
+    assert parts.missing([{"image": 3, "seed": 0}, {"image": 4, "seed": 0}]) == [{"image": 4, "seed": 0}]
+
+
+def test_the_same_unit_is_the_same_bytes(tmp_path: Path) -> None:
+    a, b = Parts(tmp_path / "a"), Parts(tmp_path / "b")
+    for parts in (a, b):
+        parts.put({"image": 3}, FRAME)
+    assert a.path({"image": 3}).read_bytes() == b.path({"image": 3}).read_bytes()
+
+
+@pytest.mark.parametrize("content", [b"", b"PAR1", b"not parquet" * 100])
+def test_a_damaged_part_is_made_again(content: bytes, tmp_path: Path) -> None:
+    parts = Parts(tmp_path)
+    parts.put({"image": 3}, FRAME)
+    whole = parts.path({"image": 3}).read_bytes()
+    parts.path({"image": 3}).write_bytes(content)
+    assert parts.get({"image": 3}) is None
+    parts.get_or_make({"image": 3}, lambda: FRAME)
+    assert parts.path({"image": 3}).read_bytes() == whole
+    parts.path({"image": 3}).write_bytes(whole[: len(whole) // 2])
+    assert parts.get({"image": 3}) is None
+
+
+def test_a_part_under_anothers_name_is_not_taken_for_it(tmp_path: Path) -> None:
+    parts = Parts(tmp_path)
+    parts.put({"image": 3}, FRAME)
+    parts.path({"image": 3}).rename(parts.path({"image": 4}))
+    assert parts.get({"image": 4}) is None
+
+
+def test_what_fails_leaves_nothing(tmp_path: Path) -> None:
+    def half(aside: Path) -> None:
+        aside.write_text("half")
+        raise RuntimeError("stopped")
+
+    with pytest.raises(RuntimeError, match="stopped"):
+        place(tmp_path / "file", half)
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "file").touch()
+    with pytest.raises(OutputError, match="cannot write"):
+        writable_folder(tmp_path / "file")
+    assert list(writable_folder(tmp_path / "new" / "folder").iterdir()) == []
