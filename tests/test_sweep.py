@@ -25,6 +25,7 @@ from hooked_vlm.interventions import (
     ReplaceImageTokens,
     ScaleHeads,
     Together,
+    UniformAttention,
     ZeroHeads,
 )
 from hooked_vlm.metrics import kl_divergence, log_prob, logit, logit_difference, margin
@@ -106,6 +107,8 @@ def random_intervention(draw: Any, model: Any, batch: Any, cache: Any) -> Interv
     if kind == 3:
         return BlockAttention(heads, where, draw(groups))
     if kind == 4:
+        if draw(st.booleans()):
+            return UniformAttention(heads, where)
         return RedistributeSink(heads, draw(st.sampled_from([0.0, 0.4])))
     if kind == 5:
         suffix = draw(st.sampled_from(["hook_resid_pre", "hook_mlp_out", "attn.hook_z", "attn.hook_k", "attn.hook_v"]))
