@@ -102,8 +102,9 @@ def _replies(study: Study, inputs: VLMInputs, change: Intervention | None) -> li
 def summarize(answers: pd.DataFrame, conditions: Sequence[Condition], seed: int) -> pd.DataFrame:
     """One row per task, condition and metric: mean and 95% bootstrap interval over samples.
 
-    `p`: a paired test of the samples against the random control's mean over its draws. Random conditions are
-    averaged over draws sample by sample; `lowest` and `highest` are their extreme draws.
+    `change`: against the unchanged model, sample by sample. `p`: a paired test of the samples against the random
+    control's mean over its draws. Random conditions are averaged over draws sample by sample; `lowest` and `highest`
+    are their extreme draws.
     """
     controls = {condition.name: condition.control for condition in conditions}
     rows = []
@@ -118,6 +119,7 @@ def summarize(answers: pd.DataFrame, conditions: Sequence[Condition], seed: int)
                 values = samples[name]
                 mean = values.mean(axis=1).to_numpy()
                 estimate, draws = bootstrap_mean(mean, seed), values.mean(axis=0)
+                change = bootstrap_mean(mean - samples[UNCHANGED.name].mean(axis=1).to_numpy(), seed)
                 control = samples.get(controls[name])
                 p = np.nan if control is None else paired_p(mean, control.mean(axis=1).to_numpy(), seed)
                 rows.append(
@@ -129,6 +131,9 @@ def summarize(answers: pd.DataFrame, conditions: Sequence[Condition], seed: int)
                         "value": estimate.value,
                         "low": estimate.low,
                         "high": estimate.high,
+                        "change": change.value,
+                        "change_low": change.low,
+                        "change_high": change.high,
                         "p": p,
                         "lowest": draws.min(),
                         "highest": draws.max(),

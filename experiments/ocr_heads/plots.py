@@ -131,19 +131,18 @@ def bars(summary: pd.DataFrame) -> Figure:
 
 
 def over_beta(summary: pd.DataFrame) -> Figure:
-    """One panel per task: the change against the unmodified model, for every kind of heads."""
+    """One panel per task: the change against the unmodified model, sample by sample, for every kind of heads."""
     tasks = list(dict.fromkeys(summary["task"]))
     figure = new_figure(1.0 + 3.0 * len(tasks), 3.2)
     panels = figure.subplots(1, len(tasks), squeeze=False)[0]
     for axes, task in zip(panels, tasks, strict=True):
         own = summary[summary["task"] == task]
-        unchanged = own[own["condition"] == "unchanged"]["value"].iloc[0]
-        changed = own[own["condition"] != "unchanged"]
+        changed = own[own["condition"].str.contains(", beta ")]
         split = changed["condition"].str.rsplit(", beta ", n=1, expand=True)
         for kind in dict.fromkeys(split[0]):
             part, betas = changed[split[0] == kind], split[split[0] == kind][1].astype(float)
-            axes.fill_between(betas, part["low"] - unchanged, part["high"] - unchanged, color=_colour(kind), alpha=0.15)
-            axes.plot(betas, part["value"] - unchanged, marker="o", markersize=3, color=_colour(kind), label=kind)
+            axes.fill_between(betas, part["change_low"], part["change_high"], color=_colour(kind), alpha=0.15)
+            axes.plot(betas, part["change"], marker="o", markersize=3, color=_colour(kind), label=kind)
         axes.axhline(0, color=INK, linewidth=0.8)
         metric, n = own["metric"].iloc[0], own["n"].iloc[0]
         axes.set(title=f"{task}, n = {n}", xlabel="beta: what the sink keeps", ylabel=f"change of {metric}")
