@@ -142,7 +142,10 @@ def measures(threshold: float) -> list[tuple[str, Measure, bool]]:
         return float(stats.spearmanr(a, b).statistic) if np.ptp(a) and np.ptp(b) else np.nan
 
     def shannon(a: np.ndarray, b: np.ndarray) -> float:
-        return float(jensenshannon(a, b, base=2)) if a.sum() and b.sum() else np.nan
+        if not a.sum() or not b.sum():
+            return np.nan
+        with np.errstate(invalid="ignore"):  # equal distributions: rounding may leave a root of less than zero
+            return float(np.nan_to_num(jensenshannon(a, b, base=2)))
 
     return [
         (f"Jaccard, score > {threshold:g}", jaccard, False),

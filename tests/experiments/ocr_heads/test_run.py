@@ -1,0 +1,285 @@
+"""The experiments from end to end: what they change, what they write, what they refuse, and that they resume."""
+
+import copy
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from hooked_vlm import HookedVLM
+from hooked_vlm.experiments.common.errors import StudyError
+from hooked_vlm.experiments.ocr_heads import (
+    CaseConfig,
+    CompareConfig,
+    MaskConfig,
+    OcrHeadsConfig,
+    Protocol,
+    ScoreConfig,
+    SelectConfig,
+    SinkConfig,
+    ThoughtConfig,
+    run,
+)
+from hooked_vlm.experiments.ocr_heads import changed as changed_module
+from hooked_vlm.experiments.ocr_heads.changed import UNCHANGED, Condition, answer_all, summarize, tasks_of
+from hooked_vlm.experiments.ocr_heads.examples import to_inputs
+from hooked_vlm.experiments.ocr_heads.masking import masking_conditions
+from hooked_vlm.experiments.ocr_heads.profile import against_chance, measures
+from hooked_vlm.experiments.ocr_heads.study import Study
+from hooked_vlm.files import OutputError
+
+SMALL: dict[str, Any] = {"samples": 6, "quiet": True, "device": "cpu", "max_new_tokens": 6}
+TASKS: dict[str, Any] = {"task_samples": 4, "random_draws": 2}
+
+
+def masks(out: Path, **changes: Any) -> MaskConfig:
+    return MaskConfig(**{**SMALL, **TASKS, "out": out, **changes})
+
+
+# ---------------------------------------------------------------- masking
+
+
+def test_masking_equals_zeroing_outputs_by_hand(toy: HookedVLM, tmp_path: Path) -> None:
+    config = masks(tmp_path, tasks=("page",))
+    study = Study(config, toy)
+    conditions = masking_conditions(study, config, (2,))
+    answers = answer_all(study, tasks_of(study, config), conditions, "")
+    top = next(c for c in conditions if c.name == "top 2 OCR")
+
+    def zero(head: int) -> Any:
+        def hook(z: torch.Tensor, hook: object) -> None:
+            z[:, :, head] = 0
+
+        return hook
+
+    hooks = [(f"blocks.{layer}.attn.hook_z", zero(head)) for layer, head in top.heads]
+    found = answers[answers["condition"] == top.name].set_index("sample")
+    for i, example in enumerate(tasks_of(study, config)[0].data.examples):
+        reply = toy.generate(to_inputs(toy, [example], None), 6, fwd_hooks=hooks, return_type="str")
+        assert found.loc[i, "reply"] == reply
+        assert found.loc[i, "exact"] == (reply.strip() == example.answer)
+    randoms = [c for c in conditions if c.name.startswith("random")]
+    assert len({c.heads for c in randoms}) == 2 and [c.draw for c in randoms] == [0, 1]
+    assert all(len(c.heads) == 2 and not set(c.heads) & set(top.heads) for c in randoms)
+
+
+def test_where_random_heads_come_from(qwen: HookedVLM, tmp_path: Path) -> None:
+    study = Study(masks(tmp_path), qwen)
+    top = study.top(study.ocr, 2)
+    live, others, every = (study.candidates(source, top) for source in ("live", "others", "any"))
+    assert set(live) <= set(others) < set(every) and len(every) == 16 and not set(others) & set(top)
+    assert all(study.ocr.mean[head] < 0.1 for head in live)
+    assert study.random_sets("live", top, 17, 3) == []
+    assert study.random_sets("any", top, 3, 2) == study.random_sets("any", top, 3, 2)
+
+
+def test_summary_by_hand() -> None:
+    rows = []
+    for name, draws in (("unchanged", 1), ("top", 1), ("random", 2)):
+        for draw in range(draws):
+            for sample in range(10):
+                right = {"unchanged": 1.0, "top": 0.0, "random": float(sample != draw)}[name]
+                values = dict.fromkeys(("exact", "em", "f1", "anls", "contains"), right)
+                row = {"task": "page", "condition": name, "draw": draw, "heads": "", "sample": sample, "reply": ""}
+                rows.append({**row, "metric": "exact", **values})
+    conditions = [UNCHANGED, Condition("top", control="random"), Condition("random"), Condition("random", draw=1)]
+    table = summarize(pd.DataFrame(rows), conditions, seed=0)
+    chosen = table[table["chosen"]].set_index("condition")
+    assert chosen["value"].to_dict() == pytest.approx({"unchanged": 1.0, "top": 0.0, "random": 0.9})
+    assert chosen["change"].to_dict() == pytest.approx({"unchanged": 0.0, "top": -1.0, "random": -0.1})
+    assert chosen.loc["top", "p"] == pytest.approx(2 / 2**10)  # all ten differ: only the two ends are as far
+    assert chosen.loc["random", ["lowest", "highest", "draws", "n"]].tolist() == [0.9, 0.9, 2, 10]
+    assert len(table) == 15
+
+
+# ---------------------------------------------------------------- similarity
+
+
+def test_similarity_of_equal_and_of_disjoint_heads() -> None:
+    a = np.array([0.9, 0.5, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0])
+    same = {name: m(a, a) for name, m, _ in measures(0.1)}
+    apart = {name: m(a, a[::-1]) for name, m, _ in measures(0.1)}
+    assert list(same.values()) == pytest.approx([1, 1, 0, 0])
+    assert list(apart.values()) == pytest.approx([0, -1 / 3, 1, 0], abs=0.02)
+
+
+def test_chance_is_that_of_exchanged_heads() -> None:
+    rng = np.random.default_rng(0)
+    a = np.where(rng.random(60) < 0.2, 0.5, 0.0)
+    jaccard, _, shannon, wasserstein = (m for _, m, _ in measures(0.1))
+    chance, p = against_chance(jaccard, a, a, False, 0, 300)
+    n = int((a > 0).sum())
+    expected = n * n / 60 / (2 * n - n * n / 60)
+    assert chance == pytest.approx(expected, abs=0.03) and p < 0.01
+    _, p = against_chance(shannon, a, a, True, 0, 300)
+    assert p == 1.0  # nothing is less different
+    _, p = against_chance(wasserstein, a, a + 0.3, True, 0, 300)
+    assert p < 0.01  # one has higher scores everywhere
+
+
+# ---------------------------------------------------------------- the run
+
+
+def test_everything_runs_and_an_interrupted_run_ends_with_the_same_bytes(
+    qwen: HookedVLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def config(out: Path) -> OcrHeadsConfig:
+        return OcrHeadsConfig(
+            **SMALL, **TASKS, out=out, data_folder=tmp_path / "data", betas=(0.4,), case_samples=2, characters="7q",
+            permutations=50, tokens_per_batch=400,
+        )  # fmt: skip
+
+    result = run(config(tmp_path / "whole"), qwen)
+    replies = changed_module._replies
+    calls = []
+
+    def interrupted(*arguments: Any) -> list[str]:
+        calls.append(1)
+        if len(calls) == 9:  # some answers are kept by then
+            raise KeyboardInterrupt
+        return replies(*arguments)
+
+    monkeypatch.setattr(changed_module, "_replies", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run(config(tmp_path / "resumed"), qwen)
+    assert not (tmp_path / "resumed" / "report.html").exists()
+    calls = [0] * 100  # of which none is the ninth
+    again = run(config(tmp_path / "resumed"), qwen)
+    whole, resumed = (
+        sorted(path.relative_to(tmp_path / name) for path in (tmp_path / name).rglob("*") if path.is_file())
+        for name in ("whole", "resumed")
+    )
+    assert whole == resumed
+    for file in whole:
+        a, b = ((tmp_path / name / file).read_bytes() for name in ("whole", "resumed"))
+        if file.suffix in (".html", ".json"):  # name their folder
+            b = b.replace(b"/resumed", b"/whole")
+        assert a == b, file
+    assert again.summary.replace("/resumed", "/whole").split(" (")[0] == result.summary.split(" (")[0]
+    headings = [finding.heading for finding in result.findings]
+    assert len(headings) == 7 and all(heading in result.summary for heading in headings)
+    scores = result.table("ocr-scores")
+    assert len(scores) == 16 and scores["score"].between(0, 1).all() and (scores["low"] <= scores["high"]).all()
+    assert set(result.table("masking")["task"]) == {"page", "text", "naming"}
+    assert set(result.table("characters")["character"]) == {"7", "q"}
+    page = (tmp_path / "whole" / "report.html").read_text()
+    assert all(heading in page for heading in headings)
+
+
+@pytest.mark.parametrize(
+    ("kind", "more"),
+    [(ScoreConfig, {}), (SelectConfig, {"permutations": 20}), (CompareConfig, {}), (ScoreConfig, {"compat": True})],
+)
+def test_single_experiments_run_in_both_families(kind: Any, more: dict, toy: HookedVLM, tmp_path: Path) -> None:
+    result = run(kind(**SMALL, out=tmp_path, **more), toy)
+    assert result.report.exists()
+    assert result.scores["ocr"].granularity == ("token" if more.get("compat") else "sample")
+    assert ("compat" in result.summary) == bool(more.get("compat"))
+
+
+def test_sink_and_uniform_masking_run_and_the_unmodified_model_is_the_same_in_all(
+    qwen: HookedVLM, tmp_path: Path
+) -> None:
+    sink = run(SinkConfig(**SMALL, **TASKS, out=tmp_path, betas=(1.0,), tasks=("page",)), qwen).table("sink")
+    assert (sink["change"] == 0).all()  # the sink keeps everything
+    mask = run(masks(tmp_path, modes=("uniform",), tasks=("page",)), qwen).table("masking")
+    unchanged = [table.set_index("condition").loc["unchanged", "value"] for table in (sink, mask)]
+    assert unchanged[0] == unchanged[1]
+    assert {"top 2 OCR, uniform", "top 2 retrieval, uniform"} <= set(mask["condition"])
+
+
+def test_a_text_model_is_measured_beside(qwen: HookedVLM, tmp_path: Path) -> None:
+    blind = copy.copy(qwen)
+    blind.cfg = blind.cfg.with_(vision=None)
+    study = Study(ScoreConfig(**SMALL, out=tmp_path), qwen)
+    assert study.sibling is None
+    study.sibling = study.retrieval  # type: ignore[misc]
+    from hooked_vlm.experiments.ocr_heads.profile import similarity_table, sparsity_table
+
+    measured = similarity_table(study, SelectConfig(**SMALL, out=tmp_path, permutations=20))
+    assert measured["measure"].str.endswith("(text model)").sum() == len(measured) / 2
+    assert "retrieval, text model, here" in set(sparsity_table(study)["heads"])
+
+
+# ---------------------------------------------------------------- refusals
+
+
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        (ScoreConfig(samples=0), "--samples must be at least 1"),
+        (ScoreConfig(threshold=1.5), "--threshold must lie in"),
+        (MaskConfig(mask_heads=(0,)), "--mask-heads must be at least 1"),
+        (ScoreConfig(seed=-1), "--seed"),
+        (ScoreConfig(lengths=()), "--lengths"),
+        (ScoreConfig(protocol=Protocol(min_overlap=2.0)), "min-overlap"),
+        (SinkConfig(betas=(1.5,)), "--betas are shares"),
+    ],
+)
+def test_settings_out_of_range_are_refused_before_anything_is_loaded(
+    config: ScoreConfig, words: str, tmp_path: Path
+) -> None:
+    with pytest.raises(StudyError, match=words):
+        run(replace(config, model="/nowhere", out=tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        (MaskConfig(mask_heads=(17,)), "--mask-heads 17: the model has 16 heads"),
+        (SinkConfig(sink_heads=(99,)), "--sink-heads 99: the model has 16 heads"),
+        (MaskConfig(tasks=("vqa",)), "there is no task 'vqa'"),
+        (CaseConfig(characters="A"), "digits and small letters"),
+        (CaseConfig(characters=""), "at least one"),
+        (ThoughtConfig(task_samples=-1), "--task-samples"),
+    ],
+)
+def test_what_the_model_or_the_data_do_not_have_is_named(
+    config: Any, words: str, qwen: HookedVLM, tmp_path: Path
+) -> None:
+    with pytest.raises(StudyError, match=words):
+        run(replace(config, **{**SMALL, "samples": 3}, out=tmp_path), qwen)
+
+
+def test_a_model_that_cannot_be_asked_about_images_is_refused_before_any_page_is_made(
+    qwen: HookedVLM, tmp_path: Path
+) -> None:
+    blind = copy.copy(qwen)
+    blind.cfg = blind.cfg.with_(vision=None)
+    with pytest.raises(StudyError, match="has no vision tower"):
+        run(ScoreConfig(**SMALL, out=tmp_path), blind)
+    silent = copy.copy(qwen)
+    silent.tokenizer = None
+    with pytest.raises(StudyError, match="has no tokenizer"):
+        run(ScoreConfig(**SMALL, out=tmp_path), silent)
+    assert not (tmp_path / "data").exists()
+
+
+def test_an_output_folder_that_cannot_be_written_is_refused_at_once(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OutputError, match="cannot write"):
+        run(ScoreConfig(**SMALL, out=tmp_path / "file"))
+
+
+# ---------------------------------------------------------------- what the toy models show
+
+
+@pytest.mark.slow
+def test_ocr_heads_exist_are_few_and_are_what_reading_needs(toy: HookedVLM, tmp_path: Path) -> None:
+    shared: dict[str, Any] = {"out": tmp_path, "quiet": True, "samples": 60, "task_samples": 60, "random_draws": 6}
+    mask = run(MaskConfig(**shared), toy)
+    chosen = mask.scores["ocr"].mean > 0.1
+    assert 1 <= chosen.sum() <= 4
+    table = mask.table("masking").set_index(["task", "condition"])
+    page = table.loc["page"]
+    assert page.loc["unchanged", "value"] > 0.9
+    assert page.loc["top 2 OCR", "value"] < 0.2 < page.loc["random 2 live", "value"] - 0.3
+    assert page.loc["top 2 OCR", "p"] < 0.01
+    assert table.loc[("naming", "top 2 OCR"), "value"] > 0.8
+    retrieval = mask.scores["retrieval"].mean > 0.1
+    assert 1 <= retrieval.sum() <= 8
