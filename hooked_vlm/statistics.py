@@ -52,6 +52,28 @@ def bootstrap_mean(values: Float[np.ndarray, "n"], seed: int, draws: int = DRAWS
     return Estimate(float(values.mean()), float(low), float(high), len(values))
 
 
+def bootstrap_ratios(
+    values: Float[np.ndarray, "n *dims"], scale: Float[np.ndarray, "n"], seed: int, draws: int = DRAWS
+) -> tuple[Float[np.ndarray, "*dims"], Float[np.ndarray, "*dims"], Float[np.ndarray, "*dims"]]:
+    """Ratios of means, mean(values) / mean(scale), and their 95% percentile intervals.
+
+    Entries of the first axis are resampled together; where a value is NaN, its entry is left out of both means.
+    """
+    n, flat = len(values), values.reshape(len(values), -1)
+    known = ~np.isnan(flat)
+    above, below = np.where(known, flat, 0.0), known * scale[:, None]
+    counts = np.random.default_rng([seed, 9]).multinomial(n, np.full(n, 1 / n), size=draws)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        ratio = above.sum(0) / below.sum(0)
+        drawn = (counts @ above) / (counts @ below)
+    drawn[~np.isfinite(drawn)] = np.nan
+    low, high = np.full(flat.shape[1], np.nan), np.full(flat.shape[1], np.nan)
+    whole = known.any(0) & np.isfinite(drawn).any(0)
+    low[whole], high[whole] = np.nanpercentile(drawn[:, whole], [2.5, 97.5], axis=0)
+    ratio[~np.isfinite(ratio)] = np.nan
+    return tuple(x.reshape(values.shape[1:]) for x in (ratio, low, high))  # type: ignore[return-value]
+
+
 def bootstrap(
     statistic: Callable[..., float], *samples: Float[np.ndarray, "n"], seed: int, draws: int = DRAWS
 ) -> Estimate:

@@ -22,7 +22,7 @@ class PatchActivation(Intervention):
         name: the hook point.
         source: its whole tensor from the other run (`cache[name]`), with the rows and columns of these inputs.
         positions: where on the text side (query positions, for scores and patterns); for image-side tensors, which
-            patches of every image (their group names and "text" have no meaning there).
+            patches of every image, or a tuple for each image or tile (group names and "text" have no meaning there).
         heads: only these, where the tensor has a head axis.
     """
 
@@ -181,8 +181,7 @@ class _Where:
     def mask(self, x: Tensor, hook: Any) -> Bool[Tensor, "..."]:
         """True where meant; broadcasts against `x`."""
         if self.table is None:
-            here = torch.zeros(1, x.shape[self.axis], dtype=torch.bool, device=x.device)
-            here[0, slice(None) if self.positions is None else torch.tensor(self.positions)] = True
+            here = self._patches(x)
         else:
             here = meant(self.table, self.first_position(hook), x.shape[self.axis], len(x))
         shape = [1] * x.ndim
@@ -190,6 +189,19 @@ class _Where:
         if self.axis == 0:
             shape[0] = here.shape[1]
         return here.view(shape)
+
+    def _patches(self, x: Tensor) -> Bool[Tensor, "images patch"]:
+        """Patches of every image alike, or of each image its own."""
+        chosen: Any = () if self.positions is None else self.positions
+        per_image = self.axis == 1 and len(chosen) > 0 and isinstance(chosen[0], tuple)
+        if per_image and len(chosen) != len(x):
+            raise InputError(f"there are patches for {len(chosen)} images, but {self.name} holds {len(x)}")
+        here = torch.zeros(len(x) if per_image else 1, x.shape[self.axis], dtype=torch.bool)
+        if self.positions is None:
+            here[:] = True
+        for image, patches in enumerate(chosen if per_image else [chosen]):
+            here[image, list(patches)] = True
+        return here.to(x.device)
 
 
 def _head_axis(name: str) -> int | None:

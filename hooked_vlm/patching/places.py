@@ -1,0 +1,164 @@
+"""From names of places to positions of the decoder and patches of the vision tower."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from hooked_vlm.geometry import TileGrid
+from hooked_vlm.inputs import VLMInputs
+from hooked_vlm.interventions.base import position_table
+from hooked_vlm.patching.pairs import Direction, Pair, Region
+from hooked_vlm.token_layout import InputError
+
+Tower = Literal["text", "vision"]
+Where = str | Sequence[str]
+"""Names of places: groups ("image", "question", "role", "final", "text", "generated"), "all", places of the pair, or
+"each": every position (vision tower: every patch) by itself. The vision tower has "image" (all patches), places that
+are regions, and "each"."""
+Rows = tuple[tuple[int, ...], ...]
+"""Positions of each row; patches of each image or tile."""
+
+
+def place_names(pairs: Sequence[Pair], where: Where, tower: Tower, direction: Direction) -> tuple[str | int, ...]:
+    """The places a sweep visits; positions and patches go by their numbers.
+
+    Raises:
+        InputError: "each" of examples whose positions or patches do not correspond.
+    """
+    if where != "each":
+        return (where,) if isinstance(where, str) else tuple(where)
+    sides = [pair.sides(direction)[0] for pair in pairs]
+    if tower == "vision":
+        n = [n_patches(inputs) for inputs in sides]
+        if any(other != n[0] for other in n):
+            raise InputError(
+                f"the examples have images of {sorted({max(own) for own in n})} patches: those of one size can be "
+                'patched patch by patch, others by regions (Pair(..., places={"name": Region(box)}))'
+            )
+        width = max(n[0])
+        return tuple(image * width + patch for image, own in enumerate(n[0]) for patch in range(own))
+    widths = sorted({inputs.shape[1] for inputs in sides})
+    if len(widths) > 1 or any(max(s.first) or min(s.stop) != s.shape[1] for s in sides):
+        raise InputError(
+            f"the examples have {' and '.join(map(str, widths))} positions, padding included: those of one length can "
+            'be patched position by position, others by groups ("image", "question", "role", "final", regions)'
+        )
+    matched = torch.cat([pair.matches(direction) for pair in pairs]) >= 0
+    return tuple(int(p) for p in matched.all(0).nonzero()[:, 0])
+
+
+def positions_at(pair: Pair, place: str | int, direction: Direction, matches: Int[Tensor, "batch pos"]) -> Rows:
+    """The positions of a place in the inputs that are run, row by row; `matches` are `pair.matches(direction)`.
+
+    Raises:
+        InputError: an unknown name, a row without such positions, or positions that nothing corresponds to.
+    """
+    base, source = pair.sides(direction)
+    if isinstance(place, int):
+        rows: Rows = ((place,),) * len(base)
+    elif place in pair.places:
+        on_clean = _of_place(pair, place)
+        if direction == "noising":
+            rows = on_clean
+        else:  # what the clean inputs' positions correspond to
+            rows = tuple(
+                tuple(p for p, other in enumerate(matches[row].tolist()) if other >= 0 and other in own)
+                for row, own in enumerate(on_clean)
+            )
+    else:
+        if place != "all" and place not in (*vars(base.positions), "text"):
+            known = ["all", "text", *vars(base.positions), *pair.places]
+            raise InputError(f"there is no place {place!r}: choose from {', '.join(known)}")
+        table = position_table(None if place == "all" else place, base)[:, :-1]
+        rows = tuple(tuple(own.nonzero()[:, 0].tolist()) for own in table)
+    for row, own in enumerate(rows):
+        if not own:
+            raise InputError(f"row {row} has no {place} positions")
+        lost = [p for p in own if matches[row, p] < 0]
+        if lost:
+            n = [_n_of(inputs, row, place) for inputs in (base, source)]
+            raise InputError(
+                f"position {lost[0]} of row {row} ({place}) corresponds to no position of the other inputs"
+                f"{'' if None in n else f': the place has {n[0]} positions in one and {n[1]} in the other'}. Give both "
+                "the same number of tokens there, or patch other places"
+            )
+    return rows
+
+
+def _n_of(inputs: VLMInputs, row: int, place: str | int) -> int | None:
+    groups = vars(inputs.positions)
+    return len(groups[place][row]) if place in groups else None
+
+
+def _of_place(pair: Pair, place: str) -> Rows:
+    given, inputs = pair.places[place], pair.clean
+    regions = _regions(pair, place)
+    if not regions:
+        return (tuple(int(p) for p in given),) * len(inputs)  # pyright: ignore[reportArgumentType, reportGeneralTypeIssues]
+    rows: list[list[int]] = [[] for _ in range(len(inputs))]
+    for region in regions:
+        tokens = inputs.tokens_in_box(region.image, region.box, region.min_overlap, region.part)
+        rows[inputs.row_of_image(region.image)] += tokens
+    return tuple(tuple(sorted(set(own))) for own in rows)
+
+
+def _regions(pair: Pair, place: str) -> list[Region]:
+    given = pair.places[place]
+    return [given] if isinstance(given, Region) else [r for r in given if isinstance(r, Region)]
+
+
+# ---------------------------------------------------------------- the vision tower
+
+
+def n_patches(inputs: VLMInputs) -> tuple[int, ...]:
+    """Patches of each image, tile or video frame, in the order of the vision tower's first axis, class token included."""
+    class_token = inputs.spec.tile_size is not None
+    return tuple(class_token + h * w for t, h, w in inputs.grids for _ in range(t))
+
+
+def patches_at(pair: Pair, place: str | int) -> Rows:
+    """The patches of a place in the vision tower's tensors, image by image.
+
+    Raises:
+        InputError: an unknown name, or a place that is no region.
+    """
+    inputs = pair.clean
+    counts = n_patches(inputs)
+    if isinstance(place, int):
+        image, patch = divmod(place, max(counts))
+        return tuple((patch,) if i == image else () for i in range(len(counts)))
+    if place in ("image", "all"):
+        return tuple(tuple(range(n)) for n in counts)
+    if place not in pair.places or not _regions(pair, place):
+        known = ["image", *(name for name in pair.places if _regions(pair, name))]
+        raise InputError(f"the vision tower has no place {place!r}: choose from {', '.join(known)}, each")
+    rows: list[set[int]] = [set() for _ in counts]
+    for region in _regions(pair, place):
+        for image, patch in patches_in_box(inputs, region):
+            rows[image].add(patch)
+    return tuple(tuple(sorted(own)) for own in rows)
+
+
+def patches_in_box(inputs: VLMInputs, region: Region) -> list[tuple[int, int]]:
+    """(image or tile, patch) of the patches under a box, as the vision tower's tensors count them."""
+    order = [(v.kind, v.index) for v in inputs.in_feature_order]
+    at = order.index(("image", region.image))
+    first = sum(grid[0] for grid in inputs.grids[:at])
+    grid: Any = replace(inputs.image_grid(region.image), merge_size=1)
+    if isinstance(grid, TileGrid):
+        grid = replace(grid, transposed_tokens=False)
+        per_tile = grid.tile_side**2
+        chosen = grid.tokens_in_box(region.box, region.min_overlap, part=region.part)
+        return [(first + n // per_tile, 1 + n % per_tile) for n in chosen]  # patch 0 is the class token
+    if region.part == "thumbnail":
+        raise InputError("this model sees images whole: there is no thumbnail")
+    # boxes count in raster order, the tower merge block by merge block
+    _, h, w = grid.grid_thw
+    order_of_rows = inputs.image_grid(region.image).patch_order() @ np.array([h * w, w, 1])
+    row_of = np.argsort(order_of_rows)
+    return [(first, int(row_of[n])) for n in grid.tokens_in_box(region.box, region.min_overlap)]
