@@ -97,18 +97,18 @@ def sweep(
     if inputs.has_visuals and inputs.image_features is None:
         encoded = inputs.with_image_features(model.encode_images(inputs))
     plain = PlainRun.of(model, encoded, plan, logits_at)
-    baseline = _measure(metric, plain.logits, logits_at).cpu()
+    baseline = measure(metric, plain.logits, logits_at).cpu()
     values = baseline.new_full((len(interventions), len(inputs)), torch.nan)
     with tqdm(total=plan.n_runs, disable=not progress, desc="sweep", unit="run") as bar:
         for i in plan.encoder_runs:
-            values[i] = _measure(metric, _whole_pass(model, inputs, interventions[i], logits_at), logits_at).cpu()
+            values[i] = measure(metric, _whole_pass(model, inputs, interventions[i], logits_at), logits_at).cpu()
             bar.update()
         waiting = list(reversed(plan.batches))
         while waiting:
             batch = waiting.pop()
             try:
                 logits = batch_logits(model, plain, batch, interventions, plan, logits_at)
-                found = [_measure(metric, _with_prefix(own, plain, logits_at), logits_at) for own in logits]
+                found = [measure(metric, _with_prefix(own, plain, logits_at), logits_at) for own in logits]
             except (torch.OutOfMemoryError, RuntimeError) as error:
                 if not _out_of_memory(error) or len(batch.runs) == 1:
                     raise
@@ -142,7 +142,12 @@ def _with_prefix(
     return torch.cat((plain.logits[:, : plain.logits.shape[1] - own.shape[1]], own), dim=1)
 
 
-def _measure(metric: Metric, logits: Float[Tensor, "batch out d_vocab"], logits_at: str) -> Float[Tensor, "batch"]:
+def measure(metric: Metric, logits: Float[Tensor, "batch out d_vocab"], logits_at: str) -> Float[Tensor, "batch"]:
+    """A metric's values, in float32 at least.
+
+    Raises:
+        InputError: not one number for each row.
+    """
     values = metric(logits[:, 0] if logits_at == "last" else logits)
     if not isinstance(values, Tensor) or values.shape != logits.shape[:1]:
         got = tuple(values.shape) if isinstance(values, Tensor) else type(values).__name__

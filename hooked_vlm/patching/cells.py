@@ -51,9 +51,9 @@ class Cells:
             _check_grids(pairs)
         chosen: tuple[int | None, ...] = (None,)
         if what in PER_HEAD:
-            chosen = _in_range(heads, n_heads, f"{'key-value ' if what in 'kv' else ''}head")
+            chosen = in_range(heads, n_heads, f"{'key-value ' if what in 'kv' else ''}head")
         names = place_names(pairs, where, tower, direction)
-        return cls(what, tower, direction, _in_range(layers, n_layers, "layer"), chosen, names)
+        return cls(what, tower, direction, in_range(layers, n_layers, "layer"), chosen, names)
 
     def __iter__(self) -> Iterator[tuple[int, int | None, str | int]]:
         for layer in self.layers:
@@ -106,7 +106,7 @@ def _sizes(model: Any, what: str, tower: str) -> tuple[int, int]:
     return cfg.vision.n_layers_run, cfg.vision.n_heads
 
 
-def _in_range(chosen: Sequence[int] | None, n: int, kind: str) -> tuple[int, ...]:
+def in_range(chosen: Sequence[int] | None, n: int, kind: str) -> tuple[int, ...]:
     if chosen is None:
         return tuple(range(n))
     for number in chosen:

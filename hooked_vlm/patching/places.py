@@ -1,6 +1,6 @@
 """From names of places to positions of the decoder and patches of the vision tower."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -12,7 +12,7 @@ from torch import Tensor
 from hooked_vlm.geometry import TileGrid
 from hooked_vlm.inputs import VLMInputs
 from hooked_vlm.interventions.base import position_table
-from hooked_vlm.patching.pairs import Direction, Pair, Region
+from hooked_vlm.patching.pairs import Direction, Pair, Place, Region
 from hooked_vlm.token_layout import InputError
 
 Tower = Literal["text", "vision"]
@@ -61,21 +61,12 @@ def positions_at(pair: Pair, place: str | int, direction: Direction, matches: In
     base, source = pair.sides(direction)
     if isinstance(place, int):
         rows: Rows = ((place,),) * len(base)
-    elif place in pair.places:
-        on_clean = _of_place(pair, place)
-        if direction == "noising":
-            rows = on_clean
-        else:  # what the clean inputs' positions correspond to
-            rows = tuple(
-                tuple(p for p, other in enumerate(matches[row].tolist()) if other >= 0 and other in own)
-                for row, own in enumerate(on_clean)
-            )
+    elif place in pair.places and direction == "denoising":  # places are given on the clean side
+        on_clean = positions_in(pair.clean, place, pair.places)
+        corresponding = zip(matches.tolist(), on_clean, strict=True)
+        rows = tuple(tuple(p for p, other in enumerate(row) if other in own) for row, own in corresponding)
     else:
-        if place != "all" and place not in (*vars(base.positions), "text"):
-            known = ["all", "text", *vars(base.positions), *pair.places]
-            raise InputError(f"there is no place {place!r}: choose from {', '.join(known)}")
-        table = position_table(None if place == "all" else place, base)[:, :-1]
-        rows = tuple(tuple(own.nonzero()[:, 0].tolist()) for own in table)
+        rows = positions_in(base, place, pair.places)
     for row, own in enumerate(rows):
         if not own:
             raise InputError(f"row {row} has no {place} positions")
@@ -95,20 +86,38 @@ def _n_of(inputs: VLMInputs, row: int, place: str | int) -> int | None:
     return len(groups[place][row]) if place in groups else None
 
 
-def _of_place(pair: Pair, place: str) -> Rows:
-    given, inputs = pair.places[place], pair.clean
-    regions = _regions(pair, place)
+def positions_in(inputs: VLMInputs, place: str, places: Mapping[str, Place]) -> Rows:
+    """The positions of a place, a group or one of `places`, row by row.
+
+    Raises:
+        InputError: an unknown name.
+    """
+    if place not in places:
+        table = position_table(group(inputs, place, places), inputs)[:, :-1]
+        return tuple(tuple(own.nonzero()[:, 0].tolist()) for own in table)
+    regions = _regions(places[place])
     if not regions:
-        return (tuple(int(p) for p in given),) * len(inputs)  # pyright: ignore[reportArgumentType, reportGeneralTypeIssues]
-    rows: list[list[int]] = [[] for _ in range(len(inputs))]
+        return (tuple(places[place]),) * len(inputs)  # pyright: ignore[reportArgumentType, reportReturnType]
+    rows: list[set[int]] = [set() for _ in range(len(inputs))]
     for region in regions:
         tokens = inputs.tokens_in_box(region.image, region.box, region.min_overlap, region.part)
-        rows[inputs.row_of_image(region.image)] += tokens
-    return tuple(tuple(sorted(set(own))) for own in rows)
+        rows[inputs.row_of_image(region.image)].update(tokens)
+    return tuple(tuple(sorted(own)) for own in rows)
 
 
-def _regions(pair: Pair, place: str) -> list[Region]:
-    given = pair.places[place]
+def group(inputs: VLMInputs, place: str, places: Mapping[str, Place]) -> str | None:
+    """A group's name as interventions know it.
+
+    Raises:
+        InputError: there is no such group, nor such a place.
+    """
+    known = ["all", "text", *vars(inputs.positions)]
+    if place not in known:
+        raise InputError(f"there is no place {place!r}: choose from {', '.join([*known, *places])}")
+    return None if place == "all" else place
+
+
+def _regions(given: Place) -> list[Region]:
     return [given] if isinstance(given, Region) else [r for r in given if isinstance(r, Region)]
 
 
@@ -134,11 +143,11 @@ def patches_at(pair: Pair, place: str | int) -> Rows:
         return tuple((patch,) if i == image else () for i in range(len(counts)))
     if place in ("image", "all"):
         return tuple(tuple(range(n)) for n in counts)
-    if place not in pair.places or not _regions(pair, place):
-        known = ["image", *(name for name in pair.places if _regions(pair, name))]
+    if place not in pair.places or not _regions(pair.places[place]):
+        known = ["image", *(name for name, given in pair.places.items() if _regions(given))]
         raise InputError(f"the vision tower has no place {place!r}: choose from {', '.join(known)}, each")
     rows: list[set[int]] = [set() for _ in counts]
-    for region in _regions(pair, place):
+    for region in _regions(pair.places[place]):
         for image, patch in patches_in_box(inputs, region):
             rows[image].add(patch)
     return tuple(tuple(sorted(own)) for own in rows)
