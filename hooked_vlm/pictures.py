@@ -4,14 +4,13 @@ They return matplotlib figures (`figure.savefig("page.png")`); a notebook shows 
 """
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float
 from matplotlib.colors import Normalize, TwoSlopeNorm
 from matplotlib.figure import Figure
 
-from hooked_vlm.geometry import GeometryError, ImageGrid, TileGrid
 from hooked_vlm.images import load_image
 
 SEQUENTIAL, DIVERGING = "viridis", "RdBu_r"
@@ -48,39 +47,22 @@ def heatmap(
     return figure
 
 
-def overlay(
-    picture: Any,
-    grid: ImageGrid | TileGrid,
-    values: Float[np.ndarray, "panel token"],
-    titles: Sequence[str],
-    label: str,
-    part: Literal["tiles", "thumbnail"] = "tiles",
-) -> Figure:
-    """One panel for each row of values, one value for each token of the image, over the picture. NaN stays clear.
+def overlay(picture: Any, panels: Float[np.ndarray, "panel row col"], titles: Sequence[str], label: str) -> Figure:
+    """Each panel of values over the picture, stretched to it. NaN stays clear.
 
     Args:
         picture: the original image, as for `model.to_inputs`.
-        part: of a tiled image, whether the tokens of its tiles or those of its thumbnail are shown.
-
-    Raises:
-        GeometryError: the picture has another size than the image of the grid.
+        panels: what `inputs.on_image` or `cache.on_image` gives.
     """
     shown = load_image(picture)
-    if shown.size != tuple(grid.image_size):
-        raise GeometryError(
-            f"the picture is {shown.size[0]} x {shown.size[1]} pixels, the image of these tokens "
-            f"{grid.image_size[0]} x {grid.image_size[1]}: pass the picture the inputs were made with"
-        )
-    laid_out = grid.to_image(values, part) if isinstance(grid, TileGrid) else grid.to_image(values)
-    columns = min(4, len(values))
-    rows = -(-len(values) // columns)
+    columns = min(4, len(panels))
+    rows = -(-len(panels) // columns)
     width, height = shown.size
-    panel = 3.2
-    figure = Figure(figsize=(panel * columns + 0.9, (panel * height / width + 0.4) * rows), layout="constrained")
-    norm, colours = _scale(values)
+    figure = Figure(figsize=(3.2 * columns + 0.9, (3.2 * height / width + 0.4) * rows), layout="constrained")
+    norm, colours = _scale(panels)
     largest = max(abs(norm.vmin or 0.0), abs(norm.vmax or 0.0))
     image = None
-    for i, (own, title) in enumerate(zip(laid_out[:, 0], titles, strict=True)):
+    for i, (own, title) in enumerate(zip(panels, titles, strict=True)):
         axes = figure.add_subplot(rows, columns, i + 1)
         axes.imshow(shown.convert("L"), cmap="gray", vmin=0, vmax=255)
         extent = (-0.5, width - 0.5, height - 0.5, -0.5)
@@ -89,8 +71,7 @@ def overlay(
         axes.set_title(title, fontsize=9)
         axes.set_axis_off()
     if image is not None:
-        bar = figure.colorbar(image, ax=figure.axes, label=label, shrink=0.8)
-        bar.solids.set_alpha(1)
+        figure.colorbar(image, ax=figure.axes, label=label, shrink=0.8).solids.set_alpha(1)
     return figure
 
 

@@ -1,4 +1,4 @@
-"""Attribution patching: every patch estimated from one backward pass (Nanda 2023; Syed et al. 2023, arXiv 2310.10348)."""
+"""Attribution patching: all patches estimated from one backward pass (Nanda 2023; Syed et al., arXiv 2310.10348)."""
 
 from collections.abc import Sequence
 from typing import Any, Literal
@@ -122,9 +122,7 @@ def _effects(cells: Cells, pair: Pair, slopes: dict[str, Tensor]) -> Float[np.nd
     """Sums over the positions (and entries) of every cell."""
     reduced = {name: _per_head_and_position(x, cells) for name, x in slopes.items()}
     examples = _examples(pair, cells)
-    masks = {
-        place: _mask(rows, next(iter(reduced.values())).shape[1]) for place, rows in cells.positions(pair).items()
-    }
+    masks = {place: _mask(rows, next(iter(reduced.values())).shape[1]) for place, rows in cells.positions(pair).items()}
     found = []
     for layer, head, place in cells:
         entries = reduced[cells.name(layer)][..., head or 0]  # [row or image, position or patch]

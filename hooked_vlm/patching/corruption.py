@@ -1,6 +1,6 @@
 """Corrupt images: a region masked, two regions swapped, noise. Boxes are pixels of the original image.
 
-    corrupt = clean.with_image(0, masked(picture, box))
+corrupt = clean.with_image(0, masked(picture, box))
 """
 
 import math

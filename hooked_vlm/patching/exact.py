@@ -99,7 +99,7 @@ def checked(pairs: Pair | Sequence[Pair], metric: Metrics) -> tuple[list[Pair], 
 
 def source_activations(model: Any, pair: Pair, cells: Cells) -> dict[str, Float[Tensor, "..."]]:
     """What the patches take, under the names of hook points, with the positions of the inputs that are edited."""
-    base, source = pair.sides(cells.direction)
+    source = pair.sides(cells.direction)[1]
     _, cache = model.run_with_cache(source, names_filter=cells.names, logits_at="last")
     found = {name: cache[name] for name in cells.names}
     if pair.by == "columns" or cells.tower == "vision":

@@ -14,7 +14,7 @@ from hooked_vlm.inputs import VLMInputs
 from hooked_vlm.token_layout import InputError, Visual
 
 Direction = Literal["denoising", "noising"]
-"""Denoising: the corrupt run gets activations of the clean one. Noising: the clean run gets those of the corrupt one."""
+"""Denoising: the corrupt run gets clean activations. Noising: the clean run gets corrupt ones."""
 
 
 @dataclass(frozen=True)
@@ -169,9 +169,7 @@ def by_place(base: ImageGrid | TileGrid, source: ImageGrid | TileGrid) -> Int[np
     for part in parts if _has_thumbnail(base) else parts[:1]:
         own = _numbers(base, part)
         other = _numbers(source, part if _has_thumbnail(source) else "tiles")
-        rows, cols = (
-            ((np.arange(n) + 0.5) / n * of).astype(int) for n, of in zip(own.shape, other.shape, strict=True)
-        )
+        rows, cols = (((np.arange(n) + 0.5) / n * of).astype(int) for n, of in zip(own.shape, other.shape, strict=True))
         found[own] = other[np.ix_(rows, cols)]
     return found
 

@@ -10,10 +10,10 @@ from jaxtyping import Float
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from hooked_vlm.inputs import VLMInputs
 from hooked_vlm.interventions import Head, Intervention
 from hooked_vlm.interventions.base import Hooks, first_meant, meant, position_table
 from hooked_vlm.interventions.heads import check_heads
-from hooked_vlm.inputs import VLMInputs
 from hooked_vlm.patching.cells import in_range
 from hooked_vlm.patching.exact import Metrics, checked, swept, warn_of_bad_numbers
 from hooked_vlm.patching.pairs import Direction, Pair, aligned

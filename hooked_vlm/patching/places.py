@@ -125,7 +125,7 @@ def _regions(given: Place) -> list[Region]:
 
 
 def n_patches(inputs: VLMInputs) -> tuple[int, ...]:
-    """Patches of each image, tile or video frame, in the order of the vision tower's first axis, class token included."""
+    """Patches of each image, tile or video frame, class token included: the vision tower's first two axes."""
     class_token = inputs.spec.tile_size is not None
     return tuple(class_token + h * w for t, h, w in inputs.grids for _ in range(t))
 

@@ -129,7 +129,7 @@ class PatchingResult:
         return replace(self, axes=axes, values=values)
 
     def to_dataframe(self) -> pd.DataFrame:
-        """One line for each cell and example: the axes, `example`, `value`, `base`, `source`, `effect`, `normalised`."""
+        """A line for each cell and example: the axes, `example`, `value`, `base`, `source`, `effect`, `normalised`."""
         frame = self._frame(self.values.shape[-1])
         frame["example"] = np.tile(np.arange(self.n_examples), len(frame) // max(self.n_examples, 1))
         frame["value"] = self.values.reshape(-1)
@@ -207,7 +207,7 @@ class PatchingResult:
         if not places or not all(isinstance(p, int) for p in places):
             raise InputError('the places of this result are not positions: sweep where="each" to lay it over a picture')
         tokens = inputs.image_tokens(image).tolist()
-        panels = [labels for labels in product(*(own for name, own in cells.axes.items() if name != "place"))]
+        panels = list(product(*(own for name, own in cells.axes.items() if name != "place")))
         means = cells.mean.reshape(len(panels), len(places))
         values = np.full((len(panels), len(tokens)), np.nan)
         for column, place in enumerate(places):
@@ -215,7 +215,7 @@ class PatchingResult:
                 values[:, tokens.index(int(place))] = means[:, column]
         names = [name for name in cells.axes if name != "place"]
         titles = [", ".join(f"{n} {x}" for n, x in zip(names, own, strict=True)) for own in panels]
-        figure = overlay(picture, inputs.image_grid(image), values, titles, self.label, part)
+        figure = overlay(picture, inputs.on_image(image, values, part), titles, self.label)
         figure.suptitle(title or self.title)
         return figure
 
