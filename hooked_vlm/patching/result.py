@@ -17,6 +17,8 @@ from hooked_vlm.statistics import Estimate, bootstrap_ratios, paired_p
 from hooked_vlm.token_layout import InputError
 
 Label = str | int
+ROUNDING = 1e-5
+"""Two runs whose metrics are relatively closer than this are the same: nothing is a share of their difference."""
 
 
 @dataclass(frozen=True)
@@ -76,14 +78,17 @@ class PatchingResult:
     def normalised(self) -> Float[np.ndarray, "*cells example"]:
         """Effects as shares of the way from the edited run to the other: 0 changes nothing, 1 goes all the way.
 
-        NaN for an example whose two runs have the same metric.
+        NaN for an example whose two runs have the same metric, up to rounding.
         """
         gap = self._gap
         return self.effects / np.where(gap == 0, np.nan, gap)
 
     @property
     def _gap(self) -> Float[np.ndarray, "example"]:
-        return np.ones_like(self.base) if self.source is None else self.source - self.base
+        if self.source is None:
+            return np.ones_like(self.base)
+        gap = self.source - self.base
+        return np.where(np.abs(gap) <= ROUNDING * (1 + np.abs(self.base)), 0.0, gap)
 
     @cached_property
     def _means(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

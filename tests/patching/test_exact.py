@@ -224,13 +224,11 @@ def test_the_generated_answer_is_a_metric() -> None:
 @pytest.mark.parametrize(
     ("settings", "says"),
     [
-        ({"what": "resid", "where": "final"}, "no activation 'resid'"),
         ({"what": "z", "where": "finale"}, "no place 'finale'"),
         ({"what": "z", "where": "final", "layers": (3,)}, "layer 3 is out of range"),
         ({"what": "z", "where": "final", "heads": (4,)}, "head 4 is out of range"),
         ({"what": "mlp_out", "where": "final", "heads": (0,)}, "no heads"),
         ({"what": "z", "where": "final", "tower": "vision"}, "no place 'final'"),
-        ({"what": "z", "where": "final", "direction": "denoise"}, "direction must be"),
     ],
 )
 def test_what_does_not_exist_is_refused(settings: dict, says: str) -> None:

@@ -53,8 +53,6 @@ def test_other_refusals() -> None:
         Pair(clean, clean, {"image": (1,)})
     with pytest.raises(InputError, match="1 images in clean and 0 in corrupt"):
         Pair(clean, inputs_of("qwen2-vl", [[5, 7]], 2), by="groups")
-    with pytest.raises(InputError, match='by="columns" or by="groups"'):
-        Pair(clean, clean, by="rows")  # type: ignore[arg-type]
 
 
 def test_another_grid_corresponds_by_place_and_text_by_groups() -> None:

@@ -23,8 +23,8 @@ VALUES = np.array(
 
 def result(**changes: Any) -> PatchingResult:
     axes = {"layer": (0, 1), "place": ("image", "final")}
-    settings: dict[str, Any] = {"direction": "denoising", "axes": axes, "values": VALUES}
-    return PatchingResult(what="z", base=BASE, source=SOURCE, **{**settings, **changes})
+    settings: dict[str, Any] = {"direction": "denoising", "axes": axes, "values": VALUES, "source": SOURCE}
+    return PatchingResult(what="z", base=BASE, **{**settings, **changes})
 
 
 def test_normalised_effects_are_shares_of_the_way() -> None:
