@@ -599,21 +599,11 @@ def test_subspace_affinity_is_that_of_orthonormal_bases(role):
     close(result.scores[0, 3, 2, 1], (written.T @ read).pow(2).sum(), atol=1e-4)
 
 
-def tl_state_dict(of: HookedVLM) -> dict[str, Tensor]:
-    """Copies of the weights under the keys of TransformerLens' weight processing (`_W_K`: native heads)."""
-    native = {"W_K": "_W_K", "W_V": "_W_V", "b_K": "_b_K", "b_V": "_b_V"}
-    out = {}
-    for name, value in of.tl_parameters().items():
-        *at, last = name.split(".")
-        out[".".join([*at, native.get(last, last)])] = value.detach().as_subclass(Tensor).clone()
-    return out
-
-
 @torch.no_grad()
 def test_folded_and_centred_weights_copied_back_through_the_views_keep_the_log_probs():
     own = copy.deepcopy(model())
     before = own(clean()).log_softmax(-1)
-    state = ProcessWeights.fold_layer_norm(tl_state_dict(own), own.cfg, fold_biases=False, center_weights=False)
+    state = ProcessWeights.fold_layer_norm(own.tl_state_dict(), own.cfg, fold_biases=False, center_weights=False)
     state = ProcessWeights.center_unembed(state, cfg=own.cfg)
     views = own.tl_parameters()
     for name, view in views.items():
@@ -630,7 +620,7 @@ def test_folded_and_centred_weights_copied_back_through_the_views_keep_the_log_p
 
 @torch.no_grad()
 def test_folded_value_biases_are_what_they_add_to_the_stream():
-    state = ProcessWeights.fold_value_biases(tl_state_dict(model()), model().cfg)
+    state = ProcessWeights.fold_value_biases(model().tl_state_dict(), model().cfg)
     for layer, block in enumerate(model().blocks):
         b_V = block.attn.b_V.repeat_interleave(2, dim=0)
         close(state[f"blocks.{layer}.attn.b_O"], torch.einsum("hd,hdm->m", b_V, block.attn.W_O))
