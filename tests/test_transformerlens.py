@@ -19,6 +19,7 @@ import pytest
 import tiny
 import tiny_internvl
 import torch
+from families import model_and_inputs
 from torch import Tensor
 from transformer_lens import ActivationCache, HookedRootModule, SVDInterpreter, patching
 from transformer_lens.head_detector import detect_head
@@ -466,6 +467,25 @@ def test_neurons_projected_on_a_direction_give_its_logit():
     _, cache = model().run_with_cache(clean())
     parts = cache.stack_neuron_results(3, incl_remainder=True, apply_ln=True, project_output_onto=direction)
     close(parts.sum(0), model()(clean())[..., ANSWER], atol=5e-5)
+
+
+@torch.no_grad()
+def test_neuron_results_and_stacked_activations_are_those_of_the_cache():
+    cache, block = cached(clean), model().blocks[1]
+    neurons = cache.get_neuron_results(1)
+    close(neurons, cache["post", 1][..., None] * block.mlp.W_out)
+    close(neurons.sum(-2), cache["mlp_out", 1])
+    close(cache.stack_activation("resid_mid"), torch.stack([cache["resid_mid", layer] for layer in range(3)]))
+    close(cache.stack_activation("pattern"), torch.stack([cache["pattern", layer] for layer in range(3)]))
+
+
+@torch.no_grad()
+def test_decompositions_of_padded_rows_with_images_rebuild_their_last_logits():
+    family, inputs = model_and_inputs(current, "padded")
+    logits, cache = family.run_with_cache(inputs)
+    for parts in (cache.decompose_resid(pos_slice=-1), cache.stack_head_results(pos_slice=-1, incl_remainder=True)):
+        attrs = cache.logit_attrs(parts, tokens=ANSWER, pos_slice=-1)
+        close(attrs.sum(0).flatten(), logits[:, -1, ANSWER], atol=5e-5)
 
 
 @torch.no_grad()
