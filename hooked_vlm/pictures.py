@@ -37,7 +37,9 @@ def heatmap(
             if not np.isnan(value):
                 red, green, blue, _ = image.cmap(image.norm(value))
                 ink = "#ffffff" if 0.3 * red + 0.6 * green + 0.1 * blue < 0.5 else "#222222"
-                axes.text(column, row, f"{value:.2f}", ha="center", va="center", color=ink, fontsize=8)
+                axes.text(
+                    column, row, f"{round(float(value), 2) + 0.0:.2f}", ha="center", va="center", color=ink, fontsize=8
+                )
     axes.set(xlabel=names[1], ylabel=names[0], title=title)
     _ticks(axes.set_xticks, columns, 24)
     _ticks(axes.set_yticks, rows, 24)
@@ -55,7 +57,7 @@ def overlay(picture: Any, panels: Float[np.ndarray, "panel row col"], titles: Se
         panels: what `inputs.on_image` or `cache.on_image` gives.
     """
     shown = load_image(picture)
-    columns = min(4, len(panels))
+    columns = min(5, len(panels))
     rows = -(-len(panels) // columns)
     width, height = shown.size
     figure = Figure(figsize=(3.2 * columns + 0.9, (3.2 * height / width + 0.4) * rows), layout="constrained")
