@@ -37,9 +37,8 @@ def heatmap(
             if not np.isnan(value):
                 red, green, blue, _ = image.cmap(image.norm(value))
                 ink = "#ffffff" if 0.3 * red + 0.6 * green + 0.1 * blue < 0.5 else "#222222"
-                axes.text(
-                    column, row, f"{round(float(value), 2) + 0.0:.2f}", ha="center", va="center", color=ink, fontsize=8
-                )
+                shown = f"{round(float(value), 2) + 0.0:.2f}"  # no negative zero
+                axes.text(column, row, shown, ha="center", va="center", color=ink, fontsize=8)
     axes.set(xlabel=names[1], ylabel=names[0], title=title)
     _ticks(axes.set_xticks, columns, 24)
     _ticks(axes.set_yticks, rows, 24)
