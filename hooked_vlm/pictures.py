@@ -72,7 +72,8 @@ def overlay(picture: Any, panels: Float[np.ndarray, "panel row col"], titles: Se
         axes.set_title(title, fontsize=9)
         axes.set_axis_off()
     if image is not None:
-        figure.colorbar(image, ax=figure.axes, label=label, shrink=0.8).solids.set_alpha(1)
+        bar: Any = figure.colorbar(image, ax=figure.axes, label=label, shrink=0.8)
+        bar.solids.set_alpha(1)
     return figure
 
 

@@ -1,6 +1,9 @@
 """Which of TransformerLens' own tools run with an image in the input. `python -m hooked_vlm.tool_table` runs each on
 minute random models and writes docs/transformerlens.md; a tool that refuses is shown with the line that does."""
 
+# TransformerLens annotates inputs as token tensors and models as bridges; what it accepts is what is asked here:
+# pyright: reportArgumentType=false, reportReturnType=false
+
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -100,13 +103,13 @@ def _direct_path(s: Setup, component: str = "q") -> Any:
             src_layer=0,
             src_head=0,
             component=component,
-            verbose=False,  # type: ignore[arg-type]
+            verbose=False,
         )
 
 
 def _all_sources(s: Setup) -> Any:
     with torch.no_grad():
-        return patching.get_act_patch_direct_path_all_sources(s.model, s.corrupt, *s.caches, s.metric, verbose=False)  # type: ignore[arg-type]
+        return patching.get_act_patch_direct_path_all_sources(s.model, s.corrupt, *s.caches, s.metric, verbose=False)
 
 
 def _attribution(s: Setup, **settings: Any) -> Any:
@@ -114,7 +117,7 @@ def _attribution(s: Setup, **settings: Any) -> Any:
     for switch in ("attn_result", "split_qkv_input", "hook_mlp_in"):
         getattr(s.model, f"set_use_{switch}")(settings["granularity"] == "edge")
     try:
-        return analysis.attribution_patch(s.model, s.clean, s.corrupt, s.metric, config)  # type: ignore[arg-type]
+        return analysis.attribution_patch(s.model, s.clean, s.corrupt, s.metric, config)
     finally:
         for switch in ("attn_result", "split_qkv_input", "hook_mlp_in"):
             getattr(s.model, f"set_use_{switch}")(False)
@@ -122,23 +125,23 @@ def _attribution(s: Setup, **settings: Any) -> Any:
 
 def _interchange(s: Setup, run: bool) -> Any:
     at = torch.tensor([6, 6])
-    acts = interchange.collect_activations(s.model, HOOK, s.both, s.task, positions=at)  # type: ignore[arg-type]
+    acts = interchange.collect_activations(s.model, HOOK, s.both, s.task, positions=at)
     if not run:
         return acts
     everything = interchange.SubspaceInterchange(torch.eye(8))
-    return interchange.intervened_logits(s.model, HOOK, everything, s.both, acts, s.task, positions=at)  # type: ignore[arg-type]
+    return interchange.intervened_logits(s.model, HOOK, everything, s.both, acts, s.task, positions=at)
 
 
 def _das(s: Setup) -> Any:
     at, targets = torch.tensor([6, 6]), torch.tensor([0, 1])
     settings: dict[str, Any] = {"rank": 1, "base_positions": at, "source_positions": at, "epochs": 1}
-    return interchange.fit_das(s.model, HOOK, s.both, s.both, targets, s.task, **settings)  # type: ignore[arg-type]
+    return interchange.fit_das(s.model, HOOK, s.both, s.both, targets, s.task, **settings)
 
 
 def _subspaces(s: Setup) -> tuple[Any, Any]:
     attn: Any = s.model.blocks[0].attn
     bases = (orthonormal_subspace(w.detach()) for w in (attn.W_O[0].T, attn.W_Q[0]))
-    return tuple(bases)  # type: ignore[return-value]
+    return tuple(bases)
 
 
 def _probe_data(s: Setup) -> tuple[Tensor, Tensor]:
@@ -148,7 +151,7 @@ def _probe_data(s: Setup) -> tuple[Tensor, Tensor]:
 
 def _lens(s: Setup, **settings: Any) -> Any:
     with torch.no_grad():
-        return analysis.logit_lens(s.model, s.clean, **settings)  # type: ignore[arg-type]
+        return analysis.logit_lens(s.model, s.clean, **settings)
 
 
 def _readout(s: Setup) -> Any:
@@ -158,12 +161,12 @@ def _readout(s: Setup) -> Any:
 
 def _direct(s: Setup, unit: str) -> Any:
     with torch.no_grad():
-        return analysis.direct_logit_attribution(s.model, s.clean, 3, 4, unit=unit)  # type: ignore[arg-type]
+        return analysis.direct_logit_attribution(s.model, s.clean, 3, 4, unit=unit)
 
 
 def _detect(s: Setup, pattern: Any) -> Any:
     with torch.no_grad():
-        return detect_head(s.model, s.clean, pattern)  # type: ignore[arg-type]
+        return detect_head(s.model, s.clean, pattern)
 
 
 def _cache(call: Callable[[Any], Any], s: Setup) -> Any:
@@ -172,7 +175,7 @@ def _cache(call: Callable[[Any], Any], s: Setup) -> Any:
 
 
 def _gradient(s: Setup) -> Any:
-    return attribution_patching.cache_activation_and_gradient(s.model, s.clean, s.metric, lambda name: name == HOOK)  # type: ignore[arg-type]
+    return attribution_patching.cache_activation_and_gradient(s.model, s.clean, s.metric, lambda name: name == HOOK)
 
 
 def _singular(s: Setup, kind: str) -> Any:

@@ -165,11 +165,12 @@ def test_attention_on_the_image_of_padded_rows_and_without_a_batch_axis() -> Non
     _, alone = model.run_with_cache(inputs[1], remove_batch_dim=True)
     torch.testing.assert_close(cache.on_image(2, 0, image=1), alone.on_image(2, 0), atol=1e-5, rtol=0)
     torch.testing.assert_close(alone.on_image(2, 0, query=inputs[1].shape[1] - 1), alone.on_image(2, 0))
-    for arguments, says in (
+    refused: Any = (
         ({"query": 400}, "no query 400"),
         ({"head": 4}, "no head 4"),
         ({"image": 1}, "no image 1"),
-    ):
+    )
+    for arguments, says in refused:
         with pytest.raises(InputError, match=says):
             alone.on_image(2, **arguments)
     with pytest.raises(GeometryError, match="no thumbnail"):

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from hooked_vlm.hooks import is_quadratic, is_vision
 from hooked_vlm.inputs import VLMInputs
-from hooked_vlm.interventions.base import Hooks, Intervention, Positions, first_meant, meant, position_table
+from hooked_vlm.interventions.base import Hooks, Intervention, Positions, first_meant, layer_of, meant, position_table
 from hooked_vlm.token_layout import InputError
 
 
@@ -32,6 +32,9 @@ class PatchActivation(Intervention):
     heads: Sequence[int] | None = None
 
     finds_positions: ClassVar[bool] = True
+
+    def first_layer(self, model: Any, inputs: VLMInputs) -> int:
+        return layer_of(self.name, model.cfg.n_layers)
 
     def first_position(self, model: Any, inputs: VLMInputs) -> int:
         return 0 if is_vision(self.name) else first_meant(position_table(self.positions, inputs))
@@ -67,6 +70,8 @@ class PatchActivation(Intervention):
             if self.heads is not None and head_axis is not None:
                 shape = [1] * x.ndim
                 shape[head_axis] = x.shape[head_axis]
+                if not all(0 <= head < x.shape[head_axis] for head in self.heads):
+                    raise InputError(f"{self.name} has heads 0 to {x.shape[head_axis] - 1}, got {tuple(self.heads)}")
                 chosen = torch.zeros(x.shape[head_axis], dtype=torch.bool, device=x.device)
                 chosen[list(self.heads)] = True
                 here = here & chosen.view(shape)

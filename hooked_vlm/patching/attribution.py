@@ -12,7 +12,7 @@ from tqdm.auto import tqdm
 
 from hooked_vlm.metrics import Metric
 from hooked_vlm.patching.cells import Cells, What
-from hooked_vlm.patching.exact import Metrics, checked, source_activations, swept, warn_of_bad_numbers
+from hooked_vlm.patching.exact import Metrics, checked, encoded_sides, source_activations, swept, warn_of_bad_numbers
 from hooked_vlm.patching.pairs import Direction, Pair
 from hooked_vlm.patching.places import Rows, Tower, Where
 from hooked_vlm.patching.result import Agreement, PatchingResult
@@ -54,9 +54,9 @@ def attribute(
     drawn = np.random.default_rng([seed, 1]).permutation(len(list(cells)))[:check]
     values, base_values, source_values, real = [], [], [], []
     for pair, own in zip(tqdm(pairs, disable=not progress, desc="attributing", unit="pair"), metrics, strict=True):
-        base, source = pair.sides(direction)
+        base, source = encoded_sides(model, pair, direction, tower)
         with torch.no_grad():
-            there = source_activations(model, pair, cells)
+            there = source_activations(model, source, pair, cells)
             source_values.append(swept(model, source, [], own, logits_at=logits_at)[1])
         baseline, slopes = _slopes(model, base, cells, there, own, logits_at)
         values.append(baseline + _effects(cells, pair, slopes))
@@ -91,7 +91,9 @@ def agreement_of(estimated: Float[np.ndarray, "*cells"], real: Float[np.ndarray,
     a, b = estimated[known], real[known]
     if len(a) < 2 or np.ptp(a) == 0 or np.ptp(b) == 0:
         return Agreement(np.nan, np.nan, len(a))
-    return Agreement(float(stats.pearsonr(a, b).statistic), float(stats.spearmanr(a, b).statistic), len(a))
+    correlations: Any = (stats.pearsonr(a, b), stats.spearmanr(a, b))
+    pearson, spearman = (float(found.statistic) for found in correlations)
+    return Agreement(pearson, spearman, len(a))
 
 
 def _slopes(

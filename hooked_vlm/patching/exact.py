@@ -67,8 +67,8 @@ def patch(
     settings: dict[str, Any] = {"logits_at": logits_at, "max_runs": max_runs}
     values, base_values, source_values = [], [], []
     for pair, own in zip(tqdm(pairs, disable=not progress, desc="patching", unit="pair"), metrics, strict=True):
-        base, source = pair.sides(direction)
-        interventions = cells.interventions(pair, source_activations(model, pair, cells))
+        base, source = encoded_sides(model, pair, direction, tower)
+        interventions = cells.interventions(pair, source_activations(model, source, pair, cells))
         found, baseline = swept(model, base, interventions, own, **settings)
         values.append(found)
         base_values.append(baseline)
@@ -97,9 +97,23 @@ def checked(pairs: Pair | Sequence[Pair], metric: Metrics) -> tuple[list[Pair], 
     return pairs, metrics
 
 
-def source_activations(model: Any, pair: Pair, cells: Cells) -> dict[str, Float[Tensor, "..."]]:
+@torch.no_grad()
+def encoded_sides(model: Any, pair: Pair, direction: Direction, tower: Tower = "text") -> tuple[VLMInputs, VLMInputs]:
+    """`pair.sides`, their images encoded once for all runs unless these change the vision tower."""
+    base, source = pair.sides(direction)
+    if tower == "vision":
+        return base, source
+    base, source = (
+        side.with_image_features(model.encode_images(side))
+        if side.has_visuals and side.image_features is None
+        else side
+        for side in (base, source)
+    )
+    return base, source
+
+
+def source_activations(model: Any, source: VLMInputs, pair: Pair, cells: Cells) -> dict[str, Float[Tensor, "..."]]:
     """What the patches take, under the names of hook points, with the positions of the inputs that are edited."""
-    source = pair.sides(cells.direction)[1]
     _, cache = model.run_with_cache(source, names_filter=cells.names, logits_at="last")
     found = {name: cache[name] for name in cells.names}
     if pair.by == "columns" or cells.tower == "vision":

@@ -75,7 +75,7 @@ def knock_out(
         found, baseline = swept(model, batch, cuts, own_metric, logits_at=logits_at, max_runs=max_runs)
         values.append(found)
         base_values.append(baseline)
-    axes = {"edge": tuple(map(_said, edges)), "layers": tuple(map(_layers, windows))}
+    axes: dict[str, tuple[str | int, ...]] = {"edge": tuple(map(_said, edges)), "layers": tuple(map(_layers, windows))}
     shape = (len(edges), len(windows), -1)
     result = PatchingResult(
         "attention knock-out",

@@ -15,7 +15,7 @@ from hooked_vlm.interventions import Head, Intervention
 from hooked_vlm.interventions.base import Hooks, first_meant, meant, position_table
 from hooked_vlm.interventions.heads import check_heads
 from hooked_vlm.patching.cells import in_range
-from hooked_vlm.patching.exact import Metrics, checked, swept, warn_of_bad_numbers
+from hooked_vlm.patching.exact import Metrics, checked, encoded_sides, swept, warn_of_bad_numbers
 from hooked_vlm.patching.pairs import Direction, Pair, aligned
 from hooked_vlm.patching.places import Rows, positions_at
 from hooked_vlm.patching.result import PatchingResult
@@ -125,7 +125,7 @@ def patch_paths(
     edges = [(s, r) for s in senders for r in receivers if s[0] < r[0]]
     values, base_values, source_values = [], [], []
     for pair, own in zip(tqdm(pairs, disable=not progress, desc="patching", unit="pair"), metrics, strict=True):
-        base, source = pair.sides(direction)
+        base, source = encoded_sides(model, pair, direction)
         matches = pair.matches(direction)
         positions = positions_at(pair, where, direction, matches)
         streams = {f"blocks.{layer}.hook_resid_pre" for layer, _ in receivers}

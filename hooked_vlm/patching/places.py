@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import torch
@@ -158,16 +158,16 @@ def patches_in_box(inputs: VLMInputs, region: Region) -> list[tuple[int, int]]:
     order = [(v.kind, v.index) for v in inputs.in_feature_order]
     at = order.index(("image", region.image))
     first = sum(grid[0] for grid in inputs.grids[:at])
-    grid: Any = replace(inputs.image_grid(region.image), merge_size=1)
-    if isinstance(grid, TileGrid):
-        grid = replace(grid, transposed_tokens=False)
+    tokens = inputs.image_grid(region.image)
+    if isinstance(tokens, TileGrid):
+        grid = replace(tokens, merge_size=1, transposed_tokens=False)
         per_tile = grid.tile_side**2
         chosen = grid.tokens_in_box(region.box, region.min_overlap, part=region.part)
         return [(first + n // per_tile, 1 + n % per_tile) for n in chosen]  # patch 0 is the class token
     if region.part == "thumbnail":
         raise InputError("this model sees images whole: there is no thumbnail")
     # boxes count in raster order, the tower merge block by merge block
-    _, h, w = grid.grid_thw
-    order_of_rows = inputs.image_grid(region.image).patch_order() @ np.array([h * w, w, 1])
-    row_of = np.argsort(order_of_rows)
-    return [(first, int(row_of[n])) for n in grid.tokens_in_box(region.box, region.min_overlap)]
+    _, h, w = tokens.grid_thw
+    row_of = np.argsort(tokens.patch_order() @ np.array([h * w, w, 1]))
+    patches = replace(tokens, merge_size=1)
+    return [(first, int(row_of[n])) for n in patches.tokens_in_box(region.box, region.min_overlap)]

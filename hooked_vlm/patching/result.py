@@ -160,7 +160,7 @@ class PatchingResult:
     def not_numbers(self) -> pd.DataFrame:
         """The lines of `to_dataframe` whose effect is not a number."""
         frame = self.to_dataframe()
-        return frame[frame["effect"].isna()]
+        return frame.loc[frame["effect"].isna().to_numpy()]
 
     def _frame(self, repeats: int) -> pd.DataFrame:
         rows = [labels for labels in product(*self.axes.values()) for _ in range(repeats)]

@@ -35,7 +35,7 @@ def test_an_estimate_is_the_derivative_of_a_real_patch(family: str, what: Any, t
     where = ("image", "final") if tower == "text" else "image"
     found = attribute(model, pair, what, METRIC, where=where, layers=(0, 1), tower=tower, check=0)
     cells = Cells.of(model, [pair], what, where, tower, "denoising", (0, 1), None)
-    there = source_activations(model, pair, cells)
+    there = source_activations(model, pair.clean, pair, cells)
     _, here = model.run_with_cache(pair.corrupt, names_filter=cells.names)
     checked = 0
     for (layer, head, _), full in zip(cells, cells.interventions(pair, there), strict=True):
@@ -57,10 +57,10 @@ def test_an_estimate_is_the_derivative_of_a_real_patch(family: str, what: Any, t
 
 def test_rows_are_estimated_in_one_pass_and_weights_keep_no_gradient(family: str) -> None:
     model, pair = model_and_pair(family, "padded")
-    both = attribute(model, pair, "mlp_out", METRIC, where=("final", "question"), check=0)
+    both: Any = attribute(model, pair, "mlp_out", METRIC, where=("final", "question"), check=0)
     assert both.values.shape == (3, 2, 3) and both.estimated and both.agreement is None
     assert all(p.grad is None for p in model.parameters())
-    real = patch(model, pair, "mlp_out", METRIC, where=("final", "question"))
+    real: Any = patch(model, pair, "mlp_out", METRIC, where=("final", "question"))
     np.testing.assert_allclose(both.base, real.base, atol=1e-5)
     np.testing.assert_allclose(both.source, real.source, atol=1e-5)
 

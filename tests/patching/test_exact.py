@@ -70,7 +70,8 @@ def agrees(result: Any, model: Any, pair: Pair, direction: Any) -> None:
 @pytest.mark.parametrize("what", [*STREAMS, *SUFFIX])
 def test_a_sweep_over_groups_equals_the_loop(family: str, what: Any, direction: Any) -> None:
     model, pair = model_and_pair(family, places={"here": (1, 3)})
-    result = patch(model, pair, what, METRIC, where=("image", "final", "here"), layers=(0, 2), direction=direction)
+    where = ("image", "final", "here")
+    result: Any = patch(model, pair, what, METRIC, where=where, layers=(0, 2), direction=direction)
     n_heads = {"k": 2, "v": 2}.get(what, 4)
     assert result.values.shape == ((2, 3, 1) if what in STREAMS else (2, n_heads, 3, 1))
     agrees(result, model, pair, direction)
@@ -153,7 +154,8 @@ def test_keys_and_values_are_patched_by_key_value_head(family: str, what: Any) -
 @pytest.mark.parametrize("what", ["resid_pre", "resid_mid", "attn_out", "mlp_out", "z", "k", "pattern"])
 def test_patches_of_the_vision_tower_equal_the_loop(family: str, what: Any) -> None:
     model, pair = model_and_pair(family)
-    result = patch(model, pair, what, METRIC, where="each", layers=(0, 1), tower="vision")
+    heads = (1,) if what in SUFFIX else None
+    result = patch(model, pair, what, METRIC, where="each", layers=(0, 1), heads=heads, tower="vision")
     n = result.axes["patch"]
     assert len(n) == {"qwen2-vl": 16, "internvl2": 65}[family]
     some = [(0, 3), (1, 0), (1, n[-1])]
@@ -200,7 +202,7 @@ def test_a_metric_that_is_not_a_number_is_reported_by_example(family: str) -> No
     with pytest.warns(UserWarning, match="of the examples 1;"):
         result = patch(model, pair, "resid_pre", bad, where=("final", "question"))
     assert set(result.not_numbers()["example"]) == {1} and len(result.not_numbers()) == 6
-    assert (result.summary()["not_numbers"] == 1).all() and (result.summary()["n"] == 2).all()
+    assert set(result.summary()["not_numbers"]) == {1} and set(result.summary()["n"]) == {2}
     good = patch(model, pair, "resid_pre", METRIC, where=("final", "question"))
     kept = [0, 2]
     expected = good.effects[..., kept].mean(-1) / (good.source - good.base)[kept].mean()

@@ -83,12 +83,12 @@ def test_without_another_run_means_are_mean_effects() -> None:
 
 
 def test_heatmaps_show_the_means() -> None:
-    figure = result().heatmap("a title")
+    figure: Any = result().heatmap("a title")
     assert isinstance(figure, Figure)
-    image = figure.axes[0].images[0]
+    image: Any = figure.axes[0].images[0]
     np.testing.assert_allclose(image.get_array(), [[0, 1], [0.5, 1]])
     assert [t.get_text() for t in figure.axes[0].get_xticklabels()] == ["image", "final"]
-    heads = result(
+    heads: Any = result(
         axes={"layer": (0, 1), "head": (0, 1), "place": ("image",)}, values=VALUES.reshape(2, 2, 1, 3)
     ).heatmap()
     np.testing.assert_allclose(heads.axes[0].images[0].get_array(), [[0, 1], [0.5, 1]])
