@@ -196,9 +196,10 @@ def head_lens(
 
     def read(z: Tensor, hook: Any) -> None:
         written = torch.einsum("ehd,hdm->ehm", z[rows, columns], model.blocks[hook.layer()].attn.W_O)
-        log_probs = [vocabulary(model, part) for part in written.split(max(1, CHUNK // z.shape[2]))]
-        probs = torch.cat([own.exp() for own in log_probs])  # entry head d_vocab
-        own = probs.gather(-1, wanted[rows, None, None].expand(-1, probs.shape[1], 1))[..., 0]
+        index = wanted[rows, None, None].expand(-1, written.shape[1], 1)
+        n = max(1, CHUNK // written.shape[1])
+        parts = zip(written.split(n), index.split(n), strict=True)
+        own = torch.cat([vocabulary(model, part).gather(-1, at)[..., 0].exp() for part, at in parts])
         counts = torch.bincount(rows, minlength=len(inputs))
         found[hook.layer()] = own.new_zeros(len(inputs), own.shape[1]).index_add(0, rows, own) / counts[:, None]
 
@@ -288,7 +289,8 @@ def logit_attribution(
             parts[f"L{layer} mlp"] = mlp
     direction = _columns(model, right, rows) - (0 if wrong is None else _columns(model, wrong, rows))
     direction = direction * model.ln_final.weight / found["ln_final.hook_scale"]
-    values = torch.stack([(part * direction).sum(-1) for part in parts.values()])
+    exact = torch.promote_types(direction.dtype, torch.float32)
+    values = torch.stack([(part.to(exact) * direction.to(exact)).sum(-1) for part in parts.values()])
     true = _picked(logits, right, rows) - (0 if wrong is None else _picked(logits, wrong, rows))
     return LogitAttribution(tuple(parts), values.double().cpu().numpy(), true.double().cpu().numpy())
 

@@ -169,7 +169,9 @@ def _encoder_batches(
     n_positions = inputs.shape[1]
     end = min(inputs.stop) - 1
     first = min(end, *(first_position_behind(interventions[i], model, inputs) for i in encoder))
-    most = max_runs or runs_that_fit(model, inputs, n_positions - first, logits_at)
+    most = max_runs or min(
+        runs_that_fit(model, inputs, n_positions - first, logits_at), _runs_that_encode(model, inputs)
+    )
     parts = [tuple(encoder[start : start + most]) for start in range(0, len(encoder), most)]
     return [Batch(part, (EMBEDDING,) * len(part), first, encodes=True) for part in parts]
 
@@ -205,6 +207,17 @@ def runs_that_fit(model: Any, inputs: VLMInputs, width: int, logits_at: str) -> 
     per_run = len(inputs) * (activations + keys + scores + logits)
     by_memory = int(MEMORY_SHARE * free_memory(cfg.device)) // per_run
     by_speed = TOKENS_PER_BATCH.get(cfg.device.type, TOKENS_PER_BATCH["cpu"]) // (len(inputs) * width)
+    return max(1, min(by_memory, max(by_speed, 1)))
+
+
+def _runs_that_encode(model: Any, inputs: VLMInputs) -> int:
+    """How many runs fit into a pass of the vision tower."""
+    cfg = model.cfg.vision
+    n_patches = sum(t * h * w for t, h, w in inputs.grids)
+    size = torch.finfo(model.cfg.dtype).bits // 8
+    per_run = n_patches * (8 * cfg.d_model + 3 * cfg.d_mlp + 4 * cfg.n_heads * cfg.d_head) * size
+    by_memory = int(MEMORY_SHARE * free_memory(model.cfg.device)) // per_run
+    by_speed = TOKENS_PER_BATCH.get(model.cfg.device.type, TOKENS_PER_BATCH["cpu"]) // n_patches
     return max(1, min(by_memory, max(by_speed, 1)))
 
 

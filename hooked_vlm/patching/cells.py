@@ -53,6 +53,8 @@ class Cells:
         if what in PER_HEAD:
             chosen = in_range(heads, n_heads, f"{'key-value ' if what in 'kv' else ''}head")
         names = place_names(pairs, where, tower, direction)
+        if not names:
+            raise InputError("there is no place to patch: where is empty, or no position corresponds to another")
         return cls(what, tower, direction, in_range(layers, n_layers, "layer"), chosen, names)
 
     def __iter__(self) -> Iterator[tuple[int, int | None, str | int]]:

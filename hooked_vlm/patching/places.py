@@ -35,6 +35,10 @@ def place_names(pairs: Sequence[Pair], where: Where, tower: Tower, direction: Di
     sides = [pair.sides(direction)[0] for pair in pairs]
     if tower == "vision":
         n = [n_patches(inputs) for inputs in sides]
+        if any(len(inputs) > 1 for inputs in sides):
+            raise InputError(
+                "a patch is one row's: make a pair of each row (clean[i], corrupt[i]) to patch each of them"
+            )
         if any(other != n[0] for other in n):
             raise InputError(
                 f"the examples have images of {sorted({max(own) for own in n})} patches: those of one size can be "
@@ -142,7 +146,7 @@ def patches_at(pair: Pair, place: str | int) -> Rows:
         image, patch = divmod(place, max(counts))
         return tuple((patch,) if i == image else () for i in range(len(counts)))
     if place in ("image", "all"):
-        return tuple(tuple(range(n)) for n in counts)
+        return _of_all_rows(inputs, place, tuple(tuple(range(n)) for n in counts))
     if place not in pair.places or not _regions(pair.places[place]):
         known = ["image", *(name for name, given in pair.places.items() if _regions(given))]
         raise InputError(f"the vision tower has no place {place!r}: choose from {', '.join(known)}, each")
@@ -150,7 +154,17 @@ def patches_at(pair: Pair, place: str | int) -> Rows:
     for region in _regions(pair.places[place]):
         for image, patch in patches_in_box(inputs, region):
             rows[image].add(patch)
-    return tuple(tuple(sorted(own)) for own in rows)
+    return _of_all_rows(inputs, place, tuple(tuple(sorted(own)) for own in rows))
+
+
+def _of_all_rows(inputs: VLMInputs, place: str, patches: Rows) -> Rows:
+    """The same patches of images, if every row of the inputs has some."""
+    owners = [v.row for v in inputs.in_feature_order for _ in range(v.grid[0])]
+    having = {row for row, own in zip(owners, patches, strict=True) if own}
+    for row in range(len(inputs)):
+        if row not in having:
+            raise InputError(f"row {row} has no {place} patches")
+    return patches
 
 
 def patches_in_box(inputs: VLMInputs, region: Region) -> list[tuple[int, int]]:

@@ -97,6 +97,10 @@ def test_rows_are_examples_padded_or_not(family: str) -> None:
         patch(model, pair, "resid_pre", METRIC, where="image")
     with pytest.raises(InputError, match="padding included"):
         patch(model, pair, "resid_pre", METRIC, where="each")
+    with pytest.raises(InputError, match="row 1 has no image patches"):
+        patch(model, pair, "resid_pre", METRIC, where="image", tower="vision")
+    with pytest.raises(InputError, match=r"clean\[i\], corrupt\[i\]"):
+        patch(model, pair, "resid_pre", METRIC, where="each", tower="vision")
 
 
 def test_several_pairs_have_their_own_metrics_and_places(family: str) -> None:
@@ -231,6 +235,7 @@ def test_the_generated_answer_is_a_metric() -> None:
         ({"what": "z", "where": "final", "heads": (4,)}, "head 4 is out of range"),
         ({"what": "mlp_out", "where": "final", "heads": (0,)}, "no heads"),
         ({"what": "z", "where": "final", "tower": "vision"}, "no place 'final'"),
+        ({"what": "z", "where": ()}, "no place to patch"),
     ],
 )
 def test_what_does_not_exist_is_refused(settings: dict, says: str) -> None:
