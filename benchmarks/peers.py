@@ -1,12 +1,13 @@
 """The same head ablations with other libraries, in one process: nnsight, and TransformerLens' bridge.
 
 Zeroing every head of one layer, one after the other, and reading the last token's logits. nnsight wraps the same
-Qwen2-VL; the bridge supports Qwen2.5-VL, so there a model of the same sizes is taken and compared with its own plain
-forward. What is not installed is left out (`pip install nnsight`).
+Qwen2-VL; the bridge does not support it, so there a LLaVA of the same sizes is taken and compared with its own plain
+forward. nnsight is left out where it is not installed (`pip install nnsight`).
 
 python benchmarks/peers.py [--device cuda] [--rounds 5]
 """
 
+import copy
 import importlib.util
 import tempfile
 from functools import partial
@@ -15,7 +16,7 @@ from typing import Any
 
 import torch
 from interleaved import Settings, measure, ratios, read_settings, save, show
-from models import END, IMAGE, MODELS, START, batch_of
+from models import IMAGE, MODELS, batch_of
 
 from hooked_vlm import HookedVLM, sweep
 from hooked_vlm.interventions import ZeroHeads
@@ -51,10 +52,7 @@ def main() -> None:
     measured = measure(ways, max(3, settings.rounds // 2), settings.device)
     show(f"zeroing each of the {len(runs)} heads of layer {LAYER}", measured)
     tables = {"heads of one layer": ratios(measured)}
-    if importlib.util.find_spec("torchvision"):
-        tables["bridge"] = bridge(settings)
-    else:
-        print("TransformerLens' bridge is left out: for Qwen2.5-VL it needs torchvision")
+    tables["bridge"] = bridge(settings)
     save(settings, "peers", tables)
 
 
@@ -90,14 +88,16 @@ def nnsight_loop(hf: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
 
 
 def bridge(settings: Settings) -> dict[str, Any]:
-    """TransformerLens' bridge on a Qwen2.5-VL of the same sizes, against that model's own forward."""
+    """TransformerLens' bridge on a LLaVA of the same sizes, against that model's own forward."""
     from transformer_lens.model_bridge import TransformerBridge
-    from transformers import AutoTokenizer, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+    from transformer_lens.model_bridge.sources.transformers import helpers
+    from transformers import AutoTokenizer, LlavaConfig, LlavaForConditionalGeneration
 
     from hooked_vlm.experiments.toy.tokenizer import END_OF_TEXT, save_tokenizer
 
-    config: Any = Qwen2_5_VLConfig(
+    config: Any = LlavaConfig(
         text_config={
+            "model_type": "llama",
             "vocab_size": 1100,
             "hidden_size": 512,
             "intermediate_size": 1408,
@@ -105,45 +105,65 @@ def bridge(settings: Settings) -> dict[str, Any]:
             "num_attention_heads": 8,
             "num_key_value_heads": 2,
             "max_position_embeddings": 16384,
-            "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [8, 12, 12]},
         },
         vision_config={
-            "depth": 4,
+            "model_type": "clip_vision_model",
             "hidden_size": 320,
             "intermediate_size": 1280,
-            "num_heads": 4,
-            "out_hidden_size": 512,
-            "fullatt_block_indexes": [0, 1, 2, 3],
+            "num_hidden_layers": 5,  # the last is not used
+            "num_attention_heads": 4,
+            "image_size": 224,
+            "patch_size": 14,
+            "projection_dim": 512,
         },
-        image_token_id=IMAGE,
-        video_token_id=1001,
-        vision_start_token_id=START,
-        vision_end_token_id=END,
+        image_token_index=IMAGE,
+        image_seq_length=256,
+        architectures=["LlavaForConditionalGeneration"],
     )
     torch.manual_seed(0)
-    kind: Any = Qwen2_5_VLForConditionalGeneration
+    kind: Any = LlavaForConditionalGeneration
     hf = kind(config).to(settings.device, settings.torch_dtype).eval()
+    own = copy.deepcopy(hf)
+    # where torchvision is missing the bridge would install it, and with it another PyTorch, into this environment
+    helpers._ensure_torchvision = lambda: False
     with tempfile.TemporaryDirectory() as folder:
         save_tokenizer(Path(folder), (END_OF_TEXT, "<|im_start|>", "<|im_end|>"))
         config.save_pretrained(folder)
-        tokenizer = AutoTokenizer.from_pretrained(folder)
         bridged: Any = TransformerBridge.boot_transformers(
-            folder, hf_model=hf, tokenizer=tokenizer, device=settings.device, dtype=settings.torch_dtype
+            folder,
+            hf_model=hf,
+            tokenizer=AutoTokenizer.from_pretrained(folder),
+            device=settings.device,
+            dtype=settings.torch_dtype,
         )
-    batch = batch_of([(32, 32)], settings.device)
-    more = {name: batch[name] for name in ("pixel_values", "image_grid_thw", "mm_token_type_ids")}
-    tokens = batch["input_ids"]
-    own = kind(config).to(settings.device, settings.torch_dtype).eval()
+    text = torch.randint(10, 900, (34,))
+    tokens = torch.cat((text[:2], torch.full((256,), IMAGE), text[2:]))[None].to(settings.device)
+    pixels = torch.randn(1, 3, 224, 224, device=settings.device, dtype=settings.torch_dtype)
+
+    def loop() -> torch.Tensor:
+        values = []
+        for head in range(8):
+
+            def zero(z: torch.Tensor, hook: Any, head: int = head) -> torch.Tensor:
+                z = z.clone()
+                z.view(*z.shape[:2], 8, -1)[:, :, head] = 0
+                return z
+
+            hooks = [(f"blocks.{LAYER}.attn.hook_z", zero)]
+            values.append(bridged.run_with_hooks(tokens, pixel_values=pixels, fwd_hooks=hooks)[:, -1, TOKEN])
+        return torch.stack(values)
+
+    difference = (loop() - prehook_loop(own, {"input_ids": tokens, "pixel_values": pixels})).abs().max().item()
     measured = measure(
         {
-            "transformers, sdpa (Qwen2.5-VL)": partial(own, **batch),
-            "TransformerLens' bridge": partial(bridged, tokens, **more),
-            "TransformerLens' bridge, run_with_cache": partial(bridged.run_with_cache, tokens, **more),
+            "transformers, sdpa (LLaVA): one plain forward": partial(own, input_ids=tokens, pixel_values=pixels),
+            "TransformerLens' bridge: one plain forward": partial(bridged, tokens, pixel_values=pixels),
+            "TransformerLens' bridge: loop over run_with_hooks": loop,
         },
         max(3, settings.rounds // 2),
         settings.device,
     )
-    show("TransformerLens' bridge", measured)
+    show(f"TransformerLens' bridge (differs by {difference:.1e} from pre-hooks)", measured)
     return ratios(measured)
 
 

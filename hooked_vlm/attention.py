@@ -96,6 +96,19 @@ class AttentionCall:
         q, k, _ = self._of(queries, heads)
         return attention_scores(q, k).masked_fill(~self.visible(queries), -torch.inf)
 
+    def pattern(
+        self, queries: Int[Tensor, "#batch row"], heads: Sequence[int] | None = None
+    ) -> Float[Tensor, "batch head row key"]:
+        """The attention of some queries and heads, in float32 at least."""
+        return attention_pattern(self.scores(queries, heads), keep_float32=True)
+
+    def z_under(
+        self, pattern: Float[Tensor, "batch head row key"], heads: Sequence[int]
+    ) -> Float[Tensor, "batch row head d_head"]:
+        """Values averaged by a pattern of some heads."""
+        _, _, v = self._of(torch.zeros(1, 1, dtype=torch.long, device=self.q.device), heads)
+        return weighted_values(pattern.to(v.dtype), v)
+
     def z(
         self,
         queries: Int[Tensor, "#batch row"],

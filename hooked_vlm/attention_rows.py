@@ -12,7 +12,6 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
-from hooked_vlm.attention import attention_pattern
 from hooked_vlm.inputs import VLMInputs
 from hooked_vlm.token_layout import InputError
 
@@ -52,7 +51,7 @@ def attention_rows(
     found: dict[int, Tensor] = {}
 
     def watch(z: Tensor, hook: Any) -> None:
-        rows = attention_pattern(hook.ctx["attention"].scores(positions), keep_float32=True)
+        rows = hook.ctx["attention"].pattern(positions)
         found[hook.layer()] = rows if reduce is None else reduce(rows)
 
     watching = [(f"blocks.{layer}.attn.hook_z", watch) for layer in chosen]
@@ -90,7 +89,7 @@ def generate_with_rows(
 
     def watch(z: Tensor, hook: Any) -> None:
         last = torch.full((1, 1), z.shape[1] - 1, device=z.device)
-        row = attention_pattern(hook.ctx["attention"].scores(last), keep_float32=True)
+        row = hook.ctx["attention"].pattern(last)
         steps[hook.layer()].append(row if reduce is None else reduce(row))
 
     hooks = [*settings.pop("fwd_hooks", ()), *((f"blocks.{layer}.attn.hook_z", watch) for layer in chosen)]

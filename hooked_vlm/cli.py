@@ -6,8 +6,8 @@ import tyro
 
 from hooked_vlm.converters import CheckpointError
 from hooked_vlm.experiments.common.errors import StudyError
-from hooked_vlm.experiments.ocr_heads import OcrHeadsConfig, run
-from hooked_vlm.experiments.ocr_heads.report import summary
+from hooked_vlm.experiments.ocr_heads import run
+from hooked_vlm.experiments.ocr_heads.commands import Command
 from hooked_vlm.files import OutputError
 from hooked_vlm.geometry import GeometryError
 from hooked_vlm.hooks import HookError
@@ -21,9 +21,9 @@ app = tyro.extras.SubcommandApp()
 
 
 @app.command(name="ocr-heads")
-def ocr_heads(config: tyro.conf.OmitArgPrefixes[OcrHeadsConfig]) -> None:
-    """Which attention heads read text in images (arXiv 2505.15865): scores, selection and a masking control."""
-    print(summary(run(config), config))
+def ocr_heads(experiment: tyro.conf.OmitArgPrefixes[Command]) -> None:
+    """Which attention heads read text in images (arXiv 2505.15865)."""
+    print(run(experiment).summary)
 
 
 def main() -> None:

@@ -148,6 +148,7 @@ class VLMConfig:
     use_attn_result: bool = False
     use_split_qkv_input: bool = False
     use_hook_mlp_in: bool = False
+    use_compile: bool = False
 
     def __post_init__(self) -> None:
         if self.n_heads % self.n_key_value_heads:

@@ -12,6 +12,7 @@ import torch
 from huggingface_hub import save_torch_state_dict, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from hooked_vlm.components import Embed, Unembed
 from hooked_vlm.config import RopeScaling, VisionConfig, VLMConfig
@@ -115,7 +116,7 @@ class LoadingMixin(nn.Module):
         tokenizer: Any,
         image_processor: ImageProcessor | TileProcessor | None,
     ) -> Model:
-        with torch.device("meta"):
+        with torch.device("meta"), _Unfilled():
             model = cls(cfg, tokenizer, image_processor)  # type: ignore[call-arg]
         placed: dict[int, Tensor] = {}  # tied tensors are one object, before and after
         for tensor in tensors.values():
@@ -185,6 +186,18 @@ class LoadingMixin(nn.Module):
             tokenizer = copy.deepcopy(tokenizer)
             tokenizer.chat_template = template.jinja(self.cfg.system_message)
         tokenizer.save_pretrained(folder)
+
+
+class _Unfilled(TorchFunctionMode):
+    """Parameters are made without values: the checkpoint's take their place.
+
+    (Drawing values for tensors without storage does nothing, but it loads torch's compiler, which takes a second.)
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if getattr(func, "__module__", None) == "torch.nn.init":
+            return kwargs["tensor"] if kwargs and "tensor" in kwargs else args[0]
+        return func(*args, **(kwargs or {}))
 
 
 def _device(wanted: torch.device | str | None) -> torch.device:

@@ -15,6 +15,7 @@ from transformer_lens.utilities import Slice, SliceInput
 from hooked_vlm.attention import AttentionRun
 from hooked_vlm.cache import VLMCache
 from hooked_vlm.caching import caching_hooks, default_filter, runs_explicitly
+from hooked_vlm.compiled import compilable, compiled_block
 from hooked_vlm.components import Embed, Norm, Unembed
 from hooked_vlm.config import VLMConfig
 from hooked_vlm.decoder import Block, text_blocks
@@ -136,7 +137,9 @@ class HookedVLM(LoadingMixin, PromptMixin, GenerationMixin, WeightsMixin, HookCh
         self, stream: Float[Tensor, "*dims d_model"], run: AttentionRun, layer: int, n_out: int | None = None
     ) -> Float[Tensor, "*out d_model"]:
         """One block of the decoder in a pass that was set up before (`hooked_vlm.passes`)."""
-        block: Block = self.blocks[layer]  # type: ignore[assignment]
+        block: Block | Callable[..., Tensor] = self.blocks[layer]  # type: ignore[assignment]
+        if self.cfg.use_compile and compilable(run) and not self._hooked_in(layer):
+            block = partial(compiled_block(), block)
         return block(stream, run, layer, self.cfg.use_split_qkv_input, self.cfg.use_hook_mlp_in, n_out)
 
     def _hooked_in(self, layer: int) -> bool:

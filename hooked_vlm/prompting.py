@@ -236,6 +236,14 @@ class PromptMixin(nn.Module):
             tokens[row, first] = self.tokenizer.bos_token_id
         return tokens
 
+    def chat_text(self, prompt: str | Messages) -> str:
+        """A prompt without pictures as the model is given it: in the checkpoint's chat template.
+
+        Raises:
+            InputError: the tokenizer has no chat template.
+        """
+        return self._text_of(prompt, [], [], chat=True)[0]
+
     def to_string(self, tokens: Any) -> str | list[str]:
         """The text of token ids [pos] or [batch, pos] (then a list), special tokens included."""
         ids = tokens.tokens if isinstance(tokens, VLMInputs) else torch.as_tensor(tokens)

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, Shaped
 from scipy import stats
 
 DRAWS = 2000
@@ -78,7 +78,7 @@ def bootstrap_ratios(
 
 
 def bootstrap(
-    statistic: Callable[..., float], *samples: Float[np.ndarray, "n"], seed: int, draws: int = DRAWS
+    statistic: Callable[..., float], *samples: Shaped[np.ndarray, "n"], seed: int, draws: int = DRAWS
 ) -> Estimate:
     """Any statistic of observations that belong together, with its 95% percentile interval.
 

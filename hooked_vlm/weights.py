@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from hooked_vlm.compiled import check_compiler
 from hooked_vlm.components import AbsentBias, Embed, Norm, Unembed, WithViews, weight_view
 from hooked_vlm.config import VLMConfig
 
@@ -125,6 +126,19 @@ class WeightsMixin(WithViews):
     def set_use_hook_mlp_in(self, use: bool) -> None:
         """Give the MLP its own copy of the residual stream (`hook_mlp_in`)."""
         self.cfg = self.cfg.with_(use_hook_mlp_in=use)
+
+    def set_use_compile(self, use: bool) -> None:
+        """Run the decoder's blocks through `torch.compile` where none of their points is hooked.
+
+        The first pass takes seconds to minutes longer; further ones of other lengths once more. Blocks with a hook,
+        padded batches and passes with a key-value cache (generation) run as they do without.
+
+        Raises:
+            InputError: torch.compile does not work here (it needs a C++ compiler).
+        """
+        if use:
+            check_compiler(self.cfg.device)
+        self.cfg = self.cfg.with_(use_compile=use)
 
     def _apply(self, fn: Callable, recurse: bool = True) -> Any:
         # every move and cast (.to, .cuda, .half, ...) comes through here: cfg follows

@@ -22,11 +22,14 @@ from hooked_vlm.interventions import (
     ReplaceImageTokens,
     ScaleHeads,
     Together,
+    UniformAttention,
     ZeroHeads,
     mean_head_outputs,
     mean_image_kv,
+    patterns,
 )
 from hooked_vlm.interventions.attention import all_heads
+from hooked_vlm.interventions.base import position_table
 from hooked_vlm.passes import inputs_rotation
 
 HEADS = ((0, 1), (1, 0), (1, 3), (2, 2))
@@ -235,10 +238,25 @@ def test_redistributed_sink(case: tuple[Any, Any]) -> None:
     expected = by_hand(model, batch, [("blocks.1.attn.hook_pattern", literal)])
     iv = RedistributeSink(((1, 2),), beta)
     same(model, batch, iv, expected)
-    with torch.no_grad(), model.hooks(fwd_hooks=iv.hooks(model, batch)):
-        _, cache = model.run_with_cache(batch)
-    rows = cache["pattern", 1].sum(-1)[batch.attention_mask.bool()[:, None].expand(-1, model.cfg.n_heads, -1)]
-    torch.testing.assert_close(rows, torch.ones_like(rows))
+
+
+@pytest.mark.parametrize("positions", [None, "text", "final"])
+def test_uniform_attention(case: tuple[Any, Any], positions: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(patterns, "QUERIES_AT_ONCE", 3)
+    model, batch = case
+    table = position_table(positions, batch)
+
+    def literal(pattern: Tensor, hook: Any) -> Tensor:
+        for row in range(len(batch)):
+            first = batch.first[row]
+            for query in range(first, batch.stop[row]):
+                if table[row, query]:
+                    pattern[row, 2, query] = 0
+                    pattern[row, 2, query, first : query + 1] = 1 / (query + 1 - first)
+        return pattern
+
+    expected = by_hand(model, batch, [("blocks.1.attn.hook_pattern", literal)])
+    same(model, batch, UniformAttention(((1, 2),), positions), expected)
 
 
 # ---- activations ----
@@ -364,6 +382,8 @@ def of_every_kind(model: Any, batch: Any) -> dict[str, Intervention]:
         "image mean of a dataset": ReplaceImageKV(HEADS, mean_image_kv(model, [batch])),
         "blocked": BlockAttention(HEADS, "text", "image"),
         "sink": RedistributeSink(HEADS, 0.3),
+        "uniform": UniformAttention(HEADS),
+        "uniform while generating": UniformAttention(HEADS, "generated"),
         "patch": PatchActivation("blocks.1.hook_resid_mid", cache["resid_mid", 2], "question"),
         "steering": AddVector("blocks.1.hook_resid_post", vector, positions="text"),
         "image tokens": ReplaceImageTokens("image", "mean"),
@@ -435,7 +455,7 @@ def unchecked(intervention: Intervention, **values: Any) -> Intervention:
         (lambda model: PatchActivation("blocks.0.hook_mlp_out", torch.zeros(3, 13, 8)), "does not fit"),
         (
             lambda model: Together((RedistributeSink(HEADS, 0.5), ReplaceImageKV(((1, 3),)))),
-            r"head 1\.3 has its pattern",
+            r"head 1\.3 has its z made again",
         ),
         (lambda model: ReplaceImageTokens("video"), "no video positions"),
         (lambda model: AddVector("blocks.0.hook_mlp_out", torch.zeros(8)), "cannot be added"),

@@ -9,7 +9,7 @@ report.write(out, record)
 
 import base64
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
@@ -47,6 +47,10 @@ class Report:
     def text(self, *paragraphs: str) -> None:
         """Add paragraphs of plain text."""
         self._sections[-1].parts += [{"kind": "text", "text": text} for text in paragraphs]
+
+    def lines(self, lines: Sequence[str]) -> None:
+        """Add lines in a fixed width, as a terminal shows them."""
+        self._sections[-1].parts.append({"kind": "lines", "text": "\n".join(lines)})
 
     def figure(self, name: str, figure: Figure, caption: str) -> None:
         """Add a figure, kept as figures/`name`.png and .svg too."""

@@ -1,4 +1,4 @@
-"""What a run of the study is: one frozen configuration, which is also the command line."""
+"""What an experiment of the study is: frozen configurations, which are also the command line."""
 
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -6,12 +6,12 @@ from typing import Any, Literal
 
 from hooked_vlm.experiments.common.errors import StudyError
 
-DATASETS = ("toy", "passkey", "niah")
+Granularity = Literal["sample", "token"]
 
 
 @dataclass(frozen=True)
 class Protocol:
-    """How a head's score is measured. The defaults are the paper's definition; `OFFICIAL_CODE` is its code."""
+    """How a head's OCR score is measured. The defaults are the paper's definition; `OFFICIAL_CODE` is its code."""
 
     min_overlap: float = 0.1
     """A token is evidence if more than this share of a character's box lies in it (the code: 0.001)."""
@@ -28,47 +28,50 @@ class Protocol:
     """Count a copy by the share of the answer in the longest shared run instead of by 1, as the code does."""
     keys: Literal["all", "prompt"] = "all"
     """Where the argmax is taken: over all keys, or over the prompt but its last token (the code)."""
-    instance: Literal["sample", "token"] = "sample"
+    instance: Granularity = "sample"
     """What means and frequencies are taken over: samples, or single answer tokens (the code)."""
     frequency_rule: Literal["active", "inverted"] = "active"
     """A head is kept if it is active (score above the threshold) in enough instances; the code's rule is
     inverted: it drops heads that are non-zero in 90% of the instances."""
+    retrieval: Literal["needle", "same_token"] = "needle"
+    """The text retrieval score: Wu et al.'s (the argmax lies in the needle, on the token that is generated, and the
+    answer was found), or the code's (the argmax has the same token, for every answer token anywhere)."""
 
 
-OFFICIAL_CODE = Protocol(0.001, True, "copied", "in_order", "skip", True, "prompt", "token", "inverted")
+OFFICIAL_CODE = Protocol(0.001, True, "copied", "in_order", "skip", True, "prompt", "token", "inverted", "same_token")
 """What the code published with the paper does (papers' repository, step2_ocr_retrieval_head.py and step3)."""
 
 
 @dataclass(frozen=True)
-class OcrHeadsConfig:
-    """Which attention heads of a vision-language model read text from images."""
+class ScoreConfig:
+    """Score every head: which ones look at what is being read, in images and in text."""
 
     model: str = "toy-qwen2-vl"
     """A bundled toy model, a checkpoint folder or a hub name such as Qwen/Qwen2-VL-2B-Instruct."""
-    samples: int = 200
-    """Pages to score heads on."""
     out: Path = Path("ocr-heads-out")
-    """Where tables and pictures go."""
+    """Where the report, tables and figures go; finished parts are kept there and taken up again."""
+    samples: int = 200
+    """Pages to score heads on, and as many texts."""
     seed: int = 0
     data: Literal["auto", "toy", "passkey", "niah", "paper"] = "auto"
     """What the pages show: the toy models' key = value lines, or the paper's passkey and needle-in-a-haystack
     pages ("paper": both). "auto" is "toy" for the toy models and "paper" for others."""
     lengths: tuple[int, ...] = (1024, 2048, 4096, 8192)
     """Context lengths of the paper's pages: tokens for passkey, characters for niah."""
+    data_folder: Path | None = None
+    """Where data sets are built once and read again; `data` in the output folder by default."""
     granularity: Literal["fine", "coarse"] = "fine"
     """Evidence boxes of single characters (passkey: digits, niah: words), or one box for the whole answer."""
+    text_model: str | None = None
+    """The text-only sibling whose retrieval heads are measured too (Qwen/Qwen2-1.5B, Qwen/Qwen2-7B,
+    internlm/internlm2_5-7b-chat in the paper)."""
     protocol: Protocol = field(default_factory=Protocol)
     compat: bool = False
     """Measure as the official code does: replaces the protocol by that of the code."""
     threshold: float = 0.1
-    """An OCR head scores above this in the mean, and in at least `min_frequency` of the instances."""
+    """A head is an OCR (or retrieval) head if it scores above this in the mean, and often enough."""
     min_frequency: float = 0.1
-    mask_heads: int | None = None
-    """How many top heads to mask in the control; an eighth of the heads, at most the paper's 10, by default."""
-    mask_samples: int = 100
-    """Samples of each task in the masking control."""
-    random_draws: int | None = None
-    """Random sets of heads to mask for comparison; 20 on toy data, 5 (as the paper) otherwise, by default."""
+    """In at least this share of the instances it scores above the threshold."""
     max_new_tokens: int | None = None
     """How long an answer may get; 8 on toy data, 32 otherwise, by default."""
     tokens_per_batch: int = 8192
@@ -81,16 +84,12 @@ class OcrHeadsConfig:
     """No progress bars."""
 
     @property
-    def new_tokens(self) -> int:
-        return self.max_new_tokens or (8 if self.data == "toy" else 32)
-
-    @property
-    def draws(self) -> int:
-        return self.random_draws or (20 if self.data == "toy" else 5)
-
-    @property
     def measured_by(self) -> Protocol:
         return OFFICIAL_CODE if self.compat else self.protocol
+
+    @property
+    def new_tokens(self) -> int:
+        return self.max_new_tokens or (8 if self.data == "toy" else 32)
 
     def check(self) -> None:
         """Refuse settings out of range before anything is loaded.
@@ -98,10 +97,11 @@ class OcrHeadsConfig:
         Raises:
             StudyError: names the setting, what was expected and what came.
         """
-        for name in ("samples", "mask_samples", "mask_heads", "random_draws", "max_new_tokens", "tokens_per_batch"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise StudyError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
+        for name in COUNTS:
+            values = getattr(self, name, None)
+            for value in values if isinstance(values, tuple) else (values,):
+                if value is not None and value < 1:
+                    raise StudyError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
         if not self.lengths or min(self.lengths) < 64:
             raise StudyError(f"--lengths must be at least 64, got {self.lengths}")
         for name in ("threshold", "min_frequency"):
@@ -111,7 +111,89 @@ class OcrHeadsConfig:
             raise StudyError(f"--protocol.min-overlap must lie in [0, 1), got {self.protocol.min_overlap}")
         if self.seed < 0:
             raise StudyError(f"--seed must not be negative, got {self.seed}")
+        if any(not 0 <= beta <= 1 for beta in getattr(self, "betas", ())):
+            raise StudyError(f"--betas are shares of attention, between 0 and 1, got {getattr(self, 'betas', ())}")
 
     def as_dict(self) -> dict[str, Any]:
-        """For config.json."""
-        return {**asdict(self), "out": str(self.out), "lengths": list(self.lengths)}
+        """For run.json."""
+        found = asdict(self)
+        return {name: str(value) if isinstance(value, Path) else value for name, value in found.items()}
+
+
+COUNTS = (
+    "samples", "max_new_tokens", "tokens_per_batch", "permutations", "mask_heads", "random_draws", "task_samples",
+    "sink_heads", "case_samples",
+)  # fmt: skip
+"""Settings that count something."""
+
+
+@dataclass(frozen=True)
+class SelectConfig(ScoreConfig):
+    """Which heads pass, how sparse they are, and how OCR heads differ from retrieval heads."""
+
+    permutations: int = 2000
+    """Of the heads, for the baseline of every similarity."""
+
+
+@dataclass(frozen=True)
+class TaskConfig(ScoreConfig):
+    """What experiments that change heads have in common."""
+
+    tasks: tuple[str, ...] | None = None
+    """page, text, naming; docvqa, mpdocvqa, nq, hotpotqa, passkey, niah. Those of the data by default."""
+    task_samples: int = 100
+    """Samples of each task."""
+    task_files: Path | None = None
+    """Folder with biencoder-nq-dev.json and hotpot_dev_distractor_v1.json, where they were downloaded."""
+    random_draws: int | None = None
+    """Random sets of heads for comparison; 20 on toy data, 5 (as the paper) otherwise, by default."""
+
+    @property
+    def draws(self) -> int:
+        return self.random_draws or (20 if self.data == "toy" else 5)
+
+
+@dataclass(frozen=True)
+class MaskConfig(TaskConfig):
+    """Mask the top OCR and retrieval heads, against random ones."""
+
+    mask_heads: tuple[int, ...] | None = None
+    """How many top heads to mask; 10 and 20 (as the paper), and for small models an eighth of all, by default."""
+    modes: tuple[Literal["zero", "uniform"], ...] = ("zero",)
+    """Heads write nothing (the paper), or look everywhere alike (Wu et al.'s retrieval heads)."""
+    random_from: tuple[Literal["live", "others", "any"], ...] = ("live",)
+    """Where random heads come from: live ones that score below 0.1, all but the masked, or all (the paper's code)."""
+
+
+@dataclass(frozen=True)
+class SinkConfig(TaskConfig):
+    """Redistribute attention from the first token, in the top heads and in random ones."""
+
+    betas: tuple[float, ...] = (0.0, 0.2, 0.4, 0.6, 0.8)
+    """The share of its attention that the first token keeps (the paper: 0.4)."""
+    sink_heads: tuple[int, ...] = (2,)
+    """In how many top heads (the paper: 2)."""
+
+
+@dataclass(frozen=True)
+class ThoughtConfig(TaskConfig):
+    """Answers with the steps written out first: what becomes of OCR and retrieval heads."""
+
+
+@dataclass(frozen=True)
+class CaseConfig(ScoreConfig):
+    """Which heads read which character."""
+
+    characters: str = "0123456789abcdefghijklmnopqrstuvwxyz"
+    case_samples: int = 20
+    """Pages for each character."""
+
+
+@dataclass(frozen=True)
+class CompareConfig(ScoreConfig):
+    """How the heads found agree with the published lists."""
+
+
+@dataclass(frozen=True)
+class OcrHeadsConfig(SelectConfig, MaskConfig, SinkConfig, ThoughtConfig, CaseConfig, CompareConfig):
+    """All experiments, in one report."""

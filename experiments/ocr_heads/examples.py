@@ -1,7 +1,8 @@
-"""Questions about pictures with text, and where in the pictures each part of the answer is written."""
+"""Questions about pictures or texts, and where each part of the answer is written."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from PIL import Image
@@ -12,6 +13,7 @@ MARKS = 3
 """Tokens around a picture at most: its two marks and a line break."""
 Box = tuple[int | float, int | float, int | float, int | float]
 """Half-open (x0, y0, x1, y1) in pixels of the picture."""
+Picture = Image.Image | Path
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,17 +30,25 @@ class Evidence:
 
 @dataclass(frozen=True, eq=False)
 class Example:
-    """One question."""
+    """One question, about pictures or about the text in front of it."""
 
     question: str
-    answer: str
-    images: tuple[Image.Image, ...] = ()
+    answers: tuple[str, ...]
+    """Any of them is right; the first is the one that evidence is for."""
+    images: tuple[Picture, ...] = ()
     evidence: tuple[Evidence, ...] = ()
-    exact: bool = True
-    """Right means the reply is the answer; otherwise, that it contains it (as the paper judges passkeys)."""
+    context: str = ""
+    """Text in front of the question."""
+    answer_at: int | None = None
+    """Where in the context the answer stands, if it is to be looked for there."""
 
-    def is_right(self, reply: str) -> bool:
-        return reply.strip() == self.answer if self.exact else self.answer in reply
+    @property
+    def answer(self) -> str:
+        return self.answers[0]
+
+    @property
+    def prompt(self) -> str:
+        return self.context + self.question
 
 
 def coarse(example: Example) -> Example:
@@ -49,8 +59,7 @@ def coarse(example: Example) -> Example:
     boxes = [e.box for e in example.evidence if e.image == page]
     corners = list(zip(*boxes, strict=True))
     whole: Box = (min(corners[0]), min(corners[1]), max(corners[2]), max(corners[3]))
-    evidence = (Evidence(0, len(example.answer), page, whole),)
-    return Example(example.question, example.answer, example.images, evidence, example.exact)
+    return replace(example, evidence=(Evidence(0, len(example.answer), page, whole),))
 
 
 def to_inputs(model: Any, examples: Sequence[Example], pixels: int | None) -> Any:
@@ -64,18 +73,25 @@ def to_inputs(model: Any, examples: Sequence[Example], pixels: int | None) -> An
         bounds = {"max_tiles": None if pixels is None else 1}
     else:
         bounds = {"min_pixels": pixels, "max_pixels": pixels}
-    return model.to_inputs([e.question for e in examples], images, **bounds)
+    return model.to_inputs([e.prompt for e in examples], images, **bounds)
 
 
 def prompt_length(model: Any, example: Example, pixels: int | None) -> int:
     """How many tokens the example's prompt has, a few more at most, without preparing its pictures."""
-    text = model.to_inputs(example.question).shape[1]
+    text = model.to_inputs(example.prompt).shape[1]
     processor = model.image_processor
     if isinstance(processor, TileProcessor) and pixels is not None:
         processor = processor.bounded(1, 1)
     elif pixels is not None:
         processor = replace(processor, min_pixels=pixels, max_pixels=pixels)
-    return text + sum(processor.n_tokens(image.size) + MARKS for image in example.images)
+    return text + sum(processor.n_tokens(_size(image)) + MARKS for image in example.images)
+
+
+def _size(picture: Picture) -> tuple[int, int]:
+    if isinstance(picture, Image.Image):
+        return picture.size
+    with Image.open(picture) as opened:
+        return opened.size
 
 
 def batches(n_tokens: Sequence[int], tokens_per_batch: int) -> list[list[int]]:

@@ -1,23 +1,28 @@
-"""The study's pictures: the layer x head heatmap, and pages with their evidence and where the best head looks."""
+"""The study's pictures."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
+import matplotlib
 import numpy as np
+import pandas as pd
 from jaxtyping import Bool, Float
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
+from PIL import Image
 
+from hooked_vlm.experiments.common.figures import COLOURS, SEQUENTIAL, new_figure
 from hooked_vlm.experiments.ocr_heads.examples import Box, Example
+from hooked_vlm.experiments.ocr_heads.scoring import Scores
 
-INK, PAPER, EVIDENCE, LOOKS = "#222222", "#ffffff", "#0072b2", "#d55e00"  # colour-blind safe
+INK, PAPER, EVIDENCE, LOOKS = "#222222", "#ffffff", COLOURS[0], COLOURS[1]
 
 
-def heatmap(scores: Float[np.ndarray, "layer head"], selected: Bool[np.ndarray, "layer head"], title: str) -> Figure:
-    """OCR score of every head; the selected ones are framed."""
+def heatmap(scores: Float[np.ndarray, "layer head"], selected: Bool[np.ndarray, "layer head"], label: str) -> Figure:
+    """Score of every head; the selected ones are framed."""
     n_layers, n_heads = scores.shape
-    figure = Figure(figsize=(min(12, 2.6 + 0.42 * n_heads), min(12, 1.6 + 0.36 * n_layers)), layout="constrained")
+    figure = new_figure(min(12, 2.6 + 0.42 * n_heads), min(12, 1.6 + 0.36 * n_layers))
     axes = figure.subplots()
-    image = axes.imshow(scores, vmin=0, vmax=max(1e-9, float(scores.max())), cmap="viridis", aspect="auto")
+    image = axes.imshow(scores, vmin=0, vmax=max(1e-9, float(scores.max())), cmap=SEQUENTIAL, aspect="auto")
     for layer, head in np.argwhere(selected):
         axes.add_patch(Rectangle((head - 0.5, layer - 0.5), 1, 1, fill=False, edgecolor=LOOKS, linewidth=2))
     if scores.size <= 64:
@@ -32,10 +37,10 @@ def heatmap(scores: Float[np.ndarray, "layer head"], selected: Bool[np.ndarray, 
                 color=PAPER if dark else INK,
                 fontsize=9,
             )
-    axes.set(xlabel="head", ylabel="layer", title=title)
+    axes.set(xlabel="head", ylabel="layer")
     axes.set_xticks(range(0, n_heads, max(1, n_heads // 16)))
     axes.set_yticks(range(0, n_layers, max(1, n_layers // 16)))
-    figure.colorbar(image, ax=axes, label="OCR score")
+    figure.colorbar(image, ax=axes, label=label)
     return figure
 
 
@@ -43,11 +48,12 @@ def sample_pages(examples: Sequence[Example], looks: Sequence[Sequence[Box]], ti
     """Pages with the evidence boxes, and with the boxes of the tokens the best head looks at."""
     columns = min(3, len(examples))
     rows = -(-len(examples) // columns)
-    figure = Figure(figsize=(4.2 * columns, 4.0 * rows), layout="constrained")
+    figure = new_figure(4.2 * columns, 4.0 * rows)
     for i, (example, boxes, title) in enumerate(zip(examples, looks, titles, strict=True)):
         axes = figure.add_subplot(rows, columns, i + 1)
         page = example.evidence[0].image
-        axes.imshow(example.images[page], interpolation="nearest")
+        picture = example.images[page]
+        axes.imshow(picture if isinstance(picture, Image.Image) else Image.open(picture), interpolation="nearest")
         for evidence in example.evidence:
             if evidence.image == page:
                 _frame(axes, evidence.box, EVIDENCE, "-")
@@ -59,23 +65,107 @@ def sample_pages(examples: Sequence[Example], looks: Sequence[Sequence[Box]], ti
     return figure
 
 
-def masking_bars(rows: Sequence[tuple[str, str, float, float, float]]) -> Figure:
-    """Share answered rightly per task and condition, with intervals: (task, condition, exact, low, high)."""
-    tasks = list(dict.fromkeys(row[0] for row in rows))
-    conditions = list(dict.fromkeys(row[1] for row in rows))
-    figure = Figure(figsize=(1.8 + 1.7 * len(tasks), 3.2), layout="constrained")
+def shares(table: pd.DataFrame) -> Figure:
+    """Share of heads per score range, one group of bars for each set of heads (a `sparsity_table`)."""
+    sets, ranges = list(dict.fromkeys(table["heads"])), list(dict.fromkeys(table["score range"]))
+    figure = new_figure(9, 1.2 + 0.4 * len(sets))
     axes = figure.subplots()
-    colours = ["#999999", LOOKS, EVIDENCE]
-    for c, condition in enumerate(conditions):
-        chosen = [row for row in rows if row[1] == condition]
-        x = np.array([tasks.index(row[0]) for row in chosen]) + (c - (len(conditions) - 1) / 2) * 0.27
-        exact = np.array([row[2] for row in chosen])
-        spread = np.array([[row[2] - row[3] for row in chosen], [row[4] - row[2] for row in chosen]]).clip(0)
-        axes.bar(x, exact, width=0.25, color=colours[c % 3], label=condition, yerr=spread, capsize=3)
-    axes.set_xticks(range(len(tasks)), tasks)
-    axes.set(ylabel="answered rightly", ylim=(0, 1.05))
-    axes.legend(fontsize=8)
+    left = np.zeros(len(sets))
+    for i, interval in enumerate(ranges):
+        part = table[table["score range"] == interval].set_index("heads").loc[sets, "share"].to_numpy()
+        axes.barh(sets, part, left=left, color=matplotlib.colormaps[SEQUENTIAL](i / (len(ranges) - 1)), label=interval)
+        left = left + part
+    axes.invert_yaxis()
+    axes.set(xlabel="share of heads", xlim=(0, 1))
+    figure.legend(loc="outside upper center", ncols=len(ranges), fontsize=8)
     return figure
+
+
+def scatter(
+    ocr: Float[np.ndarray, "layer head"], retrieval: Float[np.ndarray, "layer head"], threshold: float
+) -> Figure:
+    """Both scores of every head; those above the threshold in either are named."""
+    figure = new_figure(5, 4.4)
+    axes = figure.subplots()
+    axes.scatter(ocr, retrieval, s=18, color=COLOURS[0], alpha=0.7)
+    named = [at for at in np.ndindex(ocr.shape) if max(ocr[at], retrieval[at]) > threshold]
+    for at in sorted(named, key=lambda at: -max(ocr[at], retrieval[at]))[:30]:
+        axes.annotate(
+            f"{at[0]}.{at[1]}", (ocr[at], retrieval[at]), xytext=(3, 3), textcoords="offset points", fontsize=7
+        )
+    axes.axvline(threshold, color=COLOURS[-1], linewidth=0.8)
+    axes.axhline(threshold, color=COLOURS[-1], linewidth=0.8)
+    axes.set(xlabel="OCR score", ylabel="retrieval score")
+    return figure
+
+
+def activation(kinds: Mapping[str, Scores], threshold: float, most: int = 100) -> Figure:
+    """Heads by activation frequency: the frequency as a line, the mean score as bars."""
+    figure = new_figure(5 * len(kinds), 3.2)
+    for axes, (name, scores) in zip(figure.subplots(1, len(kinds), squeeze=False)[0], kinds.items(), strict=True):
+        frequency, mean = scores.frequency(threshold).ravel(), scores.mean.ravel()
+        order = np.argsort(-frequency, kind="stable")[:most]
+        axes.bar(range(len(order)), mean[order], width=1, color=COLOURS[5], label="mean score")
+        axes.plot(range(len(order)), frequency[order], color=COLOURS[1], drawstyle="steps-mid", label="frequency")
+        axes.set(
+            title=f"{name}, {len(scores.instances)} {scores.granularity}s", xlabel="heads by frequency", ylim=(0, 1.02)
+        )
+        axes.legend(fontsize=8)
+    return figure
+
+
+def bars(summary: pd.DataFrame) -> Figure:
+    """One panel per task: every condition's metric with its interval (`summarize`)."""
+    tasks = list(dict.fromkeys(summary["task"]))
+    conditions = list(dict.fromkeys(summary["condition"]))
+    figure = new_figure(2.2 + 2.4 * len(tasks), 1.2 + 0.32 * len(conditions))
+    panels = figure.subplots(1, len(tasks), squeeze=False, sharey=True)[0]
+    for axes, task in zip(panels, tasks, strict=True):
+        own = summary[summary["task"] == task].set_index("condition").loc[conditions]
+        spread = np.stack([own["value"] - own["low"], own["high"] - own["value"]]).clip(0)
+        colours = [_colour(condition) for condition in conditions]
+        axes.barh(conditions, own["value"], xerr=spread, color=colours, capsize=2, error_kw={"linewidth": 0.9})
+        axes.set(title=f"{task}\n{own['metric'].iloc[0]}, n = {own['n'].iloc[0]}", xlim=(0, 1.02))
+    panels[0].invert_yaxis()
+    return figure
+
+
+def over_beta(summary: pd.DataFrame) -> Figure:
+    """One panel per task: the change against the unmodified model, sample by sample, for every kind of heads."""
+    tasks = list(dict.fromkeys(summary["task"]))
+    figure = new_figure(1.0 + 3.0 * len(tasks), 3.2)
+    panels = figure.subplots(1, len(tasks), squeeze=False)[0]
+    for axes, task in zip(panels, tasks, strict=True):
+        own = summary[summary["task"] == task]
+        changed = own[own["condition"].str.contains(", beta ")]
+        split = changed["condition"].str.rsplit(", beta ", n=1, expand=True)
+        for kind in dict.fromkeys(split[0]):
+            part, betas = changed[split[0] == kind], split[split[0] == kind][1].astype(float)
+            axes.fill_between(betas, part["change_low"], part["change_high"], color=_colour(kind), alpha=0.15)
+            axes.plot(betas, part["change"], marker="o", markersize=3, color=_colour(kind), label=kind)
+        axes.axhline(0, color=INK, linewidth=0.8)
+        metric, n = own["metric"].iloc[0], own["n"].iloc[0]
+        axes.set(title=f"{task}, n = {n}", xlabel="beta: what the sink keeps", ylabel=f"change of {metric}")
+    panels[0].legend(fontsize=8)
+    return figure
+
+
+def grid(values: Float[np.ndarray, "row column"], rows: Sequence[str], columns: Sequence[str], label: str) -> Figure:
+    """A table of numbers as colours."""
+    figure = new_figure(2.0 + 0.4 * len(columns), 1.4 + 0.22 * len(rows))
+    axes = figure.subplots()
+    image = axes.imshow(values, vmin=0, vmax=max(1e-9, float(values.max())), cmap=SEQUENTIAL, aspect="auto")
+    axes.set_xticks(range(len(columns)), columns, rotation=90, fontsize=8)
+    axes.set_yticks(range(len(rows)), rows, fontsize=8)
+    figure.colorbar(image, ax=axes, label=label)
+    return figure
+
+
+def _colour(condition: str) -> str:
+    for word, colour in (("OCR", COLOURS[1]), ("retrieval", COLOURS[0]), ("random", COLOURS[-1])):
+        if word in condition:
+            return colour
+    return INK
 
 
 def _frame(axes, box: Box, colour: str, style: str) -> None:

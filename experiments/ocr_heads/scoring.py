@@ -1,42 +1,49 @@
-"""The OCR score: how often a head's strongest attention lies on what is being read (papers 1.3 to 1.6).
+"""Two scores of every head: does it look at what is being read, in an image (OCR) or in a text (retrieval)?
 
-Per example: generate; find the answer's tokens among the generated ones; read one attention row per answer
-token in a pass over prompt and reply, and ask for every head whether its argmax is an image token of that token's
-evidence boxes.
-
-A model that reads well says the answer and stops. So the answer is put behind the prompt first: where greedy decoding
-would have given just that, this one pass stands for generation and for reading the rows. Only the other examples are
-generated token by token.
+OCR score (papers 1.3 to 1.6): the share of the answer's tokens at which the head's strongest attention lies on an image
+token that holds the character. Text retrieval score (Wu et al., arXiv 2404.15574; papers part 3): the share of the
+needle's tokens that are generated while the head's strongest attention lies on that token in the needle.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, Literal
 
 import numpy as np
-import torch
-from jaxtyping import Bool, Float, Int
-from torch import Tensor
-from tqdm.auto import tqdm
+import pandas as pd
+from jaxtyping import Float
 
-from hooked_vlm.attention_rows import attention_rows
-from hooked_vlm.experiments.ocr_heads.config import OcrHeadsConfig, Protocol
-from hooked_vlm.experiments.ocr_heads.examples import Example, batches, prompt_length, to_inputs
+from hooked_vlm.experiments.common.errors import StudyError
+from hooked_vlm.experiments.ocr_heads.answers import is_right, rouge_1_recall
+from hooked_vlm.experiments.ocr_heads.config import Granularity, Protocol
+from hooked_vlm.experiments.ocr_heads.examples import Example
+from hooked_vlm.experiments.ocr_heads.reading import Copy, Reading, read
 from hooked_vlm.inputs import VLMInputs
+
+MIN_ROUGE = 0.5
+"""A retrieval counts if the reply holds more than this share of the answer's words (Wu et al.)."""
 
 
 @dataclass(frozen=True, eq=False)
 class Scores:
-    """Every head's score in every instance (a sample, or a token, as the protocol says)."""
+    """Every head's score in every sample and at every answer token."""
 
-    instances: Float[np.ndarray, "instance layer head"]
+    kind: Literal["ocr", "retrieval"]
+    samples: Float[np.ndarray, "sample layer head"]
+    tokens: Float[np.ndarray, "token layer head"]
     output_norm: Float[np.ndarray, "layer head"]
     """Mean norm of what a head adds to the residual stream, over the prompts' real positions."""
-    exact: float
-    """Share of examples the model answered rightly."""
-    n_samples: int
-    n_tokens: int
-    """Answer tokens whose attention was read."""
+    right: int
+    """How many examples the model answered rightly ..."""
+    n_asked: int
+    """... of so many."""
+    granularity: Granularity = "sample"
+    """What `mean` and `frequency` are taken over."""
+
+    @property
+    def instances(self) -> Float[np.ndarray, "instance layer head"]:
+        return self.samples if self.granularity == "sample" else self.tokens
 
     @property
     def mean(self) -> Float[np.ndarray, "layer head"]:
@@ -47,106 +54,79 @@ class Scores:
         return (self.instances > threshold).mean(0)
 
 
-@dataclass(frozen=True, eq=False)
-class Copy:
-    """One answer token to look at."""
+def score_batch(
+    model: Any,
+    kind: Literal["ocr", "retrieval"],
+    examples: Sequence[Example],
+    protocol: Protocol,
+    pixels: int | None,
+    new_tokens: int,
+    exact: bool,
+) -> pd.DataFrame:
+    """One row per example: reply, right, its score (`sample`, empty where it does not count), those of its tokens
+    (`tokens`), and the heads' output norms; arrays are flattened [.., layer, head]."""
+    if kind == "ocr":
+        ask = partial(find_copies, model, protocol=protocol)
+    elif protocol.retrieval == "same_token":
+        ask = partial(same_tokens, model)
+    else:
+        ask = partial(find_retrievals, model)
+    keys = "prompt" if kind == "retrieval" and protocol.retrieval == "same_token" else protocol.keys
+    rows = []
+    for example, reading in zip(examples, read(model, examples, ask, pixels, new_tokens, keys), strict=True):
+        reply = str(model.to_string(reading.reply))
+        counts = kind == "ocr" or protocol.retrieval == "same_token"
+        counts = counts or rouge_1_recall(example.answer, reply) > MIN_ROUGE
+        sample, tokens = _values(reading, kind, protocol) if counts else (None, None)
+        rows.append(
+            {
+                "reply": reply,
+                "right": is_right(example, reply, "exact" if exact else "contains"),
+                "sample": np.empty(0, np.float32) if sample is None else sample.ravel().astype(np.float32),
+                "tokens": np.empty(0, np.float32) if tokens is None else tokens.ravel().astype(np.float32),
+                "norms": reading.norms.ravel().astype(np.float32),
+            }
+        )
+    return pd.DataFrame(rows)
 
-    position: int | None
-    """Whose attention row counts; None if the token was not generated."""
-    weight: float
-    """What a hit counts."""
-    evidence: tuple[int, ...]
-    """Positions of the image tokens it may be read from."""
 
+def gather(
+    kind: Literal["ocr", "retrieval"], table: pd.DataFrame, shape: tuple[int, int], granularity: Granularity
+) -> Scores:
+    """The scores of all examples."""
 
-def score_heads(model: Any, examples: Sequence[Example], config: OcrHeadsConfig, pixels: int | None) -> Scores:
-    """Score every head of `model` on `examples`."""
-    protocol = config.measured_by
-    instances, norms, right, n_tokens = [], [], 0, 0
-    lengths = [prompt_length(model, e, pixels) + config.new_tokens for e in examples]
-    groups = batches(lengths, config.tokens_per_batch)
-    for group in tqdm(groups, desc="scoring heads", unit="batch", disable=config.quiet):
-        chosen = [examples[i] for i in group]
-        inputs = to_inputs(model, chosen, pixels)
-        inputs = inputs.with_image_features(model.encode_images(inputs).detach())
-        readings = _expected(model, inputs, chosen, config)
-        others = [row for row, reading in enumerate(readings) if reading is None]
-        if others:
-            found = _generated(model, inputs[others], [chosen[row] for row in others], config)
-            readings = [found[others.index(row)] if r is None else r for row, r in enumerate(readings)]
-        for example, reading in zip(chosen, readings, strict=True):
-            assert reading is not None
-            right += example.is_right(model.to_string(reading.reply))
-            norms.append(reading.norms)
-            n_tokens += sum(c.position is not None for c in reading.copies)
-            instances += _instances(reading.copies, reading.hits, protocol)
-    shape = (0, model.cfg.n_layers, model.cfg.n_heads)
+    def stacked(column: str) -> np.ndarray:
+        return np.concatenate([np.asarray(v, dtype=np.float64) for v in table[column]]).reshape(-1, *shape)
+
     return Scores(
-        np.stack(instances) if instances else np.zeros(shape),
-        np.stack(norms).mean(0),
-        right / len(examples),
-        len(examples),
-        n_tokens,
+        kind,
+        stacked("sample"),
+        stacked("tokens"),
+        stacked("norms").mean(0),
+        int(table["right"].sum()),
+        len(table),
+        granularity,
     )
 
 
-@dataclass(frozen=True, eq=False)
-class _Reading:
-    """What was found of one example."""
-
-    reply: list[int]
-    copies: list[Copy]
-    hits: Bool[np.ndarray, "copy layer head"]
-    norms: Float[np.ndarray, "layer head"]
-
-
-def _generated(model: Any, inputs: VLMInputs, examples: list[Example], config: OcrHeadsConfig) -> list[_Reading]:
-    """Generation step by step, then a pass over prompt and reply."""
-    generated = model.generate(inputs, config.new_tokens)[:, inputs.shape[1] :]
-    replies = [reply_tokens(model, row) for row in generated]
-    return [reading for reading, _ in _read(model, inputs, examples, replies, config.measured_by)]
+def _values(
+    reading: Reading, kind: str, protocol: Protocol
+) -> tuple[Float[np.ndarray, "layer head"] | None, Float[np.ndarray, "token layer head"]]:
+    """An example's own score, and those of its answer's tokens."""
+    weights = np.array([copy.weight for copy in reading.copies])
+    values = reading.hits * weights[:, None, None]
+    if kind == "retrieval":
+        tokens = reading.hits[[copy.token for copy in reading.copies]].astype(float)
+        return values.sum(0), tokens
+    counted = [copy.position is not None or protocol.missing == "zero" for copy in reading.copies]
+    return (values[counted].mean(0) if any(counted) else None), values[counted]
 
 
-def _expected(model: Any, inputs: VLMInputs, examples: list[Example], config: OcrHeadsConfig) -> list[_Reading | None]:
-    """What generation would have found where it would have said the answer and stopped; None elsewhere."""
-    stops = list(model.cfg.eos_token_ids)
-    answers = [model.tokenizer(e.answer, add_special_tokens=False)["input_ids"] for e in examples]
-    longest = max(map(len, answers))
-    if not stops or longest >= config.new_tokens or inputs.shape[1] + longest + 1 > model.cfg.n_ctx_limit:
-        return [None] * len(examples)
-    found = _read(model, inputs, examples, [[*answer, stops[0]] for answer in answers], config.measured_by)
-    readings: list[_Reading | None] = []
-    for answer, (reading, predicted) in zip(answers, found, strict=True):
-        said = predicted[:-1] == answer and predicted[-1] in stops
-        readings.append(_without_stop(reading) if said else None)
-    return readings
-
-
-def _without_stop(reading: _Reading) -> _Reading:
-    return _Reading(reading.reply[:-1], reading.copies, reading.hits, reading.norms)
-
-
-def _read(
-    model: Any, inputs: VLMInputs, examples: list[Example], replies: list[list[int]], protocol: Protocol
-) -> list[tuple[_Reading, list[int]]]:
-    """One pass over prompts and replies; with each reading, what greedy decoding gives in the reply's place."""
-    continued = inputs.append([torch.tensor(r, dtype=torch.long) for r in replies])
-    copies = [find_copies(model, continued, row, e, replies[row], protocol) for row, e in enumerate(examples)]
-    hits, norms, predicted = _hits(model, continued, inputs.shape[1], copies, [len(r) for r in replies], protocol)
-    return [
-        (_Reading(replies[row], copies[row], hits[row], norms[row]), predicted[row]) for row in range(len(examples))
-    ]
-
-
-def reply_tokens(model: Any, row: Tensor) -> list[int]:
-    """Generated ids up to the first stop token."""
-    stops = set(model.cfg.eos_token_ids)
-    ids = row.tolist()
-    return ids[: next((i for i, t in enumerate(ids) if t in stops), len(ids))]
+# ---------------------------------------------------------------- where to look: images
 
 
 def find_copies(
-    model: Any, inputs: VLMInputs, row: int, example: Example, reply: list[int], protocol: Protocol
+    model: Any, inputs: VLMInputs, row: int, example: Example, reply: list[int], *, protocol: Protocol
 ) -> list[Copy]:
     """The answer's tokens in the reply, each with its evidence.
 
@@ -202,71 +182,54 @@ def _tokens_of(inputs: VLMInputs, row: int, evidence: Any, protocol: Protocol) -
     return tuple(visual.start + i for i in found)
 
 
-def _hits(
-    model: Any,
-    inputs: VLMInputs,
-    n_prompt: int,
-    copies: list[list[Copy]],
-    n_reply: list[int],
-    protocol: Protocol,
-) -> tuple[list[Bool[np.ndarray, "copy layer head"]], Float[np.ndarray, "row layer head"], list[list[int]]]:
-    """For every copy, which heads' argmax lies in its evidence; the heads' output norms on the prompts; the likeliest
-    token where each token of a reply was produced."""
-    asked = [[copy.position for copy in own if copy.position is not None] for own in copies]
-    width = max(1, *map(len, asked))
-    # spare columns hold a harmless query
-    positions = torch.tensor(
-        [own + [stop - 1] * (width - len(own)) for own, stop in zip(asked, inputs.stop, strict=True)]
-    )
-    last_key = n_prompt - 1 if protocol.keys == "prompt" else inputs.shape[1]
-    norms: dict[int, Tensor] = {}
-    predicted: list[list[int]] = []
-    prompt = inputs.attention_mask.clone()
-    prompt[:, n_prompt:] = 0
-
-    def measure_norm(z: Tensor, hook: Any) -> None:
-        norms[hook.layer()] = _output_norm(z, model.blocks[hook.layer()].attn.W_O, prompt)
-
-    def predict(normalized: Tensor, hook: Any) -> None:
-        for row, (stop, n) in enumerate(zip(inputs.stop, n_reply, strict=True)):
-            predicted.append(model.unembed(normalized[row, stop - n - 1 : stop - 1]).argmax(-1).tolist())
-
-    argmax = attention_rows(
-        model,
-        inputs,
-        positions,
-        reduce=lambda rows: rows[..., :last_key].argmax(-1),
-        fwd_hooks=[
-            (lambda name: name.endswith("attn.hook_z") and name.startswith("blocks."), measure_norm),
-            ("ln_final.hook_normalized", predict),
-        ],
-    ).cpu()
-    hits = []
-    for row, own in enumerate(copies):
-        found = np.zeros((len(own), model.cfg.n_layers, model.cfg.n_heads), dtype=bool)
-        generated = [i for i, copy in enumerate(own) if copy.position is not None]
-        for column, i in enumerate(generated):
-            evidence = torch.tensor(own[i].evidence, dtype=torch.long)
-            found[i] = torch.isin(argmax[:, row, :, column], evidence).numpy()
-        hits.append(found)
-    stacked = torch.stack([norms[layer] for layer in range(model.cfg.n_layers)], dim=1)
-    return hits, stacked.float().cpu().numpy(), predicted
+# ---------------------------------------------------------------- where to look: text
 
 
-def _output_norm(z: Tensor, W_O: Tensor, where: Int[Tensor, "batch pos"]) -> Float[Tensor, "batch head"]:
-    """Mean over the positions marked in `where` of the norm of z W_O per head, without making [pos, head, d_model]."""
-    gram = torch.einsum("hdm,hem->hde", W_O.float(), W_O.float())
-    squared = torch.einsum("bphd,hde,bphe->bph", z.float(), gram, z.float())
-    mask = where.to(squared)[:, :, None]
-    return (squared.clamp_min(0).sqrt() * mask).sum(1) / mask.sum(1)
+def find_retrievals(model: Any, inputs: VLMInputs, row: int, example: Example, reply: list[int]) -> list[Copy]:
+    """Every generated token that stands in the needle: a head copies it if it looks at it there.
+
+    Each counts one over the needle's length. Tokens of the longest run that the reply shares with the needle are
+    instances by token.
+    """
+    needle = needle_positions(model, inputs, row, example, len(reply))
+    tokens = inputs.tokens[row].tolist()
+    ids = [tokens[i] for i in needle]
+    start = inputs.stop[row] - len(reply)
+    _, in_reply, run = longest_run(ids, reply)
+    copies = []
+    for n, token in enumerate(reply):
+        evidence = tuple(i for i in needle if tokens[i] == token)
+        if evidence:
+            in_run = in_reply <= n < in_reply + run
+            copies.append(Copy(start + n - 1, 1 / len(needle), evidence, in_run))
+    return copies
 
 
-def _instances(
-    copies: list[Copy], hits: Bool[np.ndarray, "copy layer head"], protocol: Protocol
-) -> list[Float[np.ndarray, "layer head"]]:
-    """One example's scores: of the sample, |tokens copied| / |answer tokens|, or of each token."""
-    values = hits * np.array([c.weight for c in copies])[:, None, None]
-    counted = [c.position is not None or protocol.missing == "zero" for c in copies]
-    if protocol.instance == "token":
-        return [v for v, keep in zip(values, counted, strict=True) if keep]
-    return [values[counted].mean(0)] if any(counted) else []
+def same_tokens(model: Any, inputs: VLMInputs, row: int, example: Example, reply: list[int]) -> list[Copy]:
+    """As the published code has it: every token, of prompt or reply, whose id is one of the answer's; a head scores if
+    it looks at the same id anywhere in the prompt."""
+    answer = set(model.tokenizer(example.answer, add_special_tokens=False)["input_ids"])
+    tokens, first, stop = inputs.tokens[row].tolist(), inputs.first[row], inputs.stop[row]
+    prompt = range(first, stop - len(reply) - 1)
+    asked = [i for i in range(first, stop) if tokens[i] in answer]
+    return [Copy(i, 1 / len(asked), tuple(j for j in prompt if tokens[j] == tokens[i])) for i in asked]
+
+
+def needle_positions(model: Any, inputs: VLMInputs, row: int, example: Example, n_reply: int) -> list[int]:
+    """Positions of the tokens in which the answer stands in the text.
+
+    Raises:
+        StudyError: the answer's place is not known, or its text is not where it should be.
+    """
+    if example.answer_at is None:
+        raise StudyError("a text without the place of its answer has no retrieval score")
+    text = model.chat_text(example.prompt)
+    encoded = model.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    first, stop = inputs.first[row], inputs.stop[row] - n_reply
+    if encoded["input_ids"] != inputs.tokens[row, first:stop].tolist():
+        raise StudyError(
+            f"this tokenizer does not say where the words of a prompt lie: {type(model.tokenizer).__name__}"
+        )
+    begin = text.index(example.prompt) + example.answer_at
+    end = begin + len(example.answer)
+    return [first + i for i, (a, b) in enumerate(encoded["offset_mapping"]) if a < end and begin < b]

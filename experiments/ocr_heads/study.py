@@ -1,184 +1,203 @@
-"""The study from end to end: score, select, mask, compare, write."""
+"""One run of the study: its model, its data sets, the parts it has finished, and what its experiments share."""
 
-import platform
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from importlib.metadata import version
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
 import torch
 from jaxtyping import Bool, Float
+from matplotlib.figure import Figure
+from tqdm.auto import tqdm
 
-from hooked_vlm.attention_rows import attention_rows
-from hooked_vlm.experiments.ocr_heads import plots, report
-from hooked_vlm.experiments.ocr_heads.config import OcrHeadsConfig, StudyError
-from hooked_vlm.experiments.ocr_heads.examples import Box, Example, coarse, to_inputs
-from hooked_vlm.experiments.ocr_heads.masking import Outcome, masking_control, n_to_mask, random_candidates
-from hooked_vlm.experiments.ocr_heads.published import Comparison, compare, ranked
-from hooked_vlm.experiments.ocr_heads.scoring import Scores, find_copies, reply_tokens, score_heads
-from hooked_vlm.experiments.ocr_heads.selection import bootstrap_interval, select
-from hooked_vlm.experiments.ocr_heads.sources import collect
+from hooked_vlm.experiments.common.errors import StudyError
+from hooked_vlm.experiments.common.provenance import weights_hash
+from hooked_vlm.experiments.ocr_heads.config import ScoreConfig
+from hooked_vlm.experiments.ocr_heads.data.scored import PAPER_PIXELS, scored_sets
+from hooked_vlm.experiments.ocr_heads.data.store import DataSet
+from hooked_vlm.experiments.ocr_heads.examples import batches, coarse, prompt_length
+from hooked_vlm.experiments.ocr_heads.scoring import Scores, gather, score_batch
+from hooked_vlm.experiments.ocr_heads.selection import ranked, select
+from hooked_vlm.interventions import Head
 from hooked_vlm.loading import TOY_MODELS
 from hooked_vlm.model import HookedVLM
+from hooked_vlm.parts import Parts
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+LIVE_SHARE = 0.1
+"""A head is live if its mean output norm is at least this share of the largest."""
 
 
-@dataclass(frozen=True, eq=False)
-class OcrHeadsResult:
-    """What a run found."""
+@dataclass(frozen=True)
+class Finding:
+    """What an experiment found: a section of the report, and lines for the terminal."""
 
-    scores: Scores
-    selected: Bool[np.ndarray, "layer head"]
-    interval: tuple[Float[np.ndarray, "layer head"], Float[np.ndarray, "layer head"]]
-    """95% bootstrap interval of every head's score."""
-    outcomes: list[Outcome]
-    """The masking control, one entry per condition, draw and task."""
-    n_masked: int
-    n_candidates: int
-    """Live low-scoring heads the random control was drawn from."""
-    published: Comparison | None
-    about: dict[str, Any]
+    heading: str
+    lines: list[str]
+    paragraphs: list[str] = field(default_factory=list)
+    figures: dict[str, tuple[Figure, str]] = field(default_factory=dict)
+    """Name: (figure, caption)."""
+    tables: dict[str, tuple[pd.DataFrame, str, int | None]] = field(default_factory=dict)
+    """Name: (all rows, caption, how many are shown)."""
+
+
+class Study:
+    """A model with the study's settings. What several experiments need is made once."""
+
+    def __init__(self, config: ScoreConfig, model: HookedVLM | None = None) -> None:
+        if config.data == "auto":
+            toy = (TOY_MODELS / Path(config.model).name).exists()
+            config = replace(config, data="toy" if toy else "paper")
+        self.config = config
+        self.model = model or load(config.model, config)
+        if self.model.cfg.vision is None or self.model.tokenizer is None:
+            lacks = "vision tower" if self.model.cfg.vision is None else "tokenizer"
+            raise StudyError(f"{config.model} has no {lacks}: this study asks questions about images")
+        self.parts = Parts(config.out / "parts")
+        self.data_folder = config.data_folder or config.out / "data"
+        self.pixels = None if config.data == "toy" else PAPER_PIXELS
+        self.n_tokens, self.seconds = 0, 0.0
+        """Prompt tokens scored in this process, and how long that took."""
 
     @property
-    def ocr_heads(self) -> list[tuple[int, int]]:
-        """The selected (layer, head), best first."""
-        return [head for head in ranked(self.scores.mean) if self.selected[head]]
+    def n_heads(self) -> int:
+        return self.model.cfg.n_layers * self.model.cfg.n_heads
 
-    def to_dataframe(self, threshold: float = 0.1) -> pd.DataFrame:
-        """One row per head, as in scores.parquet."""
-        frequency = self.scores.frequency(threshold)
-        rows = []
-        for (layer, head), score in np.ndenumerate(self.scores.mean):
-            rows.append(
-                {
-                    "layer": layer,
-                    "head": head,
-                    "score": float(score),
-                    "low": float(self.interval[0][layer, head]),
-                    "high": float(self.interval[1][layer, head]),
-                    "frequency": float(frequency[layer, head]),
-                    "output_norm": float(self.scores.output_norm[layer, head]),
-                    "selected": bool(self.selected[layer, head]),
-                    "n_instances": len(self.scores.instances),
-                    "n_tokens": self.scores.n_tokens,
-                }
-            )
-        return pd.DataFrame(rows)
+    @cached_property
+    def weights(self) -> str:
+        return weights_hash(self.model)
 
-    def masking_dataframe(self) -> pd.DataFrame:
-        """One row per condition, draw and task, as in masking.parquet."""
-        return pd.DataFrame(
-            {
-                "condition": o.condition,
-                "draw": o.draw,
-                "heads": " ".join(f"{layer}.{head}" for layer, head in o.heads),
-                "task": o.task,
-                "right": o.right,
-                "n": o.n,
-                "exact": o.exact,
-                "low": o.interval[0],
-                "high": o.interval[1],
-            }
-            for o in self.outcomes
-        )
+    def scored(self, as_text: bool) -> list[DataSet]:
+        """The pages that heads are scored on, or the texts."""
+        config = self.config
+        names = ["passkey", "niah"] if config.data == "paper" else [config.data]
+        return scored_sets(self.data_folder, names, as_text, config.seed, config.samples, config.lengths)
 
+    @cached_property
+    def ocr(self) -> Scores:
+        """Every head's OCR score."""
+        return self.score("ocr", self.scored(as_text=False), self.model, self.weights)
 
-def run(config: OcrHeadsConfig, model: HookedVLM | None = None) -> OcrHeadsResult:
-    """Run the study and write its tables and pictures to `config.out`.
+    @cached_property
+    def retrieval(self) -> Scores:
+        """Every head's text retrieval score."""
+        return self.score("retrieval", self.scored(as_text=True), self.model, self.weights)
 
-    Args:
-        model: a loaded model to use instead of loading `config.model`.
+    @cached_property
+    def sibling(self) -> Scores | None:
+        """Every head's text retrieval score in the text-only model, if one is named."""
+        if self.config.text_model is None:
+            return None
+        model = load(self.config.text_model, self.config)
+        if model.tokenizer is None:
+            raise StudyError(f"{self.config.text_model} has no tokenizer")
+        return self.score("retrieval", self.scored(as_text=True), model, weights_hash(model))
 
-    Raises:
-        StudyError: a setting out of range, or an output folder that cannot be written.
-        CheckpointError, InputError, ImageError: see `HookedVLM.from_pretrained` and `to_inputs`.
-    """
-    config.check()
-    report.prepare_folder(config.out)
-    model = model or load(config)
-    if model.cfg.vision is None or model.tokenizer is None:
-        lacks = "vision tower" if model.cfg.vision is None else "tokenizer"
-        raise StudyError(f"{config.model} has no {lacks}: this study asks questions about images")
-    if config.data == "auto":
-        is_toy = (TOY_MODELS / Path(config.model).name).exists()
-        config = replace(config, data="toy" if is_toy else "paper")
-    examples, tasks, about = collect(config)
-    if config.granularity == "coarse":
-        examples = [coarse(e) for e in examples]
-    with torch.no_grad():
-        scores = score_heads(model, examples, config, about["pixels"])
+    def score(
+        self, kind: Literal["ocr", "retrieval"], sets: Sequence[DataSet], model: HookedVLM, weights: str
+    ) -> Scores:
+        """Score every head on some data sets, batch by batch; finished batches are kept.
+
+        Raises:
+            StudyError: no head can be scored, because the model answers nothing.
+        """
+        config, protocol, found = self.config, self.config.measured_by, []
+        for data in sets:
+            examples = [coarse(e) for e in data.examples] if config.granularity == "coarse" else data.examples
+            lengths = [prompt_length(model, e, self.pixels) + config.new_tokens for e in examples]
+            groups = batches(lengths, config.tokens_per_batch)
+            for group in tqdm(groups, desc=f"{kind} scores, {data.name}", unit="batch", disable=config.quiet):
+                key = {
+                    "score": kind, "weights": weights, "data": data.digest, "examples": group, "pixels": self.pixels,
+                    "granularity": config.granularity, "protocol": vars(protocol), "new_tokens": config.new_tokens,
+                }  # fmt: skip
+                own = [examples[i] for i in group]
+
+                def make(own: list = own, exact: bool = data.name.startswith("toy")) -> pd.DataFrame:
+                    return score_batch(model, kind, own, protocol, self.pixels, config.new_tokens, exact)
+
+                found.append(self.timed(key, make, sum(lengths[i] for i in group)))
+        shape = (model.cfg.n_layers, model.cfg.n_heads)
+        scores = gather(kind, pd.concat(found, ignore_index=True), shape, protocol.instance)
         if not len(scores.instances):
-            raise report.nothing_generated(scores)
-        outcomes = masking_control(model, tasks, scores.mean, scores.output_norm, config, about["pixels"])
-        shown = _looks(model, examples[:6], scores, config, about["pixels"])
-    k = n_to_mask(config, scores.mean.size)
-    candidates = random_candidates(scores.mean, scores.output_norm, ranked(scores.mean)[:k])
-    result = OcrHeadsResult(
-        scores,
-        select(scores, config),
-        bootstrap_interval(scores.instances, config.seed),
-        outcomes,
-        k,
-        len(candidates),
-        compare(config.model, scores.mean),
-        about,
-    )
-    report.write(result, config, _versions(model), _pictures(result, config, shown))
-    return result
+            raise StudyError(
+                f"no answer was found on any of {scores.n_asked} {'pages' if kind == 'ocr' else 'texts'}, so no head "
+                "can be scored: this model does not answer these questions"
+            )
+        return scores
+
+    @torch.no_grad()
+    def timed(self, key: dict[str, Any], make: Callable[[], pd.DataFrame], n_tokens: int) -> pd.DataFrame:
+        """A part, with its tokens and seconds counted if it had to be made."""
+        found = self.parts.get(key)
+        if found is not None:
+            return found
+        start = time.perf_counter()
+        found = self.parts.get_or_make(key, make)
+        self.n_tokens, self.seconds = self.n_tokens + n_tokens, self.seconds + time.perf_counter() - start
+        return found
+
+    # ---------------------------------------------------------------- heads
+
+    def selected(self, scores: Scores) -> Bool[np.ndarray, "layer head"]:
+        return select(scores, self.config.threshold, self.config.min_frequency, self.config.measured_by.frequency_rule)
+
+    def top(self, scores: Scores, k: int) -> tuple[Head, ...]:
+        """The best `k` heads by their mean; under the code's protocol those its rule drops come last."""
+        mean = scores.mean
+        if self.config.measured_by.frequency_rule == "inverted":
+            mean = np.where((scores.instances == 0).mean(0) > self.config.min_frequency, mean, 0.0)
+        return tuple(ranked(mean)[:k])
+
+    def candidates(self, source: str, masked: Sequence[Head]) -> list[Head]:
+        """Heads to draw a random control from: "live" ones that score below the threshold and are not masked, all
+        "others", or "any"."""
+        heads = [(layer, head) for layer in range(self.model.cfg.n_layers) for head in range(self.model.cfg.n_heads)]
+        if source == "any":
+            return heads
+        others = [head for head in heads if head not in set(masked)]
+        if source == "others":
+            return others
+        norms, scores = self.ocr.output_norm, self.ocr.mean
+        live = norms >= LIVE_SHARE * norms.max()
+        return [head for head in others if live[head] and scores[head] < self.config.threshold]
+
+    def random_sets(self, source: str, masked: Sequence[Head], k: int, draws: int) -> list[tuple[Head, ...]]:
+        """`draws` sets of `k` heads, or none where there are too few to draw from."""
+        candidates = self.candidates(source, masked)
+        if len(candidates) < k:
+            return []
+        rng = np.random.default_rng([self.config.seed, 4])
+        chosen = [rng.choice(len(candidates), size=k, replace=False) for _ in range(draws)]
+        return [tuple(candidates[i] for i in sorted(own)) for own in chosen]
+
+    def default_counts(self) -> tuple[int, ...]:
+        """How many heads to mask: the paper's 10 and 20, or an eighth of the heads of a small model."""
+        eighth = max(1, self.n_heads // 8)
+        return (eighth,) if eighth < 10 else (10, 20)
+
+    def default_tasks(self) -> tuple[str, ...]:
+        toy = self.config.data == "toy"
+        return ("page", "text", "naming") if toy else ("docvqa", "mpdocvqa", "nq", "hotpotqa", "passkey")
 
 
-def load(config: OcrHeadsConfig) -> HookedVLM:
+def load(name: str, config: ScoreConfig) -> HookedVLM:
+    """A model on the device and in the dtype of the configuration."""
     dtype = None if config.dtype == "auto" else DTYPES[config.dtype]
-    return HookedVLM.from_pretrained(config.model, device=config.device, dtype=dtype)
+    return HookedVLM.from_pretrained(name, device=config.device, dtype=dtype)
 
 
-Shown = list[tuple[Example, list[Box], str]]
+def head_names(heads: Sequence[Head]) -> str:
+    """ "2.1, 2.0"."""
+    return ", ".join(f"{layer}.{head}" for layer, head in heads)
 
 
-def _looks(
-    model: HookedVLM, examples: Sequence[Example], scores: Scores, config: OcrHeadsConfig, pixels: int | None
-) -> Shown:
-    """For some pages, the boxes of the tokens the best head looks at while it reads the answer."""
-    layer, head = ranked(scores.mean)[0]
-    shown = []
-    for example in examples:
-        inputs = to_inputs(model, [example], pixels)
-        generated = model.generate(inputs, config.new_tokens)[0, inputs.shape[1] :]
-        reply = reply_tokens(model, generated)
-        continued = inputs.append([torch.tensor(reply, dtype=torch.long)])
-        copies = find_copies(model, continued, 0, example, reply, config.measured_by)
-        positions = [c.position for c in copies if c.position is not None]
-        boxes = []
-        if positions:
-            rows = attention_rows(model, continued, torch.tensor([positions]), [layer])[0, 0, head]
-            page = continued.visuals[example.evidence[0].image]
-            keys = [int(k) for k in rows.argmax(-1)]
-            boxes = [continued.box_of_token(k) for k in keys if page.start <= k < page.stop]
-        text = str(model.to_string(reply)).strip()
-        shown.append((example, boxes, f"{example.question}\nanswer {example.answer}, reply {text}"))
-    return shown
-
-
-def _pictures(result: OcrHeadsResult, config: OcrHeadsConfig, shown: Shown) -> dict[str, Any]:
-    title = f"{Path(config.model).name}: OCR score of {result.scores.mean.size} heads, {result.scores.n_samples} pages"
-    examples, boxes, titles = zip(*shown, strict=True)
-    return {
-        "heatmap.png": plots.heatmap(result.scores.mean, result.selected, title),
-        "pages.png": plots.sample_pages(examples, boxes, titles),
-        "masking.png": plots.masking_bars(report.masking_rows(result.outcomes)),
-    }
-
-
-def _versions(model: HookedVLM) -> dict[str, str]:
-    packages = ("hooked-vlm", "torch", "transformers", "transformer_lens", "pillow", "numpy")
-    named = {name: version(name) for name in packages}
-    return {
-        **named,
-        "python": platform.python_version(),
-        "device": str(model.cfg.device),
-        "dtype": str(model.cfg.dtype),
-    }
+def head_table(values: dict[str, Float[np.ndarray, "layer head"]]) -> pd.DataFrame:
+    """One row per head with a column for each quantity."""
+    shape = next(iter(values.values())).shape
+    layers, heads = np.indices(shape)
+    return pd.DataFrame({"layer": layers.ravel(), "head": heads.ravel()} | {k: v.ravel() for k, v in values.items()})

@@ -166,16 +166,23 @@ INTERNVL2_CURRICULUM = (
         pages=14, full_pages=16, strips=12, drawings=4, lines=(0.05, 0.1, 0.15, 0.2, 0.2, 0.3),
         page_sizes=TILED, strip_sizes=TILED, drawing_sizes=TILED, decoys=0.4, guided=True,
     ),
+    # Pages of many lines are last.
+    Stage(
+        6400, continuations=0, texts=3, text_lines=(0.0, 0.1, 0.1, 0.2, 0.3, 0.3), echo=0.0,
+        pages=18, full_pages=14, strips=12, drawings=3, lines=(0.05, 0.08, 0.12, 0.2, 0.25, 0.3),
+        page_sizes=TILED, strip_sizes=TILED, drawing_sizes=TILED, decoys=0.4, guided=True,
+    ),
 )  # fmt: skip
 
 INTERNVL2 = Recipe(
     INTERNVL2_CURRICULUM,
-    steps=5800,
+    steps=8200,
     schedule=(
         (0, 0.01), (50, 1.0), (250, 1.0), (300, 0.5), (310, 1.0), (450, 1.0), (480, 0.5), (600, 0.5), (620, 1.0),
         (1300, 1.0), (1500, 0.75), (1900, 0.75), (2200, 0.0),
         (2210, 0.6), (2360, 0.6), (2600, 0.0), (2620, 0.75), (3400, 0.75), (4200, 0.0),
-        (4230, 0.75), (4900, 0.75), (5800, 0.0),
+        (4230, 0.75), (4900, 0.75), (5800, 0.0), (5820, 0.5), (6050, 0.5), (6400, 0.0),
+        (6430, 0.75), (7300, 0.75), (8200, 0.0),
     ),
     specialise_from=3200,
     specialisation=Specialisation(penalty=((3200, 0.1), (3600, 0.3))),

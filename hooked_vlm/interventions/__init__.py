@@ -13,7 +13,6 @@ from hooked_vlm.interventions.activations import AddVector as AddVector
 from hooked_vlm.interventions.activations import PatchActivation as PatchActivation
 from hooked_vlm.interventions.activations import ReplaceImageTokens as ReplaceImageTokens
 from hooked_vlm.interventions.attention import BlockAttention as BlockAttention
-from hooked_vlm.interventions.attention import RedistributeSink as RedistributeSink
 from hooked_vlm.interventions.base import CustomHooks as CustomHooks
 from hooked_vlm.interventions.base import Intervention as Intervention
 from hooked_vlm.interventions.base import Together as Together
@@ -25,3 +24,5 @@ from hooked_vlm.interventions.heads import mean_head_outputs as mean_head_output
 from hooked_vlm.interventions.image_kv import ImageMeans as ImageMeans
 from hooked_vlm.interventions.image_kv import ReplaceImageKV as ReplaceImageKV
 from hooked_vlm.interventions.image_kv import mean_image_kv as mean_image_kv
+from hooked_vlm.interventions.patterns import RedistributeSink as RedistributeSink
+from hooked_vlm.interventions.patterns import UniformAttention as UniformAttention

@@ -9,7 +9,6 @@ from torch import Tensor
 from hooked_vlm.inputs import VLMInputs
 from hooked_vlm.interventions.base import Positions, first_meant, meant, position_table
 from hooked_vlm.interventions.heads import Chosen, Edit, Head, HeadIntervention
-from hooked_vlm.token_layout import InputError
 
 
 @dataclass(frozen=True)
@@ -53,41 +52,6 @@ class BlockAttention(HeadIntervention):
             return pattern.masked_fill(empty.pop(), 0.0)  # the softmax of a row of minus infinities is not a number
 
         return [("hook_attn_scores", block), ("hook_pattern", nothing_left)]
-
-
-@dataclass(frozen=True)
-class RedistributeSink(HeadIntervention):
-    """Attention to the sink is scaled by `beta`; what it loses goes to the other keys, in proportion.
-
-    a_sink' = beta a_sink; a_j' = a_j (1 - beta a_sink) / (1 - a_sink). (arXiv 2505.15865, section on sink tokens.)
-    The sink is each row's first token, or the `sink`-th. A query that attends to nothing else keeps its attention.
-    """
-
-    beta: float
-    sink: int = 0
-
-    attention: ClassVar[Literal["edited", "made again", ""]] = "edited"
-
-    def edits(self, model: Any, inputs: VLMInputs, layer: int) -> list[tuple[str, Edit]]:
-        if not 0 <= self.beta <= 1:
-            raise InputError(f"beta, the share of its attention that the sink keeps, is between 0 and 1: {self.beta}")
-        at = [first + self.sink for first in inputs.first]
-        if any(not first <= p < stop for first, p, stop in zip(inputs.first, at, inputs.stop, strict=True)):
-            raise InputError(f"sink={self.sink}: a row has no such token")
-        sinks = torch.tensor(at, device=inputs.device)
-
-        def redistribute(pattern: Tensor, hook: Any, chosen: Chosen) -> Tensor:
-            rows, n_heads, n, _ = pattern.shape
-            index = sinks.repeat(rows // len(sinks))[:, None, None, None].expand(-1, n_heads, n, 1)
-            full = pattern.to(torch.promote_types(pattern.dtype, torch.float32))
-            on_sink = full.gather(-1, index)
-            rest = full.sum(-1, keepdim=True) - on_sink
-            scaled = full * torch.where(rest > 1e-9, 1 + (1 - self.beta) * on_sink / rest.clamp(min=1e-9), 1.0)
-            kept = torch.where(rest > 1e-9, self.beta * on_sink, on_sink)
-            edited = scaled.scatter(-1, index, kept).to(pattern.dtype)
-            return torch.where(chosen.mask[:, :, None, None], edited, pattern)
-
-        return [("hook_pattern", redistribute)]
 
 
 def all_heads(model: Any, layers: range | tuple[int, ...] | None = None) -> tuple[Head, ...]:

@@ -1,6 +1,7 @@
 """What an intervention is, and which positions it acts on."""
 
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
@@ -61,22 +62,23 @@ class Together(Intervention):
         return all(part.finds_positions for part in self.parts)
 
     def hooks(self, model: Any, inputs: VLMInputs) -> Hooks:
-        heads = {kind: self._heads(kind) for kind in ("edited", "made again")}
-        if both := sorted(heads["edited"] & heads["made again"]):
+        again, edited = self._heads("made again"), self._heads("edited")
+        if both := sorted(head for head in again if again[head] > 1 or edited[head]):
             layer, head = both[0]
             raise InputError(
-                f"head {layer}.{head} has its pattern edited and its z made again from queries and keys, which would "
-                'undo the edit: use BlockAttention in place of ReplaceImageKV(..., "knockout"), or other heads'
+                f"head {layer}.{head} has its z made again from queries and keys, which would undo what another part "
+                "does to its attention: put them on different heads, or block attention (BlockAttention) in both"
             )
         return [pair for part in self.parts for pair in part.hooks(model, inputs)]
 
-    def _heads(self, kind: str) -> set[tuple[int, int]]:
-        found: set[tuple[int, int]] = set()
+    def _heads(self, kind: str) -> Counter[tuple[int, int]]:
+        """How many parts change the attention of a head in this way."""
+        found: Counter[tuple[int, int]] = Counter()
         for part in self.parts:
             if isinstance(part, Together):
-                found |= part._heads(kind)
+                found += part._heads(kind)
             elif part.attention == kind:
-                found |= set(getattr(part, "heads", ()))
+                found.update(set(getattr(part, "heads", ())))
         return found
 
     def first_position(self, model: Any, inputs: VLMInputs) -> int:

@@ -31,7 +31,7 @@ class HaystackItem:
 
 def passkey_items(seed: int, n: int, lengths: Sequence[int]) -> tuple[list[HaystackItem], str]:
     """`n` contexts of about the given numbers of tokens, each with one pass key of five digits."""
-    rows = _from_hub(PASSKEY_DATASET, None, "train")
+    rows = from_hub(PASSKEY_DATASET, None, "train")
     if rows is None:
         rng = np.random.default_rng([seed, 2])
         return [_synthetic_passkey(rng, lengths[i % len(lengths)]) for i in range(n)], SYNTHETIC
@@ -49,8 +49,8 @@ def passkey_items(seed: int, n: int, lengths: Sequence[int]) -> tuple[list[Hayst
 
 def niah_items(seed: int, n: int, lengths: Sequence[int]) -> tuple[list[HaystackItem], str]:
     """`n` contexts of the given numbers of characters with one sentence hidden at a random place."""
-    texts = _from_hub(NEEDLE_DATASET, "en_haystack_texts", "test")
-    needles = _from_hub(NEEDLE_DATASET, "retrieval_needles", "test")
+    texts = from_hub(NEEDLE_DATASET, "en_haystack_texts", "test")
+    needles = from_hub(NEEDLE_DATASET, "retrieval_needles", "test")
     rng = np.random.default_rng([seed, 3])
     if texts is None or needles is None:
         made = [_synthetic_needle(rng) for _ in range(n)]
@@ -73,7 +73,7 @@ def niah_items(seed: int, n: int, lengths: Sequence[int]) -> tuple[list[Haystack
     return items, source
 
 
-def _from_hub(name: str, subset: str | None, split: str) -> Any:
+def from_hub(name: str, subset: str | None, split: str) -> Any:
     """A data set's split, from the hub or from its local cache; None where neither has it."""
     from datasets import config, load_dataset  # slow to import, and needed by this function only
 
@@ -98,7 +98,7 @@ def _has_network() -> bool:
 
 # ---------------------------------------------------------------- synthetic
 
-_PLACES = [
+PLACES = [
     "Arvel",
     "Bruni",
     "Castom",
@@ -115,33 +115,33 @@ _PLACES = [
     "Norrow",
     "Ostel",
 ]
-_MATERIALS = ["oak", "granite", "copper", "linen", "amber", "slate", "silver", "clay", "walnut", "marble"]
-_COLOURS = ["blue", "green", "crimson", "golden", "violet", "white", "black", "orange"]
-_OBJECTS = ["gate", "bell", "bridge", "throne", "lantern", "fountain"]
+MATERIALS = ["oak", "granite", "copper", "linen", "amber", "slate", "silver", "clay", "walnut", "marble"]
+COLOURS = ["blue", "green", "crimson", "golden", "violet", "white", "black", "orange"]
+OBJECTS = ["gate", "bell", "bridge", "throne", "lantern", "fountain"]
 _SUBJECTS = ["The baker", "A careful clerk", "My neighbour", "The old sailor", "A young gardener", "The night train"]
 _VERBS = ["waited near", "walked past", "wrote about", "remembered", "drew a map of", "looked for"]
-_GOALS = ["the quiet harbour", "a row of lime trees", "the second bridge", "an empty market", "the long wall"]
+GOALS = ["the quiet harbour", "a row of lime trees", "the second bridge", "an empty market", "the long wall"]
 _ENDS = ["before the rain came", "until the evening", "for most of the year", "without a word", "as everyone does"]
 
 
-def _pick(rng: np.random.Generator, words: Sequence[str]) -> str:
+def pick(rng: np.random.Generator, words: Sequence[str]) -> str:
     return words[int(rng.integers(len(words)))]
 
 
-def _sentence(rng: np.random.Generator) -> str:
-    return f"{_pick(rng, _SUBJECTS)} {_pick(rng, _VERBS)} {_pick(rng, _GOALS)} {_pick(rng, _ENDS)}."
+def sentence(rng: np.random.Generator) -> str:
+    return f"{pick(rng, _SUBJECTS)} {pick(rng, _VERBS)} {pick(rng, GOALS)} {pick(rng, _ENDS)}."
 
 
 def _prose(rng: np.random.Generator, n_characters: int) -> str:
     sentences: list[str] = []
     while sum(map(len, sentences)) + len(sentences) < n_characters:
-        sentences.append(_sentence(rng))
+        sentences.append(sentence(rng))
     return " ".join(sentences)[:n_characters]
 
 
 def _synthetic_passkey(rng: np.random.Generator, n_tokens: int) -> HaystackItem:
     key = str(int(rng.integers(10000, 100000)))
-    filler = [_sentence(rng) for _ in range(max(2, n_tokens // 12))]  # a sentence has about 12 tokens
+    filler = [sentence(rng) for _ in range(max(2, n_tokens // 12))]  # a sentence has about 12 tokens
     at = int(rng.integers(len(filler) + 1))
     filler.insert(at, f"The pass key is {key}. Remember it. {key} is the pass key.")
     question = "What is the pass key?"
@@ -149,7 +149,7 @@ def _synthetic_passkey(rng: np.random.Generator, n_tokens: int) -> HaystackItem:
 
 
 def _synthetic_needle(rng: np.random.Generator) -> tuple[str, str, str]:
-    place, thing = _pick(rng, _PLACES), _pick(rng, _OBJECTS)
-    answer = f"{_pick(rng, _COLOURS)} {_pick(rng, _MATERIALS)}"
+    place, thing = pick(rng, PLACES), pick(rng, OBJECTS)
+    answer = f"{pick(rng, COLOURS)} {pick(rng, MATERIALS)}"
     needle = f"The {thing} in the town of {place} is made of {answer}."
     return needle, f"What is the {thing} in the town of {place} made of?", answer

@@ -1,0 +1,160 @@
+"""Tasks answered with heads changed: what masking, sink redistribution and written-out steps have in common."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import pandas as pd
+from tqdm.auto import tqdm
+
+from hooked_vlm.experiments.ocr_heads.answers import METRICS, judge
+from hooked_vlm.experiments.ocr_heads.config import TaskConfig
+from hooked_vlm.experiments.ocr_heads.data.tasks import Task, load_tasks
+from hooked_vlm.experiments.ocr_heads.examples import batches, prompt_length, to_inputs
+from hooked_vlm.experiments.ocr_heads.study import Study, head_names
+from hooked_vlm.inputs import VLMInputs
+from hooked_vlm.interventions import Head, Intervention
+from hooked_vlm.statistics import bootstrap_mean, paired_p
+
+
+@dataclass(frozen=True, eq=False)
+class Condition:
+    """A change of some heads, in all tasks."""
+
+    name: str
+    heads: tuple[Head, ...] = ()
+    change: Intervention | None = None
+    draw: int = 0
+    """Which of several random sets."""
+    control: str = ""
+    """The name of the random condition it is held against."""
+
+
+UNCHANGED = Condition("unchanged")
+
+
+def tasks_of(study: Study, config: TaskConfig) -> list[Task]:
+    """The tasks asked for, with samples that heads were not scored on."""
+    names = config.tasks or study.default_tasks()
+    return load_tasks(study.data_folder, names, config.seed + 1, config.task_samples, config.lengths, config.task_files)
+
+
+def answer_all(study: Study, tasks: Sequence[Task], conditions: Sequence[Condition], what: str) -> pd.DataFrame:
+    """One row per condition, draw, task and sample: the reply and every metric.
+
+    Images are encoded once; finished parts are taken up again.
+    """
+    config, model, frames = study.config, study.model, []
+    for task in tasks:
+        examples = task.data.examples
+        lengths = [prompt_length(model, e, study.pixels) + config.new_tokens for e in examples]
+        groups = batches(lengths, config.tokens_per_batch)
+        runs = [(group, condition) for group in groups for condition in conditions]
+        inputs: VLMInputs | None = None
+        for group, condition in tqdm(runs, desc=f"{what}, {task.name}", unit="batch", disable=config.quiet):
+            if condition is conditions[0]:
+                inputs = None  # of the last batch
+            key = {
+                "answers": task.data.digest,
+                "weights": study.weights,
+                "examples": group,
+                "pixels": study.pixels,
+                "change": repr(condition.change),
+                "new_tokens": config.new_tokens,
+            }
+            found = study.parts.get(key)
+            if found is None:
+                inputs = inputs or _encoded(study, [examples[i] for i in group])
+                replies = _replies(study, inputs, condition.change)
+                found = study.timed(key, lambda r=replies: pd.DataFrame({"reply": r}), sum(lengths[i] for i in group))
+            judged = pd.DataFrame([judge(examples[i], r) for i, r in zip(group, found["reply"], strict=True)])
+            frames.append(
+                judged.assign(
+                    task=task.name,
+                    metric=task.metric,
+                    condition=condition.name,
+                    draw=condition.draw,
+                    heads=head_names(condition.heads),
+                    sample=group,
+                    reply=list(found["reply"]),
+                )
+            )
+    table = pd.concat(frames, ignore_index=True)
+    columns = ["task", "condition", "draw", "heads", "sample", "reply", "metric", *METRICS]
+    return table[columns].sort_values(["task", "condition", "draw", "sample"], ignore_index=True)
+
+
+def _encoded(study: Study, examples: list) -> VLMInputs:
+    inputs = to_inputs(study.model, examples, study.pixels)
+    if inputs.has_visuals:
+        features = study.model.encode_images(inputs).detach()
+        # the features stand in for the pixels, which are fifty times as large
+        inputs = replace(inputs.with_image_features(features), pixel_values=None)
+    return inputs
+
+
+def _replies(study: Study, inputs: VLMInputs, change: Intervention | None) -> list[str]:
+    hooks = [] if change is None else change.hooks(study.model, inputs)
+    replies = study.model.generate(inputs, study.config.new_tokens, fwd_hooks=hooks, return_type="str")
+    return [replies] if isinstance(replies, str) else replies
+
+
+def summarize(answers: pd.DataFrame, conditions: Sequence[Condition], seed: int) -> pd.DataFrame:
+    """One row per task, condition and metric: mean and 95% bootstrap interval over samples.
+
+    `change`: against the unchanged model, sample by sample. `p`: a paired test of the samples against the random
+    control's mean over its draws. Random conditions are averaged over draws sample by sample; `lowest` and `highest`
+    are their extreme draws.
+    """
+    controls = {condition.name: condition.control for condition in conditions}
+    rows = []
+    for task in dict.fromkeys(answers["task"]):
+        own = answers[answers["task"] == task]
+        for metric in METRICS:
+            samples = {
+                name: part.pivot(index="sample", columns="draw", values=metric)
+                for name, part in own.groupby("condition", sort=False)
+            }
+            for name in dict.fromkeys(controls):
+                values = samples[name]
+                mean = values.mean(axis=1).to_numpy()
+                estimate, draws = bootstrap_mean(mean, seed), values.mean(axis=0)
+                change = bootstrap_mean(mean - samples[UNCHANGED.name].mean(axis=1).to_numpy(), seed)
+                control = samples.get(controls[name])
+                p = np.nan if control is None else paired_p(mean, control.mean(axis=1).to_numpy(), seed)
+                rows.append(
+                    {
+                        "task": task,
+                        "condition": name,
+                        "metric": metric,
+                        "chosen": metric == own["metric"].iloc[0],
+                        "value": estimate.value,
+                        "low": estimate.low,
+                        "high": estimate.high,
+                        "change": change.value,
+                        "change_low": change.low,
+                        "change_high": change.high,
+                        "p": p,
+                        "lowest": draws.min(),
+                        "highest": draws.max(),
+                        "draws": len(draws),
+                        "n": estimate.n,
+                    }
+                )
+    return pd.DataFrame(rows)
+
+
+def summary_lines(summary: pd.DataFrame) -> list[str]:
+    """The chosen metric of every task, for the terminal."""
+    shown = summary[summary["chosen"]]
+    width = max(len(name) for name in shown["condition"])
+    lines = []
+    for task in dict.fromkeys(shown["task"]):
+        own = shown[shown["task"] == task]
+        lines.append(f"  {task} ({own['metric'].iloc[0]}, {own['n'].iloc[0]} samples)")
+        for row in own.itertuples():
+            spread = f"{row.draws} draws, {row.lowest:.1%} to {row.highest:.1%}" if row.draws > 1 else ""
+            p = "" if np.isnan(row.p) else f"p against random {row.p:.4f}"
+            text = f"    {row.condition:{width}s}  {row.value:6.1%} ({row.low:.1%} to {row.high:.1%})"
+            lines.append("  ".join(part for part in (text, spread, p) if part))
+    return lines

@@ -1,0 +1,131 @@
+"""Data sets built once into a folder, with a manifest that says what they are, and read from there.
+
+<folder>/<name>-<hash of what it was built from>/manifest.json, examples.jsonl, images/00000-0.png ...
+"""
+
+import hashlib
+import json
+import shutil
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from hooked_vlm.experiments.common.errors import StudyError
+from hooked_vlm.experiments.ocr_heads.examples import Evidence, Example
+from hooked_vlm.files import OutputError
+
+FORMAT = 1
+"""Raised when the same settings would give other examples."""
+
+
+@dataclass(frozen=True, eq=False)
+class DataSet:
+    """Examples, and where they come from."""
+
+    name: str
+    examples: list[Example]
+    source: str
+    """In words: a hub data set, or synthetic."""
+    digest: str
+    """Stands for the content."""
+
+
+def load_or_build(
+    folder: Path, name: str, settings: Mapping[str, Any], build: Callable[[], tuple[Sequence[Example], str]]
+) -> DataSet:
+    """The data set of these settings from the folder, built into it if it is not there.
+
+    Args:
+        settings: all that decides the content: seed, number, lengths.
+        build: the examples, and their source in words.
+
+    Raises:
+        StudyError: files of a data set that were changed since.
+        OutputError: the folder cannot be written.
+    """
+    key = json.dumps({"name": name, "format": FORMAT, **settings}, sort_keys=True)
+    place = folder / f"{name}-{hashlib.sha256(key.encode()).hexdigest()[:12]}"
+    if not (place / "manifest.json").exists():
+        examples, source = build()
+        _write(place, name, dict(settings), examples, source)
+    return _read(place, name)
+
+
+def _write(place: Path, name: str, settings: dict[str, Any], examples: Sequence[Example], source: str) -> None:
+    try:
+        place.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=place.parent, prefix=f".{place.name}.") as aside:
+            made = Path(aside) / "made"
+            (made / "images").mkdir(parents=True)
+            lines = [json.dumps(_record(made, i, example)) for i, example in enumerate(examples)]
+            (made / "examples.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+            hashes = {str(f.relative_to(made)): _hash(f) for f in sorted(made.rglob("*")) if f.is_file()}
+            manifest = {
+                "name": name,
+                "format": FORMAT,
+                "settings": settings,
+                "source": source,
+                "n": len(examples),
+                "versions": {package: version(package) for package in ("pillow", "numpy", "hooked-vlm")},
+                "sha256": hashes,
+            }
+            (made / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
+            if place.exists():  # without a manifest: not ours to keep
+                shutil.rmtree(place)
+            made.rename(place)
+    except OSError as error:
+        if (place / "manifest.json").exists():
+            return  # another process was faster
+        raise OutputError(f"cannot write the data set {place}: {error.strerror or error}") from error
+
+
+def _record(made: Path, index: int, example: Example) -> dict[str, Any]:
+    names = []
+    for number, picture in enumerate(example.images):
+        image = picture if isinstance(picture, Image.Image) else Image.open(picture)
+        names.append(f"images/{index:05d}-{number}.png")
+        image.convert("RGB").save(made / names[-1])
+    return {
+        "question": example.question,
+        "answers": example.answers,
+        "images": names,
+        "evidence": [asdict(e) for e in example.evidence],
+        "context": example.context,
+        "answer_at": example.answer_at,
+    }
+
+
+def _read(place: Path, name: str) -> DataSet:
+    try:
+        manifest = json.loads((place / "manifest.json").read_text(encoding="utf-8"))
+        changed = [file for file, digest in manifest["sha256"].items() if _hash(place / file) != digest]
+        records = [json.loads(line) for line in (place / "examples.jsonl").read_text(encoding="utf-8").splitlines()]
+        examples = [_example(place, record) for record in records]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise StudyError(
+            f"the data set in {place} is damaged ({error}): delete the folder to build it again"
+        ) from error
+    if changed:
+        raise StudyError(f"{place / changed[0]} was changed since it was built: delete {place} to build it again")
+    digest = hashlib.sha256(json.dumps(manifest["sha256"], sort_keys=True).encode()).hexdigest()[:16]
+    return DataSet(name, examples, manifest["source"], digest)
+
+
+def _example(place: Path, record: Mapping[str, Any]) -> Example:
+    return Example(
+        record["question"],
+        tuple(record["answers"]),
+        tuple(place / image for image in record["images"]),
+        tuple(Evidence(e["start"], e["stop"], e["image"], tuple(e["box"])) for e in record["evidence"]),
+        record["context"],
+        record["answer_at"],
+    )
+
+
+def _hash(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()

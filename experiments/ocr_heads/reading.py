@@ -1,0 +1,169 @@
+"""Reading: what a model answers, and where its heads look while it does.
+
+A model that knows the answer says it and stops. So the answer is put behind the prompt first: where greedy decoding
+would have given just that, this one pass stands for generation and for reading the attention rows. Only the other
+examples are generated token by token. Nothing of size tokens x tokens is made.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from hooked_vlm.attention_rows import attention_rows
+from hooked_vlm.experiments.ocr_heads.examples import Example, to_inputs
+from hooked_vlm.inputs import VLMInputs
+
+
+@dataclass(frozen=True, eq=False)
+class Copy:
+    """One token to look at."""
+
+    position: int | None
+    """Whose attention row counts; None if the token was not generated."""
+    weight: float
+    """What a hit counts."""
+    evidence: tuple[int, ...]
+    """Positions of the tokens it may be read from."""
+    token: bool = True
+    """Whether it stands for a token of the answer (one of the instances of a score by token)."""
+
+
+Ask = Callable[[VLMInputs, int, Example, list[int]], list[Copy]]
+"""(prompts and replies, row, example, reply) -> what to look at. The reply begins at `stop[row] - len(reply)`."""
+
+
+@dataclass(frozen=True, eq=False)
+class Reading:
+    """What was found of one example."""
+
+    reply: list[int]
+    copies: list[Copy]
+    hits: Bool[np.ndarray, "copy layer head"]
+    """Whether a head's strongest attention lies on the evidence."""
+    norms: Float[np.ndarray, "layer head"]
+    """Mean norm of what a head adds to the residual stream, over the prompt's real positions."""
+
+
+def read(
+    model: Any,
+    examples: Sequence[Example],
+    ask: Ask,
+    pixels: int | None,
+    new_tokens: int,
+    keys: Literal["all", "prompt"] = "all",
+) -> list[Reading]:
+    """Answer a batch of examples and look where `ask` says.
+
+    Args:
+        keys: where the argmax is taken: over all keys, or over the prompt but its last token.
+    """
+    inputs = to_inputs(model, examples, pixels)
+    if inputs.has_visuals:
+        inputs = inputs.with_image_features(model.encode_images(inputs).detach())
+    readings = _expected(model, inputs, examples, ask, new_tokens, keys)
+    others = [row for row, reading in enumerate(readings) if reading is None]
+    if others:
+        chosen, own = inputs[others], [examples[row] for row in others]
+        generated = model.generate(chosen, new_tokens)[:, chosen.shape[1] :]
+        replies = [reply_tokens(model, row) for row in generated]
+        for row, (reading, _) in zip(others, _look(model, chosen, own, replies, ask, keys), strict=True):
+            readings[row] = reading
+    return [reading for reading in readings if reading is not None]
+
+
+def _expected(
+    model: Any, inputs: VLMInputs, examples: Sequence[Example], ask: Ask, new_tokens: int, keys: str
+) -> list[Reading | None]:
+    """What generation would have found where it would have said the answer and stopped; None elsewhere."""
+    stops = list(model.cfg.eos_token_ids)
+    answers = [model.tokenizer(e.answer, add_special_tokens=False)["input_ids"] for e in examples]
+    longest = max(map(len, answers))
+    if not stops or longest >= new_tokens or inputs.shape[1] + longest + 1 > model.cfg.n_ctx_limit:
+        return [None] * len(examples)
+    found = _look(model, inputs, examples, [[*answer, stops[0]] for answer in answers], ask, keys)
+    readings: list[Reading | None] = []
+    for answer, (reading, predicted) in zip(answers, found, strict=True):
+        said = predicted[:-1] == answer and predicted[-1] in stops
+        readings.append(Reading(answer, reading.copies, reading.hits, reading.norms) if said else None)
+    return readings
+
+
+def _look(
+    model: Any, inputs: VLMInputs, examples: Sequence[Example], replies: list[list[int]], ask: Ask, keys: str
+) -> list[tuple[Reading, list[int]]]:
+    """One pass over prompts and replies; with each reading, what greedy decoding gives in the reply's place."""
+    continued = inputs.append([torch.tensor(reply, dtype=torch.long) for reply in replies])
+    copies = [ask(continued, row, example, replies[row]) for row, example in enumerate(examples)]
+    hits, norms, predicted = _hits(model, continued, inputs.shape[1], copies, [len(r) for r in replies], keys)
+    return [(Reading(replies[row], copies[row], hits[row], norms[row]), predicted[row]) for row in range(len(examples))]
+
+
+def reply_tokens(model: Any, row: Tensor) -> list[int]:
+    """Generated ids up to the first stop token."""
+    stops = set(model.cfg.eos_token_ids)
+    ids = row.tolist()
+    return ids[: next((i for i, t in enumerate(ids) if t in stops), len(ids))]
+
+
+def _hits(
+    model: Any,
+    inputs: VLMInputs,
+    n_prompt: int,
+    copies: list[list[Copy]],
+    n_reply: list[int],
+    keys: str,
+) -> tuple[list[Bool[np.ndarray, "copy layer head"]], Float[np.ndarray, "row layer head"], list[list[int]]]:
+    """For every copy, which heads' argmax lies in its evidence; the heads' output norms on the prompts; the likeliest
+    token where each token of a reply was produced."""
+    asked = [[copy.position for copy in own if copy.position is not None] for own in copies]
+    width = max(1, *map(len, asked))
+    # spare columns hold a harmless query
+    positions = torch.tensor(
+        [own + [stop - 1] * (width - len(own)) for own, stop in zip(asked, inputs.stop, strict=True)]
+    )
+    last_key = n_prompt - 1 if keys == "prompt" else inputs.shape[1]
+    norms: dict[int, Tensor] = {}
+    predicted: list[list[int]] = []
+    prompt = inputs.attention_mask.clone()
+    prompt[:, n_prompt:] = 0
+
+    def measure_norm(z: Tensor, hook: Any) -> None:
+        norms[hook.layer()] = _output_norm(z, model.blocks[hook.layer()].attn.W_O, prompt)
+
+    def predict(normalized: Tensor, hook: Any) -> None:
+        for row, (stop, n) in enumerate(zip(inputs.stop, n_reply, strict=True)):
+            predicted.append(model.unembed(normalized[row, stop - n - 1 : stop - 1]).argmax(-1).tolist())
+
+    argmax = attention_rows(
+        model,
+        inputs,
+        positions,
+        reduce=lambda rows: rows[..., :last_key].argmax(-1),
+        fwd_hooks=[
+            (lambda name: name.endswith("attn.hook_z") and name.startswith("blocks."), measure_norm),
+            ("ln_final.hook_normalized", predict),
+        ],
+    ).cpu()
+    hits = []
+    for row, own in enumerate(copies):
+        found = np.zeros((len(own), model.cfg.n_layers, model.cfg.n_heads), dtype=bool)
+        generated = [i for i, copy in enumerate(own) if copy.position is not None]
+        for column, i in enumerate(generated):
+            evidence = torch.tensor(own[i].evidence, dtype=torch.long)
+            found[i] = torch.isin(argmax[:, row, :, column], evidence).numpy()
+        hits.append(found)
+    stacked = torch.stack([norms[layer] for layer in range(model.cfg.n_layers)], dim=1)
+    return hits, stacked.float().cpu().numpy(), predicted
+
+
+def _output_norm(z: Tensor, W_O: Tensor, where: Int[Tensor, "batch pos"]) -> Float[Tensor, "batch head"]:
+    """Mean over the positions marked in `where` of the norm of z W_O per head, without making [pos, head, d_model]."""
+    gram = torch.einsum("hdm,hem->hde", W_O.float(), W_O.float())
+    squared = torch.einsum("bphd,hde,bphe->bph", z.float(), gram, z.float())
+    mask = where.to(squared)[:, :, None]
+    return (squared.clamp_min(0).sqrt() * mask).sum(1) / mask.sum(1)

@@ -1,0 +1,133 @@
+"""Experiment: every head's OCR score and text retrieval score."""
+
+import numpy as np
+import pandas as pd
+import torch
+from matplotlib.figure import Figure
+
+from hooked_vlm.attention_rows import attention_rows
+from hooked_vlm.experiments.ocr_heads import plots
+from hooked_vlm.experiments.ocr_heads.config import OFFICIAL_CODE, Protocol
+from hooked_vlm.experiments.ocr_heads.examples import Box, Example, to_inputs
+from hooked_vlm.experiments.ocr_heads.reading import reply_tokens
+from hooked_vlm.experiments.ocr_heads.scoring import Scores, find_copies
+from hooked_vlm.experiments.ocr_heads.selection import ranked
+from hooked_vlm.experiments.ocr_heads.study import Finding, Study, head_table
+from hooked_vlm.statistics import bootstrap_means, share
+
+PAGES_SHOWN = 6
+
+
+def score(study: Study) -> Finding:
+    """The table of all heads, the heatmap, and pages with what the best head looks at."""
+    config, ocr, retrieval = study.config, study.ocr, study.retrieval
+    named = {"ocr": ocr, "retrieval": retrieval}
+    if study.sibling is not None:
+        named["retrieval in the text model"] = study.sibling
+    tables = {}
+    for name, scores in named.items():
+        tables[f"{name} scores".replace(" ", "-")] = (
+            score_table(study, scores),
+            f"{name.capitalize()} score of every head, 95% bootstrap intervals over "
+            f"{len(scores.instances)} {scores.granularity}s",
+            20,
+        )
+    figures = {
+        f"{name}-heatmap".replace(" ", "-"): (
+            plots.heatmap(scores.mean, study.selected(scores), f"{name} score"),
+            f"{name.capitalize()} score by layer and head, {len(scores.instances)} {scores.granularity}s; "
+            "selected heads are framed",
+        )
+        for name, scores in named.items()
+    }
+    figures["pages"] = (
+        looks(study),
+        "Pages with the boxes of the answer's characters, and the tokens the top head looks at while it reads",
+    )
+    lines = [_asked(study, "ocr", ocr), *_top_lines(study, ocr)]
+    for name, scores in list(named.items())[1:]:
+        lines += ["", _asked(study, name, scores), *_top_lines(study, scores, 5)]
+    about = [f"Measured by {protocol_name(config.measured_by)}."]
+    about += [f"{data.name}: {data.source}, {len(data.examples)} examples." for data in _sets(study)]
+    return Finding("Scores", lines, about, figures, tables)
+
+
+def score_table(study: Study, scores: Scores) -> pd.DataFrame:
+    """One row per head: score, interval, activation frequency, output norm, selected; the best first."""
+    low, high = bootstrap_means(scores.instances, study.config.seed)
+    table = head_table(
+        {
+            "score": scores.mean,
+            "low": low,
+            "high": high,
+            "frequency": scores.frequency(study.config.threshold),
+            "output_norm": scores.output_norm,
+            "selected": study.selected(scores),
+            "n": np.full(scores.mean.shape, len(scores.instances)),
+        }
+    )
+    return table.sort_values(["score", "layer", "head"], ascending=[False, True, True], ignore_index=True)
+
+
+def protocol_name(protocol: Protocol) -> str:
+    """In words."""
+    if protocol == Protocol():
+        return "the paper's definition"
+    if protocol == OFFICIAL_CODE:
+        return "the paper's code (compat)"
+    return "a protocol of its own: see the configuration"
+
+
+def _sets(study: Study) -> list:
+    return [*study.scored(as_text=False), *study.scored(as_text=True)]
+
+
+def _asked(study: Study, name: str, scores: Scores) -> str:
+    right = share(scores.right, scores.n_asked)
+    what = "pages" if scores.kind == "ocr" else "texts"
+    return (
+        f"{name} scores: {scores.n_asked} {what} ({study.config.data}), {right.value:.1%} answered rightly "
+        f"({right.low:.1%} to {right.high:.1%}); {len(scores.instances)} {scores.granularity}s count"
+    )
+
+
+def _top_lines(study: Study, scores: Scores, most: int = 10) -> list[str]:
+    threshold, chosen = study.config.threshold, study.selected(scores)
+    low, high = bootstrap_means(scores.instances, study.config.seed)
+    mean, frequency = scores.mean, scores.frequency(threshold)
+    kind = "OCR" if scores.kind == "ocr" else "retrieval"
+    lines = ["  head    score  95% interval     active   selected"]
+    n_chosen = int(chosen.sum())
+    for at in ranked(mean)[: max(most, min(20, n_chosen))]:
+        mark = f"   {kind} head" if chosen[at] else ""
+        name = f"{at[0]}.{at[1]}"
+        lines.append(f"  {name:6s}  {mean[at]:.3f}  {low[at]:.3f} to {high[at]:.3f}   {frequency[at]:6.1%}{mark}")
+    rule = f"above it in at least {study.config.min_frequency:.0%} of the {scores.granularity}s"
+    if study.config.measured_by.frequency_rule == "inverted":
+        rule = f"zero in more than {study.config.min_frequency:.0%} of the {scores.granularity}s (the code's rule)"
+    lines.append(f"  {n_chosen} of {mean.size} heads are {kind} heads: mean > {threshold:g}, {rule}")
+    return lines
+
+
+@torch.no_grad()
+def looks(study: Study) -> Figure:
+    """For some pages, the boxes of the tokens the best head looks at while it reads the answer."""
+    model, config = study.model, study.config
+    layer, head = ranked(study.ocr.mean)[0]
+    shown: list[tuple[Example, list[Box], str]] = []
+    for example in study.scored(as_text=False)[0].examples[:PAGES_SHOWN]:
+        inputs = to_inputs(model, [example], study.pixels)
+        reply = reply_tokens(model, model.generate(inputs, config.new_tokens)[0, inputs.shape[1] :])
+        continued = inputs.append([torch.tensor(reply, dtype=torch.long)])
+        copies = find_copies(model, continued, 0, example, reply, protocol=config.measured_by)
+        positions = [c.position for c in copies if c.position is not None]
+        boxes = []
+        if positions:
+            rows = attention_rows(model, continued, torch.tensor([positions]), [layer])[0, 0, head]
+            page = continued.visuals[example.evidence[0].image]
+            keys = [int(k) for k in rows.argmax(-1)]
+            boxes = [continued.box_of_token(k) for k in keys if page.start <= k < page.stop]
+        text = str(model.to_string(reply)).strip()
+        shown.append((example, boxes, f"{example.question}\nanswer {example.answer}, reply {text}"))
+    examples, boxes, titles = zip(*shown, strict=True)
+    return plots.sample_pages(examples, boxes, titles)

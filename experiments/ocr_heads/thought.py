@@ -1,0 +1,94 @@
+"""Experiment: answers with the steps written out first. The paper names it without a protocol; this one is ours.
+
+Every question is asked twice, for the answer alone and with its steps written out ("step by step"; the toy models,
+which know no instructions, are asked for the whole line, which they were trained to spell from its key on). Reported:
+how often the answer occurs in the reply, with and without OCR, retrieval and random heads masked, and the OCR score of
+every head on either kind of reply.
+"""
+
+from dataclasses import replace
+
+import pandas as pd
+
+from hooked_vlm.experiments.ocr_heads import plots
+from hooked_vlm.experiments.ocr_heads.changed import UNCHANGED, Condition, answer_all, summarize, summary_lines
+from hooked_vlm.experiments.ocr_heads.config import ThoughtConfig
+from hooked_vlm.experiments.ocr_heads.data.store import DataSet, load_or_build
+from hooked_vlm.experiments.ocr_heads.data.tasks import Task
+from hooked_vlm.experiments.ocr_heads.examples import Example
+from hooked_vlm.experiments.ocr_heads.masking import masked
+from hooked_vlm.experiments.ocr_heads.profile import RESAMPLES, measures
+from hooked_vlm.experiments.ocr_heads.study import Finding, Study, head_table
+from hooked_vlm.statistics import bootstrap
+
+STEPS = "\nThink step by step: first say where in the image the answer is written, then read it out."
+TOY_QUESTION, TOY_STEPS = "What is the value of ", "What is the text of "
+
+
+def thought(study: Study, config: ThoughtConfig) -> Finding:
+    """Accuracy and OCR scores, asked directly and with steps."""
+    direct = study.scored(as_text=False)
+    steps = [_with_steps(study, data) for data in direct]
+    long = Study(replace(study.config, max_new_tokens=4 * study.config.new_tokens), study.model)
+    scores = {
+        "direct": study.ocr,
+        "with steps": long.score("ocr", steps, study.model, study.weights),
+    }
+    k = study.default_counts()[0]
+    tops = {"OCR": study.top(study.ocr, k), "retrieval": study.top(study.retrieval, k)}
+    randoms = study.random_sets("live", tops["OCR"], k, config.draws)
+    conditions = [UNCHANGED]
+    control = f"random {k}" if randoms else ""
+    conditions += [Condition(f"top {k} {kind}", h, masked(h, "zero"), control=control) for kind, h in tops.items()]
+    conditions += [Condition(control, heads, masked(heads, "zero"), draw) for draw, heads in enumerate(randoms)]
+    some = config.task_samples
+    tasks = [Task(_first(data, some), "contains") for data in direct]
+    tasks_with_steps = [Task(_first(data, some), "contains") for data in steps]
+    answers = pd.concat(
+        [
+            answer_all(study, tasks, conditions, "direct"),
+            answer_all(long, tasks_with_steps, conditions, "with steps"),
+        ],
+        ignore_index=True,
+    )
+    summary = summarize(answers, conditions, config.seed)
+    chosen = summary[summary["chosen"]]
+    heads = head_table({name: s.mean for name, s in scores.items()})
+    heads = heads.sort_values("direct", ascending=False, ignore_index=True)
+    a, b = (s.mean.ravel() for s in scores.values())
+    lines = [*summary_lines(summary), "", "  OCR scores of all heads, direct against with steps"]
+    rows = []
+    for name, measure, _ in measures(config.threshold)[:2]:
+        found = bootstrap(measure, a, b, seed=config.seed, draws=RESAMPLES)
+        rows.append((name, found.value, found.low, found.high, found.n))
+        lines.append(f"    {name:24s} {found.value:.3f} ({found.low:.3f} to {found.high:.3f}, {found.n} heads)")
+    similarity = pd.DataFrame(rows, columns=["measure", "value", "low", "high", "n heads"])
+    tables = {
+        "thought": (chosen.drop(columns="chosen"), "Share of replies with the answer in them", None),
+        "thought-heads": (heads, "OCR score of every head on either kind of reply", 20),
+        "thought-similarity": (similarity, "OCR scores, direct against with steps", None),
+    }
+    figures = {"thought": (plots.bars(chosen), "Replies with the answer in them; 95% intervals over samples")}
+    return Finding("Steps written out (chain of thought)", lines, [_protocol()], figures, tables)
+
+
+def _protocol() -> str:
+    return " ".join(line.strip() for line in (__doc__ or "").split("\n\n", 1)[1].splitlines())
+
+
+def _with_steps(study: Study, data: DataSet) -> DataSet:
+    def build() -> tuple[list[Example], str]:
+        return [replace(e, question=stepwise(e.question)) for e in data.examples], f"{data.source}, asked with steps"
+
+    return load_or_build(study.data_folder, f"{data.name}-steps", {"of": data.digest}, build)
+
+
+def stepwise(question: str) -> str:
+    """The question with its steps asked for."""
+    if question.startswith(TOY_QUESTION):
+        return question.replace(TOY_QUESTION, TOY_STEPS)
+    return question + STEPS
+
+
+def _first(data: DataSet, n: int) -> DataSet:
+    return DataSet(data.name, data.examples[:n], data.source, f"{data.digest}[:{n}]")

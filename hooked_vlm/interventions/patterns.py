@@ -1,0 +1,114 @@
+"""Interventions that give heads another pattern, at a cost in memory that is linear in the length."""
+
+from abc import abstractmethod
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from hooked_vlm.attention import AttentionCall
+from hooked_vlm.inputs import VLMInputs
+from hooked_vlm.interventions.base import Positions, first_meant, meant, position_table
+from hooked_vlm.interventions.heads import Chosen, Edit, HeadIntervention
+from hooked_vlm.token_layout import InputError
+
+QUERIES_AT_ONCE = 256
+"""The pattern exists for so many queries of the chosen heads at a time."""
+
+
+@dataclass(frozen=True)
+class EditedPattern(HeadIntervention):
+    """z of some heads made again from an edited pattern, a few queries at a time.
+
+    Patterns that are cached in the same run are those before the edit.
+    """
+
+    attention: ClassVar[Literal["edited", "made again", ""]] = "made again"
+
+    @abstractmethod
+    def edit_pattern(
+        self,
+        pattern: Float[Tensor, "batch head row key"],
+        call: AttentionCall,
+        queries: Int[Tensor, "1 row"],
+        inputs: VLMInputs,
+    ) -> Float[Tensor, "batch head row key"]:
+        """The new pattern of some queries (indices into the query axis of `call`) of the chosen heads."""
+
+    @property
+    def edited_positions(self) -> Positions:
+        """Whose patterns change."""
+        return None
+
+    def first_position(self, model: Any, inputs: VLMInputs) -> int:
+        return first_meant(position_table(self.edited_positions, inputs))
+
+    def edits(self, model: Any, inputs: VLMInputs, layer: int) -> list[tuple[str, Edit]]:
+        table = position_table(self.edited_positions, inputs).to(inputs.device)
+
+        def edit(z: Tensor, hook: Any, chosen: Chosen) -> Tensor:
+            call: AttentionCall = hook.ctx["attention"]
+            here = meant(table, call.n_past, z.shape[1], len(z))
+            asked = here.any(0).nonzero()[:, 0].to(z.device)
+            edited, heads = z.clone(), list(chosen.heads)
+            for queries in asked.split(QUERIES_AT_ONCE):
+                pattern = self.edit_pattern(call.pattern(queries[None], heads), call, queries[None], inputs)
+                new = call.z_under(pattern, heads)
+                old = z[:, queries][:, :, heads]
+                change = here[:, queries, None] & chosen.mask[:, None, heads]
+                edited[:, queries[:, None], torch.tensor(heads, device=z.device)] = torch.where(
+                    change[..., None], new, old
+                )
+            return edited
+
+        return [("hook_z", edit)]
+
+
+@dataclass(frozen=True)
+class RedistributeSink(EditedPattern):
+    """Attention to the sink is scaled by `beta`; what it loses goes to the other keys, in proportion.
+
+    a_sink' = beta a_sink; a_j' = a_j (1 - beta a_sink) / (1 - a_sink). (arXiv 2505.15865, section on sink tokens.)
+    The sink is each row's first token, or the `sink`-th. A query that attends to nothing else keeps its attention.
+    """
+
+    beta: float
+    sink: int = 0
+
+    def edits(self, model: Any, inputs: VLMInputs, layer: int) -> list[tuple[str, Edit]]:
+        if not 0 <= self.beta <= 1:
+            raise InputError(f"beta, the share of its attention that the sink keeps, is between 0 and 1: {self.beta}")
+        spans = zip(inputs.first, inputs.stop, strict=True)
+        if any(not first <= first + self.sink < stop for first, stop in spans):
+            raise InputError(f"sink={self.sink}: a row has no such token")
+        return super().edits(model, inputs, layer)
+
+    def edit_pattern(self, pattern: Tensor, call: AttentionCall, queries: Tensor, inputs: VLMInputs) -> Tensor:
+        sinks = torch.tensor(inputs.first, device=pattern.device) + self.sink
+        rows, n_heads, n, _ = pattern.shape
+        index = sinks.repeat(rows // len(sinks))[:, None, None, None].expand(-1, n_heads, n, 1)
+        on_sink = pattern.gather(-1, index)
+        rest = pattern.sum(-1, keepdim=True) - on_sink
+        scaled = pattern * torch.where(rest > 1e-9, 1 + (1 - self.beta) * on_sink / rest.clamp(min=1e-9), 1.0)
+        kept = torch.where(rest > 1e-9, self.beta * on_sink, on_sink)
+        return scaled.scatter(-1, index, kept)
+
+
+@dataclass(frozen=True)
+class UniformAttention(EditedPattern):
+    """Heads look everywhere alike: at every key that a query sees, as if its scores were all zero.
+
+    How Wu et al. (arXiv 2404.15574) switch off retrieval heads; with `positions="generated"`, while they generate only.
+    """
+
+    positions: Positions = None
+
+    @property
+    def edited_positions(self) -> Positions:
+        return self.positions
+
+    def edit_pattern(self, pattern: Tensor, call: AttentionCall, queries: Tensor, inputs: VLMInputs) -> Tensor:
+        seen = call.visible(queries).expand(len(pattern), pattern.shape[1], -1, -1).to(pattern.dtype)
+        return seen / seen.sum(-1, keepdim=True)
