@@ -1,16 +1,20 @@
 """`VLMCache`: TransformerLens' `ActivationCache` for models with images and unfolded norms."""
 
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, Literal
 
+import numpy as np
 import torch
+from jaxtyping import Float
 from torch import Tensor
 from transformer_lens import ActivationCache
 from transformer_lens.utilities import Slice, SliceInput, get_act_name
 
 from hooked_vlm.attention import attention_pattern, attention_scores
 from hooked_vlm.hooks import is_vision, nearest_names
+from hooked_vlm.inputs import VLMInputs
 from hooked_vlm.masks import AttentionMask
+from hooked_vlm.token_layout import InputError
 
 
 class DerivingCache(ActivationCache):
@@ -57,8 +61,8 @@ class DerivingCache(ActivationCache):
             key = (key[0], self._n_layers + key[1], *key[2:])
         return get_act_name(*key)
 
-    def _derive(self, name: str) -> Tensor:
-        """The scores or pattern of a layer, from its queries and keys."""
+    def _derive(self, name: str, query: int | None = None) -> Tensor:
+        """The scores or pattern of a layer from its queries and keys, of all queries or of one."""
         prefix = name.rsplit(".", 1)[0]
         needed = [f"{prefix}.{suffix}" for suffix in self._attended]
         why_not = self._why_not
@@ -70,12 +74,15 @@ class DerivingCache(ActivationCache):
                 "it computed in the run"
             )
         q, k = (self.cache_dict[n] if self.has_batch_dim else self.cache_dict[n][None] for n in needed)
-        allowed = self._mask.dense(q.shape[1], k.shape[1], q.device)
-        scores = attention_scores(q, k).masked_fill(~allowed, -torch.inf)
+        valid = self._mask.query_valid(q.shape[1])
+        queries = torch.arange(q.shape[1], device=q.device)
+        if query is not None:
+            q, queries = q[:, [query]], queries[[query]]
+            valid = None if valid is None else valid[:, [query]]
+        scores = attention_scores(q, k).masked_fill(~self._mask.visible(queries[None], k.shape[1]), -torch.inf)
         if name.endswith("hook_attn_scores"):
             return scores if self.has_batch_dim else scores[0]
         pattern = attention_pattern(scores)
-        valid = self._mask.query_valid(q.shape[1])
         if valid is not None:
             pattern = pattern.masked_fill(~valid[:, None, :, None], 0.0)
         return pattern if self.has_batch_dim else pattern[0]
@@ -106,7 +113,10 @@ class VLMCache(DerivingCache):
         attention_mask: AttentionMask | None = None,
         vision_mask: AttentionMask | None = None,
         why_not: str = "",
+        inputs: VLMInputs | None = None,
     ) -> None:
+        self.inputs = inputs
+        """What was run; None where the cache was cut to some rows."""
         vision = {name: value for name, value in cache_dict.items() if is_vision(name)}
         text = {name: value for name, value in cache_dict.items() if name not in vision}
         super().__init__(text, model, has_batch_dim, model.cfg.n_layers, attention_mask, why_not)
@@ -142,6 +152,54 @@ class VLMCache(DerivingCache):
         out = VLMCache(sliced.cache_dict, self.model, sliced.has_batch_dim, None, None, why_not)
         out.vision = self.vision
         return out
+
+    def on_image(
+        self,
+        layer: int,
+        head: int | None = None,
+        query: int = -1,
+        image: int = 0,
+        part: Literal["tiles", "thumbnail"] = "tiles",
+    ) -> Float[Tensor, "rows cols"] | Float[Tensor, "head rows cols"]:
+        """The attention of one query to the tokens of an image, laid out as the picture: [row, column] of tokens.
+
+        A tiled image's tiles are put together to one picture; its thumbnail's tokens are a picture of their own.
+        The two share the query's attention, and neither sums to 1, for text draws its part.
+        `hooked_vlm.pictures.overlay` lays the result over the image.
+
+        Args:
+            head: None for all heads, [head, row, column].
+            query: a column of the inputs; negative ones count from the end of the image's row.
+            part: of a tiled image, "tiles" or "thumbnail".
+
+        Raises:
+            InputError: there is no such image, query or head, or the rows of the cache were cut.
+            GeometryError: a thumbnail is asked for where there is none.
+            KeyError: the pattern was not stored and cannot be derived.
+        """
+        inputs = self.inputs
+        if inputs is None:
+            raise InputError("this cache was cut to some rows and no longer knows its images: ask before cutting")
+        row, tokens = inputs.row_of_image(image), inputs.image_tokens(image)
+        first, stop = inputs.first[row], inputs.stop[row]
+        at = stop + query if query < 0 else query
+        if not first <= at < stop:
+            raise InputError(f"there is no query {query} in row {row}, whose tokens lie at {first} to {stop - 1}")
+        n_heads = self.model.cfg.n_heads
+        if head is not None and not 0 <= head < n_heads:
+            raise InputError(f"there is no head {head}: the model has heads 0 to {n_heads - 1}")
+        name = self._full_name(("pattern", layer))
+        if name in self.cache_dict:
+            pattern = self.cache_dict[name] if self.has_batch_dim else self.cache_dict[name][None]
+            if pattern.shape[2] != inputs.shape[1]:
+                raise InputError(f"{name} was stored for {pattern.shape[2]} queries only: cache it without pos_slice")
+            attention = pattern[row, :, at]
+        else:
+            attention = self._derive(name, at)
+            attention = (attention[row] if self.has_batch_dim else attention)[:, 0]
+        chosen = attention[:, tokens.to(attention.device)]
+        laid_out = torch.from_numpy(np.ascontiguousarray(inputs.on_image(image, chosen, part)))
+        return laid_out if head is None else laid_out[head]
 
     # ---------------------------------------------------------------- norms, weight included
 

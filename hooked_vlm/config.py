@@ -143,6 +143,8 @@ class VLMConfig:
     original_architecture: str = ""
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     dtype: torch.dtype = torch.float32
+    processed: tuple[str, ...] = ()
+    """What `hooked_vlm.weight_processing` did to the weights, in order; nothing is done on loading."""
     use_attn_result: bool = False
     use_split_qkv_input: bool = False
     use_hook_mlp_in: bool = False

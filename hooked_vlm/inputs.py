@@ -7,10 +7,11 @@ so that everything that takes tokens takes a `VLMInputs`. Row indexing carries t
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, Literal
 
+import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
 from hooked_vlm.geometry import Box, GeometryError, ImageGrid, Part, TileGrid
@@ -265,6 +266,27 @@ class VLMInputs:
         """The box (x0, y0, x1, y1), in pixels of the original image, that the image token at `pos` covers."""
         image = self.image_of_token(pos, row)
         return self.image_grid(image).box_of(pos - self._visual("image", image).start)
+
+    def on_image(
+        self,
+        image: int,
+        values: Shaped[Tensor | np.ndarray, "*lead token"],
+        part: Literal["tiles", "thumbnail"] = "tiles",
+    ) -> Shaped[np.ndarray, "*lead row col"]:
+        """One value for each token of `image`, laid out as the picture.
+
+        Args:
+            part: of a tiled image, whether the tokens of its tiles, put together, or those of its thumbnail are shown.
+
+        Raises:
+            GeometryError: another number of values, or a thumbnail is asked for where there is none.
+        """
+        grid = self.image_grid(image)
+        if isinstance(grid, TileGrid):
+            return grid.to_image(values, part)[..., 0, :, :]
+        if part == "thumbnail":
+            raise GeometryError("this model sees images whole: there is no thumbnail")
+        return grid.to_image(values)[..., 0, :, :]
 
     @cached_property
     def positions(self) -> TokenGroups:

@@ -7,6 +7,9 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from hooked_vlm.inputs import VLMInputs
+from hooked_vlm.token_layout import InputError
+
 Metric = Callable[[Tensor], Tensor]
 Tokens = Int[Tensor, "batch"] | Sequence[int] | int
 """A token id for each row, or one for all."""
@@ -44,6 +47,34 @@ def kl_divergence(reference: Float[Tensor, "batch d_vocab"]) -> Metric:
     def of(logits: Float[Tensor, "batch d_vocab"]) -> Float[Tensor, "batch"]:
         log_q = _exact(logits).log_softmax(-1)
         return F.kl_div(log_q, log_p.to(log_q), reduction="none", log_target=True).sum(-1)
+
+    return of
+
+
+def answered(inputs: VLMInputs) -> Metric:
+    """1 where greedy decoding would have generated just what was appended to the prompt, else 0.
+
+    The metric is given logits of all positions (`logits_at="all"`) of runs on inputs with these columns:
+    `answered(inputs)` for `inputs = prompt.append(answer)`. One pass tells, no generation is run: each token is
+    compared with the argmax behind the prompt and the right tokens before it.
+
+    Raises:
+        InputError: a row has nothing appended, or the logits are not those of all positions.
+    """
+    if min(inputs.n_generated) == 0:
+        raise InputError("there is no answer in these inputs to compare with: inputs.append(answer) adds one")
+
+    def of(logits: Float[Tensor, "batch pos d_vocab"]) -> Float[Tensor, "batch"]:
+        if logits.shape[:2] != inputs.shape:
+            raise InputError(
+                f"answered() needs logits of all positions, {tuple(inputs.shape)}, and got {tuple(logits.shape[:2])}: "
+                'pass logits_at="all"'
+            )
+        right = []
+        for row, (n, stop) in enumerate(zip(inputs.n_generated, inputs.stop, strict=True)):
+            said = logits[row, stop - n - 1 : stop - 1].argmax(-1)
+            right.append((said == inputs.tokens[row, stop - n : stop]).all())
+        return torch.stack(right).to(torch.promote_types(logits.dtype, torch.float32))
 
     return of
 

@@ -344,4 +344,4 @@ class HookedVLM(LoadingMixin, PromptMixin, GenerationMixin, WeightsMixin, HookCh
         vision_mask = None
         if inputs.has_visuals and self.cfg.vision is not None:
             vision_mask = PatchRun.of(inputs.grids, self.cfg.vision, inputs.device).mask
-        return out, VLMCache(store, self, not remove_batch_dim, mask, vision_mask, why_not)
+        return out, VLMCache(store, self, not remove_batch_dim, mask, vision_mask, why_not, inputs)

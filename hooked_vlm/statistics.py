@@ -52,6 +52,31 @@ def bootstrap_mean(values: Float[np.ndarray, "n"], seed: int, draws: int = DRAWS
     return Estimate(float(values.mean()), float(low), float(high), len(values))
 
 
+def bootstrap_ratios(
+    values: Float[np.ndarray, "n *dims"], scale: Float[np.ndarray, "n"], seed: int, draws: int = DRAWS
+) -> tuple[Float[np.ndarray, "*dims"], Float[np.ndarray, "*dims"], Float[np.ndarray, "*dims"]]:
+    """Ratios of means, mean(values) / mean(scale), and their 95% percentile intervals.
+
+    Entries of the first axis are resampled together; where a value or its scale is NaN, the entry is left out of both
+    means. A ratio to a mean of 0 is NaN.
+    """
+    n, flat = len(values), values.reshape(len(values), -1)
+    known = ~(np.isnan(flat) | np.isnan(scale[:, None]))
+    above, below = np.where(known, flat, 0.0), np.where(known, scale[:, None], 0.0)
+    counts = np.random.default_rng([seed, 9]).multinomial(n, np.full(n, 1 / n), size=draws)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        ratio = above.sum(0) / below.sum(0)
+        drawn = (counts @ above) / (counts @ below)
+    drawn[~np.isfinite(drawn)] = np.nan
+    ratio[~np.isfinite(ratio)] = np.nan
+    ends = np.full((2, flat.shape[1]), np.nan)
+    some = ~np.isnan(drawn).all(0)
+    if some.any():
+        ends[:, some] = np.nanpercentile(drawn[:, some], [2.5, 97.5], axis=0)
+    shape = values.shape[1:]
+    return ratio.reshape(shape), ends[0].reshape(shape), ends[1].reshape(shape)
+
+
 def bootstrap(
     statistic: Callable[..., float], *samples: Shaped[np.ndarray, "n"], seed: int, draws: int = DRAWS
 ) -> Estimate:

@@ -24,7 +24,8 @@ from hooked_vlm.hooks import is_hooked
 from hooked_vlm.inputs import VLMInputs
 from hooked_vlm.interventions.base import Intervention
 from hooked_vlm.metrics import Metric
-from hooked_vlm.sweep_plan import Batch, SweepPlan, make_plan
+from hooked_vlm.sweep_encoder import PlainEncoding, encoded
+from hooked_vlm.sweep_plan import Batch, SweepPlan, first_vision_layer, make_plan
 from hooked_vlm.sweep_run import PlainRun, batch_logits
 from hooked_vlm.token_layout import InputError
 
@@ -93,22 +94,26 @@ def sweep(
     if logits_at not in ("last", "all"):
         raise InputError(f'logits_at must be "last" or "all", got {logits_at!r}')
     plan = make_plan(model, inputs, interventions, logits_at, max_runs)
-    encoded = inputs
-    if inputs.has_visuals and inputs.image_features is None:
-        encoded = inputs.with_image_features(model.encode_images(inputs))
-    plain = PlainRun.of(model, encoded, plan, logits_at)
-    baseline = _measure(metric, plain.logits, logits_at).cpu()
+    given, encoding = inputs, None
+    if plan.encoder_runs:
+        layers = {first_vision_layer(interventions[i], model, inputs) for i in plan.encoder_runs}
+        encoding = PlainEncoding.of(model, inputs, layers)
+        inputs = inputs.with_image_features(encoding.features)
+    elif inputs.has_visuals and inputs.image_features is None:
+        inputs = inputs.with_image_features(model.encode_images(inputs))
+    plain = PlainRun.of(model, inputs, plan, logits_at)
+    baseline = measure(metric, plain.logits, logits_at).cpu()
     values = baseline.new_full((len(interventions), len(inputs)), torch.nan)
     with tqdm(total=plan.n_runs, disable=not progress, desc="sweep", unit="run") as bar:
-        for i in plan.encoder_runs:
-            values[i] = _measure(metric, _whole_pass(model, inputs, interventions[i], logits_at), logits_at).cpu()
-            bar.update()
         waiting = list(reversed(plan.batches))
         while waiting:
             batch = waiting.pop()
             try:
-                logits = batch_logits(model, plain, batch, interventions, plan, logits_at)
-                found = [_measure(metric, _with_prefix(own, plain, logits_at), logits_at) for own in logits]
+                runs: Sequence[Intervention] = [interventions[i] for i in batch.runs]
+                if batch.encodes and encoding is not None:
+                    runs = encoded(model, given, encoding, runs)
+                logits = batch_logits(model, plain, batch, runs, plan, logits_at)
+                found = [measure(metric, _with_prefix(own, plain, logits_at), logits_at) for own in logits]
             except (torch.OutOfMemoryError, RuntimeError) as error:
                 if not _out_of_memory(error) or len(batch.runs) == 1:
                     raise
@@ -121,18 +126,6 @@ def sweep(
     return SweepResult(values, baseline, interventions, plan)
 
 
-def _whole_pass(
-    model: Any, inputs: VLMInputs, intervention: Intervention, logits_at: Literal["last", "all"]
-) -> Float[Tensor, "batch out d_vocab"]:
-    """A run from the pixels on, whose hooks see whole tensors unless they go by positions."""
-    at = logits_at if intervention.finds_positions else "all"
-    logits = model.run_with_hooks(inputs, fwd_hooks=intervention.hooks(model, inputs), logits_at=at)
-    if at == logits_at:
-        return logits
-    last = torch.tensor(inputs.stop, device=logits.device) - 1
-    return logits[torch.arange(len(inputs), device=logits.device), last][:, None]
-
-
 def _with_prefix(
     own: Float[Tensor, "batch out d_vocab"], plain: PlainRun, logits_at: str
 ) -> Float[Tensor, "batch pos d_vocab"]:
@@ -142,7 +135,12 @@ def _with_prefix(
     return torch.cat((plain.logits[:, : plain.logits.shape[1] - own.shape[1]], own), dim=1)
 
 
-def _measure(metric: Metric, logits: Float[Tensor, "batch out d_vocab"], logits_at: str) -> Float[Tensor, "batch"]:
+def measure(metric: Metric, logits: Float[Tensor, "batch out d_vocab"], logits_at: str) -> Float[Tensor, "batch"]:
+    """A metric's values, in float32 at least.
+
+    Raises:
+        InputError: not one number for each row.
+    """
     values = metric(logits[:, 0] if logits_at == "last" else logits)
     if not isinstance(values, Tensor) or values.shape != logits.shape[:1]:
         got = tuple(values.shape) if isinstance(values, Tensor) else type(values).__name__

@@ -7,8 +7,9 @@ from typing import Any
 import psutil
 import torch
 
+from hooked_vlm.hooks import is_vision
 from hooked_vlm.inputs import VLMInputs
-from hooked_vlm.interventions.base import ENCODER, Intervention
+from hooked_vlm.interventions.base import EMBEDDING, ENCODER, Intervention
 from hooked_vlm.token_layout import InputError
 
 SLACK = 1.1
@@ -29,6 +30,8 @@ class Batch:
     """The first layer of each run."""
     first_position: int
     """Positions before it are the plain run's, whose keys and values stand in for them."""
+    encodes: bool = False
+    """Whether the runs change the image side; they then go through the vision tower together first."""
 
 
 @dataclass(frozen=True)
@@ -36,8 +39,6 @@ class SweepPlan:
     """What is computed, and what is reused."""
 
     batches: tuple[Batch, ...]
-    encoder_runs: tuple[int, ...]
-    """Interventions on the image side: whole forward passes, one by one."""
     n_rows: int
     n_positions: int
     n_layers: int
@@ -49,8 +50,13 @@ class SweepPlan:
     """Whether there are images that are not encoded yet."""
 
     @property
+    def encoder_runs(self) -> tuple[int, ...]:
+        """Interventions on the image side."""
+        return tuple(sorted(i for batch in self.batches if batch.encodes for i in batch.runs))
+
+    @property
     def n_runs(self) -> int:
-        return len(self.encoder_runs) + sum(len(batch.runs) for batch in self.batches)
+        return sum(len(batch.runs) for batch in self.batches)
 
     @property
     def naive_work(self) -> int:
@@ -61,7 +67,7 @@ class SweepPlan:
     def work(self) -> int:
         """Positions times layers of the decoder that the plan computes, the plain run included."""
         whole = self.n_rows * self.n_positions * self.n_layers
-        return whole * (1 + len(self.encoder_runs)) + sum(self._work(batch) for batch in self.batches)
+        return whole + sum(self._work(batch) for batch in self.batches)
 
     def _work(self, batch: Batch) -> int:
         width = self.n_positions - batch.first_position
@@ -74,10 +80,13 @@ class SweepPlan:
         """The plan in words and numbers."""
         lines = [f"{self.n_runs} runs on {self.n_rows} x {self.n_positions} tokens, {self.n_layers} layers"]
         if self.encodes:
-            passes = 1 + len(self.encoder_runs)
-            lines.append(f"vision tower: {passes} {'pass' if passes == 1 else 'passes'} instead of {self.n_runs}")
+            lines.append(f"vision tower: 1 pass instead of {self.n_runs - len(self.encoder_runs)}")
         if self.encoder_runs:
-            lines.append(f"{len(self.encoder_runs)} runs change the image side: whole passes, one by one")
+            n = sum(batch.encodes for batch in self.batches)
+            lines.append(
+                f"{len(self.encoder_runs)} runs change the image side: through the vision tower in "
+                f"{n} {'batch' if n == 1 else 'batches'}, each run from the first layer it touches on"
+            )
         for batch in self.batches:
             reused = f"reuse keys and values of positions 0 to {batch.first_position - 1}, "
             lines.append(
@@ -120,7 +129,6 @@ def make_plan(
         raise InputError(f"max_runs, the number of runs in a batch, must be at least 1, got {max_runs}")
     n_positions, n_layers = inputs.shape[1], model.cfg.n_layers
     begins = [(iv.first_layer(model, inputs), iv.first_position(model, inputs)) for iv in interventions]
-    encoder = tuple(i for i, (layer, _) in enumerate(begins) if layer == ENCODER)
     end = min(inputs.stop) - 1  # every row's last position is computed
     rest = sorted((min(p, end), layer, i) for i, (layer, p) in enumerate(begins) if layer != ENCODER)
     groups: list[list[tuple[int, int, int]]] = []
@@ -130,7 +138,7 @@ def make_plan(
             groups[-1].append(item)
         else:
             groups.append([item])
-    batches = []
+    batches = _encoder_batches(model, inputs, interventions, begins, logits_at, max_runs)
     for group in groups:
         first = group[0][0]
         most = max_runs or runs_that_fit(model, inputs, n_positions - first, logits_at)
@@ -141,7 +149,51 @@ def make_plan(
     find_positions = all(iv.finds_positions for iv in interventions)
     narrow = logits_at == "last" and find_positions and min(inputs.stop) == n_positions
     encodes = inputs.has_visuals and inputs.image_features is None
-    return SweepPlan(tuple(batches), encoder, len(inputs), n_positions, n_layers, narrow, find_positions, encodes)
+    return SweepPlan(tuple(batches), len(inputs), n_positions, n_layers, narrow, find_positions, encodes)
+
+
+def _encoder_batches(
+    model: Any,
+    inputs: VLMInputs,
+    interventions: Sequence[Intervention],
+    begins: Sequence[tuple[int, int]],
+    logits_at: str,
+    max_runs: int | None,
+) -> list[Batch]:
+    """Runs that change the image side, in the order of the layers of the vision tower at which they join."""
+    encoder = [i for i, (layer, _) in enumerate(begins) if layer == ENCODER]
+    if not encoder:
+        return []
+    model.check_reachable([name for i in encoder for name, _ in interventions[i].hooks(model, inputs)], inputs, {})
+    encoder.sort(key=lambda i: first_vision_layer(interventions[i], model, inputs))
+    n_positions = inputs.shape[1]
+    end = min(inputs.stop) - 1
+    first = min(end, *(first_position_behind(interventions[i], model, inputs) for i in encoder))
+    most = max_runs or min(
+        runs_that_fit(model, inputs, n_positions - first, logits_at), _runs_that_encode(model, inputs)
+    )
+    parts = [tuple(encoder[start : start + most]) for start in range(0, len(encoder), most)]
+    return [Batch(part, (EMBEDDING,) * len(part), first, encodes=True) for part in parts]
+
+
+def first_position_behind(intervention: Intervention, model: Any, inputs: VLMInputs) -> int:
+    """The first position of the decoder that a change of the image side reaches."""
+    first = min(visual.start for visual in inputs.visuals)
+    alone = all(is_vision(name) for name, _ in intervention.hooks(model, inputs))
+    return first if alone else min(first, intervention.first_position(model, inputs))
+
+
+def first_vision_layer(intervention: Intervention, model: Any, inputs: VLMInputs) -> int:
+    """The first layer of the vision tower it touches; `EMBEDDING`, or the number of layers behind them."""
+    n_layers = 0 if model.cfg.vision is None else model.cfg.vision.n_layers_run
+    names = [name for name, _ in intervention.hooks(model, inputs) if is_vision(name)]
+    return min(_layer(name, n_layers) for name in names)
+
+
+def _layer(name: str, n_layers: int) -> int:
+    if name == "vision.hook_embed":
+        return EMBEDDING
+    return int(name.split(".")[2]) if name.startswith("vision.blocks.") else n_layers
 
 
 def runs_that_fit(model: Any, inputs: VLMInputs, width: int, logits_at: str) -> int:
@@ -155,6 +207,17 @@ def runs_that_fit(model: Any, inputs: VLMInputs, width: int, logits_at: str) -> 
     per_run = len(inputs) * (activations + keys + scores + logits)
     by_memory = int(MEMORY_SHARE * free_memory(cfg.device)) // per_run
     by_speed = TOKENS_PER_BATCH.get(cfg.device.type, TOKENS_PER_BATCH["cpu"]) // (len(inputs) * width)
+    return max(1, min(by_memory, max(by_speed, 1)))
+
+
+def _runs_that_encode(model: Any, inputs: VLMInputs) -> int:
+    """How many runs fit into a pass of the vision tower."""
+    cfg = model.cfg.vision
+    n_patches = sum(t * h * w for t, h, w in inputs.grids)
+    size = torch.finfo(model.cfg.dtype).bits // 8
+    per_run = n_patches * (8 * cfg.d_model + 3 * cfg.d_mlp + 4 * cfg.n_heads * cfg.d_head) * size
+    by_memory = int(MEMORY_SHARE * free_memory(model.cfg.device)) // per_run
+    by_speed = TOKENS_PER_BATCH.get(model.cfg.device.type, TOKENS_PER_BATCH["cpu"]) // n_patches
     return max(1, min(by_memory, max(by_speed, 1)))
 
 

@@ -69,9 +69,9 @@ class PlainRun:
 
 
 def batch_logits(
-    model: Any, plain: PlainRun, batch: Batch, interventions: Sequence[Intervention], plan: SweepPlan, logits_at: str
+    model: Any, plain: PlainRun, batch: Batch, runs: Sequence[Intervention], plan: SweepPlan, logits_at: str
 ) -> Float[Tensor, "run batch out d_vocab"]:
-    """Logits of a batch's runs, of each row's last position or of those the batch computes."""
+    """Logits of a batch's `runs`, of each row's last position or of those the batch computes."""
     first, n_layers, n_rows = batch.first_position, model.cfg.n_layers, len(plain.inputs)
     stream = plain.logits.new_empty(0, plain.inputs.shape[1] - first, model.cfg.d_model)
 
@@ -86,7 +86,7 @@ def batch_logits(
 
     n_runs = len(batch.runs)
     run = plain.run(model, first, n_runs)
-    with model.hooks(fwd_hooks=batch_hooks(model, plain.inputs, [interventions[i] for i in batch.runs])):
+    with model.hooks(fwd_hooks=batch_hooks(model, plain.inputs, runs)):
         stream = joined(stream, EMBEDDING)
         if len(stream):
             stream = plain.run(model, first, len(stream) // n_rows).hook(model.hook_embed, stream)
@@ -140,10 +140,12 @@ def batch_hooks(model: Any, inputs: VLMInputs, runs: Sequence[Intervention]) -> 
             lo, hi = int(touched[0]), int(touched[-1]) + 1
             for name, fn in layer_hooks(kind, model, inputs, layer, heads[lo:hi, layer]):
                 edits[name].append((lo, hi, fn))
-    return [(name, _on_own_rows(own, len(inputs))) for name, own in edits.items()]
+    return [(name, on_own_rows(own, len(inputs))) for name, own in edits.items()]
 
 
-def _on_own_rows(edits: Edits, n_rows: int) -> Callable[[Tensor, Any], Tensor]:
+def on_own_rows(edits: Edits, n_rows: int) -> Callable[[Tensor, Any], Tensor]:
+    """A hook for a batch of runs with `n_rows` rows each."""
+
     def apply(x: Tensor, hook: Any) -> Tensor:
         call = hook.ctx.get("attention")
         for lo, hi, fn in edits:

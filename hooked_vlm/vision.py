@@ -130,11 +130,16 @@ class VisionTower(nn.Module):
         run: PatchRun,
     ) -> Float[Tensor, "patch d_model"]:
         """`pixels` as the checkpoint's image processor makes them, image after image."""
-        embedded = self._embed_tiles(pixels, cfg) if cfg.tile_size is not None else self.patch_embed(pixels)
-        resid = run.hook(self.hook_embed, embedded)
+        resid = run.hook(self.hook_embed, self.embed(pixels, cfg))
         for layer in range(cfg.n_layers_run):
             resid = self.blocks[layer](resid, run, layer)
         return resid
+
+    def embed(
+        self, pixels: Float[Tensor, "patch d_patch"] | Float[Tensor, "tile channel height width"], cfg: VisionConfig
+    ) -> Float[Tensor, "patch d_model"]:
+        """Patch embeddings, with class tokens and learned positions where the tower has them."""
+        return self._embed_tiles(pixels, cfg) if cfg.tile_size is not None else self.patch_embed(pixels)
 
     def _embed_tiles(
         self, pixels: Float[Tensor, "tile channel height width"], cfg: VisionConfig

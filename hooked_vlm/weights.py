@@ -1,5 +1,6 @@
 """Weights in TransformerLens' names and shapes, and the switches of optional hook points."""
 
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -12,6 +13,7 @@ from hooked_vlm.components import AbsentBias, Embed, Norm, Unembed, WithViews, w
 from hooked_vlm.config import VLMConfig
 
 _ATTENTION = ("W_Q", "W_K", "W_V", "W_O", "b_Q", "b_K", "b_V", "b_O")
+_KEY_VALUE = re.compile(r"\.attn\.([Wb]_[KV])$")
 _MLP = ("W_in", "W_gate", "W_out", "b_in", "b_out")
 
 
@@ -72,6 +74,15 @@ class WeightsMixin(WithViews):
             named |= {f"{at}.mlp.{name}": getattr(block.mlp, name) for name in _MLP}
         named |= {"ln_final.w": self.ln_final.w, "unembed.W_U": self.W_U, "unembed.b_U": self.b_U}
         return named
+
+    def tl_state_dict(self) -> dict[str, Tensor]:
+        """Copies of the text side's weights under the keys of TransformerLens' `ProcessWeights`.
+
+        Keys and values have their own heads, which that tool asks for by `_W_K`, `_W_V`, `_b_K` and `_b_V`. What comes
+        back goes into the model through the views of `tl_parameters`; `hooked_vlm.weight_processing` does all of it.
+        """
+        own = {name: value.detach().as_subclass(Tensor).clone() for name, value in self.tl_parameters().items()}
+        return {_KEY_VALUE.sub(r".attn._\1", name): value for name, value in own.items()}
 
     def blocks_with(self, name: str) -> list[tuple[int, nn.Module]]:
         """(index, block) of every block that has a part called `name`."""

@@ -27,6 +27,18 @@ def test_every_python_block_of_the_page_about_sweeps_runs(capsys) -> None:
     assert names["result"].values.shape == (16, 1)
 
 
+def test_every_python_block_of_the_page_about_patching_runs() -> None:
+    page = (Path(__file__).parents[1] / "docs" / "patching.md").read_text(encoding="utf-8")
+    names: dict = {}
+    for block in re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL):
+        exec(compile(block, "patching.md", "exec"), names)
+    assert names["result"].estimate(layer=2, place="value").value > 0.9
+    assert names["result"].estimate(layer=3, place="value").value < 0.1
+    assert names["folded"].cfg.processed == ("fold_ln", "center_unembed", "fold_value_biases")
+
+
 def test_the_files_it_points_to_exist() -> None:
-    for target in re.findall(r"\]\((?!https?:)([^)#]+)\)", README):
-        assert (Path(__file__).parents[1] / target).exists(), target
+    root = Path(__file__).parents[1]
+    for page in (root / "README.md", root / "docs" / "patching.md", root / "docs" / "notebooks" / "README.md"):
+        for target in re.findall(r"\]\((?!https?:)([^)#]+)\)", page.read_text(encoding="utf-8")):
+            assert (page.parent / target).exists(), target

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from test_interventions import of_every_kind
 from torch import Tensor
 
-from hooked_vlm import InputError, sweep
+from hooked_vlm import HookError, InputError, sweep
 from hooked_vlm import sweep_run as sweep_run_module
 from hooked_vlm.interventions import (
     AddVector,
@@ -166,7 +166,7 @@ def test_hooks_of_your_own_may_have_filters_and_sit_on_the_final_norm(family: st
     filtered = CustomHooks([(lambda name: name.endswith("hook_mlp_out"), lambda x, hook: x * 0.9)])
 
     def shift(x: Tensor, hook: Any) -> Tensor:
-        return x + x[:, 3:4]
+        return x + x[:, -2:-1]  # of all rows a token; what padding holds is not specified
 
     behind = CustomHooks([("ln_final.hook_normalized", shift)])
     agrees(model, batch, [filtered, behind, ZeroHeads(((1, 1),))], logit(5))
@@ -229,6 +229,40 @@ def test_the_image_side_is_swept_too(family: str) -> None:
     features = PatchActivation("hook_image_features", cache["hook_image_features"].flip(0), (0, 2))
     result = agrees(model, batch, [*patches, ZeroHeads(((0, 0),)), features], logit(5))
     assert result.plan.encoder_runs == (0, 1, 2, 4)
+
+
+@pytest.mark.parametrize("max_runs", [None, 1, 3])
+def test_runs_on_the_image_side_share_batches_and_begin_where_they_act(family: str, max_runs: int | None) -> None:
+    model, batch = model_and_inputs(family, "padded")
+    _, cache = model.run_with_cache(batch)
+
+    def shrink(x: Tensor, hook: Any) -> None:
+        x[:, 1] *= 0.5
+
+    def patched(name: str, at: Any) -> PatchActivation:
+        return PatchActivation(name, cache[name].flip(-1), at)
+
+    n_images = cache["vision.hook_embed"].shape[0]
+    own = tuple((i,) if i else () for i in range(n_images))
+    runs: list[Intervention] = [
+        patched("vision.blocks.1.attn.hook_z", (1,)),
+        patched("vision.hook_embed", own),
+        CustomHooks([("vision.blocks.0.hook_resid_mid", shrink), ("blocks.1.hook_mlp_out", shrink)]),
+        patched("projector.hook_pre", None),
+        Together((patched("vision.blocks.1.hook_resid_post", (0, 2)), ZeroHeads(((1, 2),)))),
+        ZeroHeads(((1, 2),)),
+        patched("hook_image_features", (1,)),
+        patched("vision.blocks.0.attn.hook_pattern", (2,)),
+    ]
+    agrees(model, batch, runs, log_prob(7), max_runs=max_runs)
+    finding = [run for run in runs if run.finds_positions]
+    result = agrees(model, batch, finding, log_prob(7), max_runs=max_runs)
+    assert result.plan.encoder_runs == (0, 1, 2, 3, 5, 6)
+    assert (result.effects.abs().amax(1) > 1e-6).all()
+    encoded = batch.with_image_features(model.encode_images(batch))
+    agrees(model, encoded, [runs[6], runs[5]], log_prob(7))
+    with pytest.raises(HookError, match="computed before"):
+        sweep(model, encoded, [runs[0]], log_prob(7))
 
 
 def test_what_is_shared_is_left_as_it_was(family: str) -> None:

@@ -19,6 +19,7 @@ import pytest
 import tiny
 import tiny_internvl
 import torch
+from families import model_and_inputs
 from torch import Tensor
 from transformer_lens import ActivationCache, HookedRootModule, SVDInterpreter, patching
 from transformer_lens.head_detector import detect_head
@@ -469,6 +470,25 @@ def test_neurons_projected_on_a_direction_give_its_logit():
 
 
 @torch.no_grad()
+def test_neuron_results_and_stacked_activations_are_those_of_the_cache():
+    cache, block = cached(clean), model().blocks[1]
+    neurons = cache.get_neuron_results(1)
+    close(neurons, cache["post", 1][..., None] * block.mlp.W_out)
+    close(neurons.sum(-2), cache["mlp_out", 1])
+    close(cache.stack_activation("resid_mid"), torch.stack([cache["resid_mid", layer] for layer in range(3)]))
+    close(cache.stack_activation("pattern"), torch.stack([cache["pattern", layer] for layer in range(3)]))
+
+
+@torch.no_grad()
+def test_decompositions_of_padded_rows_with_images_rebuild_their_last_logits():
+    family, inputs = model_and_inputs(current, "padded")
+    logits, cache = family.run_with_cache(inputs)
+    for parts in (cache.decompose_resid(pos_slice=-1), cache.stack_head_results(pos_slice=-1, incl_remainder=True)):
+        attrs = cache.logit_attrs(parts, tokens=ANSWER, pos_slice=-1)
+        close(attrs.sum(0).flatten(), logits[:, -1, ANSWER], atol=5e-5)
+
+
+@torch.no_grad()
 def test_logit_attrs_add_up_to_the_logits():
     cache = cached(clean)
     attrs = cache.logit_attrs(cache.decompose_resid(), tokens=ANSWER)
@@ -599,21 +619,11 @@ def test_subspace_affinity_is_that_of_orthonormal_bases(role):
     close(result.scores[0, 3, 2, 1], (written.T @ read).pow(2).sum(), atol=1e-4)
 
 
-def tl_state_dict(of: HookedVLM) -> dict[str, Tensor]:
-    """Copies of the weights under the keys of TransformerLens' weight processing (`_W_K`: native heads)."""
-    native = {"W_K": "_W_K", "W_V": "_W_V", "b_K": "_b_K", "b_V": "_b_V"}
-    out = {}
-    for name, value in of.tl_parameters().items():
-        *at, last = name.split(".")
-        out[".".join([*at, native.get(last, last)])] = value.detach().as_subclass(Tensor).clone()
-    return out
-
-
 @torch.no_grad()
 def test_folded_and_centred_weights_copied_back_through_the_views_keep_the_log_probs():
     own = copy.deepcopy(model())
     before = own(clean()).log_softmax(-1)
-    state = ProcessWeights.fold_layer_norm(tl_state_dict(own), own.cfg, fold_biases=False, center_weights=False)
+    state = ProcessWeights.fold_layer_norm(own.tl_state_dict(), own.cfg, fold_biases=False, center_weights=False)
     state = ProcessWeights.center_unembed(state, cfg=own.cfg)
     views = own.tl_parameters()
     for name, view in views.items():
@@ -630,7 +640,7 @@ def test_folded_and_centred_weights_copied_back_through_the_views_keep_the_log_p
 
 @torch.no_grad()
 def test_folded_value_biases_are_what_they_add_to_the_stream():
-    state = ProcessWeights.fold_value_biases(tl_state_dict(model()), model().cfg)
+    state = ProcessWeights.fold_value_biases(model().tl_state_dict(), model().cfg)
     for layer, block in enumerate(model().blocks):
         b_V = block.attn.b_V.repeat_interleave(2, dim=0)
         close(state[f"blocks.{layer}.attn.b_O"], torch.einsum("hd,hdm->m", b_V, block.attn.W_O))

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from hooked_vlm.hooks import is_quadratic, is_vision
 from hooked_vlm.inputs import VLMInputs
-from hooked_vlm.interventions.base import Hooks, Intervention, Positions, first_meant, meant, position_table
+from hooked_vlm.interventions.base import Hooks, Intervention, Positions, first_meant, layer_of, meant, position_table
 from hooked_vlm.token_layout import InputError
 
 
@@ -22,7 +22,7 @@ class PatchActivation(Intervention):
         name: the hook point.
         source: its whole tensor from the other run (`cache[name]`), with the rows and columns of these inputs.
         positions: where on the text side (query positions, for scores and patterns); for image-side tensors, which
-            patches of every image (their group names and "text" have no meaning there).
+            patches of every image, or a tuple for each image or tile (group names and "text" have no meaning there).
         heads: only these, where the tensor has a head axis.
     """
 
@@ -32,6 +32,9 @@ class PatchActivation(Intervention):
     heads: Sequence[int] | None = None
 
     finds_positions: ClassVar[bool] = True
+
+    def first_layer(self, model: Any, inputs: VLMInputs) -> int:
+        return layer_of(self.name, model.cfg.n_layers)
 
     def first_position(self, model: Any, inputs: VLMInputs) -> int:
         return 0 if is_vision(self.name) else first_meant(position_table(self.positions, inputs))
@@ -67,6 +70,8 @@ class PatchActivation(Intervention):
             if self.heads is not None and head_axis is not None:
                 shape = [1] * x.ndim
                 shape[head_axis] = x.shape[head_axis]
+                if not all(0 <= head < x.shape[head_axis] for head in self.heads):
+                    raise InputError(f"{self.name} has heads 0 to {x.shape[head_axis] - 1}, got {tuple(self.heads)}")
                 chosen = torch.zeros(x.shape[head_axis], dtype=torch.bool, device=x.device)
                 chosen[list(self.heads)] = True
                 here = here & chosen.view(shape)
@@ -181,8 +186,7 @@ class _Where:
     def mask(self, x: Tensor, hook: Any) -> Bool[Tensor, "..."]:
         """True where meant; broadcasts against `x`."""
         if self.table is None:
-            here = torch.zeros(1, x.shape[self.axis], dtype=torch.bool, device=x.device)
-            here[0, slice(None) if self.positions is None else torch.tensor(self.positions)] = True
+            here = self._patches(x)
         else:
             here = meant(self.table, self.first_position(hook), x.shape[self.axis], len(x))
         shape = [1] * x.ndim
@@ -190,6 +194,19 @@ class _Where:
         if self.axis == 0:
             shape[0] = here.shape[1]
         return here.view(shape)
+
+    def _patches(self, x: Tensor) -> Bool[Tensor, "images patch"]:
+        """Patches of every image alike, or of each image its own."""
+        chosen: Any = () if self.positions is None else self.positions
+        per_image = self.axis == 1 and len(chosen) > 0 and isinstance(chosen[0], tuple)
+        if per_image and len(chosen) != len(x):
+            raise InputError(f"there are patches for {len(chosen)} images, but {self.name} holds {len(x)}")
+        here = torch.zeros(len(x) if per_image else 1, x.shape[self.axis], dtype=torch.bool)
+        if self.positions is None:
+            here[:] = True
+        for image, patches in enumerate(chosen if per_image else [chosen]):
+            here[image, list(patches)] = True
+        return here.to(x.device)
 
 
 def _head_axis(name: str) -> int | None:

@@ -1,0 +1,55 @@
+# %% [markdown]
+# # The same on Qwen2-VL-2B
+#
+# Needs the published checkpoint and, for comfort, a GPU. `sign.jpg` is a photograph with a word in it, `box` the word's
+# box in its pixels.
+
+# %%
+from pathlib import Path
+
+import torch
+
+from hooked_vlm import HookedVLM
+from hooked_vlm.lens import head_lens
+from hooked_vlm.metrics import logit_difference
+from hooked_vlm.patching import Pair, Region, attribute, knock_out, masked, patch
+from hooked_vlm.pictures import heatmap
+
+pictures = Path("out/notebooks")
+pictures.mkdir(parents=True, exist_ok=True)
+
+model = HookedVLM.from_pretrained("Qwen/Qwen2-VL-2B-Instruct", dtype=torch.bfloat16)
+photo, box, word, other = "sign.jpg", (412, 180, 655, 262), "STOP", "the"
+
+clean = model.to_inputs("What does the sign say? Answer with the word only.", images=photo, max_pixels=512 * 28 * 28)
+corrupt = clean.with_image(0, masked(photo, box))
+pair = Pair(clean, corrupt, {"sign": Region(box)})
+right, wrong = (model.to_tokens(text)[0, 0].item() for text in (word, other))
+metric = logit_difference(right, wrong)
+print(model.generate(clean, max_new_tokens=8, return_type="str"))
+
+# %% [markdown]
+# The stream by layer and place; the vision tower by layer and region.
+
+# %%
+places = ("sign", "image", "question", "role", "final")
+patch(model, pair, "resid_pre", metric, where=places, progress=True).heatmap().savefig(pictures / "2b-places.png")
+patch(model, pair, "resid_post", metric, where=("sign", "image"), tower="vision").heatmap().savefig(
+    pictures / "2b-vision.png"
+)
+
+# %% [markdown]
+# All heads from one backward pass, 64 of them checked for real; then the flow of attention in windows of five layers.
+
+# %%
+heads = attribute(model, pair, "z", metric, where="final", check=64)
+print(heads.agreement)
+heads.heatmap().savefig(pictures / "2b-heads.png")
+edges = [("final", "sign"), ("question", "sign"), ("final", "question")]
+cut = knock_out(model, clean, metric, edges=edges, window=5, places=pair.places)
+cut.heatmap().savefig(pictures / "2b-knock-out.png")
+
+# %%
+writes = head_lens(model, clean, right)[0]
+layers, numbers = range(model.cfg.n_layers), range(model.cfg.n_heads)
+heatmap(writes, layers, numbers, ("layer", "head"), "P(first token of the word)").savefig(pictures / "2b-writes.png")

@@ -1,0 +1,303 @@
+"""What streams, heads and MLPs say in the vocabulary: logit lens, head lens, direct logit attribution.
+
+    lens = logit_lens(model, inputs, "image", targets=[answer])
+    lens.on_image(inputs, picture)            # where the stream already spells the answer, layer by layer
+    head_lens(model, inputs, [answer])        # what each head writes at the last token
+    logit_attribution(model, inputs, answer)  # parts whose sum is the logit
+
+Nothing of size positions x vocabulary is kept.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import pandas as pd
+import torch
+from jaxtyping import Float, Int
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from hooked_vlm.inputs import VLMInputs
+from hooked_vlm.interventions.base import Positions, position_table
+from hooked_vlm.pictures import heatmap, overlay
+from hooked_vlm.token_layout import InputError
+
+CHUNK = 256
+"""Positions whose logits are made at a time."""
+Tokens = Sequence[int] | int
+
+
+@dataclass(frozen=True, eq=False)
+class LogitLens:
+    """What the stream says at some positions, layer by layer, through the final norm and the unembedding."""
+
+    layers: tuple[int, ...]
+    """l stands for the stream that enters layer l; the number of layers for what leaves the last."""
+    rows: Int[np.ndarray, "entry"]
+    positions: Int[np.ndarray, "entry"]
+    """Position and row of each entry."""
+    top_tokens: Int[np.ndarray, "layer entry top"]
+    """The likeliest tokens, best first."""
+    top_probs: Float[np.ndarray, "layer entry top"]
+    targets: tuple[int, ...]
+    target_log_probs: Float[np.ndarray, "layer entry target"]
+    target_ranks: Int[np.ndarray, "layer entry target"]
+    """How many tokens are likelier than the target."""
+
+    def to_dataframe(self, model: Any) -> pd.DataFrame:
+        """A line for each layer, position and rank: `layer`, `row`, `position`, `rank`, `token`, `text`, `prob`."""
+        n_layers, n_entries, top = self.top_tokens.shape
+        tokens = self.top_tokens.reshape(-1)
+        text = {int(t): model.to_string([int(t)]) for t in np.unique(tokens)}
+        return pd.DataFrame(
+            {
+                "layer": np.repeat(self.layers, n_entries * top),
+                "row": np.tile(np.repeat(self.rows, top), n_layers),
+                "position": np.tile(np.repeat(self.positions, top), n_layers),
+                "rank": np.tile(np.arange(top), n_layers * n_entries),
+                "token": tokens,
+                "text": [text[int(t)] for t in tokens],
+                "prob": self.top_probs.reshape(-1),
+            }
+        )
+
+    def heatmap(self, target: int = 0, row: int = 0, title: str = "") -> Figure:
+        """The probability of a target (by its place among `targets`) by layer and position of a row."""
+        own = np.flatnonzero(self.rows == row)
+        values = np.exp(self._of_target(target)[:, own])
+        return heatmap(values, self.layers, self.positions[own].tolist(), ("layer", "position"), "probability", title)
+
+    def on_image(
+        self,
+        inputs: VLMInputs,
+        picture: Any,
+        image: int = 0,
+        target: int = 0,
+        part: Literal["tiles", "thumbnail"] = "tiles",
+        title: str = "",
+    ) -> Figure:
+        """The probability of a target at the image's tokens, over the picture, a panel for each layer.
+
+        Raises:
+            InputError: the lens did not look at the image.
+        """
+        tokens, row = inputs.image_tokens(image).numpy(), inputs.row_of_image(image)
+        at = {int(p): i for i, p in enumerate(self.positions) if self.rows[i] == row}
+        if not all(int(t) in at for t in tokens):
+            raise InputError(f'the lens did not look at image {image}: logit_lens(model, inputs, "image", ...)')
+        values = np.exp(self._of_target(target)[:, [at[int(t)] for t in tokens]])
+        panels = inputs.on_image(image, values, part)
+        figure = overlay(picture, panels, [f"layer {layer}" for layer in self.layers], "probability")
+        figure.suptitle(title)
+        return figure
+
+    def _of_target(self, target: int) -> Float[np.ndarray, "layer entry"]:
+        if not 0 <= target < len(self.targets):
+            raise InputError(f"there is no target {target}: this lens was given {len(self.targets)}, counted from 0")
+        return self.target_log_probs[..., target]
+
+
+@torch.no_grad()
+def logit_lens(
+    model: Any,
+    inputs: VLMInputs,
+    positions: Positions = None,
+    *,
+    targets: Tokens = (),
+    layers: Sequence[int] | None = None,
+    top: int = 5,
+) -> LogitLens:
+    """The logit lens (nostalgebraist 2020) at image and text positions, in one forward pass.
+
+    Args:
+        positions: a group ("image", "question", "final", ...), positions, or all.
+        targets: token ids whose probabilities are wanted.
+        layers: as in `LogitLens.layers`; all by default.
+        top: how many of the likeliest tokens to keep.
+
+    Raises:
+        InputError: positions or layers that do not exist.
+    """
+    inputs = model.as_inputs(inputs)
+    n_layers = model.cfg.n_layers
+    chosen = tuple(range(n_layers + 1)) if layers is None else tuple(layers)
+    for layer in chosen:
+        if not 0 <= layer <= n_layers:
+            raise InputError(
+                f"layer {layer} is out of range: streams enter layers 0 to {n_layers - 1} or leave ({n_layers})"
+            )
+    entries = position_table(positions, inputs)[:, :-1].nonzero()
+    rows, columns = entries.to(inputs.device).unbind(1)
+    wanted = torch.tensor([targets] if isinstance(targets, int) else list(targets), dtype=torch.long)
+    found: dict[int, tuple[np.ndarray, ...]] = {}
+
+    def read(layer: int) -> Any:
+        return lambda x, hook: found.__setitem__(layer, _read(model, x[rows, columns], wanted.to(x.device), top))
+
+    hooks = [(_stream(layer, n_layers), read(layer)) for layer in chosen]
+    model.run_with_hooks(inputs, return_type=None, fwd_hooks=hooks)
+    tokens, probs, log_probs, ranks = (np.stack(part) for part in zip(*(found[x] for x in chosen), strict=True))
+    at = entries.numpy()
+    return LogitLens(chosen, at[:, 0], at[:, 1], tokens, probs, tuple(wanted.tolist()), log_probs, ranks)
+
+
+def _stream(layer: int, n_layers: int) -> str:
+    return f"blocks.{n_layers - 1}.hook_resid_post" if layer == n_layers else f"blocks.{layer}.hook_resid_pre"
+
+
+def _read(model: Any, stream: Float[Tensor, "entry d_model"], targets: Tensor, top: int) -> tuple[np.ndarray, ...]:
+    parts = []
+    for part in stream.split(CHUNK):
+        log_probs = vocabulary(model, part)
+        best = log_probs.topk(top, dim=-1)
+        own = log_probs[:, targets]
+        ranks = torch.stack([(log_probs > one[:, None]).sum(-1) for one in own.T], -1) if len(targets) else own.long()
+        parts.append((best.indices, best.values.exp(), own, ranks))
+    return tuple(torch.cat(column).cpu().numpy() for column in zip(*parts, strict=True))
+
+
+def vocabulary(model: Any, written: Float[Tensor, "*dims d_model"]) -> Float[Tensor, "*dims d_vocab"]:
+    """Log-probabilities that something written into the stream has by itself: final norm, unembedding, softmax."""
+    normalized = model.ln_final(written, lambda point, x: x)  # its hooks belong to runs
+    logits = normalized @ model.W_U
+    return logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
+
+
+# ---------------------------------------------------------------- heads
+
+
+@torch.no_grad()
+def head_lens(
+    model: Any, inputs: VLMInputs, targets: Int[Tensor, "batch"] | Tokens, positions: Positions = "final"
+) -> Float[np.ndarray, "batch layer head"]:
+    """The probability of a token in what each head writes: softmax(W_U norm(W_O z)), the mean over positions.
+
+    Averaged over images and the first tokens of their words, this is the score of the "OCR lens" (arXiv 2609.18823).
+
+    Args:
+        targets: a token id for each row, or one for all.
+        positions: by default the prompt's last token.
+
+    Raises:
+        InputError: a row without such positions, or a number of targets that is not that of the rows.
+    """
+    inputs = model.as_inputs(inputs)
+    table = position_table(positions, inputs)[:, :-1]
+    wanted = torch.as_tensor(targets, device=inputs.device).reshape(-1)
+    if len(wanted) not in (1, len(inputs)):
+        raise InputError(f"{len(wanted)} targets came for {len(inputs)} rows: give one for all, or one for each")
+    if not table.any(1).all():
+        raise InputError(f"row {int((~table.any(1)).nonzero()[0])} has no such positions")
+    wanted = wanted.expand(len(inputs))
+    rows, columns = table.to(inputs.device).nonzero().unbind(1)
+    found: dict[int, Tensor] = {}
+
+    def read(z: Tensor, hook: Any) -> None:
+        written = torch.einsum("ehd,hdm->ehm", z[rows, columns], model.blocks[hook.layer()].attn.W_O)
+        index = wanted[rows, None, None].expand(-1, written.shape[1], 1)
+        n = max(1, CHUNK // written.shape[1])
+        parts = zip(written.split(n), index.split(n), strict=True)
+        own = torch.cat([vocabulary(model, part).gather(-1, at)[..., 0].exp() for part, at in parts])
+        counts = torch.bincount(rows, minlength=len(inputs))
+        found[hook.layer()] = own.new_zeros(len(inputs), own.shape[1]).index_add(0, rows, own) / counts[:, None]
+
+    names = [f"blocks.{layer}.attn.hook_z" for layer in range(model.cfg.n_layers)]
+    model.run_with_hooks(inputs, return_type=None, fwd_hooks=[(name, read) for name in names])
+    return torch.stack([found[layer] for layer in range(model.cfg.n_layers)], 1).cpu().double().numpy()
+
+
+def ocr_lens(
+    model: Any, inputs: Iterable[VLMInputs], targets: Iterable[Int[Tensor, "batch"] | Tokens]
+) -> Float[np.ndarray, "layer head"]:
+    """`head_lens` averaged over many inputs, each with the first token of the word its image shows."""
+    scores = [head_lens(model, one, target) for one, target in zip(inputs, targets, strict=True)]
+    if not scores:
+        raise InputError("there are no inputs to score heads on")
+    return np.concatenate(scores).mean(0)
+
+
+# ---------------------------------------------------------------- direct logit attribution
+
+Unit = Literal["layer", "component", "head"]
+"""What a logit is divided among: layers; attention and MLP of each; or heads and MLPs."""
+
+
+@dataclass(frozen=True, eq=False)
+class LogitAttribution:
+    """A logit (or a difference of two) of each row's last token as a sum over parts of the model."""
+
+    labels: tuple[str, ...]
+    """"embed", then "L2", "L2 attn", "L2 mlp" or "L2H0"."""
+    values: Float[np.ndarray, "part row"]
+    logit: Float[np.ndarray, "row"]
+    """As the model gives it; the sum of the parts, up to rounding."""
+
+    def to_dataframe(self) -> pd.DataFrame:
+        """A line for each part and row: `part`, `row`, `value`."""
+        n_parts, n_rows = self.values.shape
+        labels = np.repeat(self.labels, n_rows)
+        return pd.DataFrame({"part": labels, "row": np.tile(np.arange(n_rows), n_parts), "value": self.values.ravel()})
+
+
+@torch.no_grad()
+def logit_attribution(
+    model: Any,
+    inputs: VLMInputs,
+    right: Int[Tensor, "batch"] | Tokens,
+    wrong: Int[Tensor, "batch"] | Tokens | None = None,
+    unit: Unit = "component",
+) -> LogitAttribution:
+    """Direct logit attribution: what each part adds to the logit of `right` (minus that of `wrong`) without the help of
+    later ones. The final norm's denominator is that of the run, its weight is applied.
+
+    Args:
+        right, wrong: a token id for each row, or one for all.
+
+    Raises:
+        InputError: an unknown unit.
+    """
+    if unit not in ("layer", "component", "head"):
+        raise InputError(f'unit must be "layer", "component" or "head", got {unit!r}')
+    inputs = model.as_inputs(inputs)
+    rows = torch.arange(len(inputs), device=inputs.device)
+    last = torch.tensor(inputs.stop, device=inputs.device) - 1
+    found: dict[str, Tensor] = {}
+
+    def keep(x: Tensor, hook: Any) -> None:
+        found[str(hook.name)] = x[rows, last]
+
+    attention = "attn.hook_z" if unit == "head" else "hook_attn_out"
+    layers = range(model.cfg.n_layers)
+    names = ["hook_embed", "ln_final.hook_scale"]
+    names += [f"blocks.{layer}.{suffix}" for layer in layers for suffix in (attention, "hook_mlp_out")]
+    logits = model.run_with_hooks(inputs, fwd_hooks=[(name, keep) for name in names])[rows, last]
+    parts: dict[str, Tensor] = {"embed": found["hook_embed"]}
+    for layer in layers:
+        wrote, mlp = found[f"blocks.{layer}.{attention}"], found[f"blocks.{layer}.hook_mlp_out"]
+        if unit == "layer":
+            parts[f"L{layer}"] = wrote + mlp
+        elif unit == "component":
+            parts[f"L{layer} attn"], parts[f"L{layer} mlp"] = wrote, mlp
+        else:
+            attn = model.blocks[layer].attn
+            by_head = torch.einsum("rhd,hdm->hrm", wrote, attn.W_O)
+            parts |= {f"L{layer}H{head}": own for head, own in enumerate(by_head)}
+            if attn.b_O.any():
+                parts[f"L{layer} b_O"] = attn.b_O.expand_as(mlp)
+            parts[f"L{layer} mlp"] = mlp
+    direction = _columns(model, right, rows) - (0 if wrong is None else _columns(model, wrong, rows))
+    direction = direction * model.ln_final.weight / found["ln_final.hook_scale"]
+    exact = torch.promote_types(direction.dtype, torch.float32)
+    values = torch.stack([(part.to(exact) * direction.to(exact)).sum(-1) for part in parts.values()])
+    true = _picked(logits, right, rows) - (0 if wrong is None else _picked(logits, wrong, rows))
+    return LogitAttribution(tuple(parts), values.double().cpu().numpy(), true.double().cpu().numpy())
+
+
+def _columns(model: Any, tokens: Any, rows: Tensor) -> Float[Tensor, "row d_model"]:
+    return model.W_U.T[torch.as_tensor(tokens, device=rows.device).expand(len(rows))]
+
+
+def _picked(logits: Float[Tensor, "row d_vocab"], tokens: Any, rows: Tensor) -> Float[Tensor, "row"]:
+    return logits[rows, torch.as_tensor(tokens, device=rows.device).expand(len(rows))]

@@ -1,0 +1,126 @@
+"""The cells of a patching experiment: layers x heads x places of one kind of activation."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+from hooked_vlm.interventions import PatchActivation
+from hooked_vlm.patching.pairs import Direction, Pair
+from hooked_vlm.patching.places import Tower, Where, patches_at, place_names, positions_at
+from hooked_vlm.token_layout import InputError
+
+What = Literal["resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out", "z", "q", "k", "v", "pattern"]
+"""An activation, by TransformerLens' short name. `k` and `v` have key-value heads; a `pattern` is patched in rows: its
+places are queries."""
+PER_HEAD = ("z", "q", "k", "v", "pattern")
+
+
+@dataclass(frozen=True)
+class Cells:
+    """Every combination of a layer, a head and a place."""
+
+    what: What
+    tower: Tower
+    direction: Direction
+    layers: tuple[int, ...]
+    heads: tuple[int | None, ...]
+    """(None,) where the activation has no heads."""
+    places: tuple[str | int, ...]
+
+    @classmethod
+    def of(
+        cls,
+        model: Any,
+        pairs: Sequence[Pair],
+        what: What,
+        where: Where,
+        tower: Tower,
+        direction: Direction,
+        layers: Sequence[int] | None,
+        heads: Sequence[int] | None,
+    ) -> "Cells":
+        """Raises `InputError` for activations, layers, heads or places that do not exist."""
+        if what not in get_args(What):
+            raise InputError(f"there is no activation {what!r} to patch: choose from {', '.join(get_args(What))}")
+        if tower not in get_args(Tower):
+            raise InputError(f'tower must be "text" or "vision", got {tower!r}')
+        n_layers, n_heads = _sizes(model, what, tower)
+        if heads is not None and what not in PER_HEAD:
+            raise InputError(f"{what} has no heads: leave out heads")
+        if tower == "vision":
+            _check_grids(pairs)
+        chosen: tuple[int | None, ...] = (None,)
+        if what in PER_HEAD:
+            chosen = in_range(heads, n_heads, f"{'key-value ' if what in 'kv' else ''}head")
+        names = place_names(pairs, where, tower, direction)
+        if not names:
+            raise InputError("there is no place to patch: where is empty, or no position corresponds to another")
+        return cls(what, tower, direction, in_range(layers, n_layers, "layer"), chosen, names)
+
+    def __iter__(self) -> Iterator[tuple[int, int | None, str | int]]:
+        for layer in self.layers:
+            for head in self.heads:
+                for place in self.places:
+                    yield layer, head, place
+
+    @property
+    def axes(self) -> dict[str, tuple[str | int, ...]]:
+        """The axes of a result, those of one label included."""
+        heads = {"head": tuple(h for h in self.heads if h is not None)} if self.heads != (None,) else {}
+        return {"layer": self.layers, **heads, "patch" if self._by_patch else "place": self.places}
+
+    @property
+    def _by_patch(self) -> bool:
+        return self.tower == "vision" and isinstance(self.places[0], int)
+
+    def name(self, layer: int) -> str:
+        """The hook point of a layer."""
+        part = "attn." if self.what in PER_HEAD else ""
+        return f"{'vision.' if self.tower == 'vision' else ''}blocks.{layer}.{part}hook_{self.what}"
+
+    @property
+    def names(self) -> list[str]:
+        return [self.name(layer) for layer in self.layers]
+
+    def positions(self, pair: Pair) -> dict[str | int, tuple[tuple[int, ...], ...]]:
+        """Where each place lies in a pair: positions by row, or patches by image."""
+        if self.tower == "vision":
+            return {place: patches_at(pair, place) for place in self.places}
+        matches = pair.matches(self.direction)
+        return {place: positions_at(pair, place, self.direction, matches) for place in self.places}
+
+    def interventions(self, pair: Pair, source: dict[str, Any]) -> list[PatchActivation]:
+        """One for each cell, in order; `source` holds activations with the positions of the inputs that are run."""
+        where = self.positions(pair)
+        return [
+            PatchActivation(self.name(layer), source[self.name(layer)], where[place], None if head is None else (head,))
+            for layer, head, place in self
+        ]
+
+
+def _sizes(model: Any, what: str, tower: str) -> tuple[int, int]:
+    """Layers, and heads of the activation."""
+    cfg = model.cfg
+    if tower == "text":
+        return cfg.n_layers, cfg.n_key_value_heads if what in ("k", "v") else cfg.n_heads
+    if cfg.vision is None:
+        raise InputError(f"{cfg.model_name or 'this model'} is a language model without a vision tower")
+    return cfg.vision.n_layers_run, cfg.vision.n_heads
+
+
+def in_range(chosen: Sequence[int] | None, n: int, kind: str) -> tuple[int, ...]:
+    if chosen is None:
+        return tuple(range(n))
+    for number in chosen:
+        if not 0 <= number < n:
+            raise InputError(f"{kind} {number} is out of range: there are {kind}s 0 to {n - 1}")
+    return tuple(chosen)
+
+
+def _check_grids(pairs: Sequence[Pair]) -> None:
+    for pair in pairs:
+        if pair.clean.grids != pair.corrupt.grids:
+            raise InputError(
+                f"the vision tower's patches are those of images of one size: clean has {pair.clean.grids}, corrupt "
+                f"{pair.corrupt.grids} (frames or tiles, rows, columns of patches). Resize one to the other"
+            )

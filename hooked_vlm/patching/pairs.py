@@ -1,0 +1,184 @@
+"""A clean and a corrupt input whose positions correspond."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+import numpy as np
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from hooked_vlm.geometry import Box, ImageGrid, Part, TileGrid
+from hooked_vlm.inputs import VLMInputs
+from hooked_vlm.token_layout import InputError, Visual
+
+Direction = Literal["denoising", "noising"]
+"""Denoising: the corrupt run gets clean activations. Noising: the clean run gets corrupt ones."""
+
+
+@dataclass(frozen=True)
+class Region:
+    """The tokens or patches of an image under a box.
+
+    Args:
+        box: half-open (x0, y0, x1, y1) in pixels of the clean inputs' original image.
+        image: its number in the batch.
+        min_overlap: a token or patch counts if more than this share of the box's area lies in it.
+        part: of a tiled image, tokens of its "tiles", of its "thumbnail", or "all".
+    """
+
+    box: Box
+    image: int = 0
+    min_overlap: float | int = 0.0
+    part: Part = "all"
+
+
+Place = Region | Sequence[Region] | Sequence[int]
+"""A region, several (of the images of several rows, say), or positions of the clean inputs."""
+
+
+@dataclass(frozen=True, eq=False)
+class Pair:
+    """Clean and corrupt inputs; each row is an example.
+
+    Args:
+        places: regions and positions by names of your own, beside the groups every input has.
+        by: how positions correspond. "columns": both inputs have the same columns, with images of the same sizes in
+            the same places. "groups": stretches of text between images correspond where they are of one length, and
+            so do `question`, `role`, `final` and `generated`; image tokens correspond to those at the same place of
+            the picture, whatever the two grids. What corresponds to nothing cannot be patched.
+
+    Raises:
+        InputError: the inputs cannot be aligned, or a place has the name of a group.
+    """
+
+    clean: VLMInputs
+    corrupt: VLMInputs
+    places: Mapping[str, Place] = field(default_factory=dict)
+    by: Literal["columns", "groups"] = "columns"
+
+    def __post_init__(self) -> None:
+        if self.by not in ("columns", "groups"):
+            raise InputError(f'positions are aligned by="columns" or by="groups", got {self.by!r}')
+        reserved = {"each", "all", "text", *vars(self.clean.positions)} & set(self.places)
+        if reserved:
+            raise InputError(f"{sorted(reserved)[0]!r} names a group that every input has: call the place otherwise")
+        if len(self.clean) != len(self.corrupt):
+            raise InputError(
+                f"clean has {len(self.clean)} rows and corrupt {len(self.corrupt)}: row by row they are examples"
+            )
+        for row in range(len(self.clean)):
+            if self.by == "columns" and _layout(self.clean, row) != _layout(self.corrupt, row):
+                raise InputError(_misaligned(self.clean, self.corrupt, row))
+            kinds = [[v.kind for v in _visuals(side, row)] for side in (self.clean, self.corrupt)]
+            if kinds[0] != kinds[1]:
+                raise InputError(
+                    f"row {row} has {len(kinds[0])} images in clean and {len(kinds[1])} in corrupt, which cannot "
+                    "correspond: give both as many"
+                )
+
+    def __len__(self) -> int:
+        return len(self.clean)
+
+    def sides(self, direction: Direction) -> tuple[VLMInputs, VLMInputs]:
+        """The inputs that are run with patches, and those the patches come from."""
+        if direction not in ("denoising", "noising"):
+            raise InputError(f'direction must be "denoising" or "noising", got {direction!r}')
+        return (self.corrupt, self.clean) if direction == "denoising" else (self.clean, self.corrupt)
+
+    def matches(self, direction: Direction) -> Int[Tensor, "batch pos"]:
+        """For each position of the inputs that are run, the one of the other side; -1 where there is none."""
+        base, source = self.sides(direction)
+        return torch.stack([_match(base, source, row, self.by) for row in range(len(base))])
+
+
+def aligned(x: Tensor, matches: Int[Tensor, "batch pos"]) -> Tensor:
+    """An activation [batch, source position, ...] with the positions of the other side; zero where none matches."""
+    index = matches.clamp(min=0).to(x.device)
+    rows = torch.arange(len(x), device=x.device)[:, None]
+    found = x[rows, index]
+    there = (matches >= 0).to(x.device).view(*matches.shape, *[1] * (x.ndim - 2))
+    return found * there
+
+
+def _layout(inputs: VLMInputs, row: int) -> tuple:
+    visuals = [(v.kind, v.start, v.grid) for v in _visuals(inputs, row)]
+    return inputs.shape[1], inputs.first[row], inputs.stop[row], visuals
+
+
+def _visuals(inputs: VLMInputs, row: int) -> list[Visual]:
+    return [v for v in inputs.visuals if v.row == row]
+
+
+def _misaligned(clean: VLMInputs, corrupt: VLMInputs, row: int) -> str:
+    return (
+        f"clean and corrupt do not have the same columns in row {row}: clean is {_described(clean, row)}, corrupt is "
+        f"{_described(corrupt, row)}. Give both prompts the same number of tokens and both images the same size "
+        '(corrupt = clean.with_image(0, picture)), or let them correspond by groups: Pair(..., by="groups")'
+    )
+
+
+def _described(inputs: VLMInputs, row: int) -> str:
+    merge = inputs.spec.merge_size
+    parts = [
+        f"{v.kind} of {'' if v.grid[0] == 1 else f'{v.grid[0]} x '}{v.grid[1] // merge} x {v.grid[2] // merge} tokens "
+        f"at {v.start}"
+        for v in _visuals(inputs, row)
+    ]
+    padded = inputs.shape[1] - (inputs.stop[row] - inputs.first[row])
+    padding = f", {padded} of them padding" if padded else ""
+    return f"{len(inputs)} x {inputs.shape[1]} tokens{padding} ({'; '.join(parts) or 'no image'})"
+
+
+def _match(base: VLMInputs, source: VLMInputs, row: int, by: str) -> Int[Tensor, "pos"]:
+    found = torch.full((base.shape[1],), -1)
+    if by == "columns":
+        found[base.first[row] : base.stop[row]] = torch.arange(base.first[row], base.stop[row])
+        return found
+    for own, other in zip(_groups(base, row), _groups(source, row), strict=True):
+        if len(own) == len(other):
+            found[own] = other
+    visuals = list(zip(_visuals(base, row), _visuals(source, row), strict=True))
+    edges = [
+        [inputs.first[row], *(p for v in own for p in (v.start, v.stop)), inputs.stop[row]]
+        for inputs, own in ((base, [v for v, _ in visuals]), (source, [v for _, v in visuals]))
+    ]
+    for i in range(0, len(edges[0]), 2):  # stretches of text
+        own, other = (torch.arange(side[i], side[i + 1]) for side in edges)
+        if len(own) == len(other):
+            found[own] = other
+    for own, other in visuals:
+        if own.grid == other.grid:
+            found[own.start : own.stop] = torch.arange(other.start, other.stop)
+        elif own.kind == "image":
+            places = by_place(base.image_grid(own.index), source.image_grid(other.index))
+            found[own.start : own.stop] = torch.from_numpy(places) + other.start
+    return found
+
+
+def _groups(inputs: VLMInputs, row: int) -> list[Tensor]:
+    groups = inputs.positions
+    return [group[row] for group in (groups.question, groups.role, groups.final, groups.generated)]
+
+
+def by_place(base: ImageGrid | TileGrid, source: ImageGrid | TileGrid) -> Int[np.ndarray, "token"]:
+    """For each token of an image, the one of another that covers its centre, both pictures seen as one unit square."""
+    found = np.empty(base.n_tokens, dtype=np.int64)
+    parts: tuple[Literal["tiles", "thumbnail"], ...] = ("tiles", "thumbnail")
+    for part in parts if _has_thumbnail(base) else parts[:1]:
+        own = _numbers(base, part)
+        other = _numbers(source, part if _has_thumbnail(source) else "tiles")
+        rows, cols = (((np.arange(n) + 0.5) / n * of).astype(int) for n, of in zip(own.shape, other.shape, strict=True))
+        found[own] = other[np.ix_(rows, cols)]
+    return found
+
+
+def _has_thumbnail(grid: ImageGrid | TileGrid) -> bool:
+    return isinstance(grid, TileGrid) and grid.thumbnail
+
+
+def _numbers(grid: ImageGrid | TileGrid, part: Literal["tiles", "thumbnail"]) -> Int[np.ndarray, "row col"]:
+    """The number of the token at each place of the picture."""
+    numbers = np.arange(grid.n_tokens)
+    return (grid.to_image(numbers, part) if isinstance(grid, TileGrid) else grid.to_image(numbers))[0]

@@ -1,0 +1,187 @@
+"""From names of places to positions of the decoder and patches of the vision tower."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Literal
+
+import numpy as np
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from hooked_vlm.geometry import TileGrid
+from hooked_vlm.inputs import VLMInputs
+from hooked_vlm.interventions.base import position_table
+from hooked_vlm.patching.pairs import Direction, Pair, Place, Region
+from hooked_vlm.token_layout import InputError
+
+Tower = Literal["text", "vision"]
+Where = str | Sequence[str]
+"""Names of places: groups ("image", "question", "role", "final", "text", "generated"), "all", places of the pair, or
+"each": every position (vision tower: every patch) by itself. The vision tower has "image" (all patches), places that
+are regions, and "each"."""
+Rows = tuple[tuple[int, ...], ...]
+"""Positions of each row; patches of each image or tile."""
+
+
+def place_names(pairs: Sequence[Pair], where: Where, tower: Tower, direction: Direction) -> tuple[str | int, ...]:
+    """The places a sweep visits; positions and patches go by their numbers.
+
+    Raises:
+        InputError: "each" of examples whose positions or patches do not correspond.
+    """
+    if where != "each":
+        return (where,) if isinstance(where, str) else tuple(where)
+    sides = [pair.sides(direction)[0] for pair in pairs]
+    if tower == "vision":
+        n = [n_patches(inputs) for inputs in sides]
+        if any(len(inputs) > 1 for inputs in sides):
+            raise InputError(
+                "a patch is one row's: make a pair of each row (clean[i], corrupt[i]) to patch each of them"
+            )
+        if any(other != n[0] for other in n):
+            raise InputError(
+                f"the examples have images of {sorted({max(own) for own in n})} patches: those of one size can be "
+                'patched patch by patch, others by regions (Pair(..., places={"name": Region(box)}))'
+            )
+        width = max(n[0])
+        return tuple(image * width + patch for image, own in enumerate(n[0]) for patch in range(own))
+    widths = sorted({inputs.shape[1] for inputs in sides})
+    if len(widths) > 1 or any(max(s.first) or min(s.stop) != s.shape[1] for s in sides):
+        raise InputError(
+            f"the examples have {' and '.join(map(str, widths))} positions, padding included: those of one length can "
+            'be patched position by position, others by groups ("image", "question", "role", "final", regions)'
+        )
+    matched = torch.cat([pair.matches(direction) for pair in pairs]) >= 0
+    return tuple(int(p) for p in matched.all(0).nonzero()[:, 0])
+
+
+def positions_at(pair: Pair, place: str | int, direction: Direction, matches: Int[Tensor, "batch pos"]) -> Rows:
+    """The positions of a place in the inputs that are run, row by row; `matches` are `pair.matches(direction)`.
+
+    Raises:
+        InputError: an unknown name, a row without such positions, or positions that nothing corresponds to.
+    """
+    base, source = pair.sides(direction)
+    if isinstance(place, int):
+        rows: Rows = ((place,),) * len(base)
+    elif place in pair.places and direction == "denoising":  # places are given on the clean side
+        on_clean = positions_in(pair.clean, place, pair.places)
+        corresponding = zip(matches.tolist(), on_clean, strict=True)
+        rows = tuple(tuple(p for p, other in enumerate(row) if other in own) for row, own in corresponding)
+    else:
+        rows = positions_in(base, place, pair.places)
+    for row, own in enumerate(rows):
+        if not own:
+            raise InputError(f"row {row} has no {place} positions")
+        lost = [p for p in own if matches[row, p] < 0]
+        if lost:
+            n = [_n_of(inputs, row, place) for inputs in (base, source)]
+            raise InputError(
+                f"position {lost[0]} of row {row} ({place}) corresponds to no position of the other inputs"
+                f"{'' if None in n else f': the place has {n[0]} positions in one and {n[1]} in the other'}. Give both "
+                "the same number of tokens there, or patch other places"
+            )
+    return rows
+
+
+def _n_of(inputs: VLMInputs, row: int, place: str | int) -> int | None:
+    groups = vars(inputs.positions)
+    return len(groups[place][row]) if place in groups else None
+
+
+def positions_in(inputs: VLMInputs, place: str, places: Mapping[str, Place]) -> Rows:
+    """The positions of a place, a group or one of `places`, row by row.
+
+    Raises:
+        InputError: an unknown name.
+    """
+    if place not in places:
+        table = position_table(group(inputs, place, places), inputs)[:, :-1]
+        return tuple(tuple(own.nonzero()[:, 0].tolist()) for own in table)
+    regions = _regions(places[place])
+    if not regions:
+        return (tuple(places[place]),) * len(inputs)  # pyright: ignore[reportArgumentType, reportReturnType]
+    rows: list[set[int]] = [set() for _ in range(len(inputs))]
+    for region in regions:
+        tokens = inputs.tokens_in_box(region.image, region.box, region.min_overlap, region.part)
+        rows[inputs.row_of_image(region.image)].update(tokens)
+    return tuple(tuple(sorted(own)) for own in rows)
+
+
+def group(inputs: VLMInputs, place: str, places: Mapping[str, Place]) -> str | None:
+    """A group's name as interventions know it.
+
+    Raises:
+        InputError: there is no such group, nor such a place.
+    """
+    known = ["all", "text", *vars(inputs.positions)]
+    if place not in known:
+        raise InputError(f"there is no place {place!r}: choose from {', '.join([*known, *places])}")
+    return None if place == "all" else place
+
+
+def _regions(given: Place) -> list[Region]:
+    return [given] if isinstance(given, Region) else [r for r in given if isinstance(r, Region)]
+
+
+# ---------------------------------------------------------------- the vision tower
+
+
+def n_patches(inputs: VLMInputs) -> tuple[int, ...]:
+    """Patches of each image, tile or video frame, class token included: the vision tower's first two axes."""
+    class_token = inputs.spec.tile_size is not None
+    return tuple(class_token + h * w for t, h, w in inputs.grids for _ in range(t))
+
+
+def patches_at(pair: Pair, place: str | int) -> Rows:
+    """The patches of a place in the vision tower's tensors, image by image.
+
+    Raises:
+        InputError: an unknown name, or a place that is no region.
+    """
+    inputs = pair.clean
+    counts = n_patches(inputs)
+    if isinstance(place, int):
+        image, patch = divmod(place, max(counts))
+        return tuple((patch,) if i == image else () for i in range(len(counts)))
+    if place in ("image", "all"):
+        return _of_all_rows(inputs, place, tuple(tuple(range(n)) for n in counts))
+    if place not in pair.places or not _regions(pair.places[place]):
+        known = ["image", *(name for name, given in pair.places.items() if _regions(given))]
+        raise InputError(f"the vision tower has no place {place!r}: choose from {', '.join(known)}, each")
+    rows: list[set[int]] = [set() for _ in counts]
+    for region in _regions(pair.places[place]):
+        for image, patch in patches_in_box(inputs, region):
+            rows[image].add(patch)
+    return _of_all_rows(inputs, place, tuple(tuple(sorted(own)) for own in rows))
+
+
+def _of_all_rows(inputs: VLMInputs, place: str, patches: Rows) -> Rows:
+    """The same patches of images, if every row of the inputs has some."""
+    owners = [v.row for v in inputs.in_feature_order for _ in range(v.grid[0])]
+    having = {row for row, own in zip(owners, patches, strict=True) if own}
+    for row in range(len(inputs)):
+        if row not in having:
+            raise InputError(f"row {row} has no {place} patches")
+    return patches
+
+
+def patches_in_box(inputs: VLMInputs, region: Region) -> list[tuple[int, int]]:
+    """(image or tile, patch) of the patches under a box, as the vision tower's tensors count them."""
+    order = [(v.kind, v.index) for v in inputs.in_feature_order]
+    at = order.index(("image", region.image))
+    first = sum(grid[0] for grid in inputs.grids[:at])
+    tokens = inputs.image_grid(region.image)
+    if isinstance(tokens, TileGrid):
+        grid = replace(tokens, merge_size=1, transposed_tokens=False)
+        per_tile = grid.tile_side**2
+        chosen = grid.tokens_in_box(region.box, region.min_overlap, part=region.part)
+        return [(first + n // per_tile, 1 + n % per_tile) for n in chosen]  # patch 0 is the class token
+    if region.part == "thumbnail":
+        raise InputError("this model sees images whole: there is no thumbnail")
+    # boxes count in raster order, the tower merge block by merge block
+    _, h, w = tokens.grid_thw
+    row_of = np.argsort(tokens.patch_order() @ np.array([h * w, w, 1]))
+    patches = replace(tokens, merge_size=1)
+    return [(first, int(row_of[n])) for n in patches.tokens_in_box(region.box, region.min_overlap)]

@@ -1,0 +1,236 @@
+"""What a patching experiment gives: the metric of every cell on every example, with what it says on the whole."""
+
+from dataclasses import dataclass, replace
+from functools import cached_property
+from itertools import product
+from typing import Any, Literal
+
+import numpy as np
+import pandas as pd
+from jaxtyping import Float
+from matplotlib.figure import Figure
+
+from hooked_vlm.inputs import VLMInputs
+from hooked_vlm.patching.pairs import Direction
+from hooked_vlm.pictures import heatmap, overlay
+from hooked_vlm.statistics import Estimate, bootstrap_ratios, paired_p
+from hooked_vlm.token_layout import InputError
+
+Label = str | int
+ROUNDING = 1e-5
+"""Two runs whose metrics are relatively closer than this are the same: nothing is a share of their difference."""
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """How well attribution patching predicts real patches: correlations of effects over cells and examples."""
+
+    pearson: float
+    spearman: float
+    n: int
+
+    def __str__(self) -> str:
+        return f"Pearson {self.pearson:.3f}, Spearman {self.spearman:.3f} over {self.n} effects"
+
+
+@dataclass(frozen=True, eq=False)
+class PatchingResult:
+    """The metric of every cell, example by example; cells are the product of the axes.
+
+    Values that are not numbers are kept, left out of means, and listed by `not_numbers`.
+    """
+
+    what: str
+    axes: dict[str, tuple[Label, ...]]
+    values: Float[np.ndarray, "*cells example"]
+    base: Float[np.ndarray, "example"]
+    """The metric of the run that is edited, without an edit."""
+    source: Float[np.ndarray, "example"] | None
+    """That of the run the patches come from; None where nothing is patched in (knock-out)."""
+    direction: Direction | None
+    seed: int = 0
+    """Of the bootstrap and the permutations."""
+    estimated: bool = False
+    """Whether effects are estimates from gradients instead of real runs."""
+    agreement: Agreement | None = None
+    """Of estimates with real patches of some cells."""
+
+    @property
+    def n_examples(self) -> int:
+        return len(self.base)
+
+    @property
+    def clean(self) -> Float[np.ndarray, "example"]:
+        """The metric of the clean run."""
+        return self.source if self.direction == "denoising" and self.source is not None else self.base
+
+    @property
+    def corrupt(self) -> Float[np.ndarray, "example"] | None:
+        """The metric of the corrupt run."""
+        return self.base if self.direction == "denoising" else self.source
+
+    @property
+    def effects(self) -> Float[np.ndarray, "*cells example"]:
+        """What each edit adds to the metric."""
+        return self.values - self.base
+
+    @property
+    def normalised(self) -> Float[np.ndarray, "*cells example"]:
+        """Effects as shares of the way from the edited run to the other: 0 changes nothing, 1 goes all the way.
+
+        NaN for an example whose two runs have the same metric, up to rounding.
+        """
+        gap = self._gap
+        return self.effects / np.where(gap == 0, np.nan, gap)
+
+    @property
+    def _gap(self) -> Float[np.ndarray, "example"]:
+        if self.source is None:
+            return np.ones_like(self.base)
+        gap = self.source - self.base
+        return np.where(np.abs(gap) <= ROUNDING * (1 + np.abs(self.base)), 0.0, gap)
+
+    @cached_property
+    def _means(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        return bootstrap_ratios(np.moveaxis(self.effects, -1, 0), self._gap, self.seed)
+
+    @property
+    def mean(self) -> Float[np.ndarray, "*cells"]:
+        """The mean effect over the mean way from the edited run to the other, over examples (knock-out: the mean
+        effect). A ratio of means, because a single example's two runs may be next to equal."""
+        return self._means[0]
+
+    def estimate(self, **labels: Label) -> Estimate:
+        """The mean of one cell with its 95% bootstrap interval over examples: `estimate(layer=2, place="image")`."""
+        cell = self.select(**labels)
+        if cell.values.ndim > 1 and cell.values[..., 0].size > 1:
+            free = [name for name, own in cell.axes.items() if len(own) > 1]
+            raise InputError(f"one cell is meant: also give {', '.join(free)}")
+        mean, low, high = (float(x.reshape(-1)[0]) for x in cell._means)
+        return Estimate(mean, low, high, int((~np.isnan(cell.values)).sum()))
+
+    @cached_property
+    def p(self) -> Float[np.ndarray, "*cells"]:
+        """Two-sided p of each cell that it has no effect (signs of the effects flipped), not corrected for their
+        number. With n examples it is at least 2 / 2**n."""
+        flat = self.effects.reshape(-1, self.n_examples)
+        found = [paired_p(own, np.zeros_like(own), self.seed) for own in flat]
+        return np.array(found).reshape(self.values.shape[:-1])
+
+    def select(self, **labels: Label) -> "PatchingResult":
+        """The same of some labels, each axis by its name: `select(layer=2, place="image")`. Axes stay, with one label.
+
+        Raises:
+            InputError: an unknown axis or label.
+        """
+        axes, values = dict(self.axes), self.values
+        for name, label in labels.items():
+            if name not in axes:
+                raise InputError(f"there is no axis {name!r}: this result has {', '.join(axes)}")
+            if label not in axes[name]:
+                raise InputError(f"the axis {name!r} has no {label!r}: it has {', '.join(map(str, axes[name]))}")
+            values = values.take([axes[name].index(label)], axis=list(axes).index(name))
+            axes[name] = (label,)
+        return replace(self, axes=axes, values=values)
+
+    def to_dataframe(self) -> pd.DataFrame:
+        """A line for each cell and example: the axes, `example`, `value`, `base`, `source`, `effect`, `normalised`."""
+        frame = self._frame(self.values.shape[-1])
+        frame["example"] = np.tile(np.arange(self.n_examples), len(frame) // max(self.n_examples, 1))
+        frame["value"] = self.values.reshape(-1)
+        frame["base"] = np.broadcast_to(self.base, self.values.shape).reshape(-1)
+        if self.source is not None:
+            frame["source"] = np.broadcast_to(self.source, self.values.shape).reshape(-1)
+        frame["effect"] = self.effects.reshape(-1)
+        if self.source is not None:
+            frame["normalised"] = self.normalised.reshape(-1)
+        return frame
+
+    def summary(self) -> pd.DataFrame:
+        """One line for each cell: the axes, `mean`, its 95% interval `low` to `high`, `p`, the examples it is made of
+        (`n`), and those whose metric is not a number (`not_numbers`)."""
+        frame = self._frame(1)
+        for name, column in zip(("mean", "low", "high"), self._means, strict=True):
+            frame[name] = column.reshape(-1)
+        frame["p"] = self.p.reshape(-1)
+        bad = np.isnan(self.effects).sum(-1).reshape(-1)
+        frame["n"], frame["not_numbers"] = self.n_examples - bad, bad
+        return frame
+
+    def not_numbers(self) -> pd.DataFrame:
+        """The lines of `to_dataframe` whose effect is not a number."""
+        frame = self.to_dataframe()
+        return frame.loc[frame["effect"].isna().to_numpy()]
+
+    def _frame(self, repeats: int) -> pd.DataFrame:
+        rows = [labels for labels in product(*self.axes.values()) for _ in range(repeats)]
+        columns: dict[str, Any] = {name: [row[i] for row in rows] for i, name in enumerate(self.axes)}
+        return pd.DataFrame(columns)
+
+    # ---------------------------------------------------------------- pictures
+
+    def heatmap(self, title: str = "", **labels: Label) -> Figure:
+        """The means over two axes; further ones are fixed by labels, as in `select`.
+
+        Raises:
+            InputError: more than two axes are left.
+        """
+        cells = self.select(**labels)
+        axes = {name: own for name, own in cells.axes.items() if len(own) > 1 or len(cells.axes) <= 2}
+        if len(axes) > 2:
+            raise InputError(f"a heatmap has two axes: fix one of {', '.join(axes)} by a label")
+        while len(axes) < 2:  # axes of one label are shown where nothing else is
+            name = next(name for name in cells.axes if name not in axes)
+            axes = {n: own for n, own in cells.axes.items() if n in axes or n == name}
+        (row_name, rows), (column_name, columns) = axes.items()
+        values = cells.mean.reshape(len(rows), len(columns))
+        return heatmap(values, rows, columns, (row_name, column_name), self.label, title or self.title)
+
+    def on_image(
+        self,
+        inputs: VLMInputs,
+        picture: Any,
+        image: int = 0,
+        part: Literal["tiles", "thumbnail"] = "tiles",
+        title: str = "",
+        **labels: Label,
+    ) -> Figure:
+        """The means of a sweep over "each" position, laid over the picture: a panel for each layer (and head) that
+        labels leave. Tokens that the sweep left out stay clear.
+
+        Args:
+            inputs: those the picture belongs to.
+            picture: the original image, as for `model.to_inputs`.
+            image: its number in the inputs.
+            part: of a tiled image, its tiles or its thumbnail.
+
+        Raises:
+            InputError: the places are not positions.
+        """
+        cells = self.select(**labels)
+        places = cells.axes.get("place", ())
+        if not places or not all(isinstance(p, int) for p in places):
+            raise InputError('the places of this result are not positions: sweep where="each" to lay it over a picture')
+        tokens = inputs.image_tokens(image).tolist()
+        panels = list(product(*(own for name, own in cells.axes.items() if name != "place")))
+        means = cells.mean.reshape(len(panels), len(places))
+        values = np.full((len(panels), len(tokens)), np.nan)
+        for column, place in enumerate(places):
+            if place in tokens:
+                values[:, tokens.index(int(place))] = means[:, column]
+        names = [name for name in cells.axes if name != "place"]
+        titles = [", ".join(f"{n} {x}" for n, x in zip(names, own, strict=True)) for own in panels]
+        figure = overlay(picture, inputs.on_image(image, values, part), titles, self.label)
+        figure.suptitle(title or self.title)
+        return figure
+
+    @property
+    def title(self) -> str:
+        """What was done, for figures."""
+        return f"{self.what}, {self.direction}" if self.direction else self.what
+
+    @property
+    def label(self) -> str:
+        """What the means are, for figures."""
+        what = "effect" if self.source is None else "normalised effect"
+        return f"{what}, estimated" if self.estimated else what

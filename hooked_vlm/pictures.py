@@ -1,0 +1,90 @@
+"""Figures that results draw of themselves: heatmaps, and values of image tokens laid over the picture.
+
+They return matplotlib figures (`figure.savefig("page.png")`); a notebook shows them.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float
+from matplotlib.colors import Normalize, TwoSlopeNorm
+from matplotlib.figure import Figure
+
+from hooked_vlm.images import load_image
+
+SEQUENTIAL, DIVERGING = "viridis", "RdBu_r"
+WRITTEN = 80
+"""Heatmaps of at most so many cells have their numbers written in."""
+
+
+def heatmap(
+    values: Float[np.ndarray, "row col"],
+    rows: Sequence[Any],
+    columns: Sequence[Any],
+    names: tuple[str, str],
+    label: str,
+    title: str = "",
+) -> Figure:
+    """Values as colours, white or dark where nothing happens: zero is the middle if any value is negative."""
+    n_rows, n_columns = values.shape
+    figure = Figure(figsize=(min(14, 2.8 + 0.5 * n_columns), min(12, 1.7 + 0.38 * n_rows)), layout="constrained")
+    axes = figure.subplots()
+    norm, colours = _scale(values)
+    image = axes.imshow(values, norm=norm, cmap=colours, aspect="auto")
+    if values.size <= WRITTEN:
+        for (row, column), value in np.ndenumerate(values):
+            if not np.isnan(value):
+                red, green, blue, _ = image.cmap(image.norm(value))
+                ink = "#ffffff" if 0.3 * red + 0.6 * green + 0.1 * blue < 0.5 else "#222222"
+                shown = f"{round(float(value), 2) + 0.0:.2f}"  # no negative zero
+                axes.text(column, row, shown, ha="center", va="center", color=ink, fontsize=8)
+    axes.set(xlabel=names[1], ylabel=names[0], title=title)
+    _ticks(axes.set_xticks, columns, 24)
+    _ticks(axes.set_yticks, rows, 24)
+    if any(isinstance(c, str) for c in columns):
+        axes.tick_params(axis="x", labelrotation=30)
+    figure.colorbar(image, ax=axes, label=label)
+    return figure
+
+
+def overlay(picture: Any, panels: Float[np.ndarray, "panel row col"], titles: Sequence[str], label: str) -> Figure:
+    """Each panel of values over the picture, stretched to it. NaN stays clear.
+
+    Args:
+        picture: the original image, as for `model.to_inputs`.
+        panels: what `inputs.on_image` or `cache.on_image` gives.
+    """
+    shown = load_image(picture)
+    columns = min(5, len(panels))
+    rows = -(-len(panels) // columns)
+    width, height = shown.size
+    figure = Figure(figsize=(3.2 * columns + 0.9, (3.2 * height / width + 0.4) * rows), layout="constrained")
+    norm, colours = _scale(panels)
+    largest = max(abs(norm.vmin or 0.0), abs(norm.vmax or 0.0))
+    image = None
+    for i, (own, title) in enumerate(zip(panels, titles, strict=True)):
+        axes = figure.add_subplot(rows, columns, i + 1)
+        axes.imshow(shown.convert("L"), cmap="gray", vmin=0, vmax=255)
+        extent = (-0.5, width - 0.5, height - 0.5, -0.5)
+        alpha = np.nan_to_num(np.clip(np.abs(own) / largest, 0, 1)) * 0.75
+        image = axes.imshow(own, norm=norm, cmap=colours, extent=extent, alpha=alpha, interpolation="nearest")
+        axes.set_title(title, fontsize=9)
+        axes.set_axis_off()
+    if image is not None:
+        bar: Any = figure.colorbar(image, ax=figure.axes, label=label, shrink=0.8)
+        bar.solids.set_alpha(1)
+    return figure
+
+
+def _scale(values: Float[np.ndarray, "..."]) -> tuple[Normalize, str]:
+    finite = values[np.isfinite(values)]
+    largest = max(float(np.abs(finite).max(initial=0.0)), 1e-9)
+    if (finite < 0).any():
+        return TwoSlopeNorm(0.0, -largest, largest), DIVERGING
+    return Normalize(0.0, largest), SEQUENTIAL
+
+
+def _ticks(set_ticks: Any, labels: Sequence[Any], most: int) -> None:
+    step = max(1, -(-len(labels) // most))
+    set_ticks(range(0, len(labels), step), [str(label) for label in labels[::step]])

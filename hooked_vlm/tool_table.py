@@ -1,0 +1,330 @@
+"""Which of TransformerLens' own tools run with an image in the input. `python -m hooked_vlm.tool_table` runs each on
+minute random models and writes docs/transformerlens.md; a tool that refuses is shown with the line that does."""
+
+# TransformerLens annotates inputs as token tensors and models as bridges; what it accepts is what is asked here:
+# pyright: reportArgumentType=false, reportReturnType=false
+
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformer_lens import SVDInterpreter, patching
+from transformer_lens.head_detector import detect_head
+from transformer_lens.tools import analysis
+from transformer_lens.tools.analysis import attribution_patching, interchange
+from transformer_lens.tools.analysis.projection_kernel import (
+    attention_head_subspace_affinity,
+    orthonormal_subspace,
+    projection_kernel,
+)
+from transformer_lens.weight_processing import ProcessWeights
+
+from hooked_vlm.config import VisionConfig, VLMConfig
+from hooked_vlm.inputs import VLMInputs
+from hooked_vlm.model import HookedVLM
+
+HOOK = "blocks.0.hook_resid_post"
+
+
+@dataclass(frozen=True, eq=False)
+class Setup:
+    """A model, and the same prompt about two images."""
+
+    model: HookedVLM
+    clean: VLMInputs
+    corrupt: VLMInputs
+
+    @classmethod
+    def of(cls, vision: VisionConfig, n_key_value_heads: int = 1) -> "Setup":
+        torch.manual_seed(0)
+        cfg = VLMConfig(
+            n_layers=2,
+            d_model=8,
+            n_heads=2,
+            n_key_value_heads=n_key_value_heads,
+            d_head=4,
+            d_mlp=8,
+            d_vocab=16,
+            n_ctx=32,
+            rope_theta=1e4,
+            mrope_section=None if vision.tile_size else (1, 1, 0),
+            image_token_id=1,
+            vision=vision,
+        )
+        model = HookedVLM(cfg).eval()
+        tokens, grid, spec = torch.tensor([[5, *[1] * 4, 6, 7]]), torch.tensor([[1, 4, 4]]), model.input_spec()
+        shape = (1, 3, 8, 8) if vision.tile_size else (16, vision.d_patch)
+        clean, corrupt = (
+            VLMInputs(tokens, spec, pixel_values=torch.randn(shape), image_grid_thw=grid) for _ in range(2)
+        )
+        return cls(model, clean, corrupt)
+
+    @cached_property
+    def caches(self) -> tuple[Any, Any]:
+        """Of the clean and of the corrupt input."""
+        with torch.no_grad():
+            clean, corrupt = (
+                self.model.run_with_cache(x, names_filter=lambda name: True)[1] for x in (self.clean, self.corrupt)
+            )
+        return clean, corrupt
+
+    @property
+    def both(self) -> VLMInputs:
+        return VLMInputs.concat([self.clean, self.corrupt])
+
+    def metric(self, logits: Tensor) -> Tensor:
+        return (logits[:, -1, 3] - logits[:, -1, 4]).mean()
+
+    def task(self, inputs: Any) -> Tensor:
+        return self.model(inputs)[:, -1, [3, 4]]
+
+
+Tool = Callable[[Setup], Any]
+
+
+def _patch(name: str, s: Setup) -> Any:
+    with torch.no_grad():
+        return getattr(patching, name)(s.model, s.corrupt, s.caches[0], s.metric)
+
+
+def _direct_path(s: Setup, component: str = "q") -> Any:
+    with torch.no_grad():
+        return patching.get_act_patch_direct_path(
+            s.model,
+            s.corrupt,
+            *s.caches,
+            s.metric,
+            src_layer=0,
+            src_head=0,
+            component=component,
+            verbose=False,
+        )
+
+
+def _all_sources(s: Setup) -> Any:
+    with torch.no_grad():
+        return patching.get_act_patch_direct_path_all_sources(s.model, s.corrupt, *s.caches, s.metric, verbose=False)
+
+
+def _attribution(s: Setup, **settings: Any) -> Any:
+    config = attribution_patching.EdgeAttributionConfig(ig_steps=1, **settings)
+    for switch in ("attn_result", "split_qkv_input", "hook_mlp_in"):
+        getattr(s.model, f"set_use_{switch}")(settings["granularity"] == "edge")
+    try:
+        return analysis.attribution_patch(s.model, s.clean, s.corrupt, s.metric, config)
+    finally:
+        for switch in ("attn_result", "split_qkv_input", "hook_mlp_in"):
+            getattr(s.model, f"set_use_{switch}")(False)
+
+
+def _interchange(s: Setup, run: bool) -> Any:
+    at = torch.tensor([6, 6])
+    acts = interchange.collect_activations(s.model, HOOK, s.both, s.task, positions=at)
+    if not run:
+        return acts
+    everything = interchange.SubspaceInterchange(torch.eye(8))
+    return interchange.intervened_logits(s.model, HOOK, everything, s.both, acts, s.task, positions=at)
+
+
+def _das(s: Setup) -> Any:
+    at, targets = torch.tensor([6, 6]), torch.tensor([0, 1])
+    settings: dict[str, Any] = {"rank": 1, "base_positions": at, "source_positions": at, "epochs": 1}
+    return interchange.fit_das(s.model, HOOK, s.both, s.both, targets, s.task, **settings)
+
+
+def _subspaces(s: Setup) -> tuple[Any, Any]:
+    attn: Any = s.model.blocks[0].attn
+    bases = (orthonormal_subspace(w.detach()) for w in (attn.W_O[0].T, attn.W_Q[0]))
+    return tuple(bases)
+
+
+def _probe_data(s: Setup) -> tuple[Tensor, Tensor]:
+    features = torch.cat([cache["resid_post", 1][0] for cache in s.caches] * 3)
+    return features + 0.01 * torch.randn(features.shape), torch.arange(len(features)) % 2 == 0
+
+
+def _lens(s: Setup, **settings: Any) -> Any:
+    with torch.no_grad():
+        return analysis.logit_lens(s.model, s.clean, **settings)
+
+
+def _readout(s: Setup) -> Any:
+    with torch.no_grad():
+        return analysis.logit_readout(s.model, s.caches[0]["resid_post", 1], targets=[3, 4], return_type="log_probs")
+
+
+def _direct(s: Setup, unit: str) -> Any:
+    with torch.no_grad():
+        return analysis.direct_logit_attribution(s.model, s.clean, 3, 4, unit=unit)
+
+
+def _detect(s: Setup, pattern: Any) -> Any:
+    with torch.no_grad():
+        return detect_head(s.model, s.clean, pattern)
+
+
+def _cache(call: Callable[[Any], Any], s: Setup) -> Any:
+    with torch.no_grad():
+        return call(s.model.run_with_cache(s.clean)[1])
+
+
+def _gradient(s: Setup) -> Any:
+    return attribution_patching.cache_activation_and_gradient(s.model, s.clean, s.metric, lambda name: name == HOOK)
+
+
+def _singular(s: Setup, kind: str) -> Any:
+    return SVDInterpreter(s.model).get_singular_vectors(kind, 0, num_vectors=2, head_index=0)
+
+
+PATCHING = [name for name in dir(patching) if name.startswith("get_act_patch") and "direct_path" not in name]
+CACHE: dict[str, Callable[[Any], Any]] = {
+    "accumulated_resid": lambda c: c.accumulated_resid(apply_ln=True),
+    "decompose_resid": lambda c: c.decompose_resid(apply_ln=True),
+    "stack_head_results": lambda c: c.stack_head_results(apply_ln=True),
+    "stack_activation": lambda c: c.stack_activation("resid_post"),
+    "get_neuron_results": lambda c: c.get_neuron_results(0),
+    "stack_neuron_results": lambda c: c.stack_neuron_results(1, apply_ln=True),
+    "get_full_resid_decomposition": lambda c: c.get_full_resid_decomposition(apply_ln=True),
+    "apply_ln_to_stack": lambda c: c.apply_ln_to_stack(c.decompose_resid()),
+    "logit_attrs": lambda c: c.logit_attrs(c.decompose_resid(), tokens=3),
+    "logit_lens": lambda c: c.logit_lens(),
+}
+
+TOOLS: dict[str, dict[str, Tool]] = {
+    "transformer_lens.patching": {
+        **{f"`{name}`": partial(_patch, name) for name in PATCHING},
+        '`get_act_patch_direct_path`, component "q"': _direct_path,
+        "`get_act_patch_direct_path_all_sources`": _all_sources,
+        '`get_act_patch_direct_path`, component "k"': partial(_direct_path, component="k"),
+        '`get_act_patch_direct_path`, component "v"': partial(_direct_path, component="v"),
+    },
+    "transformer_lens.head_detector": {
+        **{
+            f'`detect_head`, "{name}"': partial(_detect, pattern=name)
+            for name in ("previous_token_head", "duplicate_token_head", "induction_head")
+        },
+        "`detect_head`, a tensor pattern": partial(_detect, pattern=torch.eye(7)),
+    },
+    "ActivationCache": {f"`{name}`": partial(_cache, call) for name, call in CACHE.items()},
+    "transformer_lens.tools.analysis": {
+        "`logit_lens`": partial(_lens, positions=None),
+        "`logit_readout`": _readout,
+        **{f'`direct_logit_attribution`, unit "{u}"': partial(_direct, unit=u) for u in ("component", "head", "layer")},
+        "`attribution_patch`, nodes": partial(_attribution, granularity="node"),
+        "`attribution_patch`, edges": partial(_attribution, granularity="edge"),
+        "`cache_activation_and_gradient`": _gradient,
+        "`collect_activations`": partial(_interchange, run=False),
+        "`intervened_logits`": partial(_interchange, run=True),
+        "`fit_das`": _das,
+        "`reinitialized`": lambda s: interchange.reinitialized(s.model, seed=0),
+        "`attention_head_subspace_affinity`": lambda s: attention_head_subspace_affinity(
+            s.model, target_role="Q", layer_order="all"
+        ),
+        "`projection_kernel`": lambda s: projection_kernel(*_subspaces(s)),
+        "`fit_sparse_probe`": lambda s: analysis.fit_sparse_probe(*_probe_data(s), k=2),
+        "`sweep_sparse_probe`": lambda s: analysis.sweep_sparse_probe(*_probe_data(s), ks=[1, 2]),
+        "`get_sparse_decomposition`": lambda s: analysis.get_sparse_decomposition(
+            s.caches[0]["resid_post", 1][0, -1], s.model.W_U.detach().T, k=2
+        ),
+        "`JacobianLens.fit`": lambda s: analysis.JacobianLens.fit(s.model, ["a prompt"], corpus="none"),
+    },
+    "transformer_lens.weight_processing, on `model.tl_state_dict()`": {
+        "`ProcessWeights.fold_layer_norm`": lambda s: ProcessWeights.fold_layer_norm(
+            s.model.tl_state_dict(), s.model.cfg, fold_biases=False, center_weights=False
+        ),
+        "`ProcessWeights.center_unembed`": lambda s: ProcessWeights.center_unembed(
+            s.model.tl_state_dict(), cfg=s.model.cfg
+        ),
+        "`ProcessWeights.fold_value_biases`": lambda s: ProcessWeights.fold_value_biases(
+            s.model.tl_state_dict(), s.model.cfg
+        ),
+        "`ProcessWeights.process_weights`": lambda s: ProcessWeights.process_weights(
+            s.model.tl_state_dict(), s.model.cfg, center_writing_weights=False
+        ),
+        "`ProcessWeights.refactor_factored_attn_matrices`": lambda s: ProcessWeights.refactor_factored_attn_matrices(
+            s.model.tl_state_dict(), s.model.cfg
+        ),
+    },
+    "transformer_lens.SVDInterpreter": {
+        f'`get_singular_vectors`, "{kind}"': partial(_singular, kind=kind) for kind in ("OV", "w_in", "w_out")
+    },
+}
+
+
+def outcome(tool: Tool, setup: Setup) -> str:
+    """ "runs", or where in TransformerLens it is refused, and how."""
+    try:
+        tool(setup)
+    except Exception as error:
+        frames = [f for f in traceback.extract_tb(error.__traceback__) if "/transformer_lens/" in f.filename]
+        if not frames:
+            raise  # ours to mend
+        where = frames[-1]
+        said = " ".join(str(error).split())
+        short = said if len(said) <= 110 else said[:110].rsplit(" ", 1)[0] + " ..."
+        return f"cannot: `{where.filename.rsplit('/transformer_lens/', 1)[1]}:{where.lineno}` {short}"
+    return "runs"
+
+
+def setups() -> tuple[Setup, Setup, Setup]:
+    """A model that sees images whole, one that tiles them, and one without grouped queries."""
+    whole = VisionConfig(n_layers=1, d_model=4, n_heads=1, d_head=4, d_mlp=4, d_out=8, patch_size=2)
+    tiles = replace(
+        whole,
+        tile_size=8,
+        n_positions=16,
+        temporal_patch_size=1,
+        rope_theta=None,
+        layer_scale=True,
+        d_projector=4,
+        projector_norm="token",
+    )
+    return Setup.of(whole), Setup.of(tiles), Setup.of(whole, n_key_value_heads=2)
+
+
+_HEAD = """\
+# TransformerLens' tools with an image in the input
+
+Generated by `python -m hooked_vlm.tool_table` with TransformerLens {version}; do not edit.
+
+Every tool below was called on a model of each family, with a `VLMInputs` where it takes tokens. "Cannot" names the line
+of TransformerLens that refuses; the last column says whether the tool runs where every query head has its own keys and
+values (InternVL2-4B). That the numbers are right is tested against patches by hand, autograd and the logits
+(`tests/test_transformerlens.py`, in both families).
+
+- `patching` of TransformerLens runs one forward pass for each cell. `hooked_vlm.patching` gives the same numbers for
+  several examples at once, on the sweep engine, with statistics ([patching.md](patching.md)).
+- Their annotations name token tensors: a type checker will complain of a `VLMInputs`, the tools do not.
+- Norms are not folded in these models. `VLMCache` applies their weights, so `apply_ln`, `logit_attrs` and
+  `direct_logit_attribution` rebuild the true logits; with an `ActivationCache` of your own making they would not.
+- `random_init_bridge` and `JacobianLens.from_pretrained` take the name of a repository, not a model.
+- `ProcessWeights` works on copies under TransformerLens' keys; `hooked_vlm.weight_processing` folds the model itself.
+
+"""
+
+
+def page() -> str:
+    """docs/transformerlens.md."""
+    whole, tiled, ungrouped = setups()
+    parts = [_HEAD.format(version=version("transformer_lens"))]
+    for module, tools in TOOLS.items():
+        lines = [f"## {module}\n", "| tool | Qwen2-VL | InternVL2 | without grouped queries |", "|---|---|---|---|"]
+        for name, tool in tools.items():
+            found = [outcome(tool, setup) for setup in (whole, tiled)]
+            third = "" if found == ["runs", "runs"] else outcome(tool, ungrouped)
+            second = "the same" if found[1] == found[0] != "runs" else found[1]
+            lines.append(f"| {name} | {found[0]} | {second} | {third} |")
+        parts.append("\n".join(lines) + "\n")
+    return "\n".join(parts)
+
+
+if __name__ == "__main__":
+    path = Path("docs/transformerlens.md")
+    path.write_text(page(), encoding="utf-8")
+    print(f"wrote {path}")

@@ -1,0 +1,192 @@
+"""Estimates are derivatives of real patches; paths and knock-out equal their literal forms."""
+
+import copy
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from pairs import FAMILIES, last_logits, model_and_pair, patched_by_hand
+from torch import Tensor
+
+from hooked_vlm import InputError
+from hooked_vlm.metrics import log_prob, logit_difference
+from hooked_vlm.patching import answers_without, attribute, knock_out, knocked_out, patch, patch_paths
+from hooked_vlm.patching.cells import Cells
+from hooked_vlm.patching.exact import source_activations
+
+METRIC = log_prob(5)
+
+
+@pytest.fixture(params=FAMILIES)
+def family(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+# ---- attribution patching ----
+
+
+@pytest.mark.parametrize("tower", ["text", "vision"])
+@pytest.mark.parametrize("what", ["resid_pre", "attn_out", "z", "k", "pattern"])
+def test_an_estimate_is_the_derivative_of_a_real_patch(family: str, what: Any, tower: Any) -> None:
+    """In float64: a thousandth of the step there and back, against the gradient's estimate."""
+    model, pair = model_and_pair(family)
+    model = copy.deepcopy(model).double()
+    where = ("image", "final") if tower == "text" else "image"
+    found = attribute(model, pair, what, METRIC, where=where, layers=(0, 1), tower=tower, check=0)
+    cells = Cells.of(model, [pair], what, where, tower, "denoising", (0, 1), None)
+    there = source_activations(model, pair.clean, pair, cells)
+    _, here = model.run_with_cache(pair.corrupt, names_filter=cells.names)
+    checked = 0
+    for (layer, head, _), full in zip(cells, cells.interventions(pair, there), strict=True):
+        if (layer, head) not in ((1, None), (0, 1), (1, 0)):
+            continue
+        ends = []
+        for step in (-1e-3, 1e-3):
+            name = cells.name(layer)
+            part = type(full)(name, here[name] + step * (there[name] - here[name]), full.positions, full.heads)
+            with torch.no_grad():
+                logits = model.run_with_hooks(pair.corrupt, fwd_hooks=part.hooks(model, pair.corrupt))
+            ends.append(METRIC(last_logits(logits, pair.corrupt)).item())
+        labels = dict(zip(found.axes, (layer, *(() if head is None else (head,)), _), strict=True))
+        estimate = found.select(**labels).effects.item()
+        assert estimate == pytest.approx((ends[1] - ends[0]) / 2e-3, abs=1e-6, rel=1e-3)
+        checked += abs(estimate) > 1e-5
+    assert checked
+
+
+def test_rows_are_estimated_in_one_pass_and_weights_keep_no_gradient(family: str) -> None:
+    model, pair = model_and_pair(family, "padded")
+    both: Any = attribute(model, pair, "mlp_out", METRIC, where=("final", "question"), check=0)
+    assert both.values.shape == (3, 2, 3) and both.estimated and both.agreement is None
+    assert all(p.grad is None for p in model.parameters())
+    real: Any = patch(model, pair, "mlp_out", METRIC, where=("final", "question"))
+    np.testing.assert_allclose(both.base, real.base, atol=1e-5)
+    np.testing.assert_allclose(both.source, real.source, atol=1e-5)
+
+
+def test_the_check_patches_cells_for_real(family: str) -> None:
+    model, pair = model_and_pair(family)
+    found = attribute(model, pair, "mlp_out", METRIC, where="each", check=12)
+    real = patch(model, pair, "mlp_out", METRIC, where="each")
+    assert found.agreement is not None and found.agreement.n == 12
+    whole = np.corrcoef(found.effects.ravel(), real.effects.ravel())[0, 1]
+    assert whole > 0.5  # random weights, whole steps: a first-order estimate is no more than that
+    everything = attribute(model, pair, "mlp_out", METRIC, where="each", check=10**6)
+    assert everything.agreement is not None and everything.agreement.pearson == pytest.approx(whole, abs=1e-4)
+
+
+def test_frozen_weights_do_not_matter_and_a_metric_without_gradient_does(family: str) -> None:
+    model, pair = model_and_pair(family)
+    frozen = copy.deepcopy(model).requires_grad_(False)
+    for tower, what in (("text", "z"), ("vision", "resid_pre")):
+        a, b = (
+            attribute(m, pair, what, METRIC, where="image", tower=tower, check=0)  # type: ignore[arg-type]
+            for m in (model, frozen)
+        )
+        np.testing.assert_allclose(a.effects, b.effects, atol=1e-5)
+    with pytest.raises(InputError, match="no gradient"):
+        attribute(model, pair, "z", lambda logits: logits.argmax(-1).float(), where="final")
+
+
+# ---- path patching ----
+
+
+@pytest.mark.parametrize("reads", ["q", "k", "v"])
+@pytest.mark.parametrize("where", ["all", "image"])
+def test_a_path_is_the_receivers_input_made_again(family: str, reads: Any, where: str) -> None:
+    model, pair = model_and_pair(family)
+    senders, receivers = [(0, 2), (1, 3), (2, 0)], [(1, 1), (2, 0)]
+    result = patch_paths(model, pair, senders, receivers, reads, METRIC, where=where)
+    assert result.axes == {"sender": ("0.2", "1.3", "2.0"), "receiver": ("1.1", "2.0")}
+    with torch.no_grad():
+        _, clean = model.run_with_cache(pair.clean)
+        _, corrupt = model.run_with_cache(pair.corrupt)
+    at = slice(None) if where == "all" else pair.clean.positions.image[0]
+    for i, (a, b) in enumerate(senders):
+        for j, (layer, head) in enumerate(receivers):
+            if a >= layer:
+                assert result.effects[i, j, 0] == 0
+                continue
+            attn = model.blocks[layer].attn
+            stream = (
+                corrupt["resid_pre", layer] + (clean["z", a] - corrupt["z", a])[:, :, b] @ model.blocks[a].attn.W_O[b]
+            )
+            scale = (stream.pow(2).mean(-1, keepdim=True) + model.cfg.eps).sqrt()
+            weights = getattr(attn, f"W_{reads.upper()}")[head], getattr(attn, f"b_{reads.upper()}")[head]
+            made = stream / scale * model.blocks[layer].ln1.w @ weights[0] + weights[1]
+
+            def put(x: Tensor, source: Tensor, head=head, made=made) -> None:
+                x[:, at, head] = made[:, at].detach()
+
+            name = f"blocks.{layer}.attn.hook_{reads}"
+            expected = METRIC(patched_by_hand(model, pair, "denoising", name, put))
+            np.testing.assert_allclose(result.values[i, j], expected, atol=2e-5)
+    assert np.abs(result.effects).max() > 1e-5
+
+
+def test_paths_from_heads_that_do_not_exist_are_refused() -> None:
+    model, pair = model_and_pair("qwen2-vl")
+    with pytest.raises(InputError, match=r"no head 0\.9"):
+        patch_paths(model, pair, [(0, 9)], [(1, 0)], "q", METRIC)
+    with pytest.raises(InputError, match="key-value head 2 is out of range"):
+        patch_paths(model, pair, [(0, 0)], [(1, 2)], "v", METRIC)
+
+
+# ---- attention knock-out ----
+
+
+def test_knock_out_equals_scores_of_minus_infinity(family: str) -> None:
+    model, pair = model_and_pair(family)
+    inputs = pair.clean
+    edges = [("final", "image"), ("question", "here"), ("final+question", "image+here")]
+    result = knock_out(model, inputs, logit_difference(5, 9), edges=edges, window=2, places={"here": (1, 2)})
+    assert result.axes["layers"] == ("0-1", "1-2") and result.source is None
+    groups = {**{name: own[0] for name, own in vars(inputs.positions).items()}, "here": torch.tensor([1, 2])}
+    for i, edge in enumerate(edges):
+        queries, keys = (torch.cat([groups[name] for name in side.split("+")]) for side in edge)
+
+        def cut(scores: Tensor, hook: Any, queries=queries, keys=keys) -> Tensor:
+            scores = scores.clone()
+            scores[:, :, queries[:, None], keys] = -torch.inf
+            return scores
+
+        for j, layers in enumerate(((0, 1), (1, 2))):
+            hooks = [(f"blocks.{layer}.attn.hook_attn_scores", cut) for layer in layers]
+            with torch.no_grad():
+                logits = last_logits(model.run_with_hooks(inputs, fwd_hooks=hooks), inputs)
+            np.testing.assert_allclose(result.values[i, j], logits[:, 5] - logits[:, 9], atol=2e-5)
+    assert np.abs(result.effects).max() > 1e-3
+
+
+def test_knock_out_acts_at_every_step_of_generation(family: str) -> None:
+    """The answer of a model that cannot look at the image is that of its whole passes, token by token."""
+    model, pair = model_and_pair(family)
+    inputs = pair.clean
+    cut = knocked_out(model, inputs, range(3), ("final+generated", "image"))
+    found = model.generate(inputs, max_new_tokens=3, stop_at_eos=False, fwd_hooks=cut.hooks(model, inputs))
+    grown = inputs
+    for _ in range(3):
+        own = knocked_out(model, grown, range(3), ("final+generated", "image"))
+        with torch.no_grad():
+            logits = model.run_with_hooks(grown, fwd_hooks=own.hooks(model, grown))
+        grown = grown.append(last_logits(logits, grown).argmax(-1)[:, None])
+    assert found.equal(grown.tokens)
+
+
+def test_answers_without_an_edge(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, pair = model_and_pair(family)
+    monkeypatch.setattr(model, "to_string", lambda tokens: str(tokens.tolist()))
+    frame = answers_without(model, pair.clean, edges=[("final+generated", "image")], window=3, max_new_tokens=2)
+    cut = knocked_out(model, pair.clean, range(3), ("final+generated", "image"))
+    tokens = model.generate(pair.clean, max_new_tokens=2, fwd_hooks=cut.hooks(model, pair.clean))
+    assert frame["answer"].tolist() == [str(tokens[0, pair.clean.shape[1] :].tolist())]
+    assert frame["layers"].tolist() == ["0-2"] and frame["edge"].tolist() == ["final+generated to image"]
+
+
+def test_windows_and_places_that_do_not_fit_are_refused() -> None:
+    model, pair = model_and_pair("qwen2-vl")
+    with pytest.raises(InputError, match="window of 4 layers does not fit"):
+        knock_out(model, pair.clean, METRIC, edges=[("final", "image")], window=4)
+    with pytest.raises(InputError, match="no place 'sign': choose from all, text"):
+        knock_out(model, pair.clean, METRIC, edges=[("final", "sign")], window=1)

@@ -1,0 +1,244 @@
+"""Every patching sweep equals the literal loop of patched runs, in both towers and families."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from pairs import FAMILIES, last_logits, model_and_pair, patched_by_hand
+from torch import Tensor
+
+from hooked_vlm import HookedVLM, InputError
+from hooked_vlm.interventions import PatchActivation
+from hooked_vlm.metrics import answered, kl_divergence, logit_difference
+from hooked_vlm.patching import Pair, patch
+
+METRIC = logit_difference(5, 9)
+SUFFIX = {
+    "z": "attn.hook_z",
+    "q": "attn.hook_q",
+    "k": "attn.hook_k",
+    "v": "attn.hook_v",
+    "pattern": "attn.hook_pattern",
+}
+STREAMS = ("resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out")
+
+
+@pytest.fixture(params=FAMILIES)
+def family(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+def positions(inputs: Any, place: str | int) -> list[list[int]]:
+    """Of each row, by what the inputs say of themselves."""
+    if isinstance(place, int):
+        return [[place]] * len(inputs)
+    if place == "here":
+        return [[1, 3]] * len(inputs)
+    if place == "all":
+        return [list(range(a, b)) for a, b in zip(inputs.first, inputs.stop, strict=True)]
+    return [group.tolist() for group in getattr(inputs.positions, place)]
+
+
+def by_hand(model: Any, pair: Pair, what: str, layer: int, head: int | None, place: Any, direction: Any) -> Tensor:
+    name = f"blocks.{layer}.{SUFFIX.get(what, f'hook_{what}')}"
+
+    def put(x: Tensor, source: Tensor) -> None:
+        for row, own in enumerate(positions(pair.clean, place)):
+            for p in own:
+                if what == "pattern":
+                    x[row, head, p] = source[row, head, p]
+                elif head is None:
+                    x[row, p] = source[row, p]
+                else:
+                    x[row, p, head] = source[row, p, head]
+
+    return METRIC(patched_by_hand(model, pair, direction, name, put))
+
+
+def agrees(result: Any, model: Any, pair: Pair, direction: Any) -> None:
+    for cell in result.to_dataframe().drop_duplicates(list(result.axes)).to_dict("records"):
+        head = cell.get("head")
+        expected = by_hand(model, pair, result.what, cell["layer"], head, cell["place"], direction)
+        labels = {name: cell[name] for name in result.axes}
+        found = result.select(**labels).values.reshape(-1)
+        np.testing.assert_allclose(found, expected, atol=2e-5, rtol=1e-5, err_msg=str(labels))
+    assert np.abs(result.effects).max() > 1e-3
+
+
+@pytest.mark.parametrize("direction", ["denoising", "noising"])
+@pytest.mark.parametrize("what", [*STREAMS, *SUFFIX])
+def test_a_sweep_over_groups_equals_the_loop(family: str, what: Any, direction: Any) -> None:
+    model, pair = model_and_pair(family, places={"here": (1, 3)})
+    where = ("image", "final", "here")
+    result: Any = patch(model, pair, what, METRIC, where=where, layers=(0, 2), direction=direction)
+    n_heads = {"k": 2, "v": 2}.get(what, 4)
+    assert result.values.shape == ((2, 3, 1) if what in STREAMS else (2, n_heads, 3, 1))
+    agrees(result, model, pair, direction)
+    clean, corrupt = (METRIC(last_logits(model(x), x)).detach() for x in (pair.clean, pair.corrupt))
+    np.testing.assert_allclose(result.clean, clean, atol=1e-5)
+    np.testing.assert_allclose(result.corrupt, corrupt, atol=1e-5)
+
+
+@pytest.mark.parametrize("what", ["resid_mid", "v"])
+def test_a_sweep_over_every_position_equals_the_loop(family: str, what: Any) -> None:
+    model, pair = model_and_pair(family)
+    result = patch(model, pair, what, METRIC, where="each", layers=(1,))
+    assert result.axes["place"] == tuple(range(pair.clean.shape[1]))
+    agrees(result, model, pair, "denoising")
+
+
+def test_rows_are_examples_padded_or_not(family: str) -> None:
+    model, pair = model_and_pair(family, "padded")
+    result = patch(model, pair, "resid_pre", METRIC, where=("question", "final", "all"))
+    assert result.values.shape == (3, 3, 3)
+    agrees(result, model, pair, "denoising")
+    with pytest.raises(InputError, match="row 1 has no image"):
+        patch(model, pair, "resid_pre", METRIC, where="image")
+    with pytest.raises(InputError, match="padding included"):
+        patch(model, pair, "resid_pre", METRIC, where="each")
+    with pytest.raises(InputError, match="row 1 has no image patches"):
+        patch(model, pair, "resid_pre", METRIC, where="image", tower="vision")
+    with pytest.raises(InputError, match=r"clean\[i\], corrupt\[i\]"):
+        patch(model, pair, "resid_pre", METRIC, where="each", tower="vision")
+
+
+def test_several_pairs_have_their_own_metrics_and_places(family: str) -> None:
+    model, first = model_and_pair(family, places={"here": (1, 3)})
+    _, second = model_and_pair(family, "two images", places={"here": (2,)})
+    metrics = [logit_difference(5, 9), logit_difference(7, 11)]
+    both = patch(model, [first, second], "resid_mid", metrics, where=("here", "image"))
+    for i, (pair, metric) in enumerate(zip((first, second), metrics, strict=True)):
+        alone = patch(model, pair, "resid_mid", metric, where=("here", "image"))
+        np.testing.assert_allclose(both.values[..., i], alone.values[..., 0], atol=1e-5)
+    assert both.n_examples == 2
+
+
+def test_the_whole_clean_stream_of_one_layer_restores_the_clean_run_exactly(family: str) -> None:
+    model, pair = model_and_pair(family)
+    with torch.no_grad():
+        expected, cache = model.run_with_cache(pair.clean)
+        for layer in range(model.cfg.n_layers):
+            whole = PatchActivation(f"blocks.{layer}.hook_resid_pre", cache["resid_pre", layer])
+            found = model.run_with_hooks(pair.corrupt, fwd_hooks=whole.hooks(model, pair.corrupt))
+            assert torch.equal(found, expected)
+    result = patch(model, pair, "resid_post", METRIC, where="all")
+    np.testing.assert_allclose(result.mean, 1.0, atol=1e-5)
+    to_clean = kl_divergence(last_logits(expected, pair.clean))
+    assert patch(model, pair, "resid_post", to_clean, where="all").values.max() < 1e-5
+
+
+def test_patching_a_run_with_itself_changes_nothing(family: str) -> None:
+    model, pair = model_and_pair(family)
+    same = Pair(pair.clean, pair.clean)
+    for tower in ("text", "vision"):
+        result = patch(model, same, "resid_pre", METRIC, where="image", tower=tower)
+        np.testing.assert_allclose(result.effects, 0.0, atol=1e-5)
+        assert np.isnan(result.normalised).all() and np.isnan(result.mean).all()  # 0 of 0
+
+
+@pytest.mark.parametrize("what", ["k", "v"])
+def test_keys_and_values_are_patched_by_key_value_head(family: str, what: Any) -> None:
+    model, pair = model_and_pair(family)
+    _, source = model.run_with_cache(pair.clean)
+    _, plain = model.run_with_cache(pair.corrupt)
+    name = f"blocks.1.attn.hook_{what}"
+    one = PatchActivation(name, source[name], heads=(1,))
+    with model.hooks(fwd_hooks=one.hooks(model, pair.corrupt)):
+        _, edited = model.run_with_cache(pair.corrupt)
+    changed = (edited["z", 1] - plain["z", 1]).abs().amax((0, 1, 3)) > 1e-6
+    assert changed.tolist() == [False, False, True, True]  # the two query heads that read from it
+    with pytest.raises(InputError, match="key-value head 2 is out of range"):
+        patch(model, pair, what, METRIC, where="final", heads=(2,))
+
+
+# ---- the vision tower ----
+
+
+@pytest.mark.parametrize("what", ["resid_pre", "resid_mid", "attn_out", "mlp_out", "z", "k", "pattern"])
+def test_patches_of_the_vision_tower_equal_the_loop(family: str, what: Any) -> None:
+    model, pair = model_and_pair(family)
+    heads = (1,) if what in SUFFIX else None
+    result = patch(model, pair, what, METRIC, where="each", layers=(0, 1), heads=heads, tower="vision")
+    n = result.axes["patch"]
+    assert len(n) == {"qwen2-vl": 16, "internvl2": 65}[family]
+    some = [(0, 3), (1, 0), (1, n[-1])]
+    for layer, index in some:
+        for head in (None,) if what not in SUFFIX else (1,):
+            name = f"vision.blocks.{layer}.{SUFFIX.get(what, f'hook_{what}')}"
+
+            def put(x: Tensor, source: Tensor, patch=index, head=head) -> None:
+                at = (0, patch) if head is None else (0, head, patch) if what == "pattern" else (0, patch, head)
+                x[at] = source[at]
+
+            expected = METRIC(patched_by_hand(model, pair, "denoising", name, put))
+            labels = {"layer": layer, "patch": index} | ({} if head is None else {"head": head})
+            found = result.select(**labels).values.reshape(-1)
+            np.testing.assert_allclose(found, expected, atol=2e-5, rtol=1e-5)
+    assert np.abs(result.effects).max() > 1e-4
+
+
+def test_patches_of_several_images_are_numbered_image_by_image(family: str) -> None:
+    model, pair = model_and_pair(family, "two images")
+    result = patch(model, pair, "resid_pre", METRIC, where="each", layers=(1,), tower="vision")
+    _, cache = model.run_with_cache(pair.clean)
+    n_images, width = cache.vision["resid_pre", 1].shape[:2]
+    image, index = n_images - 1, 2
+
+    def put(x: Tensor, source: Tensor) -> None:
+        x[image, index] = source[image, index]
+
+    expected = METRIC(patched_by_hand(model, pair, "denoising", "vision.blocks.1.hook_resid_pre", put))
+    found = result.select(patch=image * width + index).values.reshape(-1)
+    np.testing.assert_allclose(found, expected, atol=2e-5)
+
+
+# ---- metrics ----
+
+
+def test_a_metric_that_is_not_a_number_is_reported_by_example(family: str) -> None:
+    model, pair = model_and_pair(family, "padded")
+
+    def bad(logits: Tensor) -> Tensor:
+        values = METRIC(logits)
+        return torch.where(torch.arange(len(values)) == 1, torch.nan, values)
+
+    with pytest.warns(UserWarning, match="of the examples 1;"):
+        result = patch(model, pair, "resid_pre", bad, where=("final", "question"))
+    assert set(result.not_numbers()["example"]) == {1} and len(result.not_numbers()) == 6
+    assert set(result.summary()["not_numbers"]) == {1} and set(result.summary()["n"]) == {2}
+    good = patch(model, pair, "resid_pre", METRIC, where=("final", "question"))
+    kept = [0, 2]
+    expected = good.effects[..., kept].mean(-1) / (good.source - good.base)[kept].mean()
+    np.testing.assert_allclose(result.mean, expected, atol=1e-6)
+
+
+def test_the_generated_answer_is_a_metric() -> None:
+    model = HookedVLM.from_pretrained("toy-qwen2-vl")
+    prompt = model.to_inputs("What is the value of ab?\nab = 12")
+    said = model.generate(prompt, max_new_tokens=4, stop_at_eos=False)[0, prompt.shape[1] :]
+    for answer, expected in ((said, 1.0), (torch.cat((said[:3], said[3:] + 1)), 0.0)):
+        with_answer = prompt.append(answer)
+        with torch.no_grad():
+            assert answered(with_answer)(model(with_answer)).tolist() == [expected]
+    with pytest.raises(InputError, match="append"):
+        answered(prompt)
+    with pytest.raises(InputError, match='logits_at="all"'):
+        answered(prompt.append(said))(torch.zeros(1, 1, 5))
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ({"what": "z", "where": "finale"}, "no place 'finale'"),
+        ({"what": "z", "where": "final", "layers": (3,)}, "layer 3 is out of range"),
+        ({"what": "z", "where": "final", "heads": (4,)}, "head 4 is out of range"),
+        ({"what": "mlp_out", "where": "final", "heads": (0,)}, "no heads"),
+        ({"what": "z", "where": "final", "tower": "vision"}, "no place 'final'"),
+        ({"what": "z", "where": ()}, "no place to patch"),
+    ],
+)
+def test_what_does_not_exist_is_refused(settings: dict, says: str) -> None:
+    model, pair = model_and_pair("qwen2-vl")
+    with pytest.raises(InputError, match=says):
+        patch(model, pair, metric=METRIC, **{"where": "final", **settings})

@@ -1,0 +1,126 @@
+"""What a result says on the whole, by hand."""
+
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+from matplotlib.figure import Figure
+
+from hooked_vlm import HookedVLM, InputError
+from hooked_vlm.patching import PatchingResult
+from hooked_vlm.patching.attribution import agreement_of
+from hooked_vlm.statistics import bootstrap_ratios
+
+BASE, SOURCE = np.array([0.0, 1.0, 2.0]), np.array([4.0, 3.0, 2.0])
+VALUES = np.array(
+    [
+        [[0.0, 1.0, 2.0], [4.0, 3.0, 2.0]],
+        [[2.0, 2.0, 2.0], [1.0, np.nan, 5.0]],
+    ]
+)
+
+
+def result(**changes: Any) -> PatchingResult:
+    axes = {"layer": (0, 1), "place": ("image", "final")}
+    settings: dict[str, Any] = {"direction": "denoising", "axes": axes, "values": VALUES, "source": SOURCE}
+    return PatchingResult(what="z", base=BASE, **{**settings, **changes})
+
+
+def test_normalised_effects_are_shares_of_the_way() -> None:
+    found = result()
+    np.testing.assert_allclose(found.normalised[0], [[0, 0, np.nan], [1, 1, np.nan]])
+    np.testing.assert_allclose(found.mean, [[0.0, 1.0], [(2 + 1 + 0) / (4 + 2 + 0), (1 + 3) / (4 + 0)]])
+    assert found.clean is SOURCE and found.corrupt is BASE
+    noising = result(direction="noising")
+    assert noising.clean is BASE and noising.corrupt is SOURCE
+
+
+def test_the_interval_is_that_of_resampled_examples() -> None:
+    rng = np.random.default_rng(0)
+    values, scale = rng.normal(2, 1, (40, 2)), rng.normal(4, 1, 40)
+    ratio, low, high = bootstrap_ratios(values, scale, seed=0)
+    np.testing.assert_allclose(ratio, values.mean(0) / scale.mean())
+    drawn = np.array([(values[i].mean(0) / scale[i].mean()) for i in (rng.integers(40, size=40) for _ in range(4000))])
+    np.testing.assert_allclose([low, high], np.percentile(drawn, [2.5, 97.5], axis=0), atol=0.02)
+    estimate = result().estimate(layer=1, place="final")
+    assert estimate.value == 1.0 and estimate.n == 2
+    with pytest.raises(InputError, match="also give place"):
+        result().estimate(layer=1)
+
+
+def test_p_values_flip_signs_example_by_example() -> None:
+    # effects: none; 4, 2, 0; 2, 1, 0; 1, 3 and one unknown. Two changed examples: 4 ways, 2 of them as far.
+    np.testing.assert_allclose(result().p, [[1.0, 0.5], [0.5, 0.5]])
+
+
+def test_tables() -> None:
+    frame = result().to_dataframe()
+    assert list(frame.columns) == ["layer", "place", "example", "value", "base", "source", "effect", "normalised"]
+    line = frame[(frame.layer == 1) & (frame.place == "image") & (frame.example == 0)].iloc[0]
+    assert (line.value, line.base, line.source, line.effect, line.normalised) == (2.0, 0.0, 4.0, 2.0, 0.5)
+    assert len(frame) == 12
+    summary = result().summary()
+    assert summary["not_numbers"].tolist() == [0, 0, 0, 1] and summary["n"].tolist() == [3, 3, 3, 2]
+    assert len(result().not_numbers()) == 1
+    assert isinstance(summary, pd.DataFrame) and len(summary) == 4
+
+
+def test_select_and_its_refusals() -> None:
+    one = result().select(layer=1)
+    assert one.axes == {"layer": (1,), "place": ("image", "final")}
+    np.testing.assert_array_equal(one.values, VALUES[1:])
+    with pytest.raises(InputError, match="no axis 'head': this result has layer, place"):
+        result().select(head=1)
+    with pytest.raises(InputError, match="has no 7: it has 0, 1"):
+        result().select(layer=7)
+
+
+def test_without_another_run_means_are_mean_effects() -> None:
+    found = result(source=None, direction=None)
+    np.testing.assert_allclose(found.mean, [[0, 2], [1, 2]])
+    assert "normalised" not in found.to_dataframe()
+
+
+def test_heatmaps_show_the_means() -> None:
+    figure: Any = result().heatmap("a title")
+    assert isinstance(figure, Figure)
+    image: Any = figure.axes[0].images[0]
+    np.testing.assert_allclose(image.get_array(), [[0, 1], [0.5, 1]])
+    assert [t.get_text() for t in figure.axes[0].get_xticklabels()] == ["image", "final"]
+    heads: Any = result(
+        axes={"layer": (0, 1), "head": (0, 1), "place": ("image",)}, values=VALUES.reshape(2, 2, 1, 3)
+    ).heatmap()
+    np.testing.assert_allclose(heads.axes[0].images[0].get_array(), [[0, 1], [0.5, 1]])
+    with pytest.raises(InputError, match="fix one of layer, head, place"):
+        axes: dict[str, Any] = {"layer": (0, 1), "head": (0, 1), "place": ("image", "final")}
+        result(axes=axes, values=np.zeros((2, 2, 2, 3))).heatmap()
+
+
+@pytest.mark.parametrize("name", ["toy-qwen2-vl", "toy-internvl2"])
+def test_overlays_put_each_value_on_its_token(name: str) -> None:
+    model = HookedVLM.from_pretrained(name)
+    picture = np.full((112, 128, 3), 255, dtype=np.uint8)
+    inputs = model.to_inputs("Read the text.", images=picture)
+    token = inputs.tokens_in_box(0, (65, 33, 67, 34))[0]
+    places = tuple(range(inputs.shape[1]))
+    values = np.zeros((1, len(places), 1))
+    values[0, token] = 3.0
+    found = PatchingResult("z", {"layer": (2,), "place": places}, values, np.zeros(1), np.ones(1), "denoising")
+    figure = found.on_image(inputs, picture)
+    shown = np.asarray(figure.axes[0].images[1].get_array())
+    rows, cols = shown.shape
+    assert shown.sum() == 3.0 and shown[int(33.5 / 112 * rows), int(66 / 128 * cols)] == 3.0
+    with pytest.raises(InputError, match='sweep where="each"'):
+        result().on_image(inputs, picture)
+
+
+def test_agreement_is_correlation() -> None:
+    rng = np.random.default_rng(0)
+    a = rng.normal(size=30)
+    assert agreement_of(a, 2 * a).pearson == pytest.approx(1.0)
+    assert agreement_of(a, np.exp(a)).spearman == pytest.approx(1.0)
+    b = a.copy()
+    b[0] = np.nan
+    assert agreement_of(a, b).n == 29
+    assert np.isnan(agreement_of(a, np.zeros(30)).pearson)
