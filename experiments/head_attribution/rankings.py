@@ -1,0 +1,102 @@
+"""Other ways to rank heads, which attribution is compared with."""
+
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from hooked_vlm.attention import attention_pattern
+from hooked_vlm.experiments.head_attribution.ablation import Probe
+
+RANKINGS = {
+    "attribution": "head attribution",
+    "single": "single-head ablation",
+    "alone": "single head kept",
+    "attention": "attention to the image",
+    "value_weighted": "value-weighted attention",
+    "gradient": "attribution patching",
+    "random": "random",
+}
+"""Column in the tables, name in the figures."""
+
+
+def other_rankings(probe: Probe) -> pd.DataFrame:
+    """One row a head, by layer and head: the scores of every ranking that needs no masks."""
+    mass, weighted = attention_scores_of(probe)
+    full, none = probe.ends
+    each = np.eye(len(probe.heads), dtype=bool)
+    values = probe.measure([probe.keeping(kept) for kept in (*~each, *each)])
+    dropped, alone = np.split(values, 2)
+    columns = {
+        "single": full - dropped,
+        "alone": alone - none,
+        "attention": mass.ravel(),
+        "value_weighted": weighted.ravel(),
+        "gradient": gradients(probe).ravel(),
+    }
+    heads = pd.DataFrame(probe.heads, columns=["layer", "head"])
+    return heads.assign(**{name: column.astype(float) for name, column in columns.items()})
+
+
+@torch.no_grad()
+def attention_scores_of(
+    probe: Probe,
+) -> tuple[Float[np.ndarray, "layer head"], Float[np.ndarray, "layer head"]]:
+    """Attention to the image, and the same with each token weighted by the norm of what the head reads from it.
+
+    Both are means over the text positions behind the image: sum_j a_j, and sum_j a_j ||v_j W_O||, over image
+    tokens j (the latter after Kobayashi et al. 2020).
+    """
+    model, inputs = probe.model, probe.case.inputs
+    image, queries = image_tokens(probe), text_behind(probe)
+    found: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def watch(z: Tensor, hook: Any) -> None:
+        call, layer = hook.ctx["attention"], hook.layer()
+        rows = attention_pattern(call.scores(queries[None]), keep_float32=True)[0][..., image]
+        values = call.v[0, image].repeat_interleave(z.shape[2] // call.v.shape[2], dim=1)
+        norms = torch.einsum("khd,hdm->hkm", values, model.blocks[layer].attn.W_O).float().norm(dim=-1)
+        found[layer] = rows.sum(-1).mean(-1), (rows * norms[:, None]).sum(-1).mean(-1)
+
+    layers = range(model.cfg.n_layers)
+    model.run_with_hooks(inputs, fwd_hooks=[(f"blocks.{layer}.attn.hook_z", watch) for layer in layers])
+    mass, weighted = (torch.stack([found[layer][i] for layer in layers]).double().cpu().numpy() for i in (0, 1))
+    return mass, weighted
+
+
+def gradients(probe: Probe) -> Float[np.ndarray, "layer head"]:
+    """Attribution patching: the target's derivative by how much of each head's view of the image is kept.
+
+    A head's z is z~ + m (z - z~), where z~ is its z under the ablation; the derivative by m at 1 is a first-order
+    estimate of what ablating the head takes away (Nanda 2023), for all heads in one pass forward and back.
+    """
+    model, inputs = probe.model, probe.case.inputs
+    kept = torch.ones(model.cfg.n_layers, model.cfg.n_heads, device=inputs.device, requires_grad=True)
+
+    def soften(ablate: Any) -> Any:
+        def hook_fn(z: Tensor, hook: Any) -> Tensor:
+            lost = z - ablate(z.detach(), hook)
+            return z + (kept[hook.layer()][:, None].to(z) - 1) * lost.detach()
+
+        return hook_fn
+
+    hooks = probe.ablated(probe.heads).hooks(model, inputs)
+    with torch.enable_grad():
+        logits = model.run_with_hooks(inputs, fwd_hooks=[(name, soften(fn)) for name, fn in hooks], logits_at="last")
+        (gradient,) = torch.autograd.grad(probe.metric(logits[:, 0]).sum(), kept)
+    return gradient.double().cpu().numpy()
+
+
+def image_tokens(probe: Probe) -> Tensor:
+    """Positions of the picture's tokens."""
+    return probe.case.inputs.positions.image[0].to(probe.case.inputs.device)
+
+
+def text_behind(probe: Probe) -> Tensor:
+    """Positions of the text that sees the picture."""
+    inputs = probe.case.inputs
+    (last,) = (visual.stop for visual in inputs.visuals)
+    return torch.arange(last, inputs.stop[0], device=inputs.device)
