@@ -6,6 +6,7 @@ import tyro
 
 from hooked_vlm.converters import CheckpointError
 from hooked_vlm.experiments.common.errors import StudyError
+from hooked_vlm.experiments.head_attribution import commands as head_attribution_commands
 from hooked_vlm.experiments.ocr_heads import OcrHeadsConfig, run
 from hooked_vlm.experiments.ocr_heads.report import summary
 from hooked_vlm.files import OutputError
@@ -24,6 +25,12 @@ app = tyro.extras.SubcommandApp()
 def ocr_heads(config: tyro.conf.OmitArgPrefixes[OcrHeadsConfig]) -> None:
     """Which attention heads read text in images (arXiv 2505.15865): scores, selection and a masking control."""
     print(summary(run(config), config))
+
+
+@app.command(name="head-attribution")
+def head_attribution(command: tyro.conf.OmitArgPrefixes[head_attribution_commands.Command]) -> None:
+    """Which attention heads carry information from image to text (arXiv 2509.17588), measured by random ablations."""
+    print(head_attribution_commands.answer(command))
 
 
 def main() -> None:

@@ -59,13 +59,32 @@ class Probe:
         full, none = self.measure([self.ablated(()), self.ablated(self.heads)])
         return float(full), float(none)
 
+    @cached_property
+    def image(self) -> tuple[int, ...]:
+        """Positions of the picture's tokens."""
+        return tuple(self.case.inputs.positions.image[0].tolist())
+
+    @cached_property
+    def text(self) -> tuple[int, ...]:
+        """Positions of the text that sees the picture."""
+        return tuple(range(max(self.image) + 1, self.case.inputs.stop[0]))
+
     def ablated(self, heads: Sequence[Head], queries: Positions = None, tokens: Positions = None) -> ReplaceImageKV:
         """These heads do not see the picture, or some queries or some of its tokens only."""
         return ReplaceImageKV(tuple(heads), self.baseline, self.before_rope, queries, tokens)
 
-    def keeping(self, kept: Bool[np.ndarray, "head"]) -> ReplaceImageKV:
-        """All other heads are ablated."""
-        return self.ablated([head for head, keep in zip(self.heads, kept, strict=True) if not keep])
+    def over_heads(self, kept: Bool[np.ndarray, "mask head"]) -> Float[np.ndarray, "mask"]:
+        """The target with only some heads kept; the others see the baseline."""
+        return self.measure([self.ablated(chosen(self.heads, ~own)) for own in kept])
+
+    def over_tokens(self, kept: Bool[np.ndarray, "mask token"]) -> Float[np.ndarray, "mask"]:
+        """The target with only some of the picture's tokens kept; for every head the others are the baseline."""
+        return self.measure([self.ablated(self.heads, tokens=chosen(self.image, ~own)) for own in kept])
+
+
+def chosen(units: Sequence[Any], mask: Bool[np.ndarray, "unit"]) -> tuple[Any, ...]:
+    """Those where the mask is True."""
+    return tuple(unit for unit, here in zip(units, mask, strict=True) if here)
 
 
 def make_probes(model: Any, cases: Sequence[Case], config: HeadAttributionConfig) -> list[Probe]:

@@ -4,13 +4,11 @@ faithfulness(k) = (only the top k kept - all ablated) / (all kept - all ablated)
 completeness(k) = (all kept - the top k ablated) / (all kept - all ablated)
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import pandas as pd
-from jaxtyping import Float, Int
-
-from hooked_vlm.experiments.head_attribution.ablation import Probe
+from jaxtyping import Bool, Float, Int
 
 LEVELS = (0.8, 0.9)
 FEW = 33
@@ -19,40 +17,42 @@ MIN_GAP = 0.5
 """Pictures whose target loses less than this without any head are left out: shares of so little say nothing."""
 
 Curve = Float[np.ndarray, "k"]
+Order = Int[np.ndarray, "unit"]
+Measure = Callable[[Bool[np.ndarray, "mask unit"]], Float[np.ndarray, "mask"]]
 
 
-def sizes(n_heads: int) -> Int[np.ndarray, "k"]:
-    """0 to all heads; where these are many, denser at the beginning."""
-    if n_heads < FEW:
-        return np.arange(n_heads + 1)
-    return np.unique(np.concatenate(([0], np.geomspace(1, n_heads, FEW - 1).round(), [n_heads])).astype(int))
+def sizes(n_units: int) -> Int[np.ndarray, "k"]:
+    """0 to all heads (or image tokens); where these are many, denser at the beginning."""
+    if n_units < FEW:
+        return np.arange(n_units + 1)
+    return np.unique(np.concatenate(([0], np.geomspace(1, n_units, FEW - 1).round())).astype(int))
 
 
 def orders(
-    scores: Mapping[str, Float[np.ndarray, "head"]], n_random: int, seed: list[int]
-) -> dict[tuple[str, int], Int[np.ndarray, "head"]]:
-    """The heads by every ranking, best first, ties in the heads' order; (ranking, draw), draws of random ones."""
+    scores: Mapping[str, Float[np.ndarray, "unit"]], n_random: int, seed: list[int]
+) -> dict[tuple[str, int], Order]:
+    """Heads (or image tokens) by every ranking, best first, ties in their own order; (ranking, draw), draws of random ones."""
     found = {(name, 0): np.argsort(-values, kind="stable") for name, values in scores.items()}
     rng = np.random.default_rng(seed)
-    n_heads = len(next(iter(scores.values())))
-    return found | {("random", draw): rng.permutation(n_heads) for draw in range(n_random)}
+    n_units = len(next(iter(scores.values())))
+    return found | {("random", draw): rng.permutation(n_units) for draw in range(n_random)}
 
 
-def measure_curves(probe: Probe, ranked: Mapping[tuple[str, int], Int[np.ndarray, "head"]]) -> pd.DataFrame:
-    """The target with only the top k heads kept, and with these ablated: `ranking`, `draw`, `k`, `kept`, `ablated`.
+def measure_curves(measure: Measure, ranked: Mapping[tuple[str, int], Order]) -> pd.DataFrame:
+    """The target with only the top k kept, and with these ablated: `ranking`, `draw`, `k`, `kept`, `ablated`.
 
-    Sets of heads that several rankings share are measured once.
+    `measure` gives the target for masks, True for kept. Sets that several rankings share are measured once.
     """
-    n_heads = len(probe.heads)
+    n_units = len(next(iter(ranked.values())))
     wanted: dict[bytes, np.ndarray] = {}
     rows = []
     for (ranking, draw), order in ranked.items():
-        for k in sizes(n_heads).tolist():
-            top = np.zeros(n_heads, dtype=bool)
+        for k in sizes(n_units).tolist():
+            top = np.zeros(n_units, dtype=bool)
             top[order[:k]] = True
             wanted |= {top.tobytes(): top, (~top).tobytes(): ~top}
             rows.append((ranking, draw, k, top.tobytes(), (~top).tobytes()))
-    values = dict(zip(wanted, probe.measure([probe.keeping(kept) for kept in wanted.values()]), strict=True))
+    values = dict(zip(wanted, measure(np.stack(list(wanted.values()))).tolist(), strict=True))
     return pd.DataFrame(
         [(ranking, draw, k, values[top], values[rest]) for ranking, draw, k, top, rest in rows],
         columns=["ranking", "draw", "k", "kept", "ablated"],

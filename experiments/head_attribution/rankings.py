@@ -28,8 +28,7 @@ def other_rankings(probe: Probe) -> pd.DataFrame:
     mass, weighted = attention_scores_of(probe)
     full, none = probe.ends
     each = np.eye(len(probe.heads), dtype=bool)
-    values = probe.measure([probe.keeping(kept) for kept in (*~each, *each)])
-    dropped, alone = np.split(values, 2)
+    dropped, alone = np.split(probe.over_heads(np.concatenate((~each, each))), 2)
     columns = {
         "single": full - dropped,
         "alone": alone - none,
@@ -51,7 +50,7 @@ def attention_scores_of(
     tokens j (the latter after Kobayashi et al. 2020).
     """
     model, inputs = probe.model, probe.case.inputs
-    image, queries = image_tokens(probe), text_behind(probe)
+    image, queries = list(probe.image), torch.tensor(probe.text, device=inputs.device)
     found: dict[int, tuple[Tensor, Tensor]] = {}
 
     def watch(z: Tensor, hook: Any) -> None:
@@ -88,15 +87,3 @@ def gradients(probe: Probe) -> Float[np.ndarray, "layer head"]:
         logits = model.run_with_hooks(inputs, fwd_hooks=[(name, soften(fn)) for name, fn in hooks], logits_at="last")
         (gradient,) = torch.autograd.grad(probe.metric(logits[:, 0]).sum(), kept)
     return gradient.double().cpu().numpy()
-
-
-def image_tokens(probe: Probe) -> Tensor:
-    """Positions of the picture's tokens."""
-    return probe.case.inputs.positions.image[0].to(probe.case.inputs.device)
-
-
-def text_behind(probe: Probe) -> Tensor:
-    """Positions of the text that sees the picture."""
-    inputs = probe.case.inputs
-    (last,) = (visual.stop for visual in inputs.visuals)
-    return torch.arange(last, inputs.stop[0], device=inputs.device)

@@ -1,0 +1,218 @@
+"""The report's section on token flow: which text receives, in what order, and which image tokens matter."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import pandas as pd
+
+from hooked_vlm.experiments.common.report import Report
+from hooked_vlm.experiments.head_attribution import plots
+from hooked_vlm.experiments.head_attribution.config import HeadAttributionConfig
+from hooked_vlm.experiments.head_attribution.curves import LEVELS, MIN_GAP, first_at, shares
+from hooked_vlm.experiments.head_attribution.findings import Findings, band, row
+from hooked_vlm.experiments.head_attribution.image_flow import TOP_SHARE, coverage, inside
+from hooked_vlm.experiments.head_attribution.measure import Measured
+from hooked_vlm.experiments.head_attribution.text_flow import mean_layer, with_losses
+from hooked_vlm.statistics import Estimate, bootstrap_mean, paired_p
+
+TOKEN_RANKINGS = {
+    "attribution": "token attribution",
+    "attention": "attention of the final token",
+    "object": "share of the object",
+    "random": "random",
+}
+SHOWN = 8
+"""Pictures with their token coefficients."""
+
+
+def tokens(report: Report, found: Measured, config: HeadAttributionConfig) -> Findings:
+    """Which text receives, in what order, and which image tokens matter."""
+    usable = found.gaps >= MIN_GAP
+    report.section(
+        "Token flow",
+        "Losses are shares of what the image adds to the target (1: as if no text saw the image). "
+        f"{int(usable.sum())} of {len(usable)} pictures count: on the others the image adds less than {MIN_GAP}.",
+    )
+    if not usable.any():
+        return {}
+    findings = _receivers(report, found, config, usable)
+    findings |= _edges(report, found, config, usable)
+    return findings | _image(report, found, config)
+
+
+def _losses(frames: Sequence[pd.DataFrame], found: Measured, usable: np.ndarray) -> list[pd.DataFrame]:
+    chosen = zip(frames, found.ends, usable, strict=True)
+    return [with_losses(frame, full, full - none) for frame, (full, none), use in chosen if use]
+
+
+def _estimates(frames: Sequence[pd.DataFrame], keys: list[str], seed: int) -> pd.DataFrame:
+    """Mean loss over pictures of every run they have in common, as rows with intervals."""
+    together = pd.concat(frames, ignore_index=True)
+    rows = []
+    for key, own in together.groupby(keys, sort=False):
+        rows.append(row(bootstrap_mean(own["loss"].to_numpy(), seed), **dict(zip(keys, key, strict=True))))
+    return pd.DataFrame(rows)
+
+
+def _receivers(report: Report, found: Measured, config: HeadAttributionConfig, usable: np.ndarray) -> Findings:
+    n_layers = found.probes[0].model.cfg.n_layers
+    table = _estimates(_losses(found.receivers, found, usable), ["text", "change", "first", "stop"], config.seed)
+    whole = table[(table["first"] == 0) & (table["stop"] == n_layers)]
+    single = whole["text"].str.contains("'")
+    groups: dict[str, dict[str, Estimate]] = {}
+    for r in whole[~single].itertuples(index=False):
+        change, value = ("loses sight of the image", _estimate(r))
+        if r.change == "kept alone":
+            change, value = "alone sees the image (what is kept)", _kept(_estimate(r))
+        groups.setdefault(str(r.text), {})[change] = value
+    report.text(
+        "Which text receives: one group of tokens loses sight of the image for all heads, or it alone keeps it; then "
+        "single tokens. (What a group does not see itself it may still be told by another.)"
+    )
+    caption = f"Share of the image's effect lost, or kept; {int(usable.sum())} pictures, 95% intervals"
+    report.figure("receivers", plots.bars(groups, "share of the image's effect"), caption)
+    each = {str(r.text): {"": _estimate(r)} for r in whole[single].itertuples(index=False)}
+    caption = f"Share lost when one token loses sight of the image; {int(usable.sum())} pictures, 95% intervals"
+    report.figure("single_tokens", plots.bars(each, "share lost"), caption)
+    sliding = table[(table["stop"] - table["first"] < n_layers) & (table["change"] == "ablated")]
+    if len(sliding):
+        grid = sliding.pivot_table(index="text", columns="first", values="value", sort=False)
+        widths = _windows(sliding)
+        figure = plots.matrix(grid.to_numpy(), list(grid.index), widths, ("", "layers", "share lost"))
+        caption = f"Share lost by group and window of layers; means over {int(usable.sum())} pictures"
+        report.figure("receivers_by_layer", figure, caption)
+    report.table("receivers", table, "Loss by text tokens and layers (first to stop - 1)", shown=24)
+    return {f"lost without: {name}": own["loses sight of the image"] for name, own in groups.items()} | {
+        f"kept by alone: {name}": own["alone sees the image (what is kept)"] for name, own in groups.items()
+    }
+
+
+def _edges(report: Report, found: Measured, config: HeadAttributionConfig, usable: np.ndarray) -> Findings:
+    n_layers = found.probes[0].model.cfg.n_layers
+    frames = [
+        frame.assign(edge=frame["source"] + " → " + frame["receiver"]) for frame in _losses(found.edges, found, usable)
+    ]
+    table = _estimates(frames, ["edge", "first", "stop"], config.seed)
+    edges = list(dict.fromkeys(table["edge"]))
+    centres = {
+        edge: np.array([mean_layer(frame[frame["edge"] == edge], n_layers) for frame in frames]) for edge in edges
+    }
+    sliding = table[table["stop"] - table["first"] < n_layers]
+    report.text(
+        "Order of the flow: attention from one group to another is cut in a window of layers. An edge's mean layer is "
+        "the middle of the windows, weighted by what cutting there costs (windows that cost nothing count nothing)."
+    )
+    if len(sliding):
+        grid = sliding.pivot_table(index="edge", columns="first", values="value", sort=False)
+        figure = plots.matrix(grid.to_numpy(), list(grid.index), _windows(sliding), ("", "layers", "share lost"))
+        caption = f"Share lost by cut edge and window of layers; means over {len(frames)} pictures"
+        report.figure("edges", figure, caption)
+    report.table("edges", table, "Loss by cut edge and layers (first to stop - 1)", shown=30)
+    means = {edge: bootstrap_mean(values, config.seed) for edge, values in centres.items()}
+    rows = [row(estimate, edge=edge) for edge, estimate in means.items()]
+    report.table("edge_layers", pd.DataFrame(rows), "Mean layer of every edge; n pictures on which cutting it costs")
+    findings = {f"mean layer: {edge}": estimate for edge, estimate in means.items()}
+    early, late = "question → role", "image → role"
+    if early in centres and late in centres:
+        difference = bootstrap_mean(centres[late] - centres[early], config.seed)
+        p = paired_p(centres[late], centres[early], config.seed) if difference.n else np.nan
+        report.text(
+            f"Image → role is {difference} layers behind question → role (pictures paired, p = {p:.3g}; the paper "
+            "finds that role tokens are told by the text first and receive the image's information then)."
+        )
+        findings["layers from question → role to image → role"] = difference
+    return findings
+
+
+def _image(report: Report, found: Measured, config: HeadAttributionConfig) -> Findings:
+    n_tokens = len(found.probes[0].image)
+    fits = [one.fit for one in found.tokens]
+    pearson, r2 = (
+        bootstrap_mean(np.array([getattr(f, name) for f in fits]), config.seed) for name in ("pearson", "r2")
+    )
+    report.section(
+        "Image tokens",
+        f"The same regression over image tokens ({n_tokens} of the first picture): {len(found.tokens[0].values)} "
+        f"masks per picture; a token that is not kept is the baseline to every head of all text. Held-out Pearson "
+        f"correlation {pearson}, R² {r2}, over {fits[0].n_held_out} masks a picture.",
+    )
+    shown = []
+    for probe, one in list(zip(found.probes, found.tokens, strict=True))[:SHOWN]:
+        boxes = [(probe.case.inputs.box_of_token(p), float(c)) for p, c in zip(probe.image, one.fit.coefficients)]
+        boxes.sort(
+            key=lambda item: -(item[0][2] - item[0][0])
+        )  # a thumbnail's large tokens below the tiles' small ones
+        shown.append((probe.case.item.name, probe.case.item.image, boxes))
+    report.figure(
+        "image_tokens", plots.pictures(shown, "coefficient"), f"Coefficients of {len(shown)} pictures' tokens"
+    )
+    findings = {"held-out Pearson, image tokens": pearson, "held-out R², image tokens": r2}
+    findings |= _inside(report, found, config)
+    return findings | _keep_only(report, found, config)
+
+
+def _inside(report: Report, found: Measured, config: HeadAttributionConfig) -> Findings:
+    rows = []
+    for probe, one in zip(found.probes, found.tokens, strict=True):
+        covered = coverage(probe)
+        if covered is not None:
+            rows.append(inside(one.fit.coefficients, covered > config.object_overlap))
+    if not rows:
+        report.text("Where the object lies is not known for these pictures, so tokens are not compared with it.")
+        return {}
+    table = pd.DataFrame(rows)
+    found_here = {f"object's share {name}": bootstrap_mean(table[name].to_numpy(), config.seed) for name in table}
+    found_here["AUC of object tokens"] = found_here.pop("object's share AUC")
+    report.text(
+        f"A token belongs to the object if more than {config.object_overlap:.0%} of its area does. The top tokens are "
+        f"the {TOP_SHARE:.0%} with the largest coefficients. AUC: the probability that a token of the object has a "
+        "larger coefficient than one of the background (0.5 if they are alike)."
+    )
+    labelled = pd.DataFrame([row(estimate, measure=name) for name, estimate in found_here.items()])
+    report.table("inside", labelled, "How far the tokens that matter are the object's; means over pictures")
+    return found_here
+
+
+def _keep_only(report: Report, found: Measured, config: HeadAttributionConfig) -> Findings:
+    """Curves over the number of tokens kept, for pictures with as many tokens as most."""
+    sizes = [int(frame["k"].max()) for frame in found.token_curves]
+    n_tokens = max(set(sizes), key=sizes.count)
+    own = [shares(frame) for frame, n in zip(found.token_curves, sizes, strict=True) if n == n_tokens]
+    rankings = [name for name in TOKEN_RANKINGS if name in set(own[0]["ranking"])]
+    own = [frame for frame in own if set(rankings) <= set(frame["ranking"])]
+    ms = own[0].loc[own[0]["ranking"] == rankings[0], "k"].to_numpy()
+    panels = {
+        f"{kind} (top m {verb})": {
+            TOKEN_RANKINGS[name]: band([f.loc[f["ranking"] == name, kind] for f in own], config.seed)
+            for name in rankings
+        }
+        for kind, verb in (("faithfulness", "kept"), ("completeness", "replaced"))
+    }
+    used = [frame for frame in own if not frame["faithfulness"].isna().any()]
+    caption = f"Only the top m of {n_tokens} tokens kept, or these replaced; means over {len(used)} pictures"
+    report.figure("keep_only", plots.bands(ms, panels, "m", LEVELS[0]), caption)
+    rows, findings = [], {}
+    for name in rankings:
+        faithful = [f.loc[f["ranking"] == name, "faithfulness"].to_numpy() for f in used]
+        for level in LEVELS:
+            needed = bootstrap_mean(np.array([first_at(ms, level, curve) for curve in faithful]), config.seed)
+            rows.append(row(needed, ranking=TOKEN_RANKINGS[name], level=level, of=n_tokens))
+            findings[f"m at {level:g}, {TOKEN_RANKINGS[name]}"] = needed
+    report.table(
+        "keep_only", pd.DataFrame(rows), "Tokens that must be kept (smallest m measured) for so much of the effect"
+    )
+    return findings
+
+
+def _estimate(r: object) -> Estimate:
+    return Estimate(*(float(getattr(r, name)) for name in ("value", "low", "high")), n=int(r.n))
+
+
+def _kept(lost: Estimate) -> Estimate:
+    return Estimate(1 - lost.value, 1 - lost.high, 1 - lost.low, lost.n)
+
+
+def _windows(table: pd.DataFrame) -> list[str]:
+    """Names of the windows: "3", or "3-6"."""
+    ends = table[["first", "stop"]].drop_duplicates().itertuples(index=False)
+    return [str(first) if stop == first + 1 else f"{first}-{stop - 1}" for first, stop in ends]
