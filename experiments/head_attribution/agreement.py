@@ -1,4 +1,4 @@
-"""Do pictures agree on the heads that matter, and is it what they show or how they look (arXiv 2509.17588, section 4)?"""
+"""Do pictures agree on the heads that matter; is it what they show or how they look (arXiv 2509.17588, section 4)?"""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -66,7 +66,9 @@ def partial_correlations(
     i, j = np.triu_indices(n, 1)
     weights = np.ones(len(i)) if counts is None else (counts[i] * counts[j]).astype(float)
     columns = np.stack([similarity[i, j], *(cause[i, j] for cause in causes.values())])
-    covariance = np.cov(columns, aweights=weights)
+    if (weights > 0).sum() < len(columns) + 2:
+        return np.full(len(causes), np.nan)
+    covariance = np.cov(columns, aweights=weights, bias=True)
     scale = np.sqrt(np.diag(covariance))
     if (scale < 1e-9).any():
         return np.full(len(causes), np.nan)

@@ -31,7 +31,7 @@ def sizes(n_units: int) -> Int[np.ndarray, "k"]:
 def orders(
     scores: Mapping[str, Float[np.ndarray, "unit"]], n_random: int, seed: list[int]
 ) -> dict[tuple[str, int], Order]:
-    """Heads (or image tokens) by every ranking, best first, ties in their own order; (ranking, draw), draws of random ones."""
+    """Heads (or image tokens) by every ranking, best first, ties in their own order, and random; by (ranking, draw)."""
     found = {(name, 0): np.argsort(-values, kind="stable") for name, values in scores.items()}
     rng = np.random.default_rng(seed)
     n_units = len(next(iter(scores.values())))

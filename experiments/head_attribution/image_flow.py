@@ -1,4 +1,4 @@
-"""Which image tokens matter: the regression over them, set against the object's place (arXiv 2509.17588, section 5.2)."""
+"""Which image tokens matter: the regression over them, against the object's place (arXiv 2509.17588, section 5.2)."""
 
 import math
 from typing import Any

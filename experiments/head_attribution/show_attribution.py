@@ -1,5 +1,6 @@
 """The report's sections on the task and on the regression."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -10,8 +11,8 @@ from hooked_vlm.experiments.head_attribution import plots
 from hooked_vlm.experiments.head_attribution.config import HeadAttributionConfig
 from hooked_vlm.experiments.head_attribution.findings import Findings, band
 from hooked_vlm.experiments.head_attribution.measure import Measured
-from hooked_vlm.experiments.head_attribution.regression import RELIABLE, convergence, settled_at
-from hooked_vlm.statistics import bootstrap_mean, share
+from hooked_vlm.experiments.head_attribution.regression import RELIABLE, Fit, convergence, settled_at
+from hooked_vlm.statistics import Estimate, bootstrap_mean, share
 from hooked_vlm.sweep_plan import make_plan
 
 TARGETS = {"logit": "logit", "log_prob": "log-probability", "margin": "margin", "difference": "logit difference"}
@@ -44,9 +45,7 @@ def task(report: Report, found: Measured, config: HeadAttributionConfig) -> Find
 def attribution(report: Report, found: Measured, config: HeadAttributionConfig) -> Findings:
     """Coefficients of all heads, how well they foretell, and when they have settled."""
     fits = [one.fit for one in found.heads]
-    pearson, r2 = (
-        bootstrap_mean(np.array([getattr(f, name) for f in fits]), config.seed) for name in ("pearson", "r2")
-    )
+    pearson, r2 = held_out(fits, config.seed)
     n_masks = len(found.heads[0].values)
     n_heads, target = found.coefficients.shape[1], TARGETS[config.target]
     report.section(
@@ -80,6 +79,12 @@ def attribution(report: Report, found: Measured, config: HeadAttributionConfig) 
     settled = _convergence(report, found, config)
     _cost(report, found, config, n_heads)
     return {"held-out Pearson": pearson, "held-out R²": r2} | settled
+
+
+def held_out(fits: Sequence[Fit], seed: int) -> tuple[Estimate, Estimate]:
+    """Pearson correlation and R2 on masks the regressions did not see, means over pictures."""
+    pearson, r2 = (bootstrap_mean(np.array([getattr(fit, name) for fit in fits]), seed) for name in ("pearson", "r2"))
+    return pearson, r2
 
 
 def heads_table(found: Measured, config: HeadAttributionConfig) -> pd.DataFrame:

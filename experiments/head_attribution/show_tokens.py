@@ -12,6 +12,7 @@ from hooked_vlm.experiments.head_attribution.curves import LEVELS, MIN_GAP, firs
 from hooked_vlm.experiments.head_attribution.findings import Findings, band, row
 from hooked_vlm.experiments.head_attribution.image_flow import TOP_SHARE, coverage, inside
 from hooked_vlm.experiments.head_attribution.measure import Measured
+from hooked_vlm.experiments.head_attribution.show_attribution import held_out
 from hooked_vlm.experiments.head_attribution.text_flow import mean_layer, with_losses
 from hooked_vlm.statistics import Estimate, bootstrap_mean, paired_p
 
@@ -127,9 +128,7 @@ def _edges(report: Report, found: Measured, config: HeadAttributionConfig, usabl
 def _image(report: Report, found: Measured, config: HeadAttributionConfig) -> Findings:
     n_tokens = len(found.probes[0].image)
     fits = [one.fit for one in found.tokens]
-    pearson, r2 = (
-        bootstrap_mean(np.array([getattr(f, name) for f in fits]), config.seed) for name in ("pearson", "r2")
-    )
+    pearson, r2 = held_out(fits, config.seed)
     report.section(
         "Image tokens",
         f"The same regression over image tokens ({n_tokens} of the first picture): {len(found.tokens[0].values)} "
@@ -138,10 +137,9 @@ def _image(report: Report, found: Measured, config: HeadAttributionConfig) -> Fi
     )
     shown = []
     for probe, one in list(zip(found.probes, found.tokens, strict=True))[:SHOWN]:
-        boxes = [(probe.case.inputs.box_of_token(p), float(c)) for p, c in zip(probe.image, one.fit.coefficients)]
-        boxes.sort(
-            key=lambda item: -(item[0][2] - item[0][0])
-        )  # a thumbnail's large tokens below the tiles' small ones
+        places = [probe.case.inputs.box_of_token(position) for position in probe.image]
+        boxes = list(zip(places, one.fit.coefficients.tolist(), strict=True))
+        boxes.sort(key=lambda item: item[0][0] - item[0][2])  # a thumbnail's large tokens below the tiles' small ones
         shown.append((probe.case.item.name, probe.case.item.image, boxes))
     report.figure(
         "image_tokens", plots.pictures(shown, "coefficient"), f"Coefficients of {len(shown)} pictures' tokens"

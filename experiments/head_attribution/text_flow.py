@@ -1,4 +1,4 @@
-"""Which text tokens receive what the image tells, and in which order it is passed on (arXiv 2509.17588, section 5.1)."""
+"""Which text tokens receive what the image tells, and in what order it goes on (arXiv 2509.17588, section 5.1)."""
 
 from collections.abc import Mapping
 
