@@ -55,61 +55,62 @@ def mean_of_pairs(
     return Estimate(float(similarity[pairs].mean()), float(low), float(high), int(pairs.sum()))
 
 
-def partial_correlations(
-    similarity: Square, causes: Mapping[str, Square], counts: Int[np.ndarray, "image"] | None = None
-) -> Float[np.ndarray, "cause"]:
-    """Of the pairs' similarity with each cause, the others held fixed; pictures may count several times.
+def partial_correlation(
+    similarity: Square, cause: Square, fixed: Sequence[Square], counts: Int[np.ndarray, "image"] | None = None
+) -> float:
+    """Of the pairs' similarity with a cause, others held fixed; pictures may count several times.
 
     From the inverse of the correlation matrix. NaN where something is constant or follows from the rest.
     """
     n = len(similarity)
     i, j = np.triu_indices(n, 1)
     weights = np.ones(len(i)) if counts is None else (counts[i] * counts[j]).astype(float)
-    columns = np.stack([similarity[i, j], *(cause[i, j] for cause in causes.values())])
+    columns = np.stack([square[i, j] for square in (similarity, cause, *fixed)])
     if (weights > 0).sum() < len(columns) + 2:
-        return np.full(len(causes), np.nan)
+        return np.nan
     covariance = np.cov(columns, aweights=weights, bias=True)
     scale = np.sqrt(np.diag(covariance))
     if (scale < 1e-9).any():
-        return np.full(len(causes), np.nan)
+        return np.nan
     correlation = covariance / np.outer(scale, scale)
     if np.linalg.cond(correlation) > 1e8:
-        return np.full(len(causes), np.nan)
+        return np.nan
     precision = np.linalg.inv(correlation)
-    return -precision[0, 1:] / np.sqrt(precision[0, 0] * np.diag(precision)[1:])
+    return float(-precision[0, 1] / np.sqrt(precision[0, 0] * precision[1, 1]))
+
+
+SAME, NAMES, PICTURES = "same name", "names alike", "pictures alike"
+QUESTIONS = ((SAME, (PICTURES,)), (NAMES, (PICTURES,)), (NAMES, (SAME, PICTURES)), (PICTURES, (SAME, NAMES)))
+"""Each cause, and what is held fixed: semantics beyond appearance, appearance beyond semantics."""
 
 
 def explained(similarity: Square, causes: Mapping[str, Square], seed: int, draws: int = DRAWS) -> pd.DataFrame:
-    """One row a cause: its correlation with the similarity alone and with the other causes held fixed.
+    """One row for each of `QUESTIONS`: the cause's correlation with the similarity, alone and others held fixed.
 
     Intervals draw pictures again; p is one-sided, with the coefficient vectors exchanged between pictures (Mantel's
     test, with the partial correlation as its statistic).
     """
     n = len(similarity)
-    found = partial_correlations(similarity, causes)
     rng = np.random.default_rng([seed, 14])
-    resampled = np.stack(
-        [
-            partial_correlations(similarity, causes, rng.multinomial(n, np.full(n, 1 / n)))
-            for _ in range(min(draws, 500))
-        ]
-    )
+    drawn = rng.multinomial(n, np.full(n, 1 / n), size=min(draws, 500))
     rows = []
-    for index, (name, cause) in enumerate(causes.items()):
-        usable = resampled[~np.isnan(resampled[:, index]), index]
-        low, high = np.percentile(usable, [2.5, 97.5]) if len(usable) else (np.nan, np.nan)
-        p = np.nan
-        if not np.isnan(found[index]):
+    for name, controls in QUESTIONS:
+        cause, fixed = causes[name], [causes[other] for other in controls]
+        partial = partial_correlation(similarity, cause, fixed)
+        low = high = p = np.nan
+        if not np.isnan(partial):
+            resampled = [partial_correlation(similarity, cause, fixed, counts) for counts in drawn]
+            low, high = np.nanpercentile(resampled, [2.5, 97.5])
             p = permutation_p(
-                lambda shuffled, index=index: partial_correlations(shuffled, causes)[index],
+                lambda shuffled, cause=cause, fixed=fixed: partial_correlation(shuffled, cause, fixed),
                 lambda rng: _exchanged(similarity, rng.permutation(n)),
-                float(found[index]),
+                partial,
                 seed,
                 draws,
             )
-        alone = partial_correlations(similarity, {name: cause})[0]
-        rows.append((name, alone, found[index], low, high, p, n * (n - 1) // 2, n))
-    columns = ["cause", "correlation", "partial", "low", "high", "p", "pairs", "images"]
+        alone = partial_correlation(similarity, cause, [])
+        rows.append((name, ", ".join(controls), alone, partial, low, high, p, n * (n - 1) // 2, n))
+    columns = ["cause", "held fixed", "correlation", "partial", "low", "high", "p", "pairs", "images"]
     return pd.DataFrame(rows, columns=columns)
 
 
@@ -128,7 +129,7 @@ def causes_of(cases: Sequence[Any], model: Any) -> dict[str, Square]:
     words = {name: model.W_E[model.to_tokens(name)[0]].float().mean(0).detach().cpu().numpy() for name in set(names)}
     texts = np.stack([words[name] for name in names]).astype(float)
     return {
-        "same name": (names[:, None] == names[None]).astype(float),
-        "names alike": cosine(texts - texts.mean(0)),
-        "pictures alike": cosine(pictures - pictures.mean(0)),
+        SAME: (names[:, None] == names[None]).astype(float),
+        NAMES: cosine(texts - texts.mean(0)),
+        PICTURES: cosine(pictures - pictures.mean(0)),
     }

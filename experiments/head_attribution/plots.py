@@ -36,7 +36,7 @@ def matrix(
             if not np.isnan(value):
                 strong = abs(value) > 0.6 * top if signed else value < 0.6 * top
                 colour = PAPER if strong else INK
-                axes.text(x, y, f"{value:.2f}", ha="center", va="center", color=colour, fontsize=9)
+                axes.text(x, y, f"{round(value, 2) + 0.0:.2f}", ha="center", va="center", color=colour, fontsize=9)
     for axis, names in ((axes.yaxis, rows), (axes.xaxis, columns)):
         step = max(1, len(names) // 16)
         axis.set_ticks(range(0, len(names), step), [str(name) for name in names[::step]])
@@ -56,14 +56,17 @@ def foretold(panels: Sequence[tuple[str, Float[np.ndarray, "mask"], Float[np.nda
 
 
 def bands(
-    x: Shaped[np.ndarray, "x"], panels: Mapping[str, Mapping[str, Band]], x_label: str, level: float | None = None
+    x: Shaped[np.ndarray, "x"],
+    panels: Mapping[str, Mapping[str, Band]],
+    x_label: str,
+    levels: Mapping[str, float] | None = None,
 ) -> Figure:
-    """Lines with their intervals, one panel for each measure; all panels have the same lines."""
+    """Lines with their intervals, one panel for each measure; all panels have the same lines. `levels` are marked."""
     figure = new_figure(4.6 * len(panels) + 1.4, 3.6)
     all_axes = np.atleast_1d(figure.subplots(1, len(panels)))
     for axes, (title, lines) in zip(all_axes, panels.items(), strict=True):
-        if level is not None:
-            axes.axhline(level, color=COLOURS[-1], linewidth=0.8, linestyle=":")
+        if levels is not None and title in levels:
+            axes.axhline(levels[title], color=COLOURS[-1], linewidth=0.8, linestyle=":")
         for index, (name, (mean, low, high)) in enumerate(lines.items()):
             colour = COLOURS[-1] if name == "random" else COLOURS[index % (len(COLOURS) - 1)]
             style = "--" if name == "random" else "-"

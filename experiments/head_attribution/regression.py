@@ -102,7 +102,8 @@ def convergence(kept: Masks, values: Values, kind: Regression, held_out: float, 
     n_held = max(2, round(held_out * len(values)))
     x, y = kept[:-n_held].astype(float), values[:-n_held]
     n_parts, most = x.shape[1], len(y) // 2
-    sizes = np.unique(np.geomspace(min(n_parts + 4, most), most, steps).round().astype(int))
+    fewest = min(round(1.5 * n_parts), most)
+    sizes = np.unique(np.geomspace(fewest, most, steps).round().astype(int))
     rows = []
     for n in sizes.tolist():
         first = chosen(kind, x[:n], y[:n]).fit(x[:n], y[:n])

@@ -132,7 +132,7 @@ def _convergence(report: Report, found: Measured, config: HeadAttributionConfig)
         f"{RELIABLE} is reached for good after {settled} masks on {settled.n} of {len(curves)} pictures, and not yet "
         "on the others: more masks than that change little."
     )
-    figure = plots.bands(sizes, panels, "masks", RELIABLE)
+    figure = plots.bands(sizes, panels, "masks", {next(iter(panels)): RELIABLE})
     report.figure("convergence", figure, f"Coefficients and foretelling by number of masks, {len(curves)} pictures")
     frames = [curve.assign(image=image) for image, curve in zip(found.images, curves, strict=True)]
     report.table("convergence", pd.concat(frames, ignore_index=True), "Convergence of every picture", shown=8)

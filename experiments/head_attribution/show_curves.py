@@ -34,7 +34,11 @@ def curves(report: Report, found: Measured, config: HeadAttributionConfig) -> Fi
     )
     ks = next(iter(own.values())).query("ranking == @rankings[0]")["k"].to_numpy()
     panels = {kind: {RANKINGS[name]: _band(own, name, kind, config.seed) for name in rankings} for kind in KINDS}
-    report.figure("curves", plots.bands(ks, panels, "k", LEVELS[0]), f"Means over {n_used} pictures, 95% intervals")
+    report.figure(
+        "curves",
+        plots.bands(ks, panels, "k (heads)", dict.fromkeys(panels, LEVELS[0])),
+        f"Means over {n_used} pictures, 95% intervals",
+    )
     summary = _summary(table, rankings, config.seed)
     report.table("curve_measures", summary, f"Means over pictures; k is counted in heads of {n_heads}")
     report.table("curve_differences", _differences(table, rankings, config.seed), _DIFFERENCES)

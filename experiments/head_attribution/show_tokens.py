@@ -13,7 +13,7 @@ from hooked_vlm.experiments.head_attribution.findings import Findings, band, row
 from hooked_vlm.experiments.head_attribution.image_flow import TOP_SHARE, coverage, inside
 from hooked_vlm.experiments.head_attribution.measure import Measured
 from hooked_vlm.experiments.head_attribution.show_attribution import held_out
-from hooked_vlm.experiments.head_attribution.text_flow import mean_layer, with_losses
+from hooked_vlm.experiments.head_attribution.text_flow import MIN_LOSS, mean_layer, with_losses
 from hooked_vlm.statistics import Estimate, bootstrap_mean, paired_p
 
 TOKEN_RANKINGS = {
@@ -101,7 +101,8 @@ def _edges(report: Report, found: Measured, config: HeadAttributionConfig, usabl
     sliding = table[table["stop"] - table["first"] < n_layers]
     report.text(
         "Order of the flow: attention from one group to another is cut in a window of layers. An edge's mean layer is "
-        "the middle of the windows, weighted by what cutting there costs (windows that cost nothing count nothing)."
+        "the middle of the windows, weighted by what cutting there costs; pictures on which all windows together cost "
+        f"less than {MIN_LOSS:.0%} of the image's effect have none. Edges are cut outright, whatever the baseline."
     )
     if len(sliding):
         grid = sliding.pivot_table(index="edge", columns="first", values="value", sort=False)
@@ -111,7 +112,7 @@ def _edges(report: Report, found: Measured, config: HeadAttributionConfig, usabl
     report.table("edges", table, "Loss by cut edge and layers (first to stop - 1)", shown=30)
     means = {edge: bootstrap_mean(values, config.seed) for edge, values in centres.items()}
     rows = [row(estimate, edge=edge) for edge, estimate in means.items()]
-    report.table("edge_layers", pd.DataFrame(rows), "Mean layer of every edge; n pictures on which cutting it costs")
+    report.table("edge_layers", pd.DataFrame(rows), "Mean layer of every edge; n counts pictures that have one")
     findings = {f"mean layer: {edge}": estimate for edge, estimate in means.items()}
     early, late = "question → role", "image → role"
     if early in centres and late in centres:
@@ -188,7 +189,7 @@ def _keep_only(report: Report, found: Measured, config: HeadAttributionConfig) -
     }
     used = [frame for frame in own if not frame["faithfulness"].isna().any()]
     caption = f"Only the top m of {n_tokens} tokens kept, or these replaced; means over {len(used)} pictures"
-    report.figure("keep_only", plots.bands(ms, panels, "m", LEVELS[0]), caption)
+    report.figure("keep_only", plots.bands(ms, panels, "m (image tokens)", dict.fromkeys(panels, LEVELS[0])), caption)
     rows, findings = [], {}
     for name in rankings:
         faithful = [f.loc[f["ranking"] == name, "faithfulness"].to_numpy() for f in used]

@@ -95,15 +95,18 @@ def _agreement(report: Report, found: Measured, config: HeadAttributionConfig) -
     report.table(
         "explained",
         table[["similarity", *table.columns[:-1]]],
-        "What goes with similar coefficients: correlation over pairs, alone and with the other causes held fixed "
-        "(interval of the latter; one-sided permutation p)",
+        "What goes with similar coefficients: correlation over pairs, alone and with other causes held fixed "
+        "(interval of the latter; one-sided permutation p). Names are compared by the mean embedding of their tokens, "
+        "pictures by the mean of their image tokens as they enter the decoder, both centred",
     )
     return findings | _partial_findings(frames[0])
 
 
 def _partial_findings(table: pd.DataFrame) -> Findings:
     return {
-        f"partial correlation of cosine with: {r.cause}": Estimate(r.partial, r.low, r.high, int(r.images))
+        f"partial correlation of cosine with: {r.cause}": Estimate(
+            r.partial, r.low, r.high, 0 if np.isnan(r.partial) else r.images
+        )
         for r in table.itertuples(index=False)
     }
 

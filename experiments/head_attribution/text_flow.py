@@ -12,6 +12,9 @@ Groups = Mapping[str, tuple[int, ...]]
 Window = tuple[int, int]
 """The first layer and one past the last."""
 
+MIN_LOSS = 0.01
+"""Of the image's effect: edges that cost less have no layer of their own."""
+
 EDGES = (
     ("image", "question"),
     ("image", "role"),
@@ -104,10 +107,10 @@ def with_losses(frame: pd.DataFrame, full: float, gap: float) -> pd.DataFrame:
 
 
 def mean_layer(edge: pd.DataFrame, n_layers: int) -> float:
-    """The middle of the windows in which blocking an edge costs most, on average weighted by the loss.
+    """The middle of the windows in which cutting an edge costs, weighted by the loss.
 
-    Windows that cost nothing count nothing; NaN if none costs anything.
+    Windows that cost nothing count nothing; NaN where all together cost less than `MIN_LOSS`.
     """
     sliding = edge[edge["stop"] - edge["first"] < n_layers]
     middle, loss = (sliding["first"] + sliding["stop"] - 1) / 2, sliding["loss"].clip(lower=0)
-    return float((middle * loss).sum() / loss.sum()) if loss.sum() > 0 else float("nan")
+    return float((middle * loss).sum() / loss.sum()) if loss.sum() >= MIN_LOSS else float("nan")
