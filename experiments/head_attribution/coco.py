@@ -68,7 +68,7 @@ def coco_items(
     return items
 
 
-def object_mask(polygons: Sequence[Sequence[float]], size: tuple[int, int]) -> Bool[np.ndarray, "height width"]:
+def object_mask(polygons: Sequence[Sequence[int | float]], size: tuple[int, int]) -> Bool[np.ndarray, "height width"]:
     """The pixels inside of any of the polygons, each a list x, y, x, y, ..."""
     mask = Image.new("1", size)
     draw = ImageDraw.Draw(mask)

@@ -104,10 +104,10 @@ def _agreement(report: Report, found: Measured, config: HeadAttributionConfig) -
 
 def _partial_findings(table: pd.DataFrame) -> Findings:
     return {
-        f"partial correlation of cosine with: {r.cause}": Estimate(
-            r.partial, r.low, r.high, 0 if np.isnan(r.partial) else r.images
+        f"cosine with {own['cause']}, fixed: {own['held fixed']}": Estimate(
+            own["partial"], own["low"], own["high"], 0 if np.isnan(own["partial"]) else own["images"]
         )
-        for r in table.itertuples(index=False)
+        for own in table.to_dict("records")
     }
 
 
