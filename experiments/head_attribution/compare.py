@@ -75,7 +75,7 @@ def _layers(report: Report, config: Compare, labels: list[str]) -> None:
     if not all(file.exists() for file in files):
         return
     report.section(
-        "Importance by depth", "Each layer's share of all coefficients, by relative depth (0 first, 1 last)."
+        "Importance by depth", "Each layer's share of all positive coefficients, by relative depth (0 first, 1 last)."
     )
     tables = [pd.read_parquet(file) for file in files]
     depth = np.linspace(0, 1, 50)

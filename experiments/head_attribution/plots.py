@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float, Int, Shaped
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from PIL import Image
 
 from hooked_vlm.experiments.common.figures import COLOURS, DIVERGING, SEQUENTIAL, new_figure
@@ -23,9 +24,12 @@ def matrix(
     labels: tuple[str, str, str],
     signed: bool = True,
 ) -> Figure:
-    """Numbers as colours; written out where they are few. `labels`: of the rows, the columns and the colours."""
+    """Numbers as colours; written out where they are few. `labels`: of the rows, the columns and the colours.
+
+    Rows and columns named "" have no tick.
+    """
     height, width = values.shape
-    figure = new_figure(min(12, 2.6 + 0.5 * width), min(12, 1.5 + 0.42 * height))
+    figure = new_figure(min(9, 2.6 + 0.5 * width), min(8, 1.5 + 0.42 * height))
     axes = figure.subplots()
     top = max(1e-9, float(np.nanmax(np.abs(values))))
     colours = axes.imshow(
@@ -38,8 +42,11 @@ def matrix(
                 colour = PAPER if strong else INK
                 axes.text(x, y, f"{round(value, 2) + 0.0:.2f}", ha="center", va="center", color=colour, fontsize=9)
     for axis, names in ((axes.yaxis, rows), (axes.xaxis, columns)):
-        step = max(1, len(names) // 16)
-        axis.set_ticks(range(0, len(names), step), [str(name) for name in names[::step]])
+        shown = [i for i, name in enumerate(names) if name != ""]
+        shown = shown[:: max(1, len(shown) // 16)]
+        axis.set_ticks(shown, [str(names[i]) for i in shown])
+    if any(len(str(name)) > 3 for name in columns):
+        axes.tick_params(axis="x", rotation=60)
     axes.set(ylabel=labels[0], xlabel=labels[1])
     figure.colorbar(colours, ax=axes, label=labels[2])
     return figure
@@ -73,6 +80,7 @@ def bands(
             axes.plot(x, mean, color=colour, linestyle=style, label=name, marker=".", markersize=4)
             axes.fill_between(x, low, high, color=colour, alpha=0.15, linewidth=0)
         axes.set(xlabel=x_label, ylabel=title)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=np.issubdtype(x.dtype, np.integer)))
     if len(next(iter(panels.values()))) > 1:
         all_axes[-1].legend(fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
     return figure
@@ -108,7 +116,7 @@ def scatter(
     points = axes.scatter(x, y, c=layers, cmap=SEQUENTIAL, s=26, edgecolor=INK, linewidth=0.4)
     axes.axhline(0, color=COLOURS[-1], linewidth=0.8)
     axes.set(xlabel=labels[0], ylabel=labels[1])
-    figure.colorbar(points, ax=axes, label="layer")
+    figure.colorbar(points, ax=axes, label="layer", ticks=MaxNLocator(integer=True))
     return figure
 
 

@@ -75,7 +75,12 @@ def attribution(report: Report, found: Measured, config: HeadAttributionConfig) 
         }
     )
     report.table("fits", per_image, "The regression of every picture", shown=10)
-    report.table("coefficients", _all_coefficients(found), "Every coefficient, interval over masks", shown=10)
+    report.table(
+        "coefficients",
+        _all_coefficients(found),
+        f"Every coefficient, 95% interval over {fits[0].n_train} masks",
+        shown=10,
+    )
     settled = _convergence(report, found, config)
     _cost(report, found, config, n_heads)
     return {"held-out Pearson": pearson, "held-out R²": r2} | settled
@@ -124,13 +129,17 @@ def _convergence(report: Report, found: Measured, config: HeadAttributionConfig)
     }
     needed = np.array([settled_at(curve) for curve in curves])
     half = bootstrap_mean(np.array([curve["reliability"].iloc[-1] for curve in curves]), config.seed)
-    whole = 2 * half.value / (1 + half.value)
+    whole = Estimate(*(2 * r / (1 + r) for r in (half.value, half.low, half.high)), half.n)
     settled = bootstrap_mean(needed, config.seed)
+    enough = f"On none of {len(curves)} pictures a correlation of {RELIABLE} is reached yet: take more --masks."
+    if settled.n:
+        enough = (
+            f"On {settled.n} of {len(curves)} pictures a correlation of {RELIABLE} is reached for good, after "
+            f"{settled} masks: more change little."
+        )
     report.text(
         f"Two disjoint sets of {sizes[-1]} masks give coefficients that correlate by {half}; all "
-        f"{found.heads[0].fit.n_train} masks together thus reach about {whole:.3f} (Spearman–Brown). A correlation of "
-        f"{RELIABLE} is reached for good after {settled} masks on {settled.n} of {len(curves)} pictures, and not yet "
-        "on the others: more masks than that change little."
+        f"{found.heads[0].fit.n_train} masks together thus reach about {whole} (Spearman–Brown). {enough}"
     )
     figure = plots.bands(sizes, panels, "masks", {next(iter(panels)): RELIABLE})
     report.figure("convergence", figure, f"Coefficients and foretelling by number of masks, {len(curves)} pictures")

@@ -29,16 +29,16 @@ def where(report: Report, found: Measured, config: HeadAttributionConfig) -> Fin
 
 def _layers(report: Report, found: Measured, config: HeadAttributionConfig) -> Findings:
     n_layers = found.probes[0].model.cfg.n_layers
-    summed = found.coefficients.reshape(len(found.heads), n_layers, -1).sum(2)
-    by_layer = summed / summed.sum(1, keepdims=True)
+    positive = found.coefficients.clip(0).reshape(len(found.heads), n_layers, -1).sum(2)
+    by_layer = positive / positive.sum(1, keepdims=True)
     mean, low, high = band(by_layer, config.seed)
     table = pd.DataFrame({"layer": range(n_layers), "share": mean, "low": low, "high": high, "n": len(by_layer)})
     centre = bootstrap_mean(by_layer @ np.arange(n_layers), config.seed)
     report.text(
-        f"By layer: each layer's share of the sum of all coefficients, a mean over {len(by_layer)} pictures. "
-        f"The mean layer is {centre} of 0 to {n_layers - 1}."
+        f"By layer: each layer's share of the sum of all positive coefficients, a mean over {len(by_layer)} pictures. "
+        f"The mean layer, weighted by these, is {centre} of 0 to {n_layers - 1}."
     )
-    figure = plots.bands(np.arange(n_layers), {"share of all coefficients": {"": (mean, low, high)}}, "layer")
+    figure = plots.bands(np.arange(n_layers), {"share of positive coefficients": {"": (mean, low, high)}}, "layer")
     report.figure("layers", figure, f"Importance by layer, {len(by_layer)} pictures, 95% intervals")
     report.table("layers", table, "Importance by layer")
     return {"mean layer of coefficients": centre}
@@ -86,7 +86,8 @@ def _agreement(report: Report, found: Measured, config: HeadAttributionConfig) -
     )
     report.table("agreement", pd.DataFrame(rows), "Similarity between pictures")
     order = np.argsort(names, kind="stable")
-    labels = [str(name) for name in names[order]]
+    ordered = names[order].tolist()
+    labels = [name if i == 0 or name != ordered[i - 1] else "" for i, name in enumerate(ordered)]
     figure = plots.matrix(squares["cosine"][np.ix_(order, order)], labels, labels, ("", "", "cosine"), signed=False)
     report.figure("agreement", figure, f"Cosine between the coefficient vectors of {n} pictures, by name")
     causes = causes_of(found.cases, found.probes[0].model)
