@@ -60,7 +60,7 @@ class HeadAttributionConfig:
     """How many top heads agreement is counted on; an eighth of the heads by default."""
     window: int | None = None
     """Layers in a window of the token-flow experiments; a quarter of the layers by default."""
-    object_overlap: float = 0.25
+    object_overlap: float = 0.1
     """An image token belongs to the object if more than this share of its area does."""
     seed: int = 0
     device: str | None = None

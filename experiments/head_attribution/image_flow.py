@@ -40,7 +40,7 @@ def inside(coefficients: Float[np.ndarray, "token"], on_object: Bool[np.ndarray,
     """How far coefficients keep to the object.
 
     Returns:
-        The object's share of the tokens, of the top tokens and of all positive coefficients, and the probability
+        The object's share of all tokens, of the top tokens and of all positive coefficients, and the probability
         that a token of the object has a larger coefficient than one of the background (AUC; ties count half).
     """
     n_top = max(1, round(TOP_SHARE * len(coefficients)))
@@ -49,8 +49,10 @@ def inside(coefficients: Float[np.ndarray, "token"], on_object: Bool[np.ndarray,
     both = on_object.any() and not on_object.all()
     larger = stats.mannwhitneyu(coefficients[on_object], coefficients[~on_object]).statistic if both else np.nan
     return {
-        "of the tokens": float(on_object.mean()),
-        "of the top tokens": float(on_object[top].mean()),
-        "of positive coefficients": float(positive[on_object].sum() / positive.sum()) if positive.any() else np.nan,
+        "share of all tokens": float(on_object.mean()),
+        "share of the top tokens": float(on_object[top].mean()),
+        "share of positive coefficients": float(positive[on_object].sum() / positive.sum())
+        if positive.any()
+        else np.nan,
         "AUC": float(larger / (on_object.sum() * (~on_object).sum())) if both else np.nan,
     }

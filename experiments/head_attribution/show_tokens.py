@@ -22,6 +22,8 @@ TOKEN_RANKINGS = {
     "object": "share of the object",
     "random": "random",
 }
+OVERLAPS = (0.1, 0.25, 0.5)
+"""Shares of a token's area from which on it may be said to belong to the object."""
 SHOWN = 8
 """Pictures with their token coefficients."""
 
@@ -151,25 +153,29 @@ def _image(report: Report, found: Measured, config: HeadAttributionConfig) -> Fi
 
 
 def _inside(report: Report, found: Measured, config: HeadAttributionConfig) -> Findings:
-    rows = []
-    for probe, one in zip(found.probes, found.tokens, strict=True):
-        covered = coverage(probe)
-        if covered is not None:
-            rows.append(inside(one.fit.coefficients, covered > config.object_overlap))
-    if not rows:
+    placed = [
+        (one.fit.coefficients, covered)
+        for probe, one in zip(found.probes, found.tokens, strict=True)
+        if (covered := coverage(probe)) is not None
+    ]
+    if not placed:
         report.text("Where the object lies is not known for these pictures, so tokens are not compared with it.")
         return {}
-    table = pd.DataFrame(rows)
-    found_here = {f"object's share {name}": bootstrap_mean(table[name].to_numpy(), config.seed) for name in table}
-    found_here["AUC of object tokens"] = found_here.pop("object's share AUC")
+    rows, findings = [], {}
+    for overlap in sorted({config.object_overlap, *OVERLAPS}):
+        each = pd.DataFrame([inside(coefficients, covered > overlap) for coefficients, covered in placed])
+        for name in each:
+            estimate = bootstrap_mean(each[name].to_numpy(), config.seed)
+            rows.append(row(estimate, **{"object covers more than": overlap, "measure": name}))
+            if overlap == config.object_overlap:
+                findings[f"tokens of the object: {name}"] = estimate
     report.text(
-        f"A token belongs to the object if more than {config.object_overlap:.0%} of its area does. The top tokens are "
-        f"the {TOP_SHARE:.0%} with the largest coefficients. AUC: the probability that a token of the object has a "
-        "larger coefficient than one of the background (0.5 if they are alike)."
+        f"A token belongs to the object if more than {config.object_overlap:.0%} of its area does (other shares in the "
+        f"table). The top tokens are the {TOP_SHARE:.0%} with the largest coefficients. AUC: the probability that a "
+        "token of the object has a larger coefficient than one of the background (0.5 if they are alike)."
     )
-    labelled = pd.DataFrame([row(estimate, measure=name) for name, estimate in found_here.items()])
-    report.table("inside", labelled, "How far the tokens that matter are the object's; means over pictures")
-    return found_here
+    report.table("inside", pd.DataFrame(rows), "The object's share of the tokens that matter; means over pictures")
+    return findings
 
 
 def _keep_only(report: Report, found: Measured, config: HeadAttributionConfig) -> Findings:

@@ -322,8 +322,8 @@ def test_the_objects_share_by_hand() -> None:
     coefficients = np.array([3.0, -1.0, 2.0, 1.0, 0.5, 0.5, 0.0, -2.0, 0.0, 0.0])
     on_object = np.array([True, False, True, False, True, False, False, False, False, False])
     found = inside(coefficients, on_object)
-    assert found["of the tokens"] == 0.3 and found["of the top tokens"] == 1.0
-    assert found["of positive coefficients"] == pytest.approx(5.5 / 7)
+    assert found["share of all tokens"] == 0.3 and found["share of the top tokens"] == 1.0
+    assert found["share of positive coefficients"] == pytest.approx(5.5 / 7)
     assert found["AUC"] == pytest.approx(roc_auc_score(on_object, coefficients))
     assert np.isnan(inside(coefficients, np.ones(10, dtype=bool))["AUC"])
 
