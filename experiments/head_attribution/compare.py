@@ -43,7 +43,7 @@ def compare(config: Compare) -> Path:
     if all(measure in own for own in columns.values() for measure in wanted.values()):
         bars = {name: {label: own[measure] for label, own in columns.items()} for name, measure in wanted.items()}
         report.section("Heads needed")
-        figure = plots.bars(bars, "heads for 0.8 of both measures")
+        figure = plots.bars(bars, "heads for 0.8 of both")
         report.figure("heads_needed", figure, "Mean number of heads over pictures, 95% intervals")
     _layers(report, config, labels)
     runs = [{"model": r["model"], "weights": r["weights"], "images": len(r["images"])} for r in records]

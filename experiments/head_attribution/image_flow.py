@@ -46,13 +46,12 @@ def inside(coefficients: Float[np.ndarray, "token"], on_object: Bool[np.ndarray,
     n_top = max(1, round(TOP_SHARE * len(coefficients)))
     top = np.argsort(-coefficients, kind="stable")[:n_top]
     positive = coefficients.clip(0)
+    total = positive.sum()
     both = on_object.any() and not on_object.all()
     larger = stats.mannwhitneyu(coefficients[on_object], coefficients[~on_object]).statistic if both else np.nan
     return {
         "share of all tokens": float(on_object.mean()),
         "share of the top tokens": float(on_object[top].mean()),
-        "share of positive coefficients": float(positive[on_object].sum() / positive.sum())
-        if positive.any()
-        else np.nan,
+        "share of positive coefficients": float(positive[on_object].sum() / total) if total else np.nan,
         "AUC": float(larger / (on_object.sum() * (~on_object).sum())) if both else np.nan,
     }

@@ -76,7 +76,7 @@ def bands(
             axes.axhline(levels[title], color=COLOURS[-1], linewidth=0.8, linestyle=":")
         for index, (name, (mean, low, high)) in enumerate(lines.items()):
             colour = COLOURS[-1] if name == "random" else COLOURS[index % (len(COLOURS) - 1)]
-            style = "--" if name == "random" else "-"
+            style = "--" if name == "random" else "-" if index < len(COLOURS) - 1 else "-."
             axes.plot(x, mean, color=colour, linestyle=style, label=name, marker=".", markersize=4)
             axes.fill_between(x, low, high, color=colour, alpha=0.15, linewidth=0)
         axes.set(xlabel=x_label, ylabel=title)
@@ -89,7 +89,7 @@ def bands(
 def bars(groups: Mapping[str, Mapping[str, Estimate]], y_label: str) -> Figure:
     """Bars with intervals: one cluster per key, one colour per inner key."""
     kinds = list(dict.fromkeys(kind for own in groups.values() for kind in own))
-    figure = new_figure(2.2 + max(0.55, 0.42 * len(kinds)) * len(groups), 3.4)
+    figure = new_figure(2.2 + max(0.55, 0.42 * len(kinds)) * len(groups), 4.2)
     axes = figure.subplots()
     width = 0.8 / len(kinds)
     for c, kind in enumerate(kinds):

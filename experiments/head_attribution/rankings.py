@@ -16,6 +16,7 @@ RANKINGS = {
     "single": "single-head ablation",
     "alone": "single head kept",
     "attention": "attention to the image",
+    "attention_final": "attention of the final token",
     "value_weighted": "value-weighted attention",
     "gradient": "attribution patching",
     "random": "random",
@@ -23,9 +24,12 @@ RANKINGS = {
 """Column in the tables, name in the figures."""
 
 
+Scores = Float[np.ndarray, "layer head"]
+
+
 def other_rankings(probe: Probe) -> pd.DataFrame:
     """One row a head, by layer and head: the scores of every ranking that needs no masks."""
-    mass, weighted = attention_scores_of(probe)
+    mass, of_final, weighted = attention_scores_of(probe)
     full, none = probe.ends
     each = np.eye(len(probe.heads), dtype=bool)
     dropped, alone = np.split(probe.over_heads(np.concatenate((~each, each))), 2)
@@ -33,6 +37,7 @@ def other_rankings(probe: Probe) -> pd.DataFrame:
         "single": full - dropped,
         "alone": alone - none,
         "attention": mass.ravel(),
+        "attention_final": of_final.ravel(),
         "value_weighted": weighted.ravel(),
         "gradient": gradients(probe).ravel(),
     }
@@ -41,29 +46,28 @@ def other_rankings(probe: Probe) -> pd.DataFrame:
 
 
 @torch.no_grad()
-def attention_scores_of(
-    probe: Probe,
-) -> tuple[Float[np.ndarray, "layer head"], Float[np.ndarray, "layer head"]]:
-    """Attention to the image, and the same with each token weighted by the norm of what the head reads from it.
+def attention_scores_of(probe: Probe) -> tuple[Scores, Scores, Scores]:
+    """Attention to the image: all text's, the final token's, and all text's weighted by what the head writes.
 
-    Both are means over the text positions behind the image: sum_j a_j, and sum_j a_j ||v_j W_O||, over image
-    tokens j (the latter after Kobayashi et al. 2020).
+    sum_j a_j, or sum_j a_j ||v_j W_O|| (Kobayashi et al. 2020), over image tokens j; all text's is the mean over the
+    positions behind the image.
     """
     model, inputs = probe.model, probe.case.inputs
     image, queries = list(probe.image), torch.tensor(probe.text, device=inputs.device)
-    found: dict[int, tuple[Tensor, Tensor]] = {}
+    found: dict[int, Tensor] = {}
 
     def watch(z: Tensor, hook: Any) -> None:
         call, layer = hook.ctx["attention"], hook.layer()
         rows = attention_pattern(call.scores(queries[None]), keep_float32=True)[0][..., image]
         values = call.v[0, image].repeat_interleave(z.shape[2] // call.v.shape[2], dim=1)
         norms = torch.einsum("khd,hdm->hkm", values, model.blocks[layer].attn.W_O).float().norm(dim=-1)
-        found[layer] = rows.sum(-1).mean(-1), (rows * norms[:, None]).sum(-1).mean(-1)
+        mass = rows.sum(-1)
+        found[layer] = torch.stack((mass.mean(-1), mass[:, -1], (rows * norms[:, None]).sum(-1).mean(-1)))
 
     layers = range(model.cfg.n_layers)
     model.run_with_hooks(inputs, fwd_hooks=[(f"blocks.{layer}.attn.hook_z", watch) for layer in layers])
-    mass, weighted = (torch.stack([found[layer][i] for layer in layers]).double().cpu().numpy() for i in (0, 1))
-    return mass, weighted
+    mass, of_final, weighted = torch.stack([found[layer] for layer in layers], dim=1).double().cpu().numpy()
+    return mass, of_final, weighted
 
 
 def gradients(probe: Probe) -> Float[np.ndarray, "layer head"]:

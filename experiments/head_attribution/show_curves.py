@@ -29,8 +29,8 @@ def curves(report: Report, found: Measured, config: HeadAttributionConfig) -> Fi
         "Faithfulness: the share of what the image adds to the target that is there with the top k heads alone. "
         "Completeness: the share that is lost when these k are ablated. Rankings are made anew for each picture, from "
         f"it alone; random ones are means over {config.random_rankings} draws. Areas are over the share of the "
-        f"{n_heads} heads. {n_used} of {len(own)} pictures count: on the others the image adds less than {MIN_GAP} to "
-        "the target.",
+        f"{n_heads} heads. Pictures to which the image adds less than {MIN_GAP} do not count; {n_used} of {len(own)} "
+        "do.",
     )
     ks = next(iter(own.values())).query("ranking == @rankings[0]")["k"].to_numpy()
     panels = {kind: {RANKINGS[name]: _band(own, name, kind, config.seed) for name in rankings} for kind in KINDS}

@@ -34,7 +34,7 @@ def tokens(report: Report, found: Measured, config: HeadAttributionConfig) -> Fi
     report.section(
         "Token flow",
         "Losses are shares of what the image adds to the target (1: as if no text saw the image). "
-        f"{int(usable.sum())} of {len(usable)} pictures count: on the others the image adds less than {MIN_GAP}.",
+        f"Pictures to which the image adds less than {MIN_GAP} do not count; {int(usable.sum())} of {len(usable)} do.",
     )
     if not usable.any():
         return {}
@@ -119,11 +119,16 @@ def _edges(report: Report, found: Measured, config: HeadAttributionConfig, usabl
     early, late = "question → role", "image → role"
     if early in centres and late in centres:
         difference = bootstrap_mean(centres[late] - centres[early], config.seed)
-        p = paired_p(centres[late], centres[early], config.seed) if difference.n else np.nan
-        report.text(
-            f"Image → role is {difference} layers behind question → role (pictures paired, p = {p:.3g}; the paper "
-            "finds that role tokens are told by the text first and receive the image's information then)."
+        order = (
+            "No picture has both a layer of question → role and one of image → role, whose order the paper compares."
         )
+        if difference.n:
+            p = paired_p(centres[late], centres[early], config.seed)
+            order = (
+                f"Image → role is {difference} layers behind question → role (pictures paired, p = {p:.3g}; the paper "
+                "finds that role tokens are told by the text first and receive the image's information then)."
+            )
+        report.text(order)
         findings["layers from question → role to image → role"] = difference
     return findings
 

@@ -15,7 +15,7 @@ from hooked_vlm.experiments.head_attribution.measure import Measured
 from hooked_vlm.experiments.head_attribution.rankings import RANKINGS
 from hooked_vlm.statistics import Estimate, bootstrap, bootstrap_mean
 
-ATTENTION = ("attention", "value_weighted", "gradient", "single", "alone")
+SCORES = ("attention", "attention_final", "value_weighted", "gradient", "single", "alone")
 
 
 def where(report: Report, found: Measured, config: HeadAttributionConfig) -> Findings:
@@ -47,7 +47,7 @@ def _layers(report: Report, found: Measured, config: HeadAttributionConfig) -> F
 def _attention(report: Report, found: Measured, config: HeadAttributionConfig) -> Findings:
     rows, findings = [], {}
     means = found.coefficients.mean(0)
-    for name in ATTENTION:
+    for name in SCORES:
         scores = np.stack([frame[name].to_numpy() for frame in found.rankings])
         each = np.array([_spearman(a, b) for a, b in zip(scores, found.coefficients, strict=True)])
         own = bootstrap_mean(each, config.seed)

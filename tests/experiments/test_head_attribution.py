@@ -214,11 +214,12 @@ def test_pictures_that_add_nothing_have_no_shares() -> None:
 def test_attention_scores_are_those_of_the_pattern(toy: str) -> None:
     probe = probe_of(toy)
     _, cache = probe.model.run_with_cache(probe.case.inputs)
-    mass, weighted = attention_scores_of(probe)
+    mass, of_final, weighted = attention_scores_of(probe)
     share = probe.model.cfg.n_heads // probe.model.cfg.n_key_value_heads
     for layer, head in ((0, 1), (2, 3), (3, 2)):
         pattern = cache["pattern", layer][0, head][list(probe.text)][:, list(probe.image)]
         assert mass[layer, head] == pytest.approx(float(pattern.sum(1).mean()), rel=1e-4)
+        assert of_final[layer, head] == pytest.approx(float(pattern[-1].sum()), rel=1e-4)
         values = cache["v", layer][0, list(probe.image), head // share]
         written = (values @ probe.model.blocks[layer].attn.W_O[head]).detach()
         assert weighted[layer, head] == pytest.approx(float((pattern @ written.norm(dim=-1)).mean()), rel=1e-4)
