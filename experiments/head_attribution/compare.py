@@ -3,7 +3,6 @@
 import json
 from pathlib import Path
 
-import numpy as np
 import pandas as pd
 
 from hooked_vlm.experiments.common.errors import StudyError
@@ -78,13 +77,10 @@ def _layers(report: Report, config: Compare, labels: list[str]) -> None:
         "Importance by depth", "Each layer's share of all positive coefficients, by relative depth (0 first, 1 last)."
     )
     tables = [pd.read_parquet(file) for file in files]
-    depth = np.linspace(0, 1, 50)
     lines = {}
     for label, table in zip(labels, tables, strict=True):
         n = len(table)
-        at = table["layer"].to_numpy() / max(1, n - 1)
-        lines[f"{label}, {n} layers"] = tuple(
-            np.interp(depth, at, n * table[name]) for name in ("share", "low", "high")
-        )
-    figure = plots.bands(depth, {"share times number of layers": lines}, "relative depth")
+        shares = [n * table[name].to_numpy() for name in ("share", "low", "high")]
+        lines[f"{label}, {n} layers"] = (table["layer"].to_numpy() / max(1, n - 1), *shares)
+    figure = plots.over_depth(lines, "share times number of layers")
     report.figure("depth", figure, "1 is a layer's even share; 95% intervals over pictures")

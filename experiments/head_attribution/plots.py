@@ -86,6 +86,18 @@ def bands(
     return figure
 
 
+def over_depth(lines: Mapping[str, tuple[np.ndarray, ...]], y_label: str) -> Figure:
+    """Models with different numbers of layers: (relative depth, mean, low, high) of each."""
+    figure = new_figure(5.2, 3.6)
+    axes = figure.subplots()
+    for colour, (name, (x, mean, low, high)) in zip(COLOURS * len(lines), lines.items(), strict=False):
+        axes.plot(x, mean, color=colour, label=name, marker=".")
+        axes.fill_between(x, low, high, color=colour, alpha=0.15, linewidth=0)
+    axes.set(xlabel="relative depth", ylabel=y_label)
+    axes.legend(fontsize=8)
+    return figure
+
+
 def bars(groups: Mapping[str, Mapping[str, Estimate]], y_label: str) -> Figure:
     """Bars with intervals: one cluster per key, one colour per inner key."""
     kinds = list(dict.fromkeys(kind for own in groups.values() for kind in own))
