@@ -5,6 +5,7 @@ completeness(k) = (all kept - the top k ablated) / (all kept - all ablated)
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -64,14 +65,14 @@ def shares(curves: pd.DataFrame) -> pd.DataFrame:
 
     Not a number where the target loses less than `MIN_GAP` without any head.
     """
-    none = curves.loc[curves["k"] == 0, "kept"].iloc[0]
-    full = curves.loc[curves["k"] == 0, "ablated"].iloc[0]
+    none, full = curves.query("k == 0")[["kept", "ablated"]].to_numpy()[0]
     gap = full - none if full - none >= MIN_GAP else np.nan
     found = curves.assign(
         faithfulness=(curves["kept"] - none) / gap,
         completeness=(full - curves["ablated"]) / gap,
     )
-    return found.groupby(["ranking", "k"], sort=False)[["faithfulness", "completeness"]].mean().reset_index()
+    means: Any = found.groupby(["ranking", "k"], sort=False)[["faithfulness", "completeness"]].mean()
+    return means.reset_index()
 
 
 def area(k: Int[np.ndarray, "k"], curve: Curve) -> float:
@@ -104,5 +105,5 @@ def measures_of_all(curves: Mapping[str, pd.DataFrame], rankings: Sequence[str])
     rows = []
     for image, own in curves.items():
         for ranking in rankings:
-            rows.append({"image": image, "ranking": ranking, **measures(own[own["ranking"] == ranking])})
+            rows.append({"image": image, "ranking": ranking, **measures(own.query(f"ranking == '{ranking}'"))})
     return pd.DataFrame(rows)

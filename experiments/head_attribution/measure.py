@@ -108,7 +108,8 @@ class _Keeper:
 
 def _measure_one(kept: _Keeper, probe: Probe, config: HeadAttributionConfig, index: int, found: Measured) -> None:
     ends = kept("ends", lambda: pd.DataFrame([probe.ends], columns=["full", "none"]))
-    found.ends.append((float(ends["full"][0]), float(ends["none"][0])))
+    full, none = ends.to_numpy()[0].tolist()
+    found.ends.append((full, none))
     wanted = config.sections
     if "attribution" in wanted:
         found.heads.append(_regress(kept, "heads", probe.over_heads, len(probe.heads), config, index))
@@ -156,10 +157,9 @@ def as_row(fit: Fit) -> pd.DataFrame:
 
 def from_row(frame: pd.DataFrame) -> Fit:
     """What `as_row` was made from."""
-    row = frame.iloc[0]
-    arrays = {name: np.array(row[name], dtype=float) for name in ("coefficients", "low", "high")}
-    numbers = {name: float(row[name]) for name in ("intercept", "pearson", "r2")}
-    return Fit(**arrays, **numbers, n_train=int(row["n_train"]), n_held_out=int(row["n_held_out"]))
+    (row,) = frame.to_dict("records")
+    values: dict[str, Any] = {name: np.array(v) if isinstance(v, list) else v for name, v in row.items()}
+    return Fit(**values)
 
 
 def _plain(value: Any) -> Any:

@@ -5,6 +5,8 @@ from typing import Any
 
 import numpy as np
 from jaxtyping import Float, Int, Shaped
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from PIL import Image
@@ -138,15 +140,15 @@ def pictures(shown: Sequence[tuple[str, Image.Image, Sequence[tuple[tuple[float,
     rows = -(-len(shown) // columns)
     figure = new_figure(2.7 * columns + 0.8, 2.6 * rows)
     top = max(1e-9, max(abs(value) for _, _, boxes in shown for _, value in boxes))
-    mapping = None
+    colours = ScalarMappable(Normalize(-top, top), DIVERGING)
     for i, (title, image, boxes) in enumerate(shown):
         axes = figure.add_subplot(rows, columns, i + 1)
         axes.imshow(image.convert("L"), cmap="gray", interpolation="nearest")
         painted = np.full((image.height, image.width), np.nan)
         for (x0, y0, x1, y1), value in boxes:
             painted[round(y0) : round(y1), round(x0) : round(x1)] = value
-        mapping = axes.imshow(painted, cmap=DIVERGING, vmin=-top, vmax=top, alpha=0.6, interpolation="nearest")
+        axes.imshow(painted, cmap=DIVERGING, vmin=-top, vmax=top, alpha=0.6, interpolation="nearest")
         axes.set_title(title, fontsize=9)
         axes.set_axis_off()
-    figure.colorbar(mapping, ax=figure.axes, label=label, shrink=0.8)
+    figure.colorbar(colours, ax=figure.axes, label=label, shrink=0.8)
     return figure

@@ -55,8 +55,10 @@ def chosen(kind: Regression, x: Float[np.ndarray, "mask part"], y: Values) -> An
     if kind == "ols":
         return LinearRegression()
     if kind == "ridge":
-        return Ridge(alpha=float(RidgeCV(alphas=PENALTIES).fit(x, y).alpha_))
-    return Lasso(alpha=float(LassoCV(cv=5, random_state=0).fit(x, y).alpha_), max_iter=10000)
+        by_validation: Any = RidgeCV(alphas=PENALTIES).fit(x, y)
+        return Ridge(alpha=float(by_validation.alpha_))
+    by_validation = LassoCV(cv=5, random_state=0).fit(x, y)
+    return Lasso(alpha=float(by_validation.alpha_), max_iter=10000)
 
 
 def foretold(predicted: Values, measured: Values) -> tuple[float, float]:

@@ -23,13 +23,13 @@ SHOWN = 4
 def task(report: Report, found: Measured, config: HeadAttributionConfig) -> Findings:
     """What was asked, how many were answered rightly, and what the image adds to the target."""
     answers = found.answers
-    right = share(int(answers["right"].sum()), len(answers))
+    right = share(len(found.cases), len(answers))
     full, none = (bootstrap_mean(np.array(ends), config.seed) for ends in zip(*found.ends, strict=True))
     gap = bootstrap_mean(found.gaps, config.seed)
     target = TARGETS[config.target]
     report.section(
         "Task",
-        f"“{found.cases[0].item.question}” about {len(answers)} pictures. {int(answers['right'].sum())} were "
+        f"“{found.cases[0].item.question}” about {len(answers)} pictures. {len(found.cases)} were "
         f"answered rightly ({right.value:.1%}, 95% interval {right.low:.1%} to {right.high:.1%}); the rest of this "
         "report is about these. Intervals of means are bootstrap intervals over pictures.",
         f"The target is the {target} of the answer's first token: {full} with every head in place, {none} where no "
@@ -113,11 +113,12 @@ def _foretold(found: Measured, target: str) -> Any:
 
 def _all_coefficients(found: Measured) -> pd.DataFrame:
     heads = pd.DataFrame(found.probes[0].heads, columns=["layer", "head"])
-    frames = [
-        heads.assign(image=image, coefficient=one.fit.coefficients, low=one.fit.low, high=one.fit.high)
-        for image, one in zip(found.images, found.heads, strict=True)
-    ]
-    return pd.concat(frames, ignore_index=True)[["image", "layer", "head", "coefficient", "low", "high"]]
+    frames = []
+    for image, one in zip(found.images, found.heads, strict=True):
+        frame = heads.assign(coefficient=one.fit.coefficients, low=one.fit.low, high=one.fit.high)
+        frame.insert(0, "image", image)
+        frames.append(frame)
+    return pd.concat(frames, ignore_index=True)
 
 
 def _convergence(report: Report, found: Measured, config: HeadAttributionConfig) -> Findings:
@@ -129,7 +130,8 @@ def _convergence(report: Report, found: Measured, config: HeadAttributionConfig)
     }
     needed = np.array([settled_at(curve) for curve in curves])
     half = bootstrap_mean(np.array([curve["reliability"].iloc[-1] for curve in curves]), config.seed)
-    whole = Estimate(*(2 * r / (1 + r) for r in (half.value, half.low, half.high)), half.n)
+    value, low, high = (2 * r / (1 + r) for r in (half.value, half.low, half.high))
+    whole = Estimate(value, low, high, half.n)
     settled = bootstrap_mean(needed, config.seed)
     enough = f"On none of {len(curves)} pictures a correlation of {RELIABLE} is reached yet: take more --masks."
     if settled.n:

@@ -32,7 +32,7 @@ def curves(report: Report, found: Measured, config: HeadAttributionConfig) -> Fi
         f"{n_heads} heads. Pictures to which the image adds less than {MIN_GAP} do not count; {n_used} of {len(own)} "
         "do.",
     )
-    ks = next(iter(own.values())).query("ranking == @rankings[0]")["k"].to_numpy()
+    ks = next(iter(own.values())).query(f"ranking == '{rankings[0]}'")["k"].to_numpy()
     panels = {kind: {RANKINGS[name]: _band(own, name, kind, config.seed) for name in rankings} for kind in KINDS}
     report.figure(
         "curves",
@@ -62,7 +62,7 @@ def _band(own: Mapping[str, pd.DataFrame], ranking: str, kind: str, seed: int) -
 def _summary(table: pd.DataFrame, rankings: list[str], seed: int) -> pd.DataFrame:
     rows = []
     for name in rankings:
-        values = table[table["ranking"] == name].drop(columns=["image", "ranking"])
+        values = table.query(f"ranking == '{name}'").drop(columns=["image", "ranking"])
         for measure in values.columns:
             estimate = bootstrap_mean(values[measure].to_numpy(), seed)
             rows.append(row(estimate, ranking=RANKINGS[name], measure=measure))
@@ -70,7 +70,7 @@ def _summary(table: pd.DataFrame, rankings: list[str], seed: int) -> pd.DataFram
 
 
 def _differences(table: pd.DataFrame, rankings: list[str], seed: int) -> pd.DataFrame:
-    wide = {name: table[table["ranking"] == name].set_index("image") for name in rankings}
+    wide = {name: table.query(f"ranking == '{name}'") for name in rankings}
     rows = []
     for name in rankings[1:]:
         for measure in (f"k both at {LEVELS[0]:g}", "faithfulness area", "completeness area"):

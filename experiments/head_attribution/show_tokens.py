@@ -22,6 +22,7 @@ TOKEN_RANKINGS = {
     "object": "share of the object",
     "random": "random",
 }
+ABLATED, ALONE = "loses sight of the image", "alone sees the image (what is kept)"
 OVERLAPS = (0.1, 0.25, 0.5)
 """Shares of a token's area from which on it may be said to belong to the object."""
 SHOWN = 8
@@ -53,31 +54,34 @@ def _estimates(frames: Sequence[pd.DataFrame], keys: list[str], seed: int) -> pd
     together = pd.concat(frames, ignore_index=True)
     rows = []
     for key, own in together.groupby(keys, sort=False):
-        rows.append(row(bootstrap_mean(own["loss"].to_numpy(), seed), **dict(zip(keys, key, strict=True))))
+        assert isinstance(key, tuple)
+        labels = dict(zip(keys, key, strict=True))
+        rows.append(row(bootstrap_mean(own["loss"].to_numpy(), seed), **labels))
     return pd.DataFrame(rows)
 
 
 def _receivers(report: Report, found: Measured, config: HeadAttributionConfig, usable: np.ndarray) -> Findings:
     n_layers = found.probes[0].model.cfg.n_layers
     table = _estimates(_losses(found.receivers, found, usable), ["text", "change", "first", "stop"], config.seed)
-    whole = table[(table["first"] == 0) & (table["stop"] == n_layers)]
-    single = whole["text"].str.contains("'")
     groups: dict[str, dict[str, Estimate]] = {}
-    for r in whole[~single].itertuples(index=False):
-        change, value = ("loses sight of the image", _estimate(r))
-        if r.change == "kept alone":
-            change, value = "alone sees the image (what is kept)", _kept(_estimate(r))
-        groups.setdefault(str(r.text), {})[change] = value
+    each: dict[str, dict[str, Estimate]] = {}
+    for own in table.query(f"first == 0 and stop == {n_layers}").to_dict("records"):
+        lost = Estimate(own["value"], own["low"], own["high"], own["n"])
+        if own["change"] == "one token ablated":
+            each[own["text"]] = {"": lost}
+        elif own["change"] == "ablated":
+            groups.setdefault(own["text"], {})[ABLATED] = lost
+        else:
+            groups.setdefault(own["text"], {})[ALONE] = _kept(lost)
     report.text(
         "Which text receives: one group of tokens loses sight of the image for all heads, or it alone keeps it; then "
         "single tokens. (What a group does not see itself it may still be told by another.)"
     )
     caption = f"Share of the image's effect lost, or kept; {int(usable.sum())} pictures, 95% intervals"
     report.figure("receivers", plots.bars(groups, "share of the image's effect"), caption)
-    each = {str(r.text): {"": _estimate(r)} for r in whole[single].itertuples(index=False)}
     caption = f"Share lost when one token loses sight of the image; {int(usable.sum())} pictures, 95% intervals"
     report.figure("single_tokens", plots.bars(each, "share lost"), caption)
-    sliding = table[(table["stop"] - table["first"] < n_layers) & (table["change"] == "ablated")]
+    sliding = table.query(f"stop - first < {n_layers}")
     if len(sliding):
         grid = sliding.pivot_table(index="text", columns="first", values="value", sort=False)
         widths = _windows(sliding)
@@ -85,9 +89,8 @@ def _receivers(report: Report, found: Measured, config: HeadAttributionConfig, u
         caption = f"Share lost by group and window of layers; means over {int(usable.sum())} pictures"
         report.figure("receivers_by_layer", figure, caption)
     report.table("receivers", table, "Loss by text tokens and layers (first to stop - 1)", shown=24)
-    return {f"lost without: {name}": own["loses sight of the image"] for name, own in groups.items()} | {
-        f"kept by alone: {name}": own["alone sees the image (what is kept)"] for name, own in groups.items()
-    }
+    lost = {f"lost without: {name}": own[ABLATED] for name, own in groups.items()}
+    return lost | {f"kept by alone: {name}": own[ALONE] for name, own in groups.items()}
 
 
 def _edges(report: Report, found: Measured, config: HeadAttributionConfig, usable: np.ndarray) -> Findings:
@@ -98,9 +101,9 @@ def _edges(report: Report, found: Measured, config: HeadAttributionConfig, usabl
     table = _estimates(frames, ["edge", "first", "stop"], config.seed)
     edges = list(dict.fromkeys(table["edge"]))
     centres = {
-        edge: np.array([mean_layer(frame[frame["edge"] == edge], n_layers) for frame in frames]) for edge in edges
+        edge: np.array([mean_layer(frame.query(f"edge == '{edge}'"), n_layers) for frame in frames]) for edge in edges
     }
-    sliding = table[table["stop"] - table["first"] < n_layers]
+    sliding = table.query(f"stop - first < {n_layers}")
     report.text(
         "Order of the flow: attention from one group to another is cut in a window of layers. An edge's mean layer is "
         "the middle of the windows, weighted by what cutting there costs; pictures on which all windows together cost "
@@ -185,7 +188,7 @@ def _inside(report: Report, found: Measured, config: HeadAttributionConfig) -> F
 
 def _keep_only(report: Report, found: Measured, config: HeadAttributionConfig) -> Findings:
     """Curves over the number of tokens kept, for pictures with as many tokens as most."""
-    sizes = [int(frame["k"].max()) for frame in found.token_curves]
+    sizes = [len(probe.image) for probe in found.probes]
     n_tokens = max(set(sizes), key=sizes.count)
     own = [shares(frame) for frame, n in zip(found.token_curves, sizes, strict=True) if n == n_tokens]
     rankings = [name for name in TOKEN_RANKINGS if name in set(own[0]["ranking"])]
@@ -198,7 +201,7 @@ def _keep_only(report: Report, found: Measured, config: HeadAttributionConfig) -
         }
         for kind, verb in (("faithfulness", "kept"), ("completeness", "replaced"))
     }
-    used = [frame for frame in own if not frame["faithfulness"].isna().any()]
+    used = [frame for frame in own if frame["faithfulness"].notna().to_numpy().all()]
     caption = f"Only the top m of {n_tokens} tokens kept, or these replaced; means over {len(used)} pictures"
     report.figure("keep_only", plots.bands(ms, panels, "m (image tokens)", dict.fromkeys(panels, LEVELS[0])), caption)
     rows, findings = [], {}
@@ -212,10 +215,6 @@ def _keep_only(report: Report, found: Measured, config: HeadAttributionConfig) -
         "keep_only", pd.DataFrame(rows), "Tokens that must be kept (smallest m measured) for so much of the effect"
     )
     return findings
-
-
-def _estimate(r: object) -> Estimate:
-    return Estimate(*(float(getattr(r, name)) for name in ("value", "low", "high")), n=int(r.n))
 
 
 def _kept(lost: Estimate) -> Estimate:

@@ -93,9 +93,10 @@ def _agreement(report: Report, found: Measured, config: HeadAttributionConfig) -
     causes = causes_of(found.cases, found.probes[0].model)
     frames = [explained(squares[kind], causes, config.seed).assign(similarity=kind) for kind in ("cosine", "Spearman")]
     table = pd.concat(frames, ignore_index=True)
+    table.insert(0, "similarity", table.pop("similarity"))
     report.table(
         "explained",
-        table[["similarity", *table.columns[:-1]]],
+        table,
         "What goes with similar coefficients: correlation over pairs, alone and with other causes held fixed "
         "(interval of the latter; one-sided permutation p). Names are compared by the mean embedding of their tokens, "
         "pictures by the mean of their image tokens as they enter the decoder, both centred",
@@ -116,4 +117,4 @@ def _spearman(a: Any, b: Any) -> float:
     """NaN where one of them is constant."""
     if np.ptp(a) == 0 or np.ptp(b) == 0:
         return np.nan
-    return float(stats.spearmanr(a, b).statistic)
+    return float(np.corrcoef(stats.rankdata(a), stats.rankdata(b))[0, 1])

@@ -122,7 +122,8 @@ def right_cases(model: Any, items: Sequence[Item], answers: pd.DataFrame) -> lis
     """
     right = answers["right"].to_numpy()
     if not right.any():
-        shown = ", ".join(f"{row.reply!r} for {row.name!r}" for row in answers.head(3).itertuples(index=False))
+        first = answers.head(3).to_dict("records")
+        shown = ", ".join(f"{answer['reply']!r} for {answer['name']!r}" for answer in first)
         raise StudyError(f"none of {len(items)} pictures was answered rightly ({shown}): another --question may help")
     spoken = sorted(set(answers["token"][right]))
     cases = []

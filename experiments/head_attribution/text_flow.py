@@ -56,8 +56,8 @@ def windows(n_layers: int, width: int | None) -> list[Window]:
 def receivers(probe: Probe, width: int | None) -> pd.DataFrame:
     """The target when only some text loses sight of the image, or only it keeps it.
 
-    One row a run: `text` (a group, or one token as "position token"), `change` ("ablated" or "kept alone"),
-    `first` and `stop` of the layers whose heads are ablated, `value`.
+    One row a run: `text` (a group, or a token behind its number), `change` ("ablated", "kept alone" or "one token
+    ablated"), `first` and `stop` of the layers whose heads are ablated, `value`.
     """
     groups, model = text_groups(probe), probe.model
     everything = (0, model.cfg.n_layers)
@@ -72,7 +72,7 @@ def receivers(probe: Probe, width: int | None) -> pd.DataFrame:
         rows.append((name, "kept alone", everything))
         runs.append(probe.ablated(probe.heads, queries=others) if others else probe.ablated(()))
     for i, position in enumerate(probe.text):
-        rows.append((f"{i} {names[position]!r}", "ablated", everything))
+        rows.append((f"{i} {names[position]!r}", "one token ablated", everything))
         runs.append(probe.ablated(probe.heads, queries=(position,)))
     return _frame(["text", "change"], rows, probe.measure(runs))
 
@@ -111,6 +111,6 @@ def mean_layer(edge: pd.DataFrame, n_layers: int) -> float:
 
     Windows that cost nothing count nothing; NaN where all together cost less than `MIN_LOSS`.
     """
-    sliding = edge[edge["stop"] - edge["first"] < n_layers]
-    middle, loss = (sliding["first"] + sliding["stop"] - 1) / 2, sliding["loss"].clip(lower=0)
-    return float((middle * loss).sum() / loss.sum()) if loss.sum() >= MIN_LOSS else float("nan")
+    first, stop, loss = edge.query(f"stop - first < {n_layers}")[["first", "stop", "loss"]].to_numpy().T
+    loss = loss.clip(0)
+    return float(((first + stop - 1) / 2 * loss).sum() / loss.sum()) if loss.sum() >= MIN_LOSS else float("nan")

@@ -1,5 +1,6 @@
 """The head-attribution study: its numbers against literal re-computations, its laws, its files, its refusals."""
 
+import copy
 import json
 import sys
 from dataclasses import replace
@@ -51,7 +52,14 @@ from hooked_vlm.experiments.toy.families import FAMILIES
 from hooked_vlm.interventions import ReplaceImageKV
 from hooked_vlm.parts import Parts
 
-SMALL = {"samples": 4, "masks": 60, "token_masks": 90, "bootstrap": 20, "random_rankings": 2, "quiet": True}
+SMALL: dict[str, Any] = {
+    "samples": 4,
+    "masks": 60,
+    "token_masks": 90,
+    "bootstrap": 20,
+    "random_rankings": 2,
+    "quiet": True,
+}
 
 
 @lru_cache
@@ -186,15 +194,14 @@ def test_faithfulness_and_completeness_go_from_none_to_all(toy: str) -> None:
     frame = measure_curves(probe.over_heads, orders({"attribution": scores}, 3, [0, 0]))
     found = shares(frame)
     for ranking in ("attribution", "random"):
-        own = found[found["ranking"] == ranking]
-        assert own["faithfulness"].iloc[0] == own["completeness"].iloc[0] == 0
-        assert own["faithfulness"].iloc[-1] == own["completeness"].iloc[-1] == 1
+        own = found.query(f"ranking == '{ranking}'")[["faithfulness", "completeness"]].to_numpy()
+        assert (own[0] == 0).all() and (own[-1] == 1).all()
     # one point by hand: only the top five keep the image in sight
     top = [probe.heads[i] for i in np.argsort(-scores)[:5]]
     rest = [head for head in probe.heads if head not in top]
     full, none = value_under(probe, []), value_under(probe, _ablation(probe, probe.heads))
     kept, lost = value_under(probe, _ablation(probe, rest)), value_under(probe, _ablation(probe, top))
-    point = found[(found["ranking"] == "attribution") & (found["k"] == 5)].iloc[0]
+    (point,) = found.query("ranking == 'attribution' and k == 5").to_dict("records")
     assert point["faithfulness"] == pytest.approx((kept - none) / (full - none), abs=1e-4)
     assert point["completeness"] == pytest.approx((full - lost) / (full - none), abs=1e-4)
 
@@ -205,7 +212,7 @@ def _ablation(probe: Probe, heads: Any) -> list:
 
 def test_pictures_that_add_nothing_have_no_shares() -> None:
     frame = measure_curves(lambda kept: kept.sum(1) * 0.1, orders({"attribution": np.arange(3.0)}, 0, [0]))
-    assert shares(frame)[["faithfulness", "completeness"]].isna().all(axis=None)
+    assert shares(frame)[["faithfulness", "completeness"]].isna().to_numpy().all()
 
 
 # ---------------------------------------------------------------- other rankings
@@ -240,7 +247,7 @@ def test_attribution_patching_is_the_slope_of_ablating_a_little(toy: str) -> Non
 
 def test_single_heads_are_ablated_and_kept_one_by_one(toy: str) -> None:
     probe = probe_of(toy)
-    table = other_rankings(probe)
+    table: Any = other_rankings(probe)
     full, none = value_under(probe, []), value_under(probe, _ablation(probe, probe.heads))
     index = probe.heads.index((2, 3))
     assert tuple(table.loc[index, ["layer", "head"]]) == (2, 3)
@@ -264,7 +271,7 @@ def test_text_behind_the_image_is_shared_out_between_the_groups(toy: str) -> Non
 def test_losses_of_text_groups_are_those_of_passes_of_their_own(toy: str) -> None:
     probe = probe_of(toy)
     frame = receivers(probe, None)
-    table = frame.set_index(["text", "change", "first", "stop"])["value"]
+    table: Any = frame.set_index(["text", "change", "first", "stop"])["value"]
     groups, inputs = text_groups(probe), probe.case.inputs
     final = ReplaceImageKV(tuple(h for h in probe.heads if h[0] == 3), queries="final").hooks(probe.model, inputs)
     assert table["final", "ablated", 3, 4] == pytest.approx(value_under(probe, final), abs=1e-4)
@@ -272,12 +279,12 @@ def test_losses_of_text_groups_are_those_of_passes_of_their_own(toy: str) -> Non
     alone = ReplaceImageKV(probe.heads, queries=others).hooks(probe.model, inputs)
     assert table["question", "kept alone", 0, 4] == pytest.approx(value_under(probe, alone), abs=1e-4)
     last = frame["text"].iloc[-1]  # as a single token
-    assert table[last, "ablated", 0, 4] == pytest.approx(table["final", "ablated", 0, 4], abs=1e-4)
+    assert table[last, "one token ablated", 0, 4] == pytest.approx(table["final", "ablated", 0, 4], abs=1e-4)
 
 
 def test_losses_of_cut_edges_are_those_of_hooked_scores(toy: str) -> None:
     probe = probe_of(toy)
-    table = blocked_edges(probe, 2).set_index(["source", "receiver", "first", "stop"])["value"]
+    table: Any = blocked_edges(probe, 2).set_index(["source", "receiver", "first", "stop"])["value"]
     groups = text_groups(probe)
 
     def cut(scores: torch.Tensor, hook: Any) -> torch.Tensor:
@@ -378,11 +385,11 @@ def test_the_planted_cause_is_found_and_the_other_is_not() -> None:
     centres = rng.normal(size=(4, 16))
     vectors = centres[np.arange(24) % 4] + 0.5 * rng.normal(size=(24, 16))
     table = explained(cosine(vectors), causes, seed=0, draws=200)
-    by_cause = table.set_index(["cause", "held fixed"])
+    by_cause: Any = table.set_index(["cause", "held fixed"])
     same, looks = ("same name", "pictures alike"), ("pictures alike", "same name, names alike")
     assert by_cause["p"][same] == pytest.approx(1 / 201) and by_cause["low"][same] > 0.5
     assert by_cause["p"][looks] > 0.05
-    assert (table["images"] == 24).all() and (table["pairs"] == 276).all()
+    assert set(table["images"]) == {24} and set(table["pairs"]) == {276}
 
 
 # ---------------------------------------------------------------- pictures
@@ -535,7 +542,7 @@ def test_attribution_foretells_and_needs_fewer_heads_than_other_rankings(name: s
     assert needed["head attribution"] < needed["single-head ablation"]
     assert needed["head attribution"] < needed["attention to the image"]
     assert needed["head attribution"] < needed["random"]
-    table = pd.read_parquet(tmp_path / "tables" / "summary.parquet").set_index("measure")
+    table: Any = pd.read_parquet(tmp_path / "tables" / "summary.parquet").set_index("measure")
     assert table["value"]["held-out Pearson"] == found["held-out Pearson"].value
 
 
@@ -550,7 +557,8 @@ def test_runs_are_compared_side_by_side(tmp_path: Path) -> None:
 
 
 def test_tokens_alone_need_no_masks_over_heads(tmp_path: Path) -> None:
-    found = measure_module.measure(bundled("toy-internvl2"), Tokens(out=tmp_path, **SMALL | {"samples": 2}))
+    two: dict[str, Any] = {**SMALL, "samples": 2}
+    found = measure_module.measure(bundled("toy-internvl2"), Tokens(out=tmp_path, **two))
     assert not (tmp_path / "parts" / "heads_masks").exists()
     assert len(found.tokens) == len(found.edges) == 2 and not found.heads
 
@@ -571,14 +579,11 @@ def test_settings_out_of_range_are_named(changes: dict[str, Any], words: str) ->
         replace(All(), **changes).check()
 
 
-def test_a_model_that_sees_nothing_is_refused(tmp_path: Path) -> None:
-    class Blind:
-        cfg = type("cfg", (), {"vision": None})
-        tokenizer = None
-
-    blind: Any = Blind()
-    with pytest.raises(StudyError, match="has no vision tower"):
-        run.__wrapped__(Attribute(out=tmp_path, quiet=True), blind)  # without the check of its annotations
+def test_a_model_without_a_tokenizer_is_refused(tmp_path: Path) -> None:
+    mute = copy.copy(bundled("toy-qwen2-vl"))
+    mute.tokenizer = None
+    with pytest.raises(StudyError, match="has no tokenizer"):
+        run(Attribute(out=tmp_path, quiet=True), mute)
 
 
 def test_the_command_line_has_one_command_for_each_result(
