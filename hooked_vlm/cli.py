@@ -40,7 +40,7 @@ def main() -> None:
     except EXPECTED as error:
         sys.exit(f"hooked-vlm: {error}")
     except KeyboardInterrupt:
-        print("\nhooked-vlm: interrupted; nothing was written", file=sys.stderr)
+        print("\nhooked-vlm: interrupted", file=sys.stderr)
         sys.exit(130)
 
 

@@ -150,5 +150,5 @@ def pictures(shown: Sequence[tuple[str, Image.Image, Sequence[tuple[tuple[float,
         axes.imshow(painted, cmap=DIVERGING, vmin=-top, vmax=top, alpha=0.6, interpolation="nearest")
         axes.set_title(title, fontsize=9)
         axes.set_axis_off()
-    figure.colorbar(colours, ax=figure.axes, label=label, shrink=0.8)
+    figure.colorbar(colours, ax=figure.axes, label=label, shrink=0.8, alpha=0.6)
     return figure
