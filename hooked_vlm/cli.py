@@ -6,8 +6,9 @@ import tyro
 
 from hooked_vlm.converters import CheckpointError
 from hooked_vlm.experiments.common.errors import StudyError
-from hooked_vlm.experiments.ocr_heads import run
-from hooked_vlm.experiments.ocr_heads.commands import Command
+from hooked_vlm.experiments.head_attribution import commands as head_attribution_commands
+from hooked_vlm.experiments.ocr_heads import commands as ocr_heads_commands
+from hooked_vlm.experiments.ocr_heads import run as run_ocr_heads
 from hooked_vlm.files import OutputError
 from hooked_vlm.geometry import GeometryError
 from hooked_vlm.hooks import HookError
@@ -21,9 +22,15 @@ app = tyro.extras.SubcommandApp()
 
 
 @app.command(name="ocr-heads")
-def ocr_heads(experiment: tyro.conf.OmitArgPrefixes[Command]) -> None:
+def ocr_heads(experiment: tyro.conf.OmitArgPrefixes[ocr_heads_commands.Command]) -> None:
     """Which attention heads read text in images (arXiv 2505.15865)."""
-    print(run(experiment).summary)
+    print(run_ocr_heads(experiment).summary)
+
+
+@app.command(name="head-attribution")
+def head_attribution(command: tyro.conf.OmitArgPrefixes[head_attribution_commands.Command]) -> None:
+    """Which attention heads carry information from image to text (arXiv 2509.17588), measured by random ablations."""
+    print(head_attribution_commands.answer(command))
 
 
 def main() -> None:
@@ -33,7 +40,7 @@ def main() -> None:
     except EXPECTED as error:
         sys.exit(f"hooked-vlm: {error}")
     except KeyboardInterrupt:
-        print("\nhooked-vlm: interrupted; nothing was written", file=sys.stderr)
+        print("\nhooked-vlm: interrupted", file=sys.stderr)
         sys.exit(130)
 
 

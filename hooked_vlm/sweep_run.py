@@ -115,30 +115,28 @@ Edits = list[tuple[int, int, Callable]]
 def batch_hooks(model: Any, inputs: VLMInputs, runs: Sequence[Intervention]) -> Hooks:
     """One hook for each point that any of the runs touches; each run's edits see its own rows only.
 
-    Interventions on heads that differ in their heads only become one edit with a mask.
+    Interventions on heads that can be edited together (`HeadIntervention.kind`) become one edit with a mask.
     """
     edits: dict[str, Edits] = defaultdict(list)
-    kinds: dict[tuple, list[int]] = defaultdict(list)
+    kinds: dict[tuple, dict[int, HeadIntervention]] = defaultdict(dict)
     for i, run in enumerate(runs):
         if isinstance(run, HeadIntervention):
-            kinds[run.kind].append(i)
+            kinds[run.kind][i] = run
         else:
             for name, fn in run.hooks(model, inputs):
                 edits[name].append((i, i + 1, fn))
     for members in kinds.values():
         heads = torch.zeros(len(runs), model.cfg.n_layers, model.cfg.n_heads, dtype=torch.bool)
-        for i in members:
-            own = runs[i]
-            assert isinstance(own, HeadIntervention)
-            if own.heads:
-                layers, numbers = zip(*own.heads, strict=True)
+        for i, run in members.items():
+            if run.heads:
+                layers, numbers = zip(*run.heads, strict=True)
                 heads[i, list(layers), list(numbers)] = True
-        kind = runs[members[0]]
-        assert isinstance(kind, HeadIntervention)
+        any_member = next(iter(members.values()))
         for layer in heads.any(-1).any(0).nonzero()[:, 0].tolist():
             touched = heads[:, layer].any(-1).nonzero()[:, 0]
             lo, hi = int(touched[0]), int(touched[-1]) + 1
-            for name, fn in layer_hooks(kind, model, inputs, layer, heads[lo:hi, layer]):
+            own = tuple(members.get(i, any_member) for i in range(lo, hi))  # the mask leaves other runs' rows alone
+            for name, fn in layer_hooks(own, model, inputs, layer, heads[lo:hi, layer]):
                 edits[name].append((lo, hi, fn))
     return [(name, on_own_rows(own, len(inputs))) for name, own in edits.items()]
 

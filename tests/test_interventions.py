@@ -108,8 +108,16 @@ def test_mean_heads_write_their_mean_over_a_dataset(case: tuple[Any, Any]) -> No
 # ---- image keys and values ----
 
 
-def literal_replacement(model: Any, batch: Any, head: tuple[int, int], baseline: Any, before_rope: bool) -> list:
-    """One head's z made again, query by query, from keys and values with the image's replaced."""
+def literal_replacement(
+    model: Any,
+    batch: Any,
+    head: tuple[int, int],
+    baseline: Any,
+    before_rope: bool,
+    queries: Any = None,
+    some: Any = None,
+) -> list:
+    """One head's z made again, query by query, from keys and values with the image's (or `some` of them) replaced."""
     layer, h = head
     seen: dict[str, Tensor] = {}
     at = f"blocks.{layer}.attn."
@@ -138,9 +146,16 @@ def literal_replacement(model: Any, batch: Any, head: tuple[int, int], baseline:
                     k[span], v[span] = baseline.keys[layer], baseline.values[layer]
                     rotated[span] = baseline.keys[layer]
             turned = rotate.rows(row)(k[None])[0]
+            is_image = hidden.clone()
+            if some is not None:
+                hidden = torch.zeros_like(hidden)
+                hidden[list(some[row])] = True
+                v = torch.where(hidden[:, None, None], v, seen["hook_v"][row])
             keys = torch.where(hidden[:, None, None], turned if before_rope else rotated, seen["hook_rot_k"][row])
             for query in range(batch.first[row], batch.stop[row]):
-                if hidden[query] or not any(visual.start < query for visual in own):
+                if queries is not None and query not in getattr(batch.positions, queries)[row]:
+                    continue
+                if is_image[query] or not any(visual.start < query for visual in own):
                     continue
                 visible = torch.arange(len(k)) <= query
                 visible &= torch.arange(len(k)) >= batch.first[row]
@@ -164,6 +179,36 @@ def test_image_keys_and_values_are_replaced_for_text_queries_of_one_head(
         baseline = mean_image_kv(model, [batch])
     expected = by_hand(model, batch, literal_replacement(model, batch, (1, 2), baseline, before_rope))
     same(model, batch, ReplaceImageKV(((1, 2),), baseline, before_rope), expected)
+
+
+def some_of_the_image(batch: Any) -> tuple[tuple[int, ...], ...]:
+    """The second and every third token after it."""
+    return tuple(tuple(positions[1::3].tolist()) for positions in batch.positions.image)
+
+
+@pytest.mark.parametrize("queries", [None, "final", "question"])
+@pytest.mark.parametrize("baseline", ["mean", "zero", "knockout"])
+def test_some_image_tokens_are_replaced_for_some_queries(case: tuple[Any, Any], baseline: Any, queries: Any) -> None:
+    model, batch = case
+    some = some_of_the_image(batch)
+    expected = by_hand(model, batch, literal_replacement(model, batch, (1, 2), baseline, True, queries, some))
+    iv = ReplaceImageKV(((1, 2),), baseline, queries=queries, tokens=some)
+    assert batch.positions.final[0] in batch.positions.question[0]  # of these prompts without chat markers
+    same(model, batch, iv, expected)
+    all_tokens = by_hand(model, batch, literal_replacement(model, batch, (1, 2), baseline, True, queries))
+    same(model, batch, ReplaceImageKV(((1, 2),), baseline, queries=queries), all_tokens)
+
+
+def test_without_any_head_seeing_the_image_its_content_does_not_matter(family: str) -> None:
+    model, batch = model_and_inputs(family, "two images")
+    with torch.no_grad():
+        features = model.encode_images(batch)
+        others = [batch.with_image_features(features), batch.with_image_features(5 * torch.randn_like(features))]
+        plain = [model(inputs)[0, batch.stop[0] - 1] for inputs in others]
+        found = [edited(model, inputs, ReplaceImageKV(all_heads(model), "knockout")) for inputs in others]
+    last_image = max(visual.stop for visual in batch.visuals)
+    assert not torch.allclose(*plain, atol=1e-2)
+    torch.testing.assert_close(*(logits[0, last_image:] for logits in found), atol=1e-6, rtol=0)
 
 
 def test_the_image_itself_and_text_before_it_are_left_alone(case: tuple[Any, Any]) -> None:
@@ -380,6 +425,7 @@ def of_every_kind(model: Any, batch: Any) -> dict[str, Intervention]:
         "image zero": ReplaceImageKV(HEADS, "zero"),
         "image knocked out": ReplaceImageKV(HEADS, "knockout"),
         "image mean of a dataset": ReplaceImageKV(HEADS, mean_image_kv(model, [batch])),
+        "some image tokens, some queries": ReplaceImageKV(HEADS, queries="text", tokens=some_of_the_image(batch)),
         "blocked": BlockAttention(HEADS, "text", "image"),
         "sink": RedistributeSink(HEADS, 0.3),
         "uniform": UniformAttention(HEADS),
@@ -446,6 +492,8 @@ def unchecked(intervention: Intervention, **values: Any) -> Intervention:
         (lambda model: ZeroHeads(HEADS, (1,)), "position 1 of row 1 is not one of its tokens"),
         (lambda model: ZeroHeads(HEADS, ((1,), (14,))), "positions for 2 rows, but the inputs have 3"),
         (lambda model: unchecked(ReplaceImageKV(HEADS), baseline="median"), 'must be "mean", "zero", "knockout"'),
+        (lambda model: ReplaceImageKV(HEADS, queries="image"), "no text behind an image is among the queries 'image'"),
+        (lambda model: ReplaceImageKV(HEADS, tokens="text"), "is not an image token"),
         (lambda model: RedistributeSink(HEADS, 1.5), "between 0 and 1"),
         (lambda model: RedistributeSink(HEADS, 0.5, sink=7), "a row has no such token"),
         (lambda model: MeanHeads(HEADS, torch.zeros(3, 4, 8)), r"\(3, 4, 16\), got \(3, 4, 8\)"),

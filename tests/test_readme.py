@@ -3,6 +3,8 @@
 import re
 from pathlib import Path
 
+import pytest
+
 README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
 
 
@@ -35,6 +37,19 @@ def test_every_python_block_of_the_page_about_patching_runs() -> None:
     assert names["result"].estimate(layer=2, place="value").value > 0.9
     assert names["result"].estimate(layer=3, place="value").value < 0.1
     assert names["folded"].cfg.processed == ("fold_ln", "center_unembed", "fold_value_biases")
+
+
+def test_every_python_block_of_the_page_about_head_attribution_runs(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    page = (Path(__file__).parents[1] / "docs" / "head-attribution.md").read_text(encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    names: dict = {}
+    for block in re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL):
+        exec(compile(block, "head-attribution.md", "exec"), names)
+    assert "held-out correlation: 0.9" in capsys.readouterr().out
+    assert names["result"].measured.coefficients.shape == (3, 16)
+    assert (tmp_path / "out" / "head-attribution" / "report.html").exists()
 
 
 def test_the_files_it_points_to_exist() -> None:

@@ -9,7 +9,7 @@ import torch
 from families import ROWS, model_and_inputs
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_interventions import of_every_kind
+from test_interventions import of_every_kind, some_of_the_image
 from torch import Tensor
 
 from hooked_vlm import HookError, InputError, sweep
@@ -105,7 +105,8 @@ def random_intervention(draw: Any, model: Any, batch: Any, cache: Any) -> Interv
         return ScaleHeads(heads, draw(st.sampled_from([-1.0, 0.5])), where)
     if kind == 2:
         baseline = draw(st.sampled_from(["mean", "zero", "knockout"]))
-        return ReplaceImageKV(heads, baseline, draw(st.booleans()))
+        tokens = draw(st.sampled_from([None, "image", some_of_the_image(batch)]))
+        return ReplaceImageKV(heads, baseline, draw(st.booleans()), draw(st.sampled_from([None, "final"])), tokens)
     if kind == 3:
         return BlockAttention(heads, where, draw(groups))
     if kind == 4:
@@ -142,6 +143,25 @@ def test_random_sweeps(data: Any) -> None:
     interventions = [random_intervention(data.draw, model, batch, cache) for _ in range(n)]
     max_runs = data.draw(st.sampled_from([None, 1, 2, 3]))
     agrees(model, batch, interventions, logit_difference(5, 9), max_runs=max_runs)
+
+
+@pytest.mark.parametrize("rows", ROWS)
+def test_replacements_that_differ_in_queries_and_tokens_are_one_edit(family: str, rows: str) -> None:
+    model, batch = model_and_inputs(family, rows)
+    some = some_of_the_image(batch)
+    heads = ((0, 1), (1, 0), (2, 2))
+    runs = [
+        ReplaceImageKV(heads[:n], "mean", True, queries, tokens)
+        for n, queries, tokens in [
+            (1, None, None),
+            (2, "final", some),
+            (3, None, some),
+            (3, "final", None),
+            (0, None, some),
+        ]
+    ]
+    assert len({run.kind for run in runs}) == 1
+    agrees(model, batch, [*runs, ZeroHeads(((1, 1),)), *runs[::-1]], logit_difference(5, 9))
 
 
 def test_hooks_of_your_own_see_whole_tensors(family: str) -> None:

@@ -100,6 +100,7 @@ class Sample:
     page: Page | None = None
     target_lines: tuple[int, ...] = ()
     char_boxes: tuple[Box, ...] = ()
+    object_mask: np.ndarray | None = None  # bool [height, width]: where a drawn object lies
 
     @property
     def image(self) -> Image.Image | None:
@@ -333,4 +334,5 @@ def full_page_sample(rng: np.random.Generator, n_lines: int, size: tuple[int, in
 
 def naming_sample(rng: np.random.Generator, size: tuple[int, int] = PAGE_SIZE, name: str | None = None) -> Sample:
     name = name or OBJECTS[int(rng.integers(len(OBJECTS)))]
-    return Sample("naming", ((NAMING_PROMPT, name),), draw_object(rng, name, size))
+    pixels, mask = draw_object(rng, name, size)
+    return Sample("naming", ((NAMING_PROMPT, name),), pixels, object_mask=mask)

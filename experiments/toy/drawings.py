@@ -70,10 +70,11 @@ def _colour(rng: np.random.Generator, low: int, high: int) -> tuple[int, int, in
     return red, green, blue
 
 
-def draw_object(rng: np.random.Generator, name: str, size: tuple[int, int]) -> np.ndarray:
+def draw_object(rng: np.random.Generator, name: str, size: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
     """One object, filled or outlined, of any colour, size, place and tilt, as uint8 [height, width, 3].
 
-    The clutter behind it is thin strokes, dots, a few characters and grain: never another object.
+    The clutter behind it is thin strokes, dots, a few characters and grain: never another object. Also where the
+    object lies, bool [height, width], the inside of an outline included.
     """
     width, height = size
     light = rng.random() < 0.7
@@ -98,8 +99,10 @@ def draw_object(rng: np.random.Generator, name: str, size: tuple[int, int]) -> n
         draw.line([*points, points[0], points[1]], fill=colour, width=int(rng.integers(3, 6)), joint="curve")
     else:
         draw.polygon(points, fill=colour)
+    mask = Image.new("1", size)
+    ImageDraw.Draw(mask).polygon(points, fill=1)
     pixels = np.asarray(image, np.float32) + rng.normal(0, rng.uniform(0, 8), size=(height, width, 1))
-    return np.clip(np.rint(pixels), 0, 255).astype(np.uint8)
+    return np.clip(np.rint(pixels), 0, 255).astype(np.uint8), np.array(mask)
 
 
 def _clutter(rng: np.random.Generator, draw: ImageDraw.ImageDraw, size: tuple[int, int]) -> None:

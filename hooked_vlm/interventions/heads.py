@@ -25,6 +25,8 @@ class Chosen:
     mask: Bool[Tensor, "rows head"]
     heads: tuple[int, ...]
     """Those chosen in any row."""
+    runs: "tuple[HeadIntervention, ...]"
+    """Whose rows these are: all rows of the inputs for the first, then for the next."""
 
 
 Edit = Callable[[Tensor, Any, Chosen], Tensor]
@@ -41,6 +43,8 @@ class HeadIntervention(Intervention):
     heads: tuple[Head, ...]
 
     finds_positions: ClassVar[bool] = True
+    varies: ClassVar[frozenset[str]] = frozenset({"heads"})
+    """Fields in which runs may differ that are edited together; `edits` of one finds the others' in `Chosen.runs`."""
 
     @abstractmethod
     def edits(self, model: Any, inputs: VLMInputs, layer: int) -> list[tuple[str, Edit]]:
@@ -48,8 +52,8 @@ class HeadIntervention(Intervention):
 
     @property
     def kind(self) -> tuple:
-        """Equal for interventions that differ in their heads only."""
-        rest = (getattr(self, field.name) for field in fields(self) if field.name != "heads")
+        """Equal for interventions that can be edited together."""
+        rest = (getattr(self, field.name) for field in fields(self) if field.name not in self.varies)
         return (type(self), *(value if isinstance(value, str | float | int | tuple) else id(value) for value in rest))
 
     def hooks(self, model: Any, inputs: VLMInputs) -> Hooks:
@@ -61,7 +65,7 @@ class HeadIntervention(Intervention):
         for layer, heads in sorted(by_layer.items()):
             chosen = torch.zeros(1, model.cfg.n_heads, dtype=torch.bool)
             chosen[0, heads] = True
-            pairs += layer_hooks(self, model, inputs, layer, chosen)
+            pairs += layer_hooks((self,), model, inputs, layer, chosen)
         return pairs
 
     def first_layer(self, model: Any, inputs: VLMInputs) -> int:
@@ -72,16 +76,16 @@ class HeadIntervention(Intervention):
 
 
 def layer_hooks(
-    kind: HeadIntervention, model: Any, inputs: VLMInputs, layer: int, chosen: Bool[Tensor, "run head"]
+    runs: tuple[HeadIntervention, ...], model: Any, inputs: VLMInputs, layer: int, chosen: Bool[Tensor, "run head"]
 ) -> Hooks:
-    """`kind`'s edits of one layer as hooks, for one run or for several in one batch (run by run, row by row)."""
+    """The edits of one layer as hooks, for runs of one kind that share a batch (run by run, row by row)."""
     heads = tuple(chosen.any(0).nonzero()[:, 0].tolist())
-    where = Chosen(chosen.repeat_interleave(len(inputs), dim=0).to(inputs.device), heads)
+    where = Chosen(chosen.repeat_interleave(len(inputs), dim=0).to(inputs.device), heads, runs)
 
     def hook_for(edit: Edit) -> Callable[[Tensor, Any], Tensor]:
         return lambda x, hook: edit(x, hook, where)
 
-    return [(f"blocks.{layer}.attn.{suffix}", hook_for(edit)) for suffix, edit in kind.edits(model, inputs, layer)]
+    return [(f"blocks.{layer}.attn.{suffix}", hook_for(edit)) for suffix, edit in runs[0].edits(model, inputs, layer)]
 
 
 @dataclass(frozen=True)

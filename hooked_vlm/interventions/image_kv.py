@@ -1,6 +1,6 @@
 """What a head sees of the image, replaced: image keys and values as text queries find them (arXiv 2509.17588)."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from hooked_vlm.attention import AttentionCall
 from hooked_vlm.inputs import VLMInputs
-from hooked_vlm.interventions.base import first_meant, meant, position_table
+from hooked_vlm.interventions.base import Positions, first_meant, meant, position_table
 from hooked_vlm.interventions.heads import Chosen, Edit, HeadIntervention
 from hooked_vlm.passes import inputs_rotation
 from hooked_vlm.rotary import Rotation
@@ -39,33 +39,37 @@ class ReplaceImageKV(HeadIntervention):
         before_rope: whether the mean key is taken before rotation and then rotated to each token's place
             (positions stay visible), or taken of rotated keys (one key for all). Dataset means are rotated or used
             as they are.
+        queries: only these of the text positions behind an image ("role", "final", positions, ...).
+        tokens: only these image tokens are replaced; means stay those of whole images.
     """
 
     baseline: Literal["mean", "zero", "knockout"] | ImageMeans = "mean"
     before_rope: bool = True
+    queries: Positions = None
+    tokens: Positions = None
 
     attention: ClassVar[Literal["edited", "made again", ""]] = "made again"
+    varies: ClassVar[frozenset[str]] = frozenset({"heads", "queries", "tokens"})
 
     def first_position(self, model: Any, inputs: VLMInputs) -> int:
-        return first_meant(_behind_images(inputs))
+        return first_meant(_behind_images(self.queries, inputs))
 
     def edits(self, model: Any, inputs: VLMInputs, layer: int) -> list[tuple[str, Edit]]:
         if not inputs.has_visuals:
             raise InputError("there is no image in these inputs whose keys and values could be replaced")
         if isinstance(self.baseline, str) and self.baseline not in ("mean", "zero", "knockout"):
             raise InputError(f'baseline must be "mean", "zero", "knockout" or ImageMeans, got {self.baseline!r}')
-        images = _Images(inputs)
         rotate = inputs_rotation(model.cfg, inputs, model.cfg.dtype) if self.before_rope else None
-        behind = _behind_images(inputs)
 
         def edit(z: Tensor, hook: Any, chosen: Chosen) -> Tensor:
             call: AttentionCall = hook.ctx["attention"]
-            n_past, n = call.k.shape[1] - z.shape[1], z.shape[1]
-            here = meant(behind, n_past, n, len(z))
+            n = z.shape[1]
+            behind = _for_runs(_behind_images, "queries", chosen, inputs)
+            here = meant(behind, call.k.shape[1] - n, n, len(z))
             rows = here.any(0).nonzero()[:, 0].to(z.device)
             if not len(rows):
                 return z
-            replaced = self._z(call, layer, rows, chosen.heads, images, rotate)
+            replaced = self._z(call, inputs, layer, rows, chosen, rotate)
             if len(rows) == n and len(chosen.heads) == z.shape[2] and bool(here.all()):
                 return torch.where(chosen.mask[:, None, :, None], replaced, z)
             heads = torch.tensor(chosen.heads, device=z.device)
@@ -79,26 +83,30 @@ class ReplaceImageKV(HeadIntervention):
     def _z(
         self,
         call: AttentionCall,
+        inputs: VLMInputs,
         layer: int,
         rows: Int[Tensor, "row"],
-        heads: Sequence[int],
-        images: "_Images",
+        chosen: Chosen,
         rotate: Rotation | None,
     ) -> Float[Tensor, "batch row head d_head"]:
+        """z of some positions and of the chosen heads, with the baseline in place."""
+        tokens = _for_runs(_image_tokens, "tokens", chosen, inputs)
+        here = meant(tokens, 0, call.k.shape[1], len(call.k)).to(call.k.device)
         if self.baseline == "knockout":
-            hidden = images.columns(call.k.shape[1], len(call.k))[:, None, None]
-            return call.z(rows[None], heads, call.visible(rows[None]) & ~hidden)
-        k, v = self._baseline(call, layer, images, rotate)
-        return replace(call, k=k, v=v).z(rows[None], heads)
+            return call.z(rows[None], chosen.heads, call.visible(rows[None]) & ~here[:, None, None])
+        k, v = self._baseline(call, inputs, layer, rotate)
+        if any(getattr(run, "tokens", None) is not None for run in chosen.runs):
+            k, v = (torch.where(here[..., None, None], new, real) for new, real in ((k, call.k), (v, call.v)))
+        return replace(call, k=k, v=v).z(rows[None], chosen.heads)
 
     def _baseline(
-        self, call: AttentionCall, layer: int, images: "_Images", rotate: Rotation | None
+        self, call: AttentionCall, inputs: VLMInputs, layer: int, rotate: Rotation | None
     ) -> tuple[Tensor, Tensor]:
-        """Keys and values with those of image tokens replaced."""
+        """Keys and values with those of all image tokens replaced."""
         k, v = call.k.clone(), call.v.clone()
-        n_rows = images.n_rows
-        for row, span in images.spans:
-            these = slice(row, None, n_rows)  # this row of every run in the batch
+        for visual in inputs.visuals:
+            row, span = visual.row, slice(visual.start, visual.stop)
+            these = slice(row, None, len(inputs))  # this row of every run in the batch
             alike = slice(row, row + 1) if span.stop <= call.n_shared else these
             if self.baseline == "zero":
                 k[these, span], v[these, span] = 0, 0
@@ -115,27 +123,38 @@ class ReplaceImageKV(HeadIntervention):
         return k, v
 
 
-class _Images:
-    """Where the images and videos of a batch lie."""
-
-    def __init__(self, inputs: VLMInputs) -> None:
-        self.n_rows, self.device = len(inputs), inputs.device
-        self.spans = [(v.row, slice(v.start, v.stop)) for v in inputs.visuals]
-
-    def columns(self, n_keys: int, rows: int) -> Bool[Tensor, "rows key"]:
-        """True at image tokens."""
-        found = torch.zeros(self.n_rows, n_keys, dtype=torch.bool)
-        for row, span in self.spans:
-            found[row, span] = True
-        return found.to(self.device).repeat(rows // self.n_rows, 1)
+def _for_runs(
+    table: Callable[[Positions, VLMInputs], Tensor], name: str, chosen: Chosen, inputs: VLMInputs
+) -> Bool[Tensor, "rows width_and_one"]:
+    """The table of each run's positions, one run after the other; one for all where they mean the same."""
+    wanted = [getattr(run, name) for run in chosen.runs]
+    tables = {where: table(where, inputs) for where in dict.fromkeys(wanted)}
+    return tables[wanted[0]] if len(tables) == 1 else torch.cat([tables[where] for where in wanted])
 
 
-def _behind_images(inputs: VLMInputs) -> Bool[Tensor, "batch width_and_one"]:
-    """Text positions that see an image, as a `position_table`."""
-    table = position_table("text", inputs)
+def _image_tokens(where: Positions, inputs: VLMInputs) -> Bool[Tensor, "batch width_and_one"]:
+    """Image and video tokens, or some of them, as a `position_table`."""
+    text = position_table("text", inputs)
+    if where is None:
+        return position_table(None, inputs) & ~text
+    table = position_table(where, inputs)
+    if (table & text).any():
+        row, position = (table & text).nonzero()[0].tolist()
+        raise InputError(f"position {position} of row {row} is not an image token")
+    return table
+
+
+def _behind_images(where: Positions, inputs: VLMInputs) -> Bool[Tensor, "batch width_and_one"]:
+    """Text positions that see an image, or some of them, as a `position_table`."""
+    behind = position_table("text", inputs)
     for row in range(len(inputs)):
         own = [visual.start for visual in inputs.visuals if visual.row == row]
-        table[row, : min(own) if own else table.shape[1]] = False
+        behind[row, : min(own) if own else behind.shape[1]] = False
+    if where is None:
+        return behind
+    table = behind & position_table(where, inputs)
+    if not table.any():
+        raise InputError(f"no text behind an image is among the queries {where!r}")
     return table
 
 
@@ -150,7 +169,7 @@ def mean_image_kv(model: Any, inputs: Iterable[VLMInputs]) -> ImageMeans:
     n = 0
     names = {kind: [f"blocks.{layer}.attn.hook_{kind}" for layer in range(model.cfg.n_layers)] for kind in "kv"}
     for batch in inputs:
-        images = _Images(batch).columns(batch.shape[1], len(batch))
+        images = _image_tokens(None, batch)[:, :-1].to(batch.device)
         _, cache = model.run_with_cache(batch, names_filter=[*names["k"], *names["v"]], return_type=None)
         for kind in "kv":
             found = torch.stack([cache[name][images] for name in names[kind]])

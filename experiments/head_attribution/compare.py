@@ -1,0 +1,86 @@
+"""Several models' runs side by side, from the tables they left."""
+
+import json
+from pathlib import Path
+
+import pandas as pd
+
+from hooked_vlm.experiments.common.errors import StudyError
+from hooked_vlm.experiments.common.report import Report
+from hooked_vlm.experiments.head_attribution import plots
+from hooked_vlm.experiments.head_attribution.config import Compare
+from hooked_vlm.experiments.head_attribution.rankings import RANKINGS
+from hooked_vlm.files import writable_folder
+from hooked_vlm.statistics import Estimate
+
+
+def compare(config: Compare) -> Path:
+    """Write a report with the findings of finished runs, one column a model.
+
+    Returns:
+        The page's path.
+
+    Raises:
+        StudyError: a folder that holds no finished run.
+        OutputError: the output folder cannot be written.
+    """
+    writable_folder(config.out)
+    records = [_record(folder) for folder in config.runs]
+    labels = _labels([Path(record["config"]["model"]).name for record in records])
+    tables = [pd.read_parquet(folder / "tables" / "summary.parquet") for folder in config.runs]
+    report = Report("Head attribution across models", f"{len(labels)} runs: {', '.join(labels)}.")
+    report.section("Findings", "Each with its 95% interval and n; what is counted as n is said in each run's report.")
+    measures = list(dict.fromkeys(name for table in tables for name in table["measure"]))
+    columns = {label: _by_name(table) for label, table in zip(labels, tables, strict=True)}
+    rows = [
+        {"measure": m} | {label: str(own[m]) if m in own else "–" for label, own in columns.items()} for m in measures
+    ]
+    report.table("findings", pd.DataFrame(rows), "What every run found")
+    long = [table.assign(model=label) for label, table in zip(labels, tables, strict=True)]
+    report.table("findings_long", pd.concat(long, ignore_index=True), "The same, one number a row", shown=1)
+    wanted = {name: f"k both at 0.8, {name}" for name in RANKINGS.values()}
+    if all(measure in own for own in columns.values() for measure in wanted.values()):
+        bars = {name: {label: own[measure] for label, own in columns.items()} for name, measure in wanted.items()}
+        report.section("Heads needed")
+        figure = plots.bars(bars, "heads for 0.8 of both")
+        report.figure("heads_needed", figure, "Mean number of heads over pictures, 95% intervals")
+    _layers(report, config, labels)
+    runs = [{"model": r["model"], "weights": r["weights"], "images": len(r["images"])} for r in records]
+    return report.write(config.out, {"runs": runs})
+
+
+def _record(folder: Path) -> dict:
+    try:
+        record = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+        if not (folder / "tables" / "summary.parquet").exists():
+            raise KeyError("summary")
+        return {"config": record["config"], **{name: record[name] for name in ("model", "weights", "images")}}
+    except (OSError, ValueError, KeyError) as error:
+        raise StudyError(f"{folder} holds no finished run of head-attribution: give folders that it wrote") from error
+
+
+def _labels(names: list[str]) -> list[str]:
+    """Names of the runs, numbered where a model occurs twice."""
+    return [name if names.count(name) == 1 else f"{name} ({i + 1})" for i, name in enumerate(names)]
+
+
+def _by_name(table: pd.DataFrame) -> dict[str, Estimate]:
+    return {r.measure: Estimate(r.value, r.low, r.high, int(r.n)) for r in table.itertuples(index=False)}  # pyright: ignore
+
+
+def _layers(report: Report, config: Compare, labels: list[str]) -> None:
+    """Importance over relative depth, where all runs have it."""
+    files = [folder / "tables" / "layers.parquet" for folder in config.runs]
+    if not all(file.exists() for file in files):
+        return
+    report.section(
+        "Importance by depth", "Each layer's share of all positive coefficients, by relative depth (0 first, 1 last)."
+    )
+    tables = [pd.read_parquet(file) for file in files]
+    lines = {}
+    for label, table in zip(labels, tables, strict=True):
+        n = len(table)
+        shares = [n * table[name].to_numpy() for name in ("share", "low", "high")]
+        lines[f"{label}, {n} layers"] = (table["layer"].to_numpy() / max(1, n - 1), *shares)
+    figure = plots.over_depth(lines, "share times number of layers")
+    report.figure("depth", figure, "1 is a layer's even share; 95% intervals over pictures")

@@ -1,0 +1,159 @@
+"""What a run of the study is: frozen configurations, which are also the command line."""
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+from hooked_vlm.experiments.common.errors import StudyError
+
+Target = Literal["logit", "log_prob", "margin", "difference"]
+Regression = Literal["ols", "ridge", "lasso"]
+Section = Literal["attribution", "curves", "where", "tokens"]
+
+
+@dataclass(frozen=True)
+class HeadAttributionConfig:
+    """Which attention heads carry information from the image to the text."""
+
+    model: str = "toy-qwen2-vl"
+    """A bundled toy model, a checkpoint folder or a hub name such as Qwen/Qwen2-VL-7B-Instruct."""
+    out: Path = Path("head-attribution-out")
+    """Where the report goes, and the parts an interrupted run goes on from."""
+    data: Literal["auto", "toy", "folder", "coco"] = "auto"
+    """Drawn objects (toy models), a folder with one folder of pictures per name, or COCO. "auto": COCO with
+    --annotations, a folder with --images, drawn objects without either."""
+    images: Path | None = None
+    """The folder of pictures."""
+    annotations: Path | None = None
+    """COCO's annotation file, e.g. instances_val2017.json."""
+    min_object: float = 0.1
+    """COCO: the object's smallest share of the picture's area."""
+    max_object: float = 0.8
+    """COCO: the largest."""
+    samples: int = 50
+    """Pictures to ask about; those answered rightly are studied."""
+    question: str | None = None
+    """The question; by default the paper's, with a request for one word where the model is not a toy."""
+    target: Target = "logit"
+    """Of the answer's first token: its logit, its log-probability, its lead over the best other token, or over the
+    token the model would rather name of the other objects in the data ("difference")."""
+    baseline: Literal["mean", "dataset", "zero", "knockout"] = "mean"
+    """What an ablated head sees in place of the image's keys and values: their mean over the image or over all
+    pictures, zero, or nothing at all."""
+    rope: Literal["before", "after"] = "before"
+    """Whether mean keys are taken before rotation and then rotated to each place, or after it."""
+    keep: float = 0.5
+    """The share of heads (image tokens) that a random mask keeps."""
+    masks: int | None = None
+    """Random masks over heads per picture; five per head and 320 at least by default."""
+    token_masks: int | None = None
+    """Random masks over image tokens per picture; five per token and 320 at least by default."""
+    held_out: float = 0.1
+    """The share of masks that the regression is judged by and does not see."""
+    regression: Regression = "ols"
+    """Penalties of ridge and lasso are chosen by cross-validation."""
+    bootstrap: int = 200
+    """Resamples of the masks for intervals of coefficients."""
+    random_rankings: int = 10
+    """Random orders of the heads per picture for comparison."""
+    top: int | None = None
+    """How many top heads agreement is counted on; an eighth of the heads by default."""
+    window: int | None = None
+    """Layers in a window of the token-flow experiments; a quarter of the layers by default."""
+    object_overlap: float = 0.1
+    """An image token belongs to the object if more than this share of its area does."""
+    seed: int = 0
+    device: str | None = None
+    """CUDA if present by default."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """The checkpoint's own by default."""
+    quiet: bool = False
+    """No progress bars."""
+
+    sections: ClassVar[tuple[Section, ...]] = ("attribution",)
+    """What is measured and reported."""
+
+    def check(self) -> None:
+        """Refuse settings out of range before anything is loaded.
+
+        Raises:
+            StudyError: names the setting, what was expected and what came.
+        """
+        for name in ("samples", "masks", "token_masks", "bootstrap", "random_rankings", "top", "window"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise StudyError(f"{_option(name)} must be at least 1, got {value}")
+        for name in ("keep", "held_out"):
+            if not 0 < getattr(self, name) < 1:
+                raise StudyError(f"{_option(name)} must lie between 0 and 1, got {getattr(self, name)}")
+        for name in ("min_object", "max_object", "object_overlap"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise StudyError(f"{_option(name)} must lie in [0, 1], got {getattr(self, name)}")
+        if self.seed < 0:
+            raise StudyError(f"--seed must not be negative, got {self.seed}")
+        needed = {"toy": (), "folder": ("images",), "coco": ("images", "annotations")}[self.source]
+        for name in needed:
+            path = getattr(self, name)
+            if path is None:
+                raise StudyError(f"--data {self.source} needs {_option(name)}")
+            if not path.exists():
+                raise StudyError(f"{_option(name)} {path} does not exist")
+
+    @property
+    def source(self) -> Literal["toy", "folder", "coco"]:
+        """What the pictures are."""
+        if self.data != "auto":
+            return self.data
+        return "coco" if self.annotations else "folder" if self.images else "toy"
+
+    def as_dict(self) -> dict[str, Any]:
+        """For run.json."""
+        values = {name: str(value) if isinstance(value, Path) else value for name, value in asdict(self).items()}
+        return values | {"sections": list(self.sections)}
+
+
+@dataclass(frozen=True)
+class Attribute(HeadAttributionConfig):
+    """Random masks over all heads, and the target regressed on them."""
+
+
+@dataclass(frozen=True)
+class Curves(HeadAttributionConfig):
+    """Faithfulness and completeness of the top heads, by attribution and by other rankings."""
+
+    sections: ClassVar[tuple[Section, ...]] = ("attribution", "curves")
+
+
+@dataclass(frozen=True)
+class Where(HeadAttributionConfig):
+    """Importance by layer, attention against importance, agreement between pictures and what explains it."""
+
+    sections: ClassVar[tuple[Section, ...]] = ("attribution", "where")
+
+
+@dataclass(frozen=True)
+class Tokens(HeadAttributionConfig):
+    """Which text tokens receive image information, in what order, and which image tokens matter."""
+
+    sections: ClassVar[tuple[Section, ...]] = ("tokens",)
+
+
+@dataclass(frozen=True)
+class All(HeadAttributionConfig):
+    """Everything."""
+
+    sections: ClassVar[tuple[Section, ...]] = ("attribution", "curves", "where", "tokens")
+
+
+@dataclass(frozen=True)
+class Compare:
+    """Several models' finished runs side by side."""
+
+    runs: tuple[Path, ...]
+    """Folders that `all` or `curves` wrote."""
+    out: Path = Path("head-attribution-compared")
+    """Where the report goes."""
+
+
+def _option(name: str) -> str:
+    return "--" + name.replace("_", "-")

@@ -1,0 +1,57 @@
+"""Which image tokens matter: the regression over them, against the object's place (arXiv 2509.17588, section 5.2)."""
+
+import math
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float
+from scipy import stats
+
+from hooked_vlm.attention_rows import attention_rows
+from hooked_vlm.experiments.head_attribution.ablation import Probe
+
+TOP_SHARE = 0.1
+"""The top tokens are this share of all."""
+
+
+def coverage(probe: Probe) -> Float[np.ndarray, "token"] | None:
+    """The share of each image token's pixels that belongs to the object; None where its place is not known."""
+    mask = probe.case.item.object_mask
+    if mask is None:
+        return None
+    shares = []
+    for position in probe.image:
+        x0, y0, x1, y1 = probe.case.inputs.box_of_token(position)
+        pixels = mask[math.floor(y0) : math.ceil(y1), math.floor(x0) : math.ceil(x1)]
+        shares.append(float(pixels.mean()))
+    return np.array(shares)
+
+
+def attention_to_tokens(probe: Probe) -> Float[np.ndarray, "token"]:
+    """What the final token pays each image token, summed over all heads."""
+    inputs = probe.case.inputs
+    last = torch.tensor([[inputs.stop[0] - 1]])
+    rows = attention_rows(probe.model, inputs, last, reduce=lambda rows: rows[0, :, 0].sum(0))
+    return rows.sum(0)[list(probe.image)].double().cpu().numpy()
+
+
+def inside(coefficients: Float[np.ndarray, "token"], on_object: Bool[np.ndarray, "token"]) -> dict[str, Any]:
+    """How far coefficients keep to the object.
+
+    Returns:
+        The object's share of all tokens, of the top tokens and of all positive coefficients, and the probability
+        that a token of the object has a larger coefficient than one of the background (AUC; ties count half).
+    """
+    n_top = max(1, round(TOP_SHARE * len(coefficients)))
+    top = np.argsort(-coefficients, kind="stable")[:n_top]
+    positive = coefficients.clip(0)
+    total = positive.sum()
+    both = on_object.any() and not on_object.all()
+    larger = stats.mannwhitneyu(coefficients[on_object], coefficients[~on_object]).statistic if both else np.nan
+    return {
+        "share of all tokens": float(on_object.mean()),
+        "share of the top tokens": float(on_object[top].mean()),
+        "share of positive coefficients": float(positive[on_object].sum() / total) if total else np.nan,
+        "AUC": float(larger / (on_object.sum() * (~on_object).sum())) if both else np.nan,
+    }

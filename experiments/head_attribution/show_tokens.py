@@ -1,0 +1,227 @@
+"""The report's section on token flow: which text receives, in what order, and which image tokens matter."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import pandas as pd
+
+from hooked_vlm.experiments.common.report import Report
+from hooked_vlm.experiments.head_attribution import plots
+from hooked_vlm.experiments.head_attribution.config import HeadAttributionConfig
+from hooked_vlm.experiments.head_attribution.curves import LEVELS, MIN_GAP, first_at, shares
+from hooked_vlm.experiments.head_attribution.findings import Findings, band, row
+from hooked_vlm.experiments.head_attribution.image_flow import TOP_SHARE, coverage, inside
+from hooked_vlm.experiments.head_attribution.measure import Measured
+from hooked_vlm.experiments.head_attribution.show_attribution import held_out
+from hooked_vlm.experiments.head_attribution.text_flow import MIN_LOSS, mean_layer, with_losses
+from hooked_vlm.statistics import Estimate, bootstrap_mean, paired_p
+
+TOKEN_RANKINGS = {
+    "attribution": "token attribution",
+    "attention": "attention of the final token",
+    "object": "share of the object",
+    "random": "random",
+}
+ABLATED, ALONE = "loses sight of the image", "alone sees the image (what is kept)"
+OVERLAPS = (0.1, 0.25, 0.5)
+"""Shares of a token's area from which on it may be said to belong to the object."""
+SHOWN = 8
+"""Pictures with their token coefficients."""
+
+
+def tokens(report: Report, found: Measured, config: HeadAttributionConfig) -> Findings:
+    """Which text receives, in what order, and which image tokens matter."""
+    usable = found.gaps >= MIN_GAP
+    report.section(
+        "Token flow",
+        "Losses are shares of what the image adds to the target (1: as if no text saw the image). "
+        f"Pictures to which the image adds less than {MIN_GAP} do not count; {int(usable.sum())} of {len(usable)} do.",
+    )
+    if not usable.any():
+        return {}
+    findings = _receivers(report, found, config, usable)
+    findings |= _edges(report, found, config, usable)
+    return findings | _image(report, found, config)
+
+
+def _losses(frames: Sequence[pd.DataFrame], found: Measured, usable: np.ndarray) -> list[pd.DataFrame]:
+    chosen = zip(frames, found.ends, usable, strict=True)
+    return [with_losses(frame, full, full - none) for frame, (full, none), use in chosen if use]
+
+
+def _estimates(frames: Sequence[pd.DataFrame], keys: list[str], seed: int) -> pd.DataFrame:
+    """Mean loss over pictures of every run they have in common, as rows with intervals."""
+    together = pd.concat(frames, ignore_index=True)
+    rows = []
+    for key, own in together.groupby(keys, sort=False):
+        assert isinstance(key, tuple)
+        labels = dict(zip(keys, key, strict=True))
+        rows.append(row(bootstrap_mean(own["loss"].to_numpy(), seed), **labels))
+    return pd.DataFrame(rows)
+
+
+def _receivers(report: Report, found: Measured, config: HeadAttributionConfig, usable: np.ndarray) -> Findings:
+    n_layers = found.probes[0].model.cfg.n_layers
+    table = _estimates(_losses(found.receivers, found, usable), ["text", "change", "first", "stop"], config.seed)
+    groups: dict[str, dict[str, Estimate]] = {}
+    each: dict[str, dict[str, Estimate]] = {}
+    for own in table.query(f"first == 0 and stop == {n_layers}").to_dict("records"):
+        lost = Estimate(own["value"], own["low"], own["high"], own["n"])
+        if own["change"] == "one token ablated":
+            each[own["text"]] = {"": lost}
+        elif own["change"] == "ablated":
+            groups.setdefault(own["text"], {})[ABLATED] = lost
+        else:
+            groups.setdefault(own["text"], {})[ALONE] = _kept(lost)
+    report.text(
+        "Which text receives: one group of tokens loses sight of the image for all heads, or it alone keeps it; then "
+        "single tokens. (What a group does not see itself it may still be told by another.)"
+    )
+    caption = f"Share of the image's effect lost, or kept; {int(usable.sum())} pictures, 95% intervals"
+    report.figure("receivers", plots.bars(groups, "share of the image's effect"), caption)
+    caption = f"Share lost when one token loses sight of the image; {int(usable.sum())} pictures, 95% intervals"
+    report.figure("single_tokens", plots.bars(each, "share lost"), caption)
+    sliding = table.query(f"stop - first < {n_layers}")
+    if len(sliding):
+        grid = sliding.pivot_table(index="text", columns="first", values="value", sort=False)
+        widths = _windows(sliding)
+        figure = plots.matrix(grid.to_numpy(), list(grid.index), widths, ("", "layers", "share lost"))
+        caption = f"Share lost by group and window of layers; means over {int(usable.sum())} pictures"
+        report.figure("receivers_by_layer", figure, caption)
+    report.table("receivers", table, "Loss by text tokens and layers (first to stop - 1)", shown=24)
+    lost = {f"lost without: {name}": own[ABLATED] for name, own in groups.items()}
+    return lost | {f"kept by alone: {name}": own[ALONE] for name, own in groups.items()}
+
+
+def _edges(report: Report, found: Measured, config: HeadAttributionConfig, usable: np.ndarray) -> Findings:
+    n_layers = found.probes[0].model.cfg.n_layers
+    frames = [
+        frame.assign(edge=frame["source"] + " → " + frame["receiver"]) for frame in _losses(found.edges, found, usable)
+    ]
+    table = _estimates(frames, ["edge", "first", "stop"], config.seed)
+    edges = list(dict.fromkeys(table["edge"]))
+    centres = {
+        edge: np.array([mean_layer(frame.query(f"edge == '{edge}'"), n_layers) for frame in frames]) for edge in edges
+    }
+    sliding = table.query(f"stop - first < {n_layers}")
+    report.text(
+        "Order of the flow: attention from one group to another is cut in a window of layers. An edge's mean layer is "
+        "the middle of the windows, weighted by what cutting there costs; pictures on which all windows together cost "
+        f"less than {MIN_LOSS:.0%} of the image's effect have none. Edges are cut outright, whatever the baseline."
+    )
+    if len(sliding):
+        grid = sliding.pivot_table(index="edge", columns="first", values="value", sort=False)
+        figure = plots.matrix(grid.to_numpy(), list(grid.index), _windows(sliding), ("", "layers", "share lost"))
+        caption = f"Share lost by cut edge and window of layers; means over {len(frames)} pictures"
+        report.figure("edges", figure, caption)
+    report.table("edges", table, "Loss by cut edge and layers (first to stop - 1)", shown=30)
+    means = {edge: bootstrap_mean(values, config.seed) for edge, values in centres.items()}
+    rows = [row(estimate, edge=edge) for edge, estimate in means.items()]
+    report.table("edge_layers", pd.DataFrame(rows), "Mean layer of every edge; n counts pictures that have one")
+    findings = {f"mean layer: {edge}": estimate for edge, estimate in means.items()}
+    early, late = "question → role", "image → role"
+    if early in centres and late in centres:
+        difference = bootstrap_mean(centres[late] - centres[early], config.seed)
+        order = (
+            "No picture has both a layer of question → role and one of image → role, whose order the paper compares."
+        )
+        if difference.n:
+            p = paired_p(centres[late], centres[early], config.seed)
+            order = (
+                f"Image → role is {difference} layers behind question → role (pictures paired, p = {p:.3g}; the paper "
+                "finds that role tokens are told by the text first and receive the image's information then)."
+            )
+        report.text(order)
+        findings["layers from question → role to image → role"] = difference
+    return findings
+
+
+def _image(report: Report, found: Measured, config: HeadAttributionConfig) -> Findings:
+    n_tokens = len(found.probes[0].image)
+    fits = [one.fit for one in found.tokens]
+    pearson, r2 = held_out(fits, config.seed)
+    report.section(
+        "Image tokens",
+        f"The same regression over image tokens ({n_tokens} of the first picture): {len(found.tokens[0].values)} "
+        f"masks per picture; a token that is not kept is the baseline to every head of all text. Held-out Pearson "
+        f"correlation {pearson}, R² {r2}, over {fits[0].n_held_out} masks a picture.",
+    )
+    shown = []
+    for probe, one in list(zip(found.probes, found.tokens, strict=True))[:SHOWN]:
+        places = [probe.case.inputs.box_of_token(position) for position in probe.image]
+        boxes = list(zip(places, one.fit.coefficients.tolist(), strict=True))
+        boxes.sort(key=lambda item: item[0][0] - item[0][2])  # a thumbnail's large tokens below the tiles' small ones
+        shown.append((probe.case.item.name, probe.case.item.image, boxes))
+    report.figure(
+        "image_tokens", plots.pictures(shown, "coefficient"), f"Coefficients of {len(shown)} pictures' tokens"
+    )
+    findings = {"held-out Pearson, image tokens": pearson, "held-out R², image tokens": r2}
+    findings |= _inside(report, found, config)
+    return findings | _keep_only(report, found, config)
+
+
+def _inside(report: Report, found: Measured, config: HeadAttributionConfig) -> Findings:
+    placed = [
+        (one.fit.coefficients, covered)
+        for probe, one in zip(found.probes, found.tokens, strict=True)
+        if (covered := coverage(probe)) is not None
+    ]
+    if not placed:
+        report.text("Where the object lies is not known for these pictures, so tokens are not compared with it.")
+        return {}
+    rows, findings = [], {}
+    for overlap in sorted({config.object_overlap, *OVERLAPS}):
+        each = pd.DataFrame([inside(coefficients, covered > overlap) for coefficients, covered in placed])
+        for name in each:
+            estimate = bootstrap_mean(each[name].to_numpy(), config.seed)
+            rows.append(row(estimate, **{"object covers more than": overlap, "measure": name}))
+            if overlap == config.object_overlap:
+                findings[f"tokens of the object: {name}"] = estimate
+    report.text(
+        f"A token belongs to the object if more than {config.object_overlap:.0%} of its area does (other shares in the "
+        f"table). The top tokens are the {TOP_SHARE:.0%} with the largest coefficients. AUC: the probability that a "
+        "token of the object has a larger coefficient than one of the background (0.5 if they are alike)."
+    )
+    report.table("inside", pd.DataFrame(rows), "The object's share of the tokens that matter; means over pictures")
+    return findings
+
+
+def _keep_only(report: Report, found: Measured, config: HeadAttributionConfig) -> Findings:
+    """Curves over the number of tokens kept, for pictures with as many tokens as most."""
+    sizes = [len(probe.image) for probe in found.probes]
+    n_tokens = max(set(sizes), key=sizes.count)
+    own = [shares(frame) for frame, n in zip(found.token_curves, sizes, strict=True) if n == n_tokens]
+    rankings = [name for name in TOKEN_RANKINGS if name in set(own[0]["ranking"])]
+    own = [frame for frame in own if set(rankings) <= set(frame["ranking"])]
+    ms = own[0].loc[own[0]["ranking"] == rankings[0], "k"].to_numpy()
+    panels = {
+        f"{kind} (top m {verb})": {
+            TOKEN_RANKINGS[name]: band([f.loc[f["ranking"] == name, kind] for f in own], config.seed)
+            for name in rankings
+        }
+        for kind, verb in (("faithfulness", "kept"), ("completeness", "replaced"))
+    }
+    used = [frame for frame in own if frame["faithfulness"].notna().to_numpy().all()]
+    caption = f"Only the top m of {n_tokens} tokens kept, or these replaced; means over {len(used)} pictures"
+    report.figure("keep_only", plots.bands(ms, panels, "m (image tokens)", dict.fromkeys(panels, LEVELS[0])), caption)
+    rows, findings = [], {}
+    for name in rankings:
+        faithful = [f.loc[f["ranking"] == name, "faithfulness"].to_numpy() for f in used]
+        for level in LEVELS:
+            needed = bootstrap_mean(np.array([first_at(ms, level, curve) for curve in faithful]), config.seed)
+            rows.append(row(needed, ranking=TOKEN_RANKINGS[name], level=level, of=n_tokens))
+            findings[f"m at {level:g}, {TOKEN_RANKINGS[name]}"] = needed
+    report.table(
+        "keep_only", pd.DataFrame(rows), "Tokens that must be kept (smallest m measured) for so much of the effect"
+    )
+    return findings
+
+
+def _kept(lost: Estimate) -> Estimate:
+    return Estimate(1 - lost.value, 1 - lost.high, 1 - lost.low, lost.n)
+
+
+def _windows(table: pd.DataFrame) -> list[str]:
+    """Names of the windows: "3", or "3-6"."""
+    ends = table[["first", "stop"]].drop_duplicates().itertuples(index=False)
+    return [str(first) if stop == first + 1 else f"{first}-{stop - 1}" for first, stop in ends]

@@ -1,0 +1,139 @@
+"""Pictures to ask about, and those the model answers rightly."""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from PIL import Image
+from tqdm.auto import tqdm
+
+from hooked_vlm.experiments.common.errors import StudyError
+from hooked_vlm.experiments.head_attribution.coco import coco_items
+from hooked_vlm.experiments.head_attribution.config import HeadAttributionConfig
+from hooked_vlm.experiments.head_attribution.items import Item
+from hooked_vlm.experiments.toy.data import NAMING_PROMPT, naming_sample
+from hooked_vlm.experiments.toy.drawings import OBJECTS
+from hooked_vlm.images import load_image
+from hooked_vlm.inputs import VLMInputs
+from hooked_vlm.parts import Parts
+
+ONE_WORD = NAMING_PROMPT + " Answer with one word."
+ANSWER_TOKENS = 8
+
+
+@dataclass(frozen=True, eq=False)
+class Case:
+    """A picture whose object the model names rightly."""
+
+    item: Item
+    inputs: VLMInputs
+    """One row, its picture encoded."""
+    target: int
+    """The first token of the model's answer."""
+    foil: int | None
+    """The answer token it would rather give of those to the other pictures; None if all answers are the same."""
+
+
+def items_of(config: HeadAttributionConfig) -> list[Item]:
+    """As many pictures as asked for, or all there are.
+
+    Raises:
+        StudyError: no pictures.
+        ImageError: one is corrupt.
+    """
+    if config.source == "toy":
+        return toy_items(config.samples, config.seed, config.question or NAMING_PROMPT)
+    question = config.question or ONE_WORD
+    assert config.images is not None
+    if config.source == "folder":
+        return folder_items(config.images, question, config.samples, config.seed)
+    assert config.annotations is not None
+    bounds = (config.min_object, config.max_object)
+    return coco_items(config.annotations, config.images, question, config.samples, config.seed, *bounds)
+
+
+def toy_items(n: int, seed: int, question: str) -> list[Item]:
+    """Drawn objects, all names equally often."""
+    rng = np.random.default_rng([seed, 11])
+    items = []
+    for i in range(n):
+        sample = naming_sample(rng, name=OBJECTS[i % len(OBJECTS)])
+        assert sample.image is not None
+        items.append(Item(sample.image, sample.turns[0][1], question, sample.object_mask))
+    return items
+
+
+def folder_items(folder: Path, question: str, n: int, seed: int) -> list[Item]:
+    """`n` pictures drawn from a folder that holds one folder of pictures per name, or all if there are fewer.
+
+    Raises:
+        StudyError: there are none.
+        ImageError: one is corrupt.
+    """
+    known = Image.registered_extensions()
+    files = sorted(file for file in folder.glob("*/*") if file.suffix.lower() in known)
+    if not files:
+        raise StudyError(f"--images {folder} holds no pictures in folders named after their objects")
+    order = np.random.default_rng([seed, 1]).permutation(len(files))[:n]
+    named = [(files[i], files[i].parent.name.replace("_", " ")) for i in order]
+    return [Item(load_image(file), name, question) for file, name in named]
+
+
+def is_right(reply: str, name: str) -> bool:
+    """Whether a reply is the name; case and marks around it do not count."""
+    return _bare(reply) == _bare(name)
+
+
+def _bare(text: str) -> str:
+    return " ".join(re.findall(r"\w+", text.lower()))
+
+
+@torch.no_grad()
+def ask(model: Any, items: Sequence[Item], parts: Parts, key: dict[str, Any], quiet: bool) -> pd.DataFrame:
+    """What the model answers: `image`, `name`, `reply`, `right`, and `token`, the answer's first."""
+
+    def answer(item: Item) -> pd.DataFrame:
+        inputs = to_inputs(model, item)
+        tokens = model.generate(inputs, ANSWER_TOKENS)[0, inputs.shape[1] :].tolist()
+        end = next((i for i, token in enumerate(tokens) if token in model.cfg.eos_token_ids), len(tokens))
+        reply = str(model.to_string(tokens[:end])).strip() if end else ""
+        row = {"image": item.id, "name": item.name, "reply": reply, "token": tokens[0]}
+        return pd.DataFrame([row | {"right": is_right(reply, item.name)}])
+
+    bar = tqdm(items, desc="asking", unit="image", disable=quiet)
+    return pd.concat([parts.get_or_make(key | {"image": i.id}, lambda i=i: answer(i)) for i in bar], ignore_index=True)
+
+
+def to_inputs(model: Any, item: Item) -> VLMInputs:
+    return model.to_inputs(item.question, images=item.image)
+
+
+@torch.no_grad()
+def right_cases(model: Any, items: Sequence[Item], answers: pd.DataFrame) -> list[Case]:
+    """Those answered rightly, with their pictures encoded.
+
+    Raises:
+        StudyError: there are none.
+    """
+    right = answers["right"].to_numpy()
+    if not right.any():
+        first = answers.head(3).to_dict("records")
+        shown = ", ".join(f"{answer['reply']!r} for {answer['name']!r}" for answer in first)
+        raise StudyError(f"none of {len(items)} pictures was answered rightly ({shown}): another --question may help")
+    spoken = sorted(set(answers["token"][right]))
+    cases = []
+    for item, token in zip(np.array(items, dtype=object)[right], answers["token"][right], strict=True):
+        inputs = to_inputs(model, item)
+        inputs = inputs.with_image_features(model.encode_images(inputs))
+        others = [other for other in spoken if other != token]
+        foil = None
+        if others:
+            logits = model(inputs, logits_at="last")[0, 0]
+            foil = others[int(logits[others].argmax())]
+        cases.append(Case(item, inputs, int(token), foil))
+    return cases
