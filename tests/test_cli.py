@@ -2,15 +2,33 @@
 
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from hooked_vlm import cli
+from hooked_vlm.experiments.ocr_heads import ScoreConfig
 
 
 def call(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> None:
     monkeypatch.setattr(sys, "argv", ["hooked-vlm", *arguments])
     cli.main()
+
+
+@pytest.mark.parametrize("command", ["all", "score", "select", "mask", "sink", "thought", "case", "compare"])
+def test_every_experiment_has_a_command(
+    command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked: list[ScoreConfig] = []
+
+    def remember(config: ScoreConfig) -> SimpleNamespace:
+        asked.append(config)
+        return SimpleNamespace(summary=f"ran {type(config).__name__}")
+
+    monkeypatch.setattr(cli, "run_ocr_heads", remember)
+    call(monkeypatch, "ocr-heads", command, "--samples", "7", "--query", "copied")
+    assert f"ran {type(asked[0]).__name__}" in capsys.readouterr().out
+    assert (asked[0].samples, asked[0].protocol.query) == (7, "copied")
 
 
 @pytest.mark.parametrize(
@@ -20,7 +38,7 @@ def call(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> None:
         (["--model", "./nowhere"], "there is no checkpoint folder"),
         (["--model", "owner/model"], "cannot get 'owner/model' from the hub"),
         (["--samples", "0"], "--samples must be at least 1"),
-        (["--out", "/dev/null/x"], "cannot write to --out"),
+        (["--out", "/dev/null/x"], "cannot write"),
     ],
 )
 def test_a_users_mistake_is_one_sentence_and_no_traceback(
@@ -28,7 +46,7 @@ def test_a_users_mistake_is_one_sentence_and_no_traceback(
 ) -> None:
     out = [] if "--out" in arguments else ["--out", str(tmp_path / "out")]
     with pytest.raises(SystemExit) as stopped:
-        call(monkeypatch, "ocr-heads", *arguments, *out)
+        call(monkeypatch, "ocr-heads", "score", *arguments, *out)
     message = str(stopped.value)
     assert words in message and "\n" not in message
 
@@ -39,9 +57,9 @@ def test_an_interrupt_leaves_nothing_half_written(
     def interrupted(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("hooked_vlm.experiments.ocr_heads.study.score_heads", interrupted)
+    monkeypatch.setattr("hooked_vlm.experiments.ocr_heads.study.score_batch", interrupted)
     with pytest.raises(SystemExit) as stopped:
-        call(monkeypatch, "ocr-heads", "--out", str(tmp_path / "out"), "--quiet")
+        call(monkeypatch, "ocr-heads", "score", "--out", str(tmp_path / "out"), "--quiet")
     assert stopped.value.code == 130
     assert "interrupted" in capsys.readouterr().err
-    assert list((tmp_path / "out").iterdir()) == []
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["data"]  # whole data sets, and nothing else

@@ -108,7 +108,7 @@ class ScoreConfig:
             if not 0 <= getattr(self, name) < 1:
                 raise StudyError(f"--{name.replace('_', '-')} must lie in [0, 1), got {getattr(self, name)}")
         if not 0 <= self.protocol.min_overlap < 1:
-            raise StudyError(f"--protocol.min-overlap must lie in [0, 1), got {self.protocol.min_overlap}")
+            raise StudyError(f"--min-overlap must lie in [0, 1), got {self.protocol.min_overlap}")
         if self.seed < 0:
             raise StudyError(f"--seed must not be negative, got {self.seed}")
         if any(not 0 <= beta <= 1 for beta in getattr(self, "betas", ())):

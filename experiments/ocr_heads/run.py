@@ -82,6 +82,7 @@ def run(config: ScoreConfig, model: HookedVLM | None = None) -> OcrHeadsResult:
     config.check()
     writable_folder(config.out)
     study = Study(config, model)
+    config = study.config  # with what "auto" stands for
     findings = [experiment(study, config) for kind, experiment in EXPERIMENTS if isinstance(config, kind)]
     page = Report(
         f"OCR heads of {config.model}",
@@ -95,11 +96,11 @@ def run(config: ScoreConfig, model: HookedVLM | None = None) -> OcrHeadsResult:
             page.figure(name, figure, caption)
         for name, (frame, caption, shown) in finding.tables.items():
             page.table(name, frame, caption, shown)
-    record = {"config": study.config.as_dict(), **provenance(study.model), "data": _data_record(study)}
+    record = {"config": config.as_dict(), **provenance(study.model), "data": _data_record(study)}
     written = page.write(config.out, record)
     speed = study.n_tokens / study.seconds if study.seconds else None
     scores = {"ocr": study.ocr, "retrieval": study.retrieval}
-    return OcrHeadsResult(study.config, scores, findings, written, speed)
+    return OcrHeadsResult(config, scores, findings, written, speed)
 
 
 def _data_record(study: Study) -> list[dict[str, Any]]:
