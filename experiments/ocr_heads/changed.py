@@ -1,7 +1,8 @@
 """Tasks answered with heads changed: what masking, sink redistribution and written-out steps have in common."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property, partial
 
 import numpy as np
 import pandas as pd
@@ -10,7 +11,7 @@ from tqdm.auto import tqdm
 from hooked_vlm.experiments.ocr_heads.answers import METRICS, judge
 from hooked_vlm.experiments.ocr_heads.config import TaskConfig
 from hooked_vlm.experiments.ocr_heads.data.tasks import Task, load_tasks
-from hooked_vlm.experiments.ocr_heads.examples import batches, prompt_length, to_inputs
+from hooked_vlm.experiments.ocr_heads.examples import Example, batches, prompt_length, to_inputs
 from hooked_vlm.experiments.ocr_heads.study import Study, head_names
 from hooked_vlm.inputs import VLMInputs
 from hooked_vlm.interventions import Head, Intervention
@@ -49,11 +50,9 @@ def answer_all(study: Study, tasks: Sequence[Task], conditions: Sequence[Conditi
         examples = task.data.examples
         lengths = [prompt_length(model, e, study.pixels) + config.new_tokens for e in examples]
         groups = batches(lengths, config.tokens_per_batch)
-        runs = [(group, condition) for group in groups for condition in conditions]
-        inputs: VLMInputs | None = None
-        for group, condition in tqdm(runs, desc=f"{what}, {task.name}", unit="batch", disable=config.quiet):
-            if condition is conditions[0]:
-                inputs = None  # of the last batch
+        total = len(groups) * len(conditions)
+        bar = tqdm(total=total, desc=f"{what}, {task.name}", unit="batch", disable=config.quiet)
+        for group, condition, batch in _runs(study, examples, groups, conditions):
             key = {
                 "answers": task.data.digest,
                 "weights": study.weights,
@@ -62,11 +61,8 @@ def answer_all(study: Study, tasks: Sequence[Task], conditions: Sequence[Conditi
                 "change": repr(condition.change),
                 "new_tokens": config.new_tokens,
             }
-            found = study.parts.get(key)
-            if found is None:
-                inputs = inputs or _encoded(study, [examples[i] for i in group])
-                replies = _replies(study, inputs, condition.change)
-                found = study.timed(key, lambda r=replies: pd.DataFrame({"reply": r}), sum(lengths[i] for i in group))
+            found = study.timed(key, partial(batch.answer, condition.change), sum(lengths[i] for i in group))
+            bar.update()
             judged = pd.DataFrame([judge(examples[i], r) for i, r in zip(group, found["reply"], strict=True)])
             frames.append(
                 judged.assign(
@@ -84,19 +80,36 @@ def answer_all(study: Study, tasks: Sequence[Task], conditions: Sequence[Conditi
     return table[columns].sort_values(["task", "condition", "draw", "sample"], ignore_index=True)
 
 
-def _encoded(study: Study, examples: list) -> VLMInputs:
-    inputs = to_inputs(study.model, examples, study.pixels)
-    if inputs.has_visuals:
-        features = study.model.encode_images(inputs).detach()
-        # the features stand in for the pixels, which are fifty times as large
-        inputs = replace(inputs.with_image_features(features), pixel_values=None)
-    return inputs
+def _runs(
+    study: Study, examples: Sequence[Example], groups: Sequence[list[int]], conditions: Sequence[Condition]
+) -> Iterator[tuple[list[int], Condition, "_Batch"]]:
+    for group in groups:
+        batch = _Batch(study, [examples[i] for i in group])
+        for condition in conditions:
+            yield group, condition, batch
 
 
-def _replies(study: Study, inputs: VLMInputs, change: Intervention | None) -> list[str]:
-    hooks = [] if change is None else change.hooks(study.model, inputs)
-    replies = study.model.generate(inputs, study.config.new_tokens, fwd_hooks=hooks, return_type="str")
-    return [replies] if isinstance(replies, str) else replies
+class _Batch:
+    """Examples that are answered together; their images are encoded when they are first needed."""
+
+    def __init__(self, study: Study, examples: Sequence[Example]) -> None:
+        self.study, self.examples = study, examples
+
+    @cached_property
+    def inputs(self) -> VLMInputs:
+        inputs = to_inputs(self.study.model, self.examples, self.study.pixels)
+        if inputs.has_visuals:
+            features = self.study.model.encode_images(inputs).detach()
+            # the features stand in for the pixels, which are fifty times as large
+            inputs = replace(inputs.with_image_features(features), pixel_values=None)
+        return inputs
+
+    def answer(self, change: Intervention | None) -> pd.DataFrame:
+        """A column of replies."""
+        hooks = [] if change is None else change.hooks(self.study.model, self.inputs)
+        n = self.study.config.new_tokens
+        replies = self.study.model.generate(self.inputs, n, fwd_hooks=hooks, return_type="str")
+        return pd.DataFrame({"reply": [replies] if isinstance(replies, str) else replies})
 
 
 def summarize(answers: pd.DataFrame, conditions: Sequence[Condition], seed: int) -> pd.DataFrame:

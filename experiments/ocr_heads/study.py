@@ -4,6 +4,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
@@ -133,6 +134,7 @@ class Study:
     @torch.no_grad()
     def timed(self, key: dict[str, Any], make: Callable[[], pd.DataFrame], n_tokens: int) -> pd.DataFrame:
         """A part, with its tokens and seconds counted if it had to be made."""
+        key = {**key, "version": version("hooked-vlm")}
         found = self.parts.get(key)
         if found is not None:
             return found

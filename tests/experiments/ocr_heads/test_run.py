@@ -134,16 +134,16 @@ def test_everything_runs_and_an_interrupted_run_ends_with_the_same_bytes(
         )  # fmt: skip
 
     result = run(config(tmp_path / "whole"), qwen)
-    replies = changed_module._replies
+    answer = changed_module._Batch.answer
     calls = []
 
-    def interrupted(*arguments: Any) -> list[str]:
+    def interrupted(*arguments: Any) -> pd.DataFrame:
         calls.append(1)
         if len(calls) == 9:  # some answers are kept by then
             raise KeyboardInterrupt
-        return replies(*arguments)
+        return answer(*arguments)
 
-    monkeypatch.setattr(changed_module, "_replies", interrupted)
+    monkeypatch.setattr(changed_module._Batch, "answer", interrupted)
     with pytest.raises(KeyboardInterrupt):
         run(config(tmp_path / "resumed"), qwen)
     assert not (tmp_path / "resumed" / "report.html").exists()
