@@ -21,7 +21,7 @@ help:
 	@echo "make clean       remove .venv and all that was built"
 
 demo: $(VENV)/.installed
-	$(BIN)/hooked-vlm ocr-heads --model toy-qwen2-vl --out out/ocr-heads
+	$(BIN)/hooked-vlm ocr-heads mask --model toy-qwen2-vl --out out/ocr-heads
 
 test: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest --numprocesses $(JOBS)

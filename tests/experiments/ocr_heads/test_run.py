@@ -128,10 +128,9 @@ def test_everything_runs_and_an_interrupted_run_ends_with_the_same_bytes(
     qwen: HookedVLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def config(out: Path) -> OcrHeadsConfig:
-        return OcrHeadsConfig(
-            **SMALL, **TASKS, out=out, data_folder=tmp_path / "data", betas=(0.4,), case_samples=2, characters="7q",
-            permutations=50, tokens_per_batch=400,
-        )  # fmt: skip
+        small = {**SMALL, "samples": 4, "task_samples": 3, "random_draws": 1, "betas": (0.4,), "case_samples": 1}
+        more = {"data_folder": tmp_path / "data", "characters": "7q", "permutations": 20, "tokens_per_batch": 400}
+        return OcrHeadsConfig(**small, **more, out=out)
 
     result = run(config(tmp_path / "whole"), qwen)
     answer = changed_module._Batch.answer
