@@ -214,12 +214,9 @@ def head_lens(
 
 def ocr_lens(model: Any, inputs: Iterable[VLMInputs], targets: Iterable[Tokens]) -> Float[np.ndarray, "layer head"]:
     """`head_lens` averaged over many inputs, each with the first token of the word its image shows."""
-    inputs, targets = list(inputs), list(targets)
-    if not inputs or len(inputs) != len(targets):
-        raise InputError(
-            f"{len(inputs)} inputs and {len(targets)} targets came: one target (or list) for each is meant"
-        )
     scores = [head_lens(model, one, target) for one, target in zip(inputs, targets, strict=True)]
+    if not scores:
+        raise InputError("there are no inputs to score heads on")
     return np.concatenate(scores).mean(0)
 
 

@@ -125,6 +125,6 @@ def _check_grids(pairs: Sequence[Pair]) -> None:
         if not all(same_places(pair.clean, v, pair.corrupt, w) for v, w in visuals):
             raise InputError(
                 f"the vision tower's patches are those of images of one size: clean has {pair.clean.grids}, corrupt "
-                f"{pair.corrupt.grids} (frames or tiles, rows, columns of patches), or tiles that lie otherwise. Resize "
-                "one to the other"
+                f"{pair.corrupt.grids} (frames or tiles, rows, columns of patches), or tiles that lie otherwise. "
+                "Resize one to the other"
             )

@@ -170,8 +170,8 @@ def patches_at(pair: Pair, place: str | int) -> Rows:
         image, patch = divmod(place, max(counts))
         if not 0 <= image < len(counts) or patch >= counts[image]:
             raise InputError(
-                f"there is no patch {place}: the images have {', '.join(map(str, counts))}, each counted from a multiple "
-                f"of {max(counts)}"
+                f"there is no patch {place}: the images have {', '.join(map(str, counts))}, each counted from a "
+                f"multiple of {max(counts)}"
             )
         return tuple((patch,) if i == image else () for i in range(len(counts)))
     if place in ("image", "all"):

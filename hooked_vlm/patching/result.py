@@ -204,8 +204,8 @@ class PatchingResult:
         title: str = "",
         **labels: Label,
     ) -> Figure:
-        """The means of a sweep over "each" position, or "each" patch of the vision tower, laid over the picture: a panel
-        for each layer (and head) that labels leave. Tokens that the sweep left out stay clear.
+        """The means of a sweep over "each" position (vision tower: patch), laid over the picture: a panel for each
+        layer (and head) that labels leave. Tokens that the sweep left out stay clear.
 
         Args:
             inputs: those that were run with patches: corrupt ones in denoising, clean ones in noising. (Pairs with the
