@@ -20,7 +20,6 @@ from hooked_vlm.tool_table import (
     setups,
 )
 
-
 PAGE = Path(__file__).parents[1] / "docs" / "transformerlens.md"
 
 
