@@ -21,12 +21,12 @@ from torch import Tensor
 
 from hooked_vlm.inputs import VLMInputs
 from hooked_vlm.interventions.base import Positions, position_table
+from hooked_vlm.metrics import Tokens, tokens_of_rows
 from hooked_vlm.pictures import heatmap, overlay
 from hooked_vlm.token_layout import InputError
 
 CHUNK = 256
 """Positions whose logits are made at a time."""
-Tokens = Sequence[int] | int
 
 
 @dataclass(frozen=True, eq=False)
@@ -113,16 +113,20 @@ def logit_lens(
 
     Args:
         positions: a group ("image", "question", "final", ...), positions, or all.
-        targets: token ids whose probabilities are wanted.
+        targets: token ids whose probabilities are wanted, at every position.
         layers: as in `LogitLens.layers`; all by default.
         top: how many of the likeliest tokens to keep.
 
     Raises:
-        InputError: positions or layers that do not exist.
+        InputError: positions, layers or tokens that do not exist.
     """
     inputs = model.as_inputs(inputs)
-    n_layers = model.cfg.n_layers
+    n_layers, d_vocab = model.cfg.n_layers, model.cfg.d_vocab
+    if not 1 <= top <= d_vocab:
+        raise InputError(f"top must be 1 to {d_vocab}, the size of the vocabulary, got {top}")
     chosen = tuple(range(n_layers + 1)) if layers is None else tuple(layers)
+    if not chosen:
+        raise InputError("no layer is chosen: leave layers out for all of them")
     for layer in chosen:
         if not 0 <= layer <= n_layers:
             raise InputError(
@@ -130,7 +134,10 @@ def logit_lens(
             )
     entries = position_table(positions, inputs)[:, :-1].nonzero()
     rows, columns = entries.to(inputs.device).unbind(1)
-    wanted = torch.tensor([targets] if isinstance(targets, int) else list(targets), dtype=torch.long)
+    if not len(entries):
+        raise InputError(f"these inputs have no {positions} positions")
+    wanted = torch.as_tensor(targets, dtype=torch.long).reshape(-1).cpu()
+    tokens_of_rows(wanted, len(wanted), d_vocab, wanted.device)
     found: dict[int, tuple[np.ndarray, ...]] = {}
 
     def read(layer: int) -> Any:
@@ -170,7 +177,7 @@ def vocabulary(model: Any, written: Float[Tensor, "*dims d_model"]) -> Float[Ten
 
 @torch.no_grad()
 def head_lens(
-    model: Any, inputs: VLMInputs, targets: Int[Tensor, "batch"] | Tokens, positions: Positions = "final"
+    model: Any, inputs: VLMInputs, targets: Tokens, positions: Positions = "final"
 ) -> Float[np.ndarray, "batch layer head"]:
     """The probability of a token in what each head writes: softmax(W_U norm(W_O z)), the mean over positions.
 
@@ -185,12 +192,9 @@ def head_lens(
     """
     inputs = model.as_inputs(inputs)
     table = position_table(positions, inputs)[:, :-1]
-    wanted = torch.as_tensor(targets, device=inputs.device).reshape(-1)
-    if len(wanted) not in (1, len(inputs)):
-        raise InputError(f"{len(wanted)} targets came for {len(inputs)} rows: give one for all, or one for each")
+    wanted = tokens_of_rows(targets, len(inputs), model.cfg.d_vocab, inputs.device)
     if not table.any(1).all():
         raise InputError(f"row {int((~table.any(1)).nonzero()[0])} has no such positions")
-    wanted = wanted.expand(len(inputs))
     rows, columns = table.to(inputs.device).nonzero().unbind(1)
     found: dict[int, Tensor] = {}
 
@@ -208,9 +212,7 @@ def head_lens(
     return torch.stack([found[layer] for layer in range(model.cfg.n_layers)], 1).cpu().double().numpy()
 
 
-def ocr_lens(
-    model: Any, inputs: Iterable[VLMInputs], targets: Iterable[Int[Tensor, "batch"] | Tokens]
-) -> Float[np.ndarray, "layer head"]:
+def ocr_lens(model: Any, inputs: Iterable[VLMInputs], targets: Iterable[Tokens]) -> Float[np.ndarray, "layer head"]:
     """`head_lens` averaged over many inputs, each with the first token of the word its image shows."""
     scores = [head_lens(model, one, target) for one, target in zip(inputs, targets, strict=True)]
     if not scores:
@@ -245,8 +247,8 @@ class LogitAttribution:
 def logit_attribution(
     model: Any,
     inputs: VLMInputs,
-    right: Int[Tensor, "batch"] | Tokens,
-    wrong: Int[Tensor, "batch"] | Tokens | None = None,
+    right: Tokens,
+    wrong: Tokens | None = None,
     unit: Unit = "component",
 ) -> LogitAttribution:
     """Direct logit attribution: what each part adds to the logit of `right` (minus that of `wrong`) without the help of
@@ -256,23 +258,26 @@ def logit_attribution(
         right, wrong: a token id for each row, or one for all.
 
     Raises:
-        InputError: an unknown unit.
+        InputError: an unknown unit, or tokens that do not exist.
     """
     if unit not in ("layer", "component", "head"):
         raise InputError(f'unit must be "layer", "component" or "head", got {unit!r}')
     inputs = model.as_inputs(inputs)
     rows = torch.arange(len(inputs), device=inputs.device)
     last = torch.tensor(inputs.stop, device=inputs.device) - 1
+    signed = [(tokens, sign) for tokens, sign in ((right, 1), (wrong, -1)) if tokens is not None]
+    asked = [(tokens_of_rows(t, len(rows), model.cfg.d_vocab, inputs.device), sign) for t, sign in signed]
     found: dict[str, Tensor] = {}
 
     def keep(x: Tensor, hook: Any) -> None:
-        found[str(hook.name)] = x[rows, last]
+        # the final norm sees each row's last token only
+        found[str(hook.name)] = x[:, 0] if hook.name == "ln_final.hook_scale" else x[rows, last]
 
     attention = "attn.hook_z" if unit == "head" else "hook_attn_out"
     layers = range(model.cfg.n_layers)
     names = ["hook_embed", "ln_final.hook_scale"]
     names += [f"blocks.{layer}.{suffix}" for layer in layers for suffix in (attention, "hook_mlp_out")]
-    logits = model.run_with_hooks(inputs, fwd_hooks=[(name, keep) for name in names])[rows, last]
+    logits = model.run_with_hooks(inputs, fwd_hooks=[(name, keep) for name in names], logits_at="last")[:, 0]
     parts: dict[str, Tensor] = {"embed": found["hook_embed"]}
     for layer in layers:
         wrote, mlp = found[f"blocks.{layer}.{attention}"], found[f"blocks.{layer}.hook_mlp_out"]
@@ -287,17 +292,9 @@ def logit_attribution(
             if attn.b_O.any():
                 parts[f"L{layer} b_O"] = attn.b_O.expand_as(mlp)
             parts[f"L{layer} mlp"] = mlp
-    direction = _columns(model, right, rows) - (0 if wrong is None else _columns(model, wrong, rows))
-    direction = direction * model.ln_final.weight / found["ln_final.hook_scale"]
-    exact = torch.promote_types(direction.dtype, torch.float32)
-    values = torch.stack([(part.to(exact) * direction.to(exact)).sum(-1) for part in parts.values()])
-    true = _picked(logits, right, rows) - (0 if wrong is None else _picked(logits, wrong, rows))
+    exact = torch.promote_types(logits.dtype, torch.float32)
+    direction = sum(sign * model.W_U.T[tokens].to(exact) for tokens, sign in asked)
+    direction = direction * model.ln_final.weight.to(exact) / found["ln_final.hook_scale"].to(exact)
+    values = torch.stack([(part.to(exact) * direction).sum(-1) for part in parts.values()])
+    true = sum(sign * logits[rows, tokens].to(exact) for tokens, sign in asked)
     return LogitAttribution(tuple(parts), values.double().cpu().numpy(), true.double().cpu().numpy())
-
-
-def _columns(model: Any, tokens: Any, rows: Tensor) -> Float[Tensor, "row d_model"]:
-    return model.W_U.T[torch.as_tensor(tokens, device=rows.device).expand(len(rows))]
-
-
-def _picked(logits: Float[Tensor, "row d_vocab"], tokens: Any, rows: Tensor) -> Float[Tensor, "row"]:
-    return logits[rows, torch.as_tensor(tokens, device=rows.device).expand(len(rows))]

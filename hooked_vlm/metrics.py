@@ -34,7 +34,7 @@ def margin(tokens: Tokens) -> Metric:
     """How much higher the logit of a token is than the best of all others."""
 
     def of(logits: Float[Tensor, "batch d_vocab"]) -> Float[Tensor, "batch"]:
-        logits, index = _exact(logits), _index(logits, tokens)
+        logits, index = _exact(logits), tokens_of_rows(tokens, *logits.shape, logits.device)
         return _of(logits, tokens) - logits.scatter(-1, index[:, None], -torch.inf).amax(-1)
 
     return of
@@ -83,9 +83,23 @@ def _exact(logits: Tensor) -> Tensor:
     return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
-def _index(logits: Tensor, tokens: Tokens) -> Int[Tensor, "batch"]:
-    return torch.as_tensor(tokens, device=logits.device).expand(len(logits))
+def tokens_of_rows(tokens: Tokens, n_rows: int, d_vocab: int, device: torch.device) -> Int[Tensor, "batch"]:
+    """A token id for each row.
+
+    Raises:
+        InputError: another number of tokens, or one that is not in the vocabulary.
+    """
+    found = torch.as_tensor(tokens)
+    if found.is_floating_point() or found.ndim > 1 or (found.ndim == 1 and len(found) not in (1, n_rows)):
+        raise InputError(
+            f"expected one token id for all {n_rows} rows or one for each, got {found.dtype} of shape "
+            f"{tuple(found.shape)}"
+        )
+    outside = found[(found < 0) | (found >= d_vocab)]
+    if len(outside):
+        raise InputError(f"there is no token {int(outside[0])}: the vocabulary has 0 to {d_vocab - 1}")
+    return found.to(device).expand(n_rows)
 
 
 def _of(logits: Float[Tensor, "batch d_vocab"], tokens: Tokens) -> Float[Tensor, "batch"]:
-    return _exact(logits).gather(-1, _index(logits, tokens)[:, None])[:, 0]
+    return _exact(logits).gather(-1, tokens_of_rows(tokens, *logits.shape, logits.device)[:, None])[:, 0]

@@ -9,6 +9,8 @@ from scipy import stats
 
 DRAWS = 2000
 """Resamples of a bootstrap and permutations of a test, by default."""
+CELLS = 1024
+"""Statistics that are bootstrapped at a time."""
 
 
 @dataclass(frozen=True)
@@ -52,29 +54,43 @@ def bootstrap_mean(values: Float[np.ndarray, "n"], seed: int, draws: int = DRAWS
     return Estimate(float(values.mean()), float(low), float(high), len(values))
 
 
-def bootstrap_ratios(
-    values: Float[np.ndarray, "n *dims"], scale: Float[np.ndarray, "n"], seed: int, draws: int = DRAWS
-) -> tuple[Float[np.ndarray, "*dims"], Float[np.ndarray, "*dims"], Float[np.ndarray, "*dims"]]:
-    """Ratios of means, mean(values) / mean(scale), and their 95% percentile intervals.
-
-    Entries of the first axis are resampled together; where a value or its scale is NaN, the entry is left out of both
-    means. A ratio to a mean of 0 is NaN.
-    """
-    n, flat = len(values), values.reshape(len(values), -1)
-    known = ~(np.isnan(flat) | np.isnan(scale[:, None]))
-    above, below = np.where(known, flat, 0.0), np.where(known, scale[:, None], 0.0)
-    counts = np.random.default_rng([seed, 9]).multinomial(n, np.full(n, 1 / n), size=draws)
+def ratio_of_means(values: Float[np.ndarray, "n *dims"], scale: Float[np.ndarray, "n"]) -> Float[np.ndarray, "*dims"]:
+    """mean(values) / mean(scale) over the first axis. Where a value or its scale is not a finite number, the entry is
+    left out of both means; a ratio to a mean of 0 is NaN."""
+    above, below = _known(values.reshape(len(values), -1), scale)
     with np.errstate(divide="ignore", invalid="ignore"):
         ratio = above.sum(0) / below.sum(0)
-        drawn = (counts @ above) / (counts @ below)
-    drawn[~np.isfinite(drawn)] = np.nan
     ratio[~np.isfinite(ratio)] = np.nan
+    return ratio.reshape(values.shape[1:])
+
+
+def bootstrap_ratios(
+    values: Float[np.ndarray, "n *dims"], scale: Float[np.ndarray, "n"], seed: int, draws: int = DRAWS
+) -> tuple[Float[np.ndarray, "*dims"], Float[np.ndarray, "*dims"]]:
+    """95% percentile intervals of `ratio_of_means`; entries of the first axis are resampled together. NaN where fewer
+    than two entries are numbers: one has no spread."""
+    n, flat = len(values), values.reshape(len(values), -1)
+    counts = np.random.default_rng([seed, 9]).multinomial(n, np.full(n, 1 / n), size=draws)
     ends = np.full((2, flat.shape[1]), np.nan)
-    some = ~np.isnan(drawn).all(0)
-    if some.any():
-        ends[:, some] = np.nanpercentile(drawn[:, some], [2.5, 97.5], axis=0)
-    shape = values.shape[1:]
-    return ratio.reshape(shape), ends[0].reshape(shape), ends[1].reshape(shape)
+    for start in range(0, flat.shape[1], CELLS):  # all draws of all cells would not fit
+        part = slice(start, start + CELLS)
+        above, below = _known(flat[:, part], scale)
+        with np.errstate(divide="ignore", invalid="ignore"):
+            drawn = (counts @ above) / (counts @ below)
+        drawn[~np.isfinite(drawn)] = np.nan
+        drawn[:, (np.isfinite(flat[:, part]) & np.isfinite(scale[:, None])).sum(0) < 2] = np.nan
+        some = ~np.isnan(drawn).all(0)
+        if some.any():
+            ends[:, part][:, some] = np.nanpercentile(drawn[:, some], [2.5, 97.5], axis=0)
+    return ends[0].reshape(values.shape[1:]), ends[1].reshape(values.shape[1:])
+
+
+def _known(
+    values: Float[np.ndarray, "n cell"], scale: Float[np.ndarray, "n"]
+) -> tuple[Float[np.ndarray, "n cell"], Float[np.ndarray, "n cell"]]:
+    """Values and their scales, both 0 where either is not a number."""
+    known = np.isfinite(values) & np.isfinite(scale)[:, None]
+    return np.where(known, values, 0.0), np.where(known, scale[:, None], 0.0)
 
 
 def bootstrap(

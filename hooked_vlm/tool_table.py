@@ -5,12 +5,13 @@ minute random models and writes docs/transformerlens.md; a tool that refuses is 
 # pyright: reportArgumentType=false, reportReturnType=false
 
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -112,24 +113,60 @@ def _all_sources(s: Setup) -> Any:
         return patching.get_act_patch_direct_path_all_sources(s.model, s.corrupt, *s.caches, s.metric, verbose=False)
 
 
-def _attribution(s: Setup, **settings: Any) -> Any:
-    config = attribution_patching.EdgeAttributionConfig(ig_steps=1, **settings)
-    for switch in ("attn_result", "split_qkv_input", "hook_mlp_in"):
-        getattr(s.model, f"set_use_{switch}")(settings["granularity"] == "edge")
+@contextmanager
+def _edges_in_sight(model: HookedVLM) -> Iterator[None]:
+    """What edges are read from: head results, and an input of its own for every reader."""
+    switches = [getattr(model, f"set_use_{name}") for name in ("attn_result", "split_qkv_input", "hook_mlp_in")]
     try:
-        return analysis.attribution_patch(s.model, s.clean, s.corrupt, s.metric, config)
+        for switch in switches:
+            switch(True)
+        yield
     finally:
-        for switch in ("attn_result", "split_qkv_input", "hook_mlp_in"):
-            getattr(s.model, f"set_use_{switch}")(False)
+        for switch in switches:
+            switch(False)
 
 
-def _interchange(s: Setup, run: bool) -> Any:
-    at = torch.tensor([6, 6])
-    acts = interchange.collect_activations(s.model, HOOK, s.both, s.task, positions=at)
-    if not run:
-        return acts
-    everything = interchange.SubspaceInterchange(torch.eye(8))
-    return interchange.intervened_logits(s.model, HOOK, everything, s.both, acts, s.task, positions=at)
+def _attribution(s: Setup, granularity: Literal["node", "edge"]) -> Any:
+    config = attribution_patching.EdgeAttributionConfig(ig_steps=1, granularity=granularity)
+    with _edges_in_sight(s.model) if granularity == "edge" else nullcontext():
+        return analysis.attribution_patch(s.model, s.clean, s.corrupt, s.metric, config)
+
+
+def _faithfulness(s: Setup, circuit: Sequence[Any] = (), ablation: Literal["corrupt", "mean"] = "corrupt") -> Any:
+    config = analysis.FaithfulnessConfig(ablation=ablation)
+    others = {"mean_tokens": s.both} if ablation == "mean" else {}
+    with _edges_in_sight(s.model):
+        return analysis.faithfulness(s.model, s.clean, s.corrupt, s.metric, circuit, config, **others)
+
+
+def _writers(s: Setup) -> Any:
+    with _edges_in_sight(s.model):
+        return attribution_patching.capture_writer_outputs(s.model, s.clean)
+
+
+def _collected(s: Setup) -> Tensor:
+    return interchange.collect_activations(s.model, HOOK, s.both, s.task, positions=torch.tensor([6, 6]))
+
+
+def _interchange(s: Setup, run: Callable[..., Any], placebo: bool = False) -> Any:
+    """Each of the two inputs with the other's stream; or moved as far within a random subspace."""
+    everything: Any = interchange.SubspaceInterchange(torch.eye(8))
+    if placebo:
+        everything = interchange.NormMatchedPlacebo(everything, interchange.random_basis(8, 2, seed=0))
+    return run(s.model, HOOK, everything, s.both, _collected(s).flip(0), s.task, positions=torch.tensor([6, 6]))
+
+
+def _all_cells(s: Setup) -> Any:
+    with torch.no_grad():
+        return patching.generic_activation_patch(
+            s.model,
+            s.corrupt,
+            s.caches[0],
+            s.metric,
+            patching.layer_pos_patch_setter,
+            "resid_pre",
+            index_axis_names=("layer", "pos"),
+        )
 
 
 def _das(s: Setup) -> Any:
@@ -147,6 +184,16 @@ def _subspaces(s: Setup) -> tuple[Any, Any]:
 def _probe_data(s: Setup) -> tuple[Tensor, Tensor]:
     features = torch.cat([cache["resid_post", 1][0] for cache in s.caches] * 3)
     return features + 0.01 * torch.randn(features.shape), torch.arange(len(features)) % 2 == 0
+
+
+def _decomposed(s: Setup) -> Any:
+    return analysis.get_sparse_decomposition(s.caches[0]["resid_post", 1][0, -1], s.model.W_U.detach().T, k=2)
+
+
+def _coordinate(s: Setup) -> Any:
+    source = int(_decomposed(s).support[0])
+    stream, dictionary = s.caches[0]["resid_post", 1][0, -1], s.model.W_U.detach().T
+    return analysis.solve_coordinate_patch(stream, dictionary, source, (source + 1) % len(dictionary), k=2)
 
 
 def _lens(s: Setup, **settings: Any) -> Any:
@@ -186,6 +233,7 @@ PATCHING = [name for name in dir(patching) if name.startswith("get_act_patch") a
 CACHE: dict[str, Callable[[Any], Any]] = {
     "accumulated_resid": lambda c: c.accumulated_resid(apply_ln=True),
     "decompose_resid": lambda c: c.decompose_resid(apply_ln=True),
+    "compute_head_results": lambda c: c.compute_head_results(),
     "stack_head_results": lambda c: c.stack_head_results(apply_ln=True),
     "stack_activation": lambda c: c.stack_activation("resid_post"),
     "get_neuron_results": lambda c: c.get_neuron_results(0),
@@ -198,6 +246,7 @@ CACHE: dict[str, Callable[[Any], Any]] = {
 
 TOOLS: dict[str, dict[str, Tool]] = {
     "transformer_lens.patching": {
+        "`generic_activation_patch`": _all_cells,
         **{f"`{name}`": partial(_patch, name) for name in PATCHING},
         '`get_act_patch_direct_path`, component "q"': _direct_path,
         "`get_act_patch_direct_path_all_sources`": _all_sources,
@@ -218,20 +267,32 @@ TOOLS: dict[str, dict[str, Tool]] = {
         **{f'`direct_logit_attribution`, unit "{u}"': partial(_direct, unit=u) for u in ("component", "head", "layer")},
         "`attribution_patch`, nodes": partial(_attribution, granularity="node"),
         "`attribution_patch`, edges": partial(_attribution, granularity="edge"),
+        "`faithfulness`": _faithfulness,
+        '`faithfulness`, ablation "mean"': partial(_faithfulness, ablation="mean"),
         "`cache_activation_and_gradient`": _gradient,
-        "`collect_activations`": partial(_interchange, run=False),
-        "`intervened_logits`": partial(_interchange, run=True),
+        "`capture_writer_outputs`": _writers,
+        "`collect_activations`": _collected,
+        "`intervened_logits`": partial(_interchange, run=interchange.intervened_logits),
+        "`run_with_intervention`": partial(_interchange, run=interchange.run_with_intervention),
+        "`run_with_intervention`, `NormMatchedPlacebo`": partial(
+            _interchange, run=interchange.run_with_intervention, placebo=True
+        ),
+        "`mean_difference_basis`": lambda s: interchange.mean_difference_basis(_collected(s), ["clean", "corrupt"]),
+        "`probe_basis`": lambda s: interchange.probe_basis(_collected(s)),
+        "`neuron_basis`": lambda s: interchange.neuron_basis(s.model.cfg.d_mlp, [0, 3]),
+        "`random_neuron_basis`": lambda s: interchange.random_neuron_basis(s.model.cfg.d_mlp, 2, seed=0),
+        "`arbitrary_targets`": lambda s: interchange.arbitrary_targets(["clean", "corrupt"], 2, seed=0),
         "`fit_das`": _das,
         "`reinitialized`": lambda s: interchange.reinitialized(s.model, seed=0),
         "`attention_head_subspace_affinity`": lambda s: attention_head_subspace_affinity(
             s.model, target_role="Q", layer_order="all"
         ),
         "`projection_kernel`": lambda s: projection_kernel(*_subspaces(s)),
+        "`random_projection_kernel_moments`": lambda s: analysis.random_projection_kernel_moments(8, 4),
         "`fit_sparse_probe`": lambda s: analysis.fit_sparse_probe(*_probe_data(s), k=2),
         "`sweep_sparse_probe`": lambda s: analysis.sweep_sparse_probe(*_probe_data(s), ks=[1, 2]),
-        "`get_sparse_decomposition`": lambda s: analysis.get_sparse_decomposition(
-            s.caches[0]["resid_post", 1][0, -1], s.model.W_U.detach().T, k=2
-        ),
+        "`get_sparse_decomposition`": _decomposed,
+        "`solve_coordinate_patch`": _coordinate,
         "`JacobianLens.fit`": lambda s: analysis.JacobianLens.fit(s.model, ["a prompt"], corpus="none"),
     },
     "transformer_lens.weight_processing, on `model.tl_state_dict()`": {

@@ -1,5 +1,6 @@
 """Lenses and attributions equal their formulas, in both families; attention laid out on the image finds its tokens."""
 
+import copy
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ from torch import Tensor
 from hooked_vlm import GeometryError, HookedVLM, InputError
 from hooked_vlm.lens import head_lens, logit_attribution, logit_lens, ocr_lens
 from hooked_vlm.pictures import overlay
+from hooked_vlm.weight_processing import fold_value_biases
 
 TOYS = ("toy-qwen2-vl", "toy-internvl2")
 
@@ -71,8 +73,20 @@ def test_the_lens_looks_where_it_is_told_and_says_so() -> None:
         logit_lens(model, inputs, "final", targets=7).on_image(inputs, picture)
     with pytest.raises(InputError, match="no target 1"):
         lens.heatmap(target=1)
-    with pytest.raises(InputError, match="layer 9 is out of range"):
-        logit_lens(model, inputs, "final", layers=(9,))
+    refused: Any = (
+        ({"layers": (9,)}, "layer 9 is out of range"),
+        ({"layers": ()}, "no layer is chosen"),
+        ({"targets": -1}, "no token -1"),
+        ({"targets": [3, 10**6]}, "no token 1000000"),
+        ({"top": 0}, "top must be 1 to"),
+        ({"positions": "generated"}, "no generated positions"),
+    )
+    for settings, says in refused:
+        with pytest.raises(InputError, match=says):
+            logit_lens(model, inputs, **{"positions": "final", **settings})
+    for ask in (head_lens, logit_attribution):
+        with pytest.raises(InputError, match="no token -1"):
+            ask(model, inputs, -1)
 
 
 # ---- heads ----
@@ -94,7 +108,7 @@ def test_the_head_lens_reads_what_one_head_writes(case: tuple[Any, Any]) -> None
     scores = ocr_lens(model, [inputs, inputs], [5, 9])
     both = [head_lens(model, inputs, target) for target in (5, 9)]
     np.testing.assert_allclose(scores, np.concatenate(both).mean(0))
-    with pytest.raises(InputError, match="targets came for"):
+    with pytest.raises(InputError, match="one token id for all"):
         head_lens(model, inputs, [1] * (len(inputs) + 1))
 
 
@@ -119,6 +133,21 @@ def test_a_logit_is_the_sum_of_what_its_parts_add(case: tuple[Any, Any], unit: A
         by_hand = normed @ (model.W_U[:, right[0]] - model.W_U[:, 42])
         assert found.values[found.labels.index("L1H2"), 0] == pytest.approx(by_hand.item(), abs=1e-5)
         assert len(found.to_dataframe()) == found.values.size
+
+
+@pytest.mark.parametrize("unit", ["layer", "component", "head"])
+@torch.no_grad()
+def test_parts_sum_to_the_logit_of_folded_and_of_rounded_weights(unit: Any) -> None:
+    """With an output bias that value biases were folded into; in bfloat16, up to its rounding."""
+    model, inputs = model_and_inputs("qwen2-vl", "padded")
+    folded = copy.deepcopy(model)
+    fold_value_biases(folded)
+    found = logit_attribution(folded, inputs, 5, 42, unit)
+    np.testing.assert_allclose(found.values.sum(0), found.logit, atol=5e-5)
+    if unit == "head":
+        assert "L1 b_O" in found.labels
+    rounded = logit_attribution(copy.deepcopy(model).to(torch.bfloat16), inputs, 5, 42, unit)
+    np.testing.assert_allclose(rounded.values.sum(0), rounded.logit, atol=0.03)
 
 
 # ---- attention on the image ----

@@ -198,7 +198,7 @@ class _Where:
     def _patches(self, x: Tensor) -> Bool[Tensor, "images patch"]:
         """Patches of every image alike, or of each image its own."""
         chosen: Any = () if self.positions is None else self.positions
-        per_image = self.axis == 1 and len(chosen) > 0 and isinstance(chosen[0], tuple)
+        per_image = self.axis > 0 and len(chosen) > 0 and isinstance(chosen[0], tuple)
         if per_image and len(chosen) != len(x):
             raise InputError(f"there are patches for {len(chosen)} images, but {self.name} holds {len(x)}")
         here = torch.zeros(len(x) if per_image else 1, x.shape[self.axis], dtype=torch.bool)

@@ -49,6 +49,8 @@ def attribute(
     Raises:
         InputError: see `patch`.
     """
+    if check < 0:
+        raise InputError(f"check, the number of cells to patch for real, must not be negative, got {check}")
     pairs, metrics = checked(pairs, metric)
     cells = Cells.of(model, pairs, what, where, tower, direction, layers, heads)
     drawn = np.random.default_rng([seed, 1]).permutation(len(list(cells)))[:check]
@@ -113,8 +115,9 @@ def _slopes(
         if not found.requires_grad:
             raise InputError("the metric has no gradient: attribution patching needs one, patch(...) does not")
         gradients = torch.autograd.grad(found.sum(), [here[name] for name in cells.names])
+    exact = torch.promote_types(logits.dtype, torch.float32)  # thousands of terms are summed
     slopes = {
-        name: gradient * (there[name].to(gradient) - here[name].detach())
+        name: gradient.to(exact) * (there[name].to(gradient.device, exact) - here[name].detach().to(exact))
         for name, gradient in zip(cells.names, gradients, strict=True)
     }
     return found.detach().double().cpu().numpy(), slopes

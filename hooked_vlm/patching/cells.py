@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 from hooked_vlm.interventions import PatchActivation
-from hooked_vlm.patching.pairs import Direction, Pair
+from hooked_vlm.patching.pairs import Direction, Pair, same_places
 from hooked_vlm.patching.places import Tower, Where, patches_at, place_names, positions_at
 from hooked_vlm.token_layout import InputError
 
@@ -111,6 +111,8 @@ def _sizes(model: Any, what: str, tower: str) -> tuple[int, int]:
 def in_range(chosen: Sequence[int] | None, n: int, kind: str) -> tuple[int, ...]:
     if chosen is None:
         return tuple(range(n))
+    if not len(chosen):
+        raise InputError(f"no {kind} is chosen: leave {kind.split()[-1]}s out for all {n} of them")
     for number in chosen:
         if not 0 <= number < n:
             raise InputError(f"{kind} {number} is out of range: there are {kind}s 0 to {n - 1}")
@@ -119,8 +121,10 @@ def in_range(chosen: Sequence[int] | None, n: int, kind: str) -> tuple[int, ...]
 
 def _check_grids(pairs: Sequence[Pair]) -> None:
     for pair in pairs:
-        if pair.clean.grids != pair.corrupt.grids:
+        visuals = zip(pair.clean.in_feature_order, pair.corrupt.in_feature_order, strict=True)
+        if not all(same_places(pair.clean, v, pair.corrupt, w) for v, w in visuals):
             raise InputError(
                 f"the vision tower's patches are those of images of one size: clean has {pair.clean.grids}, corrupt "
-                f"{pair.corrupt.grids} (frames or tiles, rows, columns of patches). Resize one to the other"
+                f"{pair.corrupt.grids} (frames or tiles, rows, columns of patches), or tiles that lie otherwise. "
+                "Resize one to the other"
             )

@@ -138,7 +138,7 @@ def swept(
 
 def warn_of_bad_numbers(result: PatchingResult) -> None:
     """Say which examples have a metric that is not a number."""
-    bad = np.isnan(result.effects)
+    bad = ~result.counted
     if bad.any():
         examples = np.flatnonzero(bad.reshape(-1, result.n_examples).any(0))
         shown = ", ".join(map(str, examples[:8])) + (", ..." if len(examples) > 8 else "")

@@ -6,11 +6,12 @@ from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
+import torch
 from tqdm.auto import tqdm
 
 from hooked_vlm.inputs import VLMInputs
 from hooked_vlm.interventions import BlockAttention, Intervention, Together
-from hooked_vlm.interventions.base import Positions
+from hooked_vlm.interventions.base import Positions, position_table
 from hooked_vlm.patching.exact import Metrics, swept, warn_of_bad_numbers
 from hooked_vlm.patching.pairs import Place
 from hooked_vlm.patching.places import group, positions_in
@@ -62,15 +63,24 @@ def knock_out(
         places: as for `knocked_out`; a list gives each of the inputs its own.
 
     Raises:
-        InputError: an unknown place, or a window that does not fit.
+        InputError: an unknown place, a side of an edge that a row has no token of, or a window that does not fit.
     """
     batches = [inputs] if isinstance(inputs, VLMInputs) else list(inputs)
     metrics = list(metric) if isinstance(metric, Sequence) else [metric] * len(batches)
     named = [places or {}] * len(batches) if places is None or isinstance(places, Mapping) else list(places)
+    if not batches or not edges:
+        raise InputError(f"{len(batches)} inputs and {len(edges)} edges came: at least one of each is needed")
+    if {len(metrics), len(named)} != {len(batches)}:
+        raise InputError(
+            f"{len(metrics)} metrics and {len(named)} places came for {len(batches)} inputs: give one for all, or one "
+            "for each"
+        )
     windows = _windows(model, window)
     values, base_values = [], []
     steps = tqdm(batches, disable=not progress, desc="knock-out", unit="input")
     for batch, own_metric, own_places in zip(steps, metrics, named, strict=True):
+        for edge in edges:
+            _check_tokens(batch, edge, own_places)
         cuts = [knocked_out(model, batch, layers, edge, own_places) for edge in edges for layers in windows]
         found, baseline = swept(model, batch, cuts, own_metric, logits_at=logits_at, max_runs=max_runs)
         values.append(found)
@@ -122,6 +132,17 @@ def _texts(model: Any, inputs: VLMInputs, hooks: list, max_new_tokens: int) -> l
 
 def _positions(inputs: VLMInputs, name: str, places: Places) -> Positions:
     return positions_in(inputs, name, places) if name in places else group(inputs, name, places)
+
+
+def _check_tokens(inputs: VLMInputs, edge: Edge, places: Places) -> None:
+    """Raises `InputError` where nothing would be cut, which would count as an effect of 0."""
+    for side in edge:
+        tables = [position_table(_positions(inputs, name, places), inputs)[:, :-1] for name in side.split("+")]
+        empty = ~torch.stack(tables).any(0).any(-1)
+        if empty.any():
+            raise InputError(
+                f"row {int(empty.nonzero()[0])} has no {side} positions: the edge {_said(edge)} is not there"
+            )
 
 
 def _windows(model: Any, window: int) -> list[range]:

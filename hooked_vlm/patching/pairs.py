@@ -68,8 +68,10 @@ class Pair:
             raise InputError(
                 f"clean has {len(self.clean)} rows and corrupt {len(self.corrupt)}: row by row they are examples"
             )
+        for name, place in self.places.items():
+            _check_place(name, place)
         for row in range(len(self.clean)):
-            if self.by == "columns" and _layout(self.clean, row) != _layout(self.corrupt, row):
+            if self.by == "columns" and not same_columns(self.clean, row, self.corrupt, row):
                 raise InputError(_misaligned(self.clean, self.corrupt, row))
             kinds = [[v.kind for v in _visuals(side, row)] for side in (self.clean, self.corrupt)]
             if kinds[0] != kinds[1]:
@@ -102,9 +104,37 @@ def aligned(x: Tensor, matches: Int[Tensor, "batch pos"]) -> Tensor:
     return found * there
 
 
-def _layout(inputs: VLMInputs, row: int) -> tuple:
-    visuals = [(v.kind, v.start, v.grid) for v in _visuals(inputs, row)]
-    return inputs.shape[1], inputs.first[row], inputs.stop[row], visuals
+def same_columns(a: VLMInputs, row: int, b: VLMInputs, other: int) -> bool:
+    """Whether a column of one row and the same column of the other mean the same: text, or one place of a picture."""
+    if (a.shape[1], a.first[row], a.stop[row]) != (b.shape[1], b.first[other], b.stop[other]):
+        return False
+    own, its = _visuals(a, row), _visuals(b, other)
+    return [(v.kind, v.start) for v in own] == [(v.kind, v.start) for v in its] and all(
+        same_places(a, v, b, w) for v, w in zip(own, its, strict=True)
+    )
+
+
+def same_places(a: VLMInputs, visual: Visual, b: VLMInputs, other: Visual) -> bool:
+    """Whether the tokens and patches of two images lie alike. As many tiles may lie otherwise: 4 x 1 or 2 x 2. Where a
+    size is not known (a Hugging Face batch), as many tiles are taken to lie alike."""
+    layouts = {_tile_layout(a, visual), _tile_layout(b, other)} - {None}
+    return visual.grid == other.grid and len(layouts) <= 1
+
+
+def _tile_layout(inputs: VLMInputs, visual: Visual) -> tuple[int, int] | None:
+    """(columns, rows) of tiles; None for an image that is seen whole, or if its size is not known."""
+    if visual.kind != "image" or inputs.image_sizes is None:
+        return None
+    grid = inputs.image_grid(visual.index)
+    return grid.layout if isinstance(grid, TileGrid) else None
+
+
+def _check_place(name: str, place: Place) -> None:
+    """Raises `InputError` for what is neither positions nor regions."""
+    parts = [place] if isinstance(place, Region) else list(place) if isinstance(place, Sequence | Tensor) else []
+    regions = [isinstance(part, Region) for part in parts]
+    if not parts or isinstance(place, str) or any(regions) != all(regions):
+        raise InputError(f"the place {name!r} must be a Region, several, or positions, got {place!r}")
 
 
 def _visuals(inputs: VLMInputs, row: int) -> list[Visual]:
@@ -121,11 +151,12 @@ def _misaligned(clean: VLMInputs, corrupt: VLMInputs, row: int) -> str:
 
 def _described(inputs: VLMInputs, row: int) -> str:
     merge = inputs.spec.merge_size
-    parts = [
-        f"{v.kind} of {'' if v.grid[0] == 1 else f'{v.grid[0]} x '}{v.grid[1] // merge} x {v.grid[2] // merge} tokens "
-        f"at {v.start}"
-        for v in _visuals(inputs, row)
-    ]
+    parts = []
+    for v in _visuals(inputs, row):
+        layout = _tile_layout(inputs, v)
+        times = "" if v.grid[0] == 1 else f"{v.grid[0]} x "
+        tiles = "" if layout is None or v.grid[0] == 1 else f", {layout[0]} x {layout[1]} tiles and a thumbnail"
+        parts.append(f"{v.kind} of {times}{v.grid[1] // merge} x {v.grid[2] // merge} tokens at {v.start}{tiles}")
     padded = inputs.shape[1] - (inputs.stop[row] - inputs.first[row])
     padding = f", {padded} of them padding" if padded else ""
     return f"{len(inputs)} x {inputs.shape[1]} tokens{padding} ({'; '.join(parts) or 'no image'})"
@@ -149,7 +180,7 @@ def _match(base: VLMInputs, source: VLMInputs, row: int, by: str) -> Int[Tensor,
         if len(own) == len(other):
             found[own] = other
     for own, other in visuals:
-        if own.grid == other.grid:
+        if same_places(base, own, source, other):
             found[own.start : own.stop] = torch.arange(other.start, other.stop)
         elif own.kind == "image":
             places = by_place(base.image_grid(own.index), source.image_grid(other.index))

@@ -96,8 +96,9 @@ def patch_paths(
     reads: Reads,
     metric: Metrics,
     *,
-    where: str = "all",
+    where: str | int = "all",
     direction: Direction = "denoising",
+    logits_at: Literal["last", "all"] = "last",
     max_runs: int | None = None,
     progress: bool = False,
     seed: int = 0,
@@ -122,7 +123,9 @@ def patch_paths(
     for layer, head in receivers:
         in_range([layer], model.cfg.n_layers, "layer")
         in_range([head], n_heads, "head" if reads == "q" else "key-value head")
-    edges = [(s, r) for s in senders for r in receivers if s[0] < r[0]]
+    if not senders or not receivers:
+        raise InputError(f"a path needs senders and receivers: {len(senders)} and {len(receivers)} came")
+    edges = [(i, j) for i, s in enumerate(senders) for j, r in enumerate(receivers) if s[0] < r[0]]
     values, base_values, source_values = [], [], []
     for pair, own in zip(tqdm(pairs, disable=not progress, desc="patching", unit="pair"), metrics, strict=True):
         base, source = encoded_sides(model, pair, direction)
@@ -135,22 +138,22 @@ def patch_paths(
         change = {name: aligned(there[name], matches) - here[name] for name in zs}
         interventions = [
             PatchPath(
-                sender,
-                receiver,
+                senders[i],
+                receivers[j],
                 reads,
-                here[f"blocks.{receiver[0]}.hook_resid_pre"],
-                change[f"blocks.{sender[0]}.attn.hook_z"][:, :, sender[1]],
+                here[f"blocks.{receivers[j][0]}.hook_resid_pre"],
+                change[f"blocks.{senders[i][0]}.attn.hook_z"][:, :, senders[i][1]],
                 positions,
             )
-            for sender, receiver in edges
+            for i, j in edges
         ]
-        found, baseline = swept(model, base, interventions, own, max_runs=max_runs)
+        found, baseline = swept(model, base, interventions, own, logits_at=logits_at, max_runs=max_runs)
         grid = np.tile(baseline, (len(senders), len(receivers), 1))
-        for (sender, receiver), value in zip(edges, found, strict=True):
-            grid[senders.index(sender), receivers.index(receiver)] = value
+        for (i, j), value in zip(edges, found, strict=True):
+            grid[i, j] = value
         values.append(grid)
         base_values.append(baseline)
-        source_values.append(swept(model, source, [], own)[1])
+        source_values.append(swept(model, source, [], own, logits_at=logits_at)[1])
     result = PatchingResult(
         f"paths to {reads}",
         {"sender": tuple(map(_said, senders)), "receiver": tuple(map(_said, receivers))},

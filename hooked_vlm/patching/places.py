@@ -9,17 +9,17 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from hooked_vlm.geometry import TileGrid
+from hooked_vlm.geometry import ImageGrid, TileGrid
 from hooked_vlm.inputs import VLMInputs
-from hooked_vlm.interventions.base import position_table
-from hooked_vlm.patching.pairs import Direction, Pair, Place, Region
+from hooked_vlm.interventions.base import Positions, position_table
+from hooked_vlm.patching.pairs import Direction, Pair, Place, Region, same_columns, same_places
 from hooked_vlm.token_layout import InputError
 
 Tower = Literal["text", "vision"]
-Where = str | Sequence[str]
-"""Names of places: groups ("image", "question", "role", "final", "text", "generated"), "all", places of the pair, or
-"each": every position (vision tower: every patch) by itself. The vision tower has "image" (all patches), places that
-are regions, and "each"."""
+Where = str | int | Sequence[str | int]
+"""Names of places: groups ("image", "question", "role", "final", "text", "generated"), "all", places of the pair;
+numbers of positions of the inputs that are run (vision tower: of patches); or "each", every one of them by itself. The
+vision tower has "image" (all patches) and places that are regions."""
 Rows = tuple[tuple[int, ...], ...]
 """Positions of each row; patches of each image or tile."""
 
@@ -31,29 +31,48 @@ def place_names(pairs: Sequence[Pair], where: Where, tower: Tower, direction: Di
         InputError: "each" of examples whose positions or patches do not correspond.
     """
     if where != "each":
-        return (where,) if isinstance(where, str) else tuple(where)
+        return (where,) if isinstance(where, str | int) else tuple(where)
     sides = [pair.sides(direction)[0] for pair in pairs]
     if tower == "vision":
-        n = [n_patches(inputs) for inputs in sides]
         if any(len(inputs) > 1 for inputs in sides):
             raise InputError(
                 "a patch is one row's: make a pair of each row (clean[i], corrupt[i]) to patch each of them"
             )
-        if any(other != n[0] for other in n):
-            raise InputError(
-                f"the examples have images of {sorted({max(own) for own in n})} patches: those of one size can be "
-                'patched patch by patch, others by regions (Pair(..., places={"name": Region(box)}))'
-            )
-        width = max(n[0])
-        return tuple(image * width + patch for image, own in enumerate(n[0]) for patch in range(own))
+        _check_same_pictures(sides)
+        counts = n_patches(sides[0])
+        width = max(counts, default=0)
+        return tuple(image * width + patch for image, own in enumerate(counts) for patch in range(own))
     widths = sorted({inputs.shape[1] for inputs in sides})
     if len(widths) > 1 or any(max(s.first) or min(s.stop) != s.shape[1] for s in sides):
         raise InputError(
             f"the examples have {' and '.join(map(str, widths))} positions, padding included: those of one length can "
             'be patched position by position, others by groups ("image", "question", "role", "final", regions)'
         )
+    for inputs in sides:
+        for row in range(len(inputs)):
+            if not same_columns(sides[0], 0, inputs, row):
+                raise InputError(
+                    "the examples have images of several sizes, or at several positions, so that a position is not one "
+                    'place in all of them: patch groups ("image", "question", "role", "final", regions), or one example'
+                )
     matched = torch.cat([pair.matches(direction) for pair in pairs]) >= 0
     return tuple(int(p) for p in matched.all(0).nonzero()[:, 0])
+
+
+def _check_same_pictures(sides: Sequence[VLMInputs]) -> None:
+    """Raises `InputError` unless a patch is the same place of the picture in all of them."""
+    first = sides[0].in_feature_order
+    for inputs in sides[1:]:
+        own = inputs.in_feature_order
+        alike = len(own) == len(first) and all(
+            same_places(sides[0], v, inputs, w) for v, w in zip(first, own, strict=True)
+        )
+        if not alike:
+            raise InputError(
+                f"the examples have images of {sides[0].grids} and {inputs.grids} (frames or tiles, rows, columns of "
+                "patches), or tiles that lie otherwise: those of one size can be patched patch by patch, others by "
+                'regions (Pair(..., places={"name": Region(box)}))'
+            )
 
 
 def positions_at(pair: Pair, place: str | int, direction: Direction, matches: Int[Tensor, "batch pos"]) -> Rows:
@@ -64,7 +83,7 @@ def positions_at(pair: Pair, place: str | int, direction: Direction, matches: In
     """
     base, source = pair.sides(direction)
     if isinstance(place, int):
-        rows: Rows = ((place,),) * len(base)
+        rows: Rows = _rows((place,), base)
     elif place in pair.places and direction == "denoising":  # places are given on the clean side
         on_clean = positions_in(pair.clean, place, pair.places)
         corresponding = zip(matches.tolist(), on_clean, strict=True)
@@ -97,16 +116,19 @@ def positions_in(inputs: VLMInputs, place: str, places: Mapping[str, Place]) -> 
         InputError: an unknown name.
     """
     if place not in places:
-        table = position_table(group(inputs, place, places), inputs)[:, :-1]
-        return tuple(tuple(own.nonzero()[:, 0].tolist()) for own in table)
+        return _rows(group(inputs, place, places), inputs)
     regions = _regions(places[place])
     if not regions:
-        return (tuple(places[place]),) * len(inputs)  # pyright: ignore[reportArgumentType, reportReturnType]
+        return _rows(tuple(int(p) for p in places[place]), inputs)  # pyright: ignore[reportArgumentType, reportGeneralTypeIssues]
     rows: list[set[int]] = [set() for _ in range(len(inputs))]
     for region in regions:
         tokens = inputs.tokens_in_box(region.image, region.box, region.min_overlap, region.part)
         rows[inputs.row_of_image(region.image)].update(tokens)
     return tuple(tuple(sorted(own)) for own in rows)
+
+
+def _rows(where: Positions, inputs: VLMInputs) -> Rows:
+    return tuple(tuple(own.nonzero()[:, 0].tolist()) for own in position_table(where, inputs)[:, :-1])
 
 
 def group(inputs: VLMInputs, place: str, places: Mapping[str, Place]) -> str | None:
@@ -116,6 +138,8 @@ def group(inputs: VLMInputs, place: str, places: Mapping[str, Place]) -> str | N
         InputError: there is no such group, nor such a place.
     """
     known = ["all", "text", *vars(inputs.positions)]
+    if place == "each":
+        raise InputError('"each" position by itself is a sweep of its own: patch(..., where="each")')
     if place not in known:
         raise InputError(f"there is no place {place!r}: choose from {', '.join([*known, *places])}")
     return None if place == "all" else place
@@ -144,6 +168,11 @@ def patches_at(pair: Pair, place: str | int) -> Rows:
     counts = n_patches(inputs)
     if isinstance(place, int):
         image, patch = divmod(place, max(counts))
+        if not 0 <= image < len(counts) or patch >= counts[image]:
+            raise InputError(
+                f"there is no patch {place}: the images have {', '.join(map(str, counts))}, each counted from a "
+                f"multiple of {max(counts)}"
+            )
         return tuple((patch,) if i == image else () for i in range(len(counts)))
     if place in ("image", "all"):
         return _of_all_rows(inputs, place, tuple(tuple(range(n)) for n in counts))
@@ -169,19 +198,39 @@ def _of_all_rows(inputs: VLMInputs, place: str, patches: Rows) -> Rows:
 
 def patches_in_box(inputs: VLMInputs, region: Region) -> list[tuple[int, int]]:
     """(image or tile, patch) of the patches under a box, as the vision tower's tensors count them."""
+    grid, where = _patches(inputs, region.image)
+    if isinstance(grid, TileGrid):
+        chosen = grid.tokens_in_box(region.box, region.min_overlap, part=region.part)
+    elif region.part == "thumbnail":
+        raise InputError("this model sees images whole: there is no thumbnail")
+    else:
+        chosen = grid.tokens_in_box(region.box, region.min_overlap)
+    return [(int(image), int(patch)) for image, patch in where[chosen]]
+
+
+def patches_on_image(
+    inputs: VLMInputs, image: int, part: Literal["tiles", "thumbnail"] = "tiles"
+) -> Int[np.ndarray, "row col"]:
+    """The number of the patch at each place of the picture, as a sweep over "each" patch counts them."""
+    grid, where = _patches(inputs, image)
+    numbers = where @ (max(n_patches(inputs)), 1)
+    if isinstance(grid, TileGrid):
+        return grid.to_image(numbers, part)[0]
+    if part == "thumbnail":
+        raise InputError("this model sees images whole: there is no thumbnail")
+    return grid.to_image(numbers)[0]
+
+
+def _patches(inputs: VLMInputs, image: int) -> tuple[ImageGrid | TileGrid, Int[np.ndarray, "patch 2"]]:
+    """An image's grid of patches, and of each its (image or tile, patch) in the vision tower's tensors."""
+    tokens = inputs.image_grid(image)
     order = [(v.kind, v.index) for v in inputs.in_feature_order]
-    at = order.index(("image", region.image))
-    first = sum(grid[0] for grid in inputs.grids[:at])
-    tokens = inputs.image_grid(region.image)
+    first = sum(grid[0] for grid in inputs.grids[: order.index(("image", image))])
     if isinstance(tokens, TileGrid):
         grid = replace(tokens, merge_size=1, transposed_tokens=False)
-        per_tile = grid.tile_side**2
-        chosen = grid.tokens_in_box(region.box, region.min_overlap, part=region.part)
-        return [(first + n // per_tile, 1 + n % per_tile) for n in chosen]  # patch 0 is the class token
-    if region.part == "thumbnail":
-        raise InputError("this model sees images whole: there is no thumbnail")
-    # boxes count in raster order, the tower merge block by merge block
+        tile, patch = np.divmod(np.arange(grid.n_tokens), grid.tile_side**2)
+        return grid, np.stack((first + tile, 1 + patch), axis=1)  # patch 0 is the class token
+    # grids count in raster order, the tower merge block by merge block
     _, h, w = tokens.grid_thw
     row_of = np.argsort(tokens.patch_order() @ np.array([h * w, w, 1]))
-    patches = replace(tokens, merge_size=1)
-    return [(first, int(row_of[n])) for n in patches.tokens_in_box(region.box, region.min_overlap)]
+    return replace(tokens, merge_size=1), np.stack((np.full(len(row_of), first), row_of), axis=1)

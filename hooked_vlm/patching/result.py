@@ -7,13 +7,14 @@ from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from matplotlib.figure import Figure
 
 from hooked_vlm.inputs import VLMInputs
 from hooked_vlm.patching.pairs import Direction
+from hooked_vlm.patching.places import patches_on_image
 from hooked_vlm.pictures import heatmap, overlay
-from hooked_vlm.statistics import Estimate, bootstrap_ratios, paired_p
+from hooked_vlm.statistics import Estimate, bootstrap_ratios, paired_p, ratio_of_means
 from hooked_vlm.token_layout import InputError
 
 Label = str | int
@@ -72,7 +73,8 @@ class PatchingResult:
     @property
     def effects(self) -> Float[np.ndarray, "*cells example"]:
         """What each edit adds to the metric."""
-        return self.values - self.base
+        with np.errstate(invalid="ignore"):  # infinite metrics
+            return self.values - self.base
 
     @property
     def normalised(self) -> Float[np.ndarray, "*cells example"]:
@@ -87,33 +89,41 @@ class PatchingResult:
     def _gap(self) -> Float[np.ndarray, "example"]:
         if self.source is None:
             return np.ones_like(self.base)
-        gap = self.source - self.base
-        return np.where(np.abs(gap) <= ROUNDING * (1 + np.abs(self.base)), 0.0, gap)
+        with np.errstate(invalid="ignore"):
+            gap = self.source - self.base
+            return np.where(np.abs(gap) <= ROUNDING * (1 + np.abs(self.base)), 0.0, gap)
+
+    @property
+    def counted(self) -> Bool[np.ndarray, "*cells example"]:
+        """Where the metric of the cell and those of both runs are finite numbers."""
+        return np.isfinite(self.effects) & np.isfinite(self._gap)
 
     @cached_property
-    def _means(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def _interval(self) -> tuple[Float[np.ndarray, "*cells"], Float[np.ndarray, "*cells"]]:
         return bootstrap_ratios(np.moveaxis(self.effects, -1, 0), self._gap, self.seed)
 
     @property
     def mean(self) -> Float[np.ndarray, "*cells"]:
         """The mean effect over the mean way from the edited run to the other, over examples (knock-out: the mean
         effect). A ratio of means, because a single example's two runs may be next to equal."""
-        return self._means[0]
+        return ratio_of_means(np.moveaxis(self.effects, -1, 0), self._gap)
 
     def estimate(self, **labels: Label) -> Estimate:
-        """The mean of one cell with its 95% bootstrap interval over examples: `estimate(layer=2, place="image")`."""
+        """The mean of one cell with its 95% bootstrap interval over examples: `estimate(layer=2, place="image")`. One
+        example has no interval (NaN)."""
         cell = self.select(**labels)
         if cell.values.ndim > 1 and cell.values[..., 0].size > 1:
             free = [name for name, own in cell.axes.items() if len(own) > 1]
             raise InputError(f"one cell is meant: also give {', '.join(free)}")
-        mean, low, high = (float(x.reshape(-1)[0]) for x in cell._means)
-        return Estimate(mean, low, high, int((~np.isnan(cell.values)).sum()))
+        mean, low, high = (float(x.reshape(-1)[0]) for x in (cell.mean, *cell._interval))
+        return Estimate(mean, low, high, int(cell.counted.sum()))
 
     @cached_property
     def p(self) -> Float[np.ndarray, "*cells"]:
         """Two-sided p of each cell that it has no effect (signs of the effects flipped), not corrected for their
-        number. With n examples it is at least 2 / 2**n."""
-        flat = self.effects.reshape(-1, self.n_examples)
+        number. With n examples it is at least 2 / 2**n. Effects up to rounding are none."""
+        rounding = np.abs(self.effects) <= ROUNDING * (1 + np.abs(self.base))
+        flat = np.where(self.counted, np.where(rounding, 0.0, self.effects), np.nan).reshape(-1, self.n_examples)
         found = [paired_p(own, np.zeros_like(own), self.seed) for own in flat]
         return np.array(found).reshape(self.values.shape[:-1])
 
@@ -150,17 +160,16 @@ class PatchingResult:
         """One line for each cell: the axes, `mean`, its 95% interval `low` to `high`, `p`, the examples it is made of
         (`n`), and those whose metric is not a number (`not_numbers`)."""
         frame = self._frame(1)
-        for name, column in zip(("mean", "low", "high"), self._means, strict=True):
+        for name, column in zip(("mean", "low", "high"), (self.mean, *self._interval), strict=True):
             frame[name] = column.reshape(-1)
         frame["p"] = self.p.reshape(-1)
-        bad = np.isnan(self.effects).sum(-1).reshape(-1)
-        frame["n"], frame["not_numbers"] = self.n_examples - bad, bad
+        n = self.counted.sum(-1).reshape(-1)
+        frame["n"], frame["not_numbers"] = n, self.n_examples - n
         return frame
 
     def not_numbers(self) -> pd.DataFrame:
-        """The lines of `to_dataframe` whose effect is not a number."""
-        frame = self.to_dataframe()
-        return frame.loc[frame["effect"].isna().to_numpy()]
+        """The lines of `to_dataframe` whose metric, or that of one of the two runs, is not a finite number."""
+        return self.to_dataframe().loc[~self.counted.reshape(-1)]
 
     def _frame(self, repeats: int) -> pd.DataFrame:
         rows = [labels for labels in product(*self.axes.values()) for _ in range(repeats)]
@@ -195,32 +204,37 @@ class PatchingResult:
         title: str = "",
         **labels: Label,
     ) -> Figure:
-        """The means of a sweep over "each" position, laid over the picture: a panel for each layer (and head) that
-        labels leave. Tokens that the sweep left out stay clear.
+        """The means of a sweep over "each" position (vision tower: patch), laid over the picture: a panel for each
+        layer (and head) that labels leave. Tokens that the sweep left out stay clear.
 
         Args:
-            inputs: those the picture belongs to.
+            inputs: those that were run with patches: corrupt ones in denoising, clean ones in noising. (Pairs with the
+                same columns may give either.)
             picture: the original image, as for `model.to_inputs`.
             image: its number in the inputs.
             part: of a tiled image, its tiles or its thumbnail.
 
         Raises:
-            InputError: the places are not positions.
+            InputError: the places are not positions or patches, or none of them lies in the image.
         """
         cells = self.select(**labels)
-        places = cells.axes.get("place", ())
+        axis = "patch" if "patch" in cells.axes else "place"
+        places = cells.axes.get(axis, ())
         if not places or not all(isinstance(p, int) for p in places):
             raise InputError('the places of this result are not positions: sweep where="each" to lay it over a picture')
-        tokens = inputs.image_tokens(image).tolist()
-        panels = list(product(*(own for name, own in cells.axes.items() if name != "place")))
-        means = cells.mean.reshape(len(panels), len(places))
-        values = np.full((len(panels), len(tokens)), np.nan)
-        for column, place in enumerate(places):
-            if place in tokens:
-                values[:, tokens.index(int(place))] = means[:, column]
-        names = [name for name in cells.axes if name != "place"]
+        if axis == "patch":
+            numbers = patches_on_image(inputs, image, part)
+        else:
+            numbers = inputs.on_image(image, inputs.image_tokens(image), part)
+        column = {place: i for i, place in enumerate(places)}
+        index = np.array([[column.get(int(n), -1) for n in row] for row in numbers])
+        if (index < 0).all():
+            raise InputError(f"no place of this result lies in image {image}: give the inputs that were swept")
+        names = [name for name in cells.axes if name != axis]
+        panels = list(product(*(cells.axes[name] for name in names)))
+        values = np.where(index < 0, np.nan, cells.mean.reshape(len(panels), len(places))[:, index])
         titles = [", ".join(f"{n} {x}" for n, x in zip(names, own, strict=True)) for own in panels]
-        figure = overlay(picture, inputs.on_image(image, values, part), titles, self.label)
+        figure = overlay(picture, values, titles, self.label)
         figure.suptitle(title or self.title)
         return figure
 

@@ -1,6 +1,7 @@
 """Estimates are derivatives of real patches; paths and knock-out equal their literal forms."""
 
 import copy
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -10,8 +11,8 @@ from pairs import FAMILIES, last_logits, model_and_pair, patched_by_hand
 from torch import Tensor
 
 from hooked_vlm import InputError
-from hooked_vlm.metrics import log_prob, logit_difference
-from hooked_vlm.patching import answers_without, attribute, knock_out, knocked_out, patch, patch_paths
+from hooked_vlm.metrics import answered, log_prob, logit_difference
+from hooked_vlm.patching import Pair, answers_without, attribute, knock_out, knocked_out, patch, patch_paths
 from hooked_vlm.patching.cells import Cells
 from hooked_vlm.patching.exact import source_activations
 
@@ -89,6 +90,20 @@ def test_frozen_weights_do_not_matter_and_a_metric_without_gradient_does(family:
         attribute(model, pair, "z", lambda logits: logits.argmax(-1).float(), where="final")
 
 
+def test_estimates_approach_real_patches_as_the_change_becomes_small() -> None:
+    """In the vision tower, whole regions included: what large changes lack is the rest of the Taylor series."""
+    model, pair = model_and_pair("qwen2-vl")
+    model = copy.deepcopy(model).double()
+    wrong = []
+    for size in (1.0, 1e-1, 1e-2):
+        pixels = pair.clean.pixel_values + size * (pair.corrupt.pixel_values - pair.clean.pixel_values)
+        near = Pair(pair.clean, replace(pair.clean, pixel_values=pixels))
+        found = attribute(model, near, "resid_pre", METRIC, where=("image", 3), tower="vision", check=0)
+        real = patch(model, near, "resid_pre", METRIC, where=("image", 3), tower="vision")
+        wrong.append(np.abs(found.effects - real.effects).max() / np.abs(real.effects).max())
+    assert wrong[0] > 3 * wrong[1] > 9 * wrong[2] and wrong[2] < 0.03
+
+
 # ---- path patching ----
 
 
@@ -131,6 +146,18 @@ def test_paths_from_heads_that_do_not_exist_are_refused() -> None:
         patch_paths(model, pair, [(0, 9)], [(1, 0)], "q", METRIC)
     with pytest.raises(InputError, match="key-value head 2 is out of range"):
         patch_paths(model, pair, [(0, 0)], [(1, 2)], "v", METRIC)
+    with pytest.raises(InputError, match="a path needs senders and receivers: 0 and 1 came"):
+        patch_paths(model, pair, [], [(1, 1)], "v", METRIC)
+
+
+def test_a_sender_named_twice_has_its_effect_twice_and_answers_are_metrics(family: str) -> None:
+    model, pair = model_and_pair(family)
+    found = patch_paths(model, pair, [(0, 1), (0, 1)], [(2, 1)], "q", METRIC)
+    assert abs(found.effects[0, 0, 0]) > 1e-6
+    np.testing.assert_allclose(found.values[0], found.values[1], atol=1e-6)
+    longer = Pair(pair.clean.append([5]), pair.corrupt.append([5]))
+    said = patch_paths(model, longer, [(0, 1)], [(2, 1)], "q", answered(longer.clean), logits_at="all")
+    assert set(said.values.ravel()) <= {0.0, 1.0}
 
 
 # ---- attention knock-out ----
@@ -190,3 +217,20 @@ def test_windows_and_places_that_do_not_fit_are_refused() -> None:
         knock_out(model, pair.clean, METRIC, edges=[("final", "image")], window=4)
     with pytest.raises(InputError, match="no place 'sign': choose from all, text"):
         knock_out(model, pair.clean, METRIC, edges=[("final", "sign")], window=1)
+    refused: Any = (
+        (pair.clean, {"edges": []}, "1 inputs and 0 edges came"),
+        ([], {}, "0 inputs and 1 edges came"),
+        ([pair.clean], {"places": [{}, {}]}, "1 metrics and 2 places came for 1 inputs"),
+        (pair.clean, {"edges": [("generated", "image")]}, "row 0 has no generated positions"),
+    )
+    for inputs, settings, says in refused:
+        with pytest.raises(InputError, match=says):
+            knock_out(model, inputs, METRIC, **{"edges": [("final", "image")], "window": 1, **settings})
+
+
+def test_an_edge_that_a_row_does_not_have_is_no_effect_of_zero(family: str) -> None:
+    model, pair = model_and_pair(family, "padded")
+    with pytest.raises(InputError, match="row 1 has no image positions: the edge final to image"):
+        knock_out(model, pair.clean, METRIC, edges=[("final", "image")], window=1)
+    found = knock_out(model, pair.clean, METRIC, edges=[("final+generated", "text")], window=3)
+    assert found.n_examples == 3 and np.abs(found.effects).min() > 1e-5

@@ -4,6 +4,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import tiny
 import torch
 from pairs import FAMILIES, last_logits, model_and_pair, patched_by_hand
 from torch import Tensor
@@ -191,9 +192,59 @@ def test_patches_of_several_images_are_numbered_image_by_image(family: str) -> N
     expected = METRIC(patched_by_hand(model, pair, "denoising", "vision.blocks.1.hook_resid_pre", put))
     found = result.select(patch=image * width + index).values.reshape(-1)
     np.testing.assert_allclose(found, expected, atol=2e-5)
+    with pytest.raises(InputError, match=f"no patch {n_images * width}: the images have"):
+        patch(model, pair, "resid_pre", METRIC, where=n_images * width, tower="vision")
+
+
+def test_a_pattern_of_one_image_is_patched_in_that_image_alone(family: str) -> None:
+    """The rows of one query, of the last image or tile; and all rows of images of different sizes."""
+    model, pair = model_and_pair(family, "two images")
+    _, cache = model.run_with_cache(pair.clean)
+    n_images, width = cache.vision["resid_pre", 1].shape[:2]
+    name, head = "vision.blocks.1.attn.hook_pattern", 1
+    settings: Any = {"layers": (1,), "heads": (head,), "tower": "vision"}
+    last = (n_images - 1) * width + 2
+
+    def one(x: Tensor, source: Tensor) -> None:
+        x[n_images - 1, head, 2] = source[n_images - 1, head, 2]
+
+    def every(x: Tensor, source: Tensor) -> None:
+        x[:, head] = source[:, head]
+
+    result = patch(model, pair, "pattern", METRIC, where=("image", last), **settings)
+    for place, put in ((last, one), ("image", every)):
+        expected = METRIC(patched_by_hand(model, pair, "denoising", name, put))
+        np.testing.assert_allclose(result.select(place=place).values.reshape(-1), expected, atol=2e-5)
+    assert np.abs(result.effects).min() > 1e-6
+    # the same patch of several images, and different ones of each
+    for chosen in ([(3,)] * n_images, [(i,) for i in range(n_images)]):
+        edit = PatchActivation(name, cache[name], tuple(chosen), (head,))
+
+        def some(x: Tensor, source: Tensor, chosen=chosen) -> None:
+            for image, (query,) in enumerate(chosen):
+                x[image, head, query] = source[image, head, query]
+
+        logits = model.run_with_hooks(pair.corrupt, fwd_hooks=edit.hooks(model, pair.corrupt))
+        expected = patched_by_hand(model, pair, "denoising", name, some)
+        torch.testing.assert_close(last_logits(logits, pair.corrupt), expected, atol=2e-5, rtol=1e-5)
 
 
 # ---- metrics ----
+
+
+def test_positions_are_one_place_in_every_example() -> None:
+    """Pictures of 2 x 3 and of 3 x 2 tokens: as many columns, which show other places."""
+    model, _ = model_and_pair("qwen2-vl")
+    wide, tall = (
+        Pair(*(tiny.inputs([[5, 6, ("image", grid), 7, 8]], seed) for seed in (1, 2)))
+        for grid in ((1, 4, 6), (1, 6, 4))
+    )
+    assert wide.clean.shape == tall.clean.shape
+    with pytest.raises(InputError, match="a position is not one place in all of them"):
+        patch(model, [wide, tall], "resid_pre", METRIC, where="each")
+    with pytest.raises(InputError, match=r"4, 6.*6, 4.*patched patch by patch"):
+        patch(model, [wide, tall], "resid_pre", METRIC, where="each", tower="vision")
+    assert patch(model, [wide, tall], "resid_pre", METRIC, where="image").n_examples == 2
 
 
 def test_a_metric_that_is_not_a_number_is_reported_by_example(family: str) -> None:
@@ -236,9 +287,15 @@ def test_the_generated_answer_is_a_metric() -> None:
         ({"what": "mlp_out", "where": "final", "heads": (0,)}, "no heads"),
         ({"what": "z", "where": "final", "tower": "vision"}, "no place 'final'"),
         ({"what": "z", "where": ()}, "no place to patch"),
+        ({"what": "z", "where": ("each", "final")}, '"each" position by itself is a sweep of its own'),
+        ({"what": "z", "where": (3, 99)}, "position 99 of row 0 is not one of its tokens"),
+        ({"what": "z", "where": "final", "layers": ()}, "no layer is chosen: leave layers out"),
+        ({"what": "z", "where": "final", "metric": logit_difference(5, 10**6)}, "no token 1000000"),
+        ({"what": "z", "where": "final", "metric": logit_difference(-1, 5)}, "no token -1"),
+        ({"what": "z", "where": "final", "metric": logit_difference([1, 2, 3], 5)}, "one token id for all 1 rows"),
     ],
 )
 def test_what_does_not_exist_is_refused(settings: dict, says: str) -> None:
     model, pair = model_and_pair("qwen2-vl")
     with pytest.raises(InputError, match=says):
-        patch(model, pair, metric=METRIC, **{"where": "final", **settings})
+        patch(model, pair, **{"metric": METRIC, **settings})

@@ -15,7 +15,7 @@ from hooked_vlm.geometry import ImageGrid, TileGrid
 from hooked_vlm.metrics import logit
 from hooked_vlm.patching import Pair, Region, masked, noised, patch, swapped
 from hooked_vlm.patching.pairs import by_place
-from hooked_vlm.patching.places import n_patches, patches_in_box, positions_at
+from hooked_vlm.patching.places import n_patches, patches_in_box, patches_on_image, positions_at
 
 TOYS = ("toy-qwen2-vl", "toy-internvl2")
 
@@ -128,6 +128,44 @@ def test_tiles_correspond_by_place_and_thumbnails_to_thumbnails() -> None:
     assert by_place(flat, tall).tolist() == [2, 2, 3, 3, 6, 6, 7, 7]  # centres in the 2nd and 4th of four rows
 
 
+def test_as_many_tiles_that_lie_otherwise_are_no_same_columns() -> None:
+    """Two tiles side by side and two below each other: the same number of tokens, of other places of the picture."""
+    model = HookedVLM.from_pretrained("toy-internvl2")
+    wide = model.to_inputs("Read the text.", images=Image.new("RGB", (256, 128), "white"))
+    tall = wide.with_image(0, Image.new("RGB", (128, 256), "white"))
+    assert wide.shape == tall.shape and wide.grids == tall.grids
+    with pytest.raises(InputError, match=r"2 x 1 tiles and a thumbnail.*1 x 2 tiles and a thumbnail"):
+        Pair(wide, tall)
+    pair = Pair(wide, tall, by="groups")
+    matches = pair.matches("denoising")[0]
+    grids = tall.image_grid(0), wide.image_grid(0)
+    start = int(tall.image_tokens(0)[0])
+    for token in range(grids[0].n_tokens):
+        (x0, y0, x1, y1), (a, b, c, d) = grids[0].box_of(token), grids[1].box_of(int(matches[start + token]) - start)
+        assert a <= (x0 + x1) < c and b <= (y0 + y1) / 4 < d  # twice as wide, half as high
+    with pytest.raises(InputError, match="tiles that lie otherwise"):
+        patch(model, pair, "resid_pre", logit(5), where="image", tower="vision")
+    assert Pair(wide, wide.with_image(0, Image.new("RGB", (512, 256), "white"))).by == "columns"
+
+
+@pytest.mark.parametrize(
+    ("place", "says"),
+    [
+        ((3, 99), "position 99 of row 0 is not one of its tokens"),
+        ((-1,), "position -1 of row 0"),
+        ((), "must be a Region, several, or positions"),
+        ((Region((0, 0, 5, 5)), 3), "must be a Region, several, or positions"),
+        ((Region((0, 0, 5, 5), image=1),), "no image 1"),
+    ],
+)
+@pytest.mark.parametrize("direction", ["denoising", "noising"])
+def test_places_that_are_nowhere_are_refused(place: Any, says: str, direction: Any) -> None:
+    inputs = inputs_of("qwen2-vl", [[5, "small", 7]], 1)
+    with pytest.raises(InputError, match=says):
+        pair = Pair(inputs, inputs, {"x": place})
+        positions_at(pair, "x", direction, pair.matches(direction))
+
+
 # ---- places ----
 
 
@@ -163,6 +201,15 @@ def test_patches_under_a_box_are_those_whose_embedding_the_box_changes(model: An
         changed = [c for c in changed if c[0] != 5]
     found = patches_in_box(inputs, Region(box, image=1, part=part))
     assert sorted(map(list, found)) == changed
+    # and the same patches, as pictures number them
+    for which in ("tiles", "thumbnail") if part == "tiles" else ("tiles",):
+        numbers = patches_on_image(inputs, 1, which)
+        rows, cols = np.indices(numbers.shape)
+        x, y = (cols + 0.5) * size[0] / numbers.shape[1], (rows + 0.5) * size[1] / numbers.shape[0]
+        for (r, c), number in np.ndenumerate(numbers):
+            point = (x[r, c], y[r, c], x[r, c] + 0.01, y[r, c] + 0.01)
+            (own,) = patches_in_box(inputs, Region(point, image=1, part=which if part == "tiles" else "all"))
+            assert own == divmod(int(number), max(n))
 
 
 # ---- corrupt pictures ----

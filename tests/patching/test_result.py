@@ -1,5 +1,6 @@
 """What a result says on the whole, by hand."""
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -8,9 +9,10 @@ import pytest
 from matplotlib.figure import Figure
 
 from hooked_vlm import HookedVLM, InputError
-from hooked_vlm.patching import PatchingResult
+from hooked_vlm.patching import PatchingResult, Region
 from hooked_vlm.patching.attribution import agreement_of
-from hooked_vlm.statistics import bootstrap_ratios
+from hooked_vlm.patching.places import n_patches, patches_in_box
+from hooked_vlm.statistics import bootstrap_ratios, ratio_of_means
 
 BASE, SOURCE = np.array([0.0, 1.0, 2.0]), np.array([4.0, 3.0, 2.0])
 VALUES = np.array(
@@ -39,8 +41,10 @@ def test_normalised_effects_are_shares_of_the_way() -> None:
 def test_the_interval_is_that_of_resampled_examples() -> None:
     rng = np.random.default_rng(0)
     values, scale = rng.normal(2, 1, (40, 2)), rng.normal(4, 1, 40)
-    ratio, low, high = bootstrap_ratios(values, scale, seed=0)
-    np.testing.assert_allclose(ratio, values.mean(0) / scale.mean())
+    low, high = bootstrap_ratios(values, scale, seed=0)
+    np.testing.assert_allclose(ratio_of_means(values, scale), values.mean(0) / scale.mean())
+    many = np.tile(values, (1, 700))  # more than are resampled at a time
+    np.testing.assert_allclose(bootstrap_ratios(many, scale, seed=0), np.tile([low, high], (1, 700)))
     drawn = np.array([(values[i].mean(0) / scale[i].mean()) for i in (rng.integers(40, size=40) for _ in range(4000))])
     np.testing.assert_allclose([low, high], np.percentile(drawn, [2.5, 97.5], axis=0), atol=0.02)
     estimate = result().estimate(layer=1, place="final")
@@ -52,6 +56,24 @@ def test_the_interval_is_that_of_resampled_examples() -> None:
 def test_p_values_flip_signs_example_by_example() -> None:
     # effects: none; 4, 2, 0; 2, 1, 0; 1, 3 and one unknown. Two changed examples: 4 ways, 2 of them as far.
     np.testing.assert_allclose(result().p, [[1.0, 0.5], [0.5, 0.5]])
+
+
+def test_one_example_has_no_interval_and_rounding_no_effect() -> None:
+    one = PatchingResult("z", {"layer": (0,), "place": ("a",)}, np.ones((1, 1, 1)), np.zeros(1), np.ones(1), "noising")
+    found = one.estimate()
+    assert found.value == 1.0 and np.isnan([found.low, found.high]).all() and found.n == 1
+    # six effects of one sign, but of rounding only: no p of 2 / 2**6
+    rounding = replace(one, values=np.full((1, 1, 6), 5 + 1e-6), base=np.full(6, 5.0), source=np.zeros(6))
+    assert rounding.p.item() == 1.0
+    real = replace(rounding, values=np.full((1, 1, 6), 5.1))
+    assert real.p.item() == 2 / 2**6
+
+
+def test_infinite_metrics_and_an_unknown_source_are_not_numbers() -> None:
+    found = result(values=np.where(VALUES == 5.0, -np.inf, VALUES), source=np.array([4.0, np.nan, 2.0]))
+    assert found.summary()["n"].tolist() == [2, 2, 2, 1]
+    np.testing.assert_allclose(found.mean, [[0.0, 4 / 4], [2 / 4, 1 / 4]])
+    assert sorted(found.not_numbers()["example"].tolist()) == [1, 1, 1, 1, 2]
 
 
 def test_tables() -> None:
@@ -113,6 +135,23 @@ def test_overlays_put_each_value_on_its_token(name: str) -> None:
     assert shown.sum() == 3.0 and shown[int(33.5 / 112 * rows), int(66 / 128 * cols)] == 3.0
     with pytest.raises(InputError, match='sweep where="each"'):
         result().on_image(inputs, picture)
+    with pytest.raises(InputError, match="no place of this result lies in image 0"):
+        replace(found, axes={"layer": (2,), "place": (0,)}, values=values[:, :1]).on_image(inputs, picture)
+
+
+@pytest.mark.parametrize("name", ["toy-qwen2-vl", "toy-internvl2"])
+def test_patches_of_the_vision_tower_lie_over_the_picture(name: str) -> None:
+    model = HookedVLM.from_pretrained(name)
+    picture = np.full((128, 128, 3), 255, dtype=np.uint8)
+    inputs = model.to_inputs("Read the text.", images=picture)
+    ((image, chosen),) = patches_in_box(inputs, Region((65, 33, 66, 34), part="all"))
+    places = tuple(range(sum(n_patches(inputs))))
+    values = np.zeros((1, len(places), 1))
+    values[0, chosen] = 3.0
+    found = PatchingResult("z", {"layer": (2,), "patch": places}, values, np.zeros(1), np.ones(1), "denoising")
+    shown = np.asarray(found.on_image(inputs, picture).axes[0].images[1].get_array())
+    rows, cols = shown.shape
+    assert image == 0 and shown.sum() == 3.0 and shown[int(33.5 / 128 * rows), int(65.5 / 128 * cols)] == 3.0
 
 
 def test_agreement_is_correlation() -> None:
