@@ -30,7 +30,7 @@ async function render() {
   drawn = { map, row, look, shown };
   for (const [i, panel] of panels.entries()) {
     const marked = state.pointed && state.pointed.panel === i ? [panel.boxes.subarray(4 * state.pointed.token, 4 * state.pointed.token + 4)] : [];
-    if (data.picks.length && panel.picture === 0) marked.push(data.picks[shown]);
+    if (data.picks.length && data.picks[shown][0] === i) marked.push(data.picks[shown][1]);
     paint(panel.canvas, panel, map, { ...look, marked });
   }
   const small = panels[state.panel];
@@ -56,7 +56,7 @@ function readout(shown, map, row) {
     const own = row.shares.subarray(state.layer * nHeads, (state.layer + 1) * nHeads);
     const elsewhere = state.head === "mean" ? own.reduce((a, b) => a + b) / nHeads : own[state.head];
     if (panels.length > 1) for (const panel of panels) parts.push(`${panel.label} ${percent(sum(map, panel.first, panel.first + panel.count))}`);
-    parts.push(`on images ${percent(1 - elsewhere)}`, `on text ${percent(elsewhere)}`);
+    parts.push(`on images ${percent(1 - elsewhere)}`, `on ${data.elsewhere} ${percent(elsewhere)}`);
     if (data.evidenceTokens.length) parts.push(`on evidence ${percent(data.evidenceTokens.reduce((s, i) => s + map[i], 0))}`);
   }
   return parts.join(" · ");
@@ -112,7 +112,7 @@ const keys = {
   p: () => rank(-1),
   s: () => toggle("common", ["own", "layer"]),
   b: () => toggle("evidence"),
-  o: () => toggle("strength", ["85", "0"]),
+  o: () => toggle("strength", ["75", "0"]),
 };
 
 document.addEventListener("keydown", event => {
@@ -124,6 +124,7 @@ document.addEventListener("keydown", event => {
 });
 
 function makeChips() {
+  at("chips").hidden = data.picks.length > 0;
   for (const chip of data.chips) {
     const element = document.createElement(chip.row === null ? "span" : "button");
     element.className = "chip " + chip.kind;
@@ -210,10 +211,15 @@ function point(i, panel, event) {
   }
 }
 
-/** A click in a picture chooses the row that lies there, if rows lie in the picture; small maps then show this picture. */
+/** A click in a picture chooses the nearest row that lies in it, if any does; small maps then show this picture. */
 function pick(i, panel, event) {
-  const row = panel.picture === 0 ? data.picks.findIndex(box => within(box, place(panel, event))) : -1;
-  show(row >= 0 ? { row, panel: i } : { panel: i });
+  const [x, y] = place(panel, event);
+  let row = state.row, least = Infinity;
+  data.picks.forEach(([home, [x0, y0, x1, y1]], other) => {
+    const far = Math.hypot((x0 + x1) / 2 - x, (y0 + y1) / 2 - y);
+    if (home === i && far < least) [row, least] = [other, far];
+  });
+  show({ row, panel: i });
 }
 
 async function start() {

@@ -87,8 +87,8 @@ def pack(
             reach = steps // 2 if quantised.zero else steps
             return Packed(tuple(rows), quantised.zero, 0.5 / reach)
     raise InputError(
-        f"{len(values)} rows of {values.shape[1]} x {values.shape[2]} maps on {values.shape[3]} image tokens do not fit "
-        f"into {budget / 1e6:.0f} MB: ask for fewer tokens"
+        f"{len(values)} rows of {values.shape[1]} x {values.shape[2]} maps on {values.shape[3]} image tokens do not "
+        f"fit into {budget / 1e6:.0f} MB: ask for fewer tokens"
     )
 
 

@@ -22,7 +22,8 @@ LONGEST = 1600
 SMALL = 512 * 512
 """Pictures of at most so many pixels are kept without loss."""
 MIN_OVERLAP = 0.1
-"""A token is evidence if more than this share of a box lies in it, as in the OCR-heads paper."""
+"""A token is evidence if more than this share of a box lies in it, as in the OCR-heads paper, or if more than half of
+it lies in a box."""
 
 Boxes = Mapping[int, Sequence[Box]] | Sequence[Box]
 """Boxes of each image by its number, or those of the first image; in pixels of the original image."""
@@ -51,11 +52,16 @@ class Scene:
     evidence: tuple[tuple[tuple[float, ...], ...], ...]
     """Boxes of each picture."""
     evidence_tokens: tuple[int, ...]
-    """Numbers of the image tokens that hold more than `MIN_OVERLAP` of a box."""
+    """Numbers of the image tokens that are evidence."""
 
     @property
     def n_tokens(self) -> int:
         return sum(len(panel.boxes) for panel in self.panels)
+
+    def place_of(self, token: int) -> tuple[int, tuple[float, ...]]:
+        """The panel of an image token, and its box."""
+        panel = max(i for i, panel in enumerate(self.panels) if panel.first <= token)
+        return panel, tuple(self.panels[panel].boxes[token - self.panels[panel].first].tolist())
 
 
 def one_row(inputs: VLMInputs) -> VLMInputs:
@@ -92,27 +98,44 @@ def scene_of(inputs: VLMInputs, images: Any = None, boxes: Boxes = ()) -> Scene:
     by_image = dict(boxes) if isinstance(boxes, Mapping) else {0: boxes} if len(boxes) else {}
     if extra := sorted(set(by_image) - set(range(inputs.n_images))):
         raise InputError(f"boxes came for image {extra[0]}, but there are {inputs.n_images}, numbered from 0")
-    first, panels = 0, []
+    first, panels, held = 0, [], []
     for i in range(inputs.n_images):
-        own = _panels(i, inputs.image_grid(i), first)
-        panels += own
-        first += sum(len(panel.boxes) for panel in own)
-    columns = {pos: n for n, pos in enumerate(image_columns(inputs))}
-    held = {pos for i, own in by_image.items() for box in own for pos in inputs.tokens_in_box(i, box, MIN_OVERLAP)}
-    evidence = tuple(
-        tuple(tuple(float(corner) for corner in box) for box in by_image.get(i, ())) for i in range(inputs.n_images)
-    )
-    return Scene(_pictures(inputs, images), tuple(panels), evidence, tuple(sorted(columns[pos] for pos in held)))
+        grid = inputs.image_grid(i)
+        panels += _panels(f"image {i}", i, grid, first)
+        held += [first + token for token in _held(grid, by_image.get(i, ()))]
+        first += grid.n_tokens
+    evidence = tuple(_plain(by_image.get(i, ())) for i in range(inputs.n_images))
+    return Scene(_pictures(inputs, images), tuple(panels), evidence, tuple(held))
 
 
-def _panels(i: int, grid: ImageGrid | TileGrid, first: int) -> list[Panel]:
+def patch_scene(
+    inputs: VLMInputs, image: int, grid: ImageGrid | TileGrid, images: Any = None, boxes: Boxes = ()
+) -> Scene:
+    """One image of a prompt and its patches, the tokens of `grid`; otherwise as `scene_of`."""
+    own = (boxes.get(image, ()) if isinstance(boxes, Mapping) else boxes) if len(boxes) else ()
+    picture = seen_picture(inputs, image) if images is None else _pictures(inputs, images)[image]
+    panels = tuple(_panels(f"image {image}", 0, grid, 0))
+    return Scene((picture,), panels, (_plain(own),), tuple(_held(grid, own)))
+
+
+def _plain(boxes: Sequence[Box]) -> tuple[tuple[float, ...], ...]:
+    return tuple(tuple(float(corner) for corner in box) for box in boxes)
+
+
+def _held(grid: ImageGrid | TileGrid, boxes: Sequence[Box]) -> list[int]:
+    in_small = {token for box in boxes for token in grid.tokens_in_box(box, MIN_OVERLAP)}
+    in_large = {token for box in boxes for token in grid.tokens_in_box(box, 0.5, of="token")}
+    return sorted(in_small | in_large)
+
+
+def _panels(label: str, picture: int, grid: ImageGrid | TileGrid, first: int) -> list[Panel]:
     boxes = np.array([grid.box_of(token) for token in range(grid.n_tokens)])
     if not isinstance(grid, TileGrid) or not grid.thumbnail:
-        return [Panel(f"image {i}", i, first, boxes)]
+        return [Panel(label, picture, first, boxes)]
     tiles, thumbnail = grid.tokens_of("tiles"), grid.tokens_of("thumbnail")
     return [
-        Panel(f"image {i}, tiles", i, first, boxes[tiles.start : tiles.stop], grid.layout),
-        Panel(f"image {i}, thumbnail", i, first + thumbnail.start, boxes[thumbnail.start :]),
+        Panel(f"{label}, tiles", picture, first, boxes[tiles.start : tiles.stop], grid.layout),
+        Panel(f"{label}, thumbnail", picture, first + thumbnail.start, boxes[thumbnail.start :]),
     ]
 
 
@@ -147,10 +170,7 @@ def seen_picture(inputs: VLMInputs, i: int) -> Image.Image:
         raise InputError("these inputs do not say what their images look like: pass the pictures as images=...")
     rows = [inputs.spec.n_pixel_rows((t, h, w)) for t, h, w in inputs.image_grid_thw.tolist()]
     grid, own = inputs.image_grid(i), pixels.split(rows)[i].to("cpu", torch.float32).numpy()
-    if isinstance(grid, TileGrid):
-        colours = _from_tiles(own, grid)
-    else:
-        colours = _from_patches(own, grid, processor)
+    colours = _from_tiles(own, grid) if isinstance(grid, TileGrid) else _from_patches(own, grid, processor)
     colours = colours * np.array(processor.image_std) + np.array(processor.image_mean)
     picture = Image.fromarray(np.clip(np.rint(colours * 255), 0, 255).astype(np.uint8))
     return picture.resize(tuple(grid.image_size), Image.Resampling.BICUBIC)
@@ -163,7 +183,7 @@ def _from_patches(
     assert isinstance(processor, ImageProcessor)
     side, (_, rows, cols) = processor.patch_size, grid.grid_thw
     laid = np.zeros((rows, cols, 3, side, side))
-    frame, row, col = grid.patch_order().T
+    _, row, col = grid.patch_order().T
     laid[row, col] = pixels.reshape(len(pixels), 3, processor.temporal_patch_size, side, side)[:, :, 0]
     return laid.transpose(0, 3, 1, 4, 2).reshape(rows * side, cols * side, 3)
 

@@ -55,8 +55,10 @@ class View:
     """Heads to step through, as places among `layers` and `heads`."""
     layer: int = 0
     """What is shown first."""
-    picks: tuple[tuple[float, ...], ...] = ()
-    """A box in the first picture for each row, which shows it when clicked."""
+    picks: tuple[tuple[int, tuple[float, ...]], ...] = ()
+    """For each row a panel and a box in it: a click there shows the row."""
+    elsewhere: str = "text"
+    """What the shares are of."""
 
     @cached_property
     def html(self) -> str:
@@ -99,6 +101,7 @@ class View:
             "ranked": self.ranked,
             "layer": self.layer,
             "picks": self.picks,
+            "elsewhere": self.elsewhere,
             "zero": self.packed.zero,
             "clear": CLEAR,
             "error": self.packed.error,
