@@ -33,7 +33,7 @@ async function render() {
     if (data.picks.length && data.picks[shown][0] === i) marked.push(data.picks[shown][1]);
     paint(panel.canvas, panel, map, { ...look, marked });
   }
-  const small = panels[state.panel];
+  const small = panels[data.picks.length ? data.picks[shown][0] : state.panel];
   [...at("heads").children].forEach((button, head) => {
     const canvas = button.firstChild;
     [canvas.width, canvas.height] = small.smallSize;
@@ -48,10 +48,10 @@ async function render() {
 
 function readout(shown, map, row) {
   const parts = [`“${chipOf(shown).text}”, layer ${data.layers[state.layer]}, ${headName(state.head)}`];
-  let best = 0;
-  for (let i = 0; i < map.length; i++) if (!(Math.abs(map[i]) <= Math.abs(map[best]))) best = i;
+  let best = -1;
+  for (let i = 0; i < map.length; i++) if (Math.abs(map[i]) > (best < 0 ? -1 : Math.abs(map[best]))) best = i;
   const home = panels.find(panel => best >= panel.first && best < panel.first + panel.count);
-  parts.push(`largest ${number(map[best])} at ${home.label}, token ${best - home.first}`);
+  parts.push(home ? `largest ${number(map[best])} at ${home.label}, token ${best - home.first}` : "no values");
   if (data.hasShares && state.head !== "max") {
     const own = row.shares.subarray(state.layer * nHeads, (state.layer + 1) * nHeads);
     const elsewhere = state.head === "mean" ? own.reduce((a, b) => a + b) / nHeads : own[state.head];
