@@ -4,6 +4,7 @@ import html
 import json
 import re
 import sys
+from dataclasses import replace
 from functools import lru_cache
 from html.parser import HTMLParser
 from pathlib import Path
@@ -45,7 +46,7 @@ def check_equal(view: viewer.View, row: int, expected: Any) -> None:
     found, expected = shown(view, row)[0], np.asarray(expected)
     assert np.array_equal(np.isnan(found), np.isnan(expected))
     largest = np.nanmax(np.abs(expected), -1, keepdims=True, initial=0.0)
-    assert (np.nan_to_num(np.abs(found - expected)) <= view.packed.error * largest * 1.001 + 1e-6).all()
+    assert (np.nan_to_num(np.abs(found - expected)) <= view.packed.error * largest * 1.01 + 1e-6).all()
 
 
 class Elements(HTMLParser):
@@ -94,7 +95,9 @@ def test_without_an_answer_the_models_own_is_shown() -> None:
     text = "".join(c.text for c in view.chips if c.kind == "answer")
     assert text.removesuffix("<|im_end|>") == model.generate(inputs, 8, return_type="str") == page.lines[1].value
     again = viewer.attention(model, inputs.append(page.lines[1].value))
-    assert again.packed.rows == view.packed.rows[: len(again.packed.rows)]
+    assert len(again.packed.rows) == 4
+    for row in range(4):
+        check_equal(again, row, shown(view, row)[0])
 
 
 def test_a_token_may_show_its_own_attention() -> None:
@@ -103,7 +106,7 @@ def test_a_token_may_show_its_own_attention() -> None:
     own = viewer.attention(model, inputs, "w", tokens=[last, last - 1], query="token")
     produced = viewer.attention(model, inputs, "w")
     assert [c.row for c in own.chips if c.row is not None] == [0, 1]
-    assert own.packed.rows[1] == produced.packed.rows[0]
+    check_equal(own, 1, shown(produced, 0)[0])
     position = int(inputs.image_tokens(0)[5])
     chip = next(c for c in viewer.attention(model, inputs, "w", tokens=[position]).chips if c.row == 0)
     assert chip.text == f"image token {position}"
@@ -117,7 +120,7 @@ def test_what_cannot_be_shown_is_refused() -> None:
         ({"heads": [(2, 4)]}, r"there is no head 2\.4: there are 4 layers of 4 heads"),
         ({"tokens": [0]}, "there is no token 0 to ask for: positions go from 1"),
         ({"tokens": []}, "tokens is empty"),
-        ({"answer": [], "query": "producing"}, "the answer is empty"),
+        ({"answer": torch.zeros(1, 0, dtype=torch.long)}, "the answer is empty"),
         ({"query": "next"}, 'query must be "producing" or "token"'),
     ):
         with pytest.raises(InputError, match=words):
@@ -203,7 +206,7 @@ def test_patching_effects_are_shown() -> None:
     assert view.layers == ("2",)
     check_equal(view, 0, result.mean[:, columns][:, None])
     with pytest.raises(InputError, match='sweep where="each"'):
-        viewer.patching(inputs, result.select(place=result.axes["place"][0]))
+        viewer.patching(inputs, replace(result, axes={**result.axes, "place": tuple(map(str, result.axes["place"]))}))
 
 
 # ---------------------------------------------------------------- the page
