@@ -63,9 +63,9 @@ class View:
     @cached_property
     def html(self) -> str:
         """The whole page: no file and no address is needed beside it."""
-        parts = {name: _file(name) for name in ("page.css", "draw.js", "page.js")}
+        parts = {name: page_file(name) for name in ("look.css", "page.css", "draw.js", "page.js")}
         environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
-        template = environment.from_string(_file("page.html.jinja"))
+        template = environment.from_string(page_file("page.html.jinja"))
         return template.render(view=self, data=self._data(), rows=self.packed.rows, boxes=self._boxes(), parts=parts)
 
     def save(self, path: str | Path) -> Path:
@@ -156,5 +156,6 @@ def view_of(
     )
 
 
-def _file(name: str) -> str:
+def page_file(name: str) -> str:
+    """The text of a file that pages are made of; `look.css` is what all pages share."""
     return resources.files(str(__package__)).joinpath(name).read_text(encoding="utf-8")
