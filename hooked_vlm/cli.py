@@ -14,6 +14,7 @@ from hooked_vlm.geometry import GeometryError
 from hooked_vlm.hooks import HookError
 from hooked_vlm.images import ImageError
 from hooked_vlm.token_layout import InputError
+from hooked_vlm.viewer.command import ViewConfig, write_page
 
 EXPECTED = (CheckpointError, GeometryError, HookError, ImageError, InputError, OutputError, StudyError)
 """What a user can cause and mend; anything else is a fault of ours and keeps its traceback."""
@@ -31,6 +32,12 @@ def ocr_heads(experiment: tyro.conf.OmitArgPrefixes[ocr_heads_commands.Command])
 def head_attribution(command: tyro.conf.OmitArgPrefixes[head_attribution_commands.Command]) -> None:
     """Which attention heads carry information from image to text (arXiv 2509.17588), measured by random ablations."""
     print(head_attribution_commands.answer(command))
+
+
+@app.command(name="view")
+def view(config: tyro.conf.OmitArgPrefixes[ViewConfig]) -> None:
+    """Where the model looks: the attention of each answer token on the picture, as a page."""
+    print(f"page: {write_page(config)}")
 
 
 def main() -> None:

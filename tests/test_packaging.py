@@ -117,7 +117,8 @@ def test_the_wheel_adds_one_name_and_holds_every_file(wheel: Path) -> None:
     wanted = {
         name
         for name in source_files()
-        if name.endswith((".py", ".json", ".csv", "py.typed")) or name.startswith("hooked_vlm/toy_models/")
+        if name.endswith((".py", ".json", ".csv", ".jinja", ".css", ".js", "py.typed"))
+        or name.startswith("hooked_vlm/toy_models/")
     }
     assert not wanted - names, "left out of the wheel: is an __init__.py missing beside it?"
     assert not {name for name in names if name.startswith("hooked_vlm/")} - source_files().keys()

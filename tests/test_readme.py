@@ -52,8 +52,24 @@ def test_every_python_block_of_the_page_about_head_attribution_runs(
     assert (tmp_path / "out" / "head-attribution" / "report.html").exists()
 
 
+def test_every_python_block_of_the_page_about_the_viewer_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    page = (Path(__file__).parents[1] / "docs" / "viewer.md").read_text(encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    names: dict = {}
+    for block in re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL):
+        exec(compile(block, "viewer.md", "exec"), names)
+    written = ["attention.html", "lens.html", "patches.html", "values.html"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == written
+    assert "".join(chip.text for chip in names["view"].chips if chip.row is not None) == "4s4g"
+
+
 def test_the_files_it_points_to_exist() -> None:
     root = Path(__file__).parents[1]
-    for page in (root / "README.md", root / "docs" / "patching.md", root / "docs" / "notebooks" / "README.md"):
+    for page in (
+        root / "README.md",
+        root / "docs" / "patching.md",
+        root / "docs" / "viewer.md",
+        root / "docs" / "notebooks" / "README.md",
+    ):
         for target in re.findall(r"\]\((?!https?:)([^)#]+)\)", page.read_text(encoding="utf-8")):
             assert (page.parent / target).exists(), target

@@ -22,6 +22,7 @@ from matplotlib.figure import Figure
 
 from hooked_vlm.experiments.common.figures import save_figure
 from hooked_vlm.files import place
+from hooked_vlm.viewer.view import page_file
 
 
 @dataclass
@@ -93,7 +94,12 @@ class Report:
         template = resources.files(str(__package__)).joinpath("report.html.jinja").read_text(encoding="utf-8")
         environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
         page = environment.from_string(template).render(
-            title=self.title, lead=self.lead, sections=self._sections, pictures=pictures, record=text
+            title=self.title,
+            lead=self.lead,
+            sections=self._sections,
+            pictures=pictures,
+            record=text,
+            look=page_file("look.css"),
         )
         place(out / "report.html", lambda aside: aside.write_text(page, encoding="utf-8"))
         return out / "report.html"

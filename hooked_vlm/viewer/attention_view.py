@@ -1,0 +1,125 @@
+"""Where the model looks: the attention of chosen tokens to the images, as a page."""
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from hooked_vlm.attention_rows import attention_rows
+from hooked_vlm.inputs import Answer, VLMInputs
+from hooked_vlm.token_layout import InputError
+from hooked_vlm.viewer.scene import Boxes, image_columns, one_row, scene_of
+from hooked_vlm.viewer.view import Chip, Head, View, view_of
+
+Query = Literal["producing", "token"]
+"""Whose attention a token shows: that of the position before it, where it was chosen, or its own."""
+NOTES = {
+    "producing": "A token shows the attention of the position before it, from which it was predicted.",
+    "token": "A token shows its own attention, that of its position.",
+}
+
+
+def attention(
+    model: Any,
+    inputs: VLMInputs,
+    answer: Answer | None = None,
+    heads: Sequence[Head] | None = None,
+    boxes: Boxes | None = None,
+    *,
+    images: Any = None,
+    tokens: Sequence[int] | None = None,
+    query: Query = "producing",
+    max_new_tokens: int = 32,
+    title: str = "Where the model looks",
+) -> View:
+    """The attention of each answer token to the images, in every head, as a page.
+
+    One forward pass over prompt and answer (`attention_rows`: linear cost); without an answer, one is generated first.
+    Values are softmax probabilities over all tokens; a map shows those of the image tokens, and the page says how much
+    goes to the text.
+
+    Args:
+        inputs: one prompt with images.
+        answer: text or token ids; by default what was appended to the inputs, or the greedy answer.
+        heads: (layer, head) pairs to step through, best first.
+        boxes: where the evidence is, in pixels of the original image; see `scene.Boxes`.
+        images: the original pictures. Without them the page shows the pixels that the model saw.
+        tokens: positions in prompt and answer whose attention is wanted; the answer's by default.
+        query: "producing", as in generation (and in the OCR-heads paper), or "token".
+
+    Raises:
+        InputError: a batch of several rows, no image, an empty answer, positions or heads that do not exist.
+    """
+    inputs = _with_answer(model, one_row(model.as_inputs(inputs)), answer, max_new_tokens)
+    scene = scene_of(inputs, images, () if boxes is None else boxes)
+    shown = _shown(inputs, tokens, query)
+    rows = torch.tensor([[pos - 1 if query == "producing" else pos for pos in shown]])
+    columns = torch.tensor(image_columns(inputs), device=inputs.device)
+
+    def on_images(pattern: Float[Tensor, "batch head row key"]) -> Float[Tensor, "row head column"]:
+        of_images = pattern[0].index_select(-1, columns)
+        elsewhere = (pattern[0].sum(-1) - of_images.sum(-1)).clamp(min=0)
+        return torch.cat((of_images, elsewhere[..., None]), -1).transpose(0, 1).cpu()
+
+    found = attention_rows(model, inputs, rows, reduce=on_images).transpose(0, 1).float().numpy()
+    values, elsewhere = found[..., :-1], found[..., -1]
+    return view_of(
+        scene,
+        values,
+        _chips(model, inputs, shown),
+        range(model.cfg.n_layers),
+        range(model.cfg.n_heads),
+        elsewhere,
+        heads or (),
+        title=title,
+        note=NOTES[query],
+        quantity="attention",
+        layer=int(elsewhere.mean((0, 2)).argmin()),
+    )
+
+
+def _with_answer(model: Any, inputs: VLMInputs, answer: Answer | None, max_new_tokens: int) -> VLMInputs:
+    if answer is not None:
+        return inputs.append(answer)
+    if inputs.n_generated[0]:
+        return inputs
+    return inputs.append(model.generate(inputs, max_new_tokens)[:, inputs.shape[1] :])
+
+
+def _shown(inputs: VLMInputs, tokens: Sequence[int] | None, query: Query) -> list[int]:
+    """Positions whose attention is asked for."""
+    if query not in NOTES:
+        raise InputError(f'query must be "producing" or "token", got {query!r}')
+    if tokens is None:
+        if not inputs.n_generated[0]:
+            raise InputError("the answer is empty: pass answer=..., or the positions whose attention you want")
+        return inputs.positions.generated[0].tolist()
+    first, stop = inputs.first[0] + (query == "producing"), inputs.stop[0]
+    for pos in tokens:
+        if not first <= pos < stop:
+            raise InputError(f"there is no token {pos} to ask for: positions go from {first} to {stop - 1}")
+    if not len(tokens):
+        raise InputError("there are no tokens to ask for: tokens is empty")
+    return sorted({int(pos) for pos in tokens})
+
+
+def _chips(model: Any, inputs: VLMInputs, shown: Sequence[int]) -> list[Chip]:
+    """The text token by token, each image as one piece (and those of its tokens that are asked for)."""
+    ids = inputs.tokens[0].tolist()
+    prompt_stop = inputs.stop[0] - inputs.n_generated[0]
+    rows = {pos: row for row, pos in enumerate(shown)}
+    images = {visual.start: visual for visual in inputs.visuals}
+    chips, within = [], 0
+    for pos in range(inputs.first[0], inputs.stop[0]):
+        if pos in images:
+            within = images[pos].stop
+            chips.append(Chip(f"image {images[pos].index}: {images[pos].n_tokens} tokens", "image"))
+        if pos < within:
+            if pos in rows:
+                chips.append(Chip(f"image token {pos}", "image", rows[pos]))
+            continue
+        text = str(ids[pos]) if model.tokenizer is None else str(model.to_string([ids[pos]]))
+        chips.append(Chip(text, "prompt" if pos < prompt_stop else "answer", rows.get(pos)))
+    return chips

@@ -1,0 +1,97 @@
+"""`hooked-vlm view`: where a model looks in a picture, written as a page and opened."""
+
+import webbrowser
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from hooked_vlm.files import writable_folder
+from hooked_vlm.model import HookedVLM
+from hooked_vlm.token_layout import InputError
+from hooked_vlm.viewer.attention_view import attention
+from hooked_vlm.viewer.view import Head, View
+from hooked_vlm.viewer.vision_view import vision_attention
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True)
+class ViewConfig:
+    """One prompt with its pictures, and what to show of it."""
+
+    image: tuple[Path, ...]
+    """Picture files, in the order of the prompt."""
+    prompt: str
+    model: str = "toy-qwen2-vl"
+    """A bundled toy model, a checkpoint folder or a hub name such as Qwen/Qwen2-VL-2B-Instruct."""
+    out: Path = Path("attention.html")
+    """The page."""
+    answer: str | None = None
+    """Text whose tokens are shown; by default the model's greedy answer."""
+    heads: tuple[str, ...] = ()
+    """Heads to step through, best first, as LAYER.HEAD: --heads 2.1 2.0"""
+    box: tuple[float, ...] = ()
+    """Evidence boxes in the first picture, x0 y0 x1 y1 each, in its pixels."""
+    query: Literal["producing", "token"] = "producing"
+    """A token shows the attention of the position that predicted it, or its own."""
+    tower: Literal["language", "vision"] = "language"
+    """vision: which patches of the first picture look at which, in the vision tower."""
+    max_new_tokens: int = 32
+    """How long the answer may get."""
+    max_pixels: int | None = None
+    """Bound on the area of the resized picture (Qwen2-VL); the checkpoint's by default."""
+    max_tiles: int | None = None
+    """How many tiles a picture is cut into at most (InternVL); the checkpoint's by default."""
+    open: bool = True
+    """Show the page in the browser."""
+    device: str | None = None
+    """CUDA if present by default."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """The checkpoint's own by default."""
+
+
+def write_page(config: ViewConfig) -> Path:
+    """Make the page, write it and open it.
+
+    Raises:
+        InputError, ImageError, CheckpointError, GeometryError, OutputError: what a user can mend.
+    """
+    if not config.image:
+        raise InputError("--image needs a picture file")
+    heads = [_head(name) for name in config.heads]
+    if len(config.box) % 4:
+        raise InputError(f"--box takes four numbers for each box, x0 y0 x1 y1, got {len(config.box)}")
+    writable_folder(config.out.parent)
+    dtype = None if config.dtype == "auto" else DTYPES[config.dtype]
+    model = HookedVLM.from_pretrained(config.model, device=config.device, dtype=dtype)
+    _view(config, model, heads).save(config.out)
+    if config.open:
+        webbrowser.open(config.out.resolve().as_uri())
+    return config.out
+
+
+def _view(config: ViewConfig, model: Any, heads: list[Head]) -> View:
+    pictures = [str(path) for path in config.image]
+    inputs = model.to_inputs(config.prompt, images=pictures, max_pixels=config.max_pixels, max_tiles=config.max_tiles)
+    boxes = [config.box[i : i + 4] for i in range(0, len(config.box), 4)]
+    if config.tower == "vision":
+        return vision_attention(model, inputs, images=pictures, boxes=boxes)
+    return attention(
+        model,
+        inputs,
+        config.answer,
+        heads,
+        boxes,
+        images=pictures,
+        query=config.query,
+        max_new_tokens=config.max_new_tokens,
+    )
+
+
+def _head(name: str) -> Head:
+    layer, dot, head = name.partition(".")
+    if not (dot and layer.isdigit() and head.isdigit()):
+        raise InputError(f"--heads takes heads as LAYER.HEAD, such as 2.1, got {name!r}")
+    return int(layer), int(head)

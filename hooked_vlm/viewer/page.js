@@ -1,0 +1,238 @@
+// The controls: which row, layer and head are shown, and what happens on keys, clicks and hovering.
+const data = JSON.parse(document.getElementById("data").textContent);
+const at = id => document.getElementById(id);
+const nHeads = data.heads.length, nMaps = data.layers.length * nHeads, signed = data.zero > 0;
+const first = data.ranked[0] || [data.layer, nHeads > 1 ? "max" : 0];
+const state = { row: 0, preview: null, layer: first[0], head: first[1], panel: 0, pointed: null };
+const known = new Map();
+let panels = [], drawn = null, turn = 0;
+
+const number = value => Number.isNaN(value) ? "no value" : value === 0 ? "0" : Number(value.toPrecision(3)).toString();
+const percent = value => (100 * value).toFixed(1) + "%";
+const headName = head => head === "max" ? "largest of all heads" : head === "mean" ? "mean of all heads" : "head " + data.heads[head];
+
+function rowOf(row) {
+  if (!known.has(row)) known.set(row, inflate(at("row-" + row).textContent).then(buffer => asRow(buffer, nMaps)));
+  return known.get(row);
+}
+
+/** Everything the page shows of the state. Only the last of several calls draws. */
+async function render() {
+  const mine = ++turn, shown = state.preview ?? state.row, row = await rowOf(shown);
+  if (mine !== turn) return;
+  const maps = data.heads.map((_, head) => mapOf(row, state.layer * nHeads + head, data.nTokens, data.zero, data.clear));
+  const map = typeof state.head === "number" ? maps[state.head] : combined(maps, state.head);
+  const ofLayer = Math.max(...maps.map(reachOf)), common = at("common").value === "layer";
+  const look = {
+    colours: data.colours, signed, strength: at("strength").value / 100, evidence: at("evidence").checked,
+    reach: common ? ofLayer : reachOf(map), marked: [],
+  };
+  drawn = { map, row, look, shown };
+  for (const [i, panel] of panels.entries()) {
+    const marked = state.pointed && state.pointed.panel === i ? [panel.boxes.subarray(4 * state.pointed.token, 4 * state.pointed.token + 4)] : [];
+    if (data.picks.length && data.picks[shown][0] === i) marked.push(data.picks[shown][1]);
+    paint(panel.canvas, panel, map, { ...look, marked });
+  }
+  const small = panels[data.picks.length ? data.picks[shown][0] : state.panel];
+  [...at("heads").children].forEach((button, head) => {
+    const canvas = button.firstChild;
+    [canvas.width, canvas.height] = small.smallSize;
+    paint(canvas, small, maps[head], { ...look, reach: common ? ofLayer : reachOf(maps[head]) });
+    button.setAttribute("aria-pressed", state.head === head);
+    button.lastChild.textContent = `${data.heads[head]}: ${number(reachOf(maps[head]))}`;
+  });
+  scaleBar(look.reach);
+  controls(shown);
+  at("readout").textContent = readout(shown, map, row);
+}
+
+function readout(shown, map, row) {
+  const parts = [`“${chipOf(shown).text}”, layer ${data.layers[state.layer]}, ${headName(state.head)}`];
+  let best = -1;
+  for (let i = 0; i < map.length; i++) if (Math.abs(map[i]) > (best < 0 ? -1 : Math.abs(map[best]))) best = i;
+  const home = panels.find(panel => best >= panel.first && best < panel.first + panel.count);
+  parts.push(home ? `largest ${number(map[best])} at ${home.label}, token ${best - home.first}` : "no values");
+  if (data.hasShares && state.head !== "max") {
+    const own = row.shares.subarray(state.layer * nHeads, (state.layer + 1) * nHeads);
+    const elsewhere = state.head === "mean" ? own.reduce((a, b) => a + b) / nHeads : own[state.head];
+    if (panels.length > 1) for (const panel of panels) parts.push(`${panel.label} ${percent(sum(map, panel.first, panel.first + panel.count))}`);
+    parts.push(`on images ${percent(1 - elsewhere)}`, `on ${data.elsewhere} ${percent(elsewhere)}`);
+    if (data.evidenceTokens.length) parts.push(`on evidence ${percent(data.evidenceTokens.reduce((s, i) => s + map[i], 0))}`);
+  }
+  return parts.join(" · ");
+}
+
+function sum(map, start, stop) {
+  let total = 0;
+  for (let i = start; i < stop; i++) total += map[i] || 0;
+  return total;
+}
+
+const chipOf = row => data.chips.find(chip => chip.row === row);
+
+function scaleBar(reach) {
+  const canvas = at("bar").firstChild, pen = canvas.getContext("2d"), ticks = at("ticks").children;
+  data.colours.forEach((colour, i) => { pen.fillStyle = colour; pen.fillRect(i, 0, 1, 1); });
+  const ends = signed ? [-reach, 0, reach] : [0, reach / 2, reach];
+  ends.forEach((value, i) => { ticks[i].textContent = number(value) + (i === 2 ? " " + data.quantity : ""); });
+}
+
+function controls(shown) {
+  at("layer").value = state.layer;
+  at("head").value = state.head;
+  at("rank").value = data.ranked.findIndex(([layer, head]) => layer === state.layer && head === state.head);
+  for (const chip of document.querySelectorAll("button.chip")) chip.setAttribute("aria-pressed", Number(chip.dataset.row) === shown);
+}
+
+const show = change => { Object.assign(state, change); return render(); };
+const step = (value, by, n) => Math.max(0, Math.min(n - 1, value + by));
+
+function rank(by) {
+  const now = Number(at("rank").value), place = at("rank").value === "" || now < 0 ? 0 : step(now, by, data.ranked.length);
+  if (data.ranked.length) show({ layer: data.ranked[place][0], head: data.ranked[place][1] });
+}
+
+function toggle(id, values) {
+  const control = at(id);
+  if (control.type === "checkbox") control.checked = !control.checked;
+  else control.value = control.value === values[0] ? values[1] : values[0];
+  render();
+}
+
+const keys = {
+  ArrowLeft: () => show({ row: step(state.row, -1, data.nRows) }),
+  ArrowRight: () => show({ row: step(state.row, 1, data.nRows) }),
+  ArrowUp: () => show({ layer: step(state.layer, 1, data.layers.length) }),
+  ArrowDown: () => show({ layer: step(state.layer, -1, data.layers.length) }),
+  ",": () => show({ head: typeof state.head === "number" ? step(state.head, -1, nHeads) : nHeads - 1 }),
+  ".": () => show({ head: typeof state.head === "number" ? step(state.head, 1, nHeads) : 0 }),
+  m: () => show({ head: "mean" }),
+  x: () => show({ head: "max" }),
+  n: () => rank(1),
+  p: () => rank(-1),
+  s: () => toggle("common", ["own", "layer"]),
+  b: () => toggle("evidence"),
+  o: () => toggle("strength", ["75", "0"]),
+};
+
+document.addEventListener("keydown", event => {
+  if (event.ctrlKey || event.metaKey || event.altKey || event.target.matches("select, input[type=range]")) return;
+  if (!Object.hasOwn(keys, event.key)) return;
+  event.preventDefault();
+  state.preview = null;
+  keys[event.key]();
+});
+
+function makeChips() {
+  at("chips").hidden = data.picks.length > 0;
+  for (const chip of data.chips) {
+    const element = document.createElement(chip.row === null ? "span" : "button");
+    element.className = "chip " + chip.kind;
+    element.textContent = chip.text.replaceAll("\n", "⏎") || " ";
+    if (chip.row !== null) {
+      element.type = "button";
+      element.dataset.row = chip.row;
+      element.addEventListener("click", () => show({ row: chip.row, preview: null }));
+      element.addEventListener("pointerenter", event => { if (event.pointerType === "mouse") show({ preview: chip.row }); });
+      element.addEventListener("pointerleave", () => show({ preview: null }));
+    }
+    at("chips").append(element);
+  }
+}
+
+function makeControls() {
+  const option = (select, value, text) => select.append(new Option(text, value));
+  data.layers.forEach((name, layer) => option(at("layer"), layer, name));
+  if (nHeads > 1) { option(at("head"), "max", "largest"); option(at("head"), "mean", "mean"); }
+  data.heads.forEach((name, head) => option(at("head"), head, name));
+  data.ranked.forEach(([layer, head], place) => option(at("rank"), place, `${place + 1}. head ${data.layers[layer]}.${data.heads[head]}`));
+  at("rank-label").hidden = !data.ranked.length;
+  at("heads").hidden = nHeads < 2;
+  at("layer").addEventListener("change", event => show({ layer: Number(event.target.value) }));
+  at("head").addEventListener("change", event => show({ head: Number.isNaN(Number(event.target.value)) ? event.target.value : Number(event.target.value) }));
+  at("rank").addEventListener("change", () => rank(0));
+  for (const id of ["common", "strength", "evidence"]) at(id).addEventListener("input", render);
+  data.heads.forEach((name, head) => {
+    const button = document.createElement("button");
+    button.type = "button";
+    button.append(document.createElement("canvas"), document.createElement("span"));
+    button.addEventListener("click", () => show({ head }));
+    at("heads").append(button);
+  });
+}
+
+async function makePanels() {
+  const boxes = new Float32Array(await inflate(at("boxes").textContent));
+  const pictures = await Promise.all(data.pictures.map(async ({ src }) => {
+    const image = new Image();
+    image.src = src;
+    await image.decode();
+    return image;
+  }));
+  return data.panels.map((panel, i) => {
+    const { width, height, evidence } = data.pictures[panel.picture], longest = Math.max(width, height);
+    const scale = Math.min(1600 / longest, Math.max(1, Math.ceil(640 / longest))), thumb = 160 / longest;
+    const canvas = document.createElement("canvas"), figure = document.createElement("figure"), caption = document.createElement("figcaption");
+    canvas.width = Math.round(width * scale);
+    canvas.height = Math.round(height * scale);
+    caption.textContent = panel.label;
+    figure.append(canvas, caption);
+    at("panels").append(figure);
+    const made = {
+      ...panel, canvas, evidence, size: [width, height], boxes: boxes.subarray(4 * panel.first, 4 * (panel.first + panel.count)),
+      grey: greyPicture(pictures[panel.picture], canvas.width, canvas.height),
+      smallSize: [Math.max(1, Math.round(width * thumb)), Math.max(1, Math.round(height * thumb))],
+    };
+    canvas.addEventListener("pointermove", event => point(i, made, event));
+    canvas.addEventListener("pointerleave", () => { at("pointed").textContent = "\u00a0"; show({ pointed: null }); });
+    canvas.addEventListener("click", event => pick(i, made, event));
+    canvas.classList.toggle("pick", data.picks.length > 0);
+    return made;
+  });
+}
+
+/** Where in the original image an event happened. */
+function place(panel, event) {
+  const frame = panel.canvas.getBoundingClientRect();
+  return [(event.clientX - frame.left) / frame.width * panel.size[0], (event.clientY - frame.top) / frame.height * panel.size[1]];
+}
+
+const within = ([x0, y0, x1, y1], [x, y]) => x0 <= x && x < x1 && y0 <= y && y < y1;
+
+function point(i, panel, event) {
+  const spot = place(panel, event);
+  for (let token = 0; token < panel.count; token++) {
+    const box = panel.boxes.subarray(4 * token, 4 * token + 4);
+    if (!within(box, spot) || !drawn) continue;
+    const [x0, y0, x1, y1] = [...box].map(number);
+    at("pointed").textContent = `${panel.label}, token ${token}: ${number(drawn.map[panel.first + token])} · pixels x ${x0} to ${x1}, y ${y0} to ${y1}`;
+    if (!state.pointed || state.pointed.panel !== i || state.pointed.token !== token) show({ pointed: { panel: i, token } });
+    return;
+  }
+}
+
+/** A click in a picture chooses the nearest row that lies in it, if any does; small maps then show this picture. */
+function pick(i, panel, event) {
+  const [x, y] = place(panel, event);
+  let row = state.row, least = Infinity;
+  data.picks.forEach(([home, [x0, y0, x1, y1]], other) => {
+    const far = Math.hypot((x0 + x1) / 2 - x, (y0 + y1) / 2 - y);
+    if (home === i && far < least) [row, least] = [other, far];
+  });
+  show({ row, panel: i });
+}
+
+async function start() {
+  if (typeof DecompressionStream === "undefined") throw new Error("this browser cannot decompress (DecompressionStream is missing): open the page in one of 2023 or later");
+  makeChips();
+  makeControls();
+  panels = await makePanels();
+  await render();
+  document.body.dataset.ready = "yes";
+}
+
+start().catch(error => {
+  at("warning").hidden = false;
+  at("warning").textContent = "Nothing can be shown: " + error.message;
+  at("readout").textContent = "";
+});

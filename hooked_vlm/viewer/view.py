@@ -1,0 +1,161 @@
+"""`View`: values on image tokens as one HTML page that opens from disk."""
+
+import html
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from importlib import resources
+from pathlib import Path
+from typing import Any, Literal
+
+import jinja2
+import numpy as np
+from jaxtyping import Float
+from matplotlib import colormaps
+from matplotlib.colors import to_hex
+
+from hooked_vlm.files import place
+from hooked_vlm.pictures import DIVERGING, SEQUENTIAL
+from hooked_vlm.token_layout import InputError
+from hooked_vlm.viewer.quantise import CLEAR, Packed, encoded, pack
+from hooked_vlm.viewer.scene import Scene, data_url
+
+Head = tuple[int, int]
+"""Layer and head."""
+IFRAME = '<iframe title="{title}" srcdoc="{page}" style="width: 100%; height: 48rem; border: 0"></iframe>'
+
+
+@dataclass(frozen=True)
+class Chip:
+    """A piece of text in the page."""
+
+    text: str
+    kind: Literal["prompt", "image", "answer", "row"]
+    row: int | None = None
+    """The row of values it shows when clicked; None: it cannot be clicked."""
+
+
+@dataclass(frozen=True, eq=False)
+class View:
+    """A page; a notebook shows it, `save` writes it."""
+
+    title: str
+    note: str
+    """What the values are, in a sentence or two."""
+    quantity: str
+    """What a number is called."""
+    scene: Scene
+    chips: tuple[Chip, ...]
+    layers: tuple[str, ...]
+    heads: tuple[str, ...]
+    packed: Packed
+    has_shares: bool = False
+    """Whether each map comes with the share of attention that goes elsewhere."""
+    ranked: tuple[Head, ...] = ()
+    """Heads to step through, as places among `layers` and `heads`."""
+    layer: int = 0
+    """What is shown first."""
+    picks: tuple[tuple[int, tuple[float, ...]], ...] = ()
+    """For each row a panel and a box in it: a click there shows the row."""
+    elsewhere: str = "text"
+    """What the shares are of."""
+
+    @cached_property
+    def html(self) -> str:
+        """The whole page: no file and no address is needed beside it."""
+        parts = {name: page_file(name) for name in ("look.css", "page.css", "draw.js", "page.js")}
+        environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
+        template = environment.from_string(page_file("page.html.jinja"))
+        return template.render(view=self, data=self._data(), rows=self.packed.rows, boxes=self._boxes(), parts=parts)
+
+    def save(self, path: str | Path) -> Path:
+        """Write the page.
+
+        Raises:
+            OutputError: it cannot be written.
+        """
+        place(Path(path), lambda aside: aside.write_text(self.html, encoding="utf-8"))
+        return Path(path)
+
+    def _repr_html_(self) -> str:
+        return IFRAME.format(title=html.escape(self.title), page=html.escape(self.html))
+
+    def _data(self) -> dict[str, Any]:
+        scene = self.scene
+        colours = colormaps[DIVERGING if self.packed.zero else SEQUENTIAL]
+        return {
+            "quantity": self.quantity,
+            "pictures": [
+                {"src": data_url(picture), "width": picture.width, "height": picture.height, "evidence": evidence}
+                for picture, evidence in zip(scene.pictures, scene.evidence, strict=True)
+            ],
+            "panels": [
+                {"label": p.label, "picture": p.picture, "first": p.first, "count": len(p.boxes), "tiles": p.tiles}
+                for p in scene.panels
+            ],
+            "chips": [{"text": c.text, "kind": c.kind, "row": c.row} for c in self.chips],
+            "nRows": len(self.packed.rows),
+            "nTokens": scene.n_tokens,
+            "layers": self.layers,
+            "heads": self.heads,
+            "ranked": self.ranked,
+            "layer": self.layer,
+            "picks": self.picks,
+            "elsewhere": self.elsewhere,
+            "zero": self.packed.zero,
+            "clear": CLEAR,
+            "error": self.packed.error,
+            "hasShares": self.has_shares,
+            "evidenceTokens": scene.evidence_tokens,
+            "colours": [to_hex(colours(i / 255)) for i in range(256)],
+        }
+
+    def _boxes(self) -> str:
+        return encoded(np.concatenate([panel.boxes for panel in self.scene.panels]).astype("<f4").tobytes())
+
+
+def view_of(
+    scene: Scene,
+    values: Float[np.ndarray, "row layer head token"],
+    chips: Sequence[Chip],
+    layers: Sequence[Any],
+    heads: Sequence[Any],
+    shares: Float[np.ndarray, "row layer head"] | None = None,
+    ranked: Sequence[Head] = (),
+    **texts: Any,
+) -> View:
+    """A view of values on the image tokens of a scene, in the order of its panels.
+
+    Args:
+        shares: the attention that goes elsewhere.
+        texts: the other fields of `View`.
+
+    Raises:
+        InputError: labels or values that do not fit together, or too many of them for a page.
+    """
+    expected = (values.shape[0], len(layers), len(heads), scene.n_tokens)
+    if values.shape != expected or 0 in expected:
+        raise InputError(
+            f"values must be [row, layer, head, image token] = {list(expected)} by their labels and by the images, got "
+            f"{list(values.shape)}"
+        )
+    for layer, head in ranked:
+        if not (0 <= layer < len(layers) and 0 <= head < len(heads)):
+            raise InputError(f"there is no head {layer}.{head}: there are {len(layers)} layers of {len(heads)} heads")
+    packed = pack(values, shares)
+    names = (tuple(map(str, layers)), tuple(map(str, heads)))
+    return View(
+        scene=scene,
+        chips=tuple(chips),
+        layers=names[0],
+        heads=names[1],
+        packed=packed,
+        has_shares=shares is not None,
+        ranked=tuple((int(layer), int(head)) for layer, head in ranked),
+        **texts,
+    )
+
+
+def page_file(name: str) -> str:
+    """The text of a file that pages are made of; `look.css` is what all pages share."""
+    return resources.files(str(__package__)).joinpath(name).read_text(encoding="utf-8")

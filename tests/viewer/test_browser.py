@@ -1,0 +1,233 @@
+"""The page in a real browser: the distribution's Chromium without a window, driven by Playwright.
+
+HOOKED_VLM_SCREENSHOTS=docs/pictures makes the documentation's pictures again.
+"""
+
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from hooked_vlm import HookedVLM, ImageGrid, viewer
+from hooked_vlm.experiments.toy.data import make_page
+from hooked_vlm.viewer.scene import Panel, Scene
+from hooked_vlm.viewer.view import Chip, view_of
+
+pytestmark = pytest.mark.slow
+
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+DESKTOP, PHONE = {"width": 1200, "height": 900}, {"width": 390, "height": 844}
+QUESTIONED = 2
+SAID = r"layer 2, head 1 · largest ([\d.]+) at image 0, token (\d+) · on images ([\d.]+)%"
+KEYS = {
+    "n": "layer 2, head 0",
+    "p": "layer 2, head 1",
+    "ArrowUp": "layer 3, head 1",
+    "ArrowDown": "layer 2, head 1",
+    ".": "layer 2, head 2",
+    ",": "layer 2, head 1",
+    "m": "layer 2, mean of all heads",
+    "x": "layer 2, largest of all heads",
+}
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    playwright = pytest.importorskip("playwright.sync_api", reason="Playwright is not installed")
+    if CHROMIUM is None:
+        pytest.skip("there is no chromium, chromium-browser or google-chrome on the PATH")
+    with playwright.sync_playwright() as driver:
+        own = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield own
+        own.close()
+
+
+class Opened:
+    """A page, with everything it complained of or asked the network for."""
+
+    def __init__(self, browser: Any, path: Path, size: dict[str, int], scheme: str = "light") -> None:
+        self.said: list[str] = []
+        self.requests: list[str] = []
+        self.page = browser.new_page(viewport=size, color_scheme=scheme)
+        self.page.on("console", self._heard)
+        self.page.on("pageerror", lambda error: self.said.append(str(error)))
+        self.page.on("request", lambda request: self.requests.append(request.url))
+        self.page.goto(path.as_uri())
+        self.page.wait_for_selector("body[data-ready]")
+
+    def _heard(self, message: Any) -> None:
+        if "willReadFrequently" not in message.text:  # advice on how these tests read the canvas
+            self.said.append(message.text)
+
+    def readout(self) -> str:
+        return self.page.inner_text("#readout")
+
+    def colours(self, spots: list[tuple[float, float]], panel: int = 0) -> list[list[int]]:
+        """Red, green and blue of the canvas at shares of its width and height."""
+        return self.page.evaluate(
+            """([panel, spots]) => {
+            const canvas = document.querySelectorAll("#panels canvas")[panel];
+            const { data, width, height } = canvas.getContext("2d").getImageData(0, 0, canvas.width, canvas.height);
+            return spots.map(([x, y]) => {
+                const at = 4 * (Math.floor(y * height) * width + Math.floor(x * width));
+                return [...data.slice(at, at + 3)];
+            }); }""",
+            [panel, spots],
+        )
+
+    def check_quiet(self) -> None:
+        assert self.said == []
+        assert [url for url in self.requests if not url.startswith(("file:", "data:"))] == []
+
+
+def made(family: str, size: tuple[int, int] = (128, 112)) -> tuple[Any, Any, Any]:
+    model = HookedVLM.from_pretrained(family)
+    page = make_page(np.random.default_rng(7), n_lines=4, size=size)
+    return model, page, model.to_inputs(page.question(QUESTIONED), images=page.image)
+
+
+@pytest.fixture(scope="module")
+def toy(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any, Any]:
+    model, page, inputs = made("toy-qwen2-vl")
+    whole = inputs.append(page.lines[QUESTIONED].value)
+    view = viewer.attention(
+        model, whole, heads=[(2, 1), (2, 0)], boxes=[page.lines[QUESTIONED].value_box], images=page.image
+    )
+    return view.save(tmp_path_factory.mktemp("pages") / "attention.html"), model, whole
+
+
+def test_a_click_on_a_token_shows_where_its_pattern_looks(browser: Any, toy: tuple[Path, Any, Any]) -> None:
+    path, model, inputs = toy
+    _, cache = model.run_with_cache(inputs)
+    opened = Opened(browser, path, DESKTOP)
+    grid = inputs.image_grid(0)
+    opened.page.uncheck("#evidence")
+    for token in range(4):
+        opened.page.click(f"button.chip[data-row='{token}']")
+        opened.page.wait_for_selector(f"button.chip[data-row='{token}'][aria-pressed=true]")
+        pattern = cache["pattern", 2][0, 1, inputs.shape[1] - 5 + token, inputs.image_tokens(0)].numpy()
+        best, largest = int(pattern.argmax()), float(pattern.max())
+        said = re.search(
+            r"layer 2, head 1 · largest ([\d.]+) at image 0, token (\d+) · on images ([\d.]+)%", opened.readout()
+        )
+        assert said, opened.readout()
+        assert int(said[2]) == best and abs(float(said[1]) - largest) < 0.003
+        assert abs(float(said[3]) / 100 - pattern.sum()) < 0.002
+        # the brightest box of the picture is the token's, and only those the pattern names are coloured
+        centres = [grid.box_of(i) for i in range(grid.n_tokens)]
+        spots = [((x0 + x1) / 256, (y0 + y1) / 224) for x0, y0, x1, y1 in centres]
+        colourful = [max(c) - min(c) for c in opened.colours(spots)]
+        assert int(np.argmax(colourful)) == best
+        assert all(amount < 12 for amount, share in zip(colourful, pattern / largest, strict=True) if share < 0.02)
+        x0, y0, x1, y1 = centres[best]
+        near = [((x0 + 0.3) / 128, (y0 + 0.3) / 112), ((x1 - 0.3) / 128, (y1 - 0.3) / 112)]
+        assert all(max(c) - min(c) > 50 for c in opened.colours(near))
+    opened.check_quiet()
+
+
+def test_hovering_names_the_token_its_value_and_its_pixels(browser: Any, toy: tuple[Path, Any, Any]) -> None:
+    path, _, inputs = toy
+    opened = Opened(browser, path, DESKTOP)
+    frame = opened.page.locator("#panels canvas").bounding_box()
+    x0, y0, x1, y1 = inputs.image_grid(0).box_of(27)
+    opened.page.mouse.move(frame["x"] + frame["width"] * 56 / 128, frame["y"] + frame["height"] * 56 / 112)
+    said = opened.page.inner_text("#pointed")
+    assert said.startswith("image 0, token 27: 0.99") and f"x {x0:g} to {x1:g}, y {y0:g} to {y1:g}" in said
+    opened.check_quiet()
+
+
+def test_keys_reach_everything_and_answer_at_once(browser: Any, toy: tuple[Path, Any, Any]) -> None:
+    opened = Opened(browser, toy[0], DESKTOP)
+    for key, words in KEYS.items():
+        opened.page.keyboard.press(key)
+        assert words in opened.readout()
+    before = opened.readout()
+    opened.page.keyboard.press("ArrowRight")
+    assert (
+        opened.readout() != before
+        and opened.page.locator("button.chip[aria-pressed=true]").get_attribute("data-row") == "1"
+    )
+    assert opened.page.locator("#heads button").count() == 4
+    opened.page.keyboard.press("s")
+    assert opened.page.input_value("#common") == "layer"
+    opened.page.locator("#heads button").nth(2).click()
+    assert "head 2" in opened.readout()
+    opened.check_quiet()
+
+
+def test_it_fits_a_phone_in_the_dark(browser: Any, toy: tuple[Path, Any, Any], tmp_path: Path) -> None:
+    opened = Opened(browser, toy[0], PHONE, "dark")
+    assert opened.page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+    ink, paper = opened.page.evaluate(
+        "[getComputedStyle(document.body).color, getComputedStyle(document.body).backgroundColor]"
+    )
+    assert sum(map(int, re.findall(r"\d+", ink))) > 600 and sum(map(int, re.findall(r"\d+", paper))) < 150
+    photograph(opened, "viewer-phone.png", tmp_path)
+    photograph(Opened(browser, toy[0], DESKTOP), "viewer.png", tmp_path)
+    opened.check_quiet()
+
+
+def test_tiles_and_thumbnail_and_the_vision_tower(browser: Any, tmp_path: Path) -> None:
+    model, page, inputs = made("toy-internvl2", (256, 128))
+    view = viewer.attention(model, inputs, boxes=[page.lines[QUESTIONED].value_box], images=page.image)
+    opened = Opened(browser, view.save(tmp_path / "tiles.html"), DESKTOP)
+    assert opened.page.locator("figcaption").all_inner_texts() == ["image 0, tiles", "image 0, thumbnail"]
+    photograph(opened, "viewer-tiles.png", tmp_path)
+    opened.check_quiet()
+    patches = viewer.vision_attention(model, inputs, images=page.image)
+    opened = Opened(browser, patches.save(tmp_path / "patches.html"), DESKTOP)
+    opened.page.locator("#panels canvas").nth(1).click(position={"x": 3, "y": 3})
+    assert opened.readout().startswith("“patch 512”") and "image 0, thumbnail" in opened.readout()
+    opened.page.keyboard.press("m")
+    assert "on class token" in opened.readout()
+    opened.check_quiet()
+
+
+def test_signed_values_have_zero_in_the_middle(browser: Any, tmp_path: Path) -> None:
+    _, page, inputs = made("toy-qwen2-vl")
+    numbers = np.zeros(56, np.float32)
+    numbers[[0, 1, 2]] = [-2, 2, np.nan]
+    view = viewer.values(inputs, numbers, quantity="effect", images=page.image)
+    opened = Opened(browser, view.save(tmp_path / "values.html"), DESKTOP)
+    assert opened.page.locator("#ticks span").all_inner_texts() == ["-2", "0", "2 effect"]
+    (r0, _, b0), (r1, _, b1), clear, zero = opened.colours([((8 + 16 * i) / 128, 8 / 112) for i in range(4)])
+    assert b0 > r0 + 40 and r1 > b1 + 40
+    assert max(clear) - min(clear) < 4 and max(zero) - min(zero) < 4
+    opened.check_quiet()
+
+
+def test_a_browser_that_cannot_decompress_says_so(browser: Any, toy: tuple[Path, Any, Any]) -> None:
+    page = browser.new_page()
+    page.add_init_script("delete window.DecompressionStream")
+    page.goto(toy[0].as_uri())
+    page.wait_for_selector("#warning:not([hidden])")
+    assert "cannot decompress" in page.inner_text("#warning")
+
+
+def test_a_large_page_answers_a_click_at_once(browser: Any, tmp_path: Path) -> None:
+    """28 x 28 heads of 1,024 tokens: the work of a click is bounded by what it draws, one layer of one row."""
+    grid = ImageGrid((896, 896), (1, 64, 64))
+    panel = Panel("image 0", 0, 0, np.array([grid.box_of(token) for token in range(grid.n_tokens)]))
+    scene = Scene((Image.new("RGB", (896, 896), "white"),), (panel,), ((),), ())
+    scores = np.random.default_rng(0).standard_normal((3, 28, 28, 1024), np.float32)
+    chips = [Chip(text, "answer", row) for row, text in enumerate("abc")]
+    view = view_of(scene, np.exp(2 * scores), chips, range(28), range(28), title="", note="", quantity="attention")
+    opened = Opened(browser, view.save(tmp_path / "large.html"), DESKTOP)
+    assert opened.page.locator("#heads canvas").count() == 28
+    for change in ("{ row: 1 }", "{ row: 2, layer: 5 }", "{ head: 3 }"):
+        spent = opened.page.evaluate(f"(s => show({change}).then(() => performance.now() - s))(performance.now())")
+        print(f"{change}: {spent:.0f} ms")
+    assert opened.readout().startswith("“c”, layer 5, head 3 · largest")
+    opened.check_quiet()
+
+
+def photograph(opened: Opened, name: str, folder: Path) -> None:
+    file = Path(os.environ.get("HOOKED_VLM_SCREENSHOTS", folder)) / name
+    opened.page.screenshot(path=str(file), full_page=True)
+    assert file.stat().st_size > 10_000
