@@ -296,5 +296,5 @@ def logit_attribution(
     direction = sum(sign * model.W_U.T[tokens].to(exact) for tokens, sign in asked)
     direction = direction * model.ln_final.weight.to(exact) / found["ln_final.hook_scale"].to(exact)
     values = torch.stack([(part.to(exact) * direction).sum(-1) for part in parts.values()])
-    true = sum(sign * logits[rows, tokens].to(exact) for tokens, sign in asked)
+    true = torch.stack([sign * logits[rows, tokens].to(exact) for tokens, sign in asked]).sum(0)
     return LogitAttribution(tuple(parts), values.double().cpu().numpy(), true.double().cpu().numpy())

@@ -34,7 +34,7 @@ def margin(tokens: Tokens) -> Metric:
     """How much higher the logit of a token is than the best of all others."""
 
     def of(logits: Float[Tensor, "batch d_vocab"]) -> Float[Tensor, "batch"]:
-        logits, index = _exact(logits), tokens_of_rows(tokens, *logits.shape, logits.device)
+        logits, index = _exact(logits), tokens_of_rows(tokens, len(logits), logits.shape[-1], logits.device)
         return _of(logits, tokens) - logits.scatter(-1, index[:, None], -torch.inf).amax(-1)
 
     return of
@@ -102,4 +102,6 @@ def tokens_of_rows(tokens: Tokens, n_rows: int, d_vocab: int, device: torch.devi
 
 
 def _of(logits: Float[Tensor, "batch d_vocab"], tokens: Tokens) -> Float[Tensor, "batch"]:
-    return _exact(logits).gather(-1, tokens_of_rows(tokens, *logits.shape, logits.device)[:, None])[:, 0]
+    return _exact(logits).gather(-1, tokens_of_rows(tokens, len(logits), logits.shape[-1], logits.device)[:, None])[
+        :, 0
+    ]
