@@ -658,9 +658,11 @@ def test_settings_out_of_range_are_named(changes: dict[str, Any], words: str) ->
 
 
 @pytest.mark.parametrize("regression", ["ols", "ridge", "lasso"])
-def test_the_fewest_masks_are_enough_for_every_regression(regression: Any, toy: str, tmp_path: Path) -> None:
-    few: dict[str, Any] = {**SMALL, "samples": 1, "masks": 12}
-    run(Attribute(out=tmp_path, regression=regression, **few), bundled(toy))
+def test_the_fewest_masks_are_enough_for_every_regression(regression: Any) -> None:
+    Attribute(masks=12, regression=regression).check()
+    kept, values, _ = linear_case(np.random.default_rng(0), noise=1.0, n=12)
+    assert fit(kept, values, regression, 0.1, 5, seed=0).n_train == 10
+    assert convergence(kept, values, regression, 0.1)["n"].tolist() == [5]
 
 
 @pytest.mark.parametrize(
