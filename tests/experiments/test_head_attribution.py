@@ -555,15 +555,15 @@ def test_targets_and_baselines(toy: str) -> None:
     with pytest.raises(StudyError, match="pictures with different names"):
         metric_of(replace(case, foil=None), "difference")
     other = toy_case(toy, 1)
-    kept = random_masks(6, len(probe_of(toy).heads), 0.5, [0])
+    kept = random_masks(3, len(probe_of(toy).heads), 0.5, [0])
     values = {}
     for baseline in ("mean", "dataset", "zero", "knockout"):
         for rope in ("before", "after"):
             probe, _ = make_probes(model, [case, other], replace(config, baseline=baseline, rope=rope))
             found = probe.over_heads(kept)
             lost = [head for head, keep in zip(probe.heads, kept[0], strict=True) if not keep]
-            means = mean_image_kv(model, [case.inputs, other.inputs], rope == "before")
-            real = means if baseline == "dataset" else baseline
+            pair = [case.inputs, other.inputs]
+            real = mean_image_kv(model, pair, rope == "before") if baseline == "dataset" else baseline
             expected = ReplaceImageKV(tuple(lost), real, rope == "before").hooks(model, case.inputs)
             assert found[0] == pytest.approx(value_under(probe, expected), abs=1e-4)
             if rope == "before" or baseline in ("mean", "dataset"):  # the others have no keys to rotate
@@ -610,7 +610,7 @@ def test_attribution_foretells_and_needs_fewer_heads_than_other_rankings(name: s
     result = run(config, bundled(name))
     found = result.findings
     assert found["answered rightly"].value >= 0.8
-    assert found["held-out Pearson"].value >= 0.9
+    assert found["held-out Pearson"].low >= 0.9
     needed = {key.split(", ")[1]: value.value for key, value in found.items() if key.startswith("k both at 0.8")}
     assert needed["head attribution"] < needed["single-head ablation"]
     assert needed["head attribution"] < needed["attention to the image"]
