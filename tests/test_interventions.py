@@ -176,7 +176,7 @@ def test_image_keys_and_values_are_replaced_for_text_queries_of_one_head(
 ) -> None:
     model, batch = case
     if baseline == "dataset":
-        baseline = mean_image_kv(model, [batch])
+        baseline = mean_image_kv(model, [batch], before_rope)
     expected = by_hand(model, batch, literal_replacement(model, batch, (1, 2), baseline, before_rope))
     same(model, batch, ReplaceImageKV(((1, 2),), baseline, before_rope), expected)
 
@@ -229,12 +229,16 @@ def test_knocking_out_the_image_equals_blocking_the_edges_from_text_to_it(case: 
     same(model, batch, ReplaceImageKV(heads, "knockout"), blocked)
 
 
-def test_dataset_means_are_of_image_tokens_before_rotation() -> None:
+@pytest.mark.parametrize(("before_rope", "keys"), [(True, "k"), (False, "rot_k")])
+def test_dataset_means_are_of_image_tokens(before_rope: bool, keys: str) -> None:
     model, batch = tiny_model(), inputs(PADDED)
-    means = mean_image_kv(model, [batch])
+    means = mean_image_kv(model, [batch], before_rope)
     _, cache = model.run_with_cache(batch)
-    tokens = torch.cat([cache["k", 2][v.row, v.start : v.stop] for v in batch.visuals])
-    torch.testing.assert_close(means.keys[2], tokens.mean(0), atol=1e-6, rtol=1e-5)
+    for found, name in ((means.keys, keys), (means.values, "v")):
+        tokens = torch.cat([cache[name, 2][v.row, v.start : v.stop] for v in batch.visuals])
+        torch.testing.assert_close(found[2], tokens.mean(0), atol=1e-6, rtol=1e-5)
+    with pytest.raises(InputError, match=f"taken with before_rope={before_rope}"):
+        ReplaceImageKV(HEADS, means, not before_rope).hooks(model, batch)
 
 
 # ---- attention ----

@@ -89,8 +89,8 @@ def chosen(units: Sequence[Any], mask: Bool[np.ndarray, "unit"]) -> tuple[Any, .
 
 def make_probes(model: Any, cases: Sequence[Case], config: HeadAttributionConfig) -> list[Probe]:
     """One probe for each picture, with the baseline that is asked for."""
-    baseline = (
-        mean_image_kv(model, [case.inputs for case in cases]) if config.baseline == "dataset" else config.baseline
-    )
     before = config.rope == "before"
+    baseline = config.baseline
+    if baseline == "dataset":
+        baseline = mean_image_kv(model, [case.inputs for case in cases], before)
     return [Probe(model, case, metric_of(case, config.target), baseline, before) for case in cases]

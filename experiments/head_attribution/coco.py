@@ -17,11 +17,12 @@ from hooked_vlm.images import load_image
 
 def single_objects(
     content: Mapping[str, Any], min_object: float, max_object: float
-) -> list[tuple[Mapping[str, Any], Mapping[str, Any]]]:
-    """(image, annotation) of the pictures with one annotation only, whose object covers a fair share of the area.
+) -> list[tuple[Mapping[str, Any], Mapping[str, Any], str]]:
+    """(image, annotation, name) of pictures with one annotation only, whose object covers a fair share of the area.
 
     A crowd is more than one object.
     """
+    names = {category["id"]: category["name"] for category in content["categories"]}
     by_image: dict[int, list[Mapping[str, Any]]] = defaultdict(list)
     for annotation in content["annotations"]:
         by_image[annotation["image_id"]].append(annotation)
@@ -31,14 +32,14 @@ def single_objects(
         if len(own) != 1 or own[0].get("iscrowd"):
             continue
         if min_object <= own[0]["area"] / (image["width"] * image["height"]) <= max_object:
-            chosen.append((image, own[0]))
+            chosen.append((image, own[0], names[own[0]["category_id"]]))
     return chosen
 
 
 def coco_items(
     annotations: Path, images: Path, question: str, n: int, seed: int, min_object: float, max_object: float
 ) -> list[Item]:
-    """`n` pictures drawn from those that fit, or all if there are fewer.
+    """`n` pictures drawn from those that fit, or all if there are fewer; objects without outline have no mask.
 
     Raises:
         StudyError: the file is no annotation file, or no picture fits.
@@ -46,7 +47,6 @@ def coco_items(
     """
     try:
         content = json.loads(annotations.read_text(encoding="utf-8"))
-        names = {category["id"]: category["name"] for category in content["categories"]}
         chosen = single_objects(content, min_object, max_object)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise StudyError(f"{annotations} is no COCO annotation file (instances_*.json): {error!r}") from error
@@ -56,15 +56,17 @@ def coco_items(
         )
     order = np.random.default_rng([seed, 1]).permutation(len(chosen))[:n]
     items = []
-    for image, annotation in (chosen[i] for i in order):
+    for image, annotation, name in (chosen[i] for i in order):
         picture = load_image(images / image["file_name"])
         if picture.size != (image["width"], image["height"]):
             raise StudyError(
                 f"{image['file_name']} is {picture.size[0]} x {picture.size[1]} pixels, but its annotation says "
                 f"{image['width']} x {image['height']}: these are not the annotated pictures"
             )
-        mask = object_mask(annotation["segmentation"], picture.size)
-        items.append(Item(picture, names[annotation["category_id"]], question, mask))
+        outline = annotation.get("segmentation")
+        # run lengths are for crowds; some files have boxes only
+        mask = object_mask(outline, picture.size) if outline and isinstance(outline, list) else None
+        items.append(Item(picture, name, question, mask))
     return items
 
 

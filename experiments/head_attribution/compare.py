@@ -21,9 +21,11 @@ def compare(config: Compare) -> Path:
         The page's path.
 
     Raises:
-        StudyError: a folder that holds no finished run.
+        StudyError: no folders, or one that holds no finished run.
         OutputError: the output folder cannot be written.
     """
+    if not config.runs:
+        raise StudyError("--runs needs the folders of finished runs of head-attribution")
     writable_folder(config.out)
     records = [_record(folder) for folder in config.runs]
     labels = _labels([Path(record["config"]["model"]).name for record in records])
@@ -55,7 +57,7 @@ def _record(folder: Path) -> dict:
         if not (folder / "tables" / "summary.parquet").exists():
             raise KeyError("summary")
         return {"config": record["config"], **{name: record[name] for name in ("model", "weights", "images")}}
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise StudyError(f"{folder} holds no finished run of head-attribution: give folders that it wrote") from error
 
 

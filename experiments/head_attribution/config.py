@@ -5,10 +5,13 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from hooked_vlm.experiments.common.errors import StudyError
+from hooked_vlm.experiments.head_attribution.masks import FEWEST, n_held_out
 
 Target = Literal["logit", "log_prob", "margin", "difference"]
 Regression = Literal["ols", "ridge", "lasso"]
 Section = Literal["attribution", "curves", "where", "tokens"]
+FEWEST_SEEN = 10
+"""Masks a regression is made from, at least."""
 
 
 @dataclass(frozen=True)
@@ -89,6 +92,15 @@ class HeadAttributionConfig:
         for name in ("min_object", "max_object", "object_overlap"):
             if not 0 <= getattr(self, name) <= 1:
                 raise StudyError(f"{_option(name)} must lie in [0, 1], got {getattr(self, name)}")
+        for name, n in (("masks", self.masks or FEWEST), ("token_masks", self.token_masks or FEWEST)):
+            n_train = n - n_held_out(n, self.held_out)
+            if n_train < FEWEST_SEEN:
+                raise StudyError(
+                    f"{_option(name)} {n} with --held-out {self.held_out:g} leaves {n_train} masks to regress on; "
+                    f"{FEWEST_SEEN} are needed at least"
+                )
+        if self.min_object > self.max_object:
+            raise StudyError(f"--min-object {self.min_object:g} is more than --max-object {self.max_object:g}")
         if self.seed < 0:
             raise StudyError(f"--seed must not be negative, got {self.seed}")
         needed = {"toy": (), "folder": ("images",), "coco": ("images", "annotations")}[self.source]
@@ -98,6 +110,18 @@ class HeadAttributionConfig:
                 raise StudyError(f"--data {self.source} needs {_option(name)}")
             if not path.exists():
                 raise StudyError(f"{_option(name)} {path} does not exist")
+
+    def check_against(self, model: Any) -> None:
+        """Refuse more heads or layers than the model has.
+
+        Raises:
+            StudyError: names the setting and what the model has.
+        """
+        n_layers, n_heads = model.cfg.n_layers, model.cfg.n_layers * model.cfg.n_heads
+        for name, most, of in (("top", n_heads, "heads"), ("window", n_layers, "layers")):
+            asked = getattr(self, name)
+            if asked is not None and asked > most:
+                raise StudyError(f"{_option(name)} {asked} is more than the {most} {of} of {self.model}")
 
     @property
     def source(self) -> Literal["toy", "folder", "coco"]:

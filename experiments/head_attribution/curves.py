@@ -5,7 +5,6 @@ completeness(k) = (all kept - the top k ablated) / (all kept - all ablated)
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -61,18 +60,22 @@ def measure_curves(measure: Measure, ranked: Mapping[tuple[str, int], Order]) ->
 
 
 def shares(curves: pd.DataFrame) -> pd.DataFrame:
-    """One picture's curves with `faithfulness` and `completeness`, random ones averaged over their draws.
+    """One picture's curves with `faithfulness` and `completeness`.
 
     Not a number where the target loses less than `MIN_GAP` without any head.
     """
     none, full = curves.query("k == 0")[["kept", "ablated"]].to_numpy()[0]
     gap = full - none if full - none >= MIN_GAP else np.nan
-    found = curves.assign(
+    return curves.assign(
         faithfulness=(curves["kept"] - none) / gap,
         completeness=(full - curves["ablated"]) / gap,
     )
-    means: Any = found.groupby(["ranking", "k"], sort=False)[["faithfulness", "completeness"]].mean()
-    return means.reset_index()
+
+
+def mean_curve(shares: pd.DataFrame, ranking: str, kind: str) -> Curve:
+    """One picture's faithfulness or completeness by one ranking, a mean over draws where it is random."""
+    own = shares.loc[shares["ranking"] == ranking]
+    return own.groupby("k")[kind].mean().to_numpy()
 
 
 def area(k: Int[np.ndarray, "k"], curve: Curve) -> float:
@@ -87,7 +90,7 @@ def first_at(k: Int[np.ndarray, "k"], level: float, *curves: Curve) -> float:
 
 
 def measures(curves: pd.DataFrame) -> dict[str, float]:
-    """Of one picture and one ranking: areas under both curves, and the number of heads at each level."""
+    """Of one picture and one order of heads: areas under both curves, and the number of heads at each level."""
     k = curves["k"].to_numpy()
     faithful, complete = curves["faithfulness"].to_numpy(), curves["completeness"].to_numpy()
     found = {"faithfulness area": area(k, faithful), "completeness area": area(k, complete)}
@@ -101,9 +104,14 @@ def measures(curves: pd.DataFrame) -> dict[str, float]:
 
 
 def measures_of_all(curves: Mapping[str, pd.DataFrame], rankings: Sequence[str]) -> pd.DataFrame:
-    """One row per picture and ranking; the curves are `shares` of each picture."""
+    """One row per picture and ranking; the curves are `shares` of each picture.
+
+    Random orders are measured one by one, and the mean is taken of what they come to: the k at which a mean of curves
+    reaches a level is not the mean k.
+    """
     rows = []
     for image, own in curves.items():
         for ranking in rankings:
-            rows.append({"image": image, "ranking": ranking, **measures(own.query(f"ranking == '{ranking}'"))})
+            draws = [measures(draw) for _, draw in own.query(f"ranking == '{ranking}'").groupby("draw")]
+            rows.append({"image": image, "ranking": ranking, **pd.DataFrame(draws).mean()})
     return pd.DataFrame(rows)

@@ -14,6 +14,11 @@ def n_masks(asked: int | None, n_units: int) -> int:
     return asked or max(FEWEST, MASKS_PER_UNIT * n_units)
 
 
+def n_held_out(n: int, share: float) -> int:
+    """How many of the masks a regression does not see: two at least, for a correlation."""
+    return max(2, round(share * n))
+
+
 def random_masks(n: int, n_units: int, keep: float, seed: list[int]) -> Bool[np.ndarray, "mask unit"]:
     """Each unit is kept with probability `keep`, independently."""
     return np.random.default_rng(seed).random((n, n_units)) < keep

@@ -12,6 +12,7 @@ from jaxtyping import Bool, Float
 from sklearn.linear_model import Lasso, LassoCV, LinearRegression, Ridge, RidgeCV
 
 from hooked_vlm.experiments.head_attribution.config import Regression
+from hooked_vlm.experiments.head_attribution.masks import n_held_out
 
 PENALTIES = np.logspace(-3, 3, 13)
 RELIABLE = 0.95
@@ -40,7 +41,7 @@ class Fit:
 
 def fit(kept: Masks, values: Values, kind: Regression, held_out: float, draws: int, seed: int) -> Fit:
     """Regress on all but the last masks, and foretell these."""
-    n_held = max(2, round(held_out * len(values)))
+    n_held = n_held_out(len(values), held_out)
     train, test = slice(None, -n_held), slice(-n_held, None)
     x, y = kept[train].astype(float), values[train]
     model = chosen(kind, x, y)
@@ -101,7 +102,7 @@ def convergence(kept: Masks, values: Values, kind: Regression, held_out: float, 
     One row for each number of masks `n`, up to half of those there are: `reliability`, the correlation between
     coefficients from `n` masks and from `n` others, and held-out `r2` and `pearson` after `n`.
     """
-    n_held = max(2, round(held_out * len(values)))
+    n_held = n_held_out(len(values), held_out)
     x, y = kept[:-n_held].astype(float), values[:-n_held]
     n_parts, most = x.shape[1], len(y) // 2
     fewest = min(round(1.5 * n_parts), most)

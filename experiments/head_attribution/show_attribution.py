@@ -8,6 +8,7 @@ import pandas as pd
 
 from hooked_vlm.experiments.common.report import Report
 from hooked_vlm.experiments.head_attribution import plots
+from hooked_vlm.experiments.head_attribution.ablation import chosen
 from hooked_vlm.experiments.head_attribution.config import HeadAttributionConfig
 from hooked_vlm.experiments.head_attribution.findings import Findings, band
 from hooked_vlm.experiments.head_attribution.measure import Measured
@@ -153,7 +154,7 @@ def _convergence(report: Report, found: Measured, config: HeadAttributionConfig)
 def _cost(report: Report, found: Measured, config: HeadAttributionConfig, n_heads: int) -> None:
     probe, one = found.probes[0], found.heads[0]
     inputs = probe.case.inputs
-    runs = [probe.ablated([h for h, keep in zip(probe.heads, kept, strict=True) if not keep]) for kept in one.kept]
+    runs = [probe.ablated(chosen(probe.heads, ~own)) for own in one.kept]
     plan = make_plan(probe.model, inputs, runs, "last")
     passes = plan.work / (plan.n_layers * plan.n_positions)
     report.text(

@@ -8,7 +8,7 @@ import pandas as pd
 from hooked_vlm.experiments.common.report import Report
 from hooked_vlm.experiments.head_attribution import plots
 from hooked_vlm.experiments.head_attribution.config import HeadAttributionConfig
-from hooked_vlm.experiments.head_attribution.curves import LEVELS, MIN_GAP, measures_of_all, shares
+from hooked_vlm.experiments.head_attribution.curves import LEVELS, MIN_GAP, mean_curve, measures_of_all, shares, sizes
 from hooked_vlm.experiments.head_attribution.findings import Findings, band, row
 from hooked_vlm.experiments.head_attribution.measure import Measured
 from hooked_vlm.experiments.head_attribution.rankings import RANKINGS
@@ -32,7 +32,7 @@ def curves(report: Report, found: Measured, config: HeadAttributionConfig) -> Fi
         f"{n_heads} heads. Pictures to which the image adds less than {MIN_GAP} do not count; {n_used} of {len(own)} "
         "do.",
     )
-    ks = next(iter(own.values())).query(f"ranking == '{rankings[0]}'")["k"].to_numpy()
+    ks = sizes(n_heads)
     panels = {kind: {RANKINGS[name]: _band(own, name, kind, config.seed) for name in rankings} for kind in KINDS}
     report.figure(
         "curves",
@@ -56,7 +56,7 @@ _DIFFERENCES = "Attribution less each other ranking, pictures paired; p by excha
 
 
 def _band(own: Mapping[str, pd.DataFrame], ranking: str, kind: str, seed: int) -> plots.Band:
-    return band([frame.loc[frame["ranking"] == ranking, kind] for frame in own.values()], seed)
+    return band([mean_curve(frame, ranking, kind) for frame in own.values()], seed)
 
 
 def _summary(table: pd.DataFrame, rankings: list[str], seed: int) -> pd.DataFrame:

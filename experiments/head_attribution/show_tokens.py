@@ -8,7 +8,7 @@ import pandas as pd
 from hooked_vlm.experiments.common.report import Report
 from hooked_vlm.experiments.head_attribution import plots
 from hooked_vlm.experiments.head_attribution.config import HeadAttributionConfig
-from hooked_vlm.experiments.head_attribution.curves import LEVELS, MIN_GAP, first_at, shares
+from hooked_vlm.experiments.head_attribution.curves import LEVELS, MIN_GAP, mean_curve, measures_of_all, shares, sizes
 from hooked_vlm.experiments.head_attribution.findings import Findings, band, row
 from hooked_vlm.experiments.head_attribution.image_flow import TOP_SHARE, coverage, inside
 from hooked_vlm.experiments.head_attribution.measure import Measured
@@ -188,27 +188,29 @@ def _inside(report: Report, found: Measured, config: HeadAttributionConfig) -> F
 
 def _keep_only(report: Report, found: Measured, config: HeadAttributionConfig) -> Findings:
     """Curves over the number of tokens kept, for pictures with as many tokens as most."""
-    sizes = [len(probe.image) for probe in found.probes]
-    n_tokens = max(set(sizes), key=sizes.count)
-    own = [shares(frame) for frame, n in zip(found.token_curves, sizes, strict=True) if n == n_tokens]
-    rankings = [name for name in TOKEN_RANKINGS if name in set(own[0]["ranking"])]
-    own = [frame for frame in own if set(rankings) <= set(frame["ranking"])]
-    ms = own[0].loc[own[0]["ranking"] == rankings[0], "k"].to_numpy()
+    counts = [len(probe.image) for probe in found.probes]
+    n_tokens = max(set(counts), key=counts.count)
+    alike = zip(found.images, found.token_curves, counts, strict=True)
+    own = {image: shares(frame) for image, frame, n in alike if n == n_tokens}
+    everywhere = set.intersection(*(set(frame["ranking"]) for frame in own.values()))
+    rankings = [name for name in TOKEN_RANKINGS if name in everywhere]
+    ms = sizes(n_tokens)
     panels = {
         f"{kind} (top m {verb})": {
-            TOKEN_RANKINGS[name]: band([f.loc[f["ranking"] == name, kind] for f in own], config.seed)
+            TOKEN_RANKINGS[name]: band([mean_curve(frame, name, kind) for frame in own.values()], config.seed)
             for name in rankings
         }
         for kind, verb in (("faithfulness", "kept"), ("completeness", "replaced"))
     }
-    used = [frame for frame in own if frame["faithfulness"].notna().to_numpy().all()]
-    caption = f"Only the top m of {n_tokens} tokens kept, or these replaced; means over {len(used)} pictures"
+    n_used = sum(frame["faithfulness"].notna().all() for frame in own.values())
+    caption = f"Only the top m of {n_tokens} tokens kept, or these replaced; means over {n_used} pictures"
     report.figure("keep_only", plots.bands(ms, panels, "m (image tokens)", dict.fromkeys(panels, LEVELS[0])), caption)
+    table = measures_of_all(own, rankings)
     rows, findings = [], {}
     for name in rankings:
-        faithful = [f.loc[f["ranking"] == name, "faithfulness"].to_numpy() for f in used]
         for level in LEVELS:
-            needed = bootstrap_mean(np.array([first_at(ms, level, curve) for curve in faithful]), config.seed)
+            needed = table.loc[table["ranking"] == name, f"k faithful at {level:g}"]
+            needed = bootstrap_mean(needed.to_numpy(), config.seed)
             rows.append(row(needed, ranking=TOKEN_RANKINGS[name], level=level, of=n_tokens))
             findings[f"m at {level:g}, {TOKEN_RANKINGS[name]}"] = needed
     report.table(

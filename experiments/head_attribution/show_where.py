@@ -30,6 +30,7 @@ def where(report: Report, found: Measured, config: HeadAttributionConfig) -> Fin
 def _layers(report: Report, found: Measured, config: HeadAttributionConfig) -> Findings:
     n_layers = found.probes[0].model.cfg.n_layers
     positive = found.coefficients.clip(0).reshape(len(found.heads), n_layers, -1).sum(2)
+    positive = positive[positive.sum(1) > 0]  # lasso may find nothing
     by_layer = positive / positive.sum(1, keepdims=True)
     mean, low, high = band(by_layer, config.seed)
     table = pd.DataFrame({"layer": range(n_layers), "share": mean, "low": low, "high": high, "n": len(by_layer)})

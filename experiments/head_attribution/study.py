@@ -5,9 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from hooked_vlm.experiments.common.errors import StudyError
+from hooked_vlm.experiments.common.models import check_asks_about_images, load
 from hooked_vlm.experiments.common.provenance import provenance
 from hooked_vlm.experiments.common.report import Report
 from hooked_vlm.experiments.head_attribution.config import HeadAttributionConfig
@@ -20,7 +18,6 @@ from hooked_vlm.experiments.head_attribution.show_where import where
 from hooked_vlm.files import writable_folder
 from hooked_vlm.model import HookedVLM
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 SECTIONS: dict[str, Callable[[Report, Measured, HeadAttributionConfig], Findings]] = {
     "attribution": attribution,
     "curves": curves,
@@ -53,10 +50,9 @@ def run(config: HeadAttributionConfig, model: HookedVLM | None = None) -> HeadAt
     """
     config.check()
     writable_folder(config.out)
-    model = model or load(config)
-    if model.cfg.vision is None or model.tokenizer is None:
-        lacks = "vision tower" if model.cfg.vision is None else "tokenizer"
-        raise StudyError(f"{config.model} has no {lacks}: this study asks questions about images")
+    model = model or load(config.model, config.device, config.dtype)
+    check_asks_about_images(model, config.model)
+    config.check_against(model)
     found = measure(model, config)
     name = Path(config.model).name
     report = Report(
@@ -71,11 +67,6 @@ def run(config: HeadAttributionConfig, model: HookedVLM | None = None) -> HeadAt
     report.table("summary", as_table(findings), "Findings, with 95% intervals")
     record: dict[str, Any] = {"config": _about(config), "images": found.images, **provenance(model)}
     return HeadAttributionResult(found, findings, report.write(config.out, record))
-
-
-def load(config: HeadAttributionConfig) -> HookedVLM:
-    dtype = None if config.dtype == "auto" else DTYPES[config.dtype]
-    return HookedVLM.from_pretrained(config.model, device=config.device, dtype=dtype)
 
 
 def _about(config: HeadAttributionConfig) -> dict[str, Any]:

@@ -40,12 +40,16 @@ class Case:
 
 
 def items_of(config: HeadAttributionConfig) -> list[Item]:
-    """As many pictures as asked for, or all there are.
+    """As many pictures as asked for, or all there are; the same picture twice counts once.
 
     Raises:
         StudyError: no pictures.
         ImageError: one is corrupt.
     """
+    return list({item.id: item for item in _drawn_items(config)}.values())
+
+
+def _drawn_items(config: HeadAttributionConfig) -> list[Item]:
     if config.source == "toy":
         return toy_items(config.samples, config.seed, config.question or NAMING_PROMPT)
     question = config.question or ONE_WORD

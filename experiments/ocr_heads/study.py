@@ -16,6 +16,7 @@ from matplotlib.figure import Figure
 from tqdm.auto import tqdm
 
 from hooked_vlm.experiments.common.errors import StudyError
+from hooked_vlm.experiments.common.models import check_asks_about_images, load
 from hooked_vlm.experiments.common.provenance import weights_hash
 from hooked_vlm.experiments.ocr_heads.config import ScoreConfig
 from hooked_vlm.experiments.ocr_heads.data.scored import PAPER_PIXELS, scored_sets
@@ -28,7 +29,6 @@ from hooked_vlm.loading import TOY_MODELS
 from hooked_vlm.model import HookedVLM
 from hooked_vlm.parts import Parts
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 LIVE_SHARE = 0.1
 """A head is live if its mean output norm is at least this share of the largest."""
 
@@ -54,10 +54,8 @@ class Study:
             toy = (TOY_MODELS / Path(config.model).name).exists()
             config = replace(config, data="toy" if toy else "paper")
         self.config = config
-        self.model = model or load(config.model, config)
-        if self.model.cfg.vision is None or self.model.tokenizer is None:
-            lacks = "vision tower" if self.model.cfg.vision is None else "tokenizer"
-            raise StudyError(f"{config.model} has no {lacks}: this study asks questions about images")
+        self.model = model or load(config.model, config.device, config.dtype)
+        check_asks_about_images(self.model, config.model)
         self.parts = Parts(config.out / "parts")
         self.data_folder = config.data_folder or config.out / "data"
         self.pixels = None if config.data == "toy" else PAPER_PIXELS
@@ -93,7 +91,7 @@ class Study:
         """Every head's text retrieval score in the text-only model, if one is named."""
         if self.config.text_model is None:
             return None
-        model = load(self.config.text_model, self.config)
+        model = load(self.config.text_model, self.config.device, self.config.dtype)
         if model.tokenizer is None:
             raise StudyError(f"{self.config.text_model} has no tokenizer")
         return self.score("retrieval", self.scored(as_text=True), model, weights_hash(model))
@@ -185,12 +183,6 @@ class Study:
     def default_tasks(self) -> tuple[str, ...]:
         toy = self.config.data == "toy"
         return ("page", "text", "naming") if toy else ("docvqa", "mpdocvqa", "nq", "hotpotqa", "passkey")
-
-
-def load(name: str, config: ScoreConfig) -> HookedVLM:
-    """A model on the device and in the dtype of the configuration."""
-    dtype = None if config.dtype == "auto" else DTYPES[config.dtype]
-    return HookedVLM.from_pretrained(name, device=config.device, dtype=dtype)
 
 
 def head_names(heads: Sequence[Head]) -> str:

@@ -19,10 +19,12 @@ from hooked_vlm.token_layout import InputError
 
 @dataclass(frozen=True, eq=False)
 class ImageMeans:
-    """Keys (not rotated) and values averaged over the image tokens of a dataset; see `mean_image_kv`."""
+    """Keys and values averaged over the image tokens of a dataset; see `mean_image_kv`."""
 
     keys: Float[Tensor, "layer kv_head d_head"]
     values: Float[Tensor, "layer kv_head d_head"]
+    before_rope: bool = True
+    """Whether the keys are means of keys before rotation, or of rotated ones."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,8 +39,7 @@ class ReplaceImageKV(HeadIntervention):
         baseline: "mean" over the tokens of each image, "zero" keys and values (the tokens still draw attention,
             with score 0), "knockout" (they are not seen at all), or `ImageMeans` of a dataset.
         before_rope: whether the mean key is taken before rotation and then rotated to each token's place
-            (positions stay visible), or taken of rotated keys (one key for all). Dataset means are rotated or used
-            as they are.
+            (positions stay visible), or taken of rotated keys (one key for all). `ImageMeans` must be taken alike.
         queries: only these of the text positions behind an image ("role", "final", positions, ...).
         tokens: only these image tokens are replaced; means stay those of whole images.
     """
@@ -59,6 +60,11 @@ class ReplaceImageKV(HeadIntervention):
             raise InputError("there is no image in these inputs whose keys and values could be replaced")
         if isinstance(self.baseline, str) and self.baseline not in ("mean", "zero", "knockout"):
             raise InputError(f'baseline must be "mean", "zero", "knockout" or ImageMeans, got {self.baseline!r}')
+        if isinstance(self.baseline, ImageMeans) and self.baseline.before_rope != self.before_rope:
+            raise InputError(
+                f"the dataset's mean keys were taken with before_rope={self.baseline.before_rope} and are to be used "
+                f"with before_rope={self.before_rope}: give mean_image_kv the same"
+            )
         rotate = inputs_rotation(model.cfg, inputs, model.cfg.dtype) if self.before_rope else None
 
         def edit(z: Tensor, hook: Any, chosen: Chosen) -> Tensor:
@@ -159,15 +165,18 @@ def _behind_images(where: Positions, inputs: VLMInputs) -> Bool[Tensor, "batch w
 
 
 @torch.no_grad()
-def mean_image_kv(model: Any, inputs: Iterable[VLMInputs]) -> ImageMeans:
-    """Keys and values averaged over all image tokens of a dataset.
+def mean_image_kv(model: Any, inputs: Iterable[VLMInputs], before_rope: bool = True) -> ImageMeans:
+    """Keys (before rotation or rotated) and values averaged over all image tokens of a dataset.
 
     Raises:
         InputError: there is no image token in them.
     """
     sums = {kind: torch.zeros((), device=model.cfg.device) for kind in "kv"}
     n = 0
-    names = {kind: [f"blocks.{layer}.attn.hook_{kind}" for layer in range(model.cfg.n_layers)] for kind in "kv"}
+    hooks = {"k": "hook_k" if before_rope else "hook_rot_k", "v": "hook_v"}
+    names = {
+        kind: [f"blocks.{layer}.attn.{hook}" for layer in range(model.cfg.n_layers)] for kind, hook in hooks.items()
+    }
     for batch in inputs:
         images = _image_tokens(None, batch)[:, :-1].to(batch.device)
         _, cache = model.run_with_cache(batch, names_filter=[*names["k"], *names["v"]], return_type=None)
@@ -177,4 +186,4 @@ def mean_image_kv(model: Any, inputs: Iterable[VLMInputs]) -> ImageMeans:
         n += int(images.sum())
     if n == 0:
         raise InputError("there is no image in these inputs to average over")
-    return ImageMeans(sums["k"] / n, sums["v"] / n)
+    return ImageMeans(sums["k"] / n, sums["v"] / n, before_rope)

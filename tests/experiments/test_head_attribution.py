@@ -5,6 +5,7 @@ import json
 import sys
 from dataclasses import replace
 from functools import lru_cache, partial
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -31,13 +32,30 @@ from hooked_vlm.experiments.head_attribution.agreement import (
     spearman,
 )
 from hooked_vlm.experiments.head_attribution.coco import object_mask
-from hooked_vlm.experiments.head_attribution.curves import area, first_at, measure_curves, orders, shares, sizes
+from hooked_vlm.experiments.head_attribution.curves import (
+    area,
+    first_at,
+    mean_curve,
+    measure_curves,
+    measures_of_all,
+    orders,
+    shares,
+    sizes,
+)
 from hooked_vlm.experiments.head_attribution.image_flow import attention_to_tokens, coverage, inside
 from hooked_vlm.experiments.head_attribution.items import Item
 from hooked_vlm.experiments.head_attribution.masks import as_frame, from_frame, n_masks, random_masks
 from hooked_vlm.experiments.head_attribution.rankings import attention_scores_of, gradients, other_rankings
 from hooked_vlm.experiments.head_attribution.regression import chosen, convergence, fit, least_squares, settled_at
-from hooked_vlm.experiments.head_attribution.tasks import ask, folder_items, is_right, items_of, right_cases, toy_items
+from hooked_vlm.experiments.head_attribution.tasks import (
+    Case,
+    ask,
+    folder_items,
+    is_right,
+    items_of,
+    right_cases,
+    toy_items,
+)
 from hooked_vlm.experiments.head_attribution.text_flow import (
     blocked_edges,
     mean_layer,
@@ -49,7 +67,7 @@ from hooked_vlm.experiments.head_attribution.text_flow import (
 from hooked_vlm.experiments.toy.data import NAMING_PROMPT
 from hooked_vlm.experiments.toy.drawings import OBJECTS
 from hooked_vlm.experiments.toy.families import FAMILIES
-from hooked_vlm.interventions import ReplaceImageKV
+from hooked_vlm.interventions import ReplaceImageKV, mean_image_kv
 from hooked_vlm.parts import Parts
 
 SMALL: dict[str, Any] = {
@@ -67,14 +85,19 @@ def bundled(name: str) -> HookedVLM:
     return HookedVLM.from_pretrained(name, device="cpu")
 
 
+def toy_case(name: str, index: int) -> Case:
+    """One of the drawn objects."""
+    model, item = bundled(name), toy_items(index + 1, 0, NAMING_PROMPT)[index]
+    inputs = model.to_inputs(item.question, images=item.image)
+    inputs = inputs.with_image_features(model.encode_images(inputs).detach())
+    return Case(item, inputs, model.to_single_token(item.name), model.to_single_token("moon"))
+
+
 @lru_cache
 def probe_of(name: str, **changes: Any) -> Probe:
     """One drawn star."""
-    model, item = bundled(name), toy_items(4, 0, NAMING_PROMPT)[3]
-    inputs = model.to_inputs(item.question, images=item.image)
-    inputs = inputs.with_image_features(model.encode_images(inputs).detach())
-    case = measure_module.Case(item, inputs, model.to_single_token(item.name), model.to_single_token("moon"))
-    return Probe(model, case, metric_of(case, "logit"), **changes)
+    case = toy_case(name, 3)
+    return Probe(bundled(name), case, metric_of(case, "logit"), **changes)
 
 
 @pytest.fixture(params=FAMILIES)
@@ -215,6 +238,16 @@ def test_pictures_that_add_nothing_have_no_shares() -> None:
     assert shares(frame)[["faithfulness", "completeness"]].isna().to_numpy().all()
 
 
+def test_random_orders_are_measured_one_by_one() -> None:
+    """Of two heads one does it all: the k at which the mean of both orders' curves reaches 0.8 is 2, the mean k 1.5."""
+    ranked = {("attribution", 0): np.array([0, 1]), ("random", 0): np.array([0, 1]), ("random", 1): np.array([1, 0])}
+    frame = shares(measure_curves(lambda kept: kept[:, 0].astype(float), ranked))
+    table = measures_of_all({"a": frame}, ["attribution", "random"]).set_index("ranking")
+    assert table["k both at 0.8"].to_dict() == {"attribution": 1.0, "random": 1.5}
+    assert table["faithfulness area"].to_dict() == {"attribution": 0.75, "random": 0.5}
+    assert mean_curve(frame, "random", "faithfulness").tolist() == [0.0, 0.5, 1.0]
+
+
 # ---------------------------------------------------------------- other rankings
 
 
@@ -304,6 +337,17 @@ def test_windows_and_mean_layers_by_hand() -> None:
     assert losses["loss"].tolist() == pytest.approx([1.0, 0.1, 0.4, -0.05])
     assert mean_layer(losses, 4) == pytest.approx((0.5 * 0.1 + 1.5 * 0.4) / 0.5)
     assert np.isnan(mean_layer(with_losses(edge, full=0.1, gap=10.0), 4))
+
+
+def test_tokens_that_are_not_kept_are_replaced_for_all_heads(toy: str) -> None:
+    probe = probe_of(toy)
+    some = np.random.default_rng(0).random(len(probe.image)) < 0.7
+    every = np.ones_like(some)
+    lost = tuple(position for position, keep in zip(probe.image, some, strict=True) if not keep)
+    expected = ReplaceImageKV(probe.heads, tokens=lost).hooks(probe.model, probe.case.inputs)
+    found = probe.over_tokens(np.stack([some, every, ~every]))
+    full, none = value_under(probe, []), value_under(probe, _ablation(probe, probe.heads))
+    np.testing.assert_allclose(found, [value_under(probe, expected), full, none], atol=1e-4)
 
 
 def test_object_tokens_cover_the_object(toy: str) -> None:
@@ -447,9 +491,25 @@ def test_coco_pictures_have_one_object_of_a_fair_size(tmp_path: Path) -> None:
     Image.new("RGB", (80, 100)).save(tmp_path / "1.png")
     with pytest.raises(StudyError, match="80 x 100 pixels, but its annotation says 100 x 80"):
         items_of(config)
-    annotations.write_text("{}")
+    content = json.loads(annotations.read_text())
+    for missing in ("categories", "images", "annotations"):
+        annotations.write_text(json.dumps({name: part for name, part in content.items() if name != missing}))
+        with pytest.raises(StudyError, match=f"no COCO annotation file .*{missing}"):
+            items_of(config)
+    annotations.write_text(json.dumps(content | {"categories": []}))
     with pytest.raises(StudyError, match="no COCO annotation file"):
         items_of(config)
+
+
+@pytest.mark.parametrize("outline", [None, [], {"counts": "x", "size": [80, 100]}])
+def test_coco_objects_without_polygons_have_no_mask(outline: Any, tmp_path: Path) -> None:
+    annotations, images = coco_folder(tmp_path)
+    content = json.loads(annotations.read_text())
+    for own in content["annotations"]:
+        own["segmentation"] = outline
+    annotations.write_text(json.dumps(content))
+    (item,) = items_of(Attribute(annotations=annotations, images=images))
+    assert item.name == "dog" and item.object_mask is None
 
 
 def test_masks_of_several_polygons() -> None:
@@ -466,6 +526,8 @@ def test_a_folder_of_pictures_is_named_by_its_folders(tmp_path: Path) -> None:
     assert {item.name for item in items} == {"dog", "dining table"}
     with pytest.raises(StudyError, match="holds no pictures"):
         folder_items(tmp_path / "dog", "What?", 5, 0)
+    Image.new("RGB", (20, 10)).save(tmp_path / "dog" / "again.png")
+    assert sorted(item.name for item in items_of(Attribute(images=tmp_path))) == ["dining table", "dog"]
 
 
 def test_only_right_answers_are_studied(toy: str, tmp_path: Path) -> None:
@@ -492,13 +554,22 @@ def test_targets_and_baselines(toy: str) -> None:
     assert metric_of(case, "log_prob")(logits)[0] == pytest.approx(log_prob, abs=1e-5)
     with pytest.raises(StudyError, match="pictures with different names"):
         metric_of(replace(case, foil=None), "difference")
+    other = toy_case(toy, 1)
+    kept = random_masks(3, len(probe_of(toy).heads), 0.5, [0])
     values = {}
     for baseline in ("mean", "dataset", "zero", "knockout"):
-        (probe,) = make_probes(model, [case], replace(config, baseline=baseline, rope="after"))
-        values[baseline] = probe.over_heads(np.zeros((1, len(probe.heads)), dtype=bool))[0]
-    assert len({round(float(value), 3) for value in values.values()}) == 4
-    expected = ReplaceImageKV(probe_of(toy).heads, "mean", before_rope=False).hooks(model, case.inputs)
-    assert values["mean"] == pytest.approx(value_under(probe_of(toy), expected), abs=1e-4)
+        for rope in ("before", "after"):
+            probe, _ = make_probes(model, [case, other], replace(config, baseline=baseline, rope=rope))
+            found = probe.over_heads(kept)
+            lost = [head for head, keep in zip(probe.heads, kept[0], strict=True) if not keep]
+            pair = [case.inputs, other.inputs]
+            real = mean_image_kv(model, pair, rope == "before") if baseline == "dataset" else baseline
+            expected = ReplaceImageKV(tuple(lost), real, rope == "before").hooks(model, case.inputs)
+            assert found[0] == pytest.approx(value_under(probe, expected), abs=1e-4)
+            if rope == "before" or baseline in ("mean", "dataset"):  # the others have no keys to rotate
+                values[baseline, rope] = found
+    for (first, a), (second, b) in combinations(values.items(), 2):
+        assert np.abs(a - b).max() > 1e-3, (first, second)
 
 
 # ---------------------------------------------------------------- the whole study
@@ -534,7 +605,8 @@ def test_an_interrupted_run_goes_on_to_the_same_bytes(tmp_path: Path, monkeypatc
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_attribution_foretells_and_needs_fewer_heads_than_other_rankings(name: str, tmp_path: Path) -> None:
-    config = Curves(out=tmp_path, samples=8, masks=200, bootstrap=20, random_rankings=1, quiet=True)
+    # as many masks as by default; more of them held out, since a correlation over 32 is itself uncertain by 0.05
+    config = Curves(out=tmp_path, samples=8, held_out=0.25, bootstrap=20, random_rankings=1, quiet=True)
     result = run(config, bundled(name))
     found = result.findings
     assert found["answered rightly"].value >= 0.8
@@ -555,6 +627,8 @@ def test_runs_are_compared_side_by_side(tmp_path: Path) -> None:
     assert all(name in text for name in FAMILIES) and "held-out Pearson" in text
     with pytest.raises(StudyError, match="holds no finished run"):
         compare(Compare((tmp_path / "both",), tmp_path / "again"))
+    with pytest.raises(StudyError, match="--runs needs the folders"):
+        compare(Compare((), tmp_path / "again"))
 
 
 def test_tokens_alone_need_no_masks_over_heads(tmp_path: Path) -> None:
@@ -573,11 +647,31 @@ def test_tokens_alone_need_no_masks_over_heads(tmp_path: Path) -> None:
         ({"data": "folder"}, "--data folder needs --images"),
         ({"images": Path("/nowhere")}, "--images /nowhere does not exist"),
         ({"seed": -1}, "--seed must not be negative"),
+        ({"masks": 11}, "--masks 11 with --held-out 0.1 leaves 9 masks to regress on; 10 are needed"),
+        ({"held_out": 0.99}, "--masks 320 with --held-out 0.99 leaves 3 masks"),
+        ({"min_object": 0.9}, "--min-object 0.9 is more than --max-object 0.8"),
     ],
 )
 def test_settings_out_of_range_are_named(changes: dict[str, Any], words: str) -> None:
     with pytest.raises(StudyError, match=words):
         replace(All(), **changes).check()
+
+
+@pytest.mark.parametrize("regression", ["ols", "ridge", "lasso"])
+def test_the_fewest_masks_are_enough_for_every_regression(regression: Any) -> None:
+    Attribute(masks=12, regression=regression).check()
+    kept, values, _ = linear_case(np.random.default_rng(0), noise=1.0, n=12)
+    assert fit(kept, values, regression, 0.1, 5, seed=0).n_train == 10
+    assert convergence(kept, values, regression, 0.1)["n"].tolist() == [5]
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [({"top": 17}, "--top 17 is more than the 16 heads"), ({"window": 5}, "--window 5 is more than the 4 layers")],
+)
+def test_more_heads_or_layers_than_there_are_are_refused(changes: dict[str, Any], words: str, tmp_path: Path) -> None:
+    with pytest.raises(StudyError, match=words):
+        run(All(out=tmp_path, **SMALL, **changes), bundled("toy-qwen2-vl"))
 
 
 def test_a_model_without_a_tokenizer_is_refused(tmp_path: Path) -> None:
