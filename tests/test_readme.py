@@ -65,11 +65,7 @@ def test_every_python_block_of_the_page_about_the_viewer_runs(tmp_path: Path, mo
 
 def test_the_files_it_points_to_exist() -> None:
     root = Path(__file__).parents[1]
-    for page in (
-        root / "README.md",
-        root / "docs" / "patching.md",
-        root / "docs" / "viewer.md",
-        root / "docs" / "notebooks" / "README.md",
-    ):
+    for name in ("README.md", "docs/patching.md", "docs/viewer.md", "docs/notebooks/README.md"):
+        page = root / name
         for target in re.findall(r"\]\((?!https?:)([^)#]+)\)", page.read_text(encoding="utf-8")):
             assert (page.parent / target).exists(), target

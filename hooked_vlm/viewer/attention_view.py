@@ -56,10 +56,10 @@ def attention(
     scene = scene_of(inputs, images, () if boxes is None else boxes)
     shown = _shown(inputs, tokens, query)
     rows = torch.tensor([[pos - 1 if query == "producing" else pos for pos in shown]])
-    columns = torch.tensor(image_columns(inputs), device=inputs.device)
+    columns = torch.tensor(image_columns(inputs))
 
     def on_images(pattern: Float[Tensor, "batch head row key"]) -> Float[Tensor, "row head column"]:
-        of_images = pattern[0].index_select(-1, columns)
+        of_images = pattern[0].index_select(-1, columns.to(pattern.device))
         elsewhere = (pattern[0].sum(-1) - of_images.sum(-1)).clamp(min=0)
         return torch.cat((of_images, elsewhere[..., None]), -1).transpose(0, 1).cpu()
 

@@ -27,12 +27,8 @@ async function render() {
     colours: data.colours, signed, strength: at("strength").value / 100, evidence: at("evidence").checked,
     reach: common ? ofLayer : reachOf(map), marked: [],
   };
-  drawn = { map, row, look, shown };
-  for (const [i, panel] of panels.entries()) {
-    const marked = state.pointed && state.pointed.panel === i ? [panel.boxes.subarray(4 * state.pointed.token, 4 * state.pointed.token + 4)] : [];
-    if (data.picks.length && data.picks[shown][0] === i) marked.push(data.picks[shown][1]);
-    paint(panel.canvas, panel, map, { ...look, marked });
-  }
+  drawn = { map, look, shown };
+  drawPanels();
   const small = panels[data.picks.length ? data.picks[shown][0] : state.panel];
   [...at("heads").children].forEach((button, head) => {
     const canvas = button.firstChild;
@@ -44,6 +40,15 @@ async function render() {
   scaleBar(look.reach);
   controls(shown);
   at("readout").textContent = readout(shown, map, row);
+}
+
+/** The pictures as they were drawn last, with what is marked in them now. */
+function drawPanels() {
+  for (const [i, panel] of panels.entries()) {
+    const marked = state.pointed && state.pointed.panel === i ? [panel.boxes.subarray(4 * state.pointed.token, 4 * state.pointed.token + 4)] : [];
+    if (data.picks.length && data.picks[drawn.shown][0] === i) marked.push(data.picks[drawn.shown][1]);
+    paint(panel.canvas, panel, drawn.map, { ...drawn.look, marked });
+  }
 }
 
 function readout(shown, map, row) {
@@ -184,7 +189,7 @@ async function makePanels() {
       smallSize: [Math.max(1, Math.round(width * thumb)), Math.max(1, Math.round(height * thumb))],
     };
     canvas.addEventListener("pointermove", event => point(i, made, event));
-    canvas.addEventListener("pointerleave", () => { at("pointed").textContent = "\u00a0"; show({ pointed: null }); });
+    canvas.addEventListener("pointerleave", () => { at("pointed").textContent = "\u00a0"; mark(null); });
     canvas.addEventListener("click", event => pick(i, made, event));
     canvas.classList.toggle("pick", data.picks.length > 0);
     return made;
@@ -197,6 +202,11 @@ function place(panel, event) {
   return [(event.clientX - frame.left) / frame.width * panel.size[0], (event.clientY - frame.top) / frame.height * panel.size[1]];
 }
 
+function mark(pointed) {
+  state.pointed = pointed;
+  if (drawn) drawPanels();
+}
+
 const within = ([x0, y0, x1, y1], [x, y]) => x0 <= x && x < x1 && y0 <= y && y < y1;
 
 function point(i, panel, event) {
@@ -206,7 +216,7 @@ function point(i, panel, event) {
     if (!within(box, spot) || !drawn) continue;
     const [x0, y0, x1, y1] = [...box].map(number);
     at("pointed").textContent = `${panel.label}, token ${token}: ${number(drawn.map[panel.first + token])} · pixels x ${x0} to ${x1}, y ${y0} to ${y1}`;
-    if (!state.pointed || state.pointed.panel !== i || state.pointed.token !== token) show({ pointed: { panel: i, token } });
+    if (!state.pointed || state.pointed.panel !== i || state.pointed.token !== token) mark({ panel: i, token });
     return;
   }
 }

@@ -173,7 +173,7 @@ def seen_picture(inputs: VLMInputs, i: int) -> Image.Image:
     colours = _from_tiles(own, grid) if isinstance(grid, TileGrid) else _from_patches(own, grid, processor)
     colours = colours * np.array(processor.image_std) + np.array(processor.image_mean)
     picture = Image.fromarray(np.clip(np.rint(colours * 255), 0, 255).astype(np.uint8))
-    return picture.resize(tuple(grid.image_size), Image.Resampling.BICUBIC)
+    return picture.resize((grid.image_size[0], grid.image_size[1]), Image.Resampling.BICUBIC)
 
 
 def _from_patches(

@@ -117,9 +117,10 @@ def patching(inputs: VLMInputs, result: PatchingResult, *, images: Any = None, b
     for n, place in enumerate(places):
         if place in columns:
             laid[..., columns[int(place)]] = means[..., n]
-    kept = [name for name in names if name in AXES]
-    if kept != names:
+    kept: list[Axis] = [name for name in AXES if name in names]
+    if len(kept) < len(names):
         raise InputError(f"a page has layers and heads: select one of each other axis, got {names}")
+    laid = np.moveaxis(laid, [names.index(name) for name in kept], range(len(kept)))
     return values(
         inputs,
         laid,
@@ -129,5 +130,7 @@ def patching(inputs: VLMInputs, result: PatchingResult, *, images: Any = None, b
         quantity=result.label,
         title=result.title,
         note="The mean effect of patching each image token.",
-        **{f"{name}s": result.axes[name] for name in kept},
+        rows=result.axes.get("row"),
+        layers=result.axes.get("layer"),
+        heads=result.axes.get("head"),
     )

@@ -23,7 +23,8 @@ pytestmark = pytest.mark.slow
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 DESKTOP, PHONE = {"width": 1200, "height": 900}, {"width": 390, "height": 844}
-QUESTIONED = 2
+QUESTIONED, BOX = 2, (63, 56, 96, 68)
+"""The line that is asked for, and where its value is written."""
 SAID = r"layer 2, head 1 · largest ([\d.]+) at image 0, token (\d+) · on images ([\d.]+)%"
 KEYS = {
     "n": "layer 2, head 0",
@@ -107,6 +108,7 @@ def test_a_click_on_a_token_shows_where_its_pattern_looks(browser: Any, toy: tup
     _, cache = model.run_with_cache(inputs)
     opened = Opened(browser, path, DESKTOP)
     grid = inputs.image_grid(0)
+    evidence = grid.tokens_in_box(BOX, 0.1)
     opened.page.uncheck("#evidence")
     for token in range(4):
         opened.page.click(f"button.chip[data-row='{token}']")
@@ -117,6 +119,8 @@ def test_a_click_on_a_token_shows_where_its_pattern_looks(browser: Any, toy: tup
             r"layer 2, head 1 · largest ([\d.]+) at image 0, token (\d+) · on images ([\d.]+)%", opened.readout()
         )
         assert said, opened.readout()
+        if token:  # for the first character it looks just before the value
+            assert best in evidence
         assert int(said[2]) == best and abs(float(said[1]) - largest) < 0.003
         assert abs(float(said[3]) / 100 - pattern.sum()) < 0.002
         # the brightest box of the picture is the token's, and only those the pattern names are coloured
@@ -161,6 +165,15 @@ def test_keys_reach_everything_and_answer_at_once(browser: Any, toy: tuple[Path,
     opened.check_quiet()
 
 
+def test_a_notebooks_frame_shows_the_page(browser: Any, tmp_path: Path) -> None:
+    _, page, inputs = made("toy-qwen2-vl")
+    view = viewer.values(inputs, np.arange(56, dtype=np.float32), images=page.image)
+    notebook = browser.new_page()
+    notebook.set_content(f"<h1>cell</h1>{view._repr_html_()}")
+    notebook.frame_locator("iframe").locator("body[data-ready]").wait_for()
+    assert "largest 55 at image 0, token 55" in notebook.frame_locator("iframe").locator("#readout").inner_text()
+
+
 def test_it_fits_a_phone_in_the_dark(browser: Any, toy: tuple[Path, Any, Any], tmp_path: Path) -> None:
     opened = Opened(browser, toy[0], PHONE, "dark")
     assert opened.page.evaluate("document.documentElement.scrollWidth <= innerWidth")
@@ -169,7 +182,11 @@ def test_it_fits_a_phone_in_the_dark(browser: Any, toy: tuple[Path, Any, Any], t
     )
     assert sum(map(int, re.findall(r"\d+", ink))) > 600 and sum(map(int, re.findall(r"\d+", paper))) < 150
     photograph(opened, "viewer-phone.png", tmp_path)
-    photograph(Opened(browser, toy[0], DESKTOP), "viewer.png", tmp_path)
+    opened.check_quiet()
+    opened = Opened(browser, toy[0], DESKTOP)
+    opened.page.click("button.chip[data-row='1']")
+    opened.page.wait_for_selector("button.chip[data-row='1'][aria-pressed=true]")
+    photograph(opened, "viewer.png", tmp_path)
     opened.check_quiet()
 
 

@@ -17,7 +17,7 @@ CASES = [(family, size) for family, sizes in SIZES.items() for size in sizes]
 def coloured(size: tuple[int, int], side: int = 16) -> Image.Image:
     """Squares of distinct colours, as large as the toy models' tokens."""
     cols, rows = size[0] // side, size[1] // side
-    colours = np.random.default_rng(0).permutation(np.stack(np.indices((8, 8, 8)).reshape(3, -1) * 36, -1))
+    colours = np.random.default_rng(0).permutation(np.indices((8, 8, 8)).reshape(3, -1).T * 36)
     squares = colours[: cols * rows].reshape(rows, cols, 3).astype(np.uint8)
     return Image.fromarray(squares.repeat(side, 0).repeat(side, 1))
 
