@@ -19,6 +19,7 @@ from hooked_vlm.experiments.ocr_heads.config import Granularity, SelectConfig
 from hooked_vlm.experiments.ocr_heads.published import RANGES, per_range, published_models
 from hooked_vlm.experiments.ocr_heads.scoring import Scores
 from hooked_vlm.experiments.ocr_heads.selection import select
+from hooked_vlm.experiments.ocr_heads.similarity import jaccard, spearman
 from hooked_vlm.experiments.ocr_heads.study import Finding, Study, head_names, head_table
 from hooked_vlm.statistics import Estimate, bootstrap
 
@@ -134,13 +135,6 @@ Measure = Callable[[np.ndarray, np.ndarray], float]
 def measures(threshold: float) -> list[tuple[str, Measure, bool]]:
     """(name, function of two heads' scores, whether larger means more different)."""
 
-    def jaccard(a: np.ndarray, b: np.ndarray) -> float:
-        together = ((a > threshold) | (b > threshold)).sum()
-        return float(((a > threshold) & (b > threshold)).sum() / together) if together else np.nan
-
-    def spearman(a: np.ndarray, b: np.ndarray) -> float:
-        return float(stats.spearmanr(a, b).statistic) if np.ptp(a) and np.ptp(b) else np.nan
-
     def shannon(a: np.ndarray, b: np.ndarray) -> float:
         if not a.sum() or not b.sum():
             return np.nan
@@ -148,7 +142,7 @@ def measures(threshold: float) -> list[tuple[str, Measure, bool]]:
             return float(np.nan_to_num(jensenshannon(a, b, base=2)))
 
     return [
-        (f"Jaccard, score > {threshold:g}", jaccard, False),
+        (f"Jaccard, score > {threshold:g}", lambda a, b: jaccard(a > threshold, b > threshold), False),
         ("Spearman", spearman, False),
         ("Jensen-Shannon distance", shannon, True),
         ("Wasserstein distance of scores", lambda a, b: float(stats.wasserstein_distance(a, b)), True),
@@ -181,8 +175,7 @@ def against_chance(
 
 def _jaccard_of_selected(study: Study, a: Scores, b: Scores, rule: Literal["active", "inverted"]) -> Estimate:
     config = study.config
-    sets = [select(s, config.threshold, config.min_frequency, rule).ravel().astype(float) for s in (a, b)]
-    jaccard = measures(0.5)[0][1]
+    sets = [select(s, config.threshold, config.min_frequency, rule).ravel() for s in (a, b)]
     return bootstrap(jaccard, *sets, seed=config.seed, draws=RESAMPLES)
 
 

@@ -11,11 +11,11 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from jaxtyping import Float
-from scipy import stats
 
 from hooked_vlm.experiments.ocr_heads.config import CompareConfig
 from hooked_vlm.experiments.ocr_heads.scoring import Scores
 from hooked_vlm.experiments.ocr_heads.selection import ranked
+from hooked_vlm.experiments.ocr_heads.similarity import jaccard, spearman
 from hooked_vlm.experiments.ocr_heads.study import Finding, Study
 from hooked_vlm.statistics import bootstrap
 
@@ -85,13 +85,6 @@ def overlap_rows(
     lowest = min(RANGES.index(name) for name in groups)
     edge = float(_UPPER[lowest - 1])
     listed, ours = (theirs > 0).ravel(), (scores.mean > edge).ravel()
-
-    def jaccard(a: np.ndarray, b: np.ndarray) -> float:
-        together = (a | b).sum()
-        return float((a & b).sum() / together) if together else np.nan
-
-    def spearman(a: np.ndarray, b: np.ndarray) -> float:
-        return float(stats.spearmanr(a, b).statistic) if np.ptp(a) and np.ptp(b) else np.nan
 
     same = bootstrap(jaccard, listed, ours, seed=seed, draws=500)
     rank = bootstrap(spearman, theirs.ravel(), scores.mean.ravel(), seed=seed, draws=500)

@@ -1,0 +1,15 @@
+"""How alike two sets or two scorings of the same heads are; NaN where that has no answer."""
+
+import numpy as np
+from scipy import stats
+
+
+def jaccard(a: np.ndarray, b: np.ndarray) -> float:
+    """Shared members of two sets, given as True and False for each head, as a share of all members."""
+    together = (a | b).sum()
+    return float((a & b).sum() / together) if together else np.nan
+
+
+def spearman(a: np.ndarray, b: np.ndarray) -> float:
+    """Rank correlation of two scores of each head."""
+    return float(stats.spearmanr(a, b).statistic) if np.ptp(a) and np.ptp(b) else np.nan
