@@ -2,19 +2,22 @@
 
 import sys
 
+import numpy as np
 import tyro
+from PIL import Image
 
 from hooked_vlm.converters import CheckpointError
 from hooked_vlm.experiments.common.errors import StudyError
 from hooked_vlm.experiments.head_attribution import commands as head_attribution_commands
 from hooked_vlm.experiments.ocr_heads import commands as ocr_heads_commands
 from hooked_vlm.experiments.ocr_heads import run as run_ocr_heads
+from hooked_vlm.experiments.toy.data import make_page
 from hooked_vlm.files import OutputError
 from hooked_vlm.geometry import GeometryError
 from hooked_vlm.hooks import HookError
 from hooked_vlm.images import ImageError
 from hooked_vlm.token_layout import InputError
-from hooked_vlm.viewer.command import ViewConfig, write_page
+from hooked_vlm.viewer.command import ViewConfig, serve_page, write_page
 
 EXPECTED = (CheckpointError, GeometryError, HookError, ImageError, InputError, OutputError, StudyError)
 """What a user can cause and mend; anything else is a fault of ours and keeps its traceback."""
@@ -37,7 +40,15 @@ def head_attribution(command: tyro.conf.OmitArgPrefixes[head_attribution_command
 @app.command(name="view")
 def view(config: tyro.conf.OmitArgPrefixes[ViewConfig]) -> None:
     """Where the model looks: the attention of each answer token on the picture, as a page."""
+    if config.serve:
+        serve_page(config, _example)
+        return
     print(f"page: {write_page(config)}")
+
+
+def _example() -> tuple[Image.Image, str]:
+    page = make_page(np.random.default_rng(7), n_lines=4)
+    return page.image, page.question(2)
 
 
 def main() -> None:
