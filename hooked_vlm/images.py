@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 import torch
 from jaxtyping import Float, Int, UInt8
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from hooked_vlm.geometry import ImageSize
 
@@ -118,8 +118,9 @@ def _opened(file: str | io.BytesIO, name: str) -> Image.Image:
     except PermissionError as error:
         raise ImageError(f"{name} may not be read: change its permissions") from error
     except Exception as error:  # on damaged files Pillow's plugins raise whatever their parsers do
+        why = "of no format it knows" if isinstance(error, UnidentifiedImageError) else str(error)
         raise ImageError(
-            f"{name} is not an image that Pillow can read ({error}): expected PNG, JPEG, TIFF, GIF, WebP, ..."
+            f"{name} is not an image that Pillow can read ({why}): expected PNG, JPEG, TIFF, GIF, WebP, ..."
         ) from error
     with image:
         return _to_rgb(image, name)

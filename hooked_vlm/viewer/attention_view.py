@@ -93,9 +93,7 @@ def _check_hooks(model: Any, fwd_hooks: Sequence[tuple[HookName, Callable]]) -> 
     for wanted, _ in fwd_hooks:
         for name in beside:
             if wanted == name if isinstance(wanted, str) else wanted(name):
-                raise InputError(
-                    f"a page does not see what hooks do at {name}: edit queries, keys or what comes before"
-                )
+                raise InputError(f"a page does not see what hooks do at {name}: edit what comes before it")
 
 
 def _with_answer(

@@ -1,4 +1,4 @@
-"""`hooked-vlm view --serve`: a page on loopback where picture, prompt and heads are changed and the model asked again."""
+"""The served page: picture, prompt and heads are changed, and the model is asked again. On loopback alone."""
 
 import html
 import logging
@@ -134,8 +134,8 @@ class ServedPage:
                 self.upload.props("accept=image/*")
                 self.image = ui.element("img").classes("picture")
                 with ui.element("div").classes("inline"):
-                    choose = ui.button("Choose a picture", icon="image").props("outline")
-                    choose.on("click", js_handler=f"() => getElement({self.upload.id}).pickFiles()")
+                    choose = ui.button("Choose a picture", icon="image", color=None).props("outline")
+                    choose.on("click", js_handler=f"() => getElement({self.upload.id}).$refs.qRef.pickFiles()")
                     self.name = ui.label().classes("soft")
                 self.prompt = ui.textarea("Prompt", value=start.prompt, on_change=self._compare)
                 self.prompt.props("outlined autogrow")
@@ -151,12 +151,12 @@ class ServedPage:
                 ).classes("soft")
                 with ui.element("div").classes("inline"):
                     self.factor = ui.number("Factor", value=0, step=0.5).props("outlined dense").classes("number")
-                    ui.button("Keep all heads", on_click=self._keep_all).props("outline")
+                    ui.button("Keep all heads", on_click=self._keep_all, color=None).props("outline")
                 with ui.element("div").classes("head-scroll"):
                     self.grid = HeadGrid(self.session.model.cfg.n_layers, self.session.model.cfg.n_heads)
                     self.grid.on("choose", lambda event: self._choose(**event.args))
         with ui.element("div").classes("inline"):
-            self.button = ui.button("Generate", icon="play_arrow", on_click=self._generate)
+            self.button = ui.button("Generate", icon="play_arrow", color=None, on_click=self._generate).classes("run")
             self.busy = ui.label("The model is at work …").props("role=status")
         self.error = ui.label().classes("error").props("role=alert")
         self.result = ui.element("section").classes("result").props('aria-label="Result"')
@@ -235,9 +235,7 @@ class ServedPage:
         except MENDABLE as error:
             self._say(str(error))
         except torch.OutOfMemoryError:
-            self._say(
-                "there is not enough memory: choose a smaller picture or fewer tokens, or start with --max-pixels"
-            )
+            self._say("there is not enough memory: choose a smaller picture, or start with --max-pixels")
         except Exception:
             _log.exception("the served page could not answer")
             self._say("something went wrong that should not have: the terminal says more")

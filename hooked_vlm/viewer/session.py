@@ -136,17 +136,15 @@ def compared(model: Any, first: list[int], second: list[int]) -> tuple[Said, Sai
     stops = model.cfg.eos_token_ids
     words = [[token for token in ids if token not in stops] for ids in (first, second)]
     blocks = SequenceMatcher(None, *words, autojunk=False).get_matching_blocks()
-    kept = [
-        {start + i for start, n in starts for i in range(n)}
-        for starts in ([(block.a, block.size) for block in blocks], [(block.b, block.size) for block in blocks])
-    ]
-    return tuple(
-        Said(
-            tuple(Piece(text, at not in same) for at, text in enumerate(_texts(model, own))),
-            bool(ids) and ids[-1] in stops,
-        )
-        for ids, own, same in zip((first, second), words, kept, strict=True)
-    )
+    of_first = {block.a + i for block in blocks for i in range(block.size)}
+    of_second = {block.b + i for block in blocks for i in range(block.size)}
+    return _said(model, first, of_first), _said(model, second, of_second)
+
+
+def _said(model: Any, ids: list[int], kept: set[int]) -> Said:
+    stops = model.cfg.eos_token_ids
+    texts = _texts(model, [token for token in ids if token not in stops])
+    return Said(tuple(Piece(text, at not in kept) for at, text in enumerate(texts)), bool(ids) and ids[-1] in stops)
 
 
 def intervention(factors: Sequence[tuple[Head, float | int]]) -> Intervention:
