@@ -4,7 +4,7 @@ export default {
   emits: ["choose"],
   data: () => ({ at: [0, 0] }), // the one cell that Tab reaches; arrows move it
   template: `
-    <table class="head-grid" @keydown="move">
+    <table :class="['head-grid', { compact: heads > 16 }]" @keydown="move">
       <caption class="soft">rows: layers, columns: heads</caption>
       <thead><tr><td></td><th v-for="head in heads" scope="col">{{ head - 1 }}</th></tr></thead>
       <tbody>

@@ -255,7 +255,7 @@ class ServedPage:
             ui.label(f"Of {self.shown.asked}").classes("soft settings")
             with ui.element("div").classes("answers"):
                 _answer("As the model is", self.shown.unedited)
-                _answer(f"Edited: {self.shown.asked.edits}", self.shown.edited)
+                _answer(f"With {self.shown.asked.edits}", self.shown.edited)
             frame = ui.element("iframe")
             frame.props.update(
                 src=f"/attention/{self.key}", sandbox="allow-scripts", title="Attention of the edited run"

@@ -174,9 +174,9 @@ def test_mistakes_are_a_line_in_the_page(browser: Any, served: str) -> None:
 def test_it_fits_a_phone_in_the_dark_and_the_keyboard_reaches_it(browser: Any, served: str, tmp_path: Path) -> None:
     opened = Opened(browser, served, PHONE, "dark")
     with opened.page.expect_file_chooser():
-        opened.page.get_by_text("Choose a picture").focus()
+        opened.page.get_by_role("button", name="Choose a picture").focus()
         opened.page.keyboard.press("Enter")
-    opened.page.get_by_text("Keep all heads").focus()
+    opened.page.get_by_role("button", name="Keep all heads").focus()
     for key in ("Tab", "ArrowDown", "ArrowDown", "ArrowRight", "Enter"):
         opened.page.keyboard.press(key)
     opened.page.wait_for_selector("[data-head='2.1'].masked:focus")
