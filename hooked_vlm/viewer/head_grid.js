@@ -15,13 +15,17 @@ export default {
             :aria-label="'layer ' + layer + ', head ' + head + ': ' + said(layer, head)" :title="layer + '.' + head + ': ' + said(layer, head)"
             :aria-pressed="String(factor(layer, head) !== undefined)"
             :tabindex="at[0] === layer && at[1] === head ? 0 : -1"
-            @focus="at = [layer, head]" @click="$emit('choose', { layer, head })">{{ factor(layer, head) }}</button></td>
+            @focus="at = [layer, head]" @click="$emit('choose', { layer, head })">{{ short(layer, head) }}</button></td>
         </tr>
       </tbody>
     </table>`,
   methods: {
     factor(layer, head) {
       return this.factors[layer + "." + head];
+    },
+    short(layer, head) {
+      const text = String(this.factor(layer, head) ?? "");
+      return text.length > (this.heads > 16 ? 3 : 4) ? "×" : text; // half a number would be another one
     },
     look(layer, head) {
       const factor = this.factor(layer, head);

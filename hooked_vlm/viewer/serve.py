@@ -1,5 +1,6 @@
 """The served page: picture, prompt and heads are changed, and the model is asked again. On loopback alone."""
 
+import asyncio
 import html
 import logging
 import math
@@ -13,7 +14,7 @@ import torch
 import uvicorn
 from fastapi import FastAPI, HTTPException
 from fastapi.responses import HTMLResponse
-from nicegui import context, run, ui
+from nicegui import context, ui
 from nicegui.element import Element
 
 from hooked_vlm.geometry import GeometryError
@@ -187,7 +188,7 @@ class ServedPage:
         self.upload.reset()
         try:
             data = await event.file.read()
-            image = await run.io_bound(load_image_bytes, data, event.file.name)
+            image = await asyncio.to_thread(load_image_bytes, data, event.file.name)
         except ImageError as error:
             self._say(str(error))
             return
@@ -230,7 +231,7 @@ class ServedPage:
         self.button.disable()
         self.busy.set_visibility(True)
         try:
-            self.shown = await run.io_bound(self.session.answer, asked)
+            self.shown = await asyncio.to_thread(self.session.answer, asked)
             self._show()
         except MENDABLE as error:
             self._say(str(error))

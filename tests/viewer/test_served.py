@@ -143,6 +143,10 @@ def test_a_result_of_other_settings_is_told_apart(browser: Any, served: str) -> 
     opened.page.wait_for_selector("[data-head='2.3'].masked")
     old.wait_for()
     assert opened.generate()[1] != first[1] and not old.is_visible()
+    opened.page.get_by_label("Factor").fill("0.125")
+    opened.choose("1.0", "scaled")
+    assert opened.page.inner_text("[data-head='1.0']") == "×"  # the number is too long for its cell
+    opened.page.get_by_label("layer 1, head 0: times 0.125").wait_for()
     opened.page.get_by_text("Keep all heads").click()
     old.wait_for()
     assert opened.page.locator(".head-grid .masked").count() == 0
