@@ -126,7 +126,8 @@ def test_maps_under_hooks_equal_the_pattern_under_hooks(family: str) -> None:
     plain = viewer.attention(model, inputs, "w0")
     for row, query in enumerate((whole.shape[1] - 3, whole.shape[1] - 2)):
         check_equal(view, row, torch.stack([kept[name][0, :, query] for name in names])[..., inputs.image_tokens(0)])
-    assert not np.allclose(shown(view, 0)[0][3], shown(plain, 0)[0][3], atol=0.01)
+    edited, unedited = shown(view, 0)[0], shown(plain, 0)[0]
+    assert np.abs(edited[2:] - unedited[2:]).max() > 0.05  # layers above a masked head look elsewhere
     generated = viewer.attention(model, inputs, fwd_hooks=hooks, max_new_tokens=4)
     text = "".join(chip.text for chip in generated.chips if chip.kind == "answer")
     assert text.startswith(model.generate(inputs, 4, fwd_hooks=hooks, return_type="str"))
