@@ -7,18 +7,21 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+import numpy as np
 import tyro
+from PIL import Image
 
 from hooked_vlm.converters import CheckpointError
 from hooked_vlm.experiments.common.errors import StudyError
 from hooked_vlm.experiments.head_attribution import commands as head_attribution_commands
 from hooked_vlm.experiments.ocr_heads import commands as ocr_heads_commands
+from hooked_vlm.experiments.toy.data import make_page
 from hooked_vlm.files import OutputError
 from hooked_vlm.geometry import GeometryError
 from hooked_vlm.hooks import HookError
 from hooked_vlm.images import ImageError
 from hooked_vlm.token_layout import InputError
-from hooked_vlm.viewer.command import ViewConfig, write_page
+from hooked_vlm.viewer.command import ViewConfig, serve_page, write_page
 
 EXPECTED = (CheckpointError, GeometryError, HookError, ImageError, InputError, OutputError, StudyError)
 """What a user can cause and mend; anything else is a fault of ours and keeps its traceback."""
@@ -44,6 +47,9 @@ def view(config: tyro.conf.OmitArgPrefixes[ViewConfig], output: Shared) -> None:
     """See where a model looks: the attention of each answer token on the picture, as a page."""
 
     def answer() -> tuple[str, dict[str, Any]]:
+        if config.serve:
+            serve_page(config, _example)
+            return "", {}
         page = write_page(config)
         return f"page: {page}", {"page": str(page)}
 
@@ -68,6 +74,12 @@ def completion(shell: tyro.conf.Positional[Literal["bash", "zsh"]]) -> None:
     _parse(["--tyro-print-completion", shell])
 
 
+def _example() -> tuple[Image.Image, str]:
+    """A picture and a question for the toy models to begin with."""
+    page = make_page(np.random.default_rng(7), n_lines=4)
+    return page.image, page.question(2)
+
+
 def _say(answer: Callable[[], tuple[str, dict[str, Any]]], output: Output) -> None:
     """Print what a command answers, as text or as JSON."""
     try:
@@ -77,7 +89,8 @@ def _say(answer: Callable[[], tuple[str, dict[str, Any]]], output: Output) -> No
             raise
         print(json.dumps({"error": str(error), "kind": type(error).__name__}))
         sys.exit(1)
-    print(json.dumps(data, indent=2) if output.json else text)
+    if shown := json.dumps(data, indent=2) if output.json else text:
+        print(shown)
 
 
 def _parse(arguments: list[str] | None = None) -> None:
@@ -88,6 +101,11 @@ def _parse(arguments: list[str] | None = None) -> None:
         # options of a command may follow its subcommand; flags say what they switch, not what they leave
         config=(tyro.conf.CascadeSubcommandArgs, tyro.conf.FlagCreatePairsOff),
     )
+
+
+def _example() -> tuple[Image.Image, str]:
+    page = make_page(np.random.default_rng(7), n_lines=4)
+    return page.image, page.question(2)
 
 
 def main() -> None:
