@@ -6,7 +6,7 @@ x = acts["blocks.3.hook_resid_post"][rows]
 """
 
 from collections.abc import Iterator, Sequence
-from functools import cached_property, lru_cache
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,7 +20,8 @@ from safetensors import SafetensorError
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from hooked_vlm.activations.index import COLUMNS, Kind
+from hooked_vlm.activations.index import COLUMNS
+from hooked_vlm.activations.names import Kind
 from hooked_vlm.activations.shards import ActivationsError, Shard, damaged, open_data, read_manifest, read_shard
 from hooked_vlm.hooks import nearest_names
 from hooked_vlm.token_layout import InputError
@@ -90,9 +91,9 @@ class Activations:
         return Rows(self, name)
 
     def summary(self) -> dict[str, Any]:
-        """Samples, rows and shapes, for `activations.json`."""
-        shapes = {name: list(self[name].shape) for name in self.names}
-        return {"samples": self.n_samples, "shards": len(self.shards), "shapes": shapes}
+        """What the stream came to, for `activations.json`."""
+        rows = {kind: sum(shard.rows.get(kind, 0) for shard in self.shards) for kind in COLUMNS}
+        return {"samples": self.n_samples, "shards": len(self.shards), "rows": rows}
 
     def __repr__(self) -> str:
         state = "" if self.finished else ", unfinished"
@@ -114,7 +115,7 @@ class Rows(Dataset):
 
     def __init__(self, activations: Activations, name: str) -> None:
         self.activations, self.name = activations, name
-        self.kind: Kind = activations.manifest["made"]["names"][name]
+        self.kind: Kind = activations.manifest["made"]["names"][name]["rows"]
         counts = [shard.rows.get(self.kind, 0) for shard in activations.shards]
         self._stops = np.cumsum(counts, dtype=np.int64)
 
@@ -123,13 +124,12 @@ class Rows(Dataset):
 
     @property
     def dtype(self) -> torch.dtype:
-        return _DTYPES[self.activations.manifest["made"]["written as"]]
+        return _DTYPES[self.activations.manifest["made"]["written_as"]]
 
-    @cached_property
+    @property
     def shape(self) -> tuple[int, ...]:
-        """(rows, ...) of the whole; (0,) if no sample passed this hook point."""
-        filled = [shard for shard in self.activations.shards if shard.rows.get(self.kind, 0)]
-        return (len(self), *_slice_of(filled[0], self.name).get_shape()[1:]) if filled else (0,)
+        """(rows, ...) of the whole."""
+        return (len(self), *self.activations.manifest["made"]["names"][self.name]["shape"])
 
     @property
     def index(self) -> pd.DataFrame:

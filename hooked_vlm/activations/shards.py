@@ -116,10 +116,13 @@ def write_shard(shard: Shard, pieces: dict[str, list[Tensor]], tables: Sequence[
     tensors = {name: torch.cat(pieces.pop(name)) for name in sorted(pieces)}
 
     def save(aside: Path) -> None:
+        aside.touch()
+        mode = aside.stat().st_mode  # safetensors would let nobody else read the file
         try:
             save_file(tensors, aside, metadata={"shard": canonical(_extent(shard))})
         except SafetensorError as error:
             raise OSError(str(error)) from error
+        aside.chmod(mode)
 
     place(shard.data, save)
     table = pa.concat_tables(tables)
@@ -170,13 +173,13 @@ def damaged(path: Path, error: object) -> ActivationsError:
 
 
 def clear_leftovers(folder: Path) -> None:
-    """Remove what a writer that was killed left aside.
+    """Remove what a writer that was killed left aside (safetensors writes files of its own there).
 
     Raises:
         OutputError: it cannot be removed.
     """
     try:
-        for left in [*folder.glob(".*.part"), *folder.glob("shards/.*.part")]:
+        for left in [*folder.glob(f".{MANIFEST}.*.part"), *folder.glob("..writable.*.part"), *folder.glob("shards/.*")]:
             left.unlink()
     except OSError as error:
         raise OutputError(f"cannot write {folder}: {error.strerror or error}") from error

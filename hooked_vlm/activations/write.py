@@ -6,20 +6,22 @@ folder at a time.
 """
 
 import hashlib
+import math
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sized
+from collections.abc import Iterable, Sized
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from functools import cached_property, lru_cache, partial
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import torch
+from jaxtyping import Float
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from hooked_vlm.activations.index import Kind, Rows, TokenChoice, checked_choice, kind_of, rows_of_batch
+from hooked_vlm.activations.index import Indexer, TokenChoice, checked_choice, take_rows
+from hooked_vlm.activations.names import Kind, NamesFilter, kind_of, resolve_names, row_shapes
 from hooked_vlm.activations.read import Activations
 from hooked_vlm.activations.samples import Sample
 from hooked_vlm.activations.shards import (
@@ -35,14 +37,12 @@ from hooked_vlm.activations.shards import (
 )
 from hooked_vlm.experiments.common.provenance import provenance
 from hooked_vlm.files import writable_folder
-from hooked_vlm.hooks import HookError, HookPoint, is_hooked, is_quadratic
+from hooked_vlm.hooks import HookPoint, is_hooked
 from hooked_vlm.inputs import VLMInputs
 from hooked_vlm.interventions.base import layer_of
 from hooked_vlm.token_layout import InputError
 
 _SWITCHES = ("use_attn_result", "use_split_qkv_input", "use_hook_mlp_in")
-NamesFilter = str | list[str] | tuple[str, ...] | Callable[[str], bool]
-"""Hook names, names with wildcards ("blocks.*.hook_resid_post"), or a predicate."""
 
 
 def stream_activations(
@@ -63,8 +63,8 @@ def stream_activations(
     """Write chosen activations of every sample to `folder`, and open it.
 
     An interrupted call is repeated to go on; it ends with the same bytes as one that was not interrupted. More
-    samples than before are added behind those that are there. At no time is more held than a batch, a shard, and one
-    name's share of it.
+    samples than before are added behind those that are there. At no time is more held than a shard (`shard_bytes`),
+    one name's share of it again, and what the forward pass itself needs.
 
     Args:
         samples: taken one by one, at most one ahead of the batch that runs; their order must not change.
@@ -74,7 +74,7 @@ def stream_activations(
         tokens_per_batch: so many, with padding, run together at most; a longer sample runs alone. 1: every sample
             runs alone, which gives the numbers of `run_with_cache` bit for bit; in batches they differ by rounding.
         dtype: what is written; the model's own by default.
-        shard_bytes: a shard is closed by the batch that brings it to so many bytes.
+        shard_bytes: a shard holds so much at most (a sample that gives more has one of its own).
         min_overlap: a token or patch lies in a named box if more than this share of the box lies in it.
         max_pixels, max_tiles: bounds on pictures, as in `model.to_inputs`.
         progress: show a bar.
@@ -96,10 +96,10 @@ def stream_activations(
         )
     plan = _Plan(
         model,
-        tuple(_names(model, names_filter)),
+        tuple(resolve_names(model, names_filter)),
         tuple(checked_choice(tokens)),
-        tokens_per_batch,
         model.cfg.dtype if dtype is None else dtype,
+        tokens_per_batch,
         shard_bytes,
         min_overlap,
         {"max_pixels": max_pixels, "max_tiles": max_tiles},
@@ -127,37 +127,36 @@ def _kept(path: Path, queue: "_Queue") -> Shard | None:
         shard = read_shard(path)
     except (FileNotFoundError, ActivationsError):
         return None
-    passed = [turn for turn in (queue.take() for _ in range(shard.n_samples)) if turn is not None]
-    if _digest(passed) != shard.samples:
+    digests = []
+    while queue.next is not None and len(digests) < shard.n_samples:
+        digests.append(queue.take().digest)
+    if _together(digests) != shard.samples:
         raise InputError(
-            f"the samples from number {shard.start} on are not those that {shard.index} was made of: choose another folder"
+            f"the samples from number {shard.start} on are not those that {shard.index} was made of: choose another "
+            "folder"
         )
     return shard
 
 
 def _make(path: Path, key: str, start: int, queue: "_Queue", plan: "_Plan") -> Shard:
-    """A shard of the next samples."""
+    """A shard of the next samples: as many batches as fit, or the one sample that does not."""
     pieces: dict[str, list[Tensor]] = defaultdict(list)
-    tables: list[pa.Table] = []
-    done: list[str] = []
-    rows: dict[str, int] = dict.fromkeys(plan.kinds, 0)
+    tables: dict[Kind, list[pa.Table]] = {kind: [] for kind in plan.kinds}
+    digests: list[str] = []
     n_bytes = 0
-    while n_bytes < plan.shard_bytes and (batch := queue.take_batch()):
-        kept, activations = plan.run(batch)
-        for name, tensor in activations.items():
+    while batch := queue.take_batch(plan.shard_bytes - n_bytes, may_exceed=not n_bytes):
+        for name, tensor in plan.run(batch).items():
             pieces[name].append(tensor)
-            n_bytes += tensor.nbytes
-        for kind, own in kept.items():
-            rows[kind] += len(own.table)
-        tables += [own.table for own in kept.values()]
-        done += [turn.digest for turn in batch]
-    shard = Shard(path, key, start, len(done), _together(done), rows)
-    write_shard(shard, pieces, tables)
+        for turn in batch:
+            for kind, table in turn.tables.items():
+                tables[kind].append(table)
+            digests.append(turn.digest)
+            n_bytes += turn.n_bytes
+    joined = {kind: pa.concat_tables(own) for kind, own in tables.items()}
+    rows = {kind: len(table) for kind, table in joined.items()}
+    shard = Shard(path, key, start, len(digests), _together(digests), rows)
+    write_shard(shard, pieces, list(joined.values()))
     return shard
-
-
-def _digest(turns: "list[_Turn]") -> str:
-    return _together([turn.digest for turn in turns])
 
 
 def _together(digests: list[str]) -> str:
@@ -176,6 +175,15 @@ class _Turn:
         return self.sample.inputs(self.plan.model, **self.plan.bounds)
 
     @cached_property
+    def tables(self) -> dict[Kind, pa.Table]:
+        return self.plan.indexer.tables(self.sample, self.inputs)
+
+    @cached_property
+    def n_bytes(self) -> int:
+        """What is kept of it."""
+        return sum(len(table) * self.plan.row_bytes[kind] for kind, table in self.tables.items())
+
+    @cached_property
     def digest(self) -> str:
         return self.sample.digest()
 
@@ -191,19 +199,21 @@ class _Queue:
         sample = next(self._samples, None)
         return None if sample is None else _Turn(sample, self._plan)
 
-    def take(self) -> _Turn | None:
-        taken, self.next = self.next, None if self.next is None else self._following()
+    def take(self) -> _Turn:
+        assert self.next is not None
+        taken, self.next = self.next, self._following()
         return taken
 
-    def take_batch(self) -> list[_Turn]:
-        """As many samples as may run together."""
+    def take_batch(self, n_bytes: int, may_exceed: bool) -> list[_Turn]:
+        """As many samples as may run together and give no more than `n_bytes`; a first one that does if it may."""
         batch: list[_Turn] = []
         longest = 0
         while self.next is not None:
-            longest = max(longest, self.next.inputs.shape[1])
-            if batch and (len(batch) + 1) * longest > self._plan.tokens_per_batch:
+            longest, n_bytes = max(longest, self.next.inputs.shape[1]), n_bytes - self.next.n_bytes
+            too_many = (len(batch) + 1) * longest > self._plan.tokens_per_batch
+            if (batch and too_many) or (n_bytes < 0 and (batch or not may_exceed)):
                 break
-            batch += [turn for turn in [self.take()] if turn is not None]
+            batch.append(self.take())
         return batch
 
 
@@ -214,8 +224,8 @@ class _Plan:
     model: Any
     names: tuple[str, ...]
     choice: tuple[str | int, ...]
-    tokens_per_batch: int
     dtype: torch.dtype
+    tokens_per_batch: int
     shard_bytes: int
     min_overlap: float | int
     bounds: dict[str, int | None]
@@ -225,10 +235,12 @@ class _Plan:
         cfg = self.model.cfg
         return {
             **provenance(self.model),
-            "names": {name: kind_of(name, cfg) for name in self.names},
+            "names": {
+                name: {"rows": kind_of(name, cfg), "shape": list(shape)} for name, shape in self.row_shapes.items()
+            },
             "tokens": list(self.choice),
+            "written_as": str(self.dtype).removeprefix("torch."),
             "tokens_per_batch": self.tokens_per_batch,
-            "written as": str(self.dtype).removeprefix("torch."),
             "shard_bytes": self.shard_bytes,
             "min_overlap": self.min_overlap,
             **self.bounds,
@@ -236,73 +248,46 @@ class _Plan:
         }
 
     @cached_property
+    def row_shapes(self) -> dict[str, tuple[int, ...]]:
+        return row_shapes(self.model, list(self.names))
+
+    @cached_property
     def kinds(self) -> tuple[Kind, ...]:
-        present = {kind_of(name, self.model.cfg) for name in self.names}
-        return tuple(sorted(present))
+        return tuple(sorted({kind_of(name, self.model.cfg) for name in self.names}))
+
+    @cached_property
+    def row_bytes(self) -> dict[Kind, int]:
+        """How much a row of each kind is, all names together."""
+        sizes = dict.fromkeys(self.kinds, 0)
+        for name, shape in self.row_shapes.items():
+            sizes[kind_of(name, self.model.cfg)] += math.prod(shape) * self.dtype.itemsize
+        return sizes
+
+    @cached_property
+    def indexer(self) -> Indexer:
+        text_of = lru_cache(maxsize=None)(lambda token: str(self.model.to_string([token])))
+        return Indexer(self.model.cfg, self.kinds, self.choice, self.min_overlap, text_of)
 
     @torch.no_grad()
-    def run(self, batch: list[_Turn]) -> tuple[dict[Kind, Rows], dict[str, Tensor]]:
-        """The rows of a batch, and their activations by name."""
+    def run(self, batch: list[_Turn]) -> dict[str, Float[Tensor, "row *rest"]]:
+        """The activations of a batch by name, cut to their rows."""
         inputs = VLMInputs.concat([turn.inputs for turn in batch])
-        samples = [turn.sample for turn in batch]
-        kept = rows_of_batch(inputs, samples, self.kinds, self.choice, self.min_overlap, self.model.cfg, self._text_of)
-        store: dict[str, Tensor] = {}
+        slots = {kind: self.indexer.slots(kind, [turn.tables[kind] for turn in batch], inputs) for kind in self.kinds}
+        kept: dict[str, Tensor] = {}
 
-        def keep(tensor: Tensor, hook: HookPoint, rows: Rows) -> None:
-            store[str(hook.name)] = rows.take(str(hook.name), tensor).to("cpu", self.dtype)
+        def keep(tensor: Tensor, hook: HookPoint, at: Tensor) -> None:
+            name = str(hook.name)
+            kept[name] = take_rows(name, tensor, at).to("cpu", self.dtype)
 
-        of_name = {name: kept[kind_of(name, self.model.cfg)] for name in self.names}
-        hooks = [(name, partial(keep, rows=rows)) for name, rows in of_name.items() if len(rows.table)]
+        of_name = {name: slots[kind_of(name, self.model.cfg)] for name in self.names}
+        hooks = [(name, partial(keep, at=at)) for name, at in of_name.items() if len(at)]
         if hooks:
             with self.model.hooks(hooks):
                 self.model(inputs, return_type=None, stop_at_layer=self._stop_at_layer([name for name, _ in hooks]))
-        return kept, store
+        return kept
 
     def _stop_at_layer(self, names: list[str]) -> int | None:
         """The layer behind the last that is asked for; None: all, and the final norm."""
         n = self.model.cfg.n_layers
         last = max(layer_of(name, n) for name in names)
         return None if last == n else max(last + 1, 0)
-
-    @cached_property
-    def _text_of(self) -> Callable[[int], str]:
-        return lru_cache(maxsize=None)(lambda token: str(self.model.to_string([token])))
-
-
-def _names(model: Any, names_filter: NamesFilter) -> list[str]:
-    """The hook points that are meant, in the order of the model's.
-
-    Raises:
-        HookError: nothing is meant, a name is unknown or switched off, or its tensor has a [pos, pos] plane.
-    """
-    asked = list(names_filter) if isinstance(names_filter, list | tuple) else [names_filter]
-    if not asked:
-        raise HookError("no hook points are asked for")
-    wanted: set[str] = set()
-    for name in asked:
-        if isinstance(name, str) and not set(name) & set("*?["):
-            model.check_hook_name(name)
-            if is_quadratic(name):
-                raise HookError(
-                    f"{name!r} has a [pos, pos] plane and no rows of one width: keep q and k, or run_with_cache"
-                )
-            wanted.add(name)
-            continue
-        matches = name if not isinstance(name, str) else partial(_matches, name)
-        found = [n for n in model.hook_dict if matches(n) and not is_quadratic(n) and _can_fire(model, n)]
-        if not found:
-            raise HookError(f"{name if isinstance(name, str) else 'this filter'!r} matches no hook point that fires")
-        wanted.update(found)
-    return [name for name in model.hook_dict if name in wanted]
-
-
-def _can_fire(model: Any, name: str) -> bool:
-    try:
-        model.check_hook_name(name)
-    except HookError:
-        return False
-    return True
-
-
-def _matches(pattern: str, name: str) -> bool:
-    return fnmatchcase(name, pattern)
