@@ -61,6 +61,11 @@ class Activations:
         return sum(shard.n_samples for shard in self.shards)
 
     @property
+    def n_rows(self) -> dict[Kind, int]:
+        """How many rows there are of each kind."""
+        return {kind: sum(shard.rows.get(kind, 0) for shard in self.shards) for kind in COLUMNS}
+
+    @property
     def index(self) -> pd.DataFrame:
         """The index of the language model's activations: one row for each token, numbered as theirs are."""
         return self.table("tokens")
@@ -92,8 +97,7 @@ class Activations:
 
     def summary(self) -> dict[str, Any]:
         """What the stream came to, for `activations.json`."""
-        rows = {kind: sum(shard.rows.get(kind, 0) for shard in self.shards) for kind in COLUMNS}
-        return {"samples": self.n_samples, "shards": len(self.shards), "rows": rows}
+        return {"samples": self.n_samples, "shards": len(self.shards), "rows": self.n_rows}
 
     def __repr__(self) -> str:
         state = "" if self.finished else ", unfinished"

@@ -168,7 +168,7 @@ def open_data(path: Path) -> Any:
 def damaged(path: Path, error: object) -> ActivationsError:
     said = " ".join(str(error).split())
     return ActivationsError(
-        f"{path} is damaged or missing ({said}): run the same stream into this folder again, which makes it anew"
+        f"{path} is damaged or missing ({said}): delete it and run the same stream into this folder again"
     )
 
 

@@ -81,8 +81,9 @@ def stream_activations(
 
     Raises:
         HookError: names that match nothing or would not fire.
-        InputError: a sample that cannot be used (it is named; what came before is kept), hooks left on the model, a
+        InputError: a sample that cannot be used (it is named; shards before it are kept), hooks left on the model, a
             folder with activations of other settings or samples.
+        GeometryError: a box that does not lie in its picture.
         OutputError: the disk is full or cannot be written; call again when there is room.
         ActivationsError: the folder's `activations.json` is damaged.
     """
@@ -101,7 +102,7 @@ def stream_activations(
         model.cfg.dtype if dtype is None else dtype,
         tokens_per_batch,
         shard_bytes,
-        min_overlap,
+        float(min_overlap),
         {"max_pixels": max_pixels, "max_tiles": max_tiles},
     )
     made, folder = plan.record(), writable_folder(Path(folder))
@@ -227,7 +228,7 @@ class _Plan:
     dtype: torch.dtype
     tokens_per_batch: int
     shard_bytes: int
-    min_overlap: float | int
+    min_overlap: float
     bounds: dict[str, int | None]
 
     def record(self) -> dict[str, Any]:
