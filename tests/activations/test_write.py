@@ -1,4 +1,4 @@
-"""What is streamed to disk is what a run of each sample alone makes, row by row, and the index says what each row is."""
+"""What is streamed is what a run of each sample alone makes, row by row, and the index says what each row is."""
 
 import json
 from collections.abc import Callable
@@ -15,12 +15,27 @@ from torch import Tensor
 
 from hooked_vlm import GeometryError, HookedVLM, HookError, InputError
 from hooked_vlm.activations import Activations, NamedBox, Sample, stream_activations
+from hooked_vlm.geometry import TileGrid
 from hooked_vlm.inputs import VLMInputs
 
+N = 4
+SQUARE = np.zeros((64, 64, 3), np.uint8)
 FAMILIES = ["toy-qwen2-vl", "toy-internvl2"]
 EVERYWHERE = [
-    *("hook_embed", "blocks.*.hook_resid_post", "blocks.2.attn.hook_*", "blocks.1.mlp.*", "ln_final.hook_normalized"),
-    *("vision.hook_embed", "vision.blocks.1.*", "projector.*", "hook_image_features"),
+    *(
+        "hook_embed",
+        "blocks.*.hook_resid_post",
+        "blocks.2.attn.hook_[qkz]",
+        "blocks.1.mlp.hook_pre",
+        "ln_final.hook_normalized",
+    ),
+    *(
+        "vision.hook_embed",
+        "vision.blocks.1.attn.hook_z",
+        "vision.blocks.1.hook_resid_post",
+        "projector.*",
+        "hook_image_features",
+    ),
 ]
 
 
@@ -73,7 +88,7 @@ def test_samples_run_alone_give_the_bits_of_a_cached_run(model: HookedVLM, tmp_p
     def same(found: Tensor, expected: Tensor) -> None:
         assert torch.equal(found, expected)
 
-    assert compare(model, acts, same) > 9 * 12
+    assert compare(model, acts, same) > 50
     assert not any(name.endswith(("hook_pattern", "hook_attn_scores")) for name in acts.names)
     assert len(acts.shards) > 1
 
@@ -86,7 +101,7 @@ def test_batches_of_padded_rows_and_many_pictures_differ_by_rounding(model: Hook
 def test_the_index_says_what_the_inputs_say(model: HookedVLM, tmp_path: Path) -> None:
     index = stream(model, tmp_path / "acts").index
     seen: set[Any] = set()
-    for sample in samples(9):
+    for sample in samples(N):
         inputs, own = sample.inputs(model), index[index["sample"] == sample.id]
         assert own["position"].tolist() == list(range(inputs.shape[1]))
         assert own["token_id"].tolist() == inputs.tokens[0].tolist()
@@ -94,17 +109,19 @@ def test_the_index_says_what_the_inputs_say(model: HookedVLM, tmp_path: Path) ->
         for group in ("image", "question", "role", "generated"):
             assert own["position"][own["group"] == group].tolist() == getattr(inputs.positions, group)[0].tolist()
         assert own["position"][own["final"]].tolist() == inputs.positions.final[0].tolist()
-        for row in own.itertuples():
+        boxes = [(box.name, inputs.tokens_in_box(box.image, box.box)) for box in sample.boxes]
+        grids = [inputs.image_grid(image) for image in range(inputs.n_images)]
+        for row in own.astype(object).itertuples():
             if row.group != "image":
                 assert pd.isna(row.image) and pd.isna(row.x0) and not len(row.evidence)
                 continue
             assert (row.x0, row.y0, row.x1, row.y1) == inputs.box_of_token(row.position)
             assert row.image == inputs.image_of_token(row.position)
             assert row.image_token == row.position - inputs.image_tokens(row.image)[0]
-            grid = inputs.image_grid(row.image)
-            if hasattr(grid, "is_thumbnail"):
+            grid = grids[row.image]
+            if isinstance(grid, TileGrid):
                 assert row.thumbnail == grid.is_thumbnail(row.image_token) and row.tile == grid.tile_of(row.image_token)
-            held = [b.name for b in sample.boxes if row.position in inputs.tokens_in_box(b.image, b.box)]
+            held = [name for name, tokens in boxes if row.position in tokens]
             assert list(row.evidence) == list(dict.fromkeys(held))
             seen |= {row.thumbnail, *held}
     assert seen >= {"key", "value", False}
@@ -175,7 +192,7 @@ def test_samples_are_taken_one_by_one(tmp_path: Path) -> None:
     model, taken, most = model_of("toy-qwen2-vl"), [0], []
 
     def counted() -> Any:
-        for sample in samples(9):
+        for sample in samples(N):
             taken[0] += 1
             yield sample
 
@@ -213,7 +230,7 @@ def test_the_manifest_says_what_it_is_of(tmp_path: Path) -> None:
     )
     assert made["names"]["blocks.1.attn.hook_z"] == {"rows": "tokens", "shape": [4, 48]}
     assert len(made["weights"]) == 16 and made["versions"]["hooked-vlm"]
-    assert (said["finished"], said["samples"]) == (True, 9)
+    assert (said["finished"], said["samples"]) == (True, N)
     assert said["rows"] == {kind: len(acts.table(kind)) for kind in said["rows"]}
 
 
