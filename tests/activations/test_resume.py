@@ -87,7 +87,7 @@ def test_more_samples_are_added_and_fewer_or_others_refused(model: HookedVLM, tm
     more = stream(model, folder, n=4, **SMALL)
     assert (first.n_samples, more.n_samples) == (2, 4)
     assert more.index.head(len(rows)).equals(rows)
-    with pytest.raises(InputError, match="more than the|are not those"):
+    with pytest.raises(InputError, match=r"more than the|are not those"):
         stream(model, folder, n=2, **SMALL)
     asked = list(samples(4))
     asked[0] = Sample(asked[0].id, "Something else?", asked[0].images, asked[0].boxes)
@@ -120,7 +120,7 @@ def test_a_full_disk_is_one_sentence_and_the_stream_goes_on(
     largest = max(len(content) for name, content in whole.items() if name.endswith(".safetensors"))
     resource.setrlimit(resource.RLIMIT_FSIZE, (largest - 1, limits[1]))  # no file may grow as large as one of them
     try:
-        with pytest.raises(OutputError, match="cannot write .*safetensors") as full:
+        with pytest.raises(OutputError, match=r"cannot write .*safetensors") as full:
             stream(model, tmp_path / "acts", **SMALL)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
@@ -186,6 +186,6 @@ def test_the_command_reads_lines_and_goes_on(
     assert index["final"].sum() == 2 and (index["evidence"].map(len) > 0).sum() == len(index) - 2
     with (tmp_path / "data.jsonl").open("a") as file:
         file.write('\n{"id": "page 0", "prompt": "again"}')
-    with pytest.raises(SystemExit, match="line 3: .*taken already") as stopped:
+    with pytest.raises(SystemExit, match=r"line 3: .*taken already") as stopped:
         cli.main()
     assert "\n" not in str(stopped.value)

@@ -22,20 +22,8 @@ N = 4
 SQUARE = np.zeros((64, 64, 3), np.uint8)
 FAMILIES = ["toy-qwen2-vl", "toy-internvl2"]
 EVERYWHERE = [
-    *(
-        "hook_embed",
-        "blocks.*.hook_resid_post",
-        "blocks.2.attn.hook_[qkz]",
-        "blocks.1.mlp.hook_pre",
-        "ln_final.hook_normalized",
-    ),
-    *(
-        "vision.hook_embed",
-        "vision.blocks.1.attn.hook_z",
-        "vision.blocks.1.hook_resid_post",
-        "projector.*",
-        "hook_image_features",
-    ),
+    *("hook_embed", "blocks.*.hook_resid_post", "blocks.2.attn.hook_[qkz]", "ln_final.hook_normalized"),
+    *("vision.hook_embed", "vision.blocks.1.attn.hook_z", "projector.*", "hook_image_features"),
 ]
 
 
