@@ -129,7 +129,7 @@ def test_patches_lie_where_the_picture_has_them(model: HookedVLM, tmp_path: Path
     asked = [Sample(str(i), "What is it?", [image]) for i, image in enumerate([black, *drawn])]
     acts = stream_activations(model, asked, "vision.hook_embed", tmp_path / "acts")
     table, values = acts["vision.hook_embed"].index, acts["vision.hook_embed"][:]
-    of = {name: rows.index.to_numpy() for name, rows in table.groupby("sample")}
+    of = {name: rows.index.to_numpy().copy() for name, rows in table.groupby("sample")}
     for number, (x, y) in enumerate([(0, 0), (3, 1), (8, 15), (15, 15), (2, 9)], start=1):
         changed = (values[of[str(number)]] - values[of["0"]]).abs().sum(1) > 1e-3
         (row,) = table.loc[of[str(number)][changed.numpy()]].itertuples()
