@@ -99,6 +99,7 @@ def test_the_index_says_what_the_inputs_say(model: HookedVLM, tmp_path: Path) ->
         assert own["position"][own["final"]].tolist() == inputs.positions.final[0].tolist()
         boxes = [(box.name, inputs.tokens_in_box(box.image, box.box)) for box in sample.boxes]
         grids = [inputs.image_grid(image) for image in range(inputs.n_images)]
+        row: Any
         for row in own.astype(object).itertuples():
             if row.group != "image":
                 assert pd.isna(row.image) and pd.isna(row.x0) and not len(row.evidence)
@@ -132,6 +133,7 @@ def test_patches_lie_where_the_picture_has_them(model: HookedVLM, tmp_path: Path
     of = {name: rows.index.to_numpy().copy() for name, rows in table.groupby("sample")}
     for number, (x, y) in enumerate([(0, 0), (3, 1), (8, 15), (15, 15), (2, 9)], start=1):
         changed = (values[of[str(number)]] - values[of["0"]]).abs().sum(1) > 1e-3
+        row: Any
         (row,) = table.loc[of[str(number)][changed.numpy()]].itertuples()
         assert (row.x0, row.y0, row.x1, row.y1) == (x * side, y * side, (x + 1) * side, (y + 1) * side)
 
@@ -151,9 +153,10 @@ def test_chosen_tokens_are_those_rows_of_all(tokens: Any, meant: Any, tmp_path: 
     names = ["blocks.1.hook_resid_post", "hook_image_features"]
     whole = stream(model, tmp_path / "all", names_filter=names)
     some = stream(model, tmp_path / "some", names_filter=names, tokens=tokens)
-    mask = meant(whole.index).to_numpy(dtype=bool)
+    index: Any = whole.index
+    mask = meant(index).to_numpy(dtype=bool)
     assert 0 < mask.sum() < len(mask)
-    pd.testing.assert_frame_equal(some.index, whole.index[mask].reset_index(drop=True))
+    pd.testing.assert_frame_equal(some.index, index[mask].reset_index(drop=True))
     torch.testing.assert_close(some[names[0]][:], whole[names[0]][mask], rtol=1e-4, atol=1e-4)
     assert some[names[1]].shape == whole[names[1]].shape  # of images everything is kept
 
