@@ -80,7 +80,7 @@ class Activations:
         parts = []
         for shard in self.shards:
             try:
-                table = pq.read_table(shard.index, columns=chosen, filters=[("kind", "=", kind)], partitioning=None)
+                table = pq.read_table(shard.index, columns=chosen, filters=[("kind", "=", kind)])
             except (pa.ArrowException, OSError) as error:
                 raise damaged(shard.index, error) from error
             if len(table) != shard.rows.get(kind, 0):

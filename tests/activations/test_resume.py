@@ -182,7 +182,7 @@ def test_the_command_reads_lines_and_goes_on(
     for _ in range(2):
         cli.main()
         assert "2 samples, 4 hook points" in capsys.readouterr().out
-    index = Activations(out).index
+    index: Any = Activations(out).index
     assert index["final"].sum() == 2 and (index["evidence"].map(len) > 0).sum() == len(index) - 2
     with (tmp_path / "data.jsonl").open("a") as file:
         file.write('\n{"id": "page 0", "prompt": "again"}')
