@@ -11,6 +11,8 @@ import numpy as np
 import tyro
 from PIL import Image
 
+from hooked_vlm.activations import ActivationsError
+from hooked_vlm.activations.command import CacheConfig, cache, summary
 from hooked_vlm.converters import CheckpointError
 from hooked_vlm.experiments.common.errors import StudyError
 from hooked_vlm.experiments.head_attribution import commands as head_attribution_commands
@@ -23,7 +25,16 @@ from hooked_vlm.images import ImageError
 from hooked_vlm.token_layout import InputError
 from hooked_vlm.viewer.command import ViewConfig, serve_page, write_page
 
-EXPECTED = (CheckpointError, GeometryError, HookError, ImageError, InputError, OutputError, StudyError)
+EXPECTED = (
+    ActivationsError,
+    CheckpointError,
+    GeometryError,
+    HookError,
+    ImageError,
+    InputError,
+    OutputError,
+    StudyError,
+)
 """What a user can cause and mend; anything else is a fault of ours and keeps its traceback."""
 
 app = tyro.extras.SubcommandApp()
@@ -52,6 +63,17 @@ def view(config: tyro.conf.OmitArgPrefixes[ViewConfig], output: Shared) -> None:
             return "", {}
         page = write_page(config)
         return f"page: {page}", {"page": str(page)}
+
+    _say(answer, output)
+
+
+@app.command(name="cache")
+def cache_activations(config: tyro.conf.OmitArgPrefixes[CacheConfig], output: Shared) -> None:
+    """Write activations of a data set to a folder, with an index of their tokens, patches and boxes."""
+
+    def answer() -> tuple[str, dict[str, Any]]:
+        found = cache(replace(config, quiet=output.quiet))
+        return summary(found), {"folder": str(found.folder), "samples": found.n_samples, "rows": found.n_rows}
 
     _say(answer, output)
 
