@@ -125,11 +125,6 @@ def _parse(arguments: list[str] | None = None) -> None:
     )
 
 
-def _example() -> tuple[Image.Image, str]:
-    page = make_page(np.random.default_rng(7), n_lines=4)
-    return page.image, page.question(2)
-
-
 def main() -> None:
     """Entry point of `hooked-vlm`."""
     try:
