@@ -4,6 +4,8 @@ import sys
 
 import tyro
 
+from hooked_vlm.commands import hooks as hooks_command
+from hooked_vlm.commands import models as models_command
 from hooked_vlm.converters import CheckpointError
 from hooked_vlm.experiments.common.errors import StudyError
 from hooked_vlm.experiments.head_attribution import commands as head_attribution_commands
@@ -38,6 +40,18 @@ def head_attribution(command: tyro.conf.OmitArgPrefixes[head_attribution_command
 def view(config: tyro.conf.OmitArgPrefixes[ViewConfig]) -> None:
     """Where the model looks: the attention of each answer token on the picture, as a page."""
     print(f"page: {write_page(config)}")
+
+
+@app.command(name="models")
+def models(config: tyro.conf.OmitArgPrefixes[models_command.ModelsConfig]) -> None:
+    """Known checkpoints: sizes, memory, and how many GPUs they need."""
+    print(models_command.answer(config))
+
+
+@app.command(name="hooks")
+def hooks(config: tyro.conf.OmitArgPrefixes[hooks_command.HooksConfig]) -> None:
+    """The hook points of a model, with its numbers."""
+    print(hooks_command.answer(config))
 
 
 def main() -> None:
