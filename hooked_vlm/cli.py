@@ -16,6 +16,7 @@ from hooked_vlm.geometry import GeometryError
 from hooked_vlm.hooks import HookError
 from hooked_vlm.images import ImageError
 from hooked_vlm.token_layout import InputError
+from hooked_vlm.verify import command as verify_command
 from hooked_vlm.viewer.command import ViewConfig, write_page
 
 EXPECTED = (CheckpointError, GeometryError, HookError, ImageError, InputError, OutputError, StudyError)
@@ -52,6 +53,14 @@ def models(config: tyro.conf.OmitArgPrefixes[models_command.ModelsConfig]) -> No
 def hooks(config: tyro.conf.OmitArgPrefixes[hooks_command.HooksConfig]) -> None:
     """The hook points of a model, with its numbers."""
     print(hooks_command.answer(config))
+
+
+@app.command(name="verify")
+def verify(config: tyro.conf.OmitArgPrefixes[verify_command.VerifyConfig]) -> None:
+    """A checkpoint here and in transformers, side by side: exit code 0 if they agree, 1 if not."""
+    found = verify_command.verify(config)
+    print(verify_command.answer(found, config))
+    sys.exit(0 if found.passed else 1)
 
 
 def main() -> None:
