@@ -1,5 +1,6 @@
 """What was compared, and whether it agrees."""
 
+import math
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -48,7 +49,7 @@ class Verification:
 
     def as_dict(self) -> dict[str, Any]:
         """For verify.json."""
-        rows = [{**asdict(row), "passed": row.passed} for row in self.rows]
+        rows = [{**_without_infinities(asdict(row)), "passed": row.passed} for row in self.rows]
         about = {"model": self.model, "reference": self.reference, "passed": self.passed}
         return {**about, **self.record, "dtype": self.dtype, "rows": rows}
 
@@ -57,6 +58,11 @@ class Verification:
         shown = list(self.rows) if layers else _worst(self.rows)
         lines = [_cells(row, every_layer=layers) for row in shown]
         return text_table(("compared", "ours and theirs", "tolerance", "largest value", ""), lines)
+
+
+def _without_infinities(row: dict[str, Any]) -> dict[str, Any]:
+    """JSON has no infinity and no NaN: they become null."""
+    return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
 
 
 def _worst(rows: tuple[Row, ...]) -> list[Row]:
