@@ -50,8 +50,8 @@ hooked-vlm verify Qwen/Qwen2-VL-2B-Instruct
 
 runs the checkpoint here and in `transformers` in one process, on pictures that are drawn on the spot (a page of text,
 a wide picture, a transparent one, two at once) and on text alone. It says what memory that takes before it loads
-anything, prints one line for each comparison (`--layers`: for each layer, too), writes `verify.json`, and ends with exit
-code 0 if all agree, 1 if not. Of the bundled model:
+anything, prints one line for each comparison (`--layers`: for each layer, too), writes `verify.json`, and ends with
+exit code 0 if all agree, 1 if not. Of the bundled model:
 
 ```text
 {example}

@@ -27,7 +27,6 @@ Key = tuple[str, int | None]
 """What is compared, and in which layer."""
 
 
-@torch.no_grad()
 def our_tensors(model: Any, inputs: VLMInputs) -> Iterator[tuple[Key, Tensor]]:
     """Logits, residual streams, patterns, and the image side, named as `their_tensors` names them."""
     logits, cache = model.run_with_cache(inputs)
@@ -47,7 +46,6 @@ def our_tensors(model: Any, inputs: VLMInputs) -> Iterator[tuple[Key, Tensor]]:
         yield ("vision residual stream", layer), torch.cat([p[:n] for p, n in zip(padded, lengths, strict=True)])
 
 
-@torch.no_grad()
 def their_tensors(reference: Reference, inputs: VLMInputs, attentions: bool) -> dict[Key, Tensor]:
     """The same of the reference; the last residual stream is the normalised one, as `transformers` has it."""
     seen: dict[Key, Tensor] = {}
@@ -75,6 +73,7 @@ def their_tensors(reference: Reference, inputs: VLMInputs, attentions: bool) -> 
     return seen
 
 
+@torch.no_grad()
 def differences(model: Any, reference: Reference, asked: Sequence[VLMInputs]) -> list[Row]:
     """The largest absolute difference of each tensor over all inputs, in the order of the forward pass."""
     worst: dict[Key, tuple[float, float]] = {}
@@ -96,6 +95,7 @@ def _tolerance(name: str, largest: float) -> float:
     return PATTERN_TOLERANCE if name == "attention pattern" else TOLERANCE * max(1.0, largest / 10)
 
 
+@torch.no_grad()
 def rounding_errors(model: Any, reference: Reference, exact: Reference, asked: Sequence[VLMInputs]) -> list[Row]:
     """Root mean squares of both models' errors against `exact`, summed over the inputs, as ratios.
 

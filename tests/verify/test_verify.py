@@ -1,4 +1,4 @@
-"""`hooked-vlm verify`: it passes on the bundled models, fails where a weight was changed, and says what it cannot do."""
+"""`hooked-vlm verify` passes on the bundled models, fails where a weight was changed, and says what it cannot do."""
 
 import json
 import sys
