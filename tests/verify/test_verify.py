@@ -60,7 +60,9 @@ def test_the_bundled_models_pass(
     expected += [(q, None) for q in ("logits", "image features", "image preprocessing", "greedy tokens")]
     assert set(expected) <= set(rows)
     for quantity, layer in expected[:-2]:
-        assert 0 <= rows[quantity, layer]["value"] <= rows[quantity, layer]["tolerance"] < 2e-3
+        row = rows[quantity, layer]
+        bound = 2e-5 if quantity == "attention pattern" else 1e-4 * max(1.0, row["largest"] / 10)
+        assert 0 <= row["value"] <= row["tolerance"] == bound
     assert rows["greedy tokens", None]["value"] == rows["greedy tokens", None]["largest"] >= 5
     assert told["prompts"].keys() == {prompt.name for prompt in prompts()}
 
