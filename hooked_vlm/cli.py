@@ -13,6 +13,8 @@ from PIL import Image
 
 from hooked_vlm.activations import ActivationsError
 from hooked_vlm.activations.command import CacheConfig, cache, summary
+from hooked_vlm.commands import hooks as hooks_command
+from hooked_vlm.commands import models as models_command
 from hooked_vlm.converters import CheckpointError
 from hooked_vlm.experiments.common.errors import StudyError
 from hooked_vlm.experiments.head_attribution import commands as head_attribution_commands
@@ -23,6 +25,7 @@ from hooked_vlm.geometry import GeometryError
 from hooked_vlm.hooks import HookError
 from hooked_vlm.images import ImageError
 from hooked_vlm.token_layout import InputError
+from hooked_vlm.verify import command as verify_command
 from hooked_vlm.viewer.command import ViewConfig, serve_page, write_page
 
 EXPECTED = (
@@ -51,6 +54,25 @@ class Output:
 
 
 Shared = tyro.conf.OmitArgPrefixes[Output]
+
+
+@app.command(name="models")
+def models(config: tyro.conf.OmitArgPrefixes[models_command.ModelsConfig], output: Shared) -> None:
+    """List known checkpoints: sizes, memory, and how many GPUs they need."""
+    _say(lambda: models_command.answer(config), output)
+
+
+@app.command(name="hooks")
+def hooks(config: tyro.conf.OmitArgPrefixes[hooks_command.HooksConfig], output: Shared) -> None:
+    """List the hook points of a model, with its numbers."""
+    _say(lambda: hooks_command.answer(config), output)
+
+
+@app.command(name="verify")
+def verify(config: tyro.conf.OmitArgPrefixes[verify_command.VerifyConfig], output: Shared) -> None:
+    """Compare a checkpoint here and in transformers, side by side: exit status 0 if they agree, 1 if not."""
+    found = _say(lambda: verify_command.answer(replace(config, quiet=output.quiet or output.json)), output)
+    sys.exit(0 if found["passed"] else 1)
 
 
 @app.command(name="view")
@@ -102,8 +124,8 @@ def _example() -> tuple[Image.Image, str]:
     return page.image, page.question(2)
 
 
-def _say(answer: Callable[[], tuple[str, dict[str, Any]]], output: Output) -> None:
-    """Print what a command answers, as text or as JSON."""
+def _say(answer: Callable[[], tuple[str, Any]], output: Output) -> Any:
+    """Print what a command answers, as text or as JSON; the latter is returned."""
     try:
         text, data = answer()
     except EXPECTED as error:
@@ -113,6 +135,7 @@ def _say(answer: Callable[[], tuple[str, dict[str, Any]]], output: Output) -> No
         sys.exit(1)
     if shown := json.dumps(data, indent=2) if output.json else text:
         print(shown)
+    return data
 
 
 def _parse(arguments: list[str] | None = None) -> None:

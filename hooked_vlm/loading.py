@@ -16,7 +16,7 @@ from torch.overrides import TorchFunctionMode
 
 from hooked_vlm.components import Embed, Unembed
 from hooked_vlm.config import RopeScaling, VisionConfig, VLMConfig
-from hooked_vlm.converters import CheckpointError, converter_for, open_tensors, read_config, read_json
+from hooked_vlm.converters import KNOWN_MODELS, CheckpointError, converter_for, open_tensors, read_config, read_json
 from hooked_vlm.images import ImageProcessor
 from hooked_vlm.templates import template_named
 from hooked_vlm.tiles import TileProcessor
@@ -24,6 +24,7 @@ from hooked_vlm.tokenization import load_tokenizer
 
 TOY_MODELS = Path(__file__).parent / "toy_models"
 _FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
+_CONFIGS = ["config.json", "preprocessor_config.json"]
 
 Model = TypeVar("Model", bound="LoadingMixin")
 """The class called upon (`typing.Self`, which beartype does not know in methods)."""
@@ -70,7 +71,7 @@ class LoadingMixin(nn.Module):
                 tensors.
         """
         device = _device(device)
-        folder = _find(name_or_path, revision, cache_dir, local_files_only)
+        folder = find_checkpoint(name_or_path, revision, cache_dir, local_files_only)
         hf_config = read_config(folder)
         converter = converter_for(hf_config)
         tensors = converter.from_hf(open_tensors(folder), hf_config)
@@ -86,6 +87,43 @@ class LoadingMixin(nn.Module):
             tokenizer,
             _image_processor(read_json(folder, "preprocessor_config.json", default={}), cfg),
         )
+
+    @classmethod
+    def without_weights(
+        cls: type[Model],
+        name_or_path: str | Path,
+        *,
+        revision: str | None = None,
+        cache_dir: str | Path | None = None,
+        local_files_only: bool = False,
+    ) -> Model:
+        """A model on the meta device: modules, hook points and shapes, neither weights nor tokenizer.
+
+        Published checkpoints of `hooked_vlm.converters.KNOWN_MODELS` need no files; of others only config.json (and
+        preprocessor_config.json, if there is one) is read or downloaded.
+
+        Args:
+            name_or_path, revision, cache_dir, local_files_only: as in `from_pretrained`.
+
+        Raises:
+            CheckpointError: no such checkpoint, an unsupported architecture, a corrupt config.json.
+        """
+        known = None if Path(name_or_path).exists() else KNOWN_MODELS.get(str(name_or_path))
+        if known is not None:
+            hf_config, settings = known.config, {}
+        else:
+            folder = find_checkpoint(name_or_path, revision, cache_dir, local_files_only, _CONFIGS)
+            hf_config = read_config(folder)
+            settings = read_json(folder, "preprocessor_config.json", default={})
+        converter = converter_for(hf_config)
+        cfg = _config(converter, hf_config, {}).with_(
+            model_name=str(name_or_path),
+            device=torch.device("meta"),
+            dtype=converter.dtype(hf_config) or torch.float32,
+        )
+        model = cls._unfilled(cfg, None, _image_processor(settings, cfg))
+        model.hf_config = dict(hf_config)
+        return model.eval()
 
     @classmethod
     def from_hf(
@@ -118,8 +156,7 @@ class LoadingMixin(nn.Module):
         tokenizer: Any,
         image_processor: ImageProcessor | TileProcessor | None,
     ) -> Model:
-        with torch.device("meta"), _Unfilled():
-            model = cls(cfg, tokenizer, image_processor)  # type: ignore[call-arg]
+        model = cls._unfilled(cfg, tokenizer, image_processor)
         placed: dict[int, Tensor] = {}  # tied tensors are one object, before and after
         for tensor in tensors.values():
             if id(tensor) not in placed:
@@ -129,6 +166,13 @@ class LoadingMixin(nn.Module):
             model.unembed.weight = model.embed.weight
         model.hf_config = dict(hf_config)
         return model.requires_grad_(True).eval()
+
+    @classmethod
+    def _unfilled(
+        cls: type[Model], cfg: VLMConfig, tokenizer: Any, image_processor: ImageProcessor | TileProcessor | None
+    ) -> Model:
+        with torch.device("meta"), _Unfilled():
+            return cls(cfg, tokenizer, image_processor)  # type: ignore[call-arg]
 
     def to_hf_state_dict(self, names: str = "published") -> dict[str, Tensor]:
         """The weights under the checkpoint's names ("published"), or as `transformers` holds them ("in_memory").
@@ -213,10 +257,24 @@ def _device(wanted: torch.device | str | None) -> torch.device:
     return device
 
 
-def _find(name_or_path: str | Path, revision: str | None, cache_dir: str | Path | None, local: bool) -> Path:
-    """The folder of a checkpoint, downloaded if it is a hub name."""
-    name = str(name_or_path)
-    toys = sorted(p.name for p in TOY_MODELS.glob("*") if (p / "config.json").exists())
+def bundled_models() -> list[str]:
+    """Names of the toy models that come with the library."""
+    return sorted(path.parent.name for path in TOY_MODELS.glob("*/config.json"))
+
+
+def find_checkpoint(
+    name_or_path: str | Path,
+    revision: str | None = None,
+    cache_dir: str | Path | None = None,
+    local_files_only: bool = False,
+    files: list[str] = _FILES,
+) -> Path:
+    """The folder of a checkpoint; of a hub name those of its `files` (patterns) are downloaded.
+
+    Raises:
+        CheckpointError: there is none, or the hub does not give it.
+    """
+    name, toys = str(name_or_path), bundled_models()
     if name in toys and not Path(name).exists():
         return TOY_MODELS / name
     path = Path(name).expanduser()
@@ -228,7 +286,11 @@ def _find(name_or_path: str | Path, revision: str | None, cache_dir: str | Path 
     try:
         return Path(
             snapshot_download(
-                name, revision=revision, cache_dir=cache_dir, local_files_only=local, allow_patterns=_FILES
+                name,
+                revision=revision,
+                cache_dir=cache_dir,
+                local_files_only=local_files_only,
+                allow_patterns=files,
             )
         )
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:

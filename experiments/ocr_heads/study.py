@@ -17,7 +17,6 @@ from tqdm.auto import tqdm
 
 from hooked_vlm.experiments.common.errors import StudyError
 from hooked_vlm.experiments.common.models import check_asks_about_images, load
-from hooked_vlm.experiments.common.provenance import weights_hash
 from hooked_vlm.experiments.ocr_heads.config import ScoreConfig
 from hooked_vlm.experiments.ocr_heads.data.scored import PAPER_PIXELS, scored_sets
 from hooked_vlm.experiments.ocr_heads.data.store import DataSet
@@ -28,6 +27,7 @@ from hooked_vlm.interventions import Head
 from hooked_vlm.loading import TOY_MODELS
 from hooked_vlm.model import HookedVLM
 from hooked_vlm.parts import Parts
+from hooked_vlm.provenance import weights_hash
 
 LIVE_SHARE = 0.1
 """A head is live if its mean output norm is at least this share of the largest."""
