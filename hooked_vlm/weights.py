@@ -9,8 +9,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from hooked_vlm.compiled import check_compiler
-from hooked_vlm.components import AbsentBias, Embed, Norm, Unembed, WithViews, weight_view
+from hooked_vlm.components import Embed, Norm, Unembed, WithViews, weight_view
 from hooked_vlm.config import VLMConfig
+from hooked_vlm.weight_access import AbsentBias
 
 _ATTENTION = ("W_Q", "W_K", "W_V", "W_O", "b_Q", "b_K", "b_V", "b_O")
 _KEY_VALUE = re.compile(r"\.attn\.([Wb]_[KV])$")
@@ -48,9 +49,9 @@ class WeightsMixin(WithViews):
     def __getattr__(self, name: str) -> Any:
         # the stacked copies of the per-block views, one rule for all of them
         if name in _ATTENTION:
-            return torch.stack([getattr(block.attn, name) for block in self.blocks])
+            return torch.stack([getattr(block.attn, name).to(self.cfg.device) for block in self.blocks])
         if name in _MLP:
-            return torch.stack([getattr(block.mlp, name) for block in self.blocks])
+            return torch.stack([getattr(block.mlp, name).to(self.cfg.device) for block in self.blocks])
         return super().__getattr__(name)
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -94,10 +95,10 @@ class WeightsMixin(WithViews):
         """The sum of all biases added to the residual stream before `layer` (and before its MLP)."""
         total = self.W_E.new_zeros(self.cfg.d_model)
         for i in range(layer):
-            total = total + self.blocks[i].attn.b_O
+            total = total + self.blocks[i].attn.b_O.to(total.device)
             if include_mlp_biases:
-                total = total + self.blocks[i].mlp.b_out
-        return total + self.blocks[layer].attn.b_O if mlp_input else total
+                total = total + self.blocks[i].mlp.b_out.to(total.device)
+        return total + self.blocks[layer].attn.b_O.to(total.device) if mlp_input else total
 
     def tokens_to_residual_directions(self, tokens: Any) -> Float[Tensor, "*dims d_model"]:
         """The columns of `W_U` of some tokens (ids, a string or a single id); what raises their logits.
