@@ -4,6 +4,7 @@ A weight that is offloaded lies elsewhere between passes, and a quantised one is
 for. What is read of either is a copy, which refuses edits: they would be lost.
 """
 
+from collections.abc import Iterator
 from typing import Any, ClassVar
 
 import torch
@@ -76,6 +77,13 @@ def values_of(module: nn.Module, name: str = "weight") -> Tensor:
     return value
 
 
+def sorted_values(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """All of a model's weights by name, one at a time, as `values_of` gives them."""
+    for name in sorted(model.state_dict()):
+        of, _, own = name.rpartition(".")
+        yield name, values_of(model.get_submodule(of), own)
+
+
 def is_quantised(weight: Tensor) -> bool:
     """Whether a weight is stored in fewer bits than it is used with (`hooked_vlm.quantisation`)."""
     return type(weight).__module__.startswith("torchao.")
@@ -87,6 +95,15 @@ def device_of(module: nn.Module) -> torch.device:
     if hook is not None and hook.execution_device is not None:
         return torch.device(hook.execution_device)
     return next(module.parameters()).device
+
+
+def why_closed(model: nn.Module) -> str:
+    """Why a model's weights can be neither written, nor moved, nor edited; empty if they can."""
+    kept_elsewhere = any(has_offloaded_params(module) for module in model.modules())
+    if kept_elsewhere or any(is_quantised(p) for p in model.parameters()):
+        kind = "offloaded" if kept_elsewhere else "quantised"
+        return f"they are {kind}; load the model without {'device_map' if kept_elsewhere else 'quantize'} for that"
+    return ""
 
 
 def absent_bias(module: nn.Module, *shape: int) -> Tensor:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from hooked_vlm.compiled import check_compiler
 from hooked_vlm.components import Embed, Norm, Unembed, WithViews, weight_view
 from hooked_vlm.config import VLMConfig
+from hooked_vlm.token_layout import InputError
 from hooked_vlm.weight_access import AbsentBias
 
 _ATTENTION = ("W_Q", "W_K", "W_V", "W_O", "b_Q", "b_K", "b_V", "b_O")
@@ -30,6 +31,7 @@ class WeightsMixin(WithViews):
     unembed: Unembed
     ln_final: Norm
     blocks: Any  # a ModuleList of Block
+    device_map: dict[str, str]
     to_single_token: Callable[[str], int]
 
     @weight_view
@@ -135,14 +137,20 @@ class WeightsMixin(WithViews):
         padded batches and passes with a key-value cache (generation) run as they do without.
 
         Raises:
-            InputError: torch.compile does not work here (it needs a C++ compiler).
+            InputError: torch.compile does not work here (it needs a C++ compiler), or the model is spread over devices.
         """
+        if use and self.device_map:
+            raise InputError("torch.compile is for models on one device, and this one is spread over several")
         if use:
             check_compiler(self.cfg.device)
         self.cfg = self.cfg.with_(use_compile=use)
 
     def _apply(self, fn: Callable, recurse: bool = True) -> Any:
         # every move and cast (.to, .cuda, .half, ...) comes through here: cfg follows
+        if self.device_map:
+            raise InputError("this model is spread over devices and stays so: load it again with what you want instead")
+        if self.cfg.quantize is not None:
+            raise InputError(f"this model's weights are {self.cfg.quantize}: load it again where and as you want it")
         moved = super()._apply(fn, recurse)
         self.cfg = self.cfg.with_(device=self.embed.weight.device, dtype=self.embed.weight.dtype)
         return moved

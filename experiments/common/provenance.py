@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 
+from hooked_vlm.weight_access import sorted_values
+
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 PACKAGES = ("hooked-vlm", "torch", "transformers", "transformer_lens", "numpy", "pillow")
 
@@ -32,7 +34,7 @@ def weights_hash(model: Any) -> str:
     and any exchange of rows alters. Reading the weights once is all it costs.
     """
     digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
+    for name, tensor in sorted_values(model):
         bits = tensor.contiguous().view(_BITS[tensor.element_size()])
         sums = (bits.flatten(1) if bits.ndim > 1 else bits[:, None]).sum(1, dtype=torch.int64)
         weighted = sums * torch.arange(1, len(sums) + 1, device=sums.device)
