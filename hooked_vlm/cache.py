@@ -223,6 +223,15 @@ class VLMCache(DerivingCache):
             return out
         return out * self._norm_weight(layer, mlp_input)
 
+    def _ensure_head_results(self) -> bool:
+        # the parent multiplies by weights where they lie, which in a spread model may be another device than here
+        for layer, block in enumerate(self.model.blocks if self.model.device_map else ()):
+            result, z = f"blocks.{layer}.attn.hook_result", f"blocks.{layer}.attn.hook_z"
+            if result not in self.cache_dict and z in self.cache_dict:
+                W_O = block.attn.W_O.to(self.cache_dict[z].device)
+                self.cache_dict[result] = torch.einsum("...hd,hdm->...hm", self.cache_dict[z], W_O)
+        return super()._ensure_head_results()
+
     def _stack_neuron_results_apply_ln_projected(
         self, layer: int, pos_slice: Slice, neuron_slice: Slice, project_2d: Tensor, mlp_input: bool = False
     ) -> Tensor:
