@@ -141,7 +141,9 @@ def logit_lens(
     found: dict[int, tuple[np.ndarray, ...]] = {}
 
     def read(layer: int) -> Any:
-        return lambda x, hook: found.__setitem__(layer, _read(model, x.to(inputs.device)[rows, columns], wanted.to(inputs.device), top))
+        return lambda x, hook: found.__setitem__(
+            layer, _read(model, x.to(inputs.device)[rows, columns], wanted.to(inputs.device), top)
+        )
 
     hooks = [(_stream(layer, n_layers), read(layer)) for layer in chosen]
     model.run_with_hooks(inputs, return_type=None, fwd_hooks=hooks)
@@ -199,7 +201,9 @@ def head_lens(
     found: dict[int, Tensor] = {}
 
     def read(z: Tensor, hook: Any) -> None:
-        written = torch.einsum("ehd,hdm->ehm", z[rows.to(z.device), columns.to(z.device)], model.blocks[hook.layer()].attn.W_O)
+        written = torch.einsum(
+            "ehd,hdm->ehm", z[rows.to(z.device), columns.to(z.device)], model.blocks[hook.layer()].attn.W_O
+        )
         written = written.to(inputs.device)
         index = wanted[rows, None, None].expand(-1, written.shape[1], 1)
         n = max(1, CHUNK // written.shape[1])

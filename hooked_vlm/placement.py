@@ -81,11 +81,7 @@ def planned(model: nn.Module, spread: Spread, dtype: torch.dtype) -> Placement:
 
 def _parts(model: nn.Module) -> list[str]:
     """What is placed as a whole, in the order of a pass."""
-    return [
-        name
-        for name, module in model.named_modules()
-        if name in ENDS or type(module).__name__ in _WHOLE
-    ]
+    return [name for name, module in model.named_modules() if name in ENDS or type(module).__name__ in _WHOLE]
 
 
 def _complete(given: Mapping[str, str], parts: list[str]) -> dict[str, str]:

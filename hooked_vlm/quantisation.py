@@ -1,7 +1,8 @@
 """Weights in 8 or 4 bits, through `torchao`: the matrices of both towers' blocks and of the projector.
 
 Activations, norms, biases, embeddings and the unembedding keep the model's dtype, so that hooks see what they see
-otherwise. A matrix is rounded to the nearest of 255 (or 16) steps of its row's (or group's) largest weight. `W_Q` and
+otherwise. A weight is rounded to the nearest of 256 (or 16) values, spread evenly
+over the range of its row (or group). `W_Q` and
 the like read as the numbers the steps stand for, and refuse edits.
 """
 
@@ -57,7 +58,7 @@ def _torchao(how: Bits | Any) -> tuple[Any, Any]:
     except ImportError as error:
         raise CheckpointError("quantised weights need torchao: pip install 'hooked-vlm[quantize]'") from error
     if how == "int8":
-        return quantize_, Int8WeightOnlyConfig()
+        return quantize_, Int8WeightOnlyConfig(set_inductor_config=False)
     if how == "int4":
         return quantize_, Int4WeightOnlyConfig(int4_packing_format=Int4PackingFormat.TILE_PACKED_TO_4D)
     if isinstance(how, str):

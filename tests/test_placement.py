@@ -11,6 +11,7 @@ import pytest
 import torch
 from families import model_and_inputs
 from pretend_devices import FIRST, SECOND, PretendDevices
+from tiny import PADDED, inputs, tiny_model
 from torch import Tensor
 
 from hooked_vlm import HookedVLM, sweep
@@ -42,8 +43,7 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "disk": {"": "cpu", "blocks.1": "disk", "vision": "disk", "projector": "disk"},
     "disk, written anew": {"": "cpu", "blocks": "disk", "vision.blocks.0": "disk"},
     "two devices": {"": FIRST, "blocks.1": SECOND, "vision.blocks.1": SECOND, "projector": SECOND},
-    "two devices, the images on the other": {"": FIRST, "vision": SECOND, "blocks.0": SECOND, "blocks.2": SECOND},
-    "a device, the CPU, disk": {"": FIRST, "blocks.0": "cpu", "blocks.1": "disk", "vision": "cpu", "projector": "disk"},
+    "a device, the CPU, disk": {"": FIRST, "blocks.0": "cpu", "blocks.2": "disk", "vision": "cpu", "projector": SECOND},
 }
 
 
@@ -214,3 +214,137 @@ def test_a_spread_model_computes_what_one_device_computes(models: Any, work: Cal
     assert len(found) == len(expected) > 0
     for ours, theirs in zip(found, expected, strict=True):
         np.testing.assert_array_equal(ours, theirs)
+
+
+def test_the_pretended_devices_refuse_what_two_accelerators_refuse() -> None:
+    with PretendDevices():
+        x, y = torch.ones(2, 2, device=FIRST), torch.ones(2, 2).to(SECOND)
+        assert (x.device, y.T.device, (x * 2).device, torch.nn.Parameter(y).device) == (FIRST, SECOND, FIRST, SECOND)
+        for mix in (lambda: x + y, lambda: torch.cat((x, y)), lambda: x @ y, lambda: x[y.bool()], lambda: x.numpy()):
+            with pytest.raises(RuntimeError, match="across devices"):
+                mix()
+        assert torch.equal((x + y.to(FIRST)).cpu(), torch.full((2, 2), 2.0))
+        assert x[torch.tensor([0])].device == FIRST and (x * torch.tensor(2.0)).device == FIRST
+
+
+@torch.no_grad()
+def test_layers_compute_and_keep_their_keys_where_they_are(folders: dict[str, Path]) -> None:
+    found: dict[str, torch.device] = {}
+    with PretendDevices():
+        model: Any = HookedVLM.from_pretrained(
+            folders["qwen2-vl"], device_map={"": FIRST, "blocks.1": SECOND, "blocks.2": "disk", "vision": SECOND}
+        )
+        inputs = model.as_inputs(model_and_inputs("qwen2-vl", "one image")[1])
+        cache = model.new_kv_cache(1, 32)
+        watch = [(name, lambda x, hook: found.__setitem__(hook.name, x.device)) for name in model.hook_dict]
+        names = {n for n in model.hook_dict if not model.why_silent(n, inputs, {})}
+        logits = model.run_with_hooks(inputs, past_kv_cache=cache, fwd_hooks=[w for w in watch if w[0] in names])
+        assert logits.device == model.cfg.device == inputs.device == FIRST
+        assert [keys.device for keys in cache.keys] == [FIRST, SECOND, FIRST]
+        assert found.keys() == names
+        for name, device in found.items():
+            assert device == (SECOND if name.startswith(("blocks.1.", "vision.")) else FIRST), name
+    assert model.blocks[2].mlp.in_proj.weight.is_meta and not model.blocks[1].mlp.in_proj.weight.is_meta
+
+
+def test_automatic_maps_fill_the_devices_within_their_memory(folders: dict[str, Path]) -> None:
+    """What does not fit goes to disk, block by block; embedding, final norm and unembedding are never apart."""
+    plain = HookedVLM.from_pretrained(folders["qwen2-vl"], device="cpu")
+    sizes = {
+        part: sum(p.numel() * 4 for n, p in plain.named_parameters() if n.startswith(f"{part}."))
+        for part in ("embed", "unembed", "ln_final", "blocks.0", "vision", "projector")
+    }
+    ends = sizes["embed"] + sizes["unembed"] + sizes["ln_final"]
+    room = ends + sizes["vision"] + sizes["projector"] + 5 * sizes["blocks.0"] // 2
+    for how in ("auto", "sequential"):
+        model = HookedVLM.from_pretrained(folders["qwen2-vl"], device_map=how, max_memory={"cpu": room})
+        kept = [part for part, device in model.device_map.items() if device == "cpu"]
+        used = sum(p.numel() * 4 for name, p in plain.named_parameters() if f"{name}.".startswith(tuple(kept)))
+        assert {"embed", "ln_final", "unembed"} <= set(kept) and used <= room
+        assert "disk" in model.device_map.values() and "vision.blocks.0" in model.device_map
+    whole = HookedVLM.from_pretrained(folders["qwen2-vl"], device_map="auto", max_memory={"cpu": "1GB"})
+    assert set(whole.device_map.values()) == {"cpu"}
+    with pytest.raises(CheckpointError, match="embedding and unembedding need"):
+        HookedVLM.from_pretrained(folders["qwen2-vl"], device_map="auto", max_memory={"cpu": ends - 1})
+
+
+@pytest.mark.parametrize(
+    ("device_map", "message"),
+    [
+        ("fastest", 'must be "auto", "balanced", "sequential"'),
+        ({"embed": "cpu"}, "says nothing of vision.patch_embed"),
+        ({"": "cpu", "blocks.7": "disk"}, "names blocks.7, which is no part"),
+        ({"": "cpu", "blocks.0.attn": "disk"}, "names blocks.0.attn, which is no part"),
+        ({"": "cpu", "unembed": "disk"}, "must be together on a device that computes"),
+        ({"": "disk"}, "must be together on a device that computes"),
+        ({"": "cpu", "blocks": "cuda:97"}, "cannot use the device 'cuda:97' of the device_map"),
+    ],
+)
+def test_a_map_that_does_not_fit_is_refused(folders: dict[str, Path], device_map: Any, message: str) -> None:
+    with pytest.raises(CheckpointError, match=message):
+        HookedVLM.from_pretrained(folders["qwen2-vl"], device_map=device_map)
+
+
+def test_arguments_that_do_not_go_together_are_refused(folders: dict[str, Path], tmp_path: Path) -> None:
+    folder, split = folders["qwen2-vl"], {"": "cpu", "blocks": "disk"}
+    with pytest.raises(CheckpointError, match="device and device_map exclude each other"):
+        HookedVLM.from_pretrained(folder, device="cpu", device_map=split)
+    with pytest.raises(CheckpointError, match="go with a device_map"):
+        HookedVLM.from_pretrained(folder, offload_folder=tmp_path)
+    (tmp_path / "index.json").write_text("{}")  # of another model, perhaps
+    with pytest.raises(CheckpointError, match="is not an empty folder"):
+        HookedVLM.from_pretrained(folder, device_map=split, offload_folder=tmp_path)
+
+
+@torch.no_grad()
+def test_offloaded_weights_read_but_are_not_edited_moved_or_saved(folders: dict[str, Path], tmp_path: Path) -> None:
+    model: Any = HookedVLM.from_pretrained(folders["internvl2"], device_map={"": "cpu", "blocks.1": "disk"})
+    plain: Any = HookedVLM.from_pretrained(folders["internvl2"], device="cpu")
+    assert weights_hash(model) == weights_hash(plain)
+    for view in (model.blocks[1].attn.W_O, model.blocks[1].ln1.w, model.blocks[1].attn.b_Q, model.blocks[1].mlp.W_in):
+        with pytest.raises(RuntimeError, match="an edit of it would be lost"):
+            view[0] = 0
+    model.blocks[0].attn.W_O[1] = 0  # one that is in its place
+    plain.blocks[0].attn.W_O[1] = 0
+    inputs = model_and_inputs("internvl2", "padded")[1]
+    assert torch.equal(model(inputs), plain(inputs))
+    with pytest.raises(CheckpointError, match="cannot be written: they are offloaded"):
+        model.save_pretrained(tmp_path / "saved")
+    for refused in (model.half, lambda: model.to("cpu"), lambda: model.set_use_compile(True), lambda: fold_ln(model)):
+        with pytest.raises(InputError, match=r"spread over|cannot be rewritten: they are offloaded"):
+            refused()
+
+
+@torch.no_grad()
+def test_a_dtype_is_made_once_or_at_every_use(folders: dict[str, Path], tmp_path: Path) -> None:
+    inputs = model_and_inputs("internvl2", "padded")[1]
+    expected = HookedVLM.from_pretrained(folders["internvl2"], device="cpu", dtype=torch.bfloat16)(inputs)
+    for folder in (None, tmp_path / "weights"):
+        model = HookedVLM.from_pretrained(
+            folders["internvl2"], device_map={"": "cpu", "blocks": "disk"}, dtype=torch.bfloat16, offload_folder=folder
+        )
+        assert torch.equal(model(inputs), expected)
+
+
+@torch.no_grad()
+def test_a_tied_model_stays_tied(tmp_path: Path) -> None:
+    tiny_model(True).save_pretrained(tmp_path / "tied")
+    model: Any = HookedVLM.from_pretrained(tmp_path / "tied", device_map={"": "cpu", "blocks": "disk"})
+    assert model.unembed.weight is model.embed.weight
+    assert torch.equal(model(inputs(PADDED, tied=True)), tiny_model(True)(inputs(PADDED, tied=True)))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("work", WORK, ids=lambda work: work.__name__)
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.no_grad()
+def test_an_accelerator_and_what_is_offloaded_from_it(folders: dict[str, Path], family: str, work: Any) -> None:
+    """With a second accelerator some layers are there."""
+    other = "cuda:1" if torch.cuda.device_count() > 1 else "disk"
+    split = {"": "cuda:0", "blocks.1": other, "blocks.2": "cpu", "vision.blocks.1": other, "projector": "cpu"}
+    inputs = model_and_inputs(family, "two images" if work in (cache_tools, patching) else "padded")[1]
+    expected = list(values(work(HookedVLM.from_pretrained(folders[family], device="cuda:0"), inputs.to("cuda:0"))))
+    spread = HookedVLM.from_pretrained(folders[family], device_map=split)
+    found = list(values(work(spread, inputs.to("cuda:0"))))
+    for ours, theirs in zip(found, expected, strict=True):
+        np.testing.assert_allclose(ours, theirs, atol=1e-5, rtol=1e-5)
