@@ -109,7 +109,7 @@ def _device_name(device: int | str | torch.device) -> str:
 
 
 def _inferred(model: Any, spread: Spread, dtype: torch.dtype) -> dict[str, int | str | torch.device]:
-    """`accelerate`'s plan for the towers and the projector, on what the ends of the stream leave of the first device."""
+    """`accelerate`'s plan for the towers and the projector, on what the stream's ends leave of the first device."""
     model.to(dtype)
     memory = get_max_memory(None if spread.max_memory is None else dict(spread.max_memory))
     main = next(iter(memory))

@@ -33,8 +33,8 @@ def quantize_weights(model: Any, how: Bits | Any) -> None:
     device, dtype = model.cfg.device, model.cfg.dtype
     if how == "int4" and (device.type != "cuda" or dtype is not torch.bfloat16):
         raise CheckpointError(
-            f"4-bit weights need a CUDA device and dtype=torch.bfloat16, got {device} and {dtype}: torchao has no kernel "
-            'for packed 4-bit weights elsewhere (quantize="int8" works everywhere)'
+            f"4-bit weights need a CUDA device and dtype=torch.bfloat16, got {device} and {dtype}: torchao has no "
+            'kernel for packed 4-bit weights elsewhere (quantize="int8" works everywhere)'
         )
     quantize_, config = _torchao(how)
     chosen = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear) and name.startswith(QUANTISED)}

@@ -1,4 +1,4 @@
-"""A model spread over devices, with parts offloaded, computes what the same model on one device computes, bit for bit."""
+"""A model spread over devices, with parts offloaded, computes what it does on one device, bit for bit."""
 
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext

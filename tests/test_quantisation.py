@@ -157,7 +157,7 @@ def test_what_cannot_be_quantised_says_why(folders: dict[str, Path]) -> None:
     from torchao.quantization import Int4WeightOnlyConfig
 
     folder = folders["qwen2-vl"]
-    with pytest.raises(CheckpointError, match="4-bit weights need a CUDA device and dtype=torch.bfloat16"):
+    with pytest.raises(CheckpointError, match="4-bit weights need a CUDA device and dtype="):
         HookedVLM.from_pretrained(folder, device="cpu", quantize="int4")
     with pytest.raises(CheckpointError, match="torchao cannot quantise to"):
         HookedVLM.from_pretrained(folder, device="cpu", quantize=Int4WeightOnlyConfig(group_size=16))
@@ -168,7 +168,7 @@ def test_what_cannot_be_quantised_says_why(folders: dict[str, Path]) -> None:
 
 
 def test_quantised_weights_take_a_quarter_of_the_memory(models: Any) -> None:
-    bits, plain, quantised, _ = models
+    _, plain, quantised, _ = models
     for name, linear in matrices(plain).items():
         weight: Any = quantised.get_submodule(name).weight
         n_bytes = weight.qdata.numel() * weight.qdata.element_size()
