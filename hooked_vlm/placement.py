@@ -8,7 +8,7 @@ part may also be kept on the CPU or on disk and be loaded, matrix by matrix, whe
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from accelerate import infer_auto_device_map
@@ -22,7 +22,7 @@ from hooked_vlm.converters import CheckpointError
 ENDS = ("embed", "ln_final", "unembed")
 _WHOLE = ["Block", "PatchEmbed", "TileEmbed", "Projector"]
 
-DeviceMap = Literal["auto", "balanced", "sequential"] | Mapping[str, int | str | torch.device]
+DeviceMap = str | Mapping[str, int | str | torch.device]
 """How to spread: "auto" and "balanced" fill devices alike, "sequential" one after the other; or {part: device}, where
 a part may stand for all below it ("blocks", "" for everything)."""
 

@@ -2,6 +2,7 @@
 
 A tensor's storage is real CPU memory; which device it pretends to be on is noted beside it. Results are therefore
 those of the CPU, bit for bit, and a tensor left on the wrong device is an error as it is between two GPUs.
+Gradients are not followed.
 """
 
 from typing import Any
