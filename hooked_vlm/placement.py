@@ -126,7 +126,7 @@ def _inferred(model: Any, spread: Spread, dtype: torch.dtype) -> dict[str, int |
             towers.add_module(name, getattr(model, name))
     if spread.device_map != "sequential":
         disk = {"disk": memory.pop("disk")} if "disk" in memory else {}  # a name it does not know
-        memory = get_balanced_memory(towers, memory, _WHOLE) | disk
+        memory = {**(get_balanced_memory(towers, memory, _WHOLE) or {}), **disk}
     return {**infer_auto_device_map(towers, memory, _WHOLE), **dict.fromkeys(ENDS, main)}
 
 
@@ -170,6 +170,7 @@ def attach(model: nn.Module, placement: Placement, offloaded: Mapping[str, Tenso
         module = model.get_submodule(part)
         if placement.offloads(device):
             device = placement.main
-            attach_align_device_hook(module, device, offload=True, weights_map=offloaded, module_name=part)
+            execute: Any = device  # a name: with a torch.device `accelerate` would collect garbage after every weight
+            attach_align_device_hook(module, execute, offload=True, weights_map=offloaded, module_name=part)
         if not hasattr(module, "_hf_hook"):
             add_hook_to_module(module, AlignDevicesHook(device))
