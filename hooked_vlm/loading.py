@@ -18,9 +18,12 @@ from hooked_vlm.components import Embed, Unembed
 from hooked_vlm.config import RopeScaling, VisionConfig, VLMConfig
 from hooked_vlm.converters import KNOWN_MODELS, CheckpointError, converter_for, open_tensors, read_config, read_json
 from hooked_vlm.images import ImageProcessor
+from hooked_vlm.placement import DeviceMap, Spread, attach, offloaded_weights, planned
+from hooked_vlm.quantisation import Bits, quantize_weights
 from hooked_vlm.templates import template_named
 from hooked_vlm.tiles import TileProcessor
 from hooked_vlm.tokenization import load_tokenizer
+from hooked_vlm.weight_access import why_closed
 
 TOY_MODELS = Path(__file__).parent / "toy_models"
 _FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
@@ -39,6 +42,7 @@ class LoadingMixin(nn.Module):
     tokenizer: Any
     image_processor: ImageProcessor | TileProcessor | None
     hf_config: dict[str, Any]
+    device_map: dict[str, str]
 
     @classmethod
     def from_pretrained(
@@ -47,6 +51,10 @@ class LoadingMixin(nn.Module):
         *,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        device_map: DeviceMap | None = None,
+        max_memory: Mapping[int | str, int | str] | None = None,
+        offload_folder: str | Path | None = None,
+        quantize: Bits | Any = None,
         revision: str | None = None,
         cache_dir: str | Path | None = None,
         local_files_only: bool = False,
@@ -58,6 +66,12 @@ class LoadingMixin(nn.Module):
                 "Qwen/Qwen2-VL-2B-Instruct".
             device: CUDA if present by default.
             dtype: the checkpoint's own by default.
+            device_map: instead of `device`, spread over several (docs/large-models.md): "auto", "balanced",
+                "sequential" or {part: device}, with "cpu" and "disk" for what is loaded only when it computes.
+            max_memory: how much each device may take, {0: "20GiB", "cpu": "60GiB"}; what is free by default.
+            offload_folder: an empty folder for the parts on disk, which otherwise stay in the checkpoint's files.
+            quantize: keep the matrices of both towers' blocks and of the projector in 8 or 4 bits
+                (`hooked_vlm.quantisation`).
             revision: as in `huggingface_hub.snapshot_download`.
             cache_dir: likewise.
             local_files_only: likewise.
@@ -68,25 +82,31 @@ class LoadingMixin(nn.Module):
 
         Raises:
             CheckpointError: no such checkpoint or device, an unsupported architecture, corrupt or missing files or
-                tensors.
+                tensors, a device_map that does not fit, a quantisation that does not work here.
         """
-        device = _device(device)
+        spread = None if device_map is None else Spread(device_map, max_memory, offload_folder)
+        if spread is None and (max_memory is not None or offload_folder is not None):
+            raise CheckpointError('max_memory and offload_folder go with a device_map, e.g. device_map="auto"')
+        if spread is not None and (device is not None or quantize is not None):
+            other = "device" if device is not None else "quantize"
+            raise CheckpointError(f"{other} and device_map exclude each other: give one of them")
+        device = torch.device("cpu") if spread is not None else _device(device)
+        start = torch.device("cpu") if quantize is not None else device  # matrices follow once they are small
         folder = find_checkpoint(name_or_path, revision, cache_dir, local_files_only)
         hf_config = read_config(folder)
         converter = converter_for(hf_config)
         tensors = converter.from_hf(open_tensors(folder), hf_config)
         dtype = dtype or converter.dtype(hf_config) or next(iter(tensors.values())).dtype
         generation = read_json(folder, "generation_config.json", default={})
-        cfg = _config(converter, hf_config, generation).with_(model_name=str(name_or_path), device=device, dtype=dtype)
+        cfg = _config(converter, hf_config, generation).with_(model_name=str(name_or_path), device=start, dtype=dtype)
         tokenizer = load_tokenizer(folder)
         cfg = _with_tokens(cfg, tokenizer)
-        return cls._assemble(
-            cfg,
-            tensors,
-            hf_config,
-            tokenizer,
-            _image_processor(read_json(folder, "preprocessor_config.json", default={}), cfg),
-        )
+        processor = _image_processor(read_json(folder, "preprocessor_config.json", default={}), cfg)
+        model = cls._assemble(cfg, tensors, hf_config, tokenizer, processor, spread)
+        if quantize is not None:
+            model.cfg = model.cfg.with_(device=device)
+            quantize_weights(model, quantize)
+        return model
 
     @classmethod
     def without_weights(
@@ -155,17 +175,24 @@ class LoadingMixin(nn.Module):
         hf_config: dict[str, Any],
         tokenizer: Any,
         image_processor: ImageProcessor | TileProcessor | None,
+        spread: Spread | None = None,
     ) -> Model:
         model = cls._unfilled(cfg, tokenizer, image_processor)
+        placement = None if spread is None else planned(model, spread, cfg.dtype)
         placed: dict[int, Tensor] = {}  # tied tensors are one object, before and after
-        for tensor in tensors.values():
+        for name, tensor in tensors.items():
             if id(tensor) not in placed:
-                placed[id(tensor)] = tensor.to(cfg.device, cfg.dtype)
+                home = cfg.device if placement is None else placement.home(name)
+                placed[id(tensor)] = tensor.to(home, cfg.dtype)
         model.load_state_dict({name: placed[id(t)] for name, t in tensors.items()}, strict=True, assign=True)
         if cfg.tie_word_embeddings:
             model.unembed.weight = model.embed.weight
         model.hf_config = dict(hf_config)
-        return model.requires_grad_(True).eval()
+        model.requires_grad_(True).eval()
+        if spread is not None and placement is not None:
+            attach(model, placement, offloaded_weights(placement, tensors, cfg.dtype, spread.offload_folder))
+            model.cfg, model.device_map = cfg.with_(device=torch.device(placement.main)), placement.devices
+        return model
 
     @classmethod
     def _unfilled(
@@ -178,7 +205,12 @@ class LoadingMixin(nn.Module):
         """The weights under the checkpoint's names ("published"), or as `transformers` holds them ("in_memory").
 
         InternVL's also in either layout ("original", "hf").
+
+        Raises:
+            CheckpointError: weights are offloaded or quantised.
         """
+        if why := why_closed(self):
+            raise CheckpointError(f"the weights of this model cannot be written: {why}")
         state = {name: tensor.detach() for name, tensor in self.state_dict().items()}
         return converter_for(self.hf_config).to_hf(state, self.hf_config, names)
 
