@@ -14,6 +14,7 @@ import torch
 from hooked_vlm.weight_access import sorted_values
 
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+OWN = ("hooked_vlm", "hooked_vlm.converters", "hooked_vlm.experiments")
 PACKAGES = ("hooked-vlm", "torch", "transformers", "transformer_lens", "numpy", "pillow")
 
 
@@ -39,28 +40,39 @@ def code_hash() -> str:
     Between two releases the version stays the same while the code changes; this does not.
     """
     digest = hashlib.sha256()
-    for package in ("hooked_vlm", "hooked_vlm.converters", "hooked_vlm.experiments"):
-        spec = find_spec(package)
-        assert spec is not None and spec.submodule_search_locations
-        root = Path(next(iter(spec.submodule_search_locations)))
-        # in a checkout two folders are links to their own places, which are walked by their own names
-        files = (Path(parent, name) for parent, _, names in os.walk(root) for name in names if name.endswith(".py"))
-        for file in sorted(files):
-            digest.update(f"{package}/{file.relative_to(root).as_posix()}\n".encode() + file.read_bytes())
+    for package in OWN:
+        root = _folder(package)
+        for parent, folders, files in os.walk(root):
+            # parts of the whole, which in a checkout are links to folders elsewhere
+            folders[:] = sorted(name for name in folders if _name_of(package, root, parent, name) not in OWN)
+            for file in sorted(name for name in files if name.endswith(".py")):
+                digest.update(f"{_name_of(package, root, parent, file)}\n".encode() + Path(parent, file).read_bytes())
     return digest.hexdigest()[:16]
+
+
+def _folder(package: str) -> Path:
+    spec = find_spec(package)
+    assert spec is not None and spec.submodule_search_locations
+    return Path(next(iter(spec.submodule_search_locations)))
+
+
+def _name_of(package: str, root: Path, parent: str, name: str) -> str:
+    return ".".join((package, *Path(parent).relative_to(root).parts, name))
 
 
 @torch.no_grad()
 def weights_hash(model: Any) -> str:
     """Sixteen digits that stand for a model's weights; the same on every device.
 
-    Of each tensor: name, shape, dtype, and two sums over its bits as whole numbers, which any change of a weight
-    and any exchange of rows alters. Reading the weights once is all it costs.
+    Of each tensor: name, shape, dtype, and sums of its bits as whole numbers over rows and over columns, weighted by
+    their places, which any change of a weight and any exchange of rows, columns or single weights alters. Reading the
+    weights twice is all it costs.
     """
     digest = hashlib.sha256()
     for name, tensor in sorted_values(model):
         bits = tensor.contiguous().view(_BITS[tensor.element_size()])
-        sums = (bits.flatten(1) if bits.ndim > 1 else bits[:, None]).sum(1, dtype=torch.int64)
-        weighted = sums * torch.arange(1, len(sums) + 1, device=sums.device)
-        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype} {int(sums.sum())} {int(weighted.sum())}\n".encode())
+        bits = bits.flatten(1) if bits.ndim > 1 else bits.reshape(-1, 1)
+        rows, columns = bits.sum(1, dtype=torch.int64), bits.sum(0, dtype=torch.int64)
+        weighted = [int((sums * torch.arange(1, len(sums) + 1, device=sums.device)).sum()) for sums in (rows, columns)]
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype} {int(rows.sum())} {weighted}\n".encode())
     return digest.hexdigest()[:16]
