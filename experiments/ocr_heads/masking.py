@@ -31,7 +31,7 @@ def mask(study: Study, config: MaskConfig) -> Finding:
                 notes.append(f"no random control: only {n} {source} heads, {k} are needed")
             else:
                 notes.append(f"random {k} {source}: {config.draws} draws from {n} heads")
-    chosen = summary[summary["chosen"]]
+    chosen = summary.loc[summary["chosen"]]
     figures = {"masking": (plots.bars(chosen), "Tasks with heads masked; bars are 95% intervals over samples")}
     tables = {
         "masking": (chosen.drop(columns="chosen"), "Each task's own metric; p: paired against random heads", None),

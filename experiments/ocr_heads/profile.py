@@ -14,6 +14,7 @@ import pandas as pd
 from scipy import stats
 from scipy.spatial.distance import jensenshannon
 
+from hooked_vlm.experiments.common.frames import each_row
 from hooked_vlm.experiments.ocr_heads import plots
 from hooked_vlm.experiments.ocr_heads.config import Granularity, SelectConfig
 from hooked_vlm.experiments.ocr_heads.published import RANGES, per_range, published_models
@@ -50,11 +51,11 @@ def profile(study: Study, config: SelectConfig) -> Finding:
         lines.append(f"{kind} heads: {len(found)} of {where.size}: {head_names(found) or 'none'}")
     lines.append(f"both: {head_names([(int(a), int(b)) for a, b in np.argwhere(both)]) or 'none'}")
     lines += ["", f"  {'similarity of the two kinds':32s} value   95% interval     chance  p"]
-    for row in similarity.itertuples():
+    for row in each_row(similarity):
         interval = f"{row.low:.3f} to {row.high:.3f}"
         lines.append(f"  {row.measure:32s} {row.value:6.3f}  {interval:15s}  {row.chance:6.3f}  {row.p:.4f}")
     lines += ["", f"  {'frequency against mean':32s} Pearson 95% interval"]
-    for row in activation.itertuples():
+    for row in each_row(activation):
         name = f"{row.heads}, by {row.granularity}"
         lines.append(f"  {name:32s} {row.pearson:6.3f}  {row.low:.3f} to {row.high:.3f}")
     figures = {

@@ -103,7 +103,7 @@ def gather(
         stacked("sample"),
         stacked("tokens"),
         stacked("norms").mean(0),
-        int(table["right"].sum()),
+        int(table["right"].to_numpy().sum()),
         len(table),
         granularity,
     )

@@ -12,4 +12,7 @@ def jaccard(a: np.ndarray, b: np.ndarray) -> float:
 
 def spearman(a: np.ndarray, b: np.ndarray) -> float:
     """Rank correlation of two scores of each head."""
-    return float(stats.spearmanr(a, b).statistic) if np.ptp(a) and np.ptp(b) else np.nan
+    if not np.ptp(a) or not np.ptp(b):
+        return np.nan
+    correlation, _ = stats.spearmanr(a, b)
+    return float(correlation)

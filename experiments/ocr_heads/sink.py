@@ -31,7 +31,7 @@ def sink(study: Study, config: SinkConfig) -> Finding:
                 conditions.append(Condition(control, heads, RedistributeSink(heads, float(beta)), draw))
     answers = answer_all(study, tasks_of(study, config), conditions, "sink")
     summary = summarize(answers, conditions, config.seed)
-    chosen = summary[summary["chosen"]]
+    chosen = summary.loc[summary["chosen"]]
     notes = [
         f"top {k} OCR heads: {head_names(study.top(study.ocr, k))}; "
         f"top {k} retrieval heads: {head_names(study.top(study.retrieval, k))}"

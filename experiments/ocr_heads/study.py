@@ -1,7 +1,7 @@
 """One run of the study: its model, its data sets, the parts it has finished, and what its experiments share."""
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from importlib.metadata import version
@@ -40,9 +40,9 @@ class Finding:
     heading: str
     lines: list[str]
     paragraphs: list[str] = field(default_factory=list)
-    figures: dict[str, tuple[Figure, str]] = field(default_factory=dict)
+    figures: Mapping[str, tuple[Figure, str]] = field(default_factory=dict)
     """Name: (figure, caption)."""
-    tables: dict[str, tuple[pd.DataFrame, str, int | None]] = field(default_factory=dict)
+    tables: Mapping[str, tuple[pd.DataFrame, str, int | None]] = field(default_factory=dict)
     """Name: (all rows, caption, how many are shown)."""
 
 

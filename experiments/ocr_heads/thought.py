@@ -52,7 +52,7 @@ def thought(study: Study, config: ThoughtConfig) -> Finding:
         ignore_index=True,
     )
     summary = summarize(answers, conditions, config.seed)
-    chosen = summary[summary["chosen"]]
+    chosen = summary.loc[summary["chosen"]]
     heads = head_table({name: s.mean for name, s in scores.items()})
     heads = heads.sort_values("direct", ascending=False, ignore_index=True)
     a, b = (s.mean.ravel() for s in scores.values())
