@@ -1,5 +1,7 @@
 """How alike two sets or two scorings of the same heads are; NaN where that has no answer."""
 
+from typing import Any
+
 import numpy as np
 from scipy import stats
 
@@ -14,5 +16,5 @@ def spearman(a: np.ndarray, b: np.ndarray) -> float:
     """Rank correlation of two scores of each head."""
     if not np.ptp(a) or not np.ptp(b):
         return np.nan
-    correlation, _ = stats.spearmanr(a, b)
-    return float(correlation)
+    found: Any = stats.spearmanr(a, b)  # its type is made at run time
+    return float(found.statistic)
