@@ -149,6 +149,7 @@ def summarize(answers: pd.DataFrame, conditions: Sequence[Condition], seed: int)
                         "change_low": change.low,
                         "change_high": change.high,
                         "p": p,
+                        "control": controls[name],
                         "lowest": draws.min(),
                         "highest": draws.max(),
                         "draws": len(draws),
