@@ -51,11 +51,9 @@ def profile(study: Study, config: SelectConfig) -> Finding:
         found = [(int(a), int(b)) for a, b in np.argwhere(where)]
         lines.append(f"{kind} heads: {len(found)} of {where.size}: {head_names(found) or 'none'}")
     lines.append(f"both: {head_names([(int(a), int(b)) for a, b in np.argwhere(both)]) or 'none'}")
-    width = max(32, similarity["measure"].str.len().max())
-    lines += [
-        "",
-        f"  {f'similarity of the two kinds ({len(heads)} heads)':{width}s} value   95% interval     chance  p",
-    ]
+    width = max(42, similarity["measure"].str.len().max())
+    title = f"similarity of the two kinds ({len(heads)} heads)"
+    lines += ["", f"  {title:{width}s} value   95% interval     chance  p"]
     for row in each_row(similarity):
         interval = f"{row.low:.3f} to {row.high:.3f}"
         lines.append(f"  {row.measure:{width}s} {row.value:6.3f}  {interval:15s}  {row.chance:6.3f}  {row.p:.4f}")

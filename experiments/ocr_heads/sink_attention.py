@@ -30,6 +30,7 @@ def sink_attention(study: Study, tasks: Sequence[Task]) -> Float[np.ndarray, "sa
         lengths = [prompt_length(model, e, study.pixels) for e in examples]
         groups = batches(lengths, study.config.tokens_per_batch)
         for group in tqdm(groups, desc=f"sink, {task.name}", unit="batch", disable=study.config.quiet):
+            own = [examples[i] for i in group]
             key = {
                 "sink attention": task.data.digest,
                 "weights": study.weights,
@@ -38,7 +39,7 @@ def sink_attention(study: Study, tasks: Sequence[Task]) -> Float[np.ndarray, "sa
                 "queries": QUERIES,
             }
 
-            def make(own: list = [examples[i] for i in group]) -> pd.DataFrame:
+            def make(own: list[Example] = own) -> pd.DataFrame:
                 return pd.DataFrame({"shares": [s.ravel() for s in first_token_shares(model, own, study.pixels)]})
 
             found.append(study.timed(key, make, sum(lengths[i] for i in group)))

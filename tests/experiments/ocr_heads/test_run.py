@@ -111,13 +111,13 @@ def test_chance_is_that_of_exchanged_heads() -> None:
     rng = np.random.default_rng(0)
     a = np.where(rng.random(60) < 0.2, 0.5, 0.0)
     jaccard, _, shannon, wasserstein = (m for _, m, _ in measures(0.1))
-    chance, p = against_chance(jaccard, a, a, False, 0, 300)
+    chance, p = against_chance(jaccard, a, a, True, 0, 300)
     n = int((a > 0).sum())
     expected = n * n / 60 / (2 * n - n * n / 60)
     assert chance == pytest.approx(expected, abs=0.03) and p < 0.01
     _, p = against_chance(shannon, a, a, True, 0, 300)
     assert p == 1.0  # nothing is less different
-    _, p = against_chance(wasserstein, a, a + 0.3, True, 0, 300)
+    _, p = against_chance(wasserstein, a, a + 0.3, False, 0, 300)
     assert p < 0.01  # one has higher scores everywhere
 
 
