@@ -52,8 +52,8 @@ def sink(study: Study, config: SinkConfig) -> Finding:
         *notes,
         "The sink is the first token. A query that sees nothing else keeps its attention, so causality holds "
         "(the published code spreads the first row over later tokens).",
-        f"Attention on the first token is the mean over up to {QUERIES} queries spread through each prompt. The less of "
-        "it there is, the less there is to redistribute.",
+        f"Attention on the first token is the mean over up to {QUERIES} queries spread through each prompt. The less "
+        "of it there is, the less there is to redistribute.",
     ]
     figures = {"sink": (plots.over_beta(chosen), "Change of each task's metric against the unmodified model, by beta")}
     tables = {
