@@ -7,6 +7,7 @@ from jaxtyping import Float
 
 from hooked_vlm.experiments.ocr_heads import plots
 from hooked_vlm.experiments.ocr_heads.changed import (
+    OWN_METRIC,
     UNCHANGED,
     Condition,
     answer_all,
@@ -57,7 +58,11 @@ def sink(study: Study, config: SinkConfig) -> Finding:
     ]
     figures = {"sink": (plots.over_beta(chosen), "Change of each task's metric against the unmodified model, by beta")}
     tables = {
-        "sink": (chosen.drop(columns="chosen"), "Each task's own metric; p: paired against random heads", None),
+        "sink": (
+            chosen.drop(columns="chosen"),
+            OWN_METRIC,
+            None,
+        ),
         "sink-all-metrics": (summary.drop(columns="chosen"), "All metrics", 0),
         "sink-attention": (
             most,
