@@ -54,7 +54,7 @@ def sink(study: Study, config: SinkConfig) -> Finding:
         "The sink is the first token. A query that sees nothing else keeps its attention, so causality holds "
         "(the published code spreads the first row over later tokens).",
         "Attention on the first token is that of the last position of each prompt, where the answer begins, and the "
-        f"mean over up to {QUERIES} positions spread through it (early ones see few others). The less of it there is, the "
+        f"mean over up to {QUERIES} positions spread through it (early ones see few others). The less of it, the "
         "less there is to redistribute.",
     ]
     figures = {"sink": (plots.over_beta(chosen), "Change of each task's metric against the unmodified model, by beta")}
