@@ -62,13 +62,15 @@ def _name_of(package: str, root: Path, parent: str, name: str) -> str:
 
 @torch.no_grad()
 def weights_hash(model: Any) -> str:
-    """Sixteen digits that stand for a model's weights; the same on every device.
+    """Sixteen digits that stand for a model: its weights and its configuration, the same on every device.
 
-    Of each tensor: name, shape, dtype, and sums of its bits as whole numbers over rows and over columns, weighted by
-    their places, which any change of a weight and any exchange of rows, columns or single weights alters. Reading the
-    weights twice is all it costs.
+    Of the configuration: all that decides results (rotary bases, epsilons, stop tokens, ...). Of each tensor: name,
+    shape, dtype, and sums of its bits as whole numbers over rows and over columns, weighted by their places, which any
+    change of a weight and any exchange of rows, columns or single weights alters. Reading the weights twice is all it
+    costs.
     """
-    digest = hashlib.sha256()
+    plain = model.cfg.with_(model_name="", device=torch.device("cpu"))  # wherever it was found, wherever it runs
+    digest = hashlib.sha256(f"{plain}\n".encode())
     for name, tensor in sorted_values(model):
         bits = tensor.contiguous().view(_BITS[tensor.element_size()])
         bits = bits.flatten(1) if bits.ndim > 1 else bits.reshape(-1, 1)

@@ -35,8 +35,11 @@ def share(right: int, n: int) -> Estimate:
 def bootstrap_means(
     values: Float[np.ndarray, "n *dims"], seed: int, draws: int = DRAWS
 ) -> tuple[Float[np.ndarray, "*dims"], Float[np.ndarray, "*dims"]]:
-    """95% percentile intervals of means over the first axis, whose entries are resampled together."""
+    """95% percentile intervals of means over the first axis, whose entries are resampled together. NaN of fewer than
+    two entries: one has no spread."""
     n = len(values)
+    if n < 2:
+        return np.full(values.shape[1:], np.nan), np.full(values.shape[1:], np.nan)
     # how often each entry is drawn: a matrix product instead of `draws` copies of the data
     counts = np.random.default_rng([seed, 5]).multinomial(n, np.full(n, 1 / n), size=draws) / n
     means = counts @ values.reshape(n, -1)

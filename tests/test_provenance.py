@@ -39,6 +39,15 @@ def test_the_weights_hash_sees_one_changed_bit_and_every_exchange() -> None:
     assert provenance.weights_hash(model) == before
 
 
+def test_the_weights_hash_sees_the_configuration_but_not_where_the_model_is() -> None:
+    model = HookedVLM.from_pretrained("toy-qwen2-vl")
+    before = provenance.weights_hash(model)
+    model.cfg = model.cfg.with_(model_name="elsewhere", device=torch.device("meta"))
+    assert provenance.weights_hash(model) == before
+    model.cfg = model.cfg.with_(rope_theta=2 * model.cfg.rope_theta)
+    assert provenance.weights_hash(model) != before
+
+
 def test_the_code_hash_is_of_every_file_once_wherever_it_lies(monkeypatch, tmp_path: Path) -> None:
     (tmp_path / "whole" / "part").mkdir(parents=True)
     (tmp_path / "whole" / "a.py").write_text("a = 1\n")

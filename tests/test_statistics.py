@@ -68,3 +68,8 @@ def test_permutation_p_finds_a_difference_and_is_uniform_without_one() -> None:
         x = rng.normal(size=60)
         ps.append(permutation_p(gap, lambda r, x=x: r.permutation(x), gap(x), seed=trial, draws=200))
     assert stats.kstest(ps, "uniform").pvalue > 0.01
+
+
+def test_one_observation_has_no_interval() -> None:
+    found = bootstrap_mean(np.array([3.0]), seed=0)
+    assert found.value == 3.0 and np.isnan([found.low, found.high]).all() and found.n == 1
