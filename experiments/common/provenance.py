@@ -1,13 +1,11 @@
 """What every result records of itself: versions, model, device, kernel."""
 
-import hashlib
 import platform
 from importlib.metadata import version
 from typing import Any
 
-import torch
+from hooked_vlm.digests import weights_hash as weights_hash
 
-_BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 PACKAGES = ("hooked-vlm", "torch", "transformers", "transformer_lens", "numpy", "pillow")
 
 
@@ -22,19 +20,3 @@ def provenance(model: Any) -> dict[str, Any]:
         "attention": "fused; explicit where scores or patterns are hooked",
         "versions": {name: version(name) for name in PACKAGES} | {"python": platform.python_version()},
     }
-
-
-@torch.no_grad()
-def weights_hash(model: Any) -> str:
-    """Sixteen digits that stand for a model's weights; the same on every device.
-
-    Of each tensor: name, shape, dtype, and two sums over its bits as whole numbers, which any change of a weight
-    and any exchange of rows alters. Reading the weights once is all it costs.
-    """
-    digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        bits = tensor.contiguous().view(_BITS[tensor.element_size()])
-        sums = (bits.flatten(1) if bits.ndim > 1 else bits[:, None]).sum(1, dtype=torch.int64)
-        weighted = sums * torch.arange(1, len(sums) + 1, device=sums.device)
-        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype} {int(sums.sum())} {int(weighted.sum())}\n".encode())
-    return digest.hexdigest()[:16]

@@ -1,0 +1,137 @@
+"""Work in units: each makes one table, kept as a part under the key of what decides it.
+
+    with InProcess(model) as workers:
+        units = [Unit(parts, {**settings, "image": image.id}, score, (image, settings)) for image in images]
+        tables = workers.tables(units, "scores")
+
+What is there already is not done again, so interrupted work goes on where it stopped. Who does the rest is left open:
+this process (`InProcess`), or the machines of a Ray cluster (`hooked_vlm.ray_workers.OnRay`). Either way this process
+writes the parts, and the tables are the same.
+"""
+
+import json
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, TypeVar
+
+import pandas as pd
+import torch
+from tqdm.auto import tqdm
+
+from hooked_vlm.parts import Parts
+
+Some = TypeVar("Some", bound="Workers")
+"""The class entered (`typing.Self`, which beartype does not know in methods)."""
+
+
+class WorkerError(RuntimeError):
+    """Workers that cannot be had, or that a unit of work ends again and again."""
+
+
+@dataclass(frozen=True, eq=False)
+class Unit:
+    """One table to be made, and where it is kept."""
+
+    parts: Parts
+    key: Mapping[str, Any]
+    """All that decides the table's content, the model's weights included."""
+    work: Callable[..., pd.DataFrame]
+    """A function on the top level of a module, called as work(model, *arguments); gradients are off."""
+    arguments: tuple[Any, ...] = ()
+    """They are pickled if the work is done elsewhere."""
+    size: int = 1
+    """How much it counts in the throughput: its tokens, its runs."""
+
+    @property
+    def path(self) -> Path:
+        return self.parts.path(self.key)
+
+    @property
+    def name(self) -> str:
+        """For messages."""
+        key = json.dumps(self.key)
+        return f"{self.work.__name__} of {key if len(key) <= 200 else key[:200] + '...'}"
+
+
+class Workers(ABC):
+    """Whoever does units of work."""
+
+    def __init__(self) -> None:
+        self.size, self.seconds = 0, 0.0
+        """How much was done (`Unit.size`), and how long that took."""
+
+    def tables(
+        self, units: Sequence[Unit], what: str, *, each: str = "unit", counted: str = "units", quiet: bool = False
+    ) -> list[pd.DataFrame]:
+        """The tables of all units, in their order, as they are read from their parts.
+
+        Those that are not there are made; units with the same key are one.
+
+        Args:
+            what: what the progress bar is called.
+            each: what a unit is.
+            counted: what `Unit.size` counts; the bar shows so many a second.
+            quiet: no bar.
+
+        Raises:
+            OutputError: a part cannot be written.
+            WorkerError: see the class.
+        """
+        found = [unit.parts.get(unit.key) for unit in units]
+        missing = {unit.path: unit for unit, table in zip(units, found, strict=True) if table is None}
+        n_found = sum(table is not None for table in found)
+        with tqdm(total=n_found + len(missing), initial=n_found, desc=what, unit=each, disable=quiet) as bar:
+            begun, done = time.perf_counter(), 0
+            try:
+                for unit, table in self.made(list(missing.values())):
+                    unit.parts.put(unit.key, table)
+                    done += unit.size
+                    bar.set_postfix_str(f"{done / (time.perf_counter() - begun):,.0f} {counted}/s", refresh=False)
+                    bar.update()
+            finally:
+                if done:
+                    self.size, self.seconds = self.size + done, self.seconds + time.perf_counter() - begun
+        return [_read(unit) if table is None else table for unit, table in zip(units, found, strict=True)]
+
+    @abstractmethod
+    def made(self, units: Sequence[Unit]) -> Iterator[tuple[Unit, pd.DataFrame]]:
+        """Every unit with its table, in the order in which they are finished."""
+
+    def close(self) -> None:  # noqa: B027 (not all hold something)
+        """Let go of what they hold."""
+
+    def __enter__(self: Some) -> Some:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+class InProcess(Workers):
+    """One unit after the other, here."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model = model
+
+    def made(self, units: Sequence[Unit]) -> Iterator[tuple[Unit, pd.DataFrame]]:
+        for unit in units:
+            yield unit, table_of(self.model, unit.work, unit.arguments)
+
+
+@torch.no_grad()
+def table_of(model: Any, work: Callable[..., pd.DataFrame], arguments: tuple[Any, ...]) -> pd.DataFrame:
+    """A unit's table."""
+    return work(model, *arguments)
+
+
+def _read(unit: Unit) -> pd.DataFrame:
+    table = unit.parts.get(unit.key)
+    assert table is not None
+    return table
