@@ -15,8 +15,9 @@ from hooked_vlm.hooks import HookError
 from hooked_vlm.images import ImageError
 from hooked_vlm.token_layout import InputError
 from hooked_vlm.viewer.command import ViewConfig, write_page
+from hooked_vlm.work import WorkerError
 
-EXPECTED = (CheckpointError, GeometryError, HookError, ImageError, InputError, OutputError, StudyError)
+EXPECTED = (CheckpointError, GeometryError, HookError, ImageError, InputError, OutputError, StudyError, WorkerError)
 """What a user can cause and mend; anything else is a fault of ours and keeps its traceback."""
 
 app = tyro.extras.SubcommandApp()

@@ -73,5 +73,5 @@ def share_of(ray: Any, n: int, on_gpus: bool) -> Share:
     return Share(max(fitting), 0)
 
 
-def _nodes(ray: Any) -> list[dict[str, float]]:
+def _nodes(ray: Any) -> list[dict[str, int | float]]:
     return [node["Resources"] for node in ray.nodes() if node["Alive"]]

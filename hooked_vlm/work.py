@@ -65,7 +65,7 @@ class Workers(ABC):
         """How much was done (`Unit.size`), and how long that took."""
 
     def tables(
-        self, units: Sequence[Unit], what: str, *, each: str = "unit", counted: str = "units", quiet: bool = False
+        self, units: Sequence[Unit], what: str, *, each: str = "unit", counted: str | None = None, quiet: bool = False
     ) -> list[pd.DataFrame]:
         """The tables of all units, in their order, as they are read from their parts.
 
@@ -74,7 +74,7 @@ class Workers(ABC):
         Args:
             what: what the progress bar is called.
             each: what a unit is.
-            counted: what `Unit.size` counts; the bar shows so many a second.
+            counted: what `Unit.size` counts, if the bar is to show how many of them are done in a second.
             quiet: no bar.
 
         Raises:
@@ -90,7 +90,9 @@ class Workers(ABC):
                 for unit, table in self.made(list(missing.values())):
                     unit.parts.put(unit.key, table)
                     done += unit.size
-                    bar.set_postfix_str(f"{done / (time.perf_counter() - begun):,.0f} {counted}/s", refresh=False)
+                    if counted is not None:
+                        rate = done / (time.perf_counter() - begun)
+                        bar.set_postfix_str(f"{rate:,.0f} {counted}/s", refresh=False)
                     bar.update()
             finally:
                 if done:
