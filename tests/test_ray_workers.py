@@ -16,7 +16,7 @@ import pandas as pd
 import pytest
 import torch
 
-from hooked_vlm import HookedVLM, InputError, SweepCase, sweep_many
+from hooked_vlm import CheckpointError, HookedVLM, InputError, SweepCase, sweep_many
 from hooked_vlm.experiments.common.errors import StudyError
 from hooked_vlm.experiments.toy.data import make_page
 from hooked_vlm.interventions import AddVector, ReplaceImageKV, ZeroHeads
