@@ -1,6 +1,11 @@
 """The command line: `hooked-vlm COMMAND --help`. Errors are one sentence, without a traceback."""
 
+import json
+import os
 import sys
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 import tyro
 
@@ -8,7 +13,6 @@ from hooked_vlm.converters import CheckpointError
 from hooked_vlm.experiments.common.errors import StudyError
 from hooked_vlm.experiments.head_attribution import commands as head_attribution_commands
 from hooked_vlm.experiments.ocr_heads import commands as ocr_heads_commands
-from hooked_vlm.experiments.ocr_heads import run as run_ocr_heads
 from hooked_vlm.files import OutputError
 from hooked_vlm.geometry import GeometryError
 from hooked_vlm.hooks import HookError
@@ -23,33 +27,82 @@ EXPECTED = (CheckpointError, GeometryError, HookError, ImageError, InputError, O
 app = tyro.extras.SubcommandApp()
 
 
-@app.command(name="ocr-heads")
-def ocr_heads(experiment: tyro.conf.OmitArgPrefixes[ocr_heads_commands.Command]) -> None:
-    """Which attention heads read text in images (arXiv 2505.15865)."""
-    print(run_ocr_heads(experiment).summary)
+@dataclass(frozen=True)
+class Output:
+    """How a command answers, the same for all."""
+
+    json: bool = False
+    """Print one JSON object, of an error too; exit statuses are the same."""
+    quiet: bool = False
+    """No progress bars."""
 
 
-@app.command(name="head-attribution")
-def head_attribution(command: tyro.conf.OmitArgPrefixes[head_attribution_commands.Command]) -> None:
-    """Which attention heads carry information from image to text (arXiv 2509.17588), measured by random ablations."""
-    print(head_attribution_commands.answer(command))
+Shared = tyro.conf.OmitArgPrefixes[Output]
 
 
 @app.command(name="view")
-def view(config: tyro.conf.OmitArgPrefixes[ViewConfig]) -> None:
-    """Where the model looks: the attention of each answer token on the picture, as a page."""
-    print(f"page: {write_page(config)}")
+def view(config: tyro.conf.OmitArgPrefixes[ViewConfig], output: Shared) -> None:
+    """See where a model looks: the attention of each answer token on the picture, as a page."""
+
+    def answer() -> tuple[str, dict[str, Any]]:
+        page = write_page(config)
+        return f"page: {page}", {"page": str(page)}
+
+    _say(answer, output)
+
+
+@app.command(name="ocr-heads")
+def ocr_heads(experiment: tyro.conf.OmitArgPrefixes[ocr_heads_commands.Command], output: Shared) -> None:
+    """Study: which attention heads read text in images (arXiv 2505.15865)."""
+    _say(lambda: ocr_heads_commands.answer(replace(experiment, quiet=output.quiet)), output)
+
+
+@app.command(name="head-attribution")
+def head_attribution(command: tyro.conf.OmitArgPrefixes[head_attribution_commands.Command], output: Shared) -> None:
+    """Study: which attention heads carry information from image to text (arXiv 2509.17588)."""
+    _say(lambda: head_attribution_commands.answer(command, output.quiet), output)
+
+
+@app.command(name="completion")
+def completion(shell: tyro.conf.Positional[Literal["bash", "zsh"]]) -> None:
+    """Print completions for a shell, for a file that it reads when it starts."""
+    _parse(["--tyro-print-completion", shell])
+
+
+def _say(answer: Callable[[], tuple[str, dict[str, Any]]], output: Output) -> None:
+    """Print what a command answers, as text or as JSON."""
+    try:
+        text, data = answer()
+    except EXPECTED as error:
+        if not output.json:
+            raise
+        print(json.dumps({"error": str(error), "kind": type(error).__name__}))
+        sys.exit(1)
+    print(json.dumps(data, indent=2) if output.json else text)
+
+
+def _parse(arguments: list[str] | None = None) -> None:
+    app.cli(
+        prog="hooked-vlm",
+        description="Inside vision-language models. Each command explains itself: hooked-vlm COMMAND --help",
+        args=arguments,
+        # options of a command may follow its subcommand; flags say what they switch, not what they leave
+        config=(tyro.conf.CascadeSubcommandArgs, tyro.conf.FlagCreatePairsOff),
+    )
 
 
 def main() -> None:
     """Entry point of `hooked-vlm`."""
     try:
-        app.cli(prog="hooked-vlm", description="Inside vision-language models: studies from the command line.")
+        _parse()
     except EXPECTED as error:
         sys.exit(f"hooked-vlm: {error}")
     except KeyboardInterrupt:
         print("\nhooked-vlm: interrupted", file=sys.stderr)
         sys.exit(130)
+    except BrokenPipeError:  # whoever read our output has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)
 
 
 if __name__ == "__main__":

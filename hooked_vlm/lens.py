@@ -255,7 +255,8 @@ def logit_attribution(
     later ones. The final norm's denominator is that of the run, its weight is applied.
 
     Args:
-        right, wrong: a token id for each row, or one for all.
+        right: a token id for each row, or one for all.
+        wrong: likewise.
 
     Raises:
         InputError: an unknown unit, or tokens that do not exist.

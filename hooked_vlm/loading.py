@@ -57,7 +57,9 @@ class LoadingMixin(nn.Module):
                 "Qwen/Qwen2-VL-2B-Instruct".
             device: CUDA if present by default.
             dtype: the checkpoint's own by default.
-            revision, cache_dir, local_files_only: as in `huggingface_hub.snapshot_download`.
+            revision: as in `huggingface_hub.snapshot_download`.
+            cache_dir: likewise.
+            local_files_only: likewise.
 
         Returns:
             The model in eval mode; its parameters require gradients. On the CPU in the checkpoint's dtype

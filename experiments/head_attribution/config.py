@@ -4,6 +4,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
+from tyro.conf import Suppress
+
 from hooked_vlm.experiments.common.errors import StudyError
 from hooked_vlm.experiments.common.workers import NOT_RECORDED, WorkersConfig
 from hooked_vlm.experiments.head_attribution.masks import FEWEST, n_held_out
@@ -71,7 +73,7 @@ class HeadAttributionConfig(WorkersConfig):
     """CUDA if present by default."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """The checkpoint's own by default."""
-    quiet: bool = False
+    quiet: Suppress[bool] = False
     """No progress bars."""
 
     sections: ClassVar[tuple[Section, ...]] = ("attribution",)

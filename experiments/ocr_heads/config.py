@@ -4,6 +4,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from tyro.conf import Suppress
+
 from hooked_vlm.experiments.common.errors import StudyError
 
 Granularity = Literal["sample", "token"]
@@ -80,7 +82,7 @@ class ScoreConfig:
     """CUDA if present by default."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """The checkpoint's own by default."""
-    quiet: bool = False
+    quiet: Suppress[bool] = False
     """No progress bars."""
 
     @property

@@ -4,6 +4,8 @@ const at = id => document.getElementById(id);
 const nHeads = data.heads.length, nMaps = data.layers.length * nHeads, signed = data.zero > 0;
 const first = data.ranked[0] || [data.layer, nHeads > 1 ? "max" : 0];
 const state = { row: 0, preview: null, layer: first[0], head: first[1], panel: 0, pointed: null };
+// values of no layer or head have a nameless one
+const hasLayers = data.layers.some(name => name), hasHeads = data.heads.some(name => name);
 const known = new Map();
 let panels = [], drawn = null, turn = 0;
 
@@ -52,7 +54,10 @@ function drawPanels() {
 }
 
 function readout(shown, map, row) {
-  const parts = [`“${chipOf(shown).text}”, layer ${data.layers[state.layer]}, ${headName(state.head)}`];
+  const names = [`“${chipOf(shown).text}”`];
+  if (hasLayers) names.push(`layer ${data.layers[state.layer]}`);
+  if (hasHeads) names.push(headName(state.head));
+  const parts = [names.join(", ")];
   let best = -1;
   for (let i = 0; i < map.length; i++) if (Math.abs(map[i]) > (best < 0 ? -1 : Math.abs(map[best]))) best = i;
   const home = panels.find(panel => best >= panel.first && best < panel.first + panel.count);
@@ -153,6 +158,8 @@ function makeControls() {
   data.ranked.forEach(([layer, head], place) => option(at("rank"), place, `${place + 1}. head ${data.layers[layer]}.${data.heads[head]}`));
   at("rank-label").hidden = !data.ranked.length;
   at("heads").hidden = nHeads < 2;
+  at("layer").parentElement.hidden = !hasLayers;
+  at("head").parentElement.hidden = !hasHeads;
   at("layer").addEventListener("change", event => show({ layer: Number(event.target.value) }));
   at("head").addEventListener("change", event => show({ head: Number.isNaN(Number(event.target.value)) ? event.target.value : Number(event.target.value) }));
   at("rank").addEventListener("change", () => rank(0));

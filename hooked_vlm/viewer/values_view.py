@@ -40,7 +40,9 @@ def values(
         inputs: one prompt with images.
         numbers: the last axis has all tokens of all images, in the order of `inputs.image_tokens`.
         axes: what the axes before it are, e.g. ("layer", "head").
-        rows, layers, heads: labels of the axes; counted from 0 by default.
+        rows: labels of the axis; counted from 0 by default.
+        layers: likewise.
+        heads: likewise.
         ranked: places of heads to step through, as (layer, head).
         quantity: what a number is called.
         note: what the page says of the numbers.
@@ -55,7 +57,8 @@ def values(
     order = [axes.index(name) for name in AXES if name in axes]
     laid = array.transpose(*order, len(axes)).astype(np.float32)
     laid = laid[tuple(slice(None) if name in axes else None for name in AXES)]
-    labels = [range(n) if own is None else own for own, n in zip((rows, layers, heads), laid.shape, strict=False)]
+    named = zip(AXES, (rows, layers, heads), laid.shape, strict=False)
+    labels = [(range(n) if axis in axes else ("",)) if own is None else own for axis, own, n in named]
     if len(labels[0]) != len(laid):
         raise InputError(f"{len(labels[0])} labels came for {len(laid)} rows")
     return view_of(

@@ -45,6 +45,7 @@ from hooked_vlm.experiments.head_attribution.curves import (
 from hooked_vlm.experiments.head_attribution.image_flow import attention_to_tokens, coverage, inside
 from hooked_vlm.experiments.head_attribution.items import Item
 from hooked_vlm.experiments.head_attribution.masks import as_frame, from_frame, n_masks, random_masks
+from hooked_vlm.experiments.head_attribution.pages import heads_page, tokens_page
 from hooked_vlm.experiments.head_attribution.rankings import attention_scores_of, gradients, other_rankings
 from hooked_vlm.experiments.head_attribution.regression import chosen, convergence, fit, least_squares, settled_at
 from hooked_vlm.experiments.head_attribution.tasks import (
@@ -69,6 +70,7 @@ from hooked_vlm.experiments.toy.drawings import OBJECTS
 from hooked_vlm.experiments.toy.families import FAMILIES
 from hooked_vlm.interventions import ReplaceImageKV, mean_image_kv
 from hooked_vlm.parts import Parts
+from hooked_vlm.viewer.quantise import decoded
 from hooked_vlm.work import InProcess
 
 SMALL: dict[str, Any] = {
@@ -618,6 +620,31 @@ def test_attribution_foretells_and_needs_fewer_heads_than_other_rankings(name: s
     assert needed["head attribution"] < needed["random"]
     table: Any = pd.read_parquet(tmp_path / "tables" / "summary.parquet").set_index("measure")
     assert table["value"]["held-out Pearson"] == found["held-out Pearson"].value
+
+
+def test_a_picture_of_a_run_is_a_page(tmp_path: Path) -> None:
+    found = run(All(samples=3, masks=40, token_masks=60, bootstrap=20, out=tmp_path / "out", quiet=True)).measured
+    probe = found.probes[1]
+    view = heads_page(found, 1)
+    best = int(np.argmax(found.coefficients[1]))
+    assert view.ranked[0] == probe.heads[best] and len(set(view.ranked)) == len(probe.heads)
+    pattern = probe.model.run_with_cache(probe.case.inputs)[1]["pattern", 2][0, :, -1]
+    shape = (len(view.layers), len(view.heads), len(probe.image))
+    shown, _ = decoded(view.packed.rows[0], shape, view.packed.zero)
+    assert shown[2] == pytest.approx(pattern[:, list(probe.image)].detach().numpy(), abs=0.003)
+    mask = probe.case.item.object_mask
+    ((x0, y0, x1, y1),) = view.scene.evidence[0]
+    inside = mask[int(y0) : int(y1), int(x0) : int(x1)]
+    assert inside.sum() == mask.sum() and inside.any(0)[[0, -1]].all() and inside.any(1)[[0, -1]].all()
+    page = tokens_page(found, 1)
+    shown, _ = decoded(page.packed.rows[0], (1, 1, len(probe.image)), page.packed.zero)
+    coefficients = found.tokens[1].fit.coefficients
+    assert shown[0, 0] == pytest.approx(coefficients, abs=0.01 * np.abs(coefficients).max())
+    with pytest.raises(StudyError, match="no picture 3 whose heads were regressed: 3 pictures were"):
+        heads_page(found, 3)
+    only_heads = run(Attribute(samples=1, masks=40, bootstrap=20, out=tmp_path / "heads", quiet=True)).measured
+    with pytest.raises(StudyError, match="image tokens were regressed: none was in this run"):
+        tokens_page(only_heads)
 
 
 def test_runs_are_compared_side_by_side(tmp_path: Path) -> None:

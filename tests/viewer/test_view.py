@@ -171,7 +171,9 @@ def test_any_numbers_are_laid_by_their_axes() -> None:
     view = viewer.values(inputs, numbers, ("head", "layer"), heads=["a", "b", "c"], quantity="effect")
     assert (view.layers, view.heads) == (("0", "1"), ("a", "b", "c"))
     check_equal(view, 0, numbers.transpose(1, 0, 2))
-    check_equal(viewer.values(inputs, torch.from_numpy(numbers[0, 0])), 0, numbers[0, 0][None, None])
+    plain = viewer.values(inputs, torch.from_numpy(numbers[0, 0]))
+    check_equal(plain, 0, numbers[0, 0][None, None])
+    assert (plain.layers, plain.heads) == (("",), ("",))  # values of no layer or head: nothing to choose
     refused: Any = (
         (("head",), {}, "name each before the last"),
         (("head", "layer"), {"layers": [0]}, "values must be"),
