@@ -8,6 +8,7 @@ import numpy as np
 import pandas as pd
 from tqdm.auto import tqdm
 
+from hooked_vlm.experiments.common.frames import each_row
 from hooked_vlm.experiments.ocr_heads.answers import METRICS, judge
 from hooked_vlm.experiments.ocr_heads.config import TaskConfig
 from hooked_vlm.experiments.ocr_heads.data.tasks import Task, load_tasks
@@ -77,7 +78,7 @@ def answer_all(study: Study, tasks: Sequence[Task], conditions: Sequence[Conditi
             )
     table = pd.concat(frames, ignore_index=True)
     columns = ["task", "condition", "draw", "heads", "sample", "reply", "metric", *METRICS]
-    return table[columns].sort_values(["task", "condition", "draw", "sample"], ignore_index=True)
+    return table.loc[:, columns].sort_values(["task", "condition", "draw", "sample"], ignore_index=True)
 
 
 def _runs(
@@ -148,6 +149,7 @@ def summarize(answers: pd.DataFrame, conditions: Sequence[Condition], seed: int)
                         "change_low": change.low,
                         "change_high": change.high,
                         "p": p,
+                        "control": controls[name],
                         "lowest": draws.min(),
                         "highest": draws.max(),
                         "draws": len(draws),
@@ -163,9 +165,9 @@ def summary_lines(summary: pd.DataFrame) -> list[str]:
     width = max(len(name) for name in shown["condition"])
     lines = []
     for task in dict.fromkeys(shown["task"]):
-        own = shown[shown["task"] == task]
+        own = shown.loc[shown["task"] == task]
         lines.append(f"  {task} ({own['metric'].iloc[0]}, {own['n'].iloc[0]} samples)")
-        for row in own.itertuples():
+        for row in each_row(own):
             spread = f"{row.draws} draws, {row.lowest:.1%} to {row.highest:.1%}" if row.draws > 1 else ""
             p = "" if np.isnan(row.p) else f"p against random {row.p:.4f}"
             text = f"    {row.condition:{width}s}  {row.value:6.1%} ({row.low:.1%} to {row.high:.1%})"

@@ -99,6 +99,11 @@ class ScoreConfig:
         Raises:
             StudyError: names the setting, what was expected and what came.
         """
+        for name, values in vars(self).items():
+            if isinstance(values, tuple) and len(set(values)) < len(values):
+                raise StudyError(f"--{name.replace('_', '-')} names a value twice: {', '.join(map(str, values))}")
+            if values == () and name != "random_from":
+                raise StudyError(f"--{name.replace('_', '-')} needs at least one value")
         for name in COUNTS:
             values = getattr(self, name, None)
             for value in values if isinstance(values, tuple) else (values,):

@@ -1,7 +1,7 @@
 """One run of the study: its model, its data sets, the parts it has finished, and what its experiments share."""
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from importlib.metadata import version
@@ -40,9 +40,9 @@ class Finding:
     heading: str
     lines: list[str]
     paragraphs: list[str] = field(default_factory=list)
-    figures: dict[str, tuple[Figure, str]] = field(default_factory=dict)
+    figures: Mapping[str, tuple[Figure, str]] = field(default_factory=dict)
     """Name: (figure, caption)."""
-    tables: dict[str, tuple[pd.DataFrame, str, int | None]] = field(default_factory=dict)
+    tables: Mapping[str, tuple[pd.DataFrame, str, int | None]] = field(default_factory=dict)
     """Name: (all rows, caption, how many are shown)."""
 
 
@@ -72,9 +72,12 @@ class Study:
 
     def scored(self, as_text: bool) -> list[DataSet]:
         """The pages that heads are scored on, or the texts."""
-        config = self.config
-        names = ["passkey", "niah"] if config.data == "paper" else [config.data]
-        return scored_sets(self.data_folder, names, as_text, config.seed, config.samples, config.lengths)
+        return self.sets(as_text, self.config.seed, self.config.samples)
+
+    def sets(self, as_text: bool, seed: int, n: int) -> list[DataSet]:
+        """`n` pages or texts of the kinds that heads are scored on."""
+        names = ["passkey", "niah"] if self.config.data == "paper" else [self.config.data]
+        return scored_sets(self.data_folder, names, as_text, seed, n, self.config.lengths)
 
     @cached_property
     def ocr(self) -> Scores:
@@ -125,7 +128,8 @@ class Study:
         if not len(scores.instances):
             raise StudyError(
                 f"no answer was found on any of {scores.n_asked} {'pages' if kind == 'ocr' else 'texts'}, so no head "
-                "can be scored: this model does not answer these questions"
+                f"can be scored: this model does not answer these questions, in {config.new_tokens} tokens "
+                "(--max-new-tokens) at most"
             )
         return scores
 
@@ -154,15 +158,15 @@ class Study:
         return tuple(ranked(mean)[:k])
 
     def candidates(self, source: str, masked: Sequence[Head]) -> list[Head]:
-        """Heads to draw a random control from: "live" ones that score below the threshold and are not masked, all
-        "others", or "any"."""
+        """Heads to draw a random control from: "live" ones that score below the threshold, as OCR and as retrieval
+        heads, and are not masked, all "others", or "any"."""
         heads = [(layer, head) for layer in range(self.model.cfg.n_layers) for head in range(self.model.cfg.n_heads)]
         if source == "any":
             return heads
         others = [head for head in heads if head not in set(masked)]
         if source == "others":
             return others
-        norms, scores = self.ocr.output_norm, self.ocr.mean
+        norms, scores = self.ocr.output_norm, np.maximum(self.ocr.mean, self.retrieval.mean)
         live = norms >= LIVE_SHARE * norms.max()
         return [head for head in others if live[head] and scores[head] < self.config.threshold]
 

@@ -1,0 +1,75 @@
+"""How much attention the first token gets: what sink redistribution has to give away."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from hooked_vlm.attention_rows import attention_rows
+from hooked_vlm.experiments.ocr_heads.data.tasks import Task
+from hooked_vlm.experiments.ocr_heads.examples import Example, batches, prompt_length, to_inputs
+from hooked_vlm.experiments.ocr_heads.study import Study, head_table
+from hooked_vlm.interventions import Head
+from hooked_vlm.statistics import Estimate, bootstrap_mean, bootstrap_means
+
+QUERIES = 64
+"""Positions of a prompt whose attention is read, evenly spread, the last one included and the first left out: it sees
+nothing but itself."""
+
+
+def sink_attention(study: Study, tasks: Sequence[Task]) -> Float[np.ndarray, "sample layer head"]:
+    """The share of its attention that every head gives the first token, for each sample of the tasks."""
+    model, found = study.model, []
+    for task in tasks:
+        examples = task.data.examples
+        lengths = [prompt_length(model, e, study.pixels) for e in examples]
+        groups = batches(lengths, study.config.tokens_per_batch)
+        for group in tqdm(groups, desc=f"sink, {task.name}", unit="batch", disable=study.config.quiet):
+            own = [examples[i] for i in group]
+            key = {
+                "sink attention": task.data.digest,
+                "weights": study.weights,
+                "examples": group,
+                "pixels": study.pixels,
+                "queries": QUERIES,
+            }
+
+            def make(own: list[Example] = own) -> pd.DataFrame:
+                return pd.DataFrame({"shares": [s.ravel() for s in first_token_shares(model, own, study.pixels)]})
+
+            found.append(study.timed(key, make, sum(lengths[i] for i in group)))
+    shape = (-1, model.cfg.n_layers, model.cfg.n_heads)
+    return np.stack([np.asarray(s, dtype=np.float64) for s in pd.concat(found)["shares"]]).reshape(shape)
+
+
+def first_token_shares(
+    model: Any, examples: Sequence[Example], pixels: int | None
+) -> Float[np.ndarray, "sample layer head"]:
+    """The mean, over queries spread through the prompt, of the attention on the prompt's first token."""
+    inputs = to_inputs(model, examples, pixels)
+    spans = list(zip(inputs.first, inputs.stop, strict=True))
+    positions = np.stack([np.linspace(first + 1, stop - 1, QUERIES).round().astype(int) for first, stop in spans])
+
+    def on_first(rows: Tensor) -> Float[Tensor, "sample head"]:
+        return torch.stack([rows[i, :, :, first].mean(-1) for i, first in enumerate(inputs.first)])
+
+    shares = attention_rows(model, inputs, torch.from_numpy(positions), reduce=on_first)
+    return shares.transpose(0, 1).float().cpu().numpy()
+
+
+def sink_table(shares: Float[np.ndarray, "sample layer head"], seed: int) -> pd.DataFrame:
+    """One row per head: mean share of its attention on the first token, 95% interval over samples; the most first."""
+    low, high = bootstrap_means(shares, seed)
+    values = {"attention on the first token": shares.mean(0), "low": low, "high": high}
+    table = head_table({**values, "n": np.full(low.shape, len(shares))})
+    return table.sort_values("attention on the first token", ascending=False, ignore_index=True)
+
+
+def share_of(heads: Sequence[Head], shares: Float[np.ndarray, "sample layer head"], seed: int) -> Estimate:
+    """The mean over some heads, with its interval over samples."""
+    return bootstrap_mean(np.mean([shares[:, layer, head] for layer, head in heads], axis=0), seed)
