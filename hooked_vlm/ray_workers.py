@@ -12,8 +12,9 @@ import sys
 import traceback
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from importlib.metadata import version
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from tqdm.auto import tqdm
 from hooked_vlm.digests import digest, weights_hash
 from hooked_vlm.model import HookedVLM
 from hooked_vlm.ray_cluster import Share, connect, n_gpus_of, share_of
-from hooked_vlm.work import Unit, WorkerError, Workers, table_of
+from hooked_vlm.work import Bench, Common, Unit, WorkerError, Workers
 
 ATTEMPTS = 3
 """A unit whose worker dies is begun so many times; so many workers in a row may die before one is ready."""
@@ -77,12 +78,13 @@ class OnRay(Workers):
             return  # a cluster is not asked for nothing
         self._hire(self.n - len(self._idle) - len(self._loading))
         waiting, begun, working = deque(units), Counter[str](), dict[Any, tuple[Any, Unit]]()
+        shelf = _Shelf(self._ray, units)
 
         def hand_out() -> None:
             while waiting and self._idle:
                 actor, unit = self._idle.pop(), waiting.popleft()
                 begun[unit.path.name] += 1
-                working[actor.do.remote(unit.work, unit.arguments)] = (actor, unit)
+                working[actor.do.remote(unit.work, unit.arguments, shelf.place(unit))] = (actor, unit)
 
         try:
             while waiting or working:
@@ -100,6 +102,7 @@ class OnRay(Workers):
                 self._idle.append(actor)
                 if isinstance(table, BaseException):
                     raise table
+                shelf.done(unit)
                 hand_out()  # before this process turns to the table
                 yield unit, table
         finally:
@@ -218,24 +221,60 @@ class OnRay(Workers):
         self._hire(1)
 
 
+class _Shelf:
+    """What several units begin with, put into Ray's store once, as long as one of them is to be done."""
+
+    def __init__(self, ray: Any, units: Sequence[Unit]) -> None:
+        self._ray = ray
+        self._n_left = Counter(id(unit.common) for unit in units)
+        self._places: dict[int, tuple[int, Any]] = {}
+
+    def place(self, unit: Unit) -> tuple[int, Any] | None:
+        """A number of its own, and a reference."""
+        if unit.common is None:
+            return None
+        if id(unit.common) not in self._places:
+            self._places[id(unit.common)] = (next(_NUMBERS), self._ray.put(unit.common))
+        return self._places[id(unit.common)]
+
+    def done(self, unit: Unit) -> None:
+        self._n_left[id(unit.common)] -= 1
+        if not self._n_left[id(unit.common)]:
+            self._places.pop(id(unit.common), None)
+
+
+_NUMBERS = count()
+
+
+def _fetched(reference: Any) -> Common:
+    """What lies on the driver's shelf."""
+    import ray
+
+    return ray.get(reference)
+
+
 class Replica:
     """What an actor is: a model, and units done on it. Exceptions are answers, and are raised where they arrive."""
 
-    model: HookedVLM
+    bench: Bench
 
     def load(self, name: str, device: str, dtype: torch.dtype, n_threads: int) -> dict[str, str] | Exception:
         """Load the model; what it is (`identity`)."""
         torch.set_num_threads(n_threads)
         try:
-            self.model = HookedVLM.from_pretrained(name, device=device, dtype=dtype)
-            return identity(self.model)
+            model = HookedVLM.from_pretrained(name, device=device, dtype=dtype)
+            self.bench = Bench(model)
+            return identity(model)
         except Exception as error:
             return _sendable(error)
 
-    def do(self, work: Callable[..., pd.DataFrame], arguments: tuple[Any, ...]) -> pd.DataFrame | Exception:
-        """A unit's table."""
+    def do(
+        self, work: Callable[..., pd.DataFrame], arguments: tuple[Any, ...], place: tuple[int, Any] | None
+    ) -> pd.DataFrame | Exception:
+        """A unit's table; `place` is where what it begins with lies on the driver's shelf."""
         try:
-            return table_of(self.model, work, arguments)
+            given = () if place is None else self.bench.common(place[0], partial(_fetched, place[1]))
+            return self.bench.table(work, (*given, *arguments))
         except Exception as error:
             return _sendable(error)
 

@@ -15,12 +15,12 @@ import pandas as pd
 
 from hooked_vlm.digests import digest, weights_hash
 from hooked_vlm.inputs import VLMInputs
-from hooked_vlm.interventions.base import Intervention
+from hooked_vlm.interventions.base import ENCODER, Intervention
 from hooked_vlm.metrics import Metric
 from hooked_vlm.parts import Parts
 from hooked_vlm.sweep import sweep
 from hooked_vlm.token_layout import InputError
-from hooked_vlm.work import InProcess, Unit, Workers
+from hooked_vlm.work import Common, InProcess, Unit, Workers
 
 RUNS_PER_BLOCK = 512
 """By default; a block's own cost is one plain run."""
@@ -78,11 +78,12 @@ def sweep_many(
     for case in cases:
         inputs = case.inputs.portable()
         key = {**shared, "inputs": digest(inputs), "metric": digest(case.metric)}
+        common = Common(prepared, (inputs, _encodes(model, case)))
         for first in range(0, len(case.interventions), runs_per_block):
             block = tuple(case.interventions[first : first + runs_per_block])
-            arguments = (inputs, block, case.metric, logits_at, max_runs)
+            arguments = (block, case.metric, logits_at, max_runs)
             own = {**key, "interventions": digest(block)}
-            units.append(Unit(Parts(folder), own, sweep_block, arguments, len(block)))
+            units.append(Unit(Parts(folder), own, sweep_block, arguments, len(block), common))
             places.append((case.name, first))
     tables = (workers or InProcess(model)).tables(units, "sweep", each="block", counted="runs", quiet=not progress)
     placed = []
@@ -91,6 +92,19 @@ def sweep_many(
         placed.append(table.assign(run=table["run"] + first))
     columns = ["case", "run", "intervention", "row", "value", "baseline", "effect"]
     return pd.concat(placed, ignore_index=True) if placed else pd.DataFrame(columns=columns)
+
+
+def _encodes(model: Any, case: SweepCase) -> bool:
+    """Whether the images can be encoded once for all blocks."""
+    if not case.inputs.has_visuals or case.inputs.image_features is not None:
+        return False
+    return all(iv.first_layer(model, case.inputs) != ENCODER for iv in case.interventions)
+
+
+def prepared(model: Any, inputs: VLMInputs, encode: bool) -> VLMInputs:
+    """A case's inputs where the model is, with their images encoded."""
+    inputs = model.as_inputs(inputs)
+    return inputs.with_image_features(model.encode_images(inputs)) if encode else inputs
 
 
 def sweep_block(

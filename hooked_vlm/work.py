@@ -33,6 +33,18 @@ class WorkerError(RuntimeError):
 
 
 @dataclass(frozen=True, eq=False)
+class Common:
+    """What several units begin with, such as an encoded picture.
+
+    A worker makes it for the first of them and keeps it until a unit comes with another one.
+    """
+
+    make: Callable[..., Any]
+    """A function on the top level of a module, called as make(model, *arguments)."""
+    arguments: tuple[Any, ...]
+
+
+@dataclass(frozen=True, eq=False)
 class Unit:
     """One table to be made, and where it is kept."""
 
@@ -40,11 +52,13 @@ class Unit:
     key: Mapping[str, Any]
     """All that decides the table's content, the model's weights included."""
     work: Callable[..., pd.DataFrame]
-    """A function on the top level of a module, called as work(model, *arguments); gradients are off."""
+    """A function on the top level of a module, called as work(model, *arguments), or with what `common` made in front
+    of the arguments. Gradients are off."""
     arguments: tuple[Any, ...] = ()
     """They are pickled if the work is done elsewhere."""
     size: int = 1
     """How much it counts in the throughput: its tokens, its runs."""
+    common: Common | None = None
 
     @property
     def path(self) -> Path:
@@ -123,14 +137,34 @@ class InProcess(Workers):
         self.model = model
 
     def made(self, units: Sequence[Unit]) -> Iterator[tuple[Unit, pd.DataFrame]]:
+        bench = Bench(self.model)
         for unit in units:
-            yield unit, table_of(self.model, unit.work, unit.arguments)
+            common = unit.common
+            given = () if common is None else bench.common(id(common), lambda common=common: common)
+            yield unit, bench.table(unit.work, (*given, *unit.arguments))
 
 
-@torch.no_grad()
-def table_of(model: Any, work: Callable[..., pd.DataFrame], arguments: tuple[Any, ...]) -> pd.DataFrame:
-    """A unit's table."""
-    return work(model, *arguments)
+class Bench:
+    """A model, and what was made of it for the unit before."""
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+        self._key: Any = None
+        self._value: Any = None
+
+    @torch.no_grad()
+    def common(self, key: Any, get: Callable[[], Common]) -> tuple[Any]:
+        """What units of this key begin with."""
+        if key != self._key:
+            self._key = self._value = None  # before there are two
+            common = get()
+            self._key, self._value = key, common.make(self.model, *common.arguments)
+        return (self._value,)
+
+    @torch.no_grad()
+    def table(self, work: Callable[..., pd.DataFrame], arguments: tuple[Any, ...]) -> pd.DataFrame:
+        """A unit's table."""
+        return work(self.model, *arguments)
 
 
 def _read(unit: Unit) -> pd.DataFrame:

@@ -20,7 +20,7 @@ from hooked_vlm.experiments.head_attribution.regression import Fit, fit
 from hooked_vlm.experiments.head_attribution.tasks import Case, ask, items_of, right_cases
 from hooked_vlm.experiments.head_attribution.text_flow import blocked_edges, receivers
 from hooked_vlm.parts import Parts
-from hooked_vlm.work import Unit, Workers
+from hooked_vlm.work import Common, Unit, Workers
 
 
 @dataclass(frozen=True, eq=False)
@@ -112,37 +112,40 @@ class _Picture:
     probe: Probe
     tables: dict[str, pd.DataFrame] = field(default_factory=dict)
 
-    def unit(self, folder: str, work: Callable[..., pd.DataFrame], arguments: tuple, *settings: str) -> Unit:
-        """A unit whose table also depends on some settings."""
+    def unit(
+        self, folder: str, work: Callable[..., pd.DataFrame], arguments: tuple, *settings: str, on_probe: bool = True
+    ) -> Unit:
+        """A unit whose table also depends on some settings; its work is given the probe, if it needs one."""
         case, config = self.probe.case, self.config
         key = {**self.shared, "image": case.item.id, "index": self.index}
         key |= {"foil": case.foil} if config.target == "difference" else {}
         key |= {name: getattr(config, name) for name in settings}
-        return Unit(Parts(config.out / "parts" / folder), key, work, arguments)
+        common = self.placed if on_probe else None
+        return Unit(Parts(config.out / "parts" / folder), key, work, arguments, common=common)
 
     @cached_property
-    def sent(self) -> Probe:
-        return self.probe.portable()
+    def placed(self) -> Common:
+        """The probe on a worker's replica of the model."""
+        return Common(placed, (self.probe.portable(),))
 
     def ablations(self) -> dict[str, Unit]:
         """What needs nothing but the picture."""
-        config, probe, wanted = self.config, self.sent, self.config.sections
-        found = {"ends": self.unit("ends", ends_of, (probe,))}
+        config, wanted = self.config, self.config.sections
+        found = {"ends": self.unit("ends", ends_of, ())}
         if "attribution" in wanted:
             found["heads_masks"] = self.unit("heads_masks", over_heads, self._masks("heads"), "keep", "masks")
         if "curves" in wanted or "where" in wanted:
-            found["rankings"] = self.unit("rankings", rankings_of, (probe,))
+            found["rankings"] = self.unit("rankings", rankings_of, ())
         if "tokens" in wanted:
-            found["receivers"] = self.unit("receivers", receivers_of, (probe, config.window), "window")
-            found["edges"] = self.unit("edges", edges_of, (probe, config.window), "window")
+            found["receivers"] = self.unit("receivers", receivers_of, (config.window,), "window")
+            found["edges"] = self.unit("edges", edges_of, (config.window,), "window")
             found["tokens_masks"] = self.unit("tokens_masks", over_tokens, self._masks("tokens"), "keep", "token_masks")
         return found
 
-    def _masks(self, units: Literal["heads", "tokens"]) -> tuple[Probe, int, float, list[int]]:
-        """The probe, how many masks over heads or image tokens, the share they keep, and their seed."""
+    def _masks(self, units: Literal["heads", "tokens"]) -> tuple[int, float, list[int]]:
+        """How many masks over heads or image tokens, the share they keep, and their seed."""
         asked, number = (self.config.masks, 20) if units == "heads" else (self.config.token_masks, 21)
-        n = n_masks(asked, self.n_units(units))
-        return self.sent, n, self.config.keep, [self.config.seed, number, self.index]
+        return n_masks(asked, self.n_units(units)), self.config.keep, [self.config.seed, number, self.index]
 
     def n_units(self, units: Literal["heads", "tokens"]) -> int:
         return len(self.probe.heads if units == "heads" else self.probe.image)
@@ -155,22 +158,22 @@ class _Picture:
                 arguments = (self.tables[f"{units}_masks"], self.n_units(units), config.regression, config.held_out)
                 arguments = (*arguments, config.bootstrap, config.seed)
                 name, settings = f"{units}_coefficients", (*SCORED, asked, "bootstrap")
-                found[name] = self.unit(name, regression_of, arguments, *settings)
+                found[name] = self.unit(name, regression_of, arguments, *settings, on_probe=False)
         return found
 
     def curves(self) -> dict[str, Unit]:
         """What follows the ranking by attribution, and others."""
-        config, probe, found = self.config, self.sent, {}
+        config, found = self.config, {}
         settings = (*SCORED, "masks", "random_rankings")
         if "curves" in config.sections:
             others = self.tables["rankings"].drop(columns=["layer", "head"])
             scores = {"attribution": self.regressed("heads").fit.coefficients}
             scores |= {name: others[name].to_numpy() for name in others}
             ranked = orders(scores, config.random_rankings, [config.seed, 22, self.index])
-            found["curves"] = self.unit("curves", curves_of, (probe, ranked), *settings)
+            found["curves"] = self.unit("curves", curves_of, (ranked,), *settings)
         if "tokens" in config.sections:
-            arguments = (probe, self.regressed("tokens").fit.coefficients, config.random_rankings)
-            arguments = (*arguments, [config.seed, 23, self.index])
+            seed = [config.seed, 23, self.index]
+            arguments = (self.regressed("tokens").fit.coefficients, config.random_rankings, seed)
             found["token_curves"] = self.unit("token_curves", token_curves_of, arguments, *settings, "token_masks")
         return found
 
@@ -190,39 +193,42 @@ def _gathered(answers: pd.DataFrame, pictures: Sequence[_Picture]) -> Measured:
     return found
 
 
-# ---------------------------------------------------------------- units of work: functions of a replica of the model
+# ---------------------------------------------------------------- the work: functions of a replica of the model
+
+
+def placed(model: Any, probe: Probe) -> Probe:
+    """What all but the regressions begin with."""
+    return probe.on(model)
 
 
 def ends_of(model: Any, probe: Probe) -> pd.DataFrame:
     """`full` and `none`: see `Probe.ends`."""
-    return pd.DataFrame([probe.on(model).ends], columns=["full", "none"])
+    return pd.DataFrame([probe.ends], columns=["full", "none"])
 
 
 def over_heads(model: Any, probe: Probe, n: int, keep: float, seed: list[int]) -> pd.DataFrame:
     """The target under random masks over heads."""
-    probe = probe.on(model)
     return measured(probe.over_heads, n, len(probe.heads), keep, seed)
 
 
 def over_tokens(model: Any, probe: Probe, n: int, keep: float, seed: list[int]) -> pd.DataFrame:
     """The target under random masks over image tokens."""
-    probe = probe.on(model)
     return measured(probe.over_tokens, n, len(probe.image), keep, seed)
 
 
 def rankings_of(model: Any, probe: Probe) -> pd.DataFrame:
     """See `other_rankings`."""
-    return other_rankings(probe.on(model))
+    return other_rankings(probe)
 
 
 def receivers_of(model: Any, probe: Probe, width: int | None) -> pd.DataFrame:
     """See `receivers`."""
-    return receivers(probe.on(model), width)
+    return receivers(probe, width)
 
 
 def edges_of(model: Any, probe: Probe, width: int | None) -> pd.DataFrame:
     """See `blocked_edges`."""
-    return blocked_edges(probe.on(model), width)
+    return blocked_edges(probe, width)
 
 
 def regression_of(
@@ -234,12 +240,11 @@ def regression_of(
 
 def curves_of(model: Any, probe: Probe, ranked: Mapping[tuple[str, int], np.ndarray]) -> pd.DataFrame:
     """Curves over heads."""
-    return measure_curves(probe.on(model).over_heads, ranked)
+    return measure_curves(probe.over_heads, ranked)
 
 
 def token_curves_of(model: Any, probe: Probe, attribution: np.ndarray, n_random: int, seed: list[int]) -> pd.DataFrame:
     """Curves over image tokens, by attribution, by attention and by how much of the object they cover."""
-    probe = probe.on(model)
     scores = {"attribution": attribution, "attention": attention_to_tokens(probe)}
     covered = coverage(probe)
     scores |= {} if covered is None else {"object": covered}
