@@ -64,7 +64,8 @@ class OnRay(Workers):
         super().__init__()
         if n is not None and n < 1:
             raise WorkerError(f"the number of workers must be at least 1, got {n}")
-        self.model, self.address, self.asked, self.device, self.attempts = model, address, n, device, attempts
+        self.model, self.address, self.attempts = model, address, attempts
+        self._asked, self._asked_device = n, device
         self.n_lost = 0
         """Workers that died at their work so far."""
         self._loading: dict[Any, Any] = {}
@@ -109,14 +110,21 @@ class OnRay(Workers):
             for actor, _ in working.values():  # what they do is not wanted any more
                 self._ray.kill(actor)
 
-    def close(self) -> None:
-        """Dismiss the workers; a cluster that was started for them ends."""
-        if "_connection" not in vars(self):
-            return
+    @property
+    def device(self) -> str:
+        connected = "_connection" in vars(self)
+        return self._device if connected else str(self.model.cfg.device)  # nobody was asked
+
+    def rest(self) -> None:
+        """Dismiss the workers; others are hired when there is more to do."""
         for actor in [*self._idle, *self._loading.values()]:
             self._ray.kill(actor)
         self._idle, self._loading = [], {}
-        if self._connection[1]:
+
+    def close(self) -> None:
+        """Dismiss the workers; a cluster that was started for them ends."""
+        self.rest()
+        if "_connection" in vars(self) and self._connection[1]:
             self._ray.shutdown()
         for name in ("_connection", "n", "share", "_actor"):
             vars(self).pop(name, None)
@@ -132,13 +140,17 @@ class OnRay(Workers):
         return self._connection[0]
 
     @property
+    def _device(self) -> str:
+        return self._asked_device or ("cuda" if n_gpus_of(self._ray) else "cpu")
+
+    @property
     def _on_gpus(self) -> bool:
-        return (self.device is None or self.device.startswith("cuda")) and n_gpus_of(self._ray) > 0
+        return self._device.startswith("cuda")
 
     @cached_property
     def n(self) -> int:
         """How many there are."""
-        return self.asked or (n_gpus_of(self._ray) if self._on_gpus else CPU_WORKERS)
+        return self._asked or (max(1, n_gpus_of(self._ray)) if self._on_gpus else CPU_WORKERS)
 
     @cached_property
     def share(self) -> Share:
@@ -164,8 +176,7 @@ class OnRay(Workers):
     def _hire(self, n: int) -> None:
         for _ in range(n):
             actor = self._actor.remote()
-            device = self.device or ("cuda" if self.share.n_gpus else "cpu")
-            ready = actor.load.remote(self._source, device, self.model.cfg.dtype, self.share.n_threads)
+            ready = actor.load.remote(self._source, self._device, self.model.cfg.dtype, self.share.n_threads)
             self._loading[ready] = actor
 
     def _next_answer(self, awaited: list[Any]) -> Any:

@@ -110,12 +110,24 @@ class Workers(ABC):
                     bar.update()
             finally:
                 if done:
-                    self.size, self.seconds = self.size + done, self.seconds + time.perf_counter() - begun
+                    self.count(done, time.perf_counter() - begun)
         return [_read(unit) if table is None else table for unit, table in zip(units, found, strict=True)]
 
     @abstractmethod
     def made(self, units: Sequence[Unit]) -> Iterator[tuple[Unit, pd.DataFrame]]:
         """Every unit with its table, in the order in which they are finished."""
+
+    @property
+    @abstractmethod
+    def device(self) -> str:
+        """What the work is done on."""
+
+    def count(self, size: int, seconds: int | float) -> None:
+        """Add to what was done."""
+        self.size, self.seconds = self.size + size, self.seconds + seconds
+
+    def rest(self) -> None:  # noqa: B027 (not all hold something)
+        """Let go of replicas until there is more to do."""
 
     def close(self) -> None:  # noqa: B027 (not all hold something)
         """Let go of what they hold."""
@@ -135,6 +147,10 @@ class InProcess(Workers):
     def __init__(self, model: Any) -> None:
         super().__init__()
         self.model = model
+
+    @property
+    def device(self) -> str:
+        return str(self.model.cfg.device)
 
     def made(self, units: Sequence[Unit]) -> Iterator[tuple[Unit, pd.DataFrame]]:
         bench = Bench(self.model)

@@ -57,6 +57,7 @@ def run(config: HeadAttributionConfig, model: HookedVLM | None = None) -> HeadAt
     config.check_against(model)
     with workers_of(config, model, config.device) as workers:
         found = measure(model, config, workers)
+        device = workers.device
     name = Path(config.model).name
     report = Report(
         f"Head attribution of {name}",
@@ -68,7 +69,7 @@ def run(config: HeadAttributionConfig, model: HookedVLM | None = None) -> HeadAt
         findings |= SECTIONS[section](report, found, config)
     report.section("Summary", "The numbers above that other models are compared by.")
     report.table("summary", as_table(findings), "Findings, with 95% intervals")
-    record: dict[str, Any] = {"config": _about(config), "images": found.images, **provenance(model)}
+    record: dict[str, Any] = {"config": _about(config), "images": found.images, **provenance(model), "device": device}
     return HeadAttributionResult(found, findings, report.write(config.out, record))
 
 
