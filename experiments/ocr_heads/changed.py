@@ -33,6 +33,8 @@ class Condition:
 
 
 UNCHANGED = Condition("unchanged")
+OWN_METRIC = "Each task's own metric; p: paired, against the mean of the control's draws"
+"""What the table of the tasks' chosen metrics shows."""
 
 
 def tasks_of(study: Study, config: TaskConfig) -> list[Task]:
@@ -103,8 +105,8 @@ def summarize(answers: pd.DataFrame, conditions: Sequence[Condition], seed: int)
     """One row per task, condition and metric: mean and 95% bootstrap interval over samples.
 
     `change`: against the unchanged model, sample by sample. `p`: a paired test of the samples against the random
-    control's mean over its draws. Random conditions are averaged over draws sample by sample; `lowest` and `highest`
-    are their extreme draws.
+    control's mean over its draws; it takes these draws as given, so `draws as low` says which share of them leaves no
+    more. Random conditions are averaged over draws sample by sample; `lowest` and `highest` are their extreme draws.
     """
     controls = {condition.name: condition.control for condition in conditions}
     rows = []
@@ -122,6 +124,7 @@ def summarize(answers: pd.DataFrame, conditions: Sequence[Condition], seed: int)
                 change = bootstrap_mean(mean - samples[UNCHANGED.name].mean(axis=1).to_numpy(), seed)
                 control = samples.get(controls[name])
                 p = np.nan if control is None else paired_p(mean, control.mean(axis=1).to_numpy(), seed)
+                as_low = np.nan if control is None else (control.mean(axis=0) <= estimate.value + 1e-12).mean()
                 rows.append(
                     {
                         "task": task,
@@ -136,6 +139,7 @@ def summarize(answers: pd.DataFrame, conditions: Sequence[Condition], seed: int)
                         "change_high": change.high,
                         "p": p,
                         "control": controls[name],
+                        "draws as low": as_low,
                         "lowest": draws.min(),
                         "highest": draws.max(),
                         "draws": len(draws),
@@ -151,11 +155,11 @@ def summary_lines(summary: pd.DataFrame) -> list[str]:
     width = max(len(name) for name in shown["condition"])
     lines = []
     for task in dict.fromkeys(shown["task"]):
-        own = shown.loc[shown["task"] == task]
+        own = shown.loc[shown["task"] == task].rename(columns={"draws as low": "as_low"})
         lines.append(f"  {task} ({own['metric'].iloc[0]}, {own['n'].iloc[0]} samples)")
         for row in each_row(own):
             spread = f"{row.draws} draws, {row.lowest:.1%} to {row.highest:.1%}" if row.draws > 1 else ""
-            p = "" if np.isnan(row.p) else f"p against random {row.p:.4f}"
+            p = "" if np.isnan(row.p) else f"p against random {row.p:.4f}, {row.as_low:.0%} of the draws as low"
             text = f"    {row.condition:{width}s}  {row.value:6.1%} ({row.low:.1%} to {row.high:.1%})"
             lines.append("  ".join(part for part in (text, spread, p) if part))
     return lines

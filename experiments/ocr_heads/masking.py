@@ -3,6 +3,7 @@
 from hooked_vlm.experiments.common.errors import StudyError
 from hooked_vlm.experiments.ocr_heads import plots
 from hooked_vlm.experiments.ocr_heads.changed import (
+    OWN_METRIC,
     UNCHANGED,
     Condition,
     answer_all,
@@ -34,7 +35,11 @@ def mask(study: Study, config: MaskConfig) -> Finding:
     chosen = summary.loc[summary["chosen"]]
     figures = {"masking": (plots.bars(chosen), "Tasks with heads masked; bars are 95% intervals over samples")}
     tables = {
-        "masking": (chosen.drop(columns="chosen"), "Each task's own metric; p: paired against random heads", None),
+        "masking": (
+            chosen.drop(columns="chosen"),
+            OWN_METRIC,
+            None,
+        ),
         "masking-all-metrics": (summary.drop(columns="chosen"), "All metrics", 0),
         "masking-answers": (answers, "Every reply", 0),
     }

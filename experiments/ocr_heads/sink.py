@@ -7,6 +7,7 @@ from jaxtyping import Float
 
 from hooked_vlm.experiments.ocr_heads import plots
 from hooked_vlm.experiments.ocr_heads.changed import (
+    OWN_METRIC,
     UNCHANGED,
     Condition,
     answer_all,
@@ -16,7 +17,7 @@ from hooked_vlm.experiments.ocr_heads.changed import (
 )
 from hooked_vlm.experiments.ocr_heads.config import SinkConfig
 from hooked_vlm.experiments.ocr_heads.masking import check_counts
-from hooked_vlm.experiments.ocr_heads.sink_attention import QUERIES, share_of, sink_attention, sink_table
+from hooked_vlm.experiments.ocr_heads.sink_attention import PLACES, QUERIES, share_of, sink_attention, sink_table
 from hooked_vlm.experiments.ocr_heads.study import Finding, Study, head_names
 from hooked_vlm.interventions import Head, RedistributeSink
 
@@ -52,12 +53,17 @@ def sink(study: Study, config: SinkConfig) -> Finding:
         *notes,
         "The sink is the first token. A query that sees nothing else keeps its attention, so causality holds "
         "(the published code spreads the first row over later tokens).",
-        f"Attention on the first token is the mean over up to {QUERIES} queries spread through each prompt. The less "
-        "of it there is, the less there is to redistribute.",
+        "Attention on the first token is that of the last position of each prompt, where the answer begins, and the "
+        f"mean over up to {QUERIES} positions spread through it (early ones see few others). The less of it, the "
+        "less there is to redistribute.",
     ]
     figures = {"sink": (plots.over_beta(chosen), "Change of each task's metric against the unmodified model, by beta")}
     tables = {
-        "sink": (chosen.drop(columns="chosen"), "Each task's own metric; p: paired against random heads", None),
+        "sink": (
+            chosen.drop(columns="chosen"),
+            OWN_METRIC,
+            None,
+        ),
         "sink-all-metrics": (summary.drop(columns="chosen"), "All metrics", 0),
         "sink-attention": (
             most,
@@ -69,9 +75,9 @@ def sink(study: Study, config: SinkConfig) -> Finding:
     return Finding("Sink redistribution", [*notes, "", *summary_lines(summary)], about, figures, tables)
 
 
-def _given_to_sink(name: str, heads: Sequence[Head], shares: Float[np.ndarray, "sample layer head"], seed: int) -> str:
-    found = share_of(heads, shares, seed)
-    return (
-        f"{name}: {head_names(heads)}; {found.value:.2%} ({found.low:.2%} to {found.high:.2%}, {found.n} samples) of "
-        "their attention falls on the first token"
-    )
+def _given_to_sink(
+    name: str, heads: Sequence[Head], shares: Float[np.ndarray, "sample place layer head"], seed: int
+) -> str:
+    found = [(place, share_of(heads, shares, place, seed)) for place in PLACES]
+    said = ", ".join(f"{e.value:.2%} ({e.low:.2%} to {e.high:.2%}) {place}" for place, e in found)
+    return f"{name}: {head_names(heads)}; of their attention the first token gets {said} (n = {len(shares)})"

@@ -19,10 +19,12 @@ from hooked_vlm.statistics import Estimate, bootstrap_mean, bootstrap_means
 QUERIES = 64
 """Positions of a prompt whose attention is read, evenly spread, the last one included and the first left out: it sees
 nothing but itself."""
+PLACES = ("where the answer begins", "over the prompt")
+"""The last position alone, and the mean over all `QUERIES`, of which early ones see few tokens but the first."""
 
 
-def sink_attention(study: Study, tasks: Sequence[Task]) -> Float[np.ndarray, "sample layer head"]:
-    """The share of its attention that every head gives the first token, for each sample of the tasks."""
+def sink_attention(study: Study, tasks: Sequence[Task]) -> Float[np.ndarray, "sample place layer head"]:
+    """The share of its attention that every head gives the first token, for each sample of the tasks, in `PLACES`."""
     model, found = study.model, []
     for task in tasks:
         units = []
@@ -33,11 +35,12 @@ def sink_attention(study: Study, tasks: Sequence[Task]) -> Float[np.ndarray, "sa
                 "examples": group,
                 "pixels": study.pixels,
                 "queries": QUERIES,
+                "places": PLACES,
             }
             own = [task.data.examples[i] for i in group]
             units.append(study.unit(key, shares_of, (own, study.pixels), n_tokens))
         found += study.tables(units, f"sink, {task.name}")
-    shape = (-1, model.cfg.n_layers, model.cfg.n_heads)
+    shape = (-1, len(PLACES), model.cfg.n_layers, model.cfg.n_heads)
     return np.stack([np.asarray(s, dtype=np.float64) for s in pd.concat(found)["shares"]]).reshape(shape)
 
 
@@ -48,27 +51,33 @@ def shares_of(model: Any, examples: Sequence[Example], pixels: int | None) -> pd
 
 def first_token_shares(
     model: Any, examples: Sequence[Example], pixels: int | None
-) -> Float[np.ndarray, "sample layer head"]:
-    """The mean, over queries spread through the prompt, of the attention on the prompt's first token."""
+) -> Float[np.ndarray, "sample place layer head"]:
+    """The attention on each prompt's first token, in `PLACES`."""
     inputs = to_inputs(model, examples, pixels)
     spans = list(zip(inputs.first, inputs.stop, strict=True))
     positions = np.stack([np.linspace(first + 1, stop - 1, QUERIES).round().astype(int) for first, stop in spans])
 
-    def on_first(rows: Tensor) -> Float[Tensor, "sample head"]:
-        return torch.stack([rows[i, :, :, first].mean(-1) for i, first in enumerate(inputs.first)])
+    def on_first(rows: Tensor) -> Float[Tensor, "sample place head"]:
+        shares = torch.stack([rows[i, :, :, first] for i, first in enumerate(inputs.first)])
+        return torch.stack([shares[..., -1], shares.mean(-1)], dim=1)
 
     shares = attention_rows(model, inputs, torch.from_numpy(positions), reduce=on_first)
-    return shares.transpose(0, 1).float().cpu().numpy()
+    return shares.permute(1, 2, 0, 3).float().cpu().numpy()
 
 
-def sink_table(shares: Float[np.ndarray, "sample layer head"], seed: int) -> pd.DataFrame:
+def sink_table(shares: Float[np.ndarray, "sample place layer head"], seed: int) -> pd.DataFrame:
     """One row per head: mean share of its attention on the first token, 95% interval over samples; the most first."""
     low, high = bootstrap_means(shares, seed)
-    values = {"attention on the first token": shares.mean(0), "low": low, "high": high}
-    table = head_table({**values, "n": np.full(low.shape, len(shares))})
-    return table.sort_values("attention on the first token", ascending=False, ignore_index=True)
+    values = {}
+    for i, place in enumerate(PLACES):
+        values |= {place: shares.mean(0)[i], f"low, {place}": low[i], f"high, {place}": high[i]}
+    table = head_table({**values, "n": np.full(low[0].shape, len(shares))})
+    return table.sort_values(PLACES[0], ascending=False, ignore_index=True)
 
 
-def share_of(heads: Sequence[Head], shares: Float[np.ndarray, "sample layer head"], seed: int) -> Estimate:
+def share_of(
+    heads: Sequence[Head], shares: Float[np.ndarray, "sample place layer head"], place: str, seed: int
+) -> Estimate:
     """The mean over some heads, with its interval over samples."""
-    return bootstrap_mean(np.mean([shares[:, layer, head] for layer, head in heads], axis=0), seed)
+    here = shares[:, PLACES.index(place)]
+    return bootstrap_mean(np.mean([here[:, layer, head] for layer, head in heads], axis=0), seed)

@@ -32,7 +32,7 @@ from hooked_vlm.experiments.ocr_heads.data.scored import PAPER_PIXELS, passkey_p
 from hooked_vlm.experiments.ocr_heads.examples import prompt_length, to_inputs
 from hooked_vlm.experiments.ocr_heads.masking import masking_conditions
 from hooked_vlm.experiments.ocr_heads.profile import against_chance, measures
-from hooked_vlm.experiments.ocr_heads.sink_attention import QUERIES, first_token_shares
+from hooked_vlm.experiments.ocr_heads.sink_attention import PLACES, QUERIES, first_token_shares
 from hooked_vlm.experiments.ocr_heads.study import Study
 from hooked_vlm.files import OutputError
 
@@ -107,6 +107,7 @@ def test_summary_by_hand() -> None:
     assert chosen["change"].to_dict() == pytest.approx({"unchanged": 0.0, "top": -1.0, "random": -0.1})
     assert chosen.loc["top", "p"] == pytest.approx(2 / 2**10)  # all ten differ: only the two ends are as far
     assert chosen.loc["random", ["lowest", "highest", "draws", "n"]].tolist() == [0.9, 0.9, 2, 10]
+    assert chosen.loc["top", ["control", "draws as low"]].tolist() == ["random", 0.0]  # both draws leave 0.9
     assert len(table) == 15
 
 
@@ -209,18 +210,20 @@ def test_attention_on_the_first_token_is_that_of_the_patterns(toy: HookedVLM) ->
         for layer in range(toy.cfg.n_layers):
             rows = cache["pattern", layer][0]
             expected = [np.mean([float(rows[head, q, 0]) for q in queries]) for head in range(toy.cfg.n_heads)]
-            np.testing.assert_allclose(found[i, layer], expected, atol=1e-6)
+            np.testing.assert_allclose(found[i, PLACES.index("over the prompt"), layer], expected, atol=1e-6)
+            np.testing.assert_allclose(found[i, 0, layer], rows[:, -1, 0].detach().numpy(), atol=1e-6)
 
 
 def test_the_sink_section_says_how_much_there_is_to_redistribute(qwen: HookedVLM, tmp_path: Path) -> None:
     result = run(SinkConfig(**SMALL, **TASKS, out=tmp_path, betas=(1.0,), tasks=("page", "text")), qwen)
     table = result.table("sink-attention")
     assert len(table) == 16 and (table["n"] == 8).all()
-    mean = table["attention on the first token"]
-    assert (table["low"] <= mean).all() and (mean <= table["high"]).all() and mean.is_monotonic_decreasing
-    by_head = table.set_index(["layer", "head"])["attention on the first token"]
+    for place in PLACES:
+        assert (table[f"low, {place}"] <= table[place]).all() and (table[place] <= table[f"high, {place}"]).all()
+    by_head = table.set_index(["layer", "head"])[PLACES[0]]
+    assert by_head.is_monotonic_decreasing
     line = next(line for line in result.summary.splitlines() if line.startswith("top 2 OCR heads"))
-    assert f"; {np.mean([by_head[2, 0], by_head[2, 1]]):.2%} (" in line and "8 samples" in line
+    assert f" {np.mean([by_head[2, 0], by_head[2, 1]]):.2%} (" in line and "n = 8" in line
 
 
 def test_steps_are_written_out_on_samples_that_heads_were_not_scored_on(qwen: HookedVLM, tmp_path: Path) -> None:
