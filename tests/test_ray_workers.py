@@ -2,11 +2,13 @@
 
 import json
 import os
+import pickle
 import signal
 import socket
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,9 +17,16 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+import tyro
+from PIL import Image
 
 from hooked_vlm import CheckpointError, HookedVLM, InputError, SweepCase, sweep_many
 from hooked_vlm.experiments.common.errors import StudyError
+from hooked_vlm.experiments.head_attribution import All
+from hooked_vlm.experiments.head_attribution import run as run_head_attribution
+from hooked_vlm.experiments.ocr_heads import MaskConfig, ScoreConfig
+from hooked_vlm.experiments.ocr_heads import run as run_ocr_heads
+from hooked_vlm.experiments.ocr_heads.examples import Example
 from hooked_vlm.experiments.toy.data import make_page
 from hooked_vlm.interventions import AddVector, ReplaceImageKV, ZeroHeads
 from hooked_vlm.metrics import log_prob
@@ -62,6 +71,43 @@ def test_without_ray_the_error_says_what_to_install(monkeypatch: pytest.MonkeyPa
         connect("local")
     with pytest.raises(WorkerError, match="number of workers must be at least 1, got 0"):
         OnRay(None, n=0)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "address"),
+    [
+        ([], None),
+        (["--ray"], "local"),
+        (["--ray", "auto"], "auto"),
+        (["--ray", "--seed", "3"], "local"),
+        (["--ray", "10.0.0.5:6379", "--seed", "3"], "10.0.0.5:6379"),
+    ],
+)
+@pytest.mark.parametrize("study", [ScoreConfig, All])
+def test_ray_may_be_given_an_address(study: Any, arguments: list[str], address: str | None) -> None:
+    config = tyro.cli(study, args=arguments)
+    assert config.ray == address and config.seed == (3 if "--seed" in arguments else 0)
+    config.check()
+
+
+@pytest.mark.parametrize("study", [ScoreConfig, All])
+def test_settings_of_workers_that_mean_nothing_are_refused(study: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(StudyError, match="--workers must be at least 1, got 0"):
+        study(ray="auto", workers=0).check()
+    with pytest.raises(StudyError, match="it goes with --ray"):
+        study(workers=2).check()
+    with pytest.raises(SystemExit):
+        tyro.cli(study, args=["--ray", "one", "two"])
+    assert "--ray takes one address" in " ".join(capsys.readouterr().err.split())
+
+
+def test_an_example_that_is_sent_carries_its_pictures(tmp_path: Path) -> None:
+    Image.fromarray(np.arange(48, dtype=np.uint8).reshape(4, 4, 3)).save(tmp_path / "page.png")
+    example = Example("What?", ("that",), (tmp_path / "page.png",))
+    sent = pickle.dumps(example)
+    (tmp_path / "page.png").unlink()
+    (picture,) = pickle.loads(sent).images
+    assert np.asarray(picture).ravel().tolist() == list(range(48)) and example.images == (tmp_path / "page.png",)
 
 
 def test_nobody_is_asked_for_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -267,3 +313,35 @@ def test_an_interrupted_run_goes_on_where_it_stopped(
         len(names(tmp_path)) == 6
         and before.items() <= {n: (tmp_path / n).read_bytes() for n in names(tmp_path)}.items()
     )
+
+
+STUDIES: dict[str, tuple[Any, Any]] = {
+    "ocr-heads score": (run_ocr_heads, ScoreConfig(samples=4, tokens_per_batch=200, max_new_tokens=6)),
+    "ocr-heads mask": (
+        run_ocr_heads,
+        MaskConfig(samples=3, task_samples=2, random_draws=1, tokens_per_batch=200, max_new_tokens=6, tasks=("page",)),
+    ),
+    "head-attribution all": (
+        run_head_attribution,
+        All(samples=2, masks=30, token_masks=30, bootstrap=5, random_rankings=1, baseline="dataset"),
+    ),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("study", STUDIES)
+def test_a_study_comes_to_the_same_tables(study: str, model: HookedVLM, workers: OnRay, tmp_path: Path) -> None:
+    assert workers.share.n_threads == torch.get_num_threads()
+    workers.rest()  # the study hires its own
+    run, config = STUDIES[study]
+    config = replace(config, quiet=True, device="cpu")
+    run(replace(config, out=tmp_path / "here"), model)
+    run(replace(config, out=tmp_path / "there", ray="local", workers=2), model)
+    here, there = (
+        {str(p.relative_to(tmp_path / name)): p.read_bytes() for p in (tmp_path / name).rglob("*.parquet")}
+        for name in ("here", "there")
+    )
+    assert here == there and any("parts" in name for name in here) and any("tables" in name for name in here)
+    record, other = (json.loads((tmp_path / name / "run.json").read_text()) for name in ("here", "there"))
+    assert "ray" not in record["config"] and record["config"].pop("out") != other["config"].pop("out")
+    assert record == other

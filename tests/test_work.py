@@ -14,7 +14,7 @@ from hooked_vlm import InputError, SweepCase, sweep, sweep_many
 from hooked_vlm.interventions import AddVector, CustomHooks, ReplaceImageKV, ZeroHeads
 from hooked_vlm.metrics import logit, logit_difference
 from hooked_vlm.parts import Parts
-from hooked_vlm.work import InProcess, Unit
+from hooked_vlm.work import Common, InProcess, Unit
 
 HEADS = tuple((layer, head) for layer in range(3) for head in range(4))
 
@@ -65,6 +65,26 @@ def test_the_bar_counts_units_and_what_they_hold(tmp_path: Path, capsys: pytest.
     InProcess(Model()).tables(units(tmp_path, 1, 2), "squares", each="number", counted="tokens")
     shown = capsys.readouterr().err
     assert "squares" in shown and "2/2" in shown and "tokens/s" in shown
+
+
+def read(model: Model, text: str) -> str:
+    model.asked.append(-len(text))
+    return text
+
+
+def repeated(model: Model, text: str, n: int) -> pd.DataFrame:
+    return pd.DataFrame({"text": [text * n]})
+
+
+def test_what_units_begin_with_is_made_once_for_those_that_follow_each_other(tmp_path: Path) -> None:
+    model, parts = Model(), Parts(tmp_path)
+    texts = [Common(read, (text,)) for text in ("a", "bb")]
+    units = [Unit(parts, {"n": n, "text": i}, repeated, (n,), common=texts[i]) for i in (0, 1) for n in (1, 2)]
+    found = InProcess(model).tables(units, "texts", quiet=True)
+    assert [table["text"][0] for table in found] == ["a", "aa", "bb", "bbbb"]
+    assert model.asked == [-1, -2]
+    again = InProcess(model).tables([*units, Unit(parts, {"n": 3}, repeated, (3,), common=texts[1])], "x", quiet=True)
+    assert again[-1]["text"][0] == "bbbbbb" and model.asked == [-1, -2, -2]  # of the others nothing is needed
 
 
 # ---------------------------------------------------------------- sweeps over many images
