@@ -50,7 +50,7 @@ def digest(value: Any) -> str:
 
 
 def _feed(found: Any, value: Any) -> None:
-    kind = type(value)
+    kind: Any = type(value)
     found.update(f"{kind.__module__}.{kind.__qualname__}(".encode())
     if value is None or isinstance(value, _PLAIN):
         found.update(repr(value).encode())
@@ -70,7 +70,7 @@ def _feed(found: Any, value: Any) -> None:
     elif _is_own_dataclass(kind):
         if not kind.__module__.startswith("hooked_vlm."):
             found.update(_source(kind).encode())
-        for field in fields(value):
+        for field in fields(kind):
             if field.init:
                 found.update(f"{field.name}=".encode())
                 _feed(found, getattr(value, field.name))

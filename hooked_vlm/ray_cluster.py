@@ -1,5 +1,6 @@
 """A connection to a Ray cluster, and how much of it each worker gets."""
 
+import logging
 import os
 from dataclasses import dataclass
 from typing import Any
@@ -39,7 +40,7 @@ def connect(address: str) -> tuple[Any, bool]:
         return ray, False
     local: dict[str, Any] = {"include_dashboard": False} if address == "local" else {}
     try:
-        ray.init(address, logging_level="ERROR", log_to_driver=False, **local)
+        ray.init(address, logging_level=logging.ERROR, log_to_driver=False, **local)
     except (ConnectionError, RuntimeError, ValueError, OSError) as error:
         reason = str(error).strip().splitlines()[0]
         raise WorkerError(

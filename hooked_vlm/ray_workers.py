@@ -11,7 +11,8 @@ import pickle
 import sys
 import traceback
 from collections import Counter, deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
+from contextlib import redirect_stdout
 from functools import cached_property, partial
 from importlib.metadata import version
 from itertools import count
@@ -74,17 +75,21 @@ class OnRay(Workers):
         self._n_failed = 0
         """Actors that died before they were ready, one after the other."""
 
-    def made(self, units: Sequence[Unit]) -> Iterator[tuple[Unit, pd.DataFrame]]:
+    def tables(self, *args: Any, **kwargs: Any) -> list[pd.DataFrame]:
+        with redirect_stdout(sys.stderr):  # where Ray's own words about lost workers belong
+            return super().tables(*args, **kwargs)
+
+    def made(self, units: Sequence[Unit]) -> Generator[tuple[Unit, pd.DataFrame], None, None]:
         if not units:
             return  # a cluster is not asked for nothing
         self._hire(self.n - len(self._idle) - len(self._loading))
-        waiting, begun, working = deque(units), Counter[str](), dict[Any, tuple[Any, Unit]]()
+        waiting, begun, working = deque(units), Counter[Path](), dict[Any, tuple[Any, Unit]]()
         shelf = _Shelf(self._ray, units)
 
         def hand_out() -> None:
             while waiting and self._idle:
                 actor, unit = self._idle.pop(), waiting.popleft()
-                begun[unit.path.name] += 1
+                begun[unit.path] += 1
                 working[actor.do.remote(unit.work, unit.arguments, shelf.place(unit))] = (actor, unit)
 
         try:
@@ -97,7 +102,7 @@ class OnRay(Workers):
                 actor, unit = working.pop(answer)
                 table = self._got(answer)
                 if table is None:
-                    self._replace(unit, begun[unit.path.name])
+                    self._replace(unit, begun[unit.path])
                     waiting.appendleft(unit)
                     continue
                 self._idle.append(actor)

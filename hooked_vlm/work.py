@@ -12,7 +12,8 @@ writes the parts, and the tables are the same.
 import json
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -98,10 +99,11 @@ class Workers(ABC):
         found = [unit.parts.get(unit.key) for unit in units]
         missing = {unit.path: unit for unit, table in zip(units, found, strict=True) if table is None}
         n_found = sum(table is not None for table in found)
-        with tqdm(total=n_found + len(missing), initial=n_found, desc=what, unit=each, disable=quiet) as bar:
+        bar = tqdm(total=n_found + len(missing), initial=n_found, desc=what, unit=each, disable=quiet)
+        with bar, closing(self.made(list(missing.values()))) as units_made:
             begun, done = time.perf_counter(), 0
             try:
-                for unit, table in self.made(list(missing.values())):
+                for unit, table in units_made:
                     unit.parts.put(unit.key, table)
                     done += unit.size
                     if counted is not None:
@@ -114,8 +116,8 @@ class Workers(ABC):
         return [_read(unit) if table is None else table for unit, table in zip(units, found, strict=True)]
 
     @abstractmethod
-    def made(self, units: Sequence[Unit]) -> Iterator[tuple[Unit, pd.DataFrame]]:
-        """Every unit with its table, in the order in which they are finished."""
+    def made(self, units: Sequence[Unit]) -> Generator[tuple[Unit, pd.DataFrame], None, None]:
+        """Every unit with its table, in the order in which they are finished. Closed early, the rest is left."""
 
     @property
     @abstractmethod
@@ -152,7 +154,7 @@ class InProcess(Workers):
     def device(self) -> str:
         return str(self.model.cfg.device)
 
-    def made(self, units: Sequence[Unit]) -> Iterator[tuple[Unit, pd.DataFrame]]:
+    def made(self, units: Sequence[Unit]) -> Generator[tuple[Unit, pd.DataFrame], None, None]:
         bench = Bench(self.model)
         for unit in units:
             common = unit.common

@@ -38,7 +38,7 @@ def units(folder: Path, *numbers: int) -> list[Unit]:
     return [Unit(Parts(folder), {"number": number}, square, (number,), size=10) for number in numbers]
 
 
-def squares(tables: list[pd.DataFrame]) -> list[int]:
+def squares(tables: Any) -> list[int]:
     return [int(table["square"][0]) for table in tables]
 
 
@@ -80,10 +80,12 @@ def test_what_units_begin_with_is_made_once_for_those_that_follow_each_other(tmp
     model, parts = Model(), Parts(tmp_path)
     texts = [Common(read, (text,)) for text in ("a", "bb")]
     units = [Unit(parts, {"n": n, "text": i}, repeated, (n,), common=texts[i]) for i in (0, 1) for n in (1, 2)]
-    found = InProcess(model).tables(units, "texts", quiet=True)
+    found: Any = InProcess(model).tables(units, "texts", quiet=True)
     assert [table["text"][0] for table in found] == ["a", "aa", "bb", "bbbb"]
     assert model.asked == [-1, -2]
-    again = InProcess(model).tables([*units, Unit(parts, {"n": 3}, repeated, (3,), common=texts[1])], "x", quiet=True)
+    again: Any = InProcess(model).tables(
+        [*units, Unit(parts, {"n": 3}, repeated, (3,), common=texts[1])], "x", quiet=True
+    )
     assert again[-1]["text"][0] == "bbbbbb" and model.asked == [-1, -2, -2]  # of the others nothing is needed
 
 
@@ -106,10 +108,10 @@ def cases_of(family: str) -> tuple[Any, list[SweepCase]]:
 @pytest.mark.parametrize("family", ["qwen2-vl", "internvl2"])
 def test_many_sweeps_are_sweeps_one_after_the_other(family: str, tmp_path: Path) -> None:
     model, cases = cases_of(family)
-    found = sweep_many(model, cases, tmp_path, runs_per_block=5)
+    found: Any = sweep_many(model, cases, tmp_path, runs_per_block=5)
     assert len(list(tmp_path.iterdir())) == 8
     each = [sweep(model, c.inputs, c.interventions, c.metric).to_dataframe().assign(case=c.name) for c in cases]
-    expected = pd.concat(each, ignore_index=True)[list(found.columns)]
+    expected: Any = pd.concat(each, ignore_index=True)[list(found.columns)]
     assert list(found.columns) == ["case", "run", "intervention", "row", "value", "baseline", "effect"]
     pd.testing.assert_frame_equal(found, expected, check_exact=False, atol=2e-5, rtol=1e-5)
     labels = ["case", "run", "intervention", "row"]
@@ -130,7 +132,7 @@ def test_only_blocks_that_changed_are_done_again(tmp_path: Path, monkeypatch: py
 
     monkeypatch.setattr(import_module("hooked_vlm.sweep_many"), "sweep", counted)
 
-    def run(**changes: Any) -> pd.DataFrame:
+    def run(**changes: Any) -> Any:
         done.clear()
         return sweep_many(model, [SweepCase(**(vars(case) | changes))], tmp_path, runs_per_block=8)
 
@@ -146,7 +148,9 @@ def test_only_blocks_that_changed_are_done_again(tmp_path: Path, monkeypatch: py
     assert (changed["intervention"] == first["intervention"]).all()  # by their names nobody could tell
     assert [i for i in range(16) if changed["value"][i] != first["value"][i]] == [1]
     next(tmp_path.iterdir()).unlink()
-    run(), run(metric=logit(5)), run(interventions=[case.interventions[0], other, *case.interventions[2:]])
+    run()
+    run(metric=logit(5))
+    run(interventions=[case.interventions[0], other, *case.interventions[2:]])
     assert sorted(path.suffix for path in tmp_path.iterdir()) == [".parquet"] * 5
 
 
@@ -156,7 +160,9 @@ def test_what_many_sweeps_cannot_do_is_said(tmp_path: Path) -> None:
         sweep_many(model, [case, case], tmp_path)
     with pytest.raises(InputError, match="runs_per_block must be at least 1, got 0"):
         sweep_many(model, [case], tmp_path, runs_per_block=0)
-    for changes in ({"metric": lambda logits: logits[:, 5]}, {"interventions": [CustomHooks([("hook_embed", print)])]}):
+    hooks = CustomHooks([("hook_embed", print)])
+    refused: list[dict[str, Any]] = [{"metric": lambda logits: logits[:, 5]}, {"interventions": [hooks]}]
+    for changes in refused:
         with pytest.raises(InputError, match="cannot be told from its content"):
             sweep_many(model, [SweepCase(**(vars(case) | changes))], tmp_path)
     assert not list(tmp_path.iterdir())

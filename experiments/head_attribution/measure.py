@@ -98,6 +98,9 @@ def measure(model: Any, config: HeadAttributionConfig, workers: Workers) -> Meas
     return _gathered(answers, pictures)
 
 
+Units = Literal["heads", "tokens"]
+UNITS: tuple[Units, ...] = ("heads", "tokens")
+"""What random masks are over: heads, or image tokens."""
 SCORED = ("keep", "held_out", "regression")
 """Settings that coefficients depend on, besides the masks."""
 
@@ -142,18 +145,19 @@ class _Picture:
             found["tokens_masks"] = self.unit("tokens_masks", over_tokens, self._masks("tokens"), "keep", "token_masks")
         return found
 
-    def _masks(self, units: Literal["heads", "tokens"]) -> tuple[int, float, list[int]]:
+    def _masks(self, units: Units) -> tuple[int, float, list[int]]:
         """How many masks over heads or image tokens, the share they keep, and their seed."""
         asked, number = (self.config.masks, 20) if units == "heads" else (self.config.token_masks, 21)
         return n_masks(asked, self.n_units(units)), self.config.keep, [self.config.seed, number, self.index]
 
-    def n_units(self, units: Literal["heads", "tokens"]) -> int:
+    def n_units(self, units: Units) -> int:
         return len(self.probe.heads if units == "heads" else self.probe.image)
 
     def regressions(self) -> dict[str, Unit]:
         """What is made of random masks."""
         config, found = self.config, {}
-        for units, asked in (("heads", "masks"), ("tokens", "token_masks")):
+        for units in UNITS:
+            asked = "masks" if units == "heads" else "token_masks"
             if f"{units}_masks" in self.tables:
                 arguments = (self.tables[f"{units}_masks"], self.n_units(units), config.regression, config.held_out)
                 arguments = (*arguments, config.bootstrap, config.seed)
@@ -177,7 +181,7 @@ class _Picture:
             found["token_curves"] = self.unit("token_curves", token_curves_of, arguments, *settings, "token_masks")
         return found
 
-    def regressed(self, units: Literal["heads", "tokens"]) -> Regressed:
+    def regressed(self, units: Units) -> Regressed:
         masks, values = from_frame(self.tables[f"{units}_masks"], self.n_units(units))
         return Regressed(masks, values, from_row(self.tables[f"{units}_coefficients"]))
 
@@ -187,7 +191,7 @@ def _gathered(answers: pd.DataFrame, pictures: Sequence[_Picture]) -> Measured:
     found = Measured(answers, [picture.probe for picture in pictures], ends)
     for name in ("rankings", "curves", "receivers", "edges", "token_curves"):
         setattr(found, name, [picture.tables[name] for picture in pictures if name in picture.tables])
-    for units in ("heads", "tokens"):
+    for units in UNITS:
         known = [picture for picture in pictures if f"{units}_masks" in picture.tables]
         setattr(found, units, [picture.regressed(units) for picture in known])
     return found
