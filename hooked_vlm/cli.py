@@ -7,21 +7,39 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+import numpy as np
 import tyro
+from PIL import Image
 
+from hooked_vlm.activations import ActivationsError
+from hooked_vlm.activations.command import CacheConfig, cache, summary
+from hooked_vlm.commands import hooks as hooks_command
+from hooked_vlm.commands import models as models_command
 from hooked_vlm.converters import CheckpointError
 from hooked_vlm.experiments.common.errors import StudyError
 from hooked_vlm.experiments.head_attribution import commands as head_attribution_commands
 from hooked_vlm.experiments.ocr_heads import commands as ocr_heads_commands
+from hooked_vlm.experiments.toy.data import make_page
 from hooked_vlm.files import OutputError
 from hooked_vlm.geometry import GeometryError
 from hooked_vlm.hooks import HookError
 from hooked_vlm.images import ImageError
 from hooked_vlm.token_layout import InputError
-from hooked_vlm.viewer.command import ViewConfig, write_page
+from hooked_vlm.verify import command as verify_command
+from hooked_vlm.viewer.command import ViewConfig, serve_page, write_page
 from hooked_vlm.work import WorkerError
 
-EXPECTED = (CheckpointError, GeometryError, HookError, ImageError, InputError, OutputError, StudyError, WorkerError)
+EXPECTED = (
+    ActivationsError,
+    CheckpointError,
+    GeometryError,
+    HookError,
+    ImageError,
+    InputError,
+    OutputError,
+    StudyError,
+    WorkerError,
+)
 """What a user can cause and mend; anything else is a fault of ours and keeps its traceback."""
 
 app = tyro.extras.SubcommandApp()
@@ -40,13 +58,46 @@ class Output:
 Shared = tyro.conf.OmitArgPrefixes[Output]
 
 
+@app.command(name="models")
+def models(config: tyro.conf.OmitArgPrefixes[models_command.ModelsConfig], output: Shared) -> None:
+    """List known checkpoints: sizes, memory, and how many GPUs they need."""
+    _say(lambda: models_command.answer(config), output)
+
+
+@app.command(name="hooks")
+def hooks(config: tyro.conf.OmitArgPrefixes[hooks_command.HooksConfig], output: Shared) -> None:
+    """List the hook points of a model, with its numbers."""
+    _say(lambda: hooks_command.answer(config), output)
+
+
+@app.command(name="verify")
+def verify(config: tyro.conf.OmitArgPrefixes[verify_command.VerifyConfig], output: Shared) -> None:
+    """Compare a checkpoint here and in transformers, side by side: exit status 0 if they agree, 1 if not."""
+    found = _say(lambda: verify_command.answer(replace(config, quiet=output.quiet or output.json)), output)
+    sys.exit(0 if found["passed"] else 1)
+
+
 @app.command(name="view")
 def view(config: tyro.conf.OmitArgPrefixes[ViewConfig], output: Shared) -> None:
     """See where a model looks: the attention of each answer token on the picture, as a page."""
 
     def answer() -> tuple[str, dict[str, Any]]:
+        if config.serve:
+            serve_page(config, _example)
+            return "", {}
         page = write_page(config)
         return f"page: {page}", {"page": str(page)}
+
+    _say(answer, output)
+
+
+@app.command(name="cache")
+def cache_activations(config: tyro.conf.OmitArgPrefixes[CacheConfig], output: Shared) -> None:
+    """Write activations of a data set to a folder, with an index of their tokens, patches and boxes."""
+
+    def answer() -> tuple[str, dict[str, Any]]:
+        found = cache(replace(config, quiet=output.quiet))
+        return summary(found), {"folder": str(found.folder), "samples": found.n_samples, "rows": found.n_rows}
 
     _say(answer, output)
 
@@ -69,8 +120,14 @@ def completion(shell: tyro.conf.Positional[Literal["bash", "zsh"]]) -> None:
     _parse(["--tyro-print-completion", shell])
 
 
-def _say(answer: Callable[[], tuple[str, dict[str, Any]]], output: Output) -> None:
-    """Print what a command answers, as text or as JSON."""
+def _example() -> tuple[Image.Image, str]:
+    """A picture and a question for the toy models to begin with."""
+    page = make_page(np.random.default_rng(7), n_lines=4)
+    return page.image, page.question(2)
+
+
+def _say(answer: Callable[[], tuple[str, Any]], output: Output) -> Any:
+    """Print what a command answers, as text or as JSON; the latter is returned."""
     try:
         text, data = answer()
     except EXPECTED as error:
@@ -78,7 +135,9 @@ def _say(answer: Callable[[], tuple[str, dict[str, Any]]], output: Output) -> No
             raise
         print(json.dumps({"error": str(error), "kind": type(error).__name__}))
         sys.exit(1)
-    print(json.dumps(data, indent=2) if output.json else text)
+    if shown := json.dumps(data, indent=2) if output.json else text:
+        print(shown)
+    return data
 
 
 def _parse(arguments: list[str] | None = None) -> None:

@@ -1,4 +1,4 @@
-"""What stands for content: a model's weights, and values that a result depends on."""
+"""What stands for the content of values that a result depends on (for a model's weights: `provenance.weights_hash`)."""
 
 import hashlib
 import inspect
@@ -14,25 +14,8 @@ from torch import Tensor
 
 from hooked_vlm.token_layout import InputError
 
-_BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _PLAIN = (bool, int, float, complex, str, bytes, range, Enum, PurePath, np.generic, torch.dtype, torch.device)
 """Types whose `repr` says everything."""
-
-
-@torch.no_grad()
-def weights_hash(model: Any) -> str:
-    """Sixteen digits that stand for a model's weights; the same on every device.
-
-    Of each tensor: name, shape, dtype, and two sums over its bits as whole numbers, which any change of a weight
-    and any exchange of rows alters. Reading the weights once is all it costs.
-    """
-    digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        bits = tensor.contiguous().view(_BITS[tensor.element_size()])
-        sums = (bits.flatten(1) if bits.ndim > 1 else bits[:, None]).sum(1, dtype=torch.int64)
-        weighted = sums * torch.arange(1, len(sums) + 1, device=sums.device)
-        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype} {int(sums.sum())} {int(weighted.sum())}\n".encode())
-    return digest.hexdigest()[:16]
 
 
 def digest(value: Any) -> str:

@@ -23,8 +23,9 @@ import pandas as pd
 import torch
 from tqdm.auto import tqdm
 
-from hooked_vlm.digests import digest, weights_hash
+from hooked_vlm.digests import digest
 from hooked_vlm.model import HookedVLM
+from hooked_vlm.provenance import code_hash, weights_hash
 from hooked_vlm.ray_cluster import Share, connect, n_gpus_of, share_of
 from hooked_vlm.work import Bench, Common, Unit, WorkerError, Workers
 
@@ -297,9 +298,10 @@ class Replica:
 
 def identity(model: Any) -> dict[str, str]:
     """What must be the same on all machines: weights, settings and software."""
-    told = {package: version(package) for package in ("hooked-vlm", "torch", "transformers")}
+    software = {package: version(package) for package in ("hooked-vlm", "torch", "transformers")}
     cfg = model.cfg.with_(model_name="", device=torch.device("cpu"))
-    return {"weights": weights_hash(model), "settings": digest((cfg, model.image_processor)), **told}
+    settings = digest((cfg, model.image_processor))
+    return {"weights": weights_hash(model), "settings": settings, **software, "code": code_hash()}
 
 
 def _sendable(error: Exception) -> Exception:

@@ -1,10 +1,13 @@
 """The pages of docs/ stand: their code runs block after block, their links lead somewhere, the site builds."""
 
 import re
+import shlex
 import sys
 from pathlib import Path
 
 import pytest
+
+from hooked_vlm import cli
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
@@ -33,6 +36,29 @@ def test_the_code_of_a_page_runs(page: Path, tmp_path: Path, monkeypatch: pytest
     names: dict = {"__name__": "docs"}
     for block in BLOCK.findall(page.read_text("utf-8")):
         exec(compile(block, page.name, "exec"), names)
+
+
+def commands() -> list[str]:
+    """Every `hooked-vlm` command in a block of a page, without comments and what it is piped to."""
+    found = []
+    for page in [ROOT / "README.md", *PAGES]:
+        for block in re.findall(r"```(?:bash|sh)?\n(.*?)```", page.read_text("utf-8"), flags=re.DOTALL):
+            lines = block.replace("\\\n", " ").splitlines()
+            found += [re.split(r"\s[#|>]", line)[0].strip() for line in lines if line.startswith("hooked-vlm ")]
+    return sorted({line for line in found if "COMMAND" not in line and "--help" not in line})
+
+
+@pytest.mark.parametrize("command", commands())
+def test_a_command_in_the_docs_is_understood(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+    monkeypatch.setattr(cli, "_say", lambda answer, output: asked.append(output))
+    monkeypatch.setattr(sys, "argv", shlex.split(command))
+    if command.startswith("hooked-vlm completion"):
+        with pytest.raises(SystemExit):
+            cli.main()
+    else:
+        cli.main()
+        assert len(asked) == 1
 
 
 @pytest.mark.parametrize("page", [ROOT / "README.md", *PAGES], ids=lambda page: page.name)

@@ -9,7 +9,6 @@ from typing import Any, Literal
 import numpy as np
 import pandas as pd
 
-from hooked_vlm.experiments.common.provenance import weights_hash
 from hooked_vlm.experiments.head_attribution.ablation import Probe, make_probes
 from hooked_vlm.experiments.head_attribution.config import HeadAttributionConfig, Regression
 from hooked_vlm.experiments.head_attribution.curves import measure_curves, orders
@@ -20,6 +19,7 @@ from hooked_vlm.experiments.head_attribution.regression import Fit, fit
 from hooked_vlm.experiments.head_attribution.tasks import Case, ask, items_of, right_cases
 from hooked_vlm.experiments.head_attribution.text_flow import blocked_edges, receivers
 from hooked_vlm.parts import Parts
+from hooked_vlm.provenance import weights_hash
 from hooked_vlm.work import Common, Unit, Workers
 
 

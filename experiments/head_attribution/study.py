@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 from hooked_vlm.experiments.common.models import check_asks_about_images, load
-from hooked_vlm.experiments.common.provenance import provenance
 from hooked_vlm.experiments.common.report import Report
 from hooked_vlm.experiments.common.workers import workers_of
 from hooked_vlm.experiments.head_attribution.config import HeadAttributionConfig
@@ -18,6 +17,7 @@ from hooked_vlm.experiments.head_attribution.show_tokens import tokens
 from hooked_vlm.experiments.head_attribution.show_where import where
 from hooked_vlm.files import writable_folder
 from hooked_vlm.model import HookedVLM
+from hooked_vlm.provenance import provenance
 
 SECTIONS: dict[str, Callable[[Report, Measured, HeadAttributionConfig], Findings]] = {
     "attribution": attribution,

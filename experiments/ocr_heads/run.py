@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hooked_vlm.experiments.common.provenance import provenance
 from hooked_vlm.experiments.common.report import Report
 from hooked_vlm.experiments.ocr_heads.characters import case
 from hooked_vlm.experiments.ocr_heads.config import (
@@ -27,6 +26,7 @@ from hooked_vlm.experiments.ocr_heads.study import Finding, Study
 from hooked_vlm.experiments.ocr_heads.thought import thought
 from hooked_vlm.files import writable_folder
 from hooked_vlm.model import HookedVLM
+from hooked_vlm.provenance import provenance
 
 EXPERIMENTS: tuple[tuple[type[ScoreConfig], Callable[[Study, Any], Finding]], ...] = (
     (ScoreConfig, lambda study, config: score(study)),

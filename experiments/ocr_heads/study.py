@@ -12,7 +12,6 @@ import pandas as pd
 from jaxtyping import Bool, Float
 from matplotlib.figure import Figure
 
-from hooked_vlm.digests import weights_hash
 from hooked_vlm.experiments.common.errors import StudyError
 from hooked_vlm.experiments.common.models import check_asks_about_images, load
 from hooked_vlm.experiments.common.workers import workers_of
@@ -26,6 +25,7 @@ from hooked_vlm.interventions import Head
 from hooked_vlm.loading import TOY_MODELS
 from hooked_vlm.model import HookedVLM
 from hooked_vlm.parts import Parts
+from hooked_vlm.provenance import weights_hash
 from hooked_vlm.work import Common, Unit, Workers
 
 LIVE_SHARE = 0.1
