@@ -27,6 +27,7 @@ from hooked_vlm.images import ImageError
 from hooked_vlm.token_layout import InputError
 from hooked_vlm.verify import command as verify_command
 from hooked_vlm.viewer.command import ViewConfig, serve_page, write_page
+from hooked_vlm.work import WorkerError
 
 EXPECTED = (
     ActivationsError,
@@ -37,6 +38,7 @@ EXPECTED = (
     InputError,
     OutputError,
     StudyError,
+    WorkerError,
 )
 """What a user can cause and mend; anything else is a fault of ours and keeps its traceback."""
 

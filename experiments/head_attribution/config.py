@@ -7,6 +7,7 @@ from typing import Any, ClassVar, Literal
 from tyro.conf import Suppress
 
 from hooked_vlm.experiments.common.errors import StudyError
+from hooked_vlm.experiments.common.workers import NOT_RECORDED, WorkersConfig
 from hooked_vlm.experiments.head_attribution.masks import FEWEST, n_held_out
 
 Target = Literal["logit", "log_prob", "margin", "difference"]
@@ -17,7 +18,7 @@ FEWEST_SEEN = 10
 
 
 @dataclass(frozen=True)
-class HeadAttributionConfig:
+class HeadAttributionConfig(WorkersConfig):
     """Which attention heads carry information from the image to the text."""
 
     model: str = "toy-qwen2-vl"
@@ -84,6 +85,7 @@ class HeadAttributionConfig:
         Raises:
             StudyError: names the setting, what was expected and what came.
         """
+        self.check_workers()
         for name in ("samples", "masks", "token_masks", "bootstrap", "random_rankings", "top", "window"):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -134,7 +136,8 @@ class HeadAttributionConfig:
 
     def as_dict(self) -> dict[str, Any]:
         """For run.json."""
-        values = {name: str(value) if isinstance(value, Path) else value for name, value in asdict(self).items()}
+        told = {name: value for name, value in asdict(self).items() if name not in NOT_RECORDED}
+        values = {name: str(value) if isinstance(value, Path) else value for name, value in told.items()}
         return values | {"sections": list(self.sections)}
 
 

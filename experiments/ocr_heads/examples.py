@@ -7,6 +7,7 @@ from typing import Any
 
 from PIL import Image
 
+from hooked_vlm.images import load_image
 from hooked_vlm.tiles import TileProcessor
 
 MARKS = 3
@@ -41,6 +42,10 @@ class Example:
     """Text in front of the question."""
     answer_at: int | None = None
     """Where in the context the answer stands, if it is to be looked for there."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Sent to another machine, which may not have the files, it carries its pictures along."""
+        return vars(self) | {"images": tuple(load_image(image) for image in self.images)}
 
     @property
     def answer(self) -> str:

@@ -8,11 +8,10 @@ import pandas as pd
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from hooked_vlm.attention_rows import attention_rows
 from hooked_vlm.experiments.ocr_heads.data.tasks import Task
-from hooked_vlm.experiments.ocr_heads.examples import Example, batches, prompt_length, to_inputs
+from hooked_vlm.experiments.ocr_heads.examples import Example, to_inputs
 from hooked_vlm.experiments.ocr_heads.study import Study, head_table
 from hooked_vlm.interventions import Head
 from hooked_vlm.statistics import Estimate, bootstrap_mean, bootstrap_means
@@ -28,11 +27,8 @@ def sink_attention(study: Study, tasks: Sequence[Task]) -> Float[np.ndarray, "sa
     """The share of its attention that every head gives the first token, for each sample of the tasks, in `PLACES`."""
     model, found = study.model, []
     for task in tasks:
-        examples = task.data.examples
-        lengths = [prompt_length(model, e, study.pixels) for e in examples]
-        groups = batches(lengths, study.config.tokens_per_batch)
-        for group in tqdm(groups, desc=f"sink, {task.name}", unit="batch", disable=study.config.quiet):
-            own = [examples[i] for i in group]
+        units = []
+        for group, n_tokens in study.groups(model, task.data.examples):
             key = {
                 "sink attention": task.data.digest,
                 "weights": study.weights,
@@ -41,13 +37,16 @@ def sink_attention(study: Study, tasks: Sequence[Task]) -> Float[np.ndarray, "sa
                 "queries": QUERIES,
                 "places": PLACES,
             }
-
-            def make(own: list[Example] = own) -> pd.DataFrame:
-                return pd.DataFrame({"shares": [s.ravel() for s in first_token_shares(model, own, study.pixels)]})
-
-            found.append(study.timed(key, make, sum(lengths[i] for i in group)))
+            own = [task.data.examples[i] for i in group]
+            units.append(study.unit(key, shares_of, (own, study.pixels), n_tokens))
+        found += study.tables(units, f"sink, {task.name}")
     shape = (-1, len(PLACES), model.cfg.n_layers, model.cfg.n_heads)
     return np.stack([np.asarray(s, dtype=np.float64) for s in pd.concat(found)["shares"]]).reshape(shape)
+
+
+def shares_of(model: Any, examples: Sequence[Example], pixels: int | None) -> pd.DataFrame:
+    """`first_token_shares` as a column."""
+    return pd.DataFrame({"shares": [shares.ravel() for shares in first_token_shares(model, examples, pixels)]})
 
 
 def first_token_shares(

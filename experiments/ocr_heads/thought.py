@@ -29,7 +29,7 @@ def thought(study: Study, config: ThoughtConfig) -> Finding:
     """Accuracy and OCR scores, asked directly and with steps."""
     direct = study.scored(as_text=False)
     steps = [_with_steps(study, data) for data in direct]
-    long = Study(replace(study.config, max_new_tokens=4 * study.config.new_tokens), study.model)
+    long = Study(replace(study.config, max_new_tokens=4 * study.config.new_tokens), study.model, study.workers)
     scores = {
         "direct": study.ocr,
         "with steps": long.score("ocr", steps, study.model, study.weights),

@@ -152,7 +152,7 @@ def test_everything_runs_and_an_interrupted_run_ends_with_the_same_bytes(
         return OcrHeadsConfig(**small, **more, out=out)
 
     result = run(config(tmp_path / "whole"), qwen)
-    answer = changed_module._Batch.answer
+    answer = changed_module.answers_of
     calls = []
 
     def interrupted(*arguments: Any) -> pd.DataFrame:
@@ -161,7 +161,7 @@ def test_everything_runs_and_an_interrupted_run_ends_with_the_same_bytes(
             raise KeyboardInterrupt
         return answer(*arguments)
 
-    monkeypatch.setattr(changed_module._Batch, "answer", interrupted)
+    monkeypatch.setattr(changed_module, "answers_of", interrupted)
     with pytest.raises(KeyboardInterrupt):
         run(config(tmp_path / "resumed"), qwen)
     assert not (tmp_path / "resumed" / "report.html").exists()
