@@ -16,7 +16,15 @@ from torch.overrides import TorchFunctionMode
 
 from hooked_vlm.components import Embed, Unembed
 from hooked_vlm.config import RopeScaling, VisionConfig, VLMConfig
-from hooked_vlm.converters import KNOWN_MODELS, CheckpointError, converter_for, open_tensors, read_config, read_json
+from hooked_vlm.converters import (
+    DTYPES,
+    KNOWN_MODELS,
+    CheckpointError,
+    converter_for,
+    open_tensors,
+    read_config,
+    read_json,
+)
 from hooked_vlm.images import ImageProcessor
 from hooked_vlm.placement import DeviceMap, Spread, attach, offloaded_weights, planned
 from hooked_vlm.quantisation import Bits, quantize_weights
@@ -50,7 +58,7 @@ class LoadingMixin(nn.Module):
         name_or_path: str | Path,
         *,
         device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
+        dtype: torch.dtype | str | None = None,
         device_map: DeviceMap | None = None,
         max_memory: Mapping[int | str, int | str] | None = None,
         offload_folder: str | Path | None = None,
@@ -65,7 +73,7 @@ class LoadingMixin(nn.Module):
             name_or_path: a folder, "toy-qwen2-vl", "toy-internvl2", or a hub name such as
                 "Qwen/Qwen2-VL-2B-Instruct".
             device: CUDA if present by default.
-            dtype: the checkpoint's own by default.
+            dtype: a floating-point type or its name ("bfloat16"); the checkpoint's own by default ("auto").
             device_map: instead of `device`, spread over several (docs/large-models.md): "auto", "balanced",
                 "sequential" or {part: device}, with "cpu" and "disk" for what is loaded only when it computes.
             max_memory: how much each device may take, {0: "20GiB", "cpu": "60GiB"}; what is free by default.
@@ -92,11 +100,12 @@ class LoadingMixin(nn.Module):
             raise CheckpointError(f"{other} and device_map exclude each other: give one of them")
         device = torch.device("cpu") if spread is not None else _device(device)
         start = torch.device("cpu") if quantize is not None else device  # matrices follow once they are small
+        wanted = as_dtype(dtype)
         folder = find_checkpoint(name_or_path, revision, cache_dir, local_files_only)
         hf_config = read_config(folder)
         converter = converter_for(hf_config)
         tensors = converter.from_hf(open_tensors(folder), hf_config)
-        dtype = dtype or converter.dtype(hf_config) or next(iter(tensors.values())).dtype
+        dtype = wanted or converter.dtype(hf_config) or next(iter(tensors.values())).dtype
         generation = read_json(folder, "generation_config.json", default={})
         cfg = _config(converter, hf_config, generation).with_(model_name=str(name_or_path), device=start, dtype=dtype)
         tokenizer = load_tokenizer(folder)
@@ -276,6 +285,20 @@ class _Unfilled(TorchFunctionMode):
         if getattr(func, "__module__", None) == "torch.nn.init":
             return kwargs["tensor"] if kwargs and "tensor" in kwargs else args[0]
         return func(*args, **(kwargs or {}))
+
+
+def as_dtype(wanted: torch.dtype | str | None) -> torch.dtype | None:
+    """A dtype, also by its name; None for None and "auto".
+
+    Raises:
+        CheckpointError: no such dtype, or none that weights can have.
+    """
+    if wanted is None or wanted == "auto":
+        return None
+    dtype = DTYPES.get(wanted) if isinstance(wanted, str) else wanted
+    if dtype not in DTYPES.values():
+        raise CheckpointError(f'dtype must be "auto" or one of {", ".join(DTYPES)}, got {wanted!r}')
+    return dtype
 
 
 def _device(wanted: torch.device | str | None) -> torch.device:

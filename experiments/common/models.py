@@ -2,17 +2,7 @@
 
 from typing import Any
 
-import torch
-
 from hooked_vlm.experiments.common.errors import StudyError
-from hooked_vlm.model import HookedVLM
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
-
-def load(name: str, device: str | None, dtype: str) -> HookedVLM:
-    """A model on a device (CUDA if present by default), in a dtype of `DTYPES` or its checkpoint's own ("auto")."""
-    return HookedVLM.from_pretrained(name, device=device, dtype=None if dtype == "auto" else DTYPES[dtype])
 
 
 def check_asks_about_images(model: Any, name: str) -> None:

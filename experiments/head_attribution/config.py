@@ -70,7 +70,7 @@ class HeadAttributionConfig(WorkersConfig):
     """An image token belongs to the object if more than this share of its area does."""
     seed: int = 0
     device: str | None = None
-    """CUDA if present by default."""
+    """CUDA if present by default; "auto" spreads the model over what there is."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """The checkpoint's own by default."""
     quiet: Suppress[bool] = False

@@ -5,7 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hooked_vlm.experiments.common.models import check_asks_about_images, load
+from hooked_vlm.commands.model import load
+from hooked_vlm.experiments.common.models import check_asks_about_images
 from hooked_vlm.experiments.common.report import Report
 from hooked_vlm.experiments.common.workers import workers_of
 from hooked_vlm.experiments.head_attribution.config import HeadAttributionConfig

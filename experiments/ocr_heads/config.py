@@ -80,7 +80,7 @@ class ScoreConfig(WorkersConfig):
     tokens_per_batch: int = 8192
     """Rows are batched up to this many tokens: less needs less memory."""
     device: str | None = None
-    """CUDA if present by default."""
+    """CUDA if present by default; "auto" spreads the model over what there is."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """The checkpoint's own by default."""
     quiet: Suppress[bool] = False

@@ -4,16 +4,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-import torch
 from tyro.conf import Suppress
 
 from hooked_vlm.activations.read import Activations
 from hooked_vlm.activations.samples import read_samples
 from hooked_vlm.activations.write import stream_activations
+from hooked_vlm.commands.model import load
 from hooked_vlm.files import writable_folder
-from hooked_vlm.model import HookedVLM
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+from hooked_vlm.loading import as_dtype
 
 
 @dataclass(frozen=True)
@@ -46,7 +44,7 @@ class CacheConfig:
     keep_as: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """What is written; the model's own by default."""
     device: str | None = None
-    """CUDA if present by default."""
+    """CUDA if present by default; "auto" spreads the model over what there is."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """The checkpoint's own by default."""
     quiet: Suppress[bool] = False
@@ -61,8 +59,7 @@ def cache(config: CacheConfig) -> Activations:
     """
     samples = read_samples(config.data, config.prompt)
     writable_folder(config.out)
-    dtype = None if config.dtype == "auto" else DTYPES[config.dtype]
-    model = HookedVLM.from_pretrained(config.model, device=config.device, dtype=dtype)
+    model = load(config.model, config.device, config.dtype)
     return stream_activations(
         model,
         samples,
@@ -70,7 +67,7 @@ def cache(config: CacheConfig) -> Activations:
         config.out,
         tokens=[int(part) if part.lstrip("-").isdigit() else part for part in config.tokens],
         tokens_per_batch=config.tokens_per_batch,
-        dtype=None if config.keep_as == "auto" else DTYPES[config.keep_as],
+        dtype=as_dtype(config.keep_as),
         shard_bytes=config.shard_megabytes * 2**20,
         min_overlap=config.min_overlap,
         max_pixels=config.max_pixels,

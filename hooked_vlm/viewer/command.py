@@ -7,19 +7,17 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
 from PIL import Image
 
+from hooked_vlm.commands.model import load
 from hooked_vlm.files import writable_folder
 from hooked_vlm.images import load_image
-from hooked_vlm.model import HookedVLM
 from hooked_vlm.token_layout import InputError
 from hooked_vlm.viewer.attention_view import attention
 from hooked_vlm.viewer.session import Asked, Picture, Session
 from hooked_vlm.viewer.view import Head, View
 from hooked_vlm.viewer.vision_view import vision_attention
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 ONLY_WRITTEN = ("out", "answer", "box", "tower")
 """Settings of the written page that the served one does not have."""
 
@@ -59,7 +57,7 @@ class ViewConfig:
     open: bool = True
     """Show the page in the browser."""
     device: str | None = None
-    """CUDA if present by default."""
+    """CUDA if present by default; "auto" spreads the model over what there is."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """The checkpoint's own by default."""
 
@@ -78,7 +76,7 @@ def write_page(config: ViewConfig) -> Path:
     if len(config.box) % 4:
         raise InputError(f"--box takes four numbers for each box, x0 y0 x1 y1, got {len(config.box)}")
     writable_folder(config.out.parent)
-    _view(config, _model(config), heads).save(config.out)
+    _view(config, load(config.model, config.device, config.dtype), heads).save(config.out)
     if config.open:
         webbrowser.open(config.out.resolve().as_uri())
     return config.out
@@ -109,15 +107,9 @@ def serve_page(config: ViewConfig, example: Callable[[], tuple[Image.Image, str]
         picture, prompt = Picture("example", image), config.prompt or question
     from hooked_vlm.viewer.serve import serve  # NiceGUI is an extra
 
-    session = Session(
-        _model(config), max_pixels=config.max_pixels, max_tiles=config.max_tiles, ranked=heads, query=config.query
-    )
+    model = load(config.model, config.device, config.dtype)
+    session = Session(model, max_pixels=config.max_pixels, max_tiles=config.max_tiles, ranked=heads, query=config.query)
     serve(session, Asked(picture, prompt, config.max_new_tokens), config.port, config.open)
-
-
-def _model(config: ViewConfig) -> HookedVLM:
-    dtype = None if config.dtype == "auto" else DTYPES[config.dtype]
-    return HookedVLM.from_pretrained(config.model, device=config.device, dtype=dtype)
 
 
 def _view(config: ViewConfig, model: Any, heads: list[Head]) -> View:

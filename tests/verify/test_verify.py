@@ -14,10 +14,13 @@ from torch import nn
 from hooked_vlm import HookedVLM, InputError, cli
 from hooked_vlm.loading import TOY_MODELS
 from hooked_vlm.provenance import weights_hash
-from hooked_vlm.verify import Row, Verification, VerifyConfig, command, verify
+from hooked_vlm.verify import run
+from hooked_vlm.verify.command import VerifyConfig
 from hooked_vlm.verify.compare import cost, differences, equal_tokens, rounding_errors
 from hooked_vlm.verify.prompts import inputs_for, prompts
 from hooked_vlm.verify.reference import Reference, reference_for
+from hooked_vlm.verify.result import Row, Verification
+from hooked_vlm.verify.run import verify
 
 TOYS = ("toy-qwen2-vl", "toy-internvl2")
 
@@ -76,7 +79,7 @@ def test_a_changed_weight_of_the_reference_ends_in_failure(
         return reference
 
     out = tmp_path / "verify.json"
-    monkeypatch.setattr(command, "reference_for", tampered)
+    monkeypatch.setattr(run, "reference_for", tampered)
     monkeypatch.setattr(
         sys, "argv", ["hooked-vlm", "verify", "toy-internvl2", "--out", str(out), "--max-new-tokens", "2"]
     )
@@ -189,7 +192,7 @@ def test_rows_pass_and_fail() -> None:
 
 
 def test_too_little_memory_is_said_before_anything_is_loaded(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(command, "free_memory", lambda device: 20 * 10**9)
+    monkeypatch.setattr(run, "free_memory", lambda device: 20 * 10**9)
     monkeypatch.setattr(HookedVLM, "from_pretrained", None)
     with pytest.raises(
         InputError, match=r"both models need up to .* GB on cpu, 20.0 GB are free: try --dtype bfloat16"
