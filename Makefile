@@ -1,6 +1,6 @@
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-slow test-all lint format bench docs-hooks setup clean
+.PHONY: help demo test test-slow test-all lint format bench docs docs-hooks setup clean
 
 PYTHON ?= python3
 JOBS ?= auto
@@ -16,6 +16,7 @@ help:
 	@echo "make lint        ruff and pyright"
 	@echo "make format      let ruff rewrite what it can"
 	@echo "make bench       timings and memory, side by side with transformers (half an hour)"
+	@echo "make docs        the documentation as a site, in out/site"
 	@echo "make docs-hooks  regenerate docs/hooks.md, docs/checkpoints.md and docs/transformerlens.md"
 	@echo "make setup       everything a developer needs, pre-commit hooks included"
 	@echo "make clean       remove .venv and all that was built"
@@ -44,6 +45,9 @@ format: $(VENV)/.installed-dev
 bench: $(VENV)/.installed-dev
 	@set -e; for name in forward scoring sweeps memory loading peers figure; do \
 	  echo "== $$name"; $(BIN)/python "benchmarks/$$name.py"; done
+
+docs: $(VENV)/.installed-dev
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet --strict
 
 docs-hooks: $(VENV)/.installed-dev
 	$(BIN)/python -m hooked_vlm.hook_table
