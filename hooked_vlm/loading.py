@@ -17,7 +17,8 @@ from torch.overrides import TorchFunctionMode
 from hooked_vlm.components import Embed, Unembed
 from hooked_vlm.config import RopeScaling, VisionConfig, VLMConfig
 from hooked_vlm.converters import CheckpointError, converter_for, open_tensors, read_config, read_json
-from hooked_vlm.images import ImageProcessor
+from hooked_vlm.converters.fields import Fields
+from hooked_vlm.images import ImageError, ImageProcessor
 from hooked_vlm.templates import template_named
 from hooked_vlm.tiles import TileProcessor
 from hooked_vlm.tokenization import load_tokenizer
@@ -245,12 +246,9 @@ def _config(converter: Any, hf_config: Mapping[str, Any], generation: Mapping[st
         vision=None if vision is None else VisionConfig(**vision),
         rope_scaling=None if scaling is None else RopeScaling(**scaling),
     )
-    stops = generation.get("eos_token_id")
-    if stops is not None:
-        cfg = cfg.with_(eos_token_ids=tuple(stops) if isinstance(stops, list) else (int(stops),))
-    if generation.get("pad_token_id") is not None and cfg.pad_token_id is None:
-        cfg = cfg.with_(pad_token_id=int(generation["pad_token_id"]))
-    return cfg
+    stated = Fields(generation, where="generation_config.json")
+    pad = stated.token_id("pad_token_id") if cfg.pad_token_id is None else cfg.pad_token_id
+    return cfg.with_(eos_token_ids=stated.token_ids("eos_token_id", cfg.eos_token_ids), pad_token_id=pad)
 
 
 def _image_processor(settings: Mapping[str, Any], cfg: VLMConfig) -> ImageProcessor | TileProcessor | None:
@@ -258,15 +256,18 @@ def _image_processor(settings: Mapping[str, Any], cfg: VLMConfig) -> ImageProces
     vision = cfg.vision
     if vision is None:
         return None
-    if vision.tile_size is not None:
-        names = ("tile_size", "patch_size", "merge_size", "min_tiles", "max_tiles", "thumbnail", "transposed_tokens")
-        return TileProcessor.from_dict(settings, **{name: getattr(vision, name) for name in names})
     sizes = {
         "patch_size": vision.patch_size,
         "temporal_patch_size": vision.temporal_patch_size,
         "merge_size": vision.merge_size,
     }
-    processor = ImageProcessor.from_dict({**sizes, **settings})
+    try:
+        if vision.tile_size is not None:
+            names = ("tile_size", "patch_size", "merge_size", "min_tiles", "max_tiles", "thumbnail", "transposed_tokens")
+            return TileProcessor.from_dict(settings, **{name: getattr(vision, name) for name in names})
+        processor = ImageProcessor.from_dict({**sizes, **settings})
+    except ImageError as error:
+        raise CheckpointError(f"preprocessor_config.json (or what config.json says of images): {error}") from error
     for name, size in sizes.items():
         if getattr(processor, name) != size:
             raise CheckpointError(

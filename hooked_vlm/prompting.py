@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor, nn
 
+from hooked_vlm.chat_templates import rendered
 from hooked_vlm.config import VLMConfig
 from hooked_vlm.context_length import too_long
 from hooked_vlm.images import ImageProcessor
@@ -59,7 +60,7 @@ class PromptMixin(nn.Module):
         opening = tuple(i for i in ids if i is not None)
         if not opening:
             return {}
-        length = len(self.tokenizer.encode(header, add_special_tokens=False))
+        length = len(self._encode(header))
         return {"turn_start_ids": opening, "turn_end_id": self._special_id(stop), "user_header": length}
 
     def as_inputs(self, input: Any) -> VLMInputs:
@@ -266,7 +267,7 @@ class PromptMixin(nn.Module):
         Raises:
             InputError: if it is none or several, which are shown.
         """
-        ids = self._tokenizer().encode(string, add_special_tokens=False)
+        ids = self._encode(string)
         if len(ids) != 1:
             pieces = [self.to_string([i]) for i in ids]
             raise InputError(f"{string!r} is {len(ids)} tokens, not one: {pieces}")
@@ -278,6 +279,14 @@ class PromptMixin(nn.Module):
         if self.tokenizer is None:
             raise InputError("this model has no tokenizer: pass token ids, or set model.tokenizer")
         return self.tokenizer
+
+    def _encode(self, text: str, special: bool = False) -> list[int]:
+        try:
+            return self._tokenizer().encode(text, add_special_tokens=special)
+        except InputError:
+            raise
+        except Exception as error:  # the tokenizers library has no error class of its own
+            raise InputError(f"the checkpoint's tokenizer cannot read {text[:80]!r}: {error}") from error
 
     def _check_pixel_width(self, pixels: Tensor | None) -> None:
         vision = self.cfg.vision
@@ -330,8 +339,7 @@ class PromptMixin(nn.Module):
         tokenizer = self._tokenizer()
         if getattr(tokenizer, "chat_template", None) is None:
             raise InputError("this tokenizer has no chat template: pass chat=False and the text as it should stand")
-        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        return text, images or own_images, videos or own_videos
+        return rendered(tokenizer, messages), images or own_images, videos or own_videos
 
     def _text_by_name(self, prompt: Any, images: list, videos: list) -> tuple[str, list, list]:
         """As `_text_of`, with the conversation template that the checkpoint names."""
@@ -386,7 +394,7 @@ class PromptMixin(nn.Module):
         }
         rows = []
         for row, text in enumerate(texts):
-            ids = self._tokenizer().encode(text, add_special_tokens=special)
+            ids = self._encode(text, special)
             if not ids:
                 raise InputError("there are no tokens: the prompt is empty")
             for kind, token_id, n in (
