@@ -263,7 +263,15 @@ def _image_processor(settings: Mapping[str, Any], cfg: VLMConfig) -> ImageProces
     }
     try:
         if vision.tile_size is not None:
-            names = ("tile_size", "patch_size", "merge_size", "min_tiles", "max_tiles", "thumbnail", "transposed_tokens")
+            names = (
+                "tile_size",
+                "patch_size",
+                "merge_size",
+                "min_tiles",
+                "max_tiles",
+                "thumbnail",
+                "transposed_tokens",
+            )
             return TileProcessor.from_dict(settings, **{name: getattr(vision, name) for name in names})
         processor = ImageProcessor.from_dict({**sizes, **settings})
     except ImageError as error:

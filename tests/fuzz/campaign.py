@@ -17,11 +17,9 @@ sys.dont_write_bytecode = True
 sys.path.insert(0, str(Path(__file__).parents[1]))
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-import torch
+import torch  # noqa: E402
 
-from fuzz import laws
-
-LINES = ("converters/", "experiments/", "hooked_vlm/")
+from fuzz import laws  # noqa: E402
 
 
 def campaign(name: str, seconds: float, seed: int, engine: str, out: Path) -> None:
@@ -32,6 +30,7 @@ def campaign(name: str, seconds: float, seed: int, engine: str, out: Path) -> No
             from fuzz import targets
     else:
         from fuzz import targets
+    targets.prepare()
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     target, figures = targets.TARGETS[name], laws.Figures()
