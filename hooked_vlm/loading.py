@@ -11,6 +11,7 @@ from typing import Any, Literal, TypeVar
 import torch
 from huggingface_hub import save_torch_state_dict, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
@@ -18,6 +19,7 @@ from hooked_vlm.components import Embed, Unembed
 from hooked_vlm.config import RopeScaling, VisionConfig, VLMConfig
 from hooked_vlm.converters import CheckpointError, converter_for, open_tensors, read_config, read_json
 from hooked_vlm.converters.fields import Fields
+from hooked_vlm.files import why
 from hooked_vlm.images import ImageError, ImageProcessor
 from hooked_vlm.templates import template_named
 from hooked_vlm.tiles import TileProcessor
@@ -176,8 +178,8 @@ class LoadingMixin(nn.Module):
                 if folder.exists():
                     folder.rmdir()
                 shutil.move(written, folder)
-        except OSError as error:
-            raise CheckpointError(f"cannot write a checkpoint to {folder}: {error}") from error
+        except (OSError, SafetensorError) as error:
+            raise CheckpointError(f"cannot write a checkpoint to {folder}: {why(error)}") from error
 
     def _save_tokenizer(self, folder: Path, layout: str | None) -> None:
         """For `transformers` the conversation template goes along, which the published layout only names."""
@@ -186,7 +188,10 @@ class LoadingMixin(nn.Module):
             template = template_named(self.cfg.chat_template)
             tokenizer = copy.deepcopy(tokenizer)
             tokenizer.chat_template = template.jinja(self.cfg.system_message)
-        tokenizer.save_pretrained(folder)
+        try:
+            tokenizer.save_pretrained(folder)
+        except Exception as error:  # the tokenizers library has no error class of its own
+            raise OSError(why(error)) from error
 
 
 class _Unfilled(TorchFunctionMode):

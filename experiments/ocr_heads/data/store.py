@@ -17,7 +17,7 @@ from PIL import Image
 
 from hooked_vlm.experiments.common.errors import StudyError
 from hooked_vlm.experiments.ocr_heads.examples import Evidence, Example
-from hooked_vlm.files import OutputError
+from hooked_vlm.files import OutputError, why
 
 FORMAT = 1
 """Raised when the same settings would give other examples."""
@@ -81,7 +81,7 @@ def _write(place: Path, name: str, settings: dict[str, Any], examples: Sequence[
     except OSError as error:
         if (place / "manifest.json").exists():
             return  # another process was faster
-        raise OutputError(f"cannot write the data set {place}: {error.strerror or error}") from error
+        raise OutputError(f"cannot write the data set {place}: {why(error)}") from error
 
 
 def _record(made: Path, index: int, example: Example) -> dict[str, Any]:
