@@ -53,8 +53,8 @@ class Parts:
             OutputError: it cannot be written.
         """
         table = pa.Table.from_pandas(frame, preserve_index=False)
-        more = {_KEY: _canonical(key), _FORM: _form(table)}
-        table = table.replace_schema_metadata({**(table.schema.metadata or {}), **more})
+        table = table.replace_schema_metadata({**(table.schema.metadata or {}), _KEY: _canonical(key)})
+        table = table.replace_schema_metadata({**(table.schema.metadata or {}), _FORM: _form(table)})
         place(self.path(key), lambda aside: pq.write_table(table, aside, write_page_checksum=True))
 
     def get_or_make(self, key: Mapping[str, Any], make: Callable[[], pd.DataFrame]) -> pd.DataFrame:
@@ -73,8 +73,10 @@ class Parts:
 
 
 def _form(table: pa.Table) -> bytes:
-    """Rows, names and types, which the checksums of pages say nothing about."""
-    return f"{table.num_rows} {table.schema.remove_metadata()}".encode()
+    """Stands for rows, names and what pandas says of types, about which the checksums of pages say nothing."""
+    metadata = sorted((name, text) for name, text in (table.schema.metadata or {}).items() if name != _FORM)
+    said = f"{table.num_rows} {table.column_names} {metadata}"
+    return hashlib.sha256(said.encode()).hexdigest().encode()
 
 
 def _canonical(key: Mapping[str, Any]) -> bytes:
