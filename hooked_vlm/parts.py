@@ -73,10 +73,15 @@ class Parts:
 
 
 def _form(table: pa.Table) -> bytes:
-    """Stands for rows, names and what pandas says of types, about which the checksums of pages say nothing."""
+    """Stands for rows, names, types and metadata, about which the checksums of pages say nothing."""
     metadata = sorted((name, text) for name, text in (table.schema.metadata or {}).items() if name != _FORM)
-    said = f"{table.num_rows} {table.column_names} {metadata}"
+    said = f"{table.num_rows} {table.column_names} {[_type(field.type) for field in table.schema]} {metadata}"
     return hashlib.sha256(said.encode()).hexdigest().encode()
+
+
+def _type(of: pa.DataType) -> str:
+    """The same before and after Parquet, which has its own types in a dictionary and its own word for items."""
+    return "dictionary" if pa.types.is_dictionary(of) else str(of).replace("<element:", "<item:")
 
 
 def _canonical(key: Mapping[str, Any]) -> bytes:
