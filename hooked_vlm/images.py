@@ -272,7 +272,7 @@ class ImageProcessor:
         fields: dict[str, Any] = {**_bounds(config), **common_settings(config)}
         for key in ("patch_size", "temporal_patch_size", "merge_size"):
             if config.get(key) is not None:
-                fields[key] = config[key]
+                fields[key] = whole(key, config[key])
         return cls(**fields)
 
     def __call__(
@@ -483,7 +483,7 @@ def _bounds(config: Mapping[str, Any]) -> dict[str, int]:
         if any(value != other for value in given.values() for other in given.values()):
             raise ImageError(f"the image processor's settings contradict each other: {given}; make them agree")
         if given:
-            bounds[bound] = next(iter(given.values()))
+            bounds[bound] = whole(bound, next(iter(given.values())))
     return bounds
 
 

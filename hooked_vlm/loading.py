@@ -252,8 +252,11 @@ def _config(converter: Any, hf_config: Mapping[str, Any], generation: Mapping[st
         rope_scaling=None if scaling is None else RopeScaling(**scaling),
     )
     stated = Fields(generation, where="generation_config.json")
-    pad = stated.token_id("pad_token_id") if cfg.pad_token_id is None else cfg.pad_token_id
-    return cfg.with_(eos_token_ids=stated.token_ids("eos_token_id", cfg.eos_token_ids), pad_token_id=pad)
+    pad = stated.token_id("pad_token_id")
+    return cfg.with_(
+        eos_token_ids=stated.token_ids("eos_token_id", cfg.eos_token_ids),
+        pad_token_id=pad if cfg.pad_token_id is None else cfg.pad_token_id,
+    )
 
 
 def _image_processor(settings: Mapping[str, Any], cfg: VLMConfig) -> ImageProcessor | TileProcessor | None:

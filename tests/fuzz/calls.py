@@ -189,8 +189,8 @@ def prompts(data: bytes) -> str:
     return held(case)
 
 
-SPECIALS = ("<|image_pad|>", "<|vision_start|>", "<|vision_end|>", "<|im_start|>", "<|im_end|>", "<IMG_CONTEXT>", "<img>",
-            "</img>", "<image>", "user", "\0", "a")  # fmt: skip
+SPECIALS = ("<|image_pad|>", "<|vision_start|>", "<|vision_end|>", "<|im_start|>", "<|im_end|>", "<IMG_CONTEXT>",
+            "<img>", "</img>", "<image>", "user", "\0", "a")  # fmt: skip
 
 
 def changed_batch(draws: Draws, model: Any) -> dict[str, Any]:
@@ -210,8 +210,8 @@ def changed_batch(draws: Draws, model: Any) -> dict[str, Any]:
         elif action == 2 and isinstance(tensor, torch.Tensor):
             batch[name] = tensor[:, : draws.below(5)] if tensor.ndim > 1 else tensor[:0]
         elif action == 3 and isinstance(tensor, torch.Tensor):
-            batch[name] = draws.pick((tensor.float(), tensor[None], tensor.reshape(-1), tensor.bool(), tensor.repeat(2, 1)
-                                      if tensor.ndim == 2 else tensor))  # fmt: skip
+            twice = tensor.repeat(2, 1) if tensor.ndim == 2 else tensor
+            batch[name] = draws.pick((tensor.float(), tensor[None], tensor.reshape(-1), tensor.bool(), twice))
         elif isinstance(tensor, torch.Tensor) and tensor.numel() and not tensor.is_floating_point():
             changed = tensor.clone()
             changed.view(-1)[draws.below(changed.numel())] = max(-(2**63), min(2**63 - 1, draws.number()))

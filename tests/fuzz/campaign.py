@@ -65,9 +65,7 @@ def campaign(name: str, seconds: float, seed: int, engine: str, out: Path) -> No
 
 def told(name: str, engine: str, seed: int, seconds: float, figures: laws.Figures, out: Path) -> None:
     """Print and keep the figures."""
-    print(
-        f"{name} ({engine}, seed {seed}): {figures.cases} cases in {seconds:.0f} s, slowest {figures.worst:.2f} s of CPU"
-    )
+    print(f"{name} ({engine}, seed {seed}): {figures.cases} cases in {seconds:.0f} s, slowest {figures.worst:.2f} s")
     print("  " + ", ".join(f"{outcome} {n}" for outcome, n in figures.outcomes.most_common()))
     print(f"  laws broken {figures.n_broken} times in {len(figures.broken)} places")
     for place, (message, case) in figures.broken.items():

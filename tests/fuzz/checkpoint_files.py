@@ -206,7 +206,7 @@ TEMPLATES = (
     "{% for m in messages %}{{ m.append(1) }}{% endfor %}",
     "{{ messages.append(1) }}{{ undefined.x }}",
     "{% for a in range(10**9) %}{% endfor %}",
-    "{% for a in range(99999) %}{% for b in range(99999) %}{% for c in range(99999) %}{% endfor %}{% endfor %}{% endfor %}",
+    "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}",
     "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
     "{% macro f(n) %}{% if n %}{{ f(n-1) }}{{ f(n-1) }}{% endif %}{% endmacro %}{{ f(60) }}",
     "{% for", "{{ raise_exception('no') }}", "{{ 1/0 }}", "{{ {}['x']['y'] }}", "{% include '/etc/passwd' %}",

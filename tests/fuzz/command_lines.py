@@ -15,8 +15,8 @@ from hooked_vlm import cli
 WORDS: dict[str, tuple[str, ...]] = {
     "ocr-heads": ("--samples", "--lengths", "--threshold", "--tokens-per-batch", "--seed", "--data", "--granularity",
                   "--protocol.query", "--max-new-tokens", "--min-frequency", "--text-model", "--compat"),
-    "head-attribution": ("--samples", "--masks", "--held-out", "--keep", "--images", "--annotations", "--top", "--window",
-                         "--target", "--baseline", "--regression", "--bootstrap", "--min-object", "--runs"),
+    "head-attribution": ("--samples", "--masks", "--held-out", "--keep", "--images", "--annotations", "--top",
+                         "--window", "--target", "--baseline", "--regression", "--bootstrap", "--min-object", "--runs"),
     "view": ("--image", "--prompt", "--heads", "--box", "--max-pixels", "--max-tiles", "--tower", "--answer",
              "--max-new-tokens", "--query"),
 }  # fmt: skip
@@ -25,8 +25,8 @@ SUBCOMMANDS = {
     "head-attribution": ("attribute", "compare", "tokens", "x"),
     "view": ("",),
 }
-VALUES = ("0", "-1", "1", "nan", "inf", "1e999", "", "x", "2.1", "99.0", "0.5", "zero", "toy", "coco", "/dev/null", "nowhere",
-          "\0", "\ud800", "1" * 400, "--", "-", "1 1 2 2", "None", "True")  # fmt: skip
+VALUES = ("0", "-1", "1", "nan", "inf", "1e999", "", "x", "2.1", "99.0", "0.5", "zero", "toy", "coco", "/dev/null",
+          "nowhere", "\0", "\ud800", "1" * 400, "--", "-", "1 1 2 2", "None", "True")  # fmt: skip
 
 
 def command_line(data: bytes) -> str:

@@ -88,8 +88,8 @@ COCO: dict[str, Any] = {
     "images": [{"id": 7, "width": 48, "height": 32, "file_name": "a.png"}, {"id": 8, "width": 48, "height": 32,
                                                                              "file_name": "b.png"}],
     "annotations": [
-        {"id": 1, "image_id": 7, "category_id": 1, "area": 400.0, "iscrowd": 0, "segmentation": [[1, 1, 20, 1, 20, 20]]},
-        {"id": 2, "image_id": 8, "category_id": 2, "area": 500.0, "iscrowd": 0, "segmentation": [[1, 1, 30, 1, 9, 20]]},
+        {"id": 1, "image_id": 7, "category_id": 1, "area": 400.0, "iscrowd": 0, "segmentation": [[1, 1, 9, 1, 9, 9]]},
+        {"id": 2, "image_id": 8, "category_id": 2, "area": 500.0, "iscrowd": 0, "segmentation": [[1, 1, 9, 1, 9, 9]]},
     ],
 }  # fmt: skip
 
