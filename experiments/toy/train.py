@@ -5,6 +5,7 @@ goes through the same batches as an uninterrupted one. What a model is trained o
 """
 
 import csv
+import io
 import sys
 import time
 from dataclasses import asdict, dataclass
@@ -196,12 +197,9 @@ class Log:
 
 def save_state(path: Path, state: dict) -> None:
     """A killed run leaves the previous state whole."""
-
-    def save(aside: Path) -> None:
-        with aside.open("wb") as file:  # of a path, torch.save does not say that the disk is full
-            torch.save(state, file)
-
-    place(path, save)
+    content = io.BytesIO()
+    torch.save(state, content)  # into a file it does not say that the disk is full
+    place(path, lambda aside: aside.write_bytes(content.getbuffer()))
 
 
 def train(config: TrainConfig, recipe: Recipe) -> HFModel:

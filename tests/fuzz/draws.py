@@ -10,8 +10,8 @@ T = TypeVar("T")
 ODD: tuple[Any, ...] = (
     None, True, False, 0, 1, -1, 2, 3, 7, 14, 32, 0.5, -0.0, 1e-30, 1e308, -1e308, float("nan"), float("inf"), 255, 256,
     1000, 10**5, 10**9, 2**31 - 1, 2**31, 2**62, 2**64, 10**30, 10**400, "", "x", "0", "1", "nan", "\0", "\ud800",
-    "../../outside", "/dev/zero", "float32", "bfloat16", "default", "linear", "yarn", "𝕏" * 3, "a" * 5000, [], {}, [[]], [None], [1],
-    [1, 2, 3], [-1, 10**9], ["x"], {"x": 1}, {"type": "x"}, [[[[[[[[[[]]]]]]]]]],
+    "../../outside", "/dev/zero", "float32", "bfloat16", "default", "linear", "yarn", "𝕏" * 3, "a" * 5000, [], {}, [[]],
+    [None], [1], [1, 2, 3], [-1, 10**9], ["x"], {"x": 1}, {"type": "x"}, [[[[[[[[[[]]]]]]]]]],
 )  # fmt: skip
 """Values at the edges of what a field may hold, and far outside of it."""
 
