@@ -4,6 +4,8 @@ import sys
 
 import tyro
 
+from hooked_vlm.activations import ActivationsError
+from hooked_vlm.activations.command import CacheConfig, cache, summary
 from hooked_vlm.converters import CheckpointError
 from hooked_vlm.experiments.common.errors import StudyError
 from hooked_vlm.experiments.head_attribution import commands as head_attribution_commands
@@ -16,7 +18,16 @@ from hooked_vlm.images import ImageError
 from hooked_vlm.token_layout import InputError
 from hooked_vlm.viewer.command import ViewConfig, write_page
 
-EXPECTED = (CheckpointError, GeometryError, HookError, ImageError, InputError, OutputError, StudyError)
+EXPECTED = (
+    ActivationsError,
+    CheckpointError,
+    GeometryError,
+    HookError,
+    ImageError,
+    InputError,
+    OutputError,
+    StudyError,
+)
 """What a user can cause and mend; anything else is a fault of ours and keeps its traceback."""
 
 app = tyro.extras.SubcommandApp()
@@ -38,6 +49,12 @@ def head_attribution(command: tyro.conf.OmitArgPrefixes[head_attribution_command
 def view(config: tyro.conf.OmitArgPrefixes[ViewConfig]) -> None:
     """Where the model looks: the attention of each answer token on the picture, as a page."""
     print(f"page: {write_page(config)}")
+
+
+@app.command(name="cache")
+def cache_activations(config: tyro.conf.OmitArgPrefixes[CacheConfig]) -> None:
+    """Activations of a data set, written to a folder with an index of their tokens, patches and boxes."""
+    print(summary(cache(config)))
 
 
 def main() -> None:

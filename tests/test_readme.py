@@ -63,6 +63,16 @@ def test_every_python_block_of_the_page_about_the_viewer_runs(tmp_path: Path, mo
     assert "".join(chip.text for chip in names["view"].chips if chip.row is not None) == "4s4g"
 
 
+def test_every_python_block_of_the_page_about_activations_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    page = (Path(__file__).parents[1] / "docs" / "activations.md").read_text(encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    names: dict = {}
+    for block in re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL):
+        exec(compile(block, "activations.md", "exec"), names)
+    assert names["x"].shape == (len(names["evidence"]), names["model"].cfg.d_model) and len(names["x"])
+    assert len(names["image_rows"]) == len(names["acts"]["hook_image_features"])
+
+
 def test_the_files_it_points_to_exist() -> None:
     root = Path(__file__).parents[1]
     for name in ("README.md", "docs/patching.md", "docs/viewer.md", "docs/notebooks/README.md"):
