@@ -16,7 +16,7 @@ help:
 	@echo "make lint        ruff and pyright"
 	@echo "make format      let ruff rewrite what it can"
 	@echo "make bench       timings and memory, side by side with transformers (half an hour)"
-	@echo "make docs-hooks  regenerate docs/hooks.md and docs/transformerlens.md"
+	@echo "make docs-hooks  regenerate docs/hooks.md, docs/checkpoints.md and docs/transformerlens.md"
 	@echo "make setup       everything a developer needs, pre-commit hooks included"
 	@echo "make clean       remove .venv and all that was built"
 
@@ -48,6 +48,7 @@ bench: $(VENV)/.installed-dev
 docs-hooks: $(VENV)/.installed-dev
 	$(BIN)/python -m hooked_vlm.hook_table
 	$(BIN)/python -m hooked_vlm.tool_table
+	$(BIN)/python -m hooked_vlm.commands.checkpoint_page
 
 setup: $(VENV)/.installed-dev
 	$(BIN)/pre-commit install

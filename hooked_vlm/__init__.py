@@ -12,4 +12,6 @@ from hooked_vlm.inputs import VLMInputs as VLMInputs
 from hooked_vlm.model import HookedVLM as HookedVLM
 from hooked_vlm.sweep import SweepResult as SweepResult
 from hooked_vlm.sweep import sweep as sweep
+from hooked_vlm.sweep_many import SweepCase as SweepCase
+from hooked_vlm.sweep_many import sweep_many as sweep_many
 from hooked_vlm.token_layout import InputError as InputError

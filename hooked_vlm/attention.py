@@ -5,6 +5,7 @@
 """
 
 from collections.abc import Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -13,11 +14,12 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from hooked_vlm.components import AllHeadsNorm, HookFn, WithViews, absent_bias, weight_view
+from hooked_vlm.components import AllHeadsNorm, HookFn, WithViews, weight_view
 from hooked_vlm.hooks import HookPoint, call_told, is_hooked
 from hooked_vlm.kv_cache import EarlierKeys
 from hooked_vlm.masks import AttentionMask
 from hooked_vlm.rotary import Rotation
+from hooked_vlm.weight_access import absent_bias, values_of
 
 
 def attend(
@@ -258,23 +260,23 @@ class Attention(WithViews):
         if not run.use_attn_result:
             return self.o_proj(z.flatten(-2))
         result = asking.hook(self.hook_result, torch.einsum("...hd,hdm->...hm", z, self.W_O))
-        return result.sum(-2) if self.o_proj.bias is None else result.sum(-2) + self.o_proj.bias
+        return result.sum(-2) if self.o_proj.bias is None else result.sum(-2) + values_of(self.o_proj, "bias")
 
     @weight_view
     def W_Q(self) -> Float[Tensor, "head d_model d_head"]:
-        return _by_head(self.q_proj.weight, self.n_heads)
+        return _by_head(values_of(self.q_proj), self.n_heads)
 
     @weight_view
     def W_K(self) -> Float[Tensor, "kv_head d_model d_head"]:
-        return _by_head(self.k_proj.weight, self.n_key_value_heads)
+        return _by_head(values_of(self.k_proj), self.n_key_value_heads)
 
     @weight_view
     def W_V(self) -> Float[Tensor, "kv_head d_model d_head"]:
-        return _by_head(self.v_proj.weight, self.n_key_value_heads)
+        return _by_head(values_of(self.v_proj), self.n_key_value_heads)
 
     @weight_view
     def W_O(self) -> Float[Tensor, "head d_head d_model"]:
-        return self.o_proj.weight.view(-1, self.n_heads, self.d_head).permute(1, 2, 0)
+        return values_of(self.o_proj).view(-1, self.n_heads, self.d_head).permute(1, 2, 0)
 
     @weight_view
     def b_Q(self) -> Float[Tensor, "head d_head"]:
@@ -290,8 +292,8 @@ class Attention(WithViews):
 
     @weight_view
     def b_O(self) -> Float[Tensor, "d_model"]:
-        bias = self.o_proj.bias
-        return absent_bias(self.o_proj.weight, self.o_proj.out_features) if bias is None else bias
+        o_proj = self.o_proj
+        return absent_bias(o_proj, o_proj.out_features) if o_proj.bias is None else values_of(o_proj, "bias")
 
 
 @dataclass(eq=False)
@@ -306,6 +308,23 @@ class AttentionRun:
     told: Mapping[str, Any] = field(default_factory=dict)
     """What a hook finds in `hook.ctx` while it is called: `positions`, the first of them as a plain number
     (`first_position`), and `step` where there is a cache."""
+    _elsewhere: "dict[torch.device, AttentionRun]" = field(init=False, repr=False, default_factory=dict)
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> "AttentionRun":
+        """The same for layers on another device, made once. (Earlier keys lie with their layers already.)
+
+        `accelerate` calls it, with its own signature, where a model's parts are spread over devices.
+        """
+        device = torch.device(device)
+        if device not in self._elsewhere:
+            self._elsewhere[device] = self._moved(device)
+        return self._elsewhere[device]
+
+    def _moved(self, device: torch.device) -> "AttentionRun":
+        moved = copy(self)  # which shares what was made before
+        moved.mask, moved.rotate = self.mask.to(device), None if self.rotate is None else self.rotate.to(device)
+        moved.told = {name: x.to(device) if isinstance(x, Tensor) else x for name, x in self.told.items()}
+        return moved
 
     @property
     def step(self) -> dict[str, Any]:
@@ -365,8 +384,8 @@ def _project(linear: nn.Linear, x: Tensor, n_heads: int) -> Float[Tensor, "*dims
     per_head_input = x.ndim >= 4
     if not per_head_input:
         return linear(x).unflatten(-1, (n_heads, -1))
-    out = torch.einsum("...hm,hmd->...hd", x, _by_head(linear.weight, n_heads))
-    return out if linear.bias is None else out + linear.bias.view(n_heads, -1)
+    out = torch.einsum("...hm,hmd->...hd", x, _by_head(values_of(linear), n_heads))
+    return out if linear.bias is None else out + _bias_by_head(linear, n_heads)
 
 
 def _by_head(weight: Tensor, n_heads: int) -> Tensor:
@@ -376,5 +395,5 @@ def _by_head(weight: Tensor, n_heads: int) -> Tensor:
 
 def _bias_by_head(linear: nn.Linear, n_heads: int) -> Tensor:
     if linear.bias is None:
-        return absent_bias(linear.weight, n_heads, linear.out_features // n_heads)
-    return linear.bias.view(n_heads, -1)
+        return absent_bias(linear, n_heads, linear.out_features // n_heads)
+    return values_of(linear, "bias").view(n_heads, -1)

@@ -51,12 +51,12 @@ def attention_rows(
     found: dict[int, Tensor] = {}
 
     def watch(z: Tensor, hook: Any) -> None:
-        rows = hook.ctx["attention"].pattern(positions)
+        rows = hook.ctx["attention"].pattern(positions.to(z.device))
         found[hook.layer()] = rows if reduce is None else reduce(rows)
 
     watching = [(f"blocks.{layer}.attn.hook_z", watch) for layer in chosen]
     model.run_with_hooks(inputs, return_type=None, fwd_hooks=[*fwd_hooks, *watching])
-    return torch.stack([found[layer] for layer in chosen])
+    return torch.stack([found[layer].to(inputs.device) for layer in chosen])
 
 
 @torch.no_grad()
@@ -97,7 +97,7 @@ def generate_with_rows(
     if reduce is None:
         n_keys = max(row.shape[-1] for rows in steps.values() for row in rows)
         steps = {layer: [F.pad(row, (0, n_keys - row.shape[-1])) for row in rows] for layer, rows in steps.items()}
-    return tokens, torch.stack([torch.cat(steps[layer], dim=2) for layer in chosen])
+    return tokens, torch.stack([torch.cat(steps[layer], dim=2).to(tokens.device) for layer in chosen])
 
 
 def _check_layers(model: Any, layers: Sequence[int] | None) -> Sequence[int]:

@@ -74,12 +74,13 @@ class DerivingCache(ActivationCache):
                 "it computed in the run"
             )
         q, k = (self.cache_dict[n] if self.has_batch_dim else self.cache_dict[n][None] for n in needed)
-        valid = self._mask.query_valid(q.shape[1])
+        mask = self._mask.to(q.device)
+        valid = mask.query_valid(q.shape[1])
         queries = torch.arange(q.shape[1], device=q.device)
         if query is not None:
             q, queries = q[:, [query]], queries[[query]]
             valid = None if valid is None else valid[:, [query]]
-        scores = attention_scores(q, k).masked_fill(~self._mask.visible(queries[None], k.shape[1]), -torch.inf)
+        scores = attention_scores(q, k).masked_fill(~mask.visible(queries[None], k.shape[1]), -torch.inf)
         if name.endswith("hook_attn_scores"):
             return scores if self.has_batch_dim else scores[0]
         pattern = attention_pattern(scores)
@@ -222,6 +223,15 @@ class VLMCache(DerivingCache):
             return out
         return out * self._norm_weight(layer, mlp_input)
 
+    def _ensure_head_results(self) -> bool:
+        # the parent multiplies by weights where they lie, which in a spread model may be another device than here
+        for layer, block in enumerate(self.model.blocks if self.model.device_map else ()):
+            result, z = f"blocks.{layer}.attn.hook_result", f"blocks.{layer}.attn.hook_z"
+            if result not in self.cache_dict and z in self.cache_dict:
+                W_O = block.attn.W_O.to(self.cache_dict[z].device)
+                self.cache_dict[result] = torch.einsum("...hd,hdm->...hm", self.cache_dict[z], W_O)
+        return super()._ensure_head_results()
+
     def _stack_neuron_results_apply_ln_projected(
         self, layer: int, pos_slice: Slice, neuron_slice: Slice, project_2d: Tensor, mlp_input: bool = False
     ) -> Tensor:
@@ -233,6 +243,6 @@ class VLMCache(DerivingCache):
 
     def _norm_weight(self, layer: int | None, mlp_input: bool) -> Tensor:
         if layer is None or layer == -1 or layer == self.model.cfg.n_layers:
-            return self.model.ln_final.weight
+            return self.model.ln_final.w
         block = self.model.blocks[layer]
-        return (block.ln2 if mlp_input else block.ln1).weight
+        return (block.ln2 if mlp_input else block.ln1).w.to(self.model.cfg.device)

@@ -13,6 +13,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from hooked_vlm.hooks import HookPoint
+from hooked_vlm.weight_access import absent_bias, values_of
 
 HookFn = Callable[[HookPoint, Tensor], Tensor]
 """How a tensor passes a hook point: directly in the text side, padded per image in the vision side."""
@@ -48,45 +49,6 @@ class WithViews(nn.Module):
             super().__setattr__(name, value)
 
 
-class AbsentBias(torch.Tensor):
-    """Zeros standing for a bias the checkpoint does not have: readable like a tensor, closed to edits."""
-
-    @classmethod
-    def __torch_function__(cls, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        kwargs = kwargs or {}
-        name = getattr(func, "__name__", "")
-        writes = name == "__setitem__" or name in _INPLACE_OPERATORS
-        writes = writes or (name.endswith("_") and not name.endswith("__") and name != "requires_grad_")
-        written = [kwargs.get("out"), *((*args, *kwargs.values())[:1] if writes else ())]
-        if any(isinstance(x, AbsentBias) for x in written):
-            # not a TypeError, which torch takes for "try the other operand" (`b += 1` would then rebind b)
-            raise RuntimeError(
-                "this layer has no bias in the checkpoint: what reads as zeros is not a parameter and "
-                "cannot be edited (model.absent_biases lists them)"
-            )
-        with torch._C.DisableTorchFunctionSubclass():
-            result = func(*args, **kwargs)
-            closed = {x.untyped_storage()._cdata for x in (*args, *kwargs.values()) if isinstance(x, AbsentBias)}
-            if isinstance(result, tuple | list):
-                return type(result)(_closed_where_shared(x, closed) for x in result)
-            return _closed_where_shared(result, closed)
-
-
-def _closed_where_shared(result: Any, storages: set[int]) -> Any:
-    """Views of the zeros stay closed to edits; everything computed from them is an ordinary tensor."""
-    if isinstance(result, Tensor) and result.untyped_storage()._cdata in storages:
-        return result.as_subclass(AbsentBias)
-    return result.as_subclass(Tensor) if isinstance(result, AbsentBias) else result
-
-
-_INPLACE_OPERATORS = {f"__i{op}__" for op in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow")}
-
-
-def absent_bias(like: Tensor, *shape: int) -> Tensor:
-    """Zeros of `shape` that refuse edits, on `like`'s device and in its dtype."""
-    return torch.zeros(shape, device=like.device, dtype=like.dtype).as_subclass(AbsentBias)
-
-
 class Norm(WithViews):
     """RMSNorm, or LayerNorm when `centered`; statistics in float32 as in the reference.
 
@@ -112,7 +74,7 @@ class Norm(WithViews):
     @weight_view
     def w(self) -> Tensor:
         """The weight, [d_model] (TransformerLens' name)."""
-        return self.weight
+        return values_of(self)
 
     def forward(
         self, x: Float[Tensor, "*dims d_model"], hook: HookFn = HookPoint.__call__
@@ -168,16 +130,16 @@ class MLP(WithViews):
 
     @weight_view
     def W_in(self) -> Float[Tensor, "d_model d_mlp"]:
-        return self.in_proj.weight.T
+        return values_of(self.in_proj).T
 
     @weight_view
     def W_gate(self) -> Float[Tensor, "d_model d_mlp"] | None:
         """None without a gate."""
-        return None if self.gate_proj is None else self.gate_proj.weight.T
+        return None if self.gate_proj is None else values_of(self.gate_proj).T
 
     @weight_view
     def W_out(self) -> Float[Tensor, "d_mlp d_model"]:
-        return self.out_proj.weight.T
+        return values_of(self.out_proj).T
 
     @weight_view
     def b_in(self) -> Float[Tensor, "d_mlp"]:
@@ -189,7 +151,7 @@ class MLP(WithViews):
 
 
 def _bias(linear: nn.Linear) -> Tensor:
-    return absent_bias(linear.weight, linear.out_features) if linear.bias is None else linear.bias
+    return absent_bias(linear, linear.out_features) if linear.bias is None else values_of(linear, "bias")
 
 
 class Embed(WithViews, nn.Embedding):
@@ -197,7 +159,7 @@ class Embed(WithViews, nn.Embedding):
 
     @weight_view
     def W_E(self) -> Float[Tensor, "d_vocab d_model"]:
-        return self.weight
+        return values_of(self)
 
     def forward(self, input: Int[Tensor, "batch pos"]) -> Float[Tensor, "batch pos d_model"]:
         return super().forward(input)
@@ -211,8 +173,8 @@ class Unembed(WithViews, nn.Linear):
 
     @weight_view
     def W_U(self) -> Float[Tensor, "d_model d_vocab"]:
-        return self.weight.T
+        return values_of(self).T
 
     @weight_view
     def b_U(self) -> Float[Tensor, "d_vocab"]:
-        return absent_bias(self.weight, self.out_features)
+        return absent_bias(self, self.out_features)

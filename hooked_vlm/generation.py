@@ -50,7 +50,8 @@ class GenerationMixin(nn.Module):
             input: a `VLMInputs` (padded on the left, if at all), token ids or raw text.
             max_new_tokens: at most so many; fewer if every row has stopped, or the context is full.
             do_sample: draw from softmax(logits / temperature) instead of taking the largest logit.
-            top_k, top_p: draw from the k likeliest tokens, or from the smallest set with this probability.
+            top_k: draw from so many likeliest tokens.
+            top_p: draw from the smallest set with this probability.
             stop_at_eos: a row ends with its first stop token (generation_config.json's); what follows is
                 padding.
             fwd_hooks: hooks for the prompt's pass and for every step. In a hook, `hook.ctx["step"]` counts

@@ -12,6 +12,7 @@ CMYK, palettes, 1-bit etc. are converted as Pillow does. Of an animated file the
 image the frame it stands at.
 """
 
+import io
 import math
 import os
 from collections.abc import Mapping, Sequence
@@ -21,7 +22,7 @@ from typing import Any
 import numpy as np
 import torch
 from jaxtyping import Float, Int, UInt8
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from hooked_vlm.geometry import ImageSize
 
@@ -75,6 +76,20 @@ def load_image(image: object) -> Image.Image:
     )
 
 
+def load_image_bytes(data: bytes, name: str) -> Image.Image:
+    """The contents of an image file as an upright RGB image.
+
+    Args:
+        name: what messages call it.
+
+    Raises:
+        ImageError: as `load_image` of a file.
+    """
+    if not data:
+        raise ImageError(_empty(repr(name)))
+    return _opened(io.BytesIO(data), repr(name))
+
+
 def _from_file(source: str | os.PathLike[str]) -> Image.Image:
     path = os.fspath(source)
     name = repr(path if len(path) <= 200 else path[:200] + "...")
@@ -89,16 +104,25 @@ def _from_file(source: str | os.PathLike[str]) -> Image.Image:
         )  # fmt: skip
         raise ImageError(f"expected the path of an image file, but {name} {what}: check the path")
     if os.path.getsize(path) == 0:
-        raise ImageError(f"{name} is empty (0 bytes): write or download it again")
+        raise ImageError(_empty(name))
+    return _opened(path, name)
+
+
+def _empty(name: str) -> str:
+    return f"{name} is empty (0 bytes): write or download it again"
+
+
+def _opened(file: str | io.BytesIO, name: str) -> Image.Image:
     try:
-        image = Image.open(path)
+        image = Image.open(file)
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise ImageError(_too_large(name, error)) from error
     except PermissionError as error:
         raise ImageError(f"{name} may not be read: change its permissions") from error
     except Exception as error:  # on damaged files Pillow's plugins raise whatever their parsers do
+        why = "of no format it knows" if isinstance(error, UnidentifiedImageError) else str(error)
         raise ImageError(
-            f"{name} is not an image that Pillow can read ({error}): expected PNG, JPEG, TIFF, GIF, WebP, ..."
+            f"{name} is not an image that Pillow can read ({why}): expected PNG, JPEG, TIFF, GIF, WebP, ..."
         ) from error
     with image:
         return _to_rgb(image, name)

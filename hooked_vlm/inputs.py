@@ -153,6 +153,11 @@ class VLMInputs:
     def cpu(self) -> "VLMInputs":
         return self.to("cpu")
 
+    def portable(self) -> "VLMInputs":
+        """To be sent or kept: on the CPU, without the tokenizer that the model has, and without pixels once encoded."""
+        pixels = {} if self.image_features is None else {"pixel_values": None, "pixel_values_videos": None}
+        return replace(self.cpu(), spec=replace(self.spec, tokenizer=None), **pixels)
+
     def repeat(self, *sizes: int) -> Int[Tensor, "..."]:
         """The token ids repeated, a plain tensor (what TransformerLens' head detector asks for)."""
         return self.tokens.repeat(*sizes)

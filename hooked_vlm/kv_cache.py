@@ -1,5 +1,6 @@
 """Keys and values of positions that were run before, in buffers made once."""
 
+from collections.abc import Sequence
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -36,10 +37,13 @@ class KVCache:
         d_head: int,
         device: torch.device,
         dtype: torch.dtype,
+        layer_devices: Sequence[torch.device] | None = None,
     ) -> None:
+        """`device` is that of the inputs; a layer's keys and values may lie on another, where the layer computes."""
         shape = (batch, capacity, n_key_value_heads, d_head)
-        self.keys = [torch.empty(shape, device=device, dtype=dtype) for _ in range(n_layers)]
-        self.values = [torch.empty(shape, device=device, dtype=dtype) for _ in range(n_layers)]
+        self.device, homes = device, layer_devices or [device] * n_layers
+        self.keys = [torch.empty(shape, device=home, dtype=dtype) for home in homes]
+        self.values = [torch.empty(shape, device=home, dtype=dtype) for home in homes]
         self.length = 0
         """Positions filled, the same for every row (padding included)."""
         self.n_passes = 0
@@ -78,7 +82,7 @@ class KVCache:
             return None
         end = self.length + n_new
         if self._valid is None:
-            self._valid = torch.ones(self.batch, end, dtype=torch.bool, device=self.keys[0].device)
+            self._valid = torch.ones(self.batch, end, dtype=torch.bool, device=self.device)
         self._valid = _with_room(self._valid, self.length, end)
         self._valid[:, self.length : end] = True if new_valid is None else new_valid
         return self._valid[:, :end]
@@ -87,7 +91,7 @@ class KVCache:
         """Count `n_positions` more as filled, whose rotary positions reach `n_rotary_positions` further."""
         self.length += n_positions
         self.n_passes += 1
-        past = torch.zeros(self.batch, dtype=torch.long, device=self.keys[0].device)
+        past = torch.zeros(self.batch, dtype=torch.long, device=self.device)
         self.next_position = (past if self.next_position is None else self.next_position) + n_rotary_positions
 
 

@@ -141,7 +141,9 @@ def logit_lens(
     found: dict[int, tuple[np.ndarray, ...]] = {}
 
     def read(layer: int) -> Any:
-        return lambda x, hook: found.__setitem__(layer, _read(model, x[rows, columns], wanted.to(x.device), top))
+        return lambda x, hook: found.__setitem__(
+            layer, _read(model, x.to(inputs.device)[rows, columns], wanted.to(inputs.device), top)
+        )
 
     hooks = [(_stream(layer, n_layers), read(layer)) for layer in chosen]
     model.run_with_hooks(inputs, return_type=None, fwd_hooks=hooks)
@@ -199,7 +201,10 @@ def head_lens(
     found: dict[int, Tensor] = {}
 
     def read(z: Tensor, hook: Any) -> None:
-        written = torch.einsum("ehd,hdm->ehm", z[rows, columns], model.blocks[hook.layer()].attn.W_O)
+        written = torch.einsum(
+            "ehd,hdm->ehm", z[rows.to(z.device), columns.to(z.device)], model.blocks[hook.layer()].attn.W_O
+        )
+        written = written.to(inputs.device)
         index = wanted[rows, None, None].expand(-1, written.shape[1], 1)
         n = max(1, CHUNK // written.shape[1])
         parts = zip(written.split(n), index.split(n), strict=True)
@@ -255,7 +260,8 @@ def logit_attribution(
     later ones. The final norm's denominator is that of the run, its weight is applied.
 
     Args:
-        right, wrong: a token id for each row, or one for all.
+        right: a token id for each row, or one for all.
+        wrong: likewise.
 
     Raises:
         InputError: an unknown unit, or tokens that do not exist.
@@ -271,6 +277,7 @@ def logit_attribution(
 
     def keep(x: Tensor, hook: Any) -> None:
         # the final norm sees each row's last token only
+        x = x.to(inputs.device)
         found[str(hook.name)] = x[:, 0] if hook.name == "ln_final.hook_scale" else x[rows, last]
 
     attention = "attn.hook_z" if unit == "head" else "hook_attn_out"
@@ -287,14 +294,14 @@ def logit_attribution(
             parts[f"L{layer} attn"], parts[f"L{layer} mlp"] = wrote, mlp
         else:
             attn = model.blocks[layer].attn
-            by_head = torch.einsum("rhd,hdm->hrm", wrote, attn.W_O)
+            by_head = torch.einsum("rhd,hdm->hrm", wrote, attn.W_O.to(wrote.device))
             parts |= {f"L{layer}H{head}": own for head, own in enumerate(by_head)}
             if attn.b_O.any():
-                parts[f"L{layer} b_O"] = attn.b_O.expand_as(mlp)
+                parts[f"L{layer} b_O"] = attn.b_O.to(mlp.device).expand_as(mlp)
             parts[f"L{layer} mlp"] = mlp
     exact = torch.promote_types(logits.dtype, torch.float32)
     direction = sum(sign * model.W_U.T[tokens].to(exact) for tokens, sign in asked)
-    direction = direction * model.ln_final.weight.to(exact) / found["ln_final.hook_scale"].to(exact)
+    direction = direction * model.ln_final.w.to(exact) / found["ln_final.hook_scale"].to(exact)
     values = torch.stack([(part.to(exact) * direction).sum(-1) for part in parts.values()])
     true = torch.stack([sign * logits[rows, tokens].to(exact) for tokens, sign in asked]).sum(0)
     return LogitAttribution(tuple(parts), values.double().cpu().numpy(), true.double().cpu().numpy())

@@ -17,16 +17,20 @@ from torch.overrides import TorchFunctionMode
 
 from hooked_vlm.components import Embed, Unembed
 from hooked_vlm.config import RopeScaling, VisionConfig, VLMConfig
-from hooked_vlm.converters import CheckpointError, converter_for, open_tensors, read_config, read_json
+from hooked_vlm.converters import KNOWN_MODELS, CheckpointError, converter_for, open_tensors, read_config, read_json
 from hooked_vlm.converters.fields import Fields
 from hooked_vlm.files import why
 from hooked_vlm.images import ImageError, ImageProcessor
+from hooked_vlm.placement import DeviceMap, Spread, attach, offloaded_weights, planned
+from hooked_vlm.quantisation import Bits, quantize_weights
 from hooked_vlm.templates import template_named
 from hooked_vlm.tiles import TileProcessor
 from hooked_vlm.tokenization import load_tokenizer
+from hooked_vlm.weight_access import why_closed
 
 TOY_MODELS = Path(__file__).parent / "toy_models"
 _FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
+_CONFIGS = ["config.json", "preprocessor_config.json"]
 
 Model = TypeVar("Model", bound="LoadingMixin")
 """The class called upon (`typing.Self`, which beartype does not know in methods)."""
@@ -41,6 +45,7 @@ class LoadingMixin(nn.Module):
     tokenizer: Any
     image_processor: ImageProcessor | TileProcessor | None
     hf_config: dict[str, Any]
+    device_map: dict[str, str]
 
     @classmethod
     def from_pretrained(
@@ -49,6 +54,10 @@ class LoadingMixin(nn.Module):
         *,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        device_map: DeviceMap | None = None,
+        max_memory: Mapping[int | str, int | str] | None = None,
+        offload_folder: str | Path | None = None,
+        quantize: Bits | Any = None,
         revision: str | None = None,
         cache_dir: str | Path | None = None,
         local_files_only: bool = False,
@@ -60,7 +69,15 @@ class LoadingMixin(nn.Module):
                 "Qwen/Qwen2-VL-2B-Instruct".
             device: CUDA if present by default.
             dtype: the checkpoint's own by default.
-            revision, cache_dir, local_files_only: as in `huggingface_hub.snapshot_download`.
+            device_map: instead of `device`, spread over several (docs/large-models.md): "auto", "balanced",
+                "sequential" or {part: device}, with "cpu" and "disk" for what is loaded only when it computes.
+            max_memory: how much each device may take, {0: "20GiB", "cpu": "60GiB"}; what is free by default.
+            offload_folder: an empty folder for the parts on disk, which otherwise stay in the checkpoint's files.
+            quantize: keep the matrices of both towers' blocks and of the projector in 8 or 4 bits
+                (`hooked_vlm.quantisation`).
+            revision: as in `huggingface_hub.snapshot_download`.
+            cache_dir: likewise.
+            local_files_only: likewise.
 
         Returns:
             The model in eval mode; its parameters require gradients. On the CPU in the checkpoint's dtype
@@ -68,25 +85,68 @@ class LoadingMixin(nn.Module):
 
         Raises:
             CheckpointError: no such checkpoint or device, an unsupported architecture, corrupt or missing files or
-                tensors.
+                tensors, a device_map that does not fit, a quantisation that does not work here.
         """
-        device = _device(device)
-        folder = _find(name_or_path, revision, cache_dir, local_files_only)
+        spread = None if device_map is None else Spread(device_map, max_memory, offload_folder)
+        if spread is None and (max_memory is not None or offload_folder is not None):
+            raise CheckpointError('max_memory and offload_folder go with a device_map, e.g. device_map="auto"')
+        if spread is not None and (device is not None or quantize is not None):
+            other = "device" if device is not None else "quantize"
+            raise CheckpointError(f"{other} and device_map exclude each other: give one of them")
+        device = torch.device("cpu") if spread is not None else _device(device)
+        start = torch.device("cpu") if quantize is not None else device  # matrices follow once they are small
+        folder = find_checkpoint(name_or_path, revision, cache_dir, local_files_only)
         hf_config = read_config(folder)
         converter = converter_for(hf_config)
         tensors = converter.from_hf(open_tensors(folder), hf_config)
         dtype = dtype or converter.dtype(hf_config) or next(iter(tensors.values())).dtype
         generation = read_json(folder, "generation_config.json", default={})
-        cfg = _config(converter, hf_config, generation).with_(model_name=str(name_or_path), device=device, dtype=dtype)
+        cfg = _config(converter, hf_config, generation).with_(model_name=str(name_or_path), device=start, dtype=dtype)
         tokenizer = load_tokenizer(folder)
         cfg = _with_tokens(cfg, tokenizer)
-        return cls._assemble(
-            cfg,
-            tensors,
-            hf_config,
-            tokenizer,
-            _image_processor(read_json(folder, "preprocessor_config.json", default={}), cfg),
+        processor = _image_processor(read_json(folder, "preprocessor_config.json", default={}), cfg)
+        model = cls._assemble(cfg, tensors, hf_config, tokenizer, processor, spread)
+        if quantize is not None:
+            model.cfg = model.cfg.with_(device=device)
+            quantize_weights(model, quantize)
+        return model
+
+    @classmethod
+    def without_weights(
+        cls: type[Model],
+        name_or_path: str | Path,
+        *,
+        revision: str | None = None,
+        cache_dir: str | Path | None = None,
+        local_files_only: bool = False,
+    ) -> Model:
+        """A model on the meta device: modules, hook points and shapes, neither weights nor tokenizer.
+
+        Published checkpoints of `hooked_vlm.converters.KNOWN_MODELS` need no files; of others only config.json (and
+        preprocessor_config.json, if there is one) is read or downloaded.
+
+        Args:
+            name_or_path, revision, cache_dir, local_files_only: as in `from_pretrained`.
+
+        Raises:
+            CheckpointError: no such checkpoint, an unsupported architecture, a corrupt config.json.
+        """
+        known = None if Path(name_or_path).exists() else KNOWN_MODELS.get(str(name_or_path))
+        if known is not None:
+            hf_config, settings = known.config, {}
+        else:
+            folder = find_checkpoint(name_or_path, revision, cache_dir, local_files_only, _CONFIGS)
+            hf_config = read_config(folder)
+            settings = read_json(folder, "preprocessor_config.json", default={})
+        converter = converter_for(hf_config)
+        cfg = _config(converter, hf_config, {}).with_(
+            model_name=str(name_or_path),
+            device=torch.device("meta"),
+            dtype=converter.dtype(hf_config) or torch.float32,
         )
+        model = cls._unfilled(cfg, None, _image_processor(settings, cfg))
+        model.hf_config = dict(hf_config)
+        return model.eval()
 
     @classmethod
     def from_hf(
@@ -118,24 +178,42 @@ class LoadingMixin(nn.Module):
         hf_config: dict[str, Any],
         tokenizer: Any,
         image_processor: ImageProcessor | TileProcessor | None,
+        spread: Spread | None = None,
     ) -> Model:
-        with torch.device("meta"), _Unfilled():
-            model = cls(cfg, tokenizer, image_processor)  # type: ignore[call-arg]
+        model = cls._unfilled(cfg, tokenizer, image_processor)
+        placement = None if spread is None else planned(model, spread, cfg.dtype)
         placed: dict[int, Tensor] = {}  # tied tensors are one object, before and after
-        for tensor in tensors.values():
+        for name, tensor in tensors.items():
             if id(tensor) not in placed:
-                placed[id(tensor)] = tensor.to(cfg.device, cfg.dtype)
+                home = cfg.device if placement is None else placement.home(name)
+                placed[id(tensor)] = tensor.to(home, cfg.dtype)
         model.load_state_dict({name: placed[id(t)] for name, t in tensors.items()}, strict=True, assign=True)
         if cfg.tie_word_embeddings:
             model.unembed.weight = model.embed.weight
         model.hf_config = dict(hf_config)
-        return model.requires_grad_(True).eval()
+        model.requires_grad_(True).eval()
+        if spread is not None and placement is not None:
+            attach(model, placement, offloaded_weights(placement, tensors, cfg.dtype, spread.offload_folder))
+            model.cfg, model.device_map = cfg.with_(device=torch.device(placement.main)), placement.devices
+        return model
+
+    @classmethod
+    def _unfilled(
+        cls: type[Model], cfg: VLMConfig, tokenizer: Any, image_processor: ImageProcessor | TileProcessor | None
+    ) -> Model:
+        with torch.device("meta"), _Unfilled():
+            return cls(cfg, tokenizer, image_processor)  # type: ignore[call-arg]
 
     def to_hf_state_dict(self, names: str = "published") -> dict[str, Tensor]:
         """The weights under the checkpoint's names ("published"), or as `transformers` holds them ("in_memory").
 
         InternVL's also in either layout ("original", "hf").
+
+        Raises:
+            CheckpointError: weights are offloaded or quantised.
         """
+        if why := why_closed(self):
+            raise CheckpointError(f"the weights of this model cannot be written: {why}")
         state = {name: tensor.detach() for name, tensor in self.state_dict().items()}
         return converter_for(self.hf_config).to_hf(state, self.hf_config, names)
 
@@ -217,10 +295,24 @@ def _device(wanted: torch.device | str | None) -> torch.device:
     return device
 
 
-def _find(name_or_path: str | Path, revision: str | None, cache_dir: str | Path | None, local: bool) -> Path:
-    """The folder of a checkpoint, downloaded if it is a hub name."""
-    name = str(name_or_path)
-    toys = sorted(p.name for p in TOY_MODELS.glob("*") if (p / "config.json").exists())
+def bundled_models() -> list[str]:
+    """Names of the toy models that come with the library."""
+    return sorted(path.parent.name for path in TOY_MODELS.glob("*/config.json"))
+
+
+def find_checkpoint(
+    name_or_path: str | Path,
+    revision: str | None = None,
+    cache_dir: str | Path | None = None,
+    local_files_only: bool = False,
+    files: list[str] = _FILES,
+) -> Path:
+    """The folder of a checkpoint; of a hub name those of its `files` (patterns) are downloaded.
+
+    Raises:
+        CheckpointError: there is none, or the hub does not give it.
+    """
+    name, toys = str(name_or_path), bundled_models()
     if name in toys and not Path(name).exists():
         return TOY_MODELS / name
     path = Path(name).expanduser()
@@ -232,7 +324,11 @@ def _find(name_or_path: str | Path, revision: str | None, cache_dir: str | Path 
     try:
         return Path(
             snapshot_download(
-                name, revision=revision, cache_dir=cache_dir, local_files_only=local, allow_patterns=_FILES
+                name,
+                revision=revision,
+                cache_dir=cache_dir,
+                local_files_only=local_files_only,
+                allow_patterns=files,
             )
         )
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:

@@ -29,6 +29,7 @@ from hooked_vlm.passes import inputs_mask, inputs_run, last_of_rows, step_run
 from hooked_vlm.prompting import PromptMixin
 from hooked_vlm.token_layout import InputError
 from hooked_vlm.vision import PatchRun, Projector, VisionTower
+from hooked_vlm.weight_access import device_of
 from hooked_vlm.weights import WeightsMixin
 
 ReturnType = Literal["logits", "loss", "both"] | None
@@ -54,6 +55,8 @@ class HookedVLM(LoadingMixin, PromptMixin, GenerationMixin, WeightsMixin, HookCh
         self.image_processor = image_processor
         self.hf_config: dict[str, Any] = {}
         """The checkpoint's own config.json."""
+        self.device_map: dict[str, str] = {}
+        """Where each part is, if they are spread (`hooked_vlm.placement`)."""
         self.embed = Embed(cfg.d_vocab, cfg.d_model)
         if cfg.vision is not None:
             self.vision = VisionTower(cfg.vision)
@@ -110,13 +113,14 @@ class HookedVLM(LoadingMixin, PromptMixin, GenerationMixin, WeightsMixin, HookCh
             expected = (*inputs.shape, self.cfg.d_model)
             raise InputError(f"resid must be [batch, pos, d_model] = {expected}, got {tuple(resid.shape)}")
         run = inputs_run(self.cfg, inputs, past_kv_cache, self.cfg.dtype if resid is None else resid.dtype)
-        stream: Tensor = run.pack(self._embed(inputs, run) if resid is None else resid)
+        stream: Tensor = run.pack(self._embed(inputs, run) if resid is None else resid.to(inputs.device))
         n_out = None
         narrow = logits_at == "last" and return_type == "logits" and stop_at_layer is None
         if narrow and not run.packs and min(inputs.stop) == inputs.shape[1]:
             n_out = None if self._hooked_in(self.cfg.n_layers - 1) else 1
         for layer in range(first, last):
             stream = self.run_block(stream, run, layer, n_out if layer == self.cfg.n_layers - 1 else None)
+        stream = stream.to(inputs.device)  # from the last layer's, if the model is spread over devices
         if past_kv_cache is not None:
             past_kv_cache.advance(inputs.shape[1], inputs.next_position)
         if stop_at_layer is not None:
@@ -178,7 +182,7 @@ class HookedVLM(LoadingMixin, PromptMixin, GenerationMixin, WeightsMixin, HookCh
                 self.check_reachable(hooked, inputs, {})
             # the features may serve other runs: a hook must not write into them
             point = self.hook_image_features
-            features = call_told(point, fresh(point, features.to(x.dtype)), told)
+            features = call_told(point, fresh(point, features.to(x)), told)
             x = x.flatten(0, 1).index_copy(0, inputs.feature_slots, features).view_as(x)
         return run.call(self.hook_embed, x)
 
@@ -241,7 +245,9 @@ class HookedVLM(LoadingMixin, PromptMixin, GenerationMixin, WeightsMixin, HookCh
     def new_kv_cache(self, batch: int, capacity: int) -> KVCache:
         """An empty key-value cache for `batch` rows with room for `capacity` positions (it grows past that)."""
         cfg = self.cfg
-        return KVCache(cfg.n_layers, batch, capacity, cfg.n_key_value_heads, cfg.d_head, cfg.device, cfg.dtype)
+        homes = [device_of(block) for block in self.blocks]
+        sizes = (cfg.n_layers, batch, capacity, cfg.n_key_value_heads, cfg.d_head)
+        return KVCache(*sizes, cfg.device, cfg.dtype, homes)
 
     # ---------------------------------------------------------------- hooks
 
@@ -307,7 +313,7 @@ class HookedVLM(LoadingMixin, PromptMixin, GenerationMixin, WeightsMixin, HookCh
             pos_slice: which positions of the text side to store (image-side tensors are kept whole). Of scores
                 and patterns, named in `names_filter`, only these rows are made: `names_filter="blocks.3.attn.
                 hook_pattern", pos_slice=-1` is where the last token looks, without a [pos, pos] tensor.
-            device: where to store.
+            device: where to store; by default where it is made, or with the inputs if the model is spread over devices.
             remove_batch_dim: drop the text side's batch axis; needs a batch of one.
             incl_bwd: also run backward from the output (use return_type="loss") and store gradients
                 under "<name>_grad".
@@ -333,6 +339,8 @@ class HookedVLM(LoadingMixin, PromptMixin, GenerationMixin, WeightsMixin, HookCh
         else:
             names = given
         explicit = partial(runs_explicitly, self.hook_dict)
+        if device is None and self.device_map:
+            device = self.cfg.device
         store, fwd, bwd = caching_hooks(names, cut, device, remove_batch_dim, incl_bwd, explicit)
         with self.hooks(fwd, bwd, reset_hooks_end, clear_contexts):
             out = self(inputs, *args, **kwargs)

@@ -6,7 +6,7 @@ groups of rows of similar length.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -50,6 +50,13 @@ class PackedRun(AttentionRun):
             slots = np.concatenate([row * self.width + own for row, own in enumerate(columns)])
             self.slots = torch.from_numpy(slots).to(device)
         self.groups = _groups(self.lengths, device)
+
+    def _moved(self, device: torch.device) -> "AttentionRun":
+        moved = super()._moved(device)
+        assert isinstance(moved, PackedRun)
+        moved.slots = None if self.slots is None else self.slots.to(device)
+        moved.groups = [group.to(device) for group in self.groups]
+        return moved
 
     def pad(self, packed: Float[Tensor, "position *rest"]) -> Float[Tensor, "row width *rest"]:
         shape = (len(self.lengths), self.width, *packed.shape[1:])
@@ -105,6 +112,10 @@ class _Group:
     """Which packed position each spot holds; a spare spot holds any."""
     real: Int[Tensor, "position"] | None = None
     """Spots that are not spare; None if none is."""
+
+    def to(self, device: torch.device) -> "_Group":
+        slots, real = (None if x is None else x.to(device) for x in (self.slots, self.real))
+        return replace(self, slots=slots, real=real)
 
     def take(self, packed: Float[Tensor, "position *rest"]) -> Float[Tensor, "row longest *rest"]:
         n = self.n_rows * self.longest

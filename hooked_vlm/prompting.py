@@ -107,8 +107,8 @@ class PromptMixin(nn.Module):
                 of their placeholders. For a list of prompts: a list with an entry for each. Messages may
                 also carry them: {"type": "image", "image": ...}.
             videos: the same for videos; a video is a list of frames.
-            min_pixels, max_pixels: bounds on the area of the resized image, in pixels; the checkpoint's by
-                default. A token covers `cfg.vision.pixels_per_token` squared pixels. (Qwen2-VL)
+            min_pixels: the least area of the resized image, in pixels; the checkpoint's by default. (Qwen2-VL)
+            max_pixels: the largest. A token covers `cfg.vision.pixels_per_token` squared pixels. (Qwen2-VL)
             max_tiles: how many tiles an image is cut into at most, its thumbnail not counted. (InternVL)
             chat: apply the checkpoint's chat template. Without it the text is taken as it stands, and
                 pictures whose placeholders it lacks are put in front.

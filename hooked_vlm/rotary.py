@@ -26,6 +26,9 @@ class Rotation:
     cos: Float[Tensor, "*dims half"]
     sin: Float[Tensor, "*dims half"]
 
+    def to(self, device: torch.device) -> "Rotation":
+        return Rotation(self.cos.to(device), self.sin.to(device))
+
     def last(self, n: int) -> "Rotation":
         """That of the last `n` positions."""
         return self.positions(slice(-n, None))

@@ -97,13 +97,15 @@ def _encode(
     for layer in range(EMBEDDING, n_layers + 1):
         joining = list(layers).count(layer)
         if joining:
-            stream = torch.cat((stream, plain.streams[layer].repeat(joining, 1)))
+            joined = plain.streams[layer].repeat(joining, 1)
+            stream = torch.cat((stream.to(joined.device), joined))
             n_runs = len(stream) // per_run
             run = PatchRun.of(inputs.grids * n_runs, cfg, inputs.device, model.cfg.use_attn_result)
         if run is None or layer == n_layers:
             continue
         block = None if layer == EMBEDDING else model.vision.blocks[layer]
-        stream = run.hook(model.vision.hook_embed, stream) if block is None else block(stream, run, layer)
+        embedded = run.to(stream.device).hook
+        stream = embedded(model.vision.hook_embed, stream) if block is None else block(stream, run, layer)
     assert run is not None
     return model.projector(stream, inputs.grids * n_runs, cfg, run)
 

@@ -82,7 +82,7 @@ def batch_logits(
         shared = plain.streams[layer][:, first:]
         if layer == n_layers:  # behind a last block that may have computed the last position only
             shared = shared[:, -stream.shape[1] :] if len(stream) else shared
-        return torch.cat((stream, shared.repeat(n, 1, 1)))
+        return torch.cat((stream.to(shared.device), shared.repeat(n, 1, 1)))
 
     n_runs = len(batch.runs)
     run = plain.run(model, first, n_runs)
@@ -98,7 +98,7 @@ def batch_logits(
                     run = plain.run(model, first, n_runs)
                 n_out = 1 if plan.narrow_end and layer == n_layers - 1 else None
                 stream = model.run_block(stream, run, layer, n_out)
-        stream = joined(stream, n_layers)
+        stream = joined(stream, n_layers).to(plain.inputs.device)
         if logits_at == "last" and plan.find_positions:
             stream, run = last_of_rows(stream, run, plain.inputs, first)
         normalized = model.ln_final(stream, run.hook)

@@ -20,6 +20,8 @@ from hooked_vlm.converters import CheckpointError, read_json
 
 FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "tokenizer.model")
 INTERNLM2_CLASSES = ("InternLM2Tokenizer", "InternLM2TokenizerFast")
+GENERIC_CLASSES = ("PreTrainedTokenizerFast", "TokenizersBackend")
+"""What `transformers` 4 and 5 call a tokenizer that is all in its tokenizer.json."""
 _BPE = 2  # of sentencepiece's TrainerSpec.ModelType
 _CONTROL, _USER_DEFINED = 3, 4  # of sentencepiece's SentencePiece.Type
 
@@ -34,9 +36,11 @@ def load_tokenizer(folder: Path) -> Any:
         return None
     settings = read_json(folder, "tokenizer_config.json", default={})
     try:
-        if settings.get("tokenizer_class") in INTERNLM2_CLASSES and not (folder / "tokenizer.json").exists():
+        written_out = (folder / "tokenizer.json").exists()
+        if settings.get("tokenizer_class") in INTERNLM2_CLASSES and not written_out:
             return _internlm2(folder, settings)
-        if settings.get("tokenizer_class") in INTERNLM2_CLASSES:
+        # AutoTokenizer would put the steps of the model type's own tokenizer in place of those that the file states
+        if settings.get("tokenizer_class") in (*INTERNLM2_CLASSES, *GENERIC_CLASSES) and written_out:
             return PreTrainedTokenizerFast.from_pretrained(folder, trust_remote_code=False)
         with _quiet_transformers():
             return AutoTokenizer.from_pretrained(folder, trust_remote_code=False, **_defaults(folder, settings))

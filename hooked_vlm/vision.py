@@ -130,7 +130,8 @@ class VisionTower(nn.Module):
         run: PatchRun,
     ) -> Float[Tensor, "patch d_model"]:
         """`pixels` as the checkpoint's image processor makes them, image after image."""
-        resid = run.hook(self.hook_embed, self.embed(pixels, cfg))
+        resid = self.embed(pixels, cfg)
+        resid = run.to(resid.device).hook(self.hook_embed, resid)
         for layer in range(cfg.n_layers_run):
             resid = self.blocks[layer](resid, run, layer)
         return resid

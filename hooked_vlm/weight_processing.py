@@ -18,6 +18,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from hooked_vlm.token_layout import InputError
+from hooked_vlm.weight_access import why_closed
 
 
 def fold_ln(model: Any) -> None:
@@ -29,6 +30,7 @@ def fold_ln(model: Any) -> None:
     Raises:
         InputError: they are folded already.
     """
+    _check_open(model)
     norms = [norm for block in model.blocks for norm in (block.ln1, block.ln2)]
     if all(bool((norm.weight == 1).all()) for norm in (*norms, model.ln_final)):
         raise InputError("all norm weights are 1: there is nothing to fold (were they folded before?)")
@@ -52,6 +54,7 @@ def center_unembed(model: Any) -> None:
     Raises:
         InputError: it is centred already.
     """
+    _check_open(model)
     weight = model.unembed.weight.detach()
     mean = weight.mean(0, keepdim=True, dtype=torch.promote_types(weight.dtype, torch.float32))
     if float(mean.abs().max()) <= torch.finfo(weight.dtype).eps * float(weight.abs().max()):
@@ -74,6 +77,7 @@ def fold_value_biases(model: Any) -> None:
     Raises:
         InputError: no layer has a value bias, or all are 0.
     """
+    _check_open(model)
     biases = [block.attn.v_proj.bias for block in model.blocks]
     if all(bias is None or not bias.any() for bias in biases):
         why = "this model has none" if biases[0] is None else "all are 0 (were they folded before?)"
@@ -96,6 +100,11 @@ def untie(model: Any) -> None:
     if model.unembed.weight is model.embed.weight:
         _set_weight(model.unembed, model.unembed.weight.clone())
         model.cfg = model.cfg.with_(tie_word_embeddings=False)
+
+
+def _check_open(model: Any) -> None:
+    if why := why_closed(model):
+        raise InputError(f"the weights of this model cannot be rewritten: {why}")
 
 
 def _set_weight(module: nn.Module, weight: Float[Tensor, "..."]) -> None:

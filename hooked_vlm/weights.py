@@ -9,8 +9,10 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from hooked_vlm.compiled import check_compiler
-from hooked_vlm.components import AbsentBias, Embed, Norm, Unembed, WithViews, weight_view
+from hooked_vlm.components import Embed, Norm, Unembed, WithViews, weight_view
 from hooked_vlm.config import VLMConfig
+from hooked_vlm.token_layout import InputError
+from hooked_vlm.weight_access import AbsentBias
 
 _ATTENTION = ("W_Q", "W_K", "W_V", "W_O", "b_Q", "b_K", "b_V", "b_O")
 _KEY_VALUE = re.compile(r"\.attn\.([Wb]_[KV])$")
@@ -29,6 +31,7 @@ class WeightsMixin(WithViews):
     unembed: Unembed
     ln_final: Norm
     blocks: Any  # a ModuleList of Block
+    device_map: dict[str, str]
     to_single_token: Callable[[str], int]
 
     @weight_view
@@ -48,9 +51,9 @@ class WeightsMixin(WithViews):
     def __getattr__(self, name: str) -> Any:
         # the stacked copies of the per-block views, one rule for all of them
         if name in _ATTENTION:
-            return torch.stack([getattr(block.attn, name) for block in self.blocks])
+            return torch.stack([getattr(block.attn, name).to(self.cfg.device) for block in self.blocks])
         if name in _MLP:
-            return torch.stack([getattr(block.mlp, name) for block in self.blocks])
+            return torch.stack([getattr(block.mlp, name).to(self.cfg.device) for block in self.blocks])
         return super().__getattr__(name)
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -94,10 +97,10 @@ class WeightsMixin(WithViews):
         """The sum of all biases added to the residual stream before `layer` (and before its MLP)."""
         total = self.W_E.new_zeros(self.cfg.d_model)
         for i in range(layer):
-            total = total + self.blocks[i].attn.b_O
+            total = total + self.blocks[i].attn.b_O.to(total.device)
             if include_mlp_biases:
-                total = total + self.blocks[i].mlp.b_out
-        return total + self.blocks[layer].attn.b_O if mlp_input else total
+                total = total + self.blocks[i].mlp.b_out.to(total.device)
+        return total + self.blocks[layer].attn.b_O.to(total.device) if mlp_input else total
 
     def tokens_to_residual_directions(self, tokens: Any) -> Float[Tensor, "*dims d_model"]:
         """The columns of `W_U` of some tokens (ids, a string or a single id); what raises their logits.
@@ -134,14 +137,20 @@ class WeightsMixin(WithViews):
         padded batches and passes with a key-value cache (generation) run as they do without.
 
         Raises:
-            InputError: torch.compile does not work here (it needs a C++ compiler).
+            InputError: torch.compile does not work here (it needs a C++ compiler), or the model is spread over devices.
         """
+        if use and self.device_map:
+            raise InputError("torch.compile is for models on one device, and this one is spread over several")
         if use:
             check_compiler(self.cfg.device)
         self.cfg = self.cfg.with_(use_compile=use)
 
     def _apply(self, fn: Callable, recurse: bool = True) -> Any:
         # every move and cast (.to, .cuda, .half, ...) comes through here: cfg follows
+        if self.device_map:
+            raise InputError("this model is spread over devices and stays so: load it again with what you want instead")
+        if self.cfg.quantize is not None:
+            raise InputError(f"this model's weights are {self.cfg.quantize}: load it again where and as you want it")
         moved = super()._apply(fn, recurse)
         self.cfg = self.cfg.with_(device=self.embed.weight.device, dtype=self.embed.weight.dtype)
         return moved

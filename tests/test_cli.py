@@ -1,9 +1,12 @@
 """The command line: what it says when things go wrong."""
 
+import json
+import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import pandas as pd
 import pytest
 
 from hooked_vlm import cli
@@ -23,9 +26,9 @@ def test_every_experiment_has_a_command(
 
     def remember(config: ScoreConfig) -> SimpleNamespace:
         asked.append(config)
-        return SimpleNamespace(summary=f"ran {type(config).__name__}")
+        return SimpleNamespace(summary=f"ran {type(config).__name__}", scores={}, report=Path("out/report.html"))
 
-    monkeypatch.setattr(cli, "run_ocr_heads", remember)
+    monkeypatch.setattr("hooked_vlm.experiments.ocr_heads.commands.run", remember)
     call(monkeypatch, "ocr-heads", command, "--samples", "7", "--query", "copied")
     assert f"ran {type(asked[0]).__name__}" in capsys.readouterr().out
     assert (asked[0].samples, asked[0].protocol.query) == (7, "copied")
@@ -49,6 +52,72 @@ def test_a_users_mistake_is_one_sentence_and_no_traceback(
         call(monkeypatch, "ocr-heads", "score", *arguments, *out)
     message = str(stopped.value)
     assert words in message and "\n" not in message
+
+
+def test_json_is_all_that_is_printed(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    call(monkeypatch, "ocr-heads", "score", "--samples", "2", "--out", str(out), "--json", "--quiet")
+    printed = capsys.readouterr()
+    found = json.loads(printed.out)
+    assert printed.err == "" and found["report"] == str(out / "report.html")
+    assert found["scores"]["ocr"] == {
+        f"{r.layer}.{r.head}": pytest.approx(r.score)
+        for r in pd.read_parquet(found["tables"]["ocr-scores"]).itertuples()
+    }
+    call(
+        monkeypatch,
+        "head-attribution",
+        "attribute",
+        "--samples",
+        "2",
+        "--masks",
+        "40",
+        "--out",
+        str(out / "b"),
+        "--json",
+    )
+    printed = capsys.readouterr()
+    assert "ablating" in printed.err  # bars go where they do not mix with the answer
+    found = json.loads(printed.out)["findings"]
+    assert set(found["held-out Pearson"]) == {"value", "low", "high", "n"} and found["answered rightly"]["n"] == 2
+    with pytest.raises(SystemExit) as stopped:
+        call(monkeypatch, "ocr-heads", "score", "--samples", "0", "--out", str(out), "--json")
+    assert stopped.value.code == 1
+    assert json.loads(capsys.readouterr().out) == {
+        "error": "--samples must be at least 1, got 0", "kind": "StudyError",
+    }  # fmt: skip
+
+
+def test_every_command_says_what_it_is_for(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        call(monkeypatch, "--help")
+    contents = capsys.readouterr().out
+    for command in cli.app._subcommands:
+        assert f"• {command} " in contents
+        with pytest.raises(SystemExit):
+            call(monkeypatch, command, "--help")
+        assert f"usage: hooked-vlm {command}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh"])
+def test_shells_get_their_completions(
+    shell: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        call(monkeypatch, "completion", shell)
+    assert not stopped.value.code
+    script = capsys.readouterr().out
+    assert "head-attribution" in script and "--mask-heads" in script
+
+
+def test_a_reader_who_has_seen_enough_is_no_error() -> None:
+    command = [sys.executable, "-m", "hooked_vlm.cli", "completion", "bash"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None and process.stderr is not None
+        process.stdout.close()
+        assert process.wait() == 141 and process.stderr.read() == ""
 
 
 def test_an_interrupt_leaves_nothing_half_written(

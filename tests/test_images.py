@@ -18,7 +18,15 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize as reference_smart_resize
 
 from hooked_vlm.geometry import ImageGrid
-from hooked_vlm.images import CLIP_MEAN, CLIP_STD, ImageError, ImageProcessor, load_image, smart_resize
+from hooked_vlm.images import (
+    CLIP_MEAN,
+    CLIP_STD,
+    ImageError,
+    ImageProcessor,
+    load_image,
+    load_image_bytes,
+    smart_resize,
+)
 
 SMALL: dict[str, Any] = {"min_pixels": 56 * 56, "max_pixels": 28 * 28 * 40}
 
@@ -415,6 +423,14 @@ def test_a_bad_file_is_refused(tmp_path, content, says):
     with pytest.raises(ImageError, match=says) as caught:
         load_image(path)
     assert str(path) in str(caught.value) and "\n" not in str(caught.value)
+    with pytest.raises(ImageError) as of_bytes:
+        load_image_bytes(content, str(path))
+    assert str(of_bytes.value) == str(caught.value)
+
+
+def test_the_contents_of_a_file_are_read_as_the_file(tmp_path):
+    (tmp_path / "image.png").write_bytes(encoded("PNG"))
+    assert load_image_bytes(encoded("PNG"), "image.png") == load_image(tmp_path / "image.png")
 
 
 def test_a_path_that_is_no_file_is_refused(tmp_path):

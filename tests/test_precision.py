@@ -1,14 +1,16 @@
 """Rounding: in low precision no worse than the reference, in float32 the same whichever kernel runs."""
 
 from copy import deepcopy
+from dataclasses import replace
 from functools import lru_cache
 from typing import Any
 
 import pytest
+import tiny_internvl
 import torch
-from tiny import CASES, hf_batch, inputs, published_positions, tiny_hf, tiny_model
+from tiny import CASES, hf_batch, inputs, published_positions, randomise, tiny_config, tiny_hf, tiny_model
 from torch import Tensor
-from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
+from transformers import InternVLForConditionalGeneration, Qwen2VLConfig, Qwen2VLForConditionalGeneration
 
 from hooked_vlm import HookedVLM
 from hooked_vlm.converters import KNOWN_MODELS
@@ -78,6 +80,84 @@ def test_the_two_kernels_agree_in_float32(case: str) -> None:
     real = batch.attention_mask.bool()
     explicit = model.run_with_hooks(batch, fwd_hooks=EXPLICIT if case != "text" else EXPLICIT[:LAYERS])
     torch.testing.assert_close(explicit[real], model(batch)[real], atol=1e-5, rtol=0)
+
+
+# ---------------------------------------------------------------- both families, long texts, the cache, the towers
+
+LONG = 320
+"""Tokens of the long texts, an image among them."""
+
+
+@lru_cache(maxsize=4)
+def long_family(family: str, dtype: torch.dtype) -> tuple[Any, Any, Any]:
+    """The reference in `dtype`, in float64 with the same rounded weights, and ours in `dtype`; room for long texts."""
+    if family == "qwen2-vl":
+        low = Qwen2VLForConditionalGeneration._from_config(tiny_config(), attn_implementation="eager").eval()
+    else:
+        config = tiny_internvl.tiny_config("qwen2")
+        config.text_config.max_position_embeddings = 512
+        low = InternVLForConditionalGeneration._from_config(config, attn_implementation="eager").eval()
+    randomise(low)
+    low = low.to(dtype)
+    return low, deepcopy(low).double(), HookedVLM.from_hf(low)
+
+
+def long_batch(family: str, seed: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """A long text about an image, and what the reference takes."""
+    generator = torch.Generator().manual_seed(seed)
+    words = torch.randint(4, 99, (LONG,), generator=generator).tolist()
+    if family == "qwen2-vl":
+        batch = hf_batch([[*words[:40], ("image", (1, 8, 6)), *words[40:]]], seed)
+        return batch, {**batch, "position_ids": published_positions(batch)}
+    batch = tiny_internvl.hf_batch([[*words[:40], ("image", 2), *words[40:]]], seed)
+    return batch, tiny_internvl.for_hf(batch)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("family", ["qwen2-vl", "internvl2"])
+@torch.no_grad()
+def test_over_long_texts_and_through_the_cache_errors_are_no_larger_than_the_references(
+    family: str, dtype: torch.dtype
+) -> None:
+    """Both kernels against the reference's; the last six tokens also one by one through the key-value cache."""
+    low, exact, model = long_family(family, dtype)
+    explicit = [(name, lambda x, hook: x) for name in model.hook_dict if name.endswith("attn.hook_pattern")]
+    ours: dict[str, float] = dict.fromkeys(("fused", "explicit", "cache", "vision tower"), 0.0)
+    theirs = dict.fromkeys(ours, 0.0)
+    for seed in range(2):
+        batch, for_reference = long_batch(family, seed)
+        prompt = model.inputs_from_hf(batch)
+        truth = exact(**for_reference).logits
+        fused, cache = model.run_with_cache(prompt, names_filter="hook_image_features")
+        ours["fused"] += difference(fused, truth)
+        ours["explicit"] += difference(model.run_with_hooks(prompt, fwd_hooks=explicit), truth)
+        for kernel, name in (("eager", "explicit"), ("sdpa", "fused")):
+            low.set_attn_implementation(kernel)
+            theirs[name] += difference(low(**for_reference).logits, truth)
+        features = [_image_features(reference, for_reference) for reference in (low, exact)]
+        ours["vision tower"] += difference(cache["hook_image_features"], features[1])
+        theirs["vision tower"] += difference(*features)
+        n = prompt.shape[1] - 6
+        past = model.new_kv_cache(1, prompt.shape[1])
+        model(_first_tokens(prompt, n), past_kv_cache=past)
+        steps = [model.next_logits(prompt.tokens[:, at], past) for at in range(n, n + 6)]
+        ours["cache"] += difference(torch.stack(steps, 1), truth[:, n:])
+        theirs["cache"] += difference(low(**for_reference).logits[:, n:], truth[:, n:])
+    print({name: f"{ours[name]:.3e} / {theirs[name]:.3e}" for name in ours})
+    for name, error in ours.items():
+        assert 0 < error <= 1.1 * theirs[name], (name, error, theirs[name])
+
+
+def _first_tokens(prompt: Any, n: int) -> Any:
+    """The beginning of a prompt whose images it holds."""
+    return replace(prompt, tokens=prompt.tokens[:, :n], attention_mask=prompt.attention_mask[:, :n])
+
+
+def _image_features(reference: Any, batch: dict[str, Tensor]) -> Tensor:
+    pixels = batch["pixel_values"].to(reference.dtype)
+    if "image_grid_thw" in batch:
+        return reference.model.visual(pixels, grid_thw=batch["image_grid_thw"]).pooler_output
+    return reference.model.get_image_features(pixels).pooler_output.flatten(0, -2)
 
 
 @pytest.mark.slow

@@ -110,6 +110,12 @@ class Report:
         return out / "report.html"
 
 
+def files_of(page: Path) -> dict[str, Any]:
+    """Where a written report and what lies beside it are, for programs."""
+    tables = {path.stem: str(path) for path in sorted((page.parent / "tables").glob("*.parquet"))}
+    return {"report": str(page), "run": str(page.parent / "run.json"), "tables": tables}
+
+
 def _cell(value: Any) -> dict[str, Any]:
     """What is shown, and what is sorted by."""
     if isinstance(value, bool | np.bool_):

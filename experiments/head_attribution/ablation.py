@@ -1,16 +1,18 @@
 """The target of one picture under ablations of what heads see of it (arXiv 2509.17588, head ablation)."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Literal
 
 import numpy as np
+import torch
 from jaxtyping import Bool, Float
 
 from hooked_vlm.experiments.common.errors import StudyError
 from hooked_vlm.experiments.head_attribution.config import HeadAttributionConfig, Target
 from hooked_vlm.experiments.head_attribution.tasks import Case
+from hooked_vlm.inputs import VLMInputs
 from hooked_vlm.interventions import Head, ImageMeans, Intervention, ReplaceImageKV, mean_image_kv
 from hooked_vlm.interventions.attention import all_heads
 from hooked_vlm.interventions.base import Positions
@@ -43,6 +45,20 @@ class Probe:
     metric: Metric
     baseline: Literal["mean", "zero", "knockout"] | ImageMeans = "mean"
     before_rope: bool = True
+
+    def portable(self) -> "Probe":
+        """To be sent: on the CPU and without the model, which `on` puts in its place again."""
+        return self._moved(None, self.case.inputs.portable(), "cpu")
+
+    def on(self, model: Any) -> "Probe":
+        """On a replica of the model."""
+        return self._moved(model, model.as_inputs(self.case.inputs), model.cfg.device)
+
+    def _moved(self, model: Any, inputs: VLMInputs, device: torch.device | str) -> "Probe":
+        baseline = self.baseline
+        if isinstance(baseline, ImageMeans):
+            baseline = replace(baseline, keys=baseline.keys.to(device), values=baseline.values.to(device))
+        return replace(self, model=model, case=replace(self.case, inputs=inputs), baseline=baseline)
 
     @cached_property
     def heads(self) -> tuple[Head, ...]:

@@ -4,7 +4,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
+from tyro.conf import Suppress
+
 from hooked_vlm.experiments.common.errors import StudyError
+from hooked_vlm.experiments.common.workers import NOT_RECORDED, WorkersConfig
 from hooked_vlm.experiments.head_attribution.masks import FEWEST, n_held_out
 
 Target = Literal["logit", "log_prob", "margin", "difference"]
@@ -15,7 +18,7 @@ FEWEST_SEEN = 10
 
 
 @dataclass(frozen=True)
-class HeadAttributionConfig:
+class HeadAttributionConfig(WorkersConfig):
     """Which attention heads carry information from the image to the text."""
 
     model: str = "toy-qwen2-vl"
@@ -70,7 +73,7 @@ class HeadAttributionConfig:
     """CUDA if present by default."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """The checkpoint's own by default."""
-    quiet: bool = False
+    quiet: Suppress[bool] = False
     """No progress bars."""
 
     sections: ClassVar[tuple[Section, ...]] = ("attribution",)
@@ -82,6 +85,7 @@ class HeadAttributionConfig:
         Raises:
             StudyError: names the setting, what was expected and what came.
         """
+        self.check_workers()
         for name in ("samples", "masks", "token_masks", "bootstrap", "random_rankings", "top", "window"):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -132,7 +136,8 @@ class HeadAttributionConfig:
 
     def as_dict(self) -> dict[str, Any]:
         """For run.json."""
-        values = {name: str(value) if isinstance(value, Path) else value for name, value in asdict(self).items()}
+        told = {name: value for name, value in asdict(self).items() if name not in NOT_RECORDED}
+        values = {name: str(value) if isinstance(value, Path) else value for name, value in told.items()}
         return values | {"sections": list(self.sections)}
 
 

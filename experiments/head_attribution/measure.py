@@ -1,17 +1,16 @@
 """Everything that needs the model, picture by picture, kept in parts as it is made."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from importlib.metadata import version
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
-from tqdm.auto import tqdm
 
-from hooked_vlm.experiments.common.provenance import weights_hash
 from hooked_vlm.experiments.head_attribution.ablation import Probe, make_probes
-from hooked_vlm.experiments.head_attribution.config import HeadAttributionConfig
+from hooked_vlm.experiments.head_attribution.config import HeadAttributionConfig, Regression
 from hooked_vlm.experiments.head_attribution.curves import measure_curves, orders
 from hooked_vlm.experiments.head_attribution.image_flow import attention_to_tokens, coverage
 from hooked_vlm.experiments.head_attribution.masks import from_frame, measured, n_masks
@@ -20,6 +19,8 @@ from hooked_vlm.experiments.head_attribution.regression import Fit, fit
 from hooked_vlm.experiments.head_attribution.tasks import Case, ask, items_of, right_cases
 from hooked_vlm.experiments.head_attribution.text_flow import blocked_edges, receivers
 from hooked_vlm.parts import Parts
+from hooked_vlm.provenance import weights_hash
+from hooked_vlm.work import Common, Unit, Workers
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,84 +71,191 @@ class Measured:
         return np.array([full - none for full, none in self.ends])
 
 
-def measure(model: Any, config: HeadAttributionConfig) -> Measured:
+def measure(model: Any, config: HeadAttributionConfig, workers: Workers) -> Measured:
     """All that the configured sections need; what is in the parts already is taken from there.
+
+    This process encodes the pictures; the rest is done by `workers`, on replicas of the model.
 
     Raises:
         StudyError, ImageError: see `items_of` and `right_cases`.
+        WorkerError: see `hooked_vlm.ray_workers`.
     """
     items = items_of(config)
     key: dict[str, Any] = {"weights": weights_hash(model), "version": version("hooked-vlm")}
-    answers = ask(model, items, Parts(config.out / "parts" / "answers"), key, config.quiet)
+    answers = ask(workers, items, Parts(config.out / "parts" / "answers"), key, config.quiet)
     cases = right_cases(model, items, answers)
     probes = make_probes(model, cases, config)
-    found = Measured(answers, probes, [])
-    bar = tqdm(probes, desc="ablating", unit="image", disable=config.quiet)
     key |= {name: getattr(config, name) for name in ("target", "baseline", "rope", "seed")}
     if config.baseline == "dataset":
         key["dataset"] = [case.item.id for case in cases]
-    for index, probe in enumerate(bar):
-        own = key | {"image": probe.case.item.id, "index": index}
-        own |= {"foil": probe.case.foil} if config.target == "difference" else {}
-        _measure_one(_Keeper(config, own), probe, config, index, found)
+    pictures = [_Picture(config, key, index, probe) for index, probe in enumerate(probes)]
+    stages = {"ablating": _Picture.ablations, "regressing": _Picture.regressions, "ranking": _Picture.curves}
+    for what, stage in stages.items():  # each needs the tables of those before it
+        wanted = [(picture.tables, name, unit) for picture in pictures for name, unit in stage(picture).items()]
+        made = workers.tables([unit for *_, unit in wanted], what, each="table", quiet=config.quiet or not wanted)
+        for (tables, name, _), table in zip(wanted, made, strict=True):
+            tables[name] = table
+    return _gathered(answers, pictures)
+
+
+Units = Literal["heads", "tokens"]
+UNITS: tuple[Units, ...] = ("heads", "tokens")
+"""What random masks are over: heads, or image tokens."""
+SCORED = ("keep", "held_out", "regression")
+"""Settings that coefficients depend on, besides the masks."""
+
+
+@dataclass(frozen=True, eq=False)
+class _Picture:
+    """What is measured of one picture, as units of work, and their tables by the folder they are kept in."""
+
+    config: HeadAttributionConfig
+    shared: Mapping[str, Any]
+    index: int
+    probe: Probe
+    tables: dict[str, pd.DataFrame] = field(default_factory=dict)
+
+    def unit(
+        self, folder: str, work: Callable[..., pd.DataFrame], arguments: tuple, *settings: str, on_probe: bool = True
+    ) -> Unit:
+        """A unit whose table also depends on some settings; its work is given the probe, if it needs one."""
+        case, config = self.probe.case, self.config
+        key = {**self.shared, "image": case.item.id, "index": self.index}
+        key |= {"foil": case.foil} if config.target == "difference" else {}
+        key |= {name: getattr(config, name) for name in settings}
+        common = self.placed if on_probe else None
+        return Unit(Parts(config.out / "parts" / folder), key, work, arguments, common=common)
+
+    @cached_property
+    def placed(self) -> Common:
+        """The probe on a worker's replica of the model."""
+        return Common(placed, (self.probe.portable(),))
+
+    def ablations(self) -> dict[str, Unit]:
+        """What needs nothing but the picture."""
+        config, wanted = self.config, self.config.sections
+        found = {"ends": self.unit("ends", ends_of, ())}
+        if "attribution" in wanted:
+            found["heads_masks"] = self.unit("heads_masks", over_heads, self._masks("heads"), "keep", "masks")
+        if "curves" in wanted or "where" in wanted:
+            found["rankings"] = self.unit("rankings", rankings_of, ())
+        if "tokens" in wanted:
+            found["receivers"] = self.unit("receivers", receivers_of, (config.window,), "window")
+            found["edges"] = self.unit("edges", edges_of, (config.window,), "window")
+            found["tokens_masks"] = self.unit("tokens_masks", over_tokens, self._masks("tokens"), "keep", "token_masks")
+        return found
+
+    def _masks(self, units: Units) -> tuple[int, float, list[int]]:
+        """How many masks over heads or image tokens, the share they keep, and their seed."""
+        asked, number = (self.config.masks, 20) if units == "heads" else (self.config.token_masks, 21)
+        return n_masks(asked, self.n_units(units)), self.config.keep, [self.config.seed, number, self.index]
+
+    def n_units(self, units: Units) -> int:
+        return len(self.probe.heads if units == "heads" else self.probe.image)
+
+    def regressions(self) -> dict[str, Unit]:
+        """What is made of random masks."""
+        config, found = self.config, {}
+        for units in UNITS:
+            asked = "masks" if units == "heads" else "token_masks"
+            if f"{units}_masks" in self.tables:
+                arguments = (self.tables[f"{units}_masks"], self.n_units(units), config.regression, config.held_out)
+                arguments = (*arguments, config.bootstrap, config.seed)
+                name, settings = f"{units}_coefficients", (*SCORED, asked, "bootstrap")
+                found[name] = self.unit(name, regression_of, arguments, *settings, on_probe=False)
+        return found
+
+    def curves(self) -> dict[str, Unit]:
+        """What follows the ranking by attribution, and others."""
+        config, found = self.config, {}
+        settings = (*SCORED, "masks", "random_rankings")
+        if "curves" in config.sections:
+            others = self.tables["rankings"].drop(columns=["layer", "head"])
+            scores = {"attribution": self.regressed("heads").fit.coefficients}
+            scores |= {name: others[name].to_numpy() for name in others}
+            ranked = orders(scores, config.random_rankings, [config.seed, 22, self.index])
+            found["curves"] = self.unit("curves", curves_of, (ranked,), *settings)
+        if "tokens" in config.sections:
+            seed = [config.seed, 23, self.index]
+            arguments = (self.regressed("tokens").fit.coefficients, config.random_rankings, seed)
+            found["token_curves"] = self.unit("token_curves", token_curves_of, arguments, *settings, "token_masks")
+        return found
+
+    def regressed(self, units: Units) -> Regressed:
+        masks, values = from_frame(self.tables[f"{units}_masks"], self.n_units(units))
+        return Regressed(masks, values, from_row(self.tables[f"{units}_coefficients"]))
+
+
+def _gathered(answers: pd.DataFrame, pictures: Sequence[_Picture]) -> Measured:
+    ends = [tuple(picture.tables["ends"].to_numpy()[0].tolist()) for picture in pictures]
+    found = Measured(answers, [picture.probe for picture in pictures], ends)
+    for name in ("rankings", "curves", "receivers", "edges", "token_curves"):
+        setattr(found, name, [picture.tables[name] for picture in pictures if name in picture.tables])
+    for units in UNITS:
+        known = [picture for picture in pictures if f"{units}_masks" in picture.tables]
+        setattr(found, units, [picture.regressed(units) for picture in known])
     return found
 
 
-@dataclass(frozen=True)
-class _Keeper:
-    """The parts of one picture."""
-
-    config: HeadAttributionConfig
-    key: Mapping[str, Any]
-
-    def __call__(self, folder: str, make: Callable[[], pd.DataFrame], *settings: str) -> pd.DataFrame:
-        """A part that also depends on some settings."""
-        extra = {name: getattr(self.config, name) for name in settings}
-        return Parts(self.config.out / "parts" / folder).get_or_make({**self.key, **extra}, make)
+# ---------------------------------------------------------------- the work: functions of a replica of the model
 
 
-def _measure_one(kept: _Keeper, probe: Probe, config: HeadAttributionConfig, index: int, found: Measured) -> None:
-    ends = kept("ends", lambda: pd.DataFrame([probe.ends], columns=["full", "none"]))
-    full, none = ends.to_numpy()[0].tolist()
-    found.ends.append((full, none))
-    wanted = config.sections
-    if "attribution" in wanted:
-        found.heads.append(_regress(kept, "heads", probe.over_heads, len(probe.heads), config, index))
-    if "curves" in wanted or "where" in wanted:
-        found.rankings.append(kept("rankings", lambda: other_rankings(probe)))
-    settings = ("keep", "masks", "held_out", "regression", "random_rankings")
-    if "curves" in wanted:
-        others = found.rankings[-1].drop(columns=["layer", "head"])
-        scores = {"attribution": found.heads[-1].fit.coefficients, **{n: others[n].to_numpy() for n in others}}
-        ranked = orders(scores, config.random_rankings, [config.seed, 22, index])
-        found.curves.append(kept("curves", lambda: measure_curves(probe.over_heads, ranked), *settings))
-    if "tokens" in wanted:
-        found.receivers.append(kept("receivers", lambda: receivers(probe, config.window), "window"))
-        found.edges.append(kept("edges", lambda: blocked_edges(probe, config.window), "window"))
-        found.tokens.append(_regress(kept, "tokens", probe.over_tokens, len(probe.image), config, index))
-        scores = {"attribution": found.tokens[-1].fit.coefficients, "attention": attention_to_tokens(probe)}
-        covered = coverage(probe)
-        scores |= {} if covered is None else {"object": covered}
-        ranked = orders(scores, config.random_rankings, [config.seed, 23, index])
-        settings = (*settings, "token_masks")
-        found.token_curves.append(kept("token_curves", lambda: measure_curves(probe.over_tokens, ranked), *settings))
+def placed(model: Any, probe: Probe) -> Probe:
+    """What all but the regressions begin with."""
+    return probe.on(model)
 
 
-def _regress(
-    kept: _Keeper, units: str, measure: Any, n_units: int, config: HeadAttributionConfig, index: int
-) -> Regressed:
-    """Random masks over heads or tokens, and their regression, both kept."""
-    asked = "masks" if units == "heads" else "token_masks"
-    n = n_masks(getattr(config, asked), n_units)
-    seed = [config.seed, 20 if units == "heads" else 21, index]
-    frame = kept(f"{units}_masks", lambda: measured(measure, n, n_units, config.keep, seed), "keep", asked)
-    masks, values = from_frame(frame, n_units)
+def ends_of(model: Any, probe: Probe) -> pd.DataFrame:
+    """`full` and `none`: see `Probe.ends`."""
+    return pd.DataFrame([probe.ends], columns=["full", "none"])
 
-    def regress() -> pd.DataFrame:
-        return as_row(fit(masks, values, config.regression, config.held_out, config.bootstrap, config.seed))
 
-    settings = ("keep", asked, "held_out", "regression", "bootstrap")
-    return Regressed(masks, values, from_row(kept(f"{units}_coefficients", regress, *settings)))
+def over_heads(model: Any, probe: Probe, n: int, keep: float, seed: list[int]) -> pd.DataFrame:
+    """The target under random masks over heads."""
+    return measured(probe.over_heads, n, len(probe.heads), keep, seed)
+
+
+def over_tokens(model: Any, probe: Probe, n: int, keep: float, seed: list[int]) -> pd.DataFrame:
+    """The target under random masks over image tokens."""
+    return measured(probe.over_tokens, n, len(probe.image), keep, seed)
+
+
+def rankings_of(model: Any, probe: Probe) -> pd.DataFrame:
+    """See `other_rankings`."""
+    return other_rankings(probe)
+
+
+def receivers_of(model: Any, probe: Probe, width: int | None) -> pd.DataFrame:
+    """See `receivers`."""
+    return receivers(probe, width)
+
+
+def edges_of(model: Any, probe: Probe, width: int | None) -> pd.DataFrame:
+    """See `blocked_edges`."""
+    return blocked_edges(probe, width)
+
+
+def regression_of(
+    model: Any, masks: pd.DataFrame, n_units: int, regression: Regression, held_out: float, bootstrap: int, seed: int
+) -> pd.DataFrame:
+    """The fit of random masks, which needs no model."""
+    return as_row(fit(*from_frame(masks, n_units), regression, held_out, bootstrap, seed))
+
+
+def curves_of(model: Any, probe: Probe, ranked: Mapping[tuple[str, int], np.ndarray]) -> pd.DataFrame:
+    """Curves over heads."""
+    return measure_curves(probe.over_heads, ranked)
+
+
+def token_curves_of(model: Any, probe: Probe, attribution: np.ndarray, n_random: int, seed: list[int]) -> pd.DataFrame:
+    """Curves over image tokens, by attribution, by attention and by how much of the object they cover."""
+    scores = {"attribution": attribution, "attention": attention_to_tokens(probe)}
+    covered = coverage(probe)
+    scores |= {} if covered is None else {"object": covered}
+    return measure_curves(probe.over_tokens, orders(scores, n_random, seed))
+
+
+# ---------------------------------------------------------------- fits as tables
 
 
 def as_row(fit: Fit) -> pd.DataFrame:

@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from hooked_vlm.experiments.common.models import check_asks_about_images, load
-from hooked_vlm.experiments.common.provenance import provenance
 from hooked_vlm.experiments.common.report import Report
+from hooked_vlm.experiments.common.workers import workers_of
 from hooked_vlm.experiments.head_attribution.config import HeadAttributionConfig
 from hooked_vlm.experiments.head_attribution.findings import Findings, as_table
 from hooked_vlm.experiments.head_attribution.measure import Measured, measure
@@ -17,6 +17,7 @@ from hooked_vlm.experiments.head_attribution.show_tokens import tokens
 from hooked_vlm.experiments.head_attribution.show_where import where
 from hooked_vlm.files import writable_folder
 from hooked_vlm.model import HookedVLM
+from hooked_vlm.provenance import provenance
 
 SECTIONS: dict[str, Callable[[Report, Measured, HeadAttributionConfig], Findings]] = {
     "attribution": attribution,
@@ -46,6 +47,7 @@ def run(config: HeadAttributionConfig, model: HookedVLM | None = None) -> HeadAt
     Raises:
         StudyError: a setting out of range, data that cannot be used, or no picture answered rightly.
         OutputError: the output folder cannot be written.
+        WorkerError: with --ray, no cluster or workers that keep dying.
         CheckpointError, InputError, ImageError: see `HookedVLM.from_pretrained` and `to_inputs`.
     """
     config.check()
@@ -53,7 +55,9 @@ def run(config: HeadAttributionConfig, model: HookedVLM | None = None) -> HeadAt
     model = model or load(config.model, config.device, config.dtype)
     check_asks_about_images(model, config.model)
     config.check_against(model)
-    found = measure(model, config)
+    with workers_of(config, model, config.device) as workers:
+        found = measure(model, config, workers)
+        device = workers.device
     name = Path(config.model).name
     report = Report(
         f"Head attribution of {name}",
@@ -65,7 +69,7 @@ def run(config: HeadAttributionConfig, model: HookedVLM | None = None) -> HeadAt
         findings |= SECTIONS[section](report, found, config)
     report.section("Summary", "The numbers above that other models are compared by.")
     report.table("summary", as_table(findings), "Findings, with 95% intervals")
-    record: dict[str, Any] = {"config": _about(config), "images": found.images, **provenance(model)}
+    record: dict[str, Any] = {"config": _about(config), "images": found.images, **provenance(model), "device": device}
     return HeadAttributionResult(found, findings, report.write(config.out, record))
 
 

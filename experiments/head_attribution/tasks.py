@@ -10,7 +10,6 @@ import numpy as np
 import pandas as pd
 import torch
 from PIL import Image
-from tqdm.auto import tqdm
 
 from hooked_vlm.experiments.common.errors import StudyError
 from hooked_vlm.experiments.head_attribution.coco import coco_items
@@ -21,6 +20,7 @@ from hooked_vlm.experiments.toy.drawings import OBJECTS
 from hooked_vlm.images import load_image
 from hooked_vlm.inputs import VLMInputs
 from hooked_vlm.parts import Parts
+from hooked_vlm.work import Unit, Workers
 
 ONE_WORD = NAMING_PROMPT + " Answer with one word."
 ANSWER_TOKENS = 8
@@ -97,20 +97,20 @@ def _bare(text: str) -> str:
     return " ".join(re.findall(r"\w+", text.lower()))
 
 
-@torch.no_grad()
-def ask(model: Any, items: Sequence[Item], parts: Parts, key: dict[str, Any], quiet: bool) -> pd.DataFrame:
+def ask(workers: Workers, items: Sequence[Item], parts: Parts, key: dict[str, Any], quiet: bool) -> pd.DataFrame:
     """What the model answers: `image`, `name`, `reply`, `right`, and `token`, the answer's first."""
+    units = [Unit(parts, key | {"image": item.id}, answer_of, (item,)) for item in items]
+    return pd.concat(workers.tables(units, "asking", each="image", quiet=quiet), ignore_index=True)
 
-    def answer(item: Item) -> pd.DataFrame:
-        inputs = to_inputs(model, item)
-        tokens = model.generate(inputs, ANSWER_TOKENS)[0, inputs.shape[1] :].tolist()
-        end = next((i for i, token in enumerate(tokens) if token in model.cfg.eos_token_ids), len(tokens))
-        reply = str(model.to_string(tokens[:end])).strip() if end else ""
-        row = {"image": item.id, "name": item.name, "reply": reply, "token": tokens[0]}
-        return pd.DataFrame([row | {"right": is_right(reply, item.name)}])
 
-    bar = tqdm(items, desc="asking", unit="image", disable=quiet)
-    return pd.concat([parts.get_or_make(key | {"image": i.id}, lambda i=i: answer(i)) for i in bar], ignore_index=True)
+def answer_of(model: Any, item: Item) -> pd.DataFrame:
+    """What the model answers to one item."""
+    inputs = to_inputs(model, item)
+    tokens = model.generate(inputs, ANSWER_TOKENS)[0, inputs.shape[1] :].tolist()
+    end = next((i for i, token in enumerate(tokens) if token in model.cfg.eos_token_ids), len(tokens))
+    reply = str(model.to_string(tokens[:end])).strip() if end else ""
+    row = {"image": item.id, "name": item.name, "reply": reply, "token": tokens[0]}
+    return pd.DataFrame([row | {"right": is_right(reply, item.name)}])
 
 
 def to_inputs(model: Any, item: Item) -> VLMInputs:

@@ -1,21 +1,22 @@
 """Tasks answered with heads changed: what masking, sink redistribution and written-out steps have in common."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property, partial
+from typing import Any
 
 import numpy as np
 import pandas as pd
-from tqdm.auto import tqdm
 
+from hooked_vlm.experiments.common.frames import each_row
 from hooked_vlm.experiments.ocr_heads.answers import METRICS, judge
 from hooked_vlm.experiments.ocr_heads.config import TaskConfig
 from hooked_vlm.experiments.ocr_heads.data.tasks import Task, load_tasks
-from hooked_vlm.experiments.ocr_heads.examples import Example, batches, prompt_length, to_inputs
+from hooked_vlm.experiments.ocr_heads.examples import Example, to_inputs
 from hooked_vlm.experiments.ocr_heads.study import Study, head_names
 from hooked_vlm.inputs import VLMInputs
 from hooked_vlm.interventions import Head, Intervention
 from hooked_vlm.statistics import bootstrap_mean, paired_p
+from hooked_vlm.work import Common, Unit
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,6 +33,8 @@ class Condition:
 
 
 UNCHANGED = Condition("unchanged")
+OWN_METRIC = "Each task's own metric; p: paired, against the mean of the control's draws"
+"""What the table of the tasks' chosen metrics shows."""
 
 
 def tasks_of(study: Study, config: TaskConfig) -> list[Task]:
@@ -45,24 +48,25 @@ def answer_all(study: Study, tasks: Sequence[Task], conditions: Sequence[Conditi
 
     Images are encoded once; finished parts are taken up again.
     """
-    config, model, frames = study.config, study.model, []
+    config, frames = study.config, []
     for task in tasks:
         examples = task.data.examples
-        lengths = [prompt_length(model, e, study.pixels) + config.new_tokens for e in examples]
-        groups = batches(lengths, config.tokens_per_batch)
-        total = len(groups) * len(conditions)
-        bar = tqdm(total=total, desc=f"{what}, {task.name}", unit="batch", disable=config.quiet)
-        for group, condition, batch in _runs(study, examples, groups, conditions):
-            key = {
-                "answers": task.data.digest,
-                "weights": study.weights,
-                "examples": group,
-                "pixels": study.pixels,
-                "change": repr(condition.change),
-                "new_tokens": config.new_tokens,
-            }
-            found = study.timed(key, partial(batch.answer, condition.change), sum(lengths[i] for i in group))
-            bar.update()
+        units: list[Unit] = []
+        asked: list[tuple[list[int], Condition]] = []
+        for group, n_tokens in study.groups(study.model, examples, config.new_tokens):
+            prompts = Common(encoded, ([examples[i] for i in group], study.pixels))
+            for condition in conditions:
+                key = {
+                    "answers": task.data.digest,
+                    "weights": study.weights,
+                    "examples": group,
+                    "pixels": study.pixels,
+                    "change": repr(condition.change),
+                    "new_tokens": config.new_tokens,
+                }
+                units.append(study.unit(key, answers_of, (condition.change, config.new_tokens), n_tokens, prompts))
+                asked.append((group, condition))
+        for (group, condition), found in zip(asked, study.tables(units, f"{what}, {task.name}"), strict=True):
             judged = pd.DataFrame([judge(examples[i], r) for i, r in zip(group, found["reply"], strict=True)])
             frames.append(
                 judged.assign(
@@ -77,47 +81,32 @@ def answer_all(study: Study, tasks: Sequence[Task], conditions: Sequence[Conditi
             )
     table = pd.concat(frames, ignore_index=True)
     columns = ["task", "condition", "draw", "heads", "sample", "reply", "metric", *METRICS]
-    return table[columns].sort_values(["task", "condition", "draw", "sample"], ignore_index=True)
+    return table.loc[:, columns].sort_values(["task", "condition", "draw", "sample"], ignore_index=True)
 
 
-def _runs(
-    study: Study, examples: Sequence[Example], groups: Sequence[list[int]], conditions: Sequence[Condition]
-) -> Iterator[tuple[list[int], Condition, "_Batch"]]:
-    for group in groups:
-        batch = _Batch(study, [examples[i] for i in group])
-        for condition in conditions:
-            yield group, condition, batch
+def encoded(model: Any, examples: Sequence[Example], pixels: int | None) -> VLMInputs:
+    """Prompts that are answered together, with their images encoded."""
+    inputs = to_inputs(model, examples, pixels)
+    if inputs.has_visuals:
+        features = model.encode_images(inputs).detach()
+        # the features stand in for the pixels, which are fifty times as large
+        inputs = replace(inputs.with_image_features(features), pixel_values=None)
+    return inputs
 
 
-class _Batch:
-    """Examples that are answered together; their images are encoded when they are first needed."""
-
-    def __init__(self, study: Study, examples: Sequence[Example]) -> None:
-        self.study, self.examples = study, examples
-
-    @cached_property
-    def inputs(self) -> VLMInputs:
-        inputs = to_inputs(self.study.model, self.examples, self.study.pixels)
-        if inputs.has_visuals:
-            features = self.study.model.encode_images(inputs).detach()
-            # the features stand in for the pixels, which are fifty times as large
-            inputs = replace(inputs.with_image_features(features), pixel_values=None)
-        return inputs
-
-    def answer(self, change: Intervention | None) -> pd.DataFrame:
-        """A column of replies."""
-        hooks = [] if change is None else change.hooks(self.study.model, self.inputs)
-        n = self.study.config.new_tokens
-        replies = self.study.model.generate(self.inputs, n, fwd_hooks=hooks, return_type="str")
-        return pd.DataFrame({"reply": [replies] if isinstance(replies, str) else replies})
+def answers_of(model: Any, inputs: VLMInputs, change: Intervention | None, new_tokens: int) -> pd.DataFrame:
+    """A column of replies."""
+    hooks = [] if change is None else change.hooks(model, inputs)
+    replies = model.generate(inputs, new_tokens, fwd_hooks=hooks, return_type="str")
+    return pd.DataFrame({"reply": [replies] if isinstance(replies, str) else replies})
 
 
 def summarize(answers: pd.DataFrame, conditions: Sequence[Condition], seed: int) -> pd.DataFrame:
     """One row per task, condition and metric: mean and 95% bootstrap interval over samples.
 
     `change`: against the unchanged model, sample by sample. `p`: a paired test of the samples against the random
-    control's mean over its draws. Random conditions are averaged over draws sample by sample; `lowest` and `highest`
-    are their extreme draws.
+    control's mean over its draws; it takes these draws as given, so `draws as low` says which share of them leaves no
+    more. Random conditions are averaged over draws sample by sample; `lowest` and `highest` are their extreme draws.
     """
     controls = {condition.name: condition.control for condition in conditions}
     rows = []
@@ -135,6 +124,7 @@ def summarize(answers: pd.DataFrame, conditions: Sequence[Condition], seed: int)
                 change = bootstrap_mean(mean - samples[UNCHANGED.name].mean(axis=1).to_numpy(), seed)
                 control = samples.get(controls[name])
                 p = np.nan if control is None else paired_p(mean, control.mean(axis=1).to_numpy(), seed)
+                as_low = np.nan if control is None else (control.mean(axis=0) <= estimate.value + 1e-12).mean()
                 rows.append(
                     {
                         "task": task,
@@ -148,6 +138,8 @@ def summarize(answers: pd.DataFrame, conditions: Sequence[Condition], seed: int)
                         "change_low": change.low,
                         "change_high": change.high,
                         "p": p,
+                        "control": controls[name],
+                        "draws as low": as_low,
                         "lowest": draws.min(),
                         "highest": draws.max(),
                         "draws": len(draws),
@@ -163,11 +155,11 @@ def summary_lines(summary: pd.DataFrame) -> list[str]:
     width = max(len(name) for name in shown["condition"])
     lines = []
     for task in dict.fromkeys(shown["task"]):
-        own = shown[shown["task"] == task]
+        own = shown.loc[shown["task"] == task].rename(columns={"draws as low": "as_low"})
         lines.append(f"  {task} ({own['metric'].iloc[0]}, {own['n'].iloc[0]} samples)")
-        for row in own.itertuples():
+        for row in each_row(own):
             spread = f"{row.draws} draws, {row.lowest:.1%} to {row.highest:.1%}" if row.draws > 1 else ""
-            p = "" if np.isnan(row.p) else f"p against random {row.p:.4f}"
+            p = "" if np.isnan(row.p) else f"p against random {row.p:.4f}, {row.as_low:.0%} of the draws as low"
             text = f"    {row.condition:{width}s}  {row.value:6.1%} ({row.low:.1%} to {row.high:.1%})"
             lines.append("  ".join(part for part in (text, spread, p) if part))
     return lines

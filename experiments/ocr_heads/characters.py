@@ -4,6 +4,7 @@ import numpy as np
 import pandas as pd
 
 from hooked_vlm.experiments.common.errors import StudyError
+from hooked_vlm.experiments.common.frames import each_row
 from hooked_vlm.experiments.ocr_heads import plots
 from hooked_vlm.experiments.ocr_heads.config import CaseConfig
 from hooked_vlm.experiments.ocr_heads.data.scored import SYNTHETIC_TOY, single_characters
@@ -40,8 +41,8 @@ def case(study: Study, config: CaseConfig) -> Finding:
     counts = table["head"][table["score"] > config.threshold].value_counts()
     lines = ["  character  top heads (score)"]
     for character in characters:
-        own = table[table["character"] == character]
-        best = "  ".join(f"{r.head} {r.score:.2f}" for r in own.itertuples() if r.score > config.threshold)
+        own = table.loc[table["character"] == character]
+        best = "  ".join(f"{r.head} {r.score:.2f}" for r in each_row(own) if r.score > config.threshold)
         lines.append(f"  {character:9s}  {best or 'none above the threshold'}")
     shared = ", ".join(f"{head} ({n} of {len(characters)})" for head, n in counts.head(10).items())
     lines.append(f"  heads among the top {TOP} of most characters: {shared or 'none'}")

@@ -4,7 +4,10 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from tyro.conf import Suppress
+
 from hooked_vlm.experiments.common.errors import StudyError
+from hooked_vlm.experiments.common.workers import NOT_RECORDED, WorkersConfig
 
 Granularity = Literal["sample", "token"]
 
@@ -43,7 +46,7 @@ OFFICIAL_CODE = Protocol(0.001, True, "copied", "in_order", "skip", True, "promp
 
 
 @dataclass(frozen=True)
-class ScoreConfig:
+class ScoreConfig(WorkersConfig):
     """Score every head: which ones look at what is being read, in images and in text."""
 
     model: str = "toy-qwen2-vl"
@@ -80,7 +83,7 @@ class ScoreConfig:
     """CUDA if present by default."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """The checkpoint's own by default."""
-    quiet: bool = False
+    quiet: Suppress[bool] = False
     """No progress bars."""
 
     @property
@@ -97,6 +100,12 @@ class ScoreConfig:
         Raises:
             StudyError: names the setting, what was expected and what came.
         """
+        self.check_workers()
+        for name, values in vars(self).items():
+            if isinstance(values, tuple) and len(set(values)) < len(values):
+                raise StudyError(f"--{name.replace('_', '-')} names a value twice: {', '.join(map(str, values))}")
+            if values == () and name != "random_from":
+                raise StudyError(f"--{name.replace('_', '-')} needs at least one value")
         for name in COUNTS:
             values = getattr(self, name, None)
             for value in values if isinstance(values, tuple) else (values,):
@@ -116,7 +125,7 @@ class ScoreConfig:
 
     def as_dict(self) -> dict[str, Any]:
         """For run.json."""
-        found = asdict(self)
+        found = {name: value for name, value in asdict(self).items() if name not in NOT_RECORDED}
         return {name: str(value) if isinstance(value, Path) else value for name, value in found.items()}
 
 

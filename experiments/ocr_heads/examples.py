@@ -7,6 +7,7 @@ from typing import Any
 
 from PIL import Image
 
+from hooked_vlm.images import load_image
 from hooked_vlm.tiles import TileProcessor
 
 MARKS = 3
@@ -42,6 +43,10 @@ class Example:
     answer_at: int | None = None
     """Where in the context the answer stands, if it is to be looked for there."""
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Sent to another machine, which may not have the files, it carries its pictures along."""
+        return vars(self) | {"images": tuple(load_image(image) for image in self.images)}
+
     @property
     def answer(self) -> str:
         return self.answers[0]
@@ -68,17 +73,21 @@ def to_inputs(model: Any, examples: Sequence[Example], pixels: int | None) -> An
     `pixels` fixes the area of every resized picture; a model that tiles pictures then sees each as one tile,
     as the paper has it.
     """
-    images = [list(e.images) for e in examples] if any(e.images for e in examples) else None
+    prompts = [e.prompt for e in examples]
+    if not any(e.images for e in examples):  # a text-only model can be asked, too
+        return model.to_inputs(prompts)
     if isinstance(model.image_processor, TileProcessor):
         bounds = {"max_tiles": None if pixels is None else 1}
     else:
         bounds = {"min_pixels": pixels, "max_pixels": pixels}
-    return model.to_inputs([e.prompt for e in examples], images, **bounds)
+    return model.to_inputs(prompts, [list(e.images) for e in examples], **bounds)
 
 
 def prompt_length(model: Any, example: Example, pixels: int | None) -> int:
     """How many tokens the example's prompt has, a few more at most, without preparing its pictures."""
     text = model.to_inputs(example.prompt).shape[1]
+    if not example.images:
+        return text
     processor = model.image_processor
     if isinstance(processor, TileProcessor) and pixels is not None:
         processor = processor.bounded(1, 1)

@@ -3,6 +3,7 @@
 from hooked_vlm.experiments.common.errors import StudyError
 from hooked_vlm.experiments.ocr_heads import plots
 from hooked_vlm.experiments.ocr_heads.changed import (
+    OWN_METRIC,
     UNCHANGED,
     Condition,
     answer_all,
@@ -23,18 +24,22 @@ def mask(study: Study, config: MaskConfig) -> Finding:
     answers = answer_all(study, tasks_of(study, config), conditions, "masking")
     summary = summarize(answers, conditions, config.seed)
     for k in counts:
-        notes.append(f"top {k} OCR heads: {head_names(study.top(study.ocr, k))}")
-        notes.append(f"top {k} retrieval heads: {head_names(study.top(study.retrieval, k))}")
+        tops = {"OCR": study.top(study.ocr, k), "retrieval": study.top(study.retrieval, k)}
+        notes += [f"top {k} {kind} heads: {head_names(heads)}" for kind, heads in tops.items()]
         for source in config.random_from:
-            n = len(study.candidates(source, study.top(study.ocr, k)))
+            n = len(study.candidates(source, [*tops["OCR"], *tops["retrieval"]]))
             if not any(c.name.startswith(f"random {k} {source}") for c in conditions):
                 notes.append(f"no random control: only {n} {source} heads, {k} are needed")
             else:
                 notes.append(f"random {k} {source}: {config.draws} draws from {n} heads")
-    chosen = summary[summary["chosen"]]
+    chosen = summary.loc[summary["chosen"]]
     figures = {"masking": (plots.bars(chosen), "Tasks with heads masked; bars are 95% intervals over samples")}
     tables = {
-        "masking": (chosen.drop(columns="chosen"), "Each task's own metric; p: paired against random heads", None),
+        "masking": (
+            chosen.drop(columns="chosen"),
+            OWN_METRIC,
+            None,
+        ),
         "masking-all-metrics": (summary.drop(columns="chosen"), "All metrics", 0),
         "masking-answers": (answers, "Every reply", 0),
     }
@@ -46,7 +51,8 @@ def masking_conditions(study: Study, config: MaskConfig, counts: tuple[int, ...]
     conditions = [UNCHANGED]
     for k in counts:
         tops = {"OCR": study.top(study.ocr, k), "retrieval": study.top(study.retrieval, k)}
-        randoms = {source: study.random_sets(source, tops["OCR"], k, config.draws) for source in config.random_from}
+        chosen = [*tops["OCR"], *tops["retrieval"]]
+        randoms = {source: study.random_sets(source, chosen, k, config.draws) for source in config.random_from}
         for mode in config.modes:
             label = "" if mode == "zero" else f", {mode}"
             control = next((f"random {k} {s}{label}" for s, sets in randoms.items() if sets), "")

@@ -11,9 +11,11 @@ from typing import Literal
 
 import numpy as np
 import pandas as pd
+from jaxtyping import Bool
 from scipy import stats
 from scipy.spatial.distance import jensenshannon
 
+from hooked_vlm.experiments.common.frames import each_row
 from hooked_vlm.experiments.ocr_heads import plots
 from hooked_vlm.experiments.ocr_heads.config import Granularity, SelectConfig
 from hooked_vlm.experiments.ocr_heads.published import RANGES, per_range, published_models
@@ -21,7 +23,7 @@ from hooked_vlm.experiments.ocr_heads.scoring import Scores
 from hooked_vlm.experiments.ocr_heads.selection import select
 from hooked_vlm.experiments.ocr_heads.similarity import jaccard, spearman
 from hooked_vlm.experiments.ocr_heads.study import Finding, Study, head_names, head_table
-from hooked_vlm.statistics import Estimate, bootstrap
+from hooked_vlm.statistics import bootstrap
 
 RESAMPLES = 500
 """Of heads or instances, for intervals."""
@@ -49,12 +51,14 @@ def profile(study: Study, config: SelectConfig) -> Finding:
         found = [(int(a), int(b)) for a, b in np.argwhere(where)]
         lines.append(f"{kind} heads: {len(found)} of {where.size}: {head_names(found) or 'none'}")
     lines.append(f"both: {head_names([(int(a), int(b)) for a, b in np.argwhere(both)]) or 'none'}")
-    lines += ["", f"  {'similarity of the two kinds':32s} value   95% interval     chance  p"]
-    for row in similarity.itertuples():
+    width = max(42, similarity["measure"].str.len().max())
+    title = f"similarity of the two kinds ({len(heads)} heads)"
+    lines += ["", f"  {title:{width}s} value   95% interval     chance  p"]
+    for row in each_row(similarity):
         interval = f"{row.low:.3f} to {row.high:.3f}"
-        lines.append(f"  {row.measure:32s} {row.value:6.3f}  {interval:15s}  {row.chance:6.3f}  {row.p:.4f}")
+        lines.append(f"  {row.measure:{width}s} {row.value:6.3f}  {interval:15s}  {row.chance:6.3f}  {row.p:.4f}")
     lines += ["", f"  {'frequency against mean':32s} Pearson 95% interval"]
-    for row in activation.itertuples():
+    for row in each_row(activation):
         name = f"{row.heads}, by {row.granularity}"
         lines.append(f"  {name:32s} {row.pearson:6.3f}  {row.low:.3f} to {row.high:.3f}")
     figures = {
@@ -75,8 +79,9 @@ def profile(study: Study, config: SelectConfig) -> Finding:
         "activation": (activation, "Correlation of activation frequency and mean score over heads", None),
     }
     about = [
-        "Chance is the mean over random exchanges of head labels; p is one-sided: as similar (for distances: as "
-        "different) by chance. Intervals resample heads.",
+        "Chance is the mean over random exchanges: one kind's scores are dealt to other heads or, for the Wasserstein "
+        "distance, to which heads do not matter, the two scores of each head are swapped. p is one-sided: as similar "
+        "(for distances: as different) by chance. Intervals resample heads.",
     ]
     return Finding("Selection, sparsity, difference, activation", lines, about, figures, tables)
 
@@ -117,15 +122,13 @@ def similarity_table(study: Study, config: SelectConfig) -> pd.DataFrame:
         pairs[" (text model)"] = (study.ocr, study.sibling)
     rows = []
     for label, (a, b) in pairs.items():
-        for name, measure, distance in measures(config.threshold):
-            x, y = a.mean.ravel(), b.mean.ravel()
+        means = (a.mean.ravel(), b.mean.ravel())
+        asked = [(name, measure, by_head, means) for name, measure, by_head in measures(config.threshold)]
+        asked += [(f"Jaccard, selected ({rule})", jaccard, True, _selected(study, a, b, rule)) for rule in RULES]
+        for name, measure, by_head, (x, y) in asked:
             found = bootstrap(measure, x, y, seed=config.seed, draws=RESAMPLES)
-            chance, p = against_chance(measure, x, y, distance, config.seed, config.permutations)
+            chance, p = against_chance(measure, x, y, by_head, config.seed, config.permutations)
             rows.append((name + label, found.value, found.low, found.high, chance, p, len(x)))
-        for rule in RULES:
-            found = _jaccard_of_selected(study, a, b, rule)
-            name = f"Jaccard, selected ({rule}){label}"
-            rows.append((name, found.value, found.low, found.high, np.nan, np.nan, found.n))
     return pd.DataFrame(rows, columns=["measure", "value", "low", "high", "chance", "p", "n heads"])
 
 
@@ -133,7 +136,7 @@ Measure = Callable[[np.ndarray, np.ndarray], float]
 
 
 def measures(threshold: float) -> list[tuple[str, Measure, bool]]:
-    """(name, function of two heads' scores, whether larger means more different)."""
+    """(name, function of the heads' two scores, whether it matters to it which head has which score)."""
 
     def shannon(a: np.ndarray, b: np.ndarray) -> float:
         if not a.sum() or not b.sum():
@@ -142,30 +145,29 @@ def measures(threshold: float) -> list[tuple[str, Measure, bool]]:
             return float(np.nan_to_num(jensenshannon(a, b, base=2)))
 
     return [
-        (f"Jaccard, score > {threshold:g}", lambda a, b: jaccard(a > threshold, b > threshold), False),
-        ("Spearman", spearman, False),
+        (f"Jaccard, score > {threshold:g}", lambda a, b: jaccard(a > threshold, b > threshold), True),
+        ("Spearman", spearman, True),
         ("Jensen-Shannon distance", shannon, True),
-        ("Wasserstein distance of scores", lambda a, b: float(stats.wasserstein_distance(a, b)), True),
+        ("Wasserstein distance of scores", lambda a, b: float(stats.wasserstein_distance(a, b)), False),
     ]
 
 
 def against_chance(
-    measure: Measure, a: np.ndarray, b: np.ndarray, distance: bool, seed: int, draws: int
+    measure: Measure, a: np.ndarray, b: np.ndarray, by_head: bool, seed: int, draws: int
 ) -> tuple[float, float]:
-    """(mean, p) of a measure when the heads' labels are exchanged at random.
+    """(mean, p) of a measure by chance: one kind's scores are dealt to other heads (`by_head`); where only the
+    distributions matter, the two scores of each head are swapped at random.
 
-    For a similarity, p is how often chance is at least as similar; for a distance, at least as different. The
-    distribution of scores does not know heads: there the two scores of each head are swapped at random.
+    For a similarity, p is how often chance is at least as similar; for a distance, at least as different.
     """
     rng = np.random.default_rng([seed, 15])
     observed, found = measure(a, b), []
-    swaps = distance and np.isclose(measure(a, rng.permutation(b)), observed)  # labels do not matter to it
     for _ in range(draws):
-        if swaps:
+        if by_head:
+            found.append(measure(a, rng.permutation(b)))
+        else:
             swap = rng.random(len(a)) < 0.5
             found.append(measure(np.where(swap, b, a), np.where(swap, a, b)))
-        else:
-            found.append(measure(a, rng.permutation(b)))
     values = np.array(found)
     values = values[~np.isnan(values)]
     if np.isnan(observed) or not len(values):
@@ -173,10 +175,11 @@ def against_chance(
     return float(values.mean()), float(((values >= observed - 1e-12).sum() + 1) / (len(values) + 1))
 
 
-def _jaccard_of_selected(study: Study, a: Scores, b: Scores, rule: Literal["active", "inverted"]) -> Estimate:
-    config = study.config
-    sets = [select(s, config.threshold, config.min_frequency, rule).ravel() for s in (a, b)]
-    return bootstrap(jaccard, *sets, seed=config.seed, draws=RESAMPLES)
+def _selected(
+    study: Study, a: Scores, b: Scores, rule: Literal["active", "inverted"]
+) -> tuple[Bool[np.ndarray, "n"], Bool[np.ndarray, "n"]]:
+    threshold, often = study.config.threshold, study.config.min_frequency
+    return select(a, threshold, often, rule).ravel(), select(b, threshold, often, rule).ravel()
 
 
 # ---------------------------------------------------------------- statically activated

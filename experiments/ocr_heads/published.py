@@ -12,6 +12,7 @@ import numpy as np
 import pandas as pd
 from jaxtyping import Float
 
+from hooked_vlm.experiments.common.frames import each_row
 from hooked_vlm.experiments.ocr_heads.config import CompareConfig
 from hooked_vlm.experiments.ocr_heads.scoring import Scores
 from hooked_vlm.experiments.ocr_heads.selection import ranked
@@ -60,9 +61,12 @@ def compare(study: Study, config: CompareConfig) -> Finding:
     overlap_table = pd.DataFrame(overlap, columns=["heads", "measure", "value", "low", "high", "n"])
     lines = [
         f"against the heads published for {record['name']}",
-        "  heads       measure                                  value",
+        "  heads       measure                                  value  95% interval    n",
     ]
-    lines += [f"  {r.heads:10s}  {r.measure:38s}  {r.value:.3f}" for r in overlap_table.itertuples()]
+    lines += [
+        f"  {r.heads:10s}  {r.measure:38s}  {r.value:.3f}  {r.low:.3f} to {r.high:.3f}  {r.n}"
+        for r in each_row(overlap_table)
+    ]
     lines += ["  heads       score range    published   here"]
     lines += [f"  {r[1]:10s}  {r[2]:12s}  {r[3]:9d}  {r[4]:5d}" for r in count_table.itertuples()]
     tables = {

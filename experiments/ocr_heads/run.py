@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hooked_vlm.experiments.common.provenance import provenance
 from hooked_vlm.experiments.common.report import Report
 from hooked_vlm.experiments.ocr_heads.characters import case
 from hooked_vlm.experiments.ocr_heads.config import (
@@ -27,6 +26,7 @@ from hooked_vlm.experiments.ocr_heads.study import Finding, Study
 from hooked_vlm.experiments.ocr_heads.thought import thought
 from hooked_vlm.files import writable_folder
 from hooked_vlm.model import HookedVLM
+from hooked_vlm.provenance import provenance
 
 EXPERIMENTS: tuple[tuple[type[ScoreConfig], Callable[[Study, Any], Finding]], ...] = (
     (ScoreConfig, lambda study, config: score(study)),
@@ -50,7 +50,7 @@ class OcrHeadsResult:
     findings: Sequence[Finding]
     report: Path
     tokens_per_second: float | None
-    """Of prompts and answers, in this process; None if all parts were there already."""
+    """Of prompts and answers, by all workers; None if all parts were there already."""
 
     def table(self, name: str) -> Any:
         """One of the report's tables, whole."""
@@ -77,13 +77,17 @@ def run(config: ScoreConfig, model: HookedVLM | None = None) -> OcrHeadsResult:
     Raises:
         StudyError: a setting out of range, a data set that is not what it should be, a model that cannot be asked.
         OutputError: the output folder cannot be written.
+        WorkerError: with --ray, no cluster or workers that keep dying.
         CheckpointError, InputError, ImageError: see `HookedVLM.from_pretrained` and `to_inputs`.
     """
     config.check()
     writable_folder(config.out)
     study = Study(config, model)
     config = study.config  # with what "auto" stands for
-    findings = [experiment(study, config) for kind, experiment in EXPERIMENTS if isinstance(config, kind)]
+    with study.workers as workers:
+        findings = [experiment(study, config) for kind, experiment in EXPERIMENTS if isinstance(config, kind)]
+        scores = {"ocr": study.ocr, "retrieval": study.retrieval}
+        device = workers.device
     page = Report(
         f"OCR heads of {config.model}",
         "Which attention heads read text in images (arXiv 2505.15865); measured by "
@@ -96,10 +100,9 @@ def run(config: ScoreConfig, model: HookedVLM | None = None) -> OcrHeadsResult:
             page.figure(name, figure, caption)
         for name, (frame, caption, shown) in finding.tables.items():
             page.table(name, frame, caption, shown)
-    record = {"config": config.as_dict(), **provenance(study.model), "data": _data_record(study)}
+    record = {"config": config.as_dict(), **provenance(study.model), "device": device, "data": _data_record(study)}
     written = page.write(config.out, record)
-    speed = study.n_tokens / study.seconds if study.seconds else None
-    scores = {"ocr": study.ocr, "retrieval": study.retrieval}
+    speed = workers.size / workers.seconds if workers.seconds else None
     return OcrHeadsResult(config, scores, findings, written, speed)
 
 

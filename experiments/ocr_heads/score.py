@@ -20,10 +20,11 @@ PAGES_SHOWN = 6
 
 def score(study: Study) -> Finding:
     """The table of all heads, the heatmap, and pages with what the best head looks at."""
+    sibling = study.sibling  # first: hours of scoring should not end at a folder that holds no such model
     config, ocr, retrieval = study.config, study.ocr, study.retrieval
     named = {"ocr": ocr, "retrieval": retrieval}
-    if study.sibling is not None:
-        named["retrieval in the text model"] = study.sibling
+    if sibling is not None:
+        named["retrieval in the text model"] = sibling
     tables = {}
     for name, scores in named.items():
         tables[f"{name} scores".replace(" ", "-")] = (

@@ -103,7 +103,7 @@ def gather(
         stacked("sample"),
         stacked("tokens"),
         stacked("norms").mean(0),
-        int(table["right"].sum()),
+        int(table["right"].to_numpy().sum()),
         len(table),
         granularity,
     )
@@ -139,19 +139,23 @@ def find_copies(
     in_answer, in_reply, run = longest_run(answer, reply)
     weight = run / len(answer) if protocol.weight_by_run else 1.0
     boxes = [(e, _tokens_of(inputs, row, e, protocol)) for e in example.evidence]
+    coarse = len(boxes) == 1 and (boxes[0][0].start, boxes[0][0].stop) == (0, len(example.answer))
     if protocol.matching == "in_order":
         places = [n for n, token in enumerate(reply) if token in set(answer)]
-        if len(boxes) == 1:  # one box around everything: every place is held against it
-            boxes = boxes * len(places)
+        asked = min((e.start for e, _ in boxes), default=0)
+        places = places[sum(b <= asked for _, b in spans) :]  # the first box is that of the first of them
+        if coarse:  # one box around everything: every place is held against it
+            boxes = boxes * max(1, len(places))
         return [
             Copy(start + places[i] + shift if i < len(places) else None, weight, evidence)
             for i, (_, evidence) in enumerate(boxes)
         ]
     copies = []
     for i, (a, b) in enumerate(spans):
-        evidence = {t for e, tokens in boxes if e.start < b and a < e.stop for t in tokens}
-        if not evidence:
-            continue  # white space, or too small a part of any token
+        own = [tokens for e, tokens in boxes if e.start < b and a < e.stop]
+        if not own:
+            continue  # white space, or a character that is not asked about
+        evidence = {t for tokens in own for t in tokens}  # none where no token holds enough of a large box
         generated = in_answer <= i < in_answer + run
         position = start + in_reply + i - in_answer + shift if generated else None
         copies.append(Copy(position, weight, tuple(sorted(evidence))))
@@ -188,15 +192,15 @@ def _tokens_of(inputs: VLMInputs, row: int, evidence: Any, protocol: Protocol) -
 def find_retrievals(model: Any, inputs: VLMInputs, row: int, example: Example, reply: list[int]) -> list[Copy]:
     """Every generated token that stands in the needle: a head copies it if it looks at it there.
 
-    Each counts one over the needle's length. Tokens of the longest run that the reply shares with the needle are
-    instances by token.
+    Each counts one over the needle's length. Instances by token are the needle's: those of the longest run that the
+    reply shares with it, and the others as not copied.
     """
     needle = needle_positions(model, inputs, row, example, len(reply))
     tokens = inputs.tokens[row].tolist()
     ids = [tokens[i] for i in needle]
     start = inputs.stop[row] - len(reply)
     _, in_reply, run = longest_run(ids, reply)
-    copies = []
+    copies = [Copy(None, 0.0, ())] * (len(needle) - run)
     for n, token in enumerate(reply):
         evidence = tuple(i for i in needle if tokens[i] == token)
         if evidence:

@@ -1,5 +1,7 @@
 """How alike two sets or two scorings of the same heads are; NaN where that has no answer."""
 
+from typing import Any
+
 import numpy as np
 from scipy import stats
 
@@ -12,4 +14,7 @@ def jaccard(a: np.ndarray, b: np.ndarray) -> float:
 
 def spearman(a: np.ndarray, b: np.ndarray) -> float:
     """Rank correlation of two scores of each head."""
-    return float(stats.spearmanr(a, b).statistic) if np.ptp(a) and np.ptp(b) else np.nan
+    if not np.ptp(a) or not np.ptp(b):
+        return np.nan
+    found: Any = stats.spearmanr(a, b)  # its type is made at run time
+    return float(found.statistic)

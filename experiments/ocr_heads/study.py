@@ -1,7 +1,6 @@
 """One run of the study: its model, its data sets, the parts it has finished, and what its experiments share."""
 
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from importlib.metadata import version
@@ -10,24 +9,24 @@ from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
-import torch
 from jaxtyping import Bool, Float
 from matplotlib.figure import Figure
-from tqdm.auto import tqdm
 
 from hooked_vlm.experiments.common.errors import StudyError
 from hooked_vlm.experiments.common.models import check_asks_about_images, load
-from hooked_vlm.experiments.common.provenance import weights_hash
+from hooked_vlm.experiments.common.workers import workers_of
 from hooked_vlm.experiments.ocr_heads.config import ScoreConfig
 from hooked_vlm.experiments.ocr_heads.data.scored import PAPER_PIXELS, scored_sets
 from hooked_vlm.experiments.ocr_heads.data.store import DataSet
-from hooked_vlm.experiments.ocr_heads.examples import batches, coarse, prompt_length
+from hooked_vlm.experiments.ocr_heads.examples import Example, batches, coarse, prompt_length
 from hooked_vlm.experiments.ocr_heads.scoring import Scores, gather, score_batch
 from hooked_vlm.experiments.ocr_heads.selection import ranked, select
 from hooked_vlm.interventions import Head
 from hooked_vlm.loading import TOY_MODELS
 from hooked_vlm.model import HookedVLM
 from hooked_vlm.parts import Parts
+from hooked_vlm.provenance import weights_hash
+from hooked_vlm.work import Common, Unit, Workers
 
 LIVE_SHARE = 0.1
 """A head is live if its mean output norm is at least this share of the largest."""
@@ -40,16 +39,16 @@ class Finding:
     heading: str
     lines: list[str]
     paragraphs: list[str] = field(default_factory=list)
-    figures: dict[str, tuple[Figure, str]] = field(default_factory=dict)
+    figures: Mapping[str, tuple[Figure, str]] = field(default_factory=dict)
     """Name: (figure, caption)."""
-    tables: dict[str, tuple[pd.DataFrame, str, int | None]] = field(default_factory=dict)
+    tables: Mapping[str, tuple[pd.DataFrame, str, int | None]] = field(default_factory=dict)
     """Name: (all rows, caption, how many are shown)."""
 
 
 class Study:
-    """A model with the study's settings. What several experiments need is made once."""
+    """A model with the study's settings, and who does its work. What several experiments need is made once."""
 
-    def __init__(self, config: ScoreConfig, model: HookedVLM | None = None) -> None:
+    def __init__(self, config: ScoreConfig, model: HookedVLM | None = None, workers: Workers | None = None) -> None:
         if config.data == "auto":
             toy = (TOY_MODELS / Path(config.model).name).exists()
             config = replace(config, data="toy" if toy else "paper")
@@ -59,8 +58,8 @@ class Study:
         self.parts = Parts(config.out / "parts")
         self.data_folder = config.data_folder or config.out / "data"
         self.pixels = None if config.data == "toy" else PAPER_PIXELS
-        self.n_tokens, self.seconds = 0, 0.0
-        """Prompt tokens scored in this process, and how long that took."""
+        self.workers = workers or workers_of(config, self.model, config.device)
+        """They count the tokens of prompts and answers, and the time these take."""
 
     @property
     def n_heads(self) -> int:
@@ -72,9 +71,12 @@ class Study:
 
     def scored(self, as_text: bool) -> list[DataSet]:
         """The pages that heads are scored on, or the texts."""
-        config = self.config
-        names = ["passkey", "niah"] if config.data == "paper" else [config.data]
-        return scored_sets(self.data_folder, names, as_text, config.seed, config.samples, config.lengths)
+        return self.sets(as_text, self.config.seed, self.config.samples)
+
+    def sets(self, as_text: bool, seed: int, n: int) -> list[DataSet]:
+        """`n` pages or texts of the kinds that heads are scored on."""
+        names = ["passkey", "niah"] if self.config.data == "paper" else [self.config.data]
+        return scored_sets(self.data_folder, names, as_text, seed, n, self.config.lengths)
 
     @cached_property
     def ocr(self) -> Scores:
@@ -94,12 +96,24 @@ class Study:
         model = load(self.config.text_model, self.config.device, self.config.dtype)
         if model.tokenizer is None:
             raise StudyError(f"{self.config.text_model} has no tokenizer")
-        return self.score("retrieval", self.scored(as_text=True), model, weights_hash(model))
+        self.workers.rest()  # both models' workers together may be more than there is room for
+        with workers_of(self.config, model, self.config.device) as workers:
+            found = self.score("retrieval", self.scored(as_text=True), model, weights_hash(model), workers)
+            self.workers.count(workers.size, workers.seconds)
+        return found
 
     def score(
-        self, kind: Literal["ocr", "retrieval"], sets: Sequence[DataSet], model: HookedVLM, weights: str
+        self,
+        kind: Literal["ocr", "retrieval"],
+        sets: Sequence[DataSet],
+        model: HookedVLM,
+        weights: str,
+        workers: Workers | None = None,
     ) -> Scores:
         """Score every head on some data sets, batch by batch; finished batches are kept.
+
+        Args:
+            workers: of another model than the study's.
 
         Raises:
             StudyError: no head can be scored, because the model answers nothing.
@@ -107,39 +121,47 @@ class Study:
         config, protocol, found = self.config, self.config.measured_by, []
         for data in sets:
             examples = [coarse(e) for e in data.examples] if config.granularity == "coarse" else data.examples
-            lengths = [prompt_length(model, e, self.pixels) + config.new_tokens for e in examples]
-            groups = batches(lengths, config.tokens_per_batch)
-            for group in tqdm(groups, desc=f"{kind} scores, {data.name}", unit="batch", disable=config.quiet):
+            exact = data.name.startswith("toy")
+            units = []
+            for group, n_tokens in self.groups(model, examples, config.new_tokens):
                 key = {
                     "score": kind, "weights": weights, "data": data.digest, "examples": group, "pixels": self.pixels,
                     "granularity": config.granularity, "protocol": vars(protocol), "new_tokens": config.new_tokens,
                 }  # fmt: skip
                 own = [examples[i] for i in group]
-
-                def make(own: list = own, exact: bool = data.name.startswith("toy")) -> pd.DataFrame:
-                    return score_batch(model, kind, own, protocol, self.pixels, config.new_tokens, exact)
-
-                found.append(self.timed(key, make, sum(lengths[i] for i in group)))
+                arguments = (kind, own, protocol, self.pixels, config.new_tokens, exact)
+                units.append(self.unit(key, score_batch, arguments, n_tokens))
+            found += self.tables(units, f"{kind} scores, {data.name}", workers)
         shape = (model.cfg.n_layers, model.cfg.n_heads)
         scores = gather(kind, pd.concat(found, ignore_index=True), shape, protocol.instance)
         if not len(scores.instances):
             raise StudyError(
                 f"no answer was found on any of {scores.n_asked} {'pages' if kind == 'ocr' else 'texts'}, so no head "
-                "can be scored: this model does not answer these questions"
+                f"can be scored: this model does not answer these questions, in {config.new_tokens} tokens "
+                "(--max-new-tokens) at most"
             )
         return scores
 
-    @torch.no_grad()
-    def timed(self, key: dict[str, Any], make: Callable[[], pd.DataFrame], n_tokens: int) -> pd.DataFrame:
-        """A part, with its tokens and seconds counted if it had to be made."""
-        key = {**key, "version": version("hooked-vlm")}
-        found = self.parts.get(key)
-        if found is not None:
-            return found
-        start = time.perf_counter()
-        found = self.parts.get_or_make(key, make)
-        self.n_tokens, self.seconds = self.n_tokens + n_tokens, self.seconds + time.perf_counter() - start
-        return found
+    def groups(self, model: Any, examples: Sequence[Example], new_tokens: int = 0) -> list[tuple[list[int], int]]:
+        """Batches of examples (their indices), each with its number of tokens, those to be generated included."""
+        lengths = [prompt_length(model, example, self.pixels) + new_tokens for example in examples]
+        return [(group, sum(lengths[i] for i in group)) for group in batches(lengths, self.config.tokens_per_batch)]
+
+    def unit(
+        self,
+        key: Mapping[str, Any],
+        work: Callable[..., pd.DataFrame],
+        arguments: tuple[Any, ...],
+        n_tokens: int,
+        common: Common | None = None,
+    ) -> Unit:
+        """A unit of work, kept among the study's parts."""
+        return Unit(self.parts, {**key, "version": version("hooked-vlm")}, work, arguments, n_tokens, common)
+
+    def tables(self, units: Sequence[Unit], what: str, workers: Workers | None = None) -> list[pd.DataFrame]:
+        """The units' tables, with a bar."""
+        workers = workers or self.workers
+        return workers.tables(units, what, each="batch", counted="tokens", quiet=self.config.quiet)
 
     # ---------------------------------------------------------------- heads
 
@@ -154,15 +176,15 @@ class Study:
         return tuple(ranked(mean)[:k])
 
     def candidates(self, source: str, masked: Sequence[Head]) -> list[Head]:
-        """Heads to draw a random control from: "live" ones that score below the threshold and are not masked, all
-        "others", or "any"."""
+        """Heads to draw a random control from: "live" ones that score below the threshold, as OCR and as retrieval
+        heads, and are not masked, all "others", or "any"."""
         heads = [(layer, head) for layer in range(self.model.cfg.n_layers) for head in range(self.model.cfg.n_heads)]
         if source == "any":
             return heads
         others = [head for head in heads if head not in set(masked)]
         if source == "others":
             return others
-        norms, scores = self.ocr.output_norm, self.ocr.mean
+        norms, scores = self.ocr.output_norm, np.maximum(self.ocr.mean, self.retrieval.mean)
         live = norms >= LIVE_SHARE * norms.max()
         return [head for head in others if live[head] and scores[head] < self.config.threshold]
 

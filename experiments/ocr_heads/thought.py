@@ -29,21 +29,21 @@ def thought(study: Study, config: ThoughtConfig) -> Finding:
     """Accuracy and OCR scores, asked directly and with steps."""
     direct = study.scored(as_text=False)
     steps = [_with_steps(study, data) for data in direct]
-    long = Study(replace(study.config, max_new_tokens=4 * study.config.new_tokens), study.model)
+    long = Study(replace(study.config, max_new_tokens=4 * study.config.new_tokens), study.model, study.workers)
     scores = {
         "direct": study.ocr,
         "with steps": long.score("ocr", steps, study.model, study.weights),
     }
     k = study.default_counts()[0]
     tops = {"OCR": study.top(study.ocr, k), "retrieval": study.top(study.retrieval, k)}
-    randoms = study.random_sets("live", tops["OCR"], k, config.draws)
+    randoms = study.random_sets("live", [*tops["OCR"], *tops["retrieval"]], k, config.draws)
     conditions = [UNCHANGED]
     control = f"random {k}" if randoms else ""
     conditions += [Condition(f"top {k} {kind}", h, masked(h, "zero"), control=control) for kind, h in tops.items()]
     conditions += [Condition(control, heads, masked(heads, "zero"), draw) for draw, heads in enumerate(randoms)]
-    some = config.task_samples
-    tasks = [Task(_first(data, some), "contains") for data in direct]
-    tasks_with_steps = [Task(_first(data, some), "contains") for data in steps]
+    asked = study.sets(False, config.seed + 1, config.task_samples * len(direct))  # heads were not scored on these
+    tasks = [Task(data, "contains") for data in asked]
+    tasks_with_steps = [Task(_with_steps(study, data), "contains") for data in asked]
     answers = pd.concat(
         [
             answer_all(study, tasks, conditions, "direct"),
@@ -52,7 +52,7 @@ def thought(study: Study, config: ThoughtConfig) -> Finding:
         ignore_index=True,
     )
     summary = summarize(answers, conditions, config.seed)
-    chosen = summary[summary["chosen"]]
+    chosen = summary.loc[summary["chosen"]]
     heads = head_table({name: s.mean for name, s in scores.items()})
     heads = heads.sort_values("direct", ascending=False, ignore_index=True)
     a, b = (s.mean.ravel() for s in scores.values())
@@ -88,7 +88,3 @@ def stepwise(question: str) -> str:
     if question.startswith(TOY_QUESTION):
         return question.replace(TOY_QUESTION, TOY_STEPS)
     return question + STEPS
-
-
-def _first(data: DataSet, n: int) -> DataSet:
-    return DataSet(data.name, data.examples[:n], data.source, f"{data.digest}[:{n}]")

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Literal
 
 import torch
+from tyro.conf import Suppress
 
 from hooked_vlm.activations.read import Activations
 from hooked_vlm.activations.samples import read_samples
@@ -48,7 +49,7 @@ class CacheConfig:
     """CUDA if present by default."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """The checkpoint's own by default."""
-    quiet: bool = False
+    quiet: Suppress[bool] = False
     """No progress bar."""
 
 

@@ -169,7 +169,7 @@ class ReplaceImageTokens(Intervention):
                 for visual in (v for v in inputs.visuals if v.start >= first):
                     span = slice(visual.start - first, visual.stop - first)
                     new[visual.row, span] = x[visual.row, span].mean(0)
-            return torch.where(meant(table, first, x.shape[1], len(x))[..., None], new, x)
+            return torch.where(meant(table, first, x.shape[1], len(x))[..., None].to(x.device), new, x)
 
         return [("hook_embed", replace)]
 
@@ -198,7 +198,7 @@ class _Where:
         if self.table is None:
             here = self._patches(x)
         else:
-            here = meant(self.table, self.first_position(hook), x.shape[self.axis], len(x))
+            here = meant(self.table, self.first_position(hook), x.shape[self.axis], len(x)).to(x.device)
         shape = [1] * x.ndim
         shape[0], shape[self.axis] = len(here), here.shape[1]
         if self.axis == 0:

@@ -44,6 +44,7 @@ class BlockAttention(HeadIntervention):
         def block(scores: Tensor, hook: Any, chosen: Chosen) -> Tensor:
             rows, _, n, n_keys = scores.shape
             edges = meant(query, n_keys - n, n, rows)[:, :, None] & meant(key, 0, n_keys, rows)[:, None]
+            edges = edges.to(scores.device)
             blocked = scores.masked_fill(edges[:, None] & chosen.mask[:, :, None, None], -torch.inf)
             empty.append(blocked.isneginf().all(-1, keepdim=True))
             return blocked

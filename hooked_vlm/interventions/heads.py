@@ -3,7 +3,7 @@
 from abc import abstractmethod
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar
 
 import torch
@@ -35,6 +35,9 @@ class Chosen:
     """Those chosen in any row."""
     runs: "tuple[HeadIntervention, ...]"
     """Whose rows these are: all rows of the inputs for the first, then for the next."""
+
+    def to(self, device: torch.device) -> "Chosen":
+        return replace(self, mask=self.mask.to(device))
 
 
 Edit = Callable[[Tensor, Any, Chosen], Tensor]
@@ -91,7 +94,7 @@ def layer_hooks(
     where = Chosen(chosen.repeat_interleave(len(inputs), dim=0).to(inputs.device), heads, runs)
 
     def hook_for(edit: Edit) -> Callable[[Tensor, Any], Tensor]:
-        return lambda x, hook: edit(x, hook, where)
+        return lambda x, hook: edit(x, hook, where.to(x.device))
 
     return [(f"blocks.{layer}.attn.{suffix}", hook_for(edit)) for suffix, edit in runs[0].edits(model, inputs, layer)]
 
@@ -146,7 +149,7 @@ def _edit_z(inputs: VLMInputs, positions: Positions, make: Callable[[Tensor], Te
 
     def edit(z: Tensor, hook: Any, chosen: Chosen) -> Tensor:
         call = hook.ctx["attention"]
-        here = meant(table, call.k.shape[1] - z.shape[1], z.shape[1], len(z))
+        here = meant(table, call.k.shape[1] - z.shape[1], z.shape[1], len(z)).to(z.device)
         return torch.where((here[:, :, None] & chosen.mask[:, None])[..., None], make(z), z)
 
     return edit

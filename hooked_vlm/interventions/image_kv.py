@@ -110,6 +110,7 @@ class ReplaceImageKV(HeadIntervention):
     ) -> tuple[Tensor, Tensor]:
         """Keys and values with those of all image tokens replaced."""
         k, v = call.k.clone(), call.v.clone()
+        rotate = None if rotate is None else rotate.to(k.device)
         for visual in inputs.visuals:
             row, span = visual.row, slice(visual.start, visual.stop)
             these = slice(row, None, len(inputs))  # this row of every run in the batch

@@ -50,8 +50,8 @@ class EditedPattern(HeadIntervention):
 
         def edit(z: Tensor, hook: Any, chosen: Chosen) -> Tensor:
             call: AttentionCall = hook.ctx["attention"]
-            here = meant(table, call.n_past, z.shape[1], len(z))
-            asked = here.any(0).nonzero()[:, 0].to(z.device)
+            here = meant(table, call.n_past, z.shape[1], len(z)).to(z.device)
+            asked = here.any(0).nonzero()[:, 0]
             edited, heads = z.clone(), list(chosen.heads)
             for queries in asked.split(QUERIES_AT_ONCE):
                 pattern = self.edit_pattern(call.pattern(queries[None], heads), call, queries[None], inputs)

@@ -62,15 +62,15 @@ class PatchPath(Intervention):
         block = model.blocks[layer]
         weight = getattr(block.attn, f"W_{self.reads.upper()}")[head]
         bias = getattr(block.attn, f"b_{self.reads.upper()}")[head]
-        written = model.blocks[self.sender[0]].attn.W_O[self.sender[1]]
+        written = model.blocks[self.sender[0]].attn.W_O[self.sender[1]].to(inputs.device)
 
         def put(x: Tensor, hook: Any) -> Tensor:
             first = hook.ctx["first_position"]
             here = slice(first, first + x.shape[1])
-            stream = self.stream[:, here] + self.change[:, here] @ written
+            stream = (self.stream[:, here] + self.change[:, here] @ written).to(x.device)
             stream = stream.repeat(len(x) // len(stream), 1, 1)
             made = _normalised(block.ln1, stream) @ weight + bias
-            chosen = meant(table, first, made.shape[1], len(x))[..., None]
+            chosen = meant(table, first, made.shape[1], len(x))[..., None].to(x.device)
             edited = x.clone()
             edited[:, : made.shape[1], head] = torch.where(chosen, made, x[:, : made.shape[1], head])
             return edited

@@ -1,6 +1,6 @@
 """Where the model looks: the attention of chosen tokens to the images, as a page."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import torch
@@ -8,6 +8,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from hooked_vlm.attention_rows import attention_rows
+from hooked_vlm.hooks import HookName
 from hooked_vlm.inputs import Answer, VLMInputs
 from hooked_vlm.token_layout import InputError
 from hooked_vlm.viewer.scene import Boxes, image_columns, one_row, scene_of
@@ -32,6 +33,7 @@ def attention(
     tokens: Sequence[int] | None = None,
     query: Query = "producing",
     max_new_tokens: int = 32,
+    fwd_hooks: Sequence[tuple[HookName, Callable]] = (),
     title: str = "Where the model looks",
 ) -> View:
     """The attention of each answer token to the images, in every head, as a page.
@@ -48,11 +50,15 @@ def attention(
         images: the original pictures. Without them the page shows the pixels that the model saw.
         tokens: positions in prompt and answer whose attention is wanted; the answer's by default.
         query: "producing", as in generation (and in the OCR-heads paper), or "token".
+        fwd_hooks: hooks for the pass, and for the generation before it: the attention of an edited model, such as
+            `ZeroHeads(((2, 1),)).hooks(model, inputs)`. Not on scores or patterns: the rows are made beside those.
 
     Raises:
-        InputError: a batch of several rows, no image, an empty answer, positions or heads that do not exist.
+        InputError: a batch of several rows, no image, an empty answer, positions or heads that do not exist, or hooks
+            on scores or patterns.
     """
-    inputs = _with_answer(model, one_row(model.as_inputs(inputs)), answer, max_new_tokens)
+    _check_hooks(model, fwd_hooks)
+    inputs = _with_answer(model, one_row(model.as_inputs(inputs)), answer, max_new_tokens, fwd_hooks)
     scene = scene_of(inputs, images, () if boxes is None else boxes)
     shown = _shown(inputs, tokens, query)
     rows = torch.tensor([[pos - 1 if query == "producing" else pos for pos in shown]])
@@ -63,7 +69,8 @@ def attention(
         elsewhere = (pattern[0].sum(-1) - of_images.sum(-1)).clamp(min=0)
         return torch.cat((of_images, elsewhere[..., None]), -1).transpose(0, 1).cpu()
 
-    found = attention_rows(model, inputs, rows, reduce=on_images).transpose(0, 1).float().numpy()
+    found = attention_rows(model, inputs, rows, reduce=on_images, fwd_hooks=fwd_hooks)
+    found = found.transpose(0, 1).float().numpy()
     values, elsewhere = found[..., :-1], found[..., -1]
     return view_of(
         scene,
@@ -80,12 +87,27 @@ def attention(
     )
 
 
-def _with_answer(model: Any, inputs: VLMInputs, answer: Answer | None, max_new_tokens: int) -> VLMInputs:
+def _check_hooks(model: Any, fwd_hooks: Sequence[tuple[HookName, Callable]]) -> None:
+    ends = ("attn.hook_attn_scores", "attn.hook_pattern")
+    beside = [name for name in model.hook_dict if name.startswith("blocks.") and name.endswith(ends)]
+    for wanted, _ in fwd_hooks:
+        for name in beside:
+            if wanted == name if isinstance(wanted, str) else wanted(name):
+                raise InputError(f"a page does not see what hooks do at {name}: edit what comes before it")
+
+
+def _with_answer(
+    model: Any,
+    inputs: VLMInputs,
+    answer: Answer | None,
+    max_new_tokens: int,
+    fwd_hooks: Sequence[tuple[HookName, Callable]],
+) -> VLMInputs:
     if answer is not None:
         return inputs.append(answer)
     if inputs.n_generated[0]:
         return inputs
-    return inputs.append(model.generate(inputs, max_new_tokens)[:, inputs.shape[1] :])
+    return inputs.append(model.generate(inputs, max_new_tokens, fwd_hooks=fwd_hooks)[:, inputs.shape[1] :])
 
 
 def _shown(inputs: VLMInputs, tokens: Sequence[int] | None, query: Query) -> list[int]:

@@ -1,29 +1,37 @@
-"""`hooked-vlm view`: where a model looks in a picture, written as a page and opened."""
+"""`hooked-vlm view`: where a model looks in a picture, written as a page and opened, or served and asked again."""
 
 import webbrowser
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from PIL import Image
 
 from hooked_vlm.files import writable_folder
+from hooked_vlm.images import load_image
 from hooked_vlm.model import HookedVLM
 from hooked_vlm.token_layout import InputError
 from hooked_vlm.viewer.attention_view import attention
+from hooked_vlm.viewer.session import Asked, Picture, Session
 from hooked_vlm.viewer.view import Head, View
 from hooked_vlm.viewer.vision_view import vision_attention
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+ONLY_WRITTEN = ("out", "answer", "box", "tower")
+"""Settings of the written page that the served one does not have."""
 
 
 @dataclass(frozen=True)
 class ViewConfig:
     """One prompt with its pictures, and what to show of it."""
 
-    image: tuple[Path, ...]
-    """Picture files, in the order of the prompt."""
-    prompt: str
+    image: tuple[Path, ...] = ()
+    """Picture files, in the order of the prompt; with --serve one, or none, to begin with."""
+    prompt: str = ""
+    """With --serve what stands in the page at first."""
     model: str = "toy-qwen2-vl"
     """A bundled toy model, a checkpoint folder or a hub name such as Qwen/Qwen2-VL-2B-Instruct."""
     out: Path = Path("attention.html")
@@ -44,6 +52,10 @@ class ViewConfig:
     """Bound on the area of the resized picture (Qwen2-VL); the checkpoint's by default."""
     max_tiles: int | None = None
     """How many tiles a picture is cut into at most (InternVL); the checkpoint's by default."""
+    serve: bool = False
+    """Instead of writing a page, serve one on 127.0.0.1 in which picture, prompt and heads can be changed."""
+    port: int = 0
+    """Where the page is served; 0 takes any free port."""
     open: bool = True
     """Show the page in the browser."""
     device: str | None = None
@@ -60,16 +72,52 @@ def write_page(config: ViewConfig) -> Path:
     """
     if not config.image:
         raise InputError("--image needs a picture file")
+    if not config.prompt:
+        raise InputError("--prompt needs a question about the picture")
     heads = [_head(name) for name in config.heads]
     if len(config.box) % 4:
         raise InputError(f"--box takes four numbers for each box, x0 y0 x1 y1, got {len(config.box)}")
     writable_folder(config.out.parent)
-    dtype = None if config.dtype == "auto" else DTYPES[config.dtype]
-    model = HookedVLM.from_pretrained(config.model, device=config.device, dtype=dtype)
-    _view(config, model, heads).save(config.out)
+    _view(config, _model(config), heads).save(config.out)
     if config.open:
         webbrowser.open(config.out.resolve().as_uri())
     return config.out
+
+
+def serve_page(config: ViewConfig, example: Callable[[], tuple[Image.Image, str]]) -> None:
+    """Serve the page until interrupted.
+
+    Args:
+        example: makes a picture and a question, which a toy model begins with where no picture is named.
+
+    Raises:
+        InputError, ImageError, CheckpointError: what a user can mend.
+    """
+    if find_spec("nicegui") is None:
+        raise InputError("--serve needs NiceGUI: pip install 'hooked-vlm[serve]'")
+    for field in fields(config):
+        if field.name in ONLY_WRITTEN and getattr(config, field.name) != field.default:
+            raise InputError(f"--{field.name} is of the page that is written: leave it out with --serve")
+    if len(config.image) > 1:
+        raise InputError(f"--serve begins with one picture, got {len(config.image)}")
+    heads = tuple(_head(name) for name in config.heads)
+    picture, prompt = None, config.prompt
+    if config.image:
+        picture = Picture(config.image[0].name, load_image(config.image[0]))
+    elif config.model.startswith("toy-"):
+        image, question = example()
+        picture, prompt = Picture("example", image), config.prompt or question
+    from hooked_vlm.viewer.serve import serve  # NiceGUI is an extra
+
+    session = Session(
+        _model(config), max_pixels=config.max_pixels, max_tiles=config.max_tiles, ranked=heads, query=config.query
+    )
+    serve(session, Asked(picture, prompt, config.max_new_tokens), config.port, config.open)
+
+
+def _model(config: ViewConfig) -> HookedVLM:
+    dtype = None if config.dtype == "auto" else DTYPES[config.dtype]
+    return HookedVLM.from_pretrained(config.model, device=config.device, dtype=dtype)
 
 
 def _view(config: ViewConfig, model: Any, heads: list[Head]) -> View:

@@ -40,7 +40,9 @@ def values(
         inputs: one prompt with images.
         numbers: the last axis has all tokens of all images, in the order of `inputs.image_tokens`.
         axes: what the axes before it are, e.g. ("layer", "head").
-        rows, layers, heads: labels of the axes; counted from 0 by default.
+        rows: labels of the axis; counted from 0 by default.
+        layers: likewise.
+        heads: likewise.
         ranked: places of heads to step through, as (layer, head).
         quantity: what a number is called.
         note: what the page says of the numbers.

@@ -71,6 +71,7 @@ from hooked_vlm.experiments.toy.families import FAMILIES
 from hooked_vlm.interventions import ReplaceImageKV, mean_image_kv
 from hooked_vlm.parts import Parts
 from hooked_vlm.viewer.quantise import decoded
+from hooked_vlm.work import InProcess
 
 SMALL: dict[str, Any] = {
     "samples": 4,
@@ -536,7 +537,7 @@ def test_only_right_answers_are_studied(toy: str, tmp_path: Path) -> None:
     model = bundled(toy)
     items = toy_items(3, 0, NAMING_PROMPT)
     items[1] = Item(items[1].image, "elephant", NAMING_PROMPT)
-    answers = ask(model, items, Parts(tmp_path), {}, quiet=True)
+    answers = ask(InProcess(model), items, Parts(tmp_path), {}, quiet=True)
     cases = right_cases(model, items, answers)
     assert answers["right"].tolist() == [True, False, True]
     assert [case.item.name for case in cases] == ["circle", "triangle"]
@@ -660,7 +661,8 @@ def test_runs_are_compared_side_by_side(tmp_path: Path) -> None:
 
 def test_tokens_alone_need_no_masks_over_heads(tmp_path: Path) -> None:
     two: dict[str, Any] = {**SMALL, "samples": 2}
-    found = measure_module.measure(bundled("toy-internvl2"), Tokens(out=tmp_path, **two))
+    model = bundled("toy-internvl2")
+    found = measure_module.measure(model, Tokens(out=tmp_path, **two), InProcess(model))
     assert not (tmp_path / "parts" / "heads_masks").exists()
     assert len(found.tokens) == len(found.edges) == 2 and not found.heads
 

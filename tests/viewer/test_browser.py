@@ -1,18 +1,13 @@
-"""The page in a real browser: the distribution's Chromium without a window, driven by Playwright.
+"""The page in a real browser."""
 
-HOOKED_VLM_SCREENSHOTS=docs/pictures makes the documentation's pictures again.
-"""
-
-import os
 import re
-import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
+from viewing import DESKTOP, PHONE, photograph
 
 from hooked_vlm import HookedVLM, ImageGrid, viewer
 from hooked_vlm.experiments.toy.data import make_page
@@ -21,8 +16,6 @@ from hooked_vlm.viewer.view import Chip, view_of
 
 pytestmark = pytest.mark.slow
 
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-DESKTOP, PHONE = {"width": 1200, "height": 900}, {"width": 390, "height": 844}
 QUESTIONED, BOX = 2, (63, 56, 96, 68)
 """The line that is asked for, and where its value is written."""
 SAID = r"layer 2, head 1 · largest ([\d.]+) at image 0, token (\d+) · on images ([\d.]+)%"
@@ -36,17 +29,6 @@ KEYS = {
     "m": "layer 2, mean of all heads",
     "x": "layer 2, largest of all heads",
 }
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    playwright = pytest.importorskip("playwright.sync_api", reason="Playwright is not installed")
-    if CHROMIUM is None:
-        pytest.skip("there is no chromium, chromium-browser or google-chrome on the PATH")
-    with playwright.sync_playwright() as driver:
-        own = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        yield own
-        own.close()
 
 
 class Opened:
@@ -181,12 +163,12 @@ def test_it_fits_a_phone_in_the_dark(browser: Any, toy: tuple[Path, Any, Any], t
         "[getComputedStyle(document.body).color, getComputedStyle(document.body).backgroundColor]"
     )
     assert sum(map(int, re.findall(r"\d+", ink))) > 600 and sum(map(int, re.findall(r"\d+", paper))) < 150
-    photograph(opened, "viewer-phone.png", tmp_path)
+    photograph(opened.page, "viewer-phone.png", tmp_path)
     opened.check_quiet()
     opened = Opened(browser, toy[0], DESKTOP)
     opened.page.click("button.chip[data-row='1']")
     opened.page.wait_for_selector("button.chip[data-row='1'][aria-pressed=true]")
-    photograph(opened, "viewer.png", tmp_path)
+    photograph(opened.page, "viewer.png", tmp_path)
     opened.check_quiet()
 
 
@@ -195,7 +177,7 @@ def test_tiles_and_thumbnail_and_the_vision_tower(browser: Any, tmp_path: Path) 
     view = viewer.attention(model, inputs, boxes=[page.lines[QUESTIONED].value_box], images=page.image)
     opened = Opened(browser, view.save(tmp_path / "tiles.html"), DESKTOP)
     assert opened.page.locator("figcaption").all_inner_texts() == ["image 0, tiles", "image 0, thumbnail"]
-    photograph(opened, "viewer-tiles.png", tmp_path)
+    photograph(opened.page, "viewer-tiles.png", tmp_path)
     opened.check_quiet()
     patches = viewer.vision_attention(model, inputs, images=page.image)
     opened = Opened(browser, patches.save(tmp_path / "patches.html"), DESKTOP)
@@ -242,9 +224,3 @@ def test_a_large_page_answers_a_click_at_once(browser: Any, tmp_path: Path) -> N
         print(f"{change}: {spent:.0f} ms")
     assert opened.readout().startswith("“c”, layer 5, head 3 · largest")
     opened.check_quiet()
-
-
-def photograph(opened: Opened, name: str, folder: Path) -> None:
-    file = Path(os.environ.get("HOOKED_VLM_SCREENSHOTS", folder)) / name
-    opened.page.screenshot(path=str(file), full_page=True)
-    assert file.stat().st_size > 10_000

@@ -17,6 +17,7 @@ import torch
 from hooked_vlm import HookedVLM, InputError, cli, viewer
 from hooked_vlm.experiments.toy.data import make_page
 from hooked_vlm.files import OutputError
+from hooked_vlm.interventions import ZeroHeads
 from hooked_vlm.lens import logit_lens
 from hooked_vlm.metrics import log_prob
 from hooked_vlm.patching import Pair, masked, patch
@@ -112,6 +113,26 @@ def test_a_token_may_show_its_own_attention() -> None:
     assert chip.text == f"image token {position}"
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_maps_under_hooks_equal_the_pattern_under_hooks(family: str) -> None:
+    model, _, inputs = asked(family)
+    hooks = ZeroHeads(((1, 0), (2, 1))).hooks(model, inputs)
+    view = viewer.attention(model, inputs, "w0", fwd_hooks=hooks)
+    whole = inputs.append("w0")
+    kept: dict[str, torch.Tensor] = {}
+    names = [f"blocks.{layer}.attn.hook_pattern" for layer in range(model.cfg.n_layers)]
+    reading = [(name, lambda pattern, hook: kept.update({hook.name: pattern.detach()})) for name in names]
+    model.run_with_hooks(whole, fwd_hooks=[*hooks, *reading])
+    plain = viewer.attention(model, inputs, "w0")
+    for row, query in enumerate((whole.shape[1] - 3, whole.shape[1] - 2)):
+        check_equal(view, row, torch.stack([kept[name][0, :, query] for name in names])[..., inputs.image_tokens(0)])
+    edited, unedited = shown(view, 0)[0], shown(plain, 0)[0]
+    assert np.abs(edited[2:] - unedited[2:]).max() > 0.05  # layers above a masked head look elsewhere
+    generated = viewer.attention(model, inputs, fwd_hooks=hooks, max_new_tokens=4)
+    text = "".join(chip.text for chip in generated.chips if chip.kind == "answer")
+    assert text.startswith(model.generate(inputs, 4, fwd_hooks=hooks, return_type="str"))
+
+
 def test_what_cannot_be_shown_is_refused() -> None:
     model, page, inputs = asked("toy-qwen2-vl")
     for arguments, words in (
@@ -120,6 +141,14 @@ def test_what_cannot_be_shown_is_refused() -> None:
         ({"heads": [(2, 4)]}, r"there is no head 2\.4: there are 4 layers of 4 heads"),
         ({"tokens": [0]}, "there is no token 0 to ask for: positions go from 1"),
         ({"tokens": []}, "tokens is empty"),
+        (
+            {"fwd_hooks": [("blocks.1.attn.hook_pattern", print)]},
+            r"does not see what hooks do at blocks\.1\.attn\.hook_p",
+        ),
+        (
+            {"fwd_hooks": [(lambda name: "scores" in name, print)]},
+            "does not see what hooks do at blocks.0.attn.hook_att",
+        ),
         ({"answer": torch.zeros(1, 0, dtype=torch.long)}, "the answer is empty"),
     ):
         with pytest.raises(InputError, match=words):

@@ -13,6 +13,8 @@ import httpx
 import numpy as np
 from huggingface_hub import constants
 
+from hooked_vlm.experiments.common.errors import StudyError
+
 PASSKEY_DATASET = "nanotron/simple_needle_in_a_hay_stack"
 NEEDLE_DATASET = "opencompass/NeedleBench"
 PAPER_SEED = 42
@@ -44,6 +46,8 @@ def passkey_items(seed: int, n: int, lengths: Sequence[int]) -> tuple[list[Hayst
             HaystackItem(row["prompt"], "What is the pass key?", str(row["answer"]), length)
             for row in subset.select(range(min(share, len(subset))))
         ]
+    if not items:
+        raise StudyError(f"{PASSKEY_DATASET} has no contexts of {', '.join(map(str, lengths))} tokens (--lengths)")
     return items, HUB
 
 
@@ -58,7 +62,12 @@ def niah_items(seed: int, n: int, lengths: Sequence[int]) -> tuple[list[Haystack
     else:
         # the English needles are the rows from 191 on (the paper's code)
         rows = [needles[int(i)] for i in np.sort(rng.permutation(np.arange(191, len(needles)))[:n])]
-        made = [(row["needle"], row["retrieval_question"], row["arg2"]) for row in rows]
+        if not rows:
+            raise StudyError(f"{NEEDLE_DATASET} has {len(needles)} needles, English ones from 191 on are expected")
+        # there are fewer than 200: like the paper, larger sets hide them again, in other texts
+        made = [
+            (row["needle"], row["retrieval_question"], row["arg2"]) for row in (rows[i % len(rows)] for i in range(n))
+        ]
         haystack, source = " ".join(texts["text"]), HUB
     items = []
     for i, (needle, question, answer) in enumerate(made):

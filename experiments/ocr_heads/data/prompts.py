@@ -21,4 +21,4 @@ def about_passages(passages: Sequence[str], question: str, answers: Sequence[str
 
 def shuffled(rng: np.random.Generator, passages: Sequence[str]) -> list[str]:
     """The passages in another order."""
-    return [passages[i] for i in rng.permutation(len(passages))]
+    return [passages[int(i)] for i in rng.permutation(len(passages))]

@@ -75,6 +75,8 @@ def _write(place: Path, name: str, settings: dict[str, Any], examples: Sequence[
                 "sha256": hashes,
             }
             (made / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
+            if (place / "manifest.json").exists():
+                return  # another process was faster, and may be reading it
             if place.exists():  # without a manifest: not ours to keep
                 shutil.rmtree(place)
             made.rename(place)

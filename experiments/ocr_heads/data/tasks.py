@@ -4,6 +4,7 @@ Documents and passages are the paper's data sets where they can be had, and othe
 fields; a run says which.
 """
 
+import ast
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -118,7 +119,7 @@ def _mpdocvqa(seed: int, n: int, files: Path | None) -> tuple[list[Example], str
         pages = [row[f"image_{i}"] for i in range(1, 20) if row.get(f"image_{i}") is not None]
         if len(pages) > MOST_PAGES:
             continue
-        answers = json.loads(row["answers"]) if isinstance(row["answers"], str) else row["answers"]
+        answers = ast.literal_eval(row["answers"]) if isinstance(row["answers"], str) else row["answers"]
         examples.append(about_pages(pages, row["question"], answers))
         if len(examples) == n:
             break

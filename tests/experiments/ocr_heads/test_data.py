@@ -11,8 +11,9 @@ from PIL import Image
 from hooked_vlm import HookedVLM
 from hooked_vlm.experiments.common.errors import StudyError
 from hooked_vlm.experiments.ocr_heads.answers import anls, edit_distance, exact_match, f1, judge, rouge_1_recall
+from hooked_vlm.experiments.ocr_heads.data import haystack as haystack_module
 from hooked_vlm.experiments.ocr_heads.data import tasks as tasks_module
-from hooked_vlm.experiments.ocr_heads.data.haystack import HUB, SYNTHETIC
+from hooked_vlm.experiments.ocr_heads.data.haystack import HUB, SYNTHETIC, niah_items
 from hooked_vlm.experiments.ocr_heads.data.made_up import documents, single_facts, two_facts
 from hooked_vlm.experiments.ocr_heads.data.pages import evidence_of, render, wrap
 from hooked_vlm.experiments.ocr_heads.data.scored import niah_pages, passkey_pages, single_characters, toy_pages
@@ -189,6 +190,14 @@ def test_a_damaged_data_set_says_what_to_do(damage: str, tmp_path: Path) -> None
         load_or_build(tmp_path, "toy", {}, lambda: (toy_pages(2, 2), ""))
 
 
+def test_a_data_set_that_another_process_built_meanwhile_stays(tmp_path: Path) -> None:
+    def build_late() -> tuple[list[Example], str]:
+        load_or_build(tmp_path, "toy", {}, lambda: (toy_pages(2, 2), "another process"))
+        return toy_pages(2, 2), "this process"
+
+    assert load_or_build(tmp_path, "toy", {}, build_late).source == "another process"
+
+
 def test_a_build_that_was_cut_off_is_not_taken_for_a_data_set(tmp_path: Path) -> None:
     def stopped() -> tuple[list[Example], str]:
         raise KeyboardInterrupt
@@ -229,7 +238,7 @@ ROWS: dict[str, list[dict[str, Any]]] = {
     ],
     "lmms-lab/MP-DocVQA": [
         {"question": "Long?", "answers": "['x']".replace("'", '"'), **{f"image_{i}": PAGE for i in range(1, 12)}},
-        {"question": "Short?", "answers": '["y"]', "image_1": PAGE, "image_2": PAGE, "image_3": None},
+        {"question": "Short?", "answers": "['y']", "image_1": PAGE, "image_2": PAGE, "image_3": None},
     ],
     "hotpotqa/hotpot_qa": [
         {
@@ -266,6 +275,18 @@ def test_hub_data_sets_are_read_by_their_columns(tmp_path: Path, monkeypatch: py
     assert "a1  a2" in context and "b Rome" in context and context.count("Evidence") == 3
     assert nq.data.examples[0].context.count("wrong") == 5 and "It was Bob." in nq.data.examples[0].context
     assert "no\n" not in nq.data.examples[0].context
+
+
+def test_needles_of_the_hub_are_hidden_again_where_more_are_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    row = {"needle": "The gate is blue.", "retrieval_question": "What is the gate?", "arg2": "blue"}
+    sets = {"en_haystack_texts": {"text": ["word " * 100]}, "retrieval_needles": [row] * 194}
+    monkeypatch.setattr(haystack_module, "from_hub", lambda name, subset, split: sets[subset])
+    items, source = niah_items(0, 7, (64, 128))
+    assert source == HUB and [item.length for item in items] == [64, 128, 64, 128, 64, 128, 64]
+    assert all(item.context.count(row["needle"]) == 1 for item in items)
+    sets["retrieval_needles"] = [row] * 10
+    with pytest.raises(StudyError, match="has 10 needles"):
+        niah_items(0, 7, (64, 128))
 
 
 def test_a_data_set_with_another_schema_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

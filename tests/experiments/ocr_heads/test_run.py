@@ -1,6 +1,7 @@
 """The experiments from end to end: what they change, what they write, what they refuse, and that they resume."""
 
 import copy
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import pytest
 import torch
 
 from hooked_vlm import HookedVLM
+from hooked_vlm.converters import CheckpointError
 from hooked_vlm.experiments.common.errors import StudyError
 from hooked_vlm.experiments.ocr_heads import (
     CaseConfig,
@@ -26,9 +28,11 @@ from hooked_vlm.experiments.ocr_heads import (
 )
 from hooked_vlm.experiments.ocr_heads import changed as changed_module
 from hooked_vlm.experiments.ocr_heads.changed import UNCHANGED, Condition, answer_all, summarize, tasks_of
-from hooked_vlm.experiments.ocr_heads.examples import to_inputs
+from hooked_vlm.experiments.ocr_heads.data.scored import PAPER_PIXELS, passkey_pages, toy_pages
+from hooked_vlm.experiments.ocr_heads.examples import prompt_length, to_inputs
 from hooked_vlm.experiments.ocr_heads.masking import masking_conditions
 from hooked_vlm.experiments.ocr_heads.profile import against_chance, measures
+from hooked_vlm.experiments.ocr_heads.sink_attention import PLACES, QUERIES, first_token_shares
 from hooked_vlm.experiments.ocr_heads.study import Study
 from hooked_vlm.files import OutputError
 
@@ -72,9 +76,19 @@ def test_where_random_heads_come_from(qwen: HookedVLM, tmp_path: Path) -> None:
     top = study.top(study.ocr, 2)
     live, others, every = (study.candidates(source, top) for source in ("live", "others", "any"))
     assert set(live) <= set(others) < set(every) and len(every) == 16 and not set(others) & set(top)
-    assert all(study.ocr.mean[head] < 0.1 for head in live)
+    assert all(study.ocr.mean[head] < 0.1 and study.retrieval.mean[head] < 0.1 for head in live)
     assert study.random_sets("live", top, 17, 3) == []
     assert study.random_sets("any", top, 3, 2) == study.random_sets("any", top, 3, 2)
+
+
+def test_random_controls_hold_no_masked_head_of_either_kind(toy: HookedVLM, tmp_path: Path) -> None:
+    config = masks(tmp_path, random_draws=20, random_from=("live", "others"))
+    study = Study(config, toy)
+    conditions = masking_conditions(study, config, (3,))
+    tops = {head for c in conditions if c.name.startswith("top") for head in c.heads}
+    randoms = [c for c in conditions if c.name.startswith("random")]
+    assert len(randoms) == 40 and len(tops) > 3  # the two kinds differ
+    assert not any(tops & set(c.heads) for c in randoms)
 
 
 def test_summary_by_hand() -> None:
@@ -93,6 +107,7 @@ def test_summary_by_hand() -> None:
     assert chosen["change"].to_dict() == pytest.approx({"unchanged": 0.0, "top": -1.0, "random": -0.1})
     assert chosen.loc["top", "p"] == pytest.approx(2 / 2**10)  # all ten differ: only the two ends are as far
     assert chosen.loc["random", ["lowest", "highest", "draws", "n"]].tolist() == [0.9, 0.9, 2, 10]
+    assert chosen.loc["top", ["control", "draws as low"]].tolist() == ["random", 0.0]  # both draws leave 0.9
     assert len(table) == 15
 
 
@@ -111,13 +126,17 @@ def test_chance_is_that_of_exchanged_heads() -> None:
     rng = np.random.default_rng(0)
     a = np.where(rng.random(60) < 0.2, 0.5, 0.0)
     jaccard, _, shannon, wasserstein = (m for _, m, _ in measures(0.1))
-    chance, p = against_chance(jaccard, a, a, False, 0, 300)
+    chance, p = against_chance(jaccard, a, a, True, 0, 300)
     n = int((a > 0).sum())
     expected = n * n / 60 / (2 * n - n * n / 60)
     assert chance == pytest.approx(expected, abs=0.03) and p < 0.01
     _, p = against_chance(shannon, a, a, True, 0, 300)
     assert p == 1.0  # nothing is less different
-    _, p = against_chance(wasserstein, a, a + 0.3, True, 0, 300)
+    one, other = np.eye(60)[:2]
+    chance, p = against_chance(shannon, one, other, True, 0, 300)
+    assert chance > 0.9 and p > 0.9  # heads apart are what chance gives
+    assert [by_head for _, _, by_head in measures(0.1)] == [True, True, True, False]
+    _, p = against_chance(wasserstein, a, a + 0.3, False, 0, 300)
     assert p < 0.01  # one has higher scores everywhere
 
 
@@ -133,7 +152,7 @@ def test_everything_runs_and_an_interrupted_run_ends_with_the_same_bytes(
         return OcrHeadsConfig(**small, **more, out=out)
 
     result = run(config(tmp_path / "whole"), qwen)
-    answer = changed_module._Batch.answer
+    answer = changed_module.answers_of
     calls = []
 
     def interrupted(*arguments: Any) -> pd.DataFrame:
@@ -142,7 +161,7 @@ def test_everything_runs_and_an_interrupted_run_ends_with_the_same_bytes(
             raise KeyboardInterrupt
         return answer(*arguments)
 
-    monkeypatch.setattr(changed_module._Batch, "answer", interrupted)
+    monkeypatch.setattr(changed_module, "answers_of", interrupted)
     with pytest.raises(KeyboardInterrupt):
         run(config(tmp_path / "resumed"), qwen)
     assert not (tmp_path / "resumed" / "report.html").exists()
@@ -180,6 +199,41 @@ def test_single_experiments_run_in_both_families(kind: Any, more: dict, toy: Hoo
     assert ("compat" in result.summary) == bool(more.get("compat"))
 
 
+def test_attention_on_the_first_token_is_that_of_the_patterns(toy: HookedVLM) -> None:
+    examples = toy_pages(5, 3) + toy_pages(5, 1)
+    found = first_token_shares(toy, examples, None)
+    for i, example in enumerate(examples):
+        inputs = to_inputs(toy, [example], None)
+        _, cache = toy.run_with_cache(inputs, names_filter=lambda name: name.endswith("hook_pattern"))
+        n = inputs.shape[1]
+        queries = [round(1 + step * (n - 2) / (QUERIES - 1)) for step in range(QUERIES)]
+        for layer in range(toy.cfg.n_layers):
+            rows = cache["pattern", layer][0]
+            expected = [np.mean([float(rows[head, q, 0]) for q in queries]) for head in range(toy.cfg.n_heads)]
+            np.testing.assert_allclose(found[i, PLACES.index("over the prompt"), layer], expected, atol=1e-6)
+            np.testing.assert_allclose(found[i, 0, layer], rows[:, -1, 0].detach().numpy(), atol=1e-6)
+
+
+def test_the_sink_section_says_how_much_there_is_to_redistribute(qwen: HookedVLM, tmp_path: Path) -> None:
+    result = run(SinkConfig(**SMALL, **TASKS, out=tmp_path, betas=(1.0,), tasks=("page", "text")), qwen)
+    table = result.table("sink-attention")
+    assert len(table) == 16 and (table["n"] == 8).all()
+    for place in PLACES:
+        assert (table[f"low, {place}"] <= table[place]).all() and (table[place] <= table[f"high, {place}"]).all()
+    by_head = table.set_index(["layer", "head"])[PLACES[0]]
+    assert by_head.is_monotonic_decreasing
+    line = next(line for line in result.summary.splitlines() if line.startswith("top 2 OCR heads"))
+    assert f" {np.mean([by_head[2, 0], by_head[2, 1]]):.2%} (" in line and "n = 8" in line
+
+
+def test_steps_are_written_out_on_samples_that_heads_were_not_scored_on(qwen: HookedVLM, tmp_path: Path) -> None:
+    config = ThoughtConfig(**{**SMALL, **TASKS, "samples": 2, "task_samples": 3}, out=tmp_path)
+    assert (run(config, qwen).table("thought")["n"] == 3).all()
+    study = Study(config, qwen)
+    scored, asked = study.scored(as_text=False)[0], study.sets(False, config.seed + 1, 3)[0]
+    assert not {e.prompt for e in scored.examples} & {e.prompt for e in asked.examples}
+
+
 def test_sink_and_uniform_masking_run_and_the_unmodified_model_is_the_same_in_all(
     qwen: HookedVLM, tmp_path: Path
 ) -> None:
@@ -191,17 +245,36 @@ def test_sink_and_uniform_masking_run_and_the_unmodified_model_is_the_same_in_al
     assert {"top 2 OCR, uniform", "top 2 retrieval, uniform"} <= set(mask["condition"])
 
 
-def test_a_text_model_is_measured_beside(qwen: HookedVLM, tmp_path: Path) -> None:
-    blind = copy.copy(qwen)
-    blind.cfg = blind.cfg.with_(vision=None)
-    study = Study(ScoreConfig(**SMALL, out=tmp_path), qwen)
-    assert study.sibling is None
-    study.sibling = study.retrieval  # type: ignore[misc]
-    from hooked_vlm.experiments.ocr_heads.profile import similarity_table, sparsity_table
+def test_a_text_only_sibling_with_the_same_decoder_has_the_same_scores(
+    toy: HookedVLM, text_only: Callable[[HookedVLM, Path], Path], tmp_path: Path
+) -> None:
+    folder = text_only(toy, tmp_path / "sibling")
+    result = run(SelectConfig(**SMALL, out=tmp_path / "out", text_model=str(folder), permutations=20), toy)
+    own, siblings = (result.table(f"{name}-scores") for name in ("retrieval", "retrieval-in-the-text-model"))
+    pd.testing.assert_frame_equal(own, siblings, atol=1e-5)
+    assert own["score"].max() > 0.5
+    similarity = result.table("similarity").set_index("measure")
+    assert similarity.index.str.endswith("(text model)").sum() == len(similarity) / 2
+    for name in ("Spearman", "Jaccard, selected (active)"):
+        assert similarity.loc[name].equals(similarity.loc[f"{name} (text model)"])
+        assert similarity.loc[name].notna().all()
+    assert "retrieval, text model, here" in set(result.table("sparsity")["heads"])
 
-    measured = similarity_table(study, SelectConfig(**SMALL, out=tmp_path, permutations=20))
-    assert measured["measure"].str.endswith("(text model)").sum() == len(measured) / 2
-    assert "retrieval, text model, here" in set(sparsity_table(study)["heads"])
+
+def test_a_text_only_model_is_asked_on_data_with_a_page_size(
+    qwen: HookedVLM, text_only: Callable[[HookedVLM, Path], Path], tmp_path: Path
+) -> None:
+    blind = HookedVLM.from_pretrained(text_only(qwen, tmp_path / "sibling"), device="cpu")
+    examples, _ = passkey_pages(0, 2, (64,), as_text=True)
+    seeing, without = (to_inputs(model, examples, PAPER_PIXELS) for model in (qwen, blind))
+    assert seeing.tokens.equal(without.tokens)
+    assert prompt_length(blind, examples[0], PAPER_PIXELS) == prompt_length(qwen, examples[0], PAPER_PIXELS)
+
+
+def test_a_text_model_that_is_none_is_refused_before_anything_is_scored(qwen: HookedVLM, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="no checkpoint folder"):
+        run(ScoreConfig(**SMALL, out=tmp_path / "out", text_model="/nowhere"), qwen)
+    assert not (tmp_path / "out" / "parts").exists()
 
 
 # ---------------------------------------------------------------- refusals
@@ -217,6 +290,11 @@ def test_a_text_model_is_measured_beside(qwen: HookedVLM, tmp_path: Path) -> Non
         (ScoreConfig(lengths=()), "--lengths"),
         (ScoreConfig(protocol=Protocol(min_overlap=2.0)), "min-overlap"),
         (SinkConfig(betas=(1.5,)), "--betas are shares"),
+        (SinkConfig(betas=(0.4, 0.4)), "--betas names a value twice: 0.4, 0.4"),
+        (SinkConfig(betas=()), "--betas needs at least one value"),
+        (MaskConfig(mask_heads=(2, 2)), "--mask-heads names a value twice"),
+        (MaskConfig(tasks=("page", "page")), "--tasks names a value twice"),
+        (MaskConfig(modes=()), "--modes needs at least one"),
     ],
 )
 def test_settings_out_of_range_are_refused_before_anything_is_loaded(

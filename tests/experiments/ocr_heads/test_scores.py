@@ -10,11 +10,19 @@ import torch
 from hooked_vlm import HookedVLM
 from hooked_vlm.experiments.common.errors import StudyError
 from hooked_vlm.experiments.ocr_heads import Protocol, reading
+from hooked_vlm.experiments.ocr_heads.characters import toy_pages_with
 from hooked_vlm.experiments.ocr_heads.config import OFFICIAL_CODE
 from hooked_vlm.experiments.ocr_heads.data.scored import toy_pages
 from hooked_vlm.experiments.ocr_heads.examples import Evidence, Example, to_inputs
 from hooked_vlm.experiments.ocr_heads.published import compare, overlap_rows, per_range, published_for, published_models
-from hooked_vlm.experiments.ocr_heads.scoring import Scores, find_copies, gather, longest_run, score_batch
+from hooked_vlm.experiments.ocr_heads.scoring import (
+    Scores,
+    find_copies,
+    find_retrievals,
+    gather,
+    longest_run,
+    score_batch,
+)
 from hooked_vlm.experiments.ocr_heads.selection import ranked, select
 
 NEW = 6
@@ -195,6 +203,23 @@ def test_a_planted_head_scores_one_and_all_others_nothing(
     np.testing.assert_array_equal(scores.tokens.mean(0), expected)
 
 
+def test_a_box_too_large_for_any_token_counts_as_not_copied(qwen: HookedVLM) -> None:
+    examples = toy_pages(4, 3)
+    scores = score(qwen, "ocr", examples, Protocol(min_overlap=0.99))
+    n_tokens = [len(qwen.tokenizer(e.answer, add_special_tokens=False)["input_ids"]) for e in examples]
+    assert len(scores.samples) == 3 and len(scores.tokens) == sum(n_tokens)
+    assert (scores.mean <= score(qwen, "ocr", examples, Protocol()).mean).all()
+
+
+def test_the_code_holds_a_part_of_the_answer_against_its_own_token_alone(qwen: HookedVLM) -> None:
+    for example in toy_pages_with(4, 3, "7"):
+        inputs = to_inputs(qwen, [example], None)
+        reply = qwen.tokenizer(example.answer, add_special_tokens=False)["input_ids"]
+        continued = inputs.append([torch.tensor(reply)])
+        (copy,) = find_copies(qwen, continued, 0, example, reply, protocol=OFFICIAL_CODE)
+        assert copy.position == inputs.shape[1] + example.answer.index("7")
+
+
 def test_the_producing_query_is_the_one_before_the_token(qwen: HookedVLM) -> None:
     example = toy_pages(4, 1)[0]
     inputs = to_inputs(qwen, [example], None)
@@ -270,6 +295,16 @@ def test_retrieval_scores_of_the_code_count_every_equal_token(toy: HookedVLM) ->
         expected.append(own)
     scores = score(toy, "retrieval", examples, Protocol(retrieval="same_token"))
     np.testing.assert_allclose(scores.samples, np.array(expected), atol=1e-6)
+
+
+def test_needle_tokens_that_were_not_generated_count_as_not_copied_by_token(qwen: HookedVLM) -> None:
+    example = toy_pages(6, 1, as_text=True)[0]
+    inputs = to_inputs(qwen, [example], None)
+    place = needle(qwen, inputs, example)
+    reply = inputs.tokens[0, place[:-1]].tolist()
+    copies = find_retrievals(qwen, inputs.append([torch.tensor(reply)]), 0, example, reply)
+    assert sum(copy.token for copy in copies) == len(place)
+    assert sum(copy.position is None for copy in copies) == 1
 
 
 def test_a_text_whose_answer_was_not_found_does_not_count(qwen: HookedVLM) -> None:

@@ -1,0 +1,83 @@
+"""How much attention the first token gets: what sink redistribution has to give away."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from hooked_vlm.attention_rows import attention_rows
+from hooked_vlm.experiments.ocr_heads.data.tasks import Task
+from hooked_vlm.experiments.ocr_heads.examples import Example, to_inputs
+from hooked_vlm.experiments.ocr_heads.study import Study, head_table
+from hooked_vlm.interventions import Head
+from hooked_vlm.statistics import Estimate, bootstrap_mean, bootstrap_means
+
+QUERIES = 64
+"""Positions of a prompt whose attention is read, evenly spread, the last one included and the first left out: it sees
+nothing but itself."""
+PLACES = ("where the answer begins", "over the prompt")
+"""The last position alone, and the mean over all `QUERIES`, of which early ones see few tokens but the first."""
+
+
+def sink_attention(study: Study, tasks: Sequence[Task]) -> Float[np.ndarray, "sample place layer head"]:
+    """The share of its attention that every head gives the first token, for each sample of the tasks, in `PLACES`."""
+    model, found = study.model, []
+    for task in tasks:
+        units = []
+        for group, n_tokens in study.groups(model, task.data.examples):
+            key = {
+                "sink attention": task.data.digest,
+                "weights": study.weights,
+                "examples": group,
+                "pixels": study.pixels,
+                "queries": QUERIES,
+                "places": PLACES,
+            }
+            own = [task.data.examples[i] for i in group]
+            units.append(study.unit(key, shares_of, (own, study.pixels), n_tokens))
+        found += study.tables(units, f"sink, {task.name}")
+    shape = (-1, len(PLACES), model.cfg.n_layers, model.cfg.n_heads)
+    return np.stack([np.asarray(s, dtype=np.float64) for s in pd.concat(found)["shares"]]).reshape(shape)
+
+
+def shares_of(model: Any, examples: Sequence[Example], pixels: int | None) -> pd.DataFrame:
+    """`first_token_shares` as a column."""
+    return pd.DataFrame({"shares": [shares.ravel() for shares in first_token_shares(model, examples, pixels)]})
+
+
+def first_token_shares(
+    model: Any, examples: Sequence[Example], pixels: int | None
+) -> Float[np.ndarray, "sample place layer head"]:
+    """The attention on each prompt's first token, in `PLACES`."""
+    inputs = to_inputs(model, examples, pixels)
+    spans = list(zip(inputs.first, inputs.stop, strict=True))
+    positions = np.stack([np.linspace(first + 1, stop - 1, QUERIES).round().astype(int) for first, stop in spans])
+
+    def on_first(rows: Tensor) -> Float[Tensor, "sample place head"]:
+        shares = torch.stack([rows[i, :, :, first] for i, first in enumerate(inputs.first)])
+        return torch.stack([shares[..., -1], shares.mean(-1)], dim=1)
+
+    shares = attention_rows(model, inputs, torch.from_numpy(positions), reduce=on_first)
+    return shares.permute(1, 2, 0, 3).float().cpu().numpy()
+
+
+def sink_table(shares: Float[np.ndarray, "sample place layer head"], seed: int) -> pd.DataFrame:
+    """One row per head: mean share of its attention on the first token, 95% interval over samples; the most first."""
+    low, high = bootstrap_means(shares, seed)
+    values = {}
+    for i, place in enumerate(PLACES):
+        values |= {place: shares.mean(0)[i], f"low, {place}": low[i], f"high, {place}": high[i]}
+    table = head_table({**values, "n": np.full(low[0].shape, len(shares))})
+    return table.sort_values(PLACES[0], ascending=False, ignore_index=True)
+
+
+def share_of(
+    heads: Sequence[Head], shares: Float[np.ndarray, "sample place layer head"], place: str, seed: int
+) -> Estimate:
+    """The mean over some heads, with its interval over samples."""
+    here = shares[:, PLACES.index(place)]
+    return bootstrap_mean(np.mean([here[:, layer, head] for layer, head in heads], axis=0), seed)

@@ -1,0 +1,1 @@
+"""Commands that tell about models: their sizes and memory, and their hook points."""

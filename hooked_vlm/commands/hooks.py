@@ -1,0 +1,105 @@
+"""`hooked-vlm hooks MODEL`: the hook points of one model, with its numbers, from config.json alone."""
+
+import re
+from dataclasses import asdict, dataclass
+from typing import Annotated, Any, Literal
+
+import tyro
+
+from hooked_vlm.commands.text_table import text_table
+from hooked_vlm.config import VLMConfig
+from hooked_vlm.hook_shapes import filled
+from hooked_vlm.hook_table import HookRow, hook_table
+from hooked_vlm.hooks import is_vision
+from hooked_vlm.model import HookedVLM
+from hooked_vlm.token_layout import InputError
+
+Tower = Literal["text", "vision", "projector"]
+
+
+@dataclass(frozen=True)
+class HooksConfig:
+    """Names, shapes, when they fire and what they are; of known models without a download."""
+
+    model: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="MODEL")]
+    """A bundled toy model, a checkpoint folder or a hub name such as Qwen/Qwen2-VL-72B-Instruct."""
+    tower: Literal["all", "text", "vision", "projector"] = "all"
+    """Which part of the model."""
+    grep: str | None = None
+    """Only hook points whose name or description has this in it (a regular expression, case ignored)."""
+    layers: bool = False
+    """A line for each layer instead of one with {l} for all of them."""
+
+
+@dataclass(frozen=True)
+class HookLine:
+    """One hook point, or the same one of every layer."""
+
+    name: str
+    """With `{l}` for the layer, unless it is one layer's own."""
+    tower: Tower
+    shape: tuple[int | str, ...]
+    """A number wherever the model decides it; the names of the other axes."""
+    n_layers: int
+    """How many layers have it; 1 where it belongs to no layer."""
+    fires: str
+    what: str
+
+
+def hook_lines(config: HooksConfig) -> list[HookLine]:
+    """The hook points asked for, in the order of docs/hooks.md.
+
+    Raises:
+        CheckpointError: there is no such model.
+        InputError: `grep` is no regular expression, or nothing is left.
+    """
+    model = HookedVLM.without_weights(config.model)
+    try:
+        pattern = re.compile(config.grep or "", re.IGNORECASE)
+    except re.error as error:
+        raise InputError(f"--grep takes a regular expression, got {config.grep!r} ({error})") from error
+    lines = [_line(row, model.cfg) for row in hook_table(model)]
+    if config.layers:
+        lines = [one for line in lines for one in _by_layer(line)]
+    lines = [line for line in lines if config.tower in ("all", line.tower)]
+    found = [line for line in lines if pattern.search(line.name) or pattern.search(line.what)]
+    if not found:
+        of = f" with {config.grep!r} in name or description" if lines else ""
+        where = "" if config.tower == "all" else f" of the {config.tower} side"
+        raise InputError(f"{config.model} has no hook point{where}{of}")
+    return found
+
+
+def answer(config: HooksConfig) -> tuple[str, list[dict[str, Any]]]:
+    """What `hooked-vlm hooks` prints, and the same as data."""
+    lines = hook_lines(config)
+    header = ("name", "layers", "shape", "fires", "what")
+    rows = [
+        (line.name, str(line.n_layers) if "{l}" in line.name else "", _shape(line.shape), line.fires, line.what)
+        for line in lines
+    ]
+    return text_table(header, rows, left=len(header)), [asdict(line) for line in lines]
+
+
+def _line(row: HookRow, cfg: VLMConfig) -> HookLine:
+    n_layers = 1
+    if "{l}" in row.name:
+        n_layers = cfg.vision.n_layers if is_vision(row.name) and cfg.vision else cfg.n_layers
+    return HookLine(row.name, _tower(row.name), filled(row, cfg), n_layers, row.fires, row.what)
+
+
+def _tower(name: str) -> Tower:
+    if not is_vision(name):
+        return "text"
+    return "vision" if name.startswith("vision.") else "projector"
+
+
+def _by_layer(line: HookLine) -> list[HookLine]:
+    if "{l}" not in line.name:
+        return [line]
+    names = [line.name.replace("{l}", str(layer)) for layer in range(line.n_layers)]
+    return [HookLine(name, line.tower, line.shape, 1, line.fires, line.what) for name in names]
+
+
+def _shape(shape: tuple[int | str, ...]) -> str:
+    return f"[{', '.join(map(str, shape))}]"

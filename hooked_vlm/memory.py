@@ -1,0 +1,158 @@
+"""What a model needs in memory, planned without its weights: from the shapes of a model on the meta device.
+
+With s bytes to a number, n tokens and, on the image side, P patches of all images together:
+
+- weights: every parameter once, s each;
+- key-value cache: 2 x layers x n x key-value heads x d_head x s;
+- activations, the most that is alive at one time in a forward pass that stores nothing: the MLP of a language block,
+  n (5 d_model + 4 d_mlp + 2 d_head) s, or that of a vision block, P ((5 d_model + k d_mlp) s + 4 (d_patch + d_head))
+  + n (d_model + 2 d_head) s with k = 2 (3 for quick_gelu; pixels and angles are float32), or the logits,
+  n (2 d_model + d_vocab) s, whichever is largest;
+- full cache, what `run_with_cache` stores by default: the hook table with numbers for its axes;
+- gradients, for `run_with_cache(..., incl_bwd=True)`: one for every weight and for every number of the full cache.
+
+Workspaces of kernels and what CUDA takes for itself are not in it: `n_gpus` leaves a tenth of each GPU free.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from hooked_vlm.hook_shapes import PromptSize, filled, layers_of
+from hooked_vlm.hook_table import HookRow, hook_table
+from hooked_vlm.hooks import is_quadratic
+
+if TYPE_CHECKING:
+    from hooked_vlm.model import HookedVLM
+
+USABLE_SHARE = 0.9
+"""Of a GPU; the rest is CUDA's own and the allocator's."""
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """Bytes for one prompt in one dtype; the module says how they come about."""
+
+    weights: int
+    kv_cache: int
+    activations: int
+    full_cache: int
+    gradients: int
+
+    def total(self, full_cache: bool = False, gradients: bool = False) -> int:
+        """Bytes of a forward pass with a key-value cache; of one that stores all activations; and backward."""
+        plain = self.weights + self.kv_cache + self.activations
+        return plain + (self.full_cache if full_cache or gradients else 0) + (self.gradients if gradients else 0)
+
+
+def memory_plan(model: "HookedVLM", prompt: PromptSize, dtype: torch.dtype) -> MemoryPlan:
+    """What a forward pass over one prompt needs; `model` may be on the meta device."""
+    weights = sum(parameter.numel() for parameter in model.parameters()) * dtype.itemsize
+    full_cache = sum(_cached_bytes(row, model, prompt, dtype) for row in cached_rows(model))
+    return MemoryPlan(
+        weights=weights,
+        kv_cache=_kv_bytes(model, prompt.n_tokens, dtype),
+        activations=_activation_bytes(model, prompt, dtype),
+        full_cache=full_cache,
+        gradients=weights + full_cache,
+    )
+
+
+def cached_rows(model: "HookedVLM") -> list[HookRow]:
+    """The hook points that `run_with_cache` stores by default."""
+    return [row for row in hook_table(model) if row.fires.startswith("once") and not is_quadratic(row.name)]
+
+
+def _cached_bytes(row: HookRow, model: "HookedVLM", prompt: PromptSize, dtype: torch.dtype) -> int:
+    """Of all layers together. Denominators of norms are made in float32 at least."""
+    stored = torch.promote_types(dtype, torch.float32) if row.name.endswith("hook_scale") else dtype
+    shape = [int(size) for size in filled(row, model.cfg, prompt)]
+    return math.prod(shape) * layers_of(row, model.cfg) * stored.itemsize
+
+
+def _kv_bytes(model: "HookedVLM", n_tokens: int, dtype: torch.dtype) -> int:
+    cfg = model.cfg
+    return 2 * cfg.n_layers * n_tokens * cfg.n_key_value_heads * cfg.d_head * dtype.itemsize
+
+
+def _activation_bytes(model: "HookedVLM", prompt: PromptSize, dtype: torch.dtype) -> int:
+    cfg, vision, n = model.cfg, model.cfg.vision, prompt.n_tokens
+    block = n * (5 * cfg.d_model + 4 * cfg.d_mlp + 2 * cfg.d_head) * dtype.itemsize
+    logits = n * (2 * cfg.d_model + cfg.d_vocab) * dtype.itemsize
+    if vision is None or not prompt.n_images:
+        return max(block, logits)
+    wide = 3 if vision.act_fn == "quick_gelu" else 2
+    per_patch = (5 * vision.d_model + wide * vision.d_mlp) * dtype.itemsize + 4 * (vision.d_patch + vision.d_head)
+    waiting = n * (cfg.d_model + 2 * cfg.d_head) * dtype.itemsize  # the tokens' embeddings and rotations
+    tower = prompt.n_images * prompt.n_patches * per_patch + waiting
+    return max(block, logits, tower)
+
+
+# ---------------------------------------------------------------- several GPUs
+
+
+def n_gpus(
+    model: "HookedVLM",
+    prompt: PromptSize,
+    dtype: torch.dtype,
+    gpu_bytes: int,
+    full_cache: bool = False,
+    gradients: bool = False,
+) -> int | None:
+    """How many GPUs of one size hold the model, layer after layer, with what one prompt needs; None: no number does.
+
+    A layer with its share of the caches stays on one GPU; each GPU has room for the activations of a pass besides.
+    """
+    room = int(USABLE_SHARE * gpu_bytes) - _activation_bytes(model, prompt, dtype)
+    return _filled_in_order(_layer_bytes(model, prompt, dtype, full_cache, gradients), room)
+
+
+def _layer_bytes(
+    model: "HookedVLM", prompt: PromptSize, dtype: torch.dtype, full_cache: bool, gradients: bool
+) -> list[int]:
+    """What stays in memory for each block and for each part around them, in the order of the forward pass."""
+    parts: dict[str, int] = {}
+    copies = 2 if gradients else 1
+    for name, parameter in model.named_parameters():
+        part = _part(name)
+        parts[part] = parts.get(part, 0) + copies * parameter.numel() * dtype.itemsize
+    for layer in range(model.cfg.n_layers):
+        parts[f"blocks.{layer}"] += _kv_bytes(model, prompt.n_tokens, dtype) // model.cfg.n_layers
+    for row in cached_rows(model) if full_cache or gradients else ():
+        n_layers = layers_of(row, model.cfg)
+        for layer in range(n_layers):
+            part = _part(row.name.replace("{l}", str(layer)))
+            parts[part] = parts.get(part, 0) + copies * _cached_bytes(row, model, prompt, dtype) // n_layers
+    return [parts[part] for part in sorted(parts, key=_order)]
+
+
+def _part(name: str) -> str:
+    """The block, or the part of the model outside the blocks, that a parameter or hook point belongs to."""
+    words = name.removeprefix("vision.").split(".")
+    part = ".".join(words[:2]) if words[0] == "blocks" else words[0]
+    return f"vision.{part}" if name.startswith("vision.") else part
+
+
+def _order(part: str) -> tuple[int, int]:
+    """Tower, projector, embedding, blocks, and what follows them."""
+    layer = int(part.rsplit(".", 1)[1]) if "blocks." in part else -1
+    if part.startswith("vision."):
+        return (0, layer)
+    if part.startswith("blocks."):
+        return (3, layer)
+    return ({"projector": 1, "hook_image_features": 1, "embed": 2, "hook_embed": 2}.get(part, 4), layer)
+
+
+def _filled_in_order(sizes: Sequence[int], room: int) -> int | None:
+    """Boxes of `room` for things that keep their order; None if one of them does not fit into any."""
+    if max(sizes) > room:
+        return None
+    boxes, left = 1, room
+    for size in sizes:
+        if size > left:
+            boxes, left = boxes + 1, room
+        left -= size
+    return boxes

@@ -1,0 +1,149 @@
+"""`hooked-vlm verify MODEL`."""
+
+import copy
+import json
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import torch
+import tyro
+
+from hooked_vlm.commands.models import size
+from hooked_vlm.files import place, writable_folder
+from hooked_vlm.hook_shapes import prompt_with_picture
+from hooked_vlm.loading import find_checkpoint
+from hooked_vlm.memory import memory_plan
+from hooked_vlm.model import HookedVLM
+from hooked_vlm.provenance import provenance
+from hooked_vlm.sweep_plan import free_memory
+from hooked_vlm.token_layout import InputError
+from hooked_vlm.verify.compare import cost, differences, equal_tokens, pixels, rounding_errors
+from hooked_vlm.verify.prompts import inputs_for, prompts
+from hooked_vlm.verify.reference import Reference, reference_for, reference_processor
+from hooked_vlm.verify.result import Row, Verification
+
+LONGEST_PROMPT = 2048
+"""Tokens, for the memory that is asked for before anything is loaded."""
+
+
+@dataclass(frozen=True)
+class VerifyConfig:
+    """One checkpoint here and in transformers, side by side on shipped pictures; exit code 0 if all agree, else 1."""
+
+    model: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="MODEL")]
+    """A bundled toy model, a checkpoint folder or a hub name such as Qwen/Qwen2-VL-2B-Instruct."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Below float32, the errors of both against a float64 run (float32 where that does not fit) are compared."""
+    device: str | None = None
+    """CUDA if present by default."""
+    out: Path = Path("verify.json")
+    """Everything compared, with versions, hash of the weights, seed and device."""
+    max_new_tokens: int = 16
+    """Of each greedy answer."""
+    seed: int = 0
+    """Of the colours of one of the pictures."""
+    layers: bool = False
+    """A line for each layer instead of the worst one of each quantity."""
+    quiet: tyro.conf.Suppress[bool] = False
+    """Nothing is printed on the way."""
+
+
+def verify(config: VerifyConfig) -> Verification:
+    """Load the checkpoint twice, compare, and write `config.out`.
+
+    Raises:
+        InputError: there is nothing to compare with, or both models do not fit into memory.
+        CheckpointError, OutputError: the checkpoint cannot be loaded, the file not written.
+    """
+    if config.max_new_tokens < 1:
+        raise InputError(f"--max-new-tokens must be at least 1, got {config.max_new_tokens}")
+    writable_folder(config.out.parent)
+    _say(config, room_for_both(config))
+    folder = find_checkpoint(config.model)
+    dtype: torch.dtype = getattr(torch, config.dtype)
+    model = HookedVLM.from_pretrained(config.model, device=config.device, dtype=dtype)
+    if model.tokenizer is None:
+        raise InputError(f"{config.model} has no tokenizer, so it cannot be asked anything")
+    reference = reference_for(model, folder)
+    _say(config, f"reference: {reference.description}\n")
+    found = compare(model, reference, folder, config)
+    place(config.out, lambda path: path.write_text(json.dumps(found.as_dict(), indent=2) + "\n", encoding="utf-8"))
+    return found
+
+
+def compare(model: Any, reference: Reference, folder: Path, config: VerifyConfig) -> Verification:
+    """All comparisons of two loaded models; `folder` holds the checkpoint's image settings."""
+    asked = prompts(config.seed)
+    if model.cfg.vision is None:
+        asked = [prompt for prompt in asked if not prompt.pictures]
+    inputs = [inputs_for(model, prompt).to(model.cfg.device) for prompt in asked]
+    exact_dtype = None
+    rows: list[Row] = []
+    if model.cfg.vision is not None:
+        rows.append(pixels(model, reference_processor(model, folder), asked))
+    if config.dtype == "float32":
+        rows += differences(model, reference, inputs)
+    else:
+        exact_dtype = _exact_dtype(model)
+        exact = replace(reference, model=copy.deepcopy(reference.model).to(exact_dtype))
+        rows += rounding_errors(model, reference, exact, inputs)
+        del exact
+    rows.append(equal_tokens(model, reference, inputs, config.max_new_tokens, must=config.dtype == "float32"))
+    rows += cost(model, reference, inputs[-1])
+    record = {
+        **provenance(model),
+        "seed": config.seed,
+        "matmul precision": torch.get_float32_matmul_precision(),
+        "errors against": None if exact_dtype is None else str(exact_dtype).removeprefix("torch."),
+        "prompts": {prompt.name: own.shape[1] for prompt, own in zip(asked, inputs, strict=True)},
+        "max_new_tokens": config.max_new_tokens,
+    }
+    return Verification(config.model, reference.description, config.dtype, tuple(rows), record)
+
+
+def answer(config: VerifyConfig) -> tuple[str, dict[str, Any]]:
+    """Run the comparison; what `hooked-vlm verify` prints, and what goes into the file."""
+    found = verify(config)
+    n_failed = sum(not row.passed for row in found.rows)
+    verdict = "all of it agrees" if found.passed else f"{n_failed} of {len(found.rows)} comparisons FAILED"
+    summary = f"{config.model} in {config.dtype}: {verdict}; written to {config.out}"
+    return f"{found.table(config.layers)}\n\n{summary}", found.as_dict()
+
+
+def room_for_both(config: VerifyConfig) -> str:
+    """What both models will need, said before anything is loaded.
+
+    Raises:
+        InputError: it is more than is free.
+    """
+    model = HookedVLM.without_weights(config.model)
+    dtype: torch.dtype = getattr(torch, config.dtype)
+    prompt = prompt_with_picture(model, min(LONGEST_PROMPT, model.cfg.n_ctx_limit))
+    plan = memory_plan(model, prompt, dtype)
+    # the reference keeps every residual stream and pattern, this library every activation
+    patterns = model.cfg.n_layers * model.cfg.n_heads * prompt.n_tokens**2 * dtype.itemsize
+    exact = 0 if config.dtype == "float32" else _bytes_in(model, torch.float32)
+    needed = 2 * (plan.weights + plan.kv_cache + plan.activations) + plan.full_cache + patterns + exact
+    device = torch.device(config.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    free = free_memory(device)
+    said = f"both models need up to {size(needed)} on {device}, {size(free)} are free"
+    if needed > free:
+        hint = "" if config.dtype != "float32" else ": try --dtype bfloat16, or another --device"
+        raise InputError(said + hint)
+    return said
+
+
+def _exact_dtype(model: Any) -> torch.dtype:
+    """The best precision that a third copy of the model fits in."""
+    fits = 1.2 * _bytes_in(model, torch.float64) < free_memory(model.cfg.device)
+    return torch.float64 if fits else torch.float32
+
+
+def _bytes_in(model: Any, dtype: torch.dtype) -> int:
+    return dtype.itemsize * sum(parameter.numel() for parameter in model.parameters())
+
+
+def _say(config: VerifyConfig, text: str) -> None:
+    if not config.quiet:
+        print(text)

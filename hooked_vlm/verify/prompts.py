@@ -1,0 +1,71 @@
+"""What both libraries are asked: a few prompts with pictures that are drawn here."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+from hooked_vlm.inputs import VLMInputs
+
+MOST_TOKENS = 256
+"""Of a picture that is seen whole; passes are to be short, even on a CPU."""
+MOST_TILES = 2
+"""Of a picture that is cut into tiles, its thumbnail not counted."""
+LINES = ("INVOICE 20417", "paper   12.50", "ink     31.99", "total   44.49")
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One question with its pictures."""
+
+    name: str
+    text: str
+    pictures: tuple[Image.Image, ...] = ()
+
+
+def prompts(seed: int = 0) -> list[Prompt]:
+    """Text alone, a page of text, a wide picture, a transparent one, and two pictures of different sizes."""
+    page, wide, transparent = page_of_text(), wide_picture(seed), transparent_picture()
+    return [
+        Prompt("text only", "Name three colours of the rainbow."),
+        Prompt("page of text", "What is the total?", (page,)),
+        Prompt("wide picture", "Which colours are in this picture?", (wide,)),
+        Prompt("transparent picture", "Which shape is this?", (transparent,)),
+        Prompt("two pictures", "What do these pictures have in common?", (transparent, page)),
+    ]
+
+
+def page_of_text() -> Image.Image:
+    """A receipt in black on white, 240 x 200 pixels."""
+    page = Image.new("RGB", (240, 200), "white")
+    for row, line in enumerate(LINES):
+        ImageDraw.Draw(page).text((16, 16 + 44 * row), line, fill="black", font=ImageFont.load_default(26))
+    return page
+
+
+def wide_picture(seed: int) -> Image.Image:
+    """Blocks of random colours, 420 x 90 pixels."""
+    colours = np.random.default_rng(seed).integers(0, 256, (3, 14, 3), dtype=np.uint8)
+    return Image.fromarray(colours.repeat(30, axis=0).repeat(30, axis=1))
+
+
+def transparent_picture() -> Image.Image:
+    """A half transparent ring on nothing, 150 x 150 pixels."""
+    picture = Image.new("RGBA", (150, 150), (0, 0, 0, 0))
+    ImageDraw.Draw(picture).ellipse((20, 20, 130, 130), fill=(200, 30, 60, 128), outline=(0, 0, 120, 255), width=12)
+    return picture
+
+
+def inputs_for(model: Any, prompt: Prompt) -> VLMInputs:
+    """A prompt as the model takes it, its pictures bounded; a model without a conversation template gets bare text."""
+    tokenizer, processor = model.tokenizer, model.image_processor
+    chat = bool(getattr(tokenizer, "chat_template", None)) or model.cfg.chat_template is not None
+    bounds: dict[str, Any] = {}
+    if prompt.pictures and model.cfg.vision.tile_size is not None:
+        bounds["max_tiles"] = min(MOST_TILES, processor.max_tiles)
+    elif prompt.pictures:
+        bounds["max_pixels"] = max(
+            min(MOST_TOKENS * processor.pixels_per_token**2, processor.max_pixels), processor.min_pixels
+        )
+    return model.to_inputs(prompt.text, images=list(prompt.pictures) or None, chat=chat, **bounds)

@@ -1,0 +1,104 @@
+"""What was compared, and whether it agrees."""
+
+import math
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+from hooked_vlm.commands.text_table import text_table
+
+
+@dataclass(frozen=True)
+class Row:
+    """One comparison over all prompts; passes if `value` is at most `tolerance` (of tokens: if all are equal)."""
+
+    quantity: str
+    value: float | int
+    """Largest absolute difference; or a ratio of errors; or a number of equal tokens."""
+    tolerance: float | int | None
+    """None: nothing is asked of the value."""
+    unit: Literal["difference", "ratio", "tokens", "s", "bytes"] = "difference"
+    layer: int | None = None
+    largest: float | int | None = None
+    """The largest absolute value of the reference's tensor, or how many there are to be equal."""
+    reference: float | int | None = None
+    """The same of the reference, where each has its own value."""
+
+    @property
+    def passed(self) -> bool:
+        if self.tolerance is None:
+            return True
+        if self.unit == "tokens":
+            return self.value >= self.tolerance
+        return self.value <= self.tolerance  # also false where the value is no number
+
+
+@dataclass(frozen=True)
+class Verification:
+    """All comparisons of one checkpoint."""
+
+    model: str
+    reference: str
+    dtype: str
+    rows: tuple[Row, ...]
+    record: dict[str, Any]
+    """Versions, weights, seed, device, kernel, prompts."""
+
+    @property
+    def passed(self) -> bool:
+        return all(row.passed for row in self.rows)
+
+    def as_dict(self) -> dict[str, Any]:
+        """For verify.json."""
+        rows = [{**_without_infinities(asdict(row)), "passed": row.passed} for row in self.rows]
+        about = {"model": self.model, "reference": self.reference, "passed": self.passed}
+        return {**about, **self.record, "dtype": self.dtype, "rows": rows}
+
+    def table(self, layers: bool = False) -> str:
+        """One line for each comparison; of those made layer by layer the worst alone, unless `layers`."""
+        shown = list(self.rows) if layers else _worst(self.rows)
+        lines = [_cells(row, every_layer=layers) for row in shown]
+        return text_table(("compared", "ours and theirs", "tolerance", "largest value", ""), lines)
+
+
+def _without_infinities(row: dict[str, Any]) -> dict[str, Any]:
+    """JSON has no infinity and no NaN: they become null."""
+    return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
+
+
+def _worst(rows: tuple[Row, ...]) -> list[Row]:
+    """Of rows of one quantity, the one nearest to its tolerance or furthest beyond."""
+    worst: dict[str, Row] = {}
+    for row in rows:
+        if row.quantity not in worst or _share(row) > _share(worst[row.quantity]):
+            worst[row.quantity] = row
+    return list(worst.values())
+
+
+def _share(row: Row) -> float:
+    share = row.value / row.tolerance if row.tolerance else 0.0
+    return float("inf") if share != share else share
+
+
+def _cells(row: Row, every_layer: bool) -> list[str]:
+    layer = "" if row.layer is None else f", layer {row.layer}" if every_layer else f", worst layer ({row.layer})"
+    verdict = "" if row.tolerance is None else "pass" if row.passed else "FAIL"
+    name = row.quantity + layer
+    if row.unit == "tokens":
+        return [name, f"{row.value} of {row.largest} equal", "all", "", verdict] if verdict else [
+            name, f"{row.value} of {row.largest} equal", "", "", ""]  # fmt: skip
+    if row.unit in ("s", "bytes"):
+        show = _seconds if row.unit == "s" else _megabytes
+        return [name, f"{show(row.value)} and {show(row.reference or 0)}", "", "", ""]
+    largest = "" if row.largest is None else f"{row.largest:.3g}"
+    if row.unit == "ratio":
+        value = f"{row.value:.3f} of the reference's error"
+        return [name, value, f"{row.tolerance:g}" if row.tolerance else "", largest, verdict]
+    return [name, f"{row.value:.1e}", f"{row.tolerance:.1e}" if row.tolerance else "", largest, verdict]
+
+
+def _seconds(value: float | int) -> str:
+    return f"{value:.3g} s"
+
+
+def _megabytes(value: float | int) -> str:
+    return f"{value / 1e6:,.1f} MB"

@@ -1,0 +1,112 @@
+"""Weights as tensors to read, wherever and however they are kept; tensors that refuse edits.
+
+A weight that is offloaded lies elsewhere between passes, and a quantised one is not stored as the numbers it stands
+for. What is read of either is a copy, which refuses edits: they would be lost.
+"""
+
+from collections.abc import Iterator
+from typing import Any, ClassVar
+
+import torch
+from accelerate.utils import align_module_device, has_offloaded_params
+from torch import Tensor, nn
+
+
+class ClosedTensor(Tensor):
+    """Readable like a tensor, closed to edits, as its views are."""
+
+    why: ClassVar[str]
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        kwargs = kwargs or {}
+        name = getattr(func, "__name__", "")
+        writes = name == "__setitem__" or name in _INPLACE_OPERATORS
+        writes = writes or (name.endswith("_") and not name.endswith("__") and name != "requires_grad_")
+        for written in (kwargs.get("out"), *((*args, *kwargs.values())[:1] if writes else ())):
+            if isinstance(written, ClosedTensor):
+                # not a TypeError, which torch takes for "try the other operand" (`b += 1` would then rebind b)
+                raise RuntimeError(written.why)
+        with torch._C.DisableTorchFunctionSubclass():
+            result = func(*args, **kwargs)
+            closed = {
+                x.untyped_storage()._cdata: type(x) for x in (*args, *kwargs.values()) if isinstance(x, ClosedTensor)
+            }
+            if isinstance(result, tuple | list):
+                return type(result)(_closed_where_shared(x, closed) for x in result)
+            return _closed_where_shared(result, closed)
+
+
+class AbsentBias(ClosedTensor):
+    """Zeros standing for a bias the checkpoint does not have."""
+
+    why = (
+        "this layer has no bias in the checkpoint: what reads as zeros is not a parameter and "
+        "cannot be edited (model.absent_biases lists them)"
+    )
+
+
+class WeightCopy(ClosedTensor):
+    """What a weight's numbers are, where the weight itself is kept elsewhere or in another form."""
+
+    why = (
+        "this weight is offloaded or quantised: what is read is a copy, and an edit of it would be lost. "
+        "To edit weights load the model without device_map and quantize"
+    )
+
+
+def _closed_where_shared(result: Any, closed: dict[int, type[ClosedTensor]]) -> Any:
+    """Views stay closed to edits; everything computed from a closed tensor is an ordinary one."""
+    if isinstance(result, Tensor) and (kind := closed.get(result.untyped_storage()._cdata)) is not None:
+        return result.as_subclass(kind)
+    return result.as_subclass(Tensor) if isinstance(result, ClosedTensor) else result
+
+
+_INPLACE_OPERATORS = {f"__i{op}__" for op in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow")}
+
+
+def values_of(module: nn.Module, name: str = "weight") -> Tensor:
+    """A module's own parameter as a plain tensor: the parameter itself, or a `WeightCopy` of what is kept elsewhere
+    (on the device that computes) or quantised (dequantised)."""
+    value = getattr(module, name)
+    if value.device.type == "meta" and has_offloaded_params(module):
+        with align_module_device(module):
+            return getattr(module, name).detach().as_subclass(WeightCopy)
+    if is_quantised(value):
+        return value.detach().dequantize().as_subclass(WeightCopy)
+    return value
+
+
+def sorted_values(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """All of a model's weights by name, one at a time, as `values_of` gives them."""
+    for name in sorted(model.state_dict()):
+        of, _, own = name.rpartition(".")
+        yield name, values_of(model.get_submodule(of), own)
+
+
+def is_quantised(weight: Tensor) -> bool:
+    """Whether a weight is stored in fewer bits than it is used with (`hooked_vlm.quantisation`)."""
+    return type(weight).__module__.startswith("torchao.")
+
+
+def device_of(module: nn.Module) -> torch.device:
+    """Where a module computes."""
+    hook = getattr(module, "_hf_hook", None)
+    if hook is not None and hook.execution_device is not None:
+        return torch.device(hook.execution_device)
+    return next(module.parameters()).device
+
+
+def why_closed(model: nn.Module) -> str:
+    """Why a model's weights can be neither written, nor moved, nor edited; empty if they can."""
+    kept_elsewhere = any(has_offloaded_params(module) for module in model.modules())
+    if kept_elsewhere or any(is_quantised(p) for p in model.parameters()):
+        kind = "offloaded" if kept_elsewhere else "quantised"
+        return f"they are {kind}; load the model without {'device_map' if kept_elsewhere else 'quantize'} for that"
+    return ""
+
+
+def absent_bias(module: nn.Module, *shape: int) -> Tensor:
+    """Zeros of `shape` that refuse edits, in place of a bias that a module does not have."""
+    dtype = next(module.parameters()).dtype
+    return torch.zeros(shape, device=device_of(module), dtype=dtype).as_subclass(AbsentBias)

@@ -1,0 +1,87 @@
+"""The pages of docs/ stand: their code runs block after block, their links lead somewhere, the site builds."""
+
+import re
+import shlex
+import sys
+from pathlib import Path
+
+import pytest
+
+from hooked_vlm import cli
+
+ROOT = Path(__file__).parents[1]
+DOCS = ROOT / "docs"
+PAGES = sorted(DOCS.rglob("*.md"))
+BLOCK = re.compile(r"```python\n(.*?)```", flags=re.DOTALL)
+RUN_ELSEWHERE = {
+    "hooks.md",  # its example goes by names that a reader has; tests/test_hooks.py runs every row of the table
+    *(
+        "head-attribution.md",
+        "patching.md",
+        "sweeps.md",
+        "viewer.md",
+    ),  # tests/test_readme.py, which looks at results, too
+}
+
+
+def name_of(page: Path) -> str:
+    return page.relative_to(DOCS).as_posix()
+
+
+@pytest.mark.parametrize(
+    "page", [p for p in PAGES if BLOCK.search(p.read_text("utf-8")) and name_of(p) not in RUN_ELSEWHERE], ids=name_of
+)
+def test_the_code_of_a_page_runs(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    names: dict = {"__name__": "docs"}
+    for block in BLOCK.findall(page.read_text("utf-8")):
+        exec(compile(block, page.name, "exec"), names)
+
+
+def commands() -> list[str]:
+    """Every `hooked-vlm` command in a block of a page, without comments and what it is piped to."""
+    found = []
+    for page in [ROOT / "README.md", *PAGES]:
+        for block in re.findall(r"```(?:bash|sh)?\n(.*?)```", page.read_text("utf-8"), flags=re.DOTALL):
+            lines = block.replace("\\\n", " ").splitlines()
+            found += [re.split(r"\s[#|>]", line)[0].strip() for line in lines if line.startswith("hooked-vlm ")]
+    return sorted({line for line in found if "COMMAND" not in line and "--help" not in line})
+
+
+@pytest.mark.parametrize("command", commands())
+def test_a_command_in_the_docs_is_understood(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+    monkeypatch.setattr(cli, "_say", lambda answer, output: asked.append(output))
+    monkeypatch.setattr(sys, "argv", shlex.split(command))
+    if command.startswith("hooked-vlm completion"):
+        with pytest.raises(SystemExit):
+            cli.main()
+    else:
+        cli.main()
+        assert len(asked) == 1
+
+
+@pytest.mark.parametrize("page", [ROOT / "README.md", *PAGES], ids=lambda page: page.name)
+def test_links_of_a_page_lead_somewhere(page: Path) -> None:
+    for target in re.findall(r"\]\((?!https?:)([^)#\s]+)", page.read_text("utf-8")):
+        assert (page.parent / target).exists(), f"{page.name}: {target}"
+
+
+def test_every_picture_is_shown_somewhere() -> None:
+    texts = "".join(page.read_text("utf-8") for page in [ROOT / "README.md", *PAGES])
+    for picture in (DOCS / "pictures").iterdir():
+        assert picture.name in texts, f"{picture.name} is on no page"
+
+
+@pytest.mark.slow
+def test_the_site_builds_without_a_warning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from mkdocs.__main__ import cli
+
+    monkeypatch.setenv("NO_MKDOCS_2_WARNING", "1")
+    monkeypatch.setattr(sys, "argv", ["mkdocs"])
+    cli(["build", "--strict", "--quiet", "-f", str(ROOT / "mkdocs.yml"), "-d", str(tmp_path)], standalone_mode=False)
+    pages = {page.relative_to(tmp_path).parent.as_posix() for page in tmp_path.rglob("index.html")}
+    assert {name_of(page).removesuffix(".md") for page in PAGES if page.name not in ("index.md", "README.md")} <= pages
+    for page in tmp_path.rglob("*.html"):
+        reached = re.findall(r'(?:src|href)="(https?://[^"]+\.(?:js|css|woff2?)[^"]*)"', page.read_text("utf-8"))
+        assert not reached, f"{page}: the site must work offline"

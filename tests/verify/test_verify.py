@@ -1,0 +1,215 @@
+"""`hooked-vlm verify` passes on the bundled models, fails where a weight was changed, and says what it cannot do."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny_internvl
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from hooked_vlm import HookedVLM, InputError, cli
+from hooked_vlm.loading import TOY_MODELS
+from hooked_vlm.provenance import weights_hash
+from hooked_vlm.verify import Row, Verification, VerifyConfig, command, verify
+from hooked_vlm.verify.compare import cost, differences, equal_tokens, rounding_errors
+from hooked_vlm.verify.prompts import inputs_for, prompts
+from hooked_vlm.verify.reference import Reference, reference_for
+
+TOYS = ("toy-qwen2-vl", "toy-internvl2")
+
+
+def load(name: str, dtype: torch.dtype = torch.float32) -> tuple[Any, Reference]:
+    model = HookedVLM.from_pretrained(name, dtype=dtype)
+    return model, reference_for(model, TOY_MODELS / name)
+
+
+def perturb(linear: Any, by: float) -> None:
+    """A matrix in its own storage (the two models may share theirs) with noise of a share of its size."""
+    noise = torch.randn(linear.weight.shape, generator=torch.Generator().manual_seed(0))
+    weight = linear.weight.detach()
+    linear.weight = nn.Parameter((weight + by * weight.std() * noise).to(weight.dtype))
+
+
+def failed(rows: list[Row]) -> set[str]:
+    return {row.quantity for row in rows if not row.passed}
+
+
+@pytest.mark.parametrize("name", TOYS)
+def test_the_bundled_models_pass(
+    name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "verify.json"
+    monkeypatch.setattr(sys, "argv", ["hooked-vlm", "verify", name, "--out", str(out), "--max-new-tokens", "6"])
+    with pytest.raises(SystemExit) as stopped:
+        cli.main()
+    printed, told = capsys.readouterr().out, json.loads(out.read_text())
+    assert stopped.value.code == 0 and told["passed"] and "all of it agrees" in printed and "FAIL" not in printed
+    assert "both models need up to" in printed.splitlines()[0]
+    rows = {(row["quantity"], row["layer"]): row for row in told["rows"]}
+    assert all(row["passed"] for row in rows.values())
+    model = HookedVLM.from_pretrained(name)
+    assert told["weights"] == weights_hash(model) and told["seed"] == 0 and told["dtype"] == "float32"
+    assert {"torch", "transformers", "hooked-vlm"} <= set(told["versions"])
+    assert ("remote code" in told["reference"]) == (name == "toy-internvl2")
+    expected = [("attention pattern", i) for i in range(4)] + [("residual stream", i) for i in range(5)]
+    expected += [("vision residual stream", i) for i in range(3)]
+    expected += [(q, None) for q in ("logits", "image features", "image preprocessing", "greedy tokens")]
+    assert set(expected) <= set(rows)
+    for quantity, layer in expected[:-2]:
+        row = rows[quantity, layer]
+        bound = 2e-5 if quantity == "attention pattern" else 1e-4 * max(1.0, row["largest"] / 10)
+        assert 0 <= row["value"] <= row["tolerance"] == bound
+    assert rows["greedy tokens", None]["value"] == rows["greedy tokens", None]["largest"] >= 5
+    assert told["prompts"].keys() == {prompt.name for prompt in prompts()}
+
+
+def test_a_changed_weight_of_the_reference_ends_in_failure(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def tampered(model: Any, folder: Path) -> Reference:
+        reference = reference_for(model, folder)
+        perturb(reference.model.model.language_model.layers[2].self_attn.v_proj, 0.01)
+        return reference
+
+    out = tmp_path / "verify.json"
+    monkeypatch.setattr(command, "reference_for", tampered)
+    monkeypatch.setattr(
+        sys, "argv", ["hooked-vlm", "verify", "toy-internvl2", "--out", str(out), "--max-new-tokens", "2"]
+    )
+    with pytest.raises(SystemExit) as stopped:
+        cli.main()
+    told = json.loads(out.read_text())
+    assert stopped.value.code == 1 and not told["passed"] and "FAIL" in capsys.readouterr().out
+    wrong = {(row["quantity"], row["layer"]) for row in told["rows"] if not row["passed"]}
+    # what comes before the changed matrix agrees
+    assert ("logits", None) in wrong and ("residual stream", 3) in wrong and ("residual stream", 2) not in wrong
+
+
+PLACES = {
+    "vision": (lambda model: model.vision.blocks[1].mlp.out_proj, {"image features", "vision residual stream"}),
+    "projector": (lambda model: model.projector.in_proj, {"image features", "logits"}),
+    "queries": (lambda model: model.blocks[1].attn.q_proj, {"attention pattern"}),
+    "unembedding": (lambda model: model.unembed, {"logits"}),
+}
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_a_changed_weight_of_ours_is_seen(place: str) -> None:
+    model, reference = load("toy-qwen2-vl")
+    asked = [inputs_for(model, prompts()[1])]
+    part, quantities = PLACES[place]
+    perturb(part(model), 0.01)
+    assert quantities <= failed(differences(model, reference, asked))
+
+
+def test_low_precision_is_held_against_an_exact_run(tmp_path: Path) -> None:
+    found = verify(VerifyConfig("toy-qwen2-vl", "bfloat16", out=tmp_path / "verify.json", max_new_tokens=2))
+    rows = {(row.quantity, row.layer): row for row in found.rows}
+    assert found.passed and found.record["errors against"] == "float64"
+    assert 0.8 < rows["logits", None].value <= 1.1 and rows["logits", None].unit == "ratio"
+    assert (rows["logits", None].reference or 0) > 1e-3
+
+
+def test_a_worse_rounding_than_the_references_fails() -> None:
+    model, reference = load("toy-internvl2", torch.bfloat16)
+    exact = Reference(load("toy-internvl2", torch.bfloat16)[1].model.double(), "exact")
+    asked = [inputs_for(model, prompts()[1])]
+    assert not failed(rounding_errors(model, reference, exact, asked))
+    perturb(model.unembed, 0.02)
+    assert failed(rounding_errors(model, reference, exact, asked)) == {"logits"}
+
+
+@pytest.mark.parametrize("kind", tiny_internvl.KINDS)
+def test_every_language_model_of_internvl_has_a_reference(kind: str, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(tiny_internvl.original_config(kind)))
+    save_file({name: t.contiguous() for name, t in tiny_internvl.by_hand(kind).items()}, tmp_path / "model.safetensors")
+    model = HookedVLM.from_pretrained(tmp_path)
+    reference = reference_for(model, tmp_path)
+    asked = [model.inputs_from_hf(tiny_internvl.hf_batch([[5, ("image", 1), 7, 8, 9]]))]
+    assert not failed(differences(model, reference, asked))
+    assert equal_tokens(model, reference, asked, 3, must=True).passed
+    assert ("equivalent" in reference.description) == (kind == "llama-dynamic")
+
+
+def test_differences_equal_a_literal_comparison() -> None:
+    model, reference = load("toy-qwen2-vl")
+    asked = [inputs_for(model, prompt) for prompt in (prompts()[0], prompts()[3])]
+    perturb(model.blocks[3].mlp.out_proj, 0.1)
+    rows = {(row.quantity, row.layer): row for row in differences(model, reference, asked)}
+    with torch.no_grad():
+        theirs = [reference.model(**reference.batch(inputs)).logits for inputs in asked]
+        apart = [(model(inputs) - logits).abs().max() for inputs, logits in zip(asked, theirs, strict=True)]
+    assert rows["logits", None].value == pytest.approx(float(max(apart)), rel=1e-3)
+    assert rows["logits", None].largest == pytest.approx(float(max(t.abs().max() for t in theirs)), rel=1e-4)
+    assert not rows["logits", None].passed and rows["residual stream", 3].passed
+
+
+def test_tokens_count_up_to_the_first_that_differs() -> None:
+    model, reference = load("toy-qwen2-vl")
+    asked = [inputs_for(model, prompts()[1])]
+    n = asked[0].shape[1]
+    ours = model.generate(asked[0], 4)[0, n:].tolist()
+    other = [*ours[:1], (ours[1] + 1) % 280, *ours[2:]]
+
+    class Other:
+        def generate(self, **_: Any) -> torch.Tensor:
+            return torch.cat((asked[0].tokens, torch.tensor([other])), dim=1)
+
+        def parameters(self) -> Any:
+            return reference.model.parameters()
+
+    row = equal_tokens(model, Reference(Other(), "another"), asked, 4, must=True)
+    assert (row.value, row.tolerance, row.passed) == (1, len(ours), False)
+
+
+def test_costs_are_of_both() -> None:
+    model, reference = load("toy-internvl2")
+    seconds, peak = cost(model, reference, inputs_for(model, prompts()[0]))
+    assert min(seconds.value, seconds.reference or 0) > 0 and seconds.passed
+    assert peak.value > 1e5 and (peak.reference or 0) > 1e5
+
+
+def test_rows_pass_and_fail() -> None:
+    assert Row("a", 1e-5, 1e-4).passed and not Row("a", 1e-3, 1e-4).passed
+    assert not Row("a", float("nan"), 1e-4).passed and Row("a", 5.0, None).passed
+    assert Row("t", 4, 4, "tokens", largest=4).passed and not Row("t", 3, 4, "tokens", largest=4).passed
+    rows = (Row("a", 1e-5, 1e-4, layer=0), Row("a", float("inf"), 1e-4, layer=1), Row("b", 0.0, 1e-4))
+    found = Verification("m", "r", "float32", rows, {"seed": 0})
+    assert not found.passed and found.as_dict()["rows"][1]["value"] is None
+    lines = found.table().splitlines()
+    assert len(lines) == 3 and "worst layer (1)" in lines[1] and lines[1].endswith("FAIL")
+    assert len(found.table(layers=True).splitlines()) == 4
+
+
+# ---------------------------------------------------------------- what cannot be compared
+
+
+def test_too_little_memory_is_said_before_anything_is_loaded(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(command, "free_memory", lambda device: 20 * 10**9)
+    monkeypatch.setattr(HookedVLM, "from_pretrained", None)
+    with pytest.raises(
+        InputError, match=r"both models need up to .* GB on cpu, 20.0 GB are free: try --dtype bfloat16"
+    ):
+        verify(VerifyConfig("Qwen/Qwen2-VL-7B-Instruct", device="cpu", out=tmp_path / "verify.json"))
+
+
+def test_what_has_no_reference_is_refused(tmp_path: Path) -> None:
+    model, _ = load("toy-internvl2")
+    model.cfg = model.cfg.with_(original_architecture="InternLM2ForCausalLM")
+    with pytest.raises(InputError, match="transformers has no class for InternLM2ForCausalLM"):
+        reference_for(model, tmp_path)
+    with pytest.raises(InputError, match="--max-new-tokens must be at least 1"):
+        verify(VerifyConfig("toy-internvl2", max_new_tokens=0, out=tmp_path / "verify.json"))
+
+
+def test_the_pictures_are_the_same_for_a_seed() -> None:
+    once, again, other = (prompts(seed) for seed in (0, 0, 1))
+    assert [p.text for p in once] == [p.text for p in other]
+    for a, b in zip(once, again, strict=True):
+        assert [x.tobytes() for x in a.pictures] == [x.tobytes() for x in b.pictures]
+    assert once[2].pictures[0].tobytes() != other[2].pictures[0].tobytes()
+    assert [len(p.pictures) for p in once] == [0, 1, 1, 1, 2] and once[3].pictures[0].mode == "RGBA"
