@@ -4,6 +4,7 @@ Each writes into a folder and, called again on what an interrupted one left, goe
 """
 
 import io
+import json
 import warnings
 from collections.abc import Callable
 from contextlib import redirect_stderr
@@ -13,7 +14,8 @@ from unittest import mock
 
 import torch
 
-from fuzz.seeds import models
+from fuzz.seeds import models, picture
+from hooked_vlm.activations import Sample, stream_activations
 from hooked_vlm.experiments.head_attribution import Attribute
 from hooked_vlm.experiments.head_attribution import run as attribute
 from hooked_vlm.experiments.ocr_heads import MaskConfig
@@ -21,6 +23,10 @@ from hooked_vlm.experiments.ocr_heads import run as ocr_heads
 from hooked_vlm.experiments.ocr_heads.data.scored import scored_sets
 from hooked_vlm.experiments.toy import train
 from hooked_vlm.experiments.toy.recipes import RECIPES, Stage
+from hooked_vlm.files import place
+from hooked_vlm.interventions import ZeroHeads
+from hooked_vlm.metrics import logit
+from hooked_vlm.sweep_many import SweepCase, sweep_many
 
 
 def data_sets(out: Path) -> None:
@@ -61,11 +67,34 @@ def training(out: Path) -> None:
         train.train(config, recipe)
 
 
+def activations(out: Path) -> None:
+    """Activations of pages, streamed to shards of some samples each."""
+    samples = [Sample(f"page {i}", "What is the value of a1?", [picture(48 + 16 * i, 32)]) for i in range(8)]
+    names = ["blocks.1.hook_resid_post", "blocks.2.attn.hook_z"]
+    stream_activations(models()["toy-qwen2-vl"], samples, names, out, shard_bytes=2**15, tokens_per_batch=64)
+
+
+def sweeps(out: Path) -> None:
+    """Sweeps over several images, in blocks of interventions."""
+    model = models()["toy-qwen2-vl"]
+    heads = [ZeroHeads(((layer, head),)) for layer in range(3) for head in range(4)]
+    cases = [
+        SweepCase(
+            f"page {i}", model.to_inputs("What is the value of a1?", images=[picture(48 + 16 * i)]), heads, logit(5)
+        )
+        for i in range(4)
+    ]
+    table = sweep_many(model, cases, out / "parts", runs_per_block=3)
+    place(out / "table.parquet", table.to_parquet)
+
+
 WORK: dict[str, Callable[[Path], None]] = {
     "data sets": data_sets,
     "ocr-heads": masking,
     "head-attribution": attribution,
     "training": training,
+    "activations": activations,
+    "sweeps": sweeps,
 }
 
 
@@ -80,8 +109,8 @@ def done(name: str, out: Path) -> None:
 def differences(whole: Path, other: Path, complete: bool) -> list[str]:
     """Files of `other` that are not those of `whole`, byte by byte; all must be there where it is `complete`.
 
-    What begins with a dot is being written. A training's times differ from run to run, and its state and log are
-    steps behind until it is complete.
+    What begins with a dot is being written. A training's times differ from run to run; its state and log, and the
+    counts of a stream of activations, are steps behind until it is complete.
     """
     names = {_name(whole, file) for file in whole.rglob("*") if file.is_file()}
     found = {_name(other, file) for file in other.rglob("*") if file.is_file()}
@@ -110,6 +139,8 @@ def _alike(whole: Path, other: Path, complete: bool) -> bool:
         a, b = ([[c for i, c in enumerate(row.split(",")) if i != 1] for row in path.read_text().splitlines()]
                 for path in (whole, other))  # fmt: skip
         return a == b if complete else a[: len(b)] == b
+    if whole.name == "activations.json" and not complete:  # counts what is there
+        return json.loads(other.read_text()).keys() <= json.loads(whole.read_text()).keys()
     return whole.read_bytes() == other.read_bytes()
 
 
