@@ -58,7 +58,7 @@ def coco_items(
             f"no picture in {annotations} has a single object that covers {min_object:.0%} to {max_object:.0%} of it"
         )
     order = np.random.default_rng([seed, 1]).permutation(len(chosen))[:n]
-    return [_item(images, *chosen[i], question) for i in order]
+    return [_item(images, *chosen[int(i)], question) for i in order]
 
 
 def _item(images: Path, image: Mapping[str, Any], annotation: Mapping[str, Any], name: str, question: str) -> Item:

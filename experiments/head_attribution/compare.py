@@ -65,7 +65,7 @@ class _Finished:
 def _finished(folder: Path) -> _Finished:
     def table(name: str, **types: type) -> pd.DataFrame:
         frame = pd.read_parquet(folder / "tables" / f"{name}.parquet", page_checksum_verification=True)
-        return frame[list(types)].astype(types)
+        return pd.DataFrame(frame[list(types)]).astype(types)
 
     estimate = {"value": float, "low": float, "high": float}
     try:

@@ -114,6 +114,8 @@ def intervention(draws: Draws, model: Any, inputs: Any) -> Any:
     )
     factor = draws.pick((0.0, 1.0, -1.0, float("nan"), float("inf"), 1e308))
     spots = lambda: positions(draws, width)  # noqa: E731
+    baseline: Any = draws.pick(("mean", "zero", "knockout", "x"))
+    values: Any = draws.pick(("mean", "zero", "x", vector))
     kind = draws.below(9)
     if kind == 0:
         return ScaleHeads(heads, factor, spots())
@@ -122,7 +124,7 @@ def intervention(draws: Draws, model: Any, inputs: Any) -> Any:
     if kind == 2:
         return BlockAttention(heads, spots(), spots())
     if kind == 3:
-        return ReplaceImageKV(heads, draws.pick(("mean", "zero", "knockout", "x")), draws.one_in(2), spots(), spots())
+        return ReplaceImageKV(heads, baseline, draws.one_in(2), spots(), spots())
     if kind == 4:
         return RedistributeSink(heads, factor, draws.pick((0, 1, -1, 10**9)))
     if kind == 5:
@@ -131,7 +133,7 @@ def intervention(draws: Draws, model: Any, inputs: Any) -> Any:
         return PatchActivation(name, source, spots(), draws.pick((None, (0,), (99,), (-1,))))
     if kind == 7:
         return AddVector(name, vector, factor, spots())
-    return ReplaceImageTokens(spots(), draws.pick(("mean", "zero", "x", vector)))
+    return ReplaceImageTokens(spots(), values)
 
 
 def positions(draws: Draws, width: int) -> Any:

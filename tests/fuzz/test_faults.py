@@ -127,7 +127,8 @@ WRITERS: dict[str, Callable[[Path], Any]] = {
 
 @pytest.mark.parametrize("name", WRITERS)
 def test_every_writer_says_in_a_sentence_that_it_cannot_write_and_leaves_nothing(name: str, tmp_path: Path) -> None:
-    models(), data_set(), checkpoints()  # what is made once and kept in files is made before
+    for once in (models, data_set, checkpoints):  # what is made once and kept in files is made before
+        once()
     limit = 100 if name == "training log" else 2000
     with files_of_at_most(limit), pytest.raises((OutputError, CheckpointError), match="cannot write") as refused:
         WRITERS[name](tmp_path)

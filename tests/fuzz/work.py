@@ -10,6 +10,7 @@ from collections.abc import Callable
 from contextlib import redirect_stderr
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import torch
@@ -37,7 +38,13 @@ def data_sets(out: Path) -> None:
 
 def masking(out: Path) -> None:
     """Scores of all heads, and what masking some of them does, with the report."""
-    small = {"samples": 4, "task_samples": 2, "random_draws": 1, "max_new_tokens": 4, "tokens_per_batch": 400}
+    small: dict[str, Any] = {
+        "samples": 4,
+        "task_samples": 2,
+        "random_draws": 1,
+        "max_new_tokens": 4,
+        "tokens_per_batch": 400,
+    }
     ocr_heads(MaskConfig(**small, out=out, quiet=True, device="cpu"), models()["toy-qwen2-vl"])
 
 
