@@ -7,6 +7,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
 
 class OutputError(OSError):
     """A file or folder that cannot be written."""
@@ -23,11 +25,16 @@ def place(path: Path, save: Callable[[Path], Any]) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         save(aside)
         os.replace(aside, path)
-    except OSError as error:
-        raise OutputError(f"cannot write {path}: {error.strerror or error}") from error
+    except (OSError, SafetensorError) as error:  # safetensors' writer has its own for a full disk
+        raise OutputError(f"cannot write {path}: {why(error)}") from error
     finally:
         with suppress(OSError):  # if its folder cannot be reached either, that was said already
             aside.unlink(missing_ok=True)
+
+
+def why(error: BaseException) -> str:
+    """The reason of an error in one line."""
+    return str(getattr(error, "strerror", None) or error or type(error).__name__).strip().splitlines()[0]
 
 
 def writable_folder(folder: Path) -> Path:

@@ -26,8 +26,11 @@ class HookChecksMixin(nn.Module):
         """Refuse a hook that could not act in any run.
 
         Raises:
-            HookError: no hook point has this name (or none passes this filter), or it is switched off.
+            HookError: no hook point has this name (or none passes this filter), or it is switched off; neither a name
+                nor a filter.
         """
+        if not isinstance(name, str) and not callable(name):
+            raise HookError(f"a hook point is given by its name or by a filter of names, got {name!r}")
         matches = self._matches(name)
         if not matches and not isinstance(name, str):
             raise HookError("this hook filter matches none of the model's hook points (see model.hook_dict)")

@@ -30,6 +30,8 @@ CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
 MAX_ASPECT_RATIO = 200  # as in the reference's smart_resize
+MOST_ENLARGED = 2**24
+"""Pixels up to which a small image is enlarged at most: the published bound on large ones, and some more."""
 
 _EXIF_ORIENTATION = 0x0112
 _UPRIGHT = {
@@ -149,6 +151,8 @@ def _to_rgb(image: Image.Image, name: str) -> Image.Image:
     """Decode, turn upright, convert. `name` is for messages."""
     if 0 in image.size:
         raise ImageError(f"{name} has no pixels ({image.width} x {image.height}): an image needs at least 1 x 1")
+    if image.format == "EPS":
+        raise ImageError(f"{name} is PostScript, a program that would have to be run: convert it to PNG first")
     try:
         image.load()
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
@@ -250,15 +254,20 @@ class ImageProcessor:
     image_std: tuple[float, float, float] = CLIP_STD
 
     def __post_init__(self) -> None:
-        if min(self.patch_size, self.temporal_patch_size, self.merge_size) < 1:
-            raise ImageError(f"patch_size, temporal_patch_size and merge_size must be at least 1, got {self}")
-        if not 1 <= self.min_pixels <= self.max_pixels:
+        for name in ("patch_size", "temporal_patch_size", "merge_size", "min_pixels", "max_pixels"):
+            whole(name, getattr(self, name))
+        if self.min_pixels > self.max_pixels:
             raise ImageError(
                 f"expected 1 <= min_pixels <= max_pixels, got min_pixels={self.min_pixels} "
                 f"and max_pixels={self.max_pixels}: set both"
             )
         if self.max_pixels < self.pixels_per_token**2:
             raise ImageError(f"max_pixels={self.max_pixels} is less than one token's {self.pixels_per_token**2} pixels")
+        if max(self.min_pixels, self.pixels_per_token**2) > MOST_ENLARGED:
+            raise ImageError(
+                f"min_pixels={self.min_pixels} and tokens of {self.pixels_per_token**2} pixels would enlarge every "
+                f"image to more than {MOST_ENLARGED} pixels: lower them"
+            )
         colours("image_mean", self.image_mean)
         colours("image_std", self.image_std)
 
@@ -283,11 +292,11 @@ class ImageProcessor:
         Raises:
             ImageError: bounds that contradict each other, or a setting that this processor does not have.
         """
-        config = config.get("image_processor", config)
+        config = processor_settings(config)
         fields: dict[str, Any] = {**_bounds(config), **common_settings(config)}
         for key in ("patch_size", "temporal_patch_size", "merge_size"):
             if config.get(key) is not None:
-                fields[key] = config[key]
+                fields[key] = whole(key, config[key])
         return cls(**fields)
 
     def __call__(
@@ -403,6 +412,29 @@ class ImageProcessor:
         return pixel_values, torch.tensor(grid_thw, dtype=torch.int64).reshape(-1, 3)
 
 
+def processor_settings(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The settings themselves, which `processor_config.json` keeps in a section.
+
+    Raises:
+        ImageError: they are not an object.
+    """
+    settings = config.get("image_processor", config)
+    if not isinstance(settings, Mapping):
+        raise ImageError(f"image_processor must be an object, got {settings!r}")
+    return settings
+
+
+def whole(name: str, value: Any) -> int:
+    """`value` itself if it is a whole number of at least 1.
+
+    Raises:
+        ImageError: it is something else.
+    """
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ImageError(f"{name} must be a whole number of at least 1, got {value!r}")
+    return value
+
+
 def common_settings(config: Mapping[str, Any]) -> dict[str, tuple[float, ...]]:
     """Mean and standard deviation of the colours, if stated, of any of the families' `preprocessor_config.json`.
 
@@ -426,13 +458,13 @@ def common_settings(config: Mapping[str, Any]) -> dict[str, tuple[float, ...]]:
 
 
 def colours(name: str, values: Any) -> tuple[float, ...]:
-    """The three numbers of `image_mean` or of `image_std`, which must be positive.
+    """The three numbers of `image_mean` or of `image_std`, which must be positive; colours lie between 0 and 1.
 
     Raises:
         ImageError: they are something else.
     """
-    numbers = isinstance(values, list | tuple) and all(isinstance(v, int | float) and math.isfinite(v) for v in values)
-    if not numbers or len(values) != 3 or (name == "image_std" and min(values) <= 0):
+    numbers = isinstance(values, list | tuple) and all(isinstance(v, int | float) and abs(v) <= 1e3 for v in values)
+    if not numbers or len(values) != 3 or (name == "image_std" and min(values) < 1e-6):
         positive = "positive " if name == "image_std" else ""
         raise ImageError(f"expected three {positive}numbers for {name}, one per colour, got {values!r}")
     return tuple(float(value) for value in values)
@@ -472,10 +504,10 @@ def _bounds(config: Mapping[str, Any]) -> dict[str, int]:
             f"size.{bound}": size.get(bound),
         }
         given = {place: value for place, value in places.items() if value is not None}
-        if len(set(given.values())) > 1:
+        if any(value != other for value in given.values() for other in given.values()):
             raise ImageError(f"the image processor's settings contradict each other: {given}; make them agree")
         if given:
-            bounds[bound] = next(iter(given.values()))
+            bounds[bound] = whole(bound, next(iter(given.values())))
     return bounds
 
 

@@ -423,7 +423,7 @@ def _check_pixels(inputs: VLMInputs) -> None:
         n, what = sum(inputs.spec.n_pixel_rows(tuple(g)) for g in grids), "patches"
         if inputs.spec.tile_size is not None:
             what = "tiles"
-        if len(pixels) != n:
-            raise InputError(f"{len(pixels)} {kind} {what} came, but the grids describe {n}")
+        if not pixels.ndim or len(pixels) != n:
+            raise InputError(f"{pixels.shape[0] if pixels.ndim else 0} {kind} {what} came, but the grids describe {n}")
     if inputs.image_sizes is not None and len(inputs.image_sizes) != inputs.n_images:
         raise InputError(f"{len(inputs.image_sizes)} image sizes for {inputs.n_images} images")

@@ -11,6 +11,7 @@ from typing import Any, Literal, TypeVar
 import torch
 from huggingface_hub import save_torch_state_dict, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
@@ -25,7 +26,9 @@ from hooked_vlm.converters import (
     read_config,
     read_json,
 )
-from hooked_vlm.images import ImageProcessor
+from hooked_vlm.converters.fields import Fields
+from hooked_vlm.files import why
+from hooked_vlm.images import ImageError, ImageProcessor
 from hooked_vlm.placement import DeviceMap, Spread, attach, offloaded_weights, planned
 from hooked_vlm.quantisation import Bits, quantize_weights
 from hooked_vlm.templates import template_named
@@ -262,8 +265,8 @@ class LoadingMixin(nn.Module):
                 if folder.exists():
                     folder.rmdir()
                 shutil.move(written, folder)
-        except OSError as error:
-            raise CheckpointError(f"cannot write a checkpoint to {folder}: {error}") from error
+        except (OSError, SafetensorError) as error:
+            raise CheckpointError(f"cannot write a checkpoint to {folder}: {why(error)}") from error
 
     def _save_tokenizer(self, folder: Path, layout: str | None) -> None:
         """For `transformers` the conversation template goes along, which the published layout only names."""
@@ -272,7 +275,10 @@ class LoadingMixin(nn.Module):
             template = template_named(self.cfg.chat_template)
             tokenizer = copy.deepcopy(tokenizer)
             tokenizer.chat_template = template.jinja(self.cfg.system_message)
-        tokenizer.save_pretrained(folder)
+        try:
+            tokenizer.save_pretrained(folder)
+        except Exception as error:  # the tokenizers library has no error class of its own
+            raise OSError(why(error)) from error
 
 
 class _Unfilled(TorchFunctionMode):
@@ -364,12 +370,12 @@ def _config(converter: Any, hf_config: Mapping[str, Any], generation: Mapping[st
         vision=None if vision is None else VisionConfig(**vision),
         rope_scaling=None if scaling is None else RopeScaling(**scaling),
     )
-    stops = generation.get("eos_token_id")
-    if stops is not None:
-        cfg = cfg.with_(eos_token_ids=tuple(stops) if isinstance(stops, list) else (int(stops),))
-    if generation.get("pad_token_id") is not None and cfg.pad_token_id is None:
-        cfg = cfg.with_(pad_token_id=int(generation["pad_token_id"]))
-    return cfg
+    stated = Fields(generation, where="generation_config.json")
+    pad = stated.token_id("pad_token_id")
+    return cfg.with_(
+        eos_token_ids=stated.token_ids("eos_token_id", cfg.eos_token_ids),
+        pad_token_id=pad if cfg.pad_token_id is None else cfg.pad_token_id,
+    )
 
 
 def _image_processor(settings: Mapping[str, Any], cfg: VLMConfig) -> ImageProcessor | TileProcessor | None:
@@ -377,15 +383,26 @@ def _image_processor(settings: Mapping[str, Any], cfg: VLMConfig) -> ImageProces
     vision = cfg.vision
     if vision is None:
         return None
-    if vision.tile_size is not None:
-        names = ("tile_size", "patch_size", "merge_size", "min_tiles", "max_tiles", "thumbnail", "transposed_tokens")
-        return TileProcessor.from_dict(settings, **{name: getattr(vision, name) for name in names})
     sizes = {
         "patch_size": vision.patch_size,
         "temporal_patch_size": vision.temporal_patch_size,
         "merge_size": vision.merge_size,
     }
-    processor = ImageProcessor.from_dict({**sizes, **settings})
+    try:
+        if vision.tile_size is not None:
+            names = (
+                "tile_size",
+                "patch_size",
+                "merge_size",
+                "min_tiles",
+                "max_tiles",
+                "thumbnail",
+                "transposed_tokens",
+            )
+            return TileProcessor.from_dict(settings, **{name: getattr(vision, name) for name in names})
+        processor = ImageProcessor.from_dict({**sizes, **settings})
+    except ImageError as error:
+        raise CheckpointError(f"preprocessor_config.json (or what config.json says of images): {error}") from error
     for name, size in sizes.items():
         if getattr(processor, name) != size:
             raise CheckpointError(

@@ -52,8 +52,10 @@ def take_pictures(messages: Messages) -> tuple[list[dict], list, list]:
     """The messages with bare placeholders, and the pictures they carried."""
     out, images, videos = [], [], []
     for message in messages:
-        if "role" not in message or "content" not in message:
-            raise InputError(f"a chat message needs 'role' and 'content', got {sorted(message)}")
+        if not isinstance(message, Mapping):
+            raise InputError(f'a chat message is {{"role": ..., "content": ...}}, got {message!r}')
+        if not isinstance(message.get("role"), str) or "content" not in message:
+            raise InputError(f"a chat message needs 'role' and 'content', got {sorted(map(str, message))}")
         content = message["content"]
         if not isinstance(content, str):
             if not isinstance(content, Sequence) or not all(_is_part(part) for part in content):

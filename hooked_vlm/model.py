@@ -320,12 +320,15 @@ class HookedVLM(LoadingMixin, PromptMixin, GenerationMixin, WeightsMixin, HookCh
 
         Raises:
             HookError: a name that matches nothing, or a point switched off.
-            InputError: `remove_batch_dim` with more than one row.
+            InputError: `remove_batch_dim` with more than one row, or `pos_slice` outside of the inputs.
         """
         inputs = self.as_inputs(input)
         if remove_batch_dim and len(inputs) != 1:
             raise InputError(f"remove_batch_dim needs a batch of one row, this one has {len(inputs)}")
         cut = Slice.unwrap(pos_slice)
+        places = {"int": [cut.slice], "array": cut.slice}.get(cut.mode, [])
+        if any(not -inputs.shape[1] <= int(place) < inputs.shape[1] for place in places):
+            raise InputError(f"pos_slice={pos_slice} lies outside of the {inputs.shape[1]} positions of these inputs")
         if cut.mode != "identity" and kwargs.get("logits_at") == "last":
             raise InputError('pos_slice does not go with logits_at="last", where ln_final has one position only')
         wanted = default_filter(self.hook_dict) if names_filter is None else names_filter

@@ -21,7 +21,7 @@ import pyarrow.parquet as pq
 
 from hooked_vlm.files import place
 
-_KEY = b"hooked_vlm.key"
+_KEY, _FORM = b"hooked_vlm.key", b"hooked_vlm.form"
 
 
 class Parts:
@@ -38,14 +38,13 @@ class Parts:
         """A part that is there whole, or None."""
         path = self.path(key)
         try:
-            table = pq.read_table(path)
-        except FileNotFoundError:
+            table = pq.read_table(path, page_checksum_verification=True)
+            stated = table.schema.metadata or {}
+            if stated.get(_KEY) != _canonical(key) or stated.get(_FORM) != _form(table):
+                return None
+            return table.to_pandas()
+        except Exception:  # not there, not ours, or damaged since, which readers answer with any error: made again
             return None
-        except (pa.ArrowInvalid, OSError):  # not ours, or damaged since: it is made again
-            return None
-        if (table.schema.metadata or {}).get(_KEY) != _canonical(key):
-            return None
-        return table.to_pandas()
 
     def put(self, key: Mapping[str, Any], frame: pd.DataFrame) -> None:
         """Keep a part; nobody ever reads half of one.
@@ -55,7 +54,8 @@ class Parts:
         """
         table = pa.Table.from_pandas(frame, preserve_index=False)
         table = table.replace_schema_metadata({**(table.schema.metadata or {}), _KEY: _canonical(key)})
-        place(self.path(key), lambda aside: pq.write_table(table, aside))
+        table = table.replace_schema_metadata({**(table.schema.metadata or {}), _FORM: _form(table)})
+        place(self.path(key), lambda aside: pq.write_table(table, aside, write_page_checksum=True))
 
     def get_or_make(self, key: Mapping[str, Any], make: Callable[[], pd.DataFrame]) -> pd.DataFrame:
         """The part of a key, made and kept if it is not there."""
@@ -70,6 +70,18 @@ class Parts:
     def missing(self, keys: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
         """The keys whose parts are yet to be made."""
         return [key for key in keys if self.get(key) is None]
+
+
+def _form(table: pa.Table) -> bytes:
+    """Stands for rows, names, types and metadata, about which the checksums of pages say nothing."""
+    metadata = sorted((name, text) for name, text in (table.schema.metadata or {}).items() if name != _FORM)
+    said = f"{table.num_rows} {table.column_names} {[_type(field.type) for field in table.schema]} {metadata}"
+    return hashlib.sha256(said.encode()).hexdigest().encode()
+
+
+def _type(of: pa.DataType) -> str:
+    """The same before and after Parquet, which has its own types in a dictionary and its own word for items."""
+    return "dictionary" if pa.types.is_dictionary(of) else str(of).replace("<element:", "<item:")
 
 
 def _canonical(key: Mapping[str, Any]) -> bytes:

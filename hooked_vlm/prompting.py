@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor, nn
 
+from hooked_vlm.chat_templates import rendered
 from hooked_vlm.config import VLMConfig
 from hooked_vlm.context_length import too_long
 from hooked_vlm.images import ImageProcessor
@@ -59,7 +60,7 @@ class PromptMixin(nn.Module):
         opening = tuple(i for i in ids if i is not None)
         if not opening:
             return {}
-        length = len(self.tokenizer.encode(header, add_special_tokens=False))
+        length = len(self._ids(header))
         return {"turn_start_ids": opening, "turn_end_id": self._special_id(stop), "user_header": length}
 
     def as_inputs(self, input: Any) -> VLMInputs:
@@ -117,6 +118,9 @@ class PromptMixin(nn.Module):
                 `max_pixels` that would fit), no tokenizer.
             ImageError: a picture that cannot be read.
         """
+        several = isinstance(prompt, list | tuple) and all(isinstance(p, str | Mapping | list | tuple) for p in prompt)
+        if not several and not isinstance(prompt, str):
+            raise InputError(f"a prompt is a text, a list of chat messages, or a list of such prompts, got {prompt!r}")
         batched = not isinstance(prompt, str) and (not prompt or not isinstance(prompt[0], Mapping))
         prompts: list[Any] = list(prompt) if batched else [prompt]
         if not prompts:
@@ -189,7 +193,7 @@ class PromptMixin(nn.Module):
         Raises:
             InputError: images and placeholders disagree, or token ids outside the vocabulary.
         """
-        if "input_ids" not in batch:
+        if batch.get("input_ids") is None:
             raise InputError(f"a batch needs input_ids, this one has {sorted(batch)}")
 
         def tensor(name: str) -> Tensor | None:
@@ -204,6 +208,8 @@ class PromptMixin(nn.Module):
         tokens = tensor("input_ids")
         assert tokens is not None
         tokens = tokens[None] if tokens.ndim == 1 else tokens
+        if tokens.ndim != 2 or tokens.dtype.is_floating_point or tokens.dtype == torch.bool:
+            raise InputError(f"input_ids must be token ids [batch, pos], got {tuple(tokens.shape)} of {tokens.dtype}")
         self._check_ids(tokens)
         mask, spec = tensor("attention_mask"), self.input_spec()
         if mask is not None and mask.numel() != tokens.numel():
@@ -266,7 +272,7 @@ class PromptMixin(nn.Module):
         Raises:
             InputError: if it is none or several, which are shown.
         """
-        ids = self._tokenizer().encode(string, add_special_tokens=False)
+        ids = self._ids(string)
         if len(ids) != 1:
             pieces = [self.to_string([i]) for i in ids]
             raise InputError(f"{string!r} is {len(ids)} tokens, not one: {pieces}")
@@ -279,12 +285,22 @@ class PromptMixin(nn.Module):
             raise InputError("this model has no tokenizer: pass token ids, or set model.tokenizer")
         return self.tokenizer
 
+    def _ids(self, text: str, special: bool = False) -> list[int]:
+        try:
+            return self._tokenizer().encode(text, add_special_tokens=special)
+        except InputError:
+            raise
+        except Exception as error:  # the tokenizers library has no error class of its own
+            raise InputError(f"the checkpoint's tokenizer cannot read {text[:80]!r}: {error}") from error
+
     def _check_pixel_width(self, pixels: Tensor | None) -> None:
         vision = self.cfg.vision
         if pixels is None:
             return
         if vision is None:
             raise self._sees_nothing()
+        if not pixels.ndim:
+            raise InputError("pixel_values must be a tensor of pixels, got a single number")
         if vision.tile_size is None:
             width, form, expected = pixels.shape[-1], "[patch, numbers of a patch]", vision.d_patch
         else:
@@ -330,8 +346,7 @@ class PromptMixin(nn.Module):
         tokenizer = self._tokenizer()
         if getattr(tokenizer, "chat_template", None) is None:
             raise InputError("this tokenizer has no chat template: pass chat=False and the text as it should stand")
-        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        return text, images or own_images, videos or own_videos
+        return rendered(tokenizer, messages), images or own_images, videos or own_videos
 
     def _text_by_name(self, prompt: Any, images: list, videos: list) -> tuple[str, list, list]:
         """As `_text_of`, with the conversation template that the checkpoint names."""
@@ -386,7 +401,7 @@ class PromptMixin(nn.Module):
         }
         rows = []
         for row, text in enumerate(texts):
-            ids = self._tokenizer().encode(text, add_special_tokens=special)
+            ids = self._ids(text, special)
             if not ids:
                 raise InputError("there are no tokens: the prompt is empty")
             for kind, token_id, n in (

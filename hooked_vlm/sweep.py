@@ -114,7 +114,7 @@ def sweep(
                     runs = encoded(model, given, encoding, runs)
                 logits = batch_logits(model, plain, batch, runs, plan, logits_at)
                 found = [measure(metric, _with_prefix(own, plain, logits_at), logits_at) for own in logits]
-            except (torch.OutOfMemoryError, RuntimeError) as error:
+            except (RuntimeError, MemoryError) as error:
                 if not _out_of_memory(error) or len(batch.runs) == 1:
                     raise
                 waiting += _halves(batch)
@@ -149,7 +149,8 @@ def measure(metric: Metric, logits: Float[Tensor, "batch out d_vocab"], logits_a
 
 
 def _out_of_memory(error: BaseException) -> bool:
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+    """On an accelerator, in C++'s or Python's own allocator, in torch's for the CPU (which has no class of its own)."""
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
 
 
 def _halves(batch: Batch) -> list[Batch]:

@@ -16,10 +16,21 @@ from jaxtyping import Float, Int, UInt8
 from PIL import Image
 
 from hooked_vlm.geometry import ImageSize, TileGrid
-from hooked_vlm.images import ImageError, checked_images, colours, common_settings, load_image, normalisation_tables
+from hooked_vlm.images import (
+    ImageError,
+    checked_images,
+    colours,
+    common_settings,
+    load_image,
+    normalisation_tables,
+    processor_settings,
+    whole,
+)
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
+MOST_TILES, MOST_PIXELS = 256, 2**26
+"""Of one image; published checkpoints cut it into 40 tiles of 448 x 448 pixels at most."""
 
 
 @dataclass(frozen=True)
@@ -41,12 +52,19 @@ class TileProcessor:
     image_std: tuple[float, float, float] = IMAGENET_STD
 
     def __post_init__(self) -> None:
-        if min(self.tile_size, self.patch_size, self.merge_size) < 1 or self.tile_size % self.pixels_per_token:
+        for name in ("tile_size", "patch_size", "merge_size", "min_tiles", "max_tiles"):
+            whole(name, getattr(self, name))
+        if self.tile_size % self.pixels_per_token:
             raise ImageError(
                 f"tile_size must be a multiple of patch_size * merge_size = {self.pixels_per_token}, "
                 f"got {self.tile_size}"
             )
-        if not 1 <= self.min_tiles <= self.max_tiles:
+        if self.max_tiles > MOST_TILES or self.max_tiles * self.tile_size**2 > MOST_PIXELS:
+            raise ImageError(
+                f"an image is cut into {MOST_TILES} tiles and {MOST_PIXELS} pixels at most, got "
+                f"max_tiles={self.max_tiles} of {self.tile_size} x {self.tile_size}"
+            )
+        if self.min_tiles > self.max_tiles:
             raise ImageError(
                 f"expected 1 <= min_tiles <= max_tiles, got min_tiles={self.min_tiles}, max_tiles={self.max_tiles}"
             )
@@ -145,13 +163,11 @@ class TileProcessor:
         Raises:
             ImageError: a setting that this processor does not have.
         """
-        config = config.get("image_processor", config)
-        if not isinstance(config, Mapping):
-            raise ImageError(f"image_processor must be an object, got {config!r}")
+        config = processor_settings(config)
         fields = {**defaults, **common_settings(config)}
         for key, name in (("min_patches", "min_tiles"), ("max_patches", "max_tiles")):
             if config.get(key) is not None:
-                fields[name] = _whole(key, config[key])
+                fields[name] = whole(key, config[key])
         if config.get("use_thumbnail") is not None:
             if not isinstance(config["use_thumbnail"], bool):
                 raise ImageError(f"use_thumbnail must be true or false, got {config['use_thumbnail']!r}")
@@ -160,20 +176,14 @@ class TileProcessor:
         if isinstance(size, Mapping) and size.get("height") is not None:
             if size["height"] != size.get("width"):
                 raise ImageError(f"unsupported image processor: expected square tiles, got a size of {dict(size)}")
-            fields["tile_size"] = _whole("size", size["height"])
+            fields["tile_size"] = whole("size", size["height"])
         return cls(**fields)
 
     def bounded(self, min_tiles: int | None, max_tiles: int | None) -> "TileProcessor":
         """The same processor with other bounds; None keeps one. `max_tiles` below `min_tiles` lowers both."""
-        most = self.max_tiles if max_tiles is None else _whole("max_tiles", max_tiles)
+        most = self.max_tiles if max_tiles is None else whole("max_tiles", max_tiles)
         least = min(self.min_tiles, most) if min_tiles is None else min_tiles
         return replace(self, min_tiles=least, max_tiles=most)
-
-
-def _whole(name: str, value: Any) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ImageError(f"{name} must be a whole number of at least 1, got {value!r}")
-    return value
 
 
 @lru_cache(maxsize=32)

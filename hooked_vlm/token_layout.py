@@ -122,6 +122,8 @@ def tile_grids(
             )
         counts = [n // per_tile for n in runs]
     else:
+        if num_tiles.dtype.is_floating_point:
+            raise InputError(f"num_tiles must be whole numbers, got {num_tiles.dtype}")
         counts = [int(n) for n in num_tiles.reshape(-1).tolist()]
     if sum(counts) != len(pixels) or min(counts, default=1) < 1:
         said = "num_tiles says" if num_tiles is not None else "the runs of placeholders say"
@@ -158,7 +160,7 @@ def locate_visuals(
         ("image", spec.image_token_id, image_grid_thw),
         ("video", spec.video_token_id, video_grid_thw),
     ):
-        grids = [] if grid_thw is None else [tuple(int(n) for n in g) for g in grid_thw.tolist()]
+        grids = [] if grid_thw is None else _checked_grids(kind, grid_thw, spec.merge_size)
         at = (tokens == token_id).nonzero().tolist() if token_id is not None else []
         expected = sum(spec.n_tokens(g) for g in grids)  # type: ignore[arg-type]
         if len(at) != expected:
@@ -177,6 +179,17 @@ def locate_visuals(
             visuals.append(Visual(kind, index, row, start, n, grid))  # type: ignore[arg-type]
             done += n
     return tuple(sorted(visuals, key=lambda v: (v.row, v.start)))
+
+
+def _checked_grids(kind: str, grid_thw: Tensor, merge: int) -> list[Grid]:
+    whole = not grid_thw.dtype.is_floating_point and grid_thw.dtype != torch.bool
+    grids = grid_thw.tolist() if whole and grid_thw.ndim == 2 and grid_thw.shape[1] == 3 else [(0, 0, 0)]
+    if any(min(t, h, w) < 1 or h % merge or w % merge for t, h, w in grids):
+        raise InputError(
+            f"{kind}_grid_thw must be whole numbers [{kind}, (frames or tiles, rows, columns)], rows and columns "
+            f"multiples of {merge}, got {tuple(grid_thw.shape)} of {grid_thw.dtype}: {str(grid_thw.tolist())[:80]}"
+        )
+    return [(t, h, w) for t, h, w in grids]
 
 
 def _mismatch(kind: str, n_placeholders: int, n_expected: int, n_visuals: int) -> str:

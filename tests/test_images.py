@@ -281,7 +281,7 @@ def test_settings_saved_by_transformers_are_read(tmp_path):
     [
         ({"min_pixels": 784, "size": {"shortest_edge": 3136, "longest_edge": 7840}}, "contradict"),
         ({"min_pixels": 7840, "max_pixels": 784}, "min_pixels <= max_pixels"),
-        ({"min_pixels": 0}, "1 <= min_pixels"),
+        ({"min_pixels": 0}, "min_pixels must be a whole number of at least 1"),
         ({"min_pixels": 1, "max_pixels": 700}, "one token's 784 pixels"),
         ({"size": {"height": 224, "width": 224}}, "shortest_edge and longest_edge"),
         ({"size": 224}, "shortest_edge and longest_edge"),

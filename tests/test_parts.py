@@ -1,7 +1,9 @@
 """Results kept as they are made: whole or not at all, found by what decides them."""
 
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pandas as pd
 import pytest
 
@@ -24,6 +26,28 @@ def test_a_part_is_made_once_and_found_again(tmp_path: Path) -> None:
     assert parts.get({"seed": 0, "image": 3}) is not None  # the order of a key's fields means nothing
     assert parts.get({"image": 3, "seed": 1}) is None
     assert parts.missing([{"image": 3, "seed": 0}, {"image": 4, "seed": 0}]) == [{"image": 4, "seed": 0}]
+
+
+@pytest.mark.parametrize(
+    "values",
+    [[0.5, None], [[1, 2], [3]], [[[0.5]], [[]]], ["a", None], [None, None], [True, False], [{"a": 1}, {"a": 2}],
+     [np.float32(1), np.float32(2)], [np.arange(3), np.arange(2)], [[{"a": [1]}], []], pd.Categorical(["a", "b"]),
+     pd.to_datetime(["2020-01-01", "2021-01-01"])],
+)  # fmt: skip
+def test_columns_of_every_kind_are_found_again(values: Any, tmp_path: Path) -> None:
+    parts, frame = Parts(tmp_path), pd.DataFrame({"value": values})
+    made = parts.get_or_make({"image": 3}, lambda: frame)
+    assert len(made) == len(frame) and list(made.columns) == ["value"]
+
+
+def test_a_bit_that_flips_anywhere_never_passes_for_a_number(tmp_path: Path) -> None:
+    parts = Parts(tmp_path)
+    parts.put({"image": 3}, FRAME)
+    whole = parts.path({"image": 3}).read_bytes()
+    for at in range(0, len(whole), 3):
+        parts.path({"image": 3}).write_bytes(whole[:at] + bytes([whole[at] ^ 1 << at % 8]) + whole[at + 1 :])
+        found = parts.get({"image": 3})
+        assert found is None or found.equals(FRAME), f"byte {at}"
 
 
 def test_the_same_unit_is_the_same_bytes(tmp_path: Path) -> None:

@@ -339,7 +339,19 @@ def test_only_what_an_intervention_touches_is_computed(family: str, monkeypatch:
     assert f"{plan.work:,} (the plain run included) instead of {plan.naive_work:,}" in told
 
 
-def test_a_batch_that_does_not_fit_is_halved(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def accelerator_out_of_memory() -> None:
+    raise torch.OutOfMemoryError("out of memory")
+
+
+LACKS = {
+    "accelerator": accelerator_out_of_memory,
+    "torch on the CPU": lambda: torch.empty(2**60, dtype=torch.uint8),  # what its allocator really says
+    "Python": lambda: bytearray(2**62),
+}
+
+
+@pytest.mark.parametrize("lack", LACKS)
+def test_a_batch_that_does_not_fit_is_halved(family: str, lack: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model, batch = model_and_inputs(family, "one image")
     sizes = []
     run = sweep_run_module.batch_logits
@@ -347,7 +359,7 @@ def test_a_batch_that_does_not_fit_is_halved(family: str, monkeypatch: pytest.Mo
     def short_of_memory(model: Any, plain: Any, part: Any, *rest: Any) -> Tensor:
         sizes.append(len(part.runs))
         if len(part.runs) > 3:
-            raise torch.OutOfMemoryError("out of memory")
+            LACKS[lack]()
         return run(model, plain, part, *rest)
 
     monkeypatch.setattr(SWEEP, "batch_logits", short_of_memory)

@@ -24,6 +24,9 @@ from hooked_vlm.experiments.common.figures import save_figure
 from hooked_vlm.files import place
 from hooked_vlm.viewer.view import page_file
 
+CHECKED: dict[str, Any] = {"write_page_checksum": True}
+"""Tables are read again by comparisons of runs: a bit that flips meanwhile must not pass for a number."""
+
 
 @dataclass
 class _Section:
@@ -83,7 +86,9 @@ class Report:
             OutputError: the folder cannot be written.
         """
         for name, frame in self._tables.items():
-            place(out / "tables" / f"{name}.parquet", lambda aside, f=frame: f.to_parquet(aside, index=False))
+            place(
+                out / "tables" / f"{name}.parquet", lambda aside, f=frame: f.to_parquet(aside, index=False, **CHECKED)
+            )
         for name, figure in self._figures.items():
             save_figure(figure, out / "figures" / name)
         text = json.dumps(record, indent=2) + "\n"

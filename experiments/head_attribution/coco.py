@@ -14,6 +14,9 @@ from hooked_vlm.experiments.common.errors import StudyError
 from hooked_vlm.experiments.head_attribution.items import Item
 from hooked_vlm.images import load_image
 
+MALFORMED = (OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError)
+"""What reading JSON raises that holds something else than expected."""
+
 
 def single_objects(
     content: Mapping[str, Any], min_object: float, max_object: float
@@ -32,7 +35,7 @@ def single_objects(
         if len(own) != 1 or own[0].get("iscrowd"):
             continue
         if min_object <= own[0]["area"] / (image["width"] * image["height"]) <= max_object:
-            chosen.append((image, own[0], names[own[0]["category_id"]]))
+            chosen.append((image, own[0], str(names[own[0]["category_id"]])))
     return chosen
 
 
@@ -42,32 +45,39 @@ def coco_items(
     """`n` pictures drawn from those that fit, or all if there are fewer; objects without outline have no mask.
 
     Raises:
-        StudyError: the file is no annotation file, or no picture fits.
+        StudyError: the file is no annotation file, not that of these pictures, or no picture fits.
         ImageError: a picture is missing or corrupt.
     """
     try:
         content = json.loads(annotations.read_text(encoding="utf-8"))
         chosen = single_objects(content, min_object, max_object)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except MALFORMED as error:
         raise StudyError(f"{annotations} is no COCO annotation file (instances_*.json): {error!r}") from error
     if not chosen:
         raise StudyError(
             f"no picture in {annotations} has a single object that covers {min_object:.0%} to {max_object:.0%} of it"
         )
     order = np.random.default_rng([seed, 1]).permutation(len(chosen))[:n]
-    items = []
-    for image, annotation, name in (chosen[i] for i in order):
-        picture = load_image(images / image["file_name"])
-        if picture.size != (image["width"], image["height"]):
-            raise StudyError(
-                f"{image['file_name']} is {picture.size[0]} x {picture.size[1]} pixels, but its annotation says "
-                f"{image['width']} x {image['height']}: these are not the annotated pictures"
-            )
-        outline = annotation.get("segmentation")
+    return [_item(images, *chosen[int(i)], question) for i in order]
+
+
+def _item(images: Path, image: Mapping[str, Any], annotation: Mapping[str, Any], name: str, question: str) -> Item:
+    file = image.get("file_name")
+    if not isinstance(file, str):
+        raise StudyError(f"picture {image['id']!r} of the annotation file has no file_name")
+    picture = load_image(images / file)
+    if picture.size != (image["width"], image["height"]):
+        raise StudyError(
+            f"{file} is {picture.size[0]} x {picture.size[1]} pixels, but its annotation says "
+            f"{image['width']} x {image['height']}: these are not the annotated pictures"
+        )
+    outline = annotation.get("segmentation")
+    try:
         # run lengths are for crowds; some files have boxes only
         mask = object_mask(outline, picture.size) if outline and isinstance(outline, list) else None
-        items.append(Item(picture, name, question, mask))
-    return items
+    except MALFORMED as error:
+        raise StudyError(f"the outline of the object in {file} is no list of polygons: {error!r}") from error
+    return Item(picture, name, question, mask)
 
 
 def object_mask(polygons: Sequence[Sequence[int | float]], size: tuple[int, int]) -> Bool[np.ndarray, "height width"]:

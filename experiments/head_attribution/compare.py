@@ -1,7 +1,9 @@
 """Several models' runs side by side, from the tables they left."""
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 
@@ -27,9 +29,9 @@ def compare(config: Compare) -> Path:
     if not config.runs:
         raise StudyError("--runs needs the folders of finished runs of head-attribution")
     writable_folder(config.out)
-    records = [_record(folder) for folder in config.runs]
-    labels = _labels([Path(record["config"]["model"]).name for record in records])
-    tables = [pd.read_parquet(folder / "tables" / "summary.parquet") for folder in config.runs]
+    finished = [_finished(folder) for folder in config.runs]
+    labels = _labels([run.name for run in finished])
+    tables = [run.summary for run in finished]
     report = Report("Head attribution across models", f"{len(labels)} runs: {', '.join(labels)}.")
     report.section("Findings", "Each with its 95% interval and n; what is counted as n is said in each run's report.")
     measures = list(dict.fromkeys(name for table in tables for name in table["measure"]))
@@ -46,18 +48,37 @@ def compare(config: Compare) -> Path:
         report.section("Heads needed")
         figure = plots.bars(bars, "heads for 0.8 of both")
         report.figure("heads_needed", figure, "Mean number of heads over pictures, 95% intervals")
-    _layers(report, config, labels)
-    runs = [{"model": r["model"], "weights": r["weights"], "images": len(r["images"])} for r in records]
-    return report.write(config.out, {"runs": runs})
+    _layers(report, finished, labels)
+    return report.write(config.out, {"runs": [run.record for run in finished]})
 
 
-def _record(folder: Path) -> dict:
+@dataclass(frozen=True, eq=False)
+class _Finished:
+    """What a run left."""
+
+    name: str
+    record: dict[str, Any]
+    summary: pd.DataFrame
+    layers: pd.DataFrame | None
+
+
+def _finished(folder: Path) -> _Finished:
+    def table(name: str, **types: type) -> pd.DataFrame:
+        frame = pd.read_parquet(folder / "tables" / f"{name}.parquet", page_checksum_verification=True)
+        return pd.DataFrame(frame[list(types)]).astype(types)
+
+    estimate = {"value": float, "low": float, "high": float}
     try:
-        record = json.loads((folder / "run.json").read_text(encoding="utf-8"))
-        if not (folder / "tables" / "summary.parquet").exists():
-            raise KeyError("summary")
-        return {"config": record["config"], **{name: record[name] for name in ("model", "weights", "images")}}
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        run = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+        record = {"model": str(run["model"]), "weights": str(run["weights"]), "images": len(run["images"])}
+        has_layers = (folder / "tables" / "layers.parquet").exists()
+        return _Finished(
+            Path(run["config"]["model"]).name,
+            record,
+            table("summary", measure=str, **estimate, n=int),
+            table("layers", layer=int, share=float, low=float, high=float) if has_layers else None,
+        )
+    except Exception as error:  # readers of damaged files raise whatever they meet
         raise StudyError(f"{folder} holds no finished run of head-attribution: give folders that it wrote") from error
 
 
@@ -70,15 +91,14 @@ def _by_name(table: pd.DataFrame) -> dict[str, Estimate]:
     return {r.measure: Estimate(r.value, r.low, r.high, int(r.n)) for r in table.itertuples(index=False)}  # pyright: ignore
 
 
-def _layers(report: Report, config: Compare, labels: list[str]) -> None:
+def _layers(report: Report, finished: list[_Finished], labels: list[str]) -> None:
     """Importance over relative depth, where all runs have it."""
-    files = [folder / "tables" / "layers.parquet" for folder in config.runs]
-    if not all(file.exists() for file in files):
+    tables = [run.layers for run in finished if run.layers is not None]
+    if len(tables) < len(finished):
         return
     report.section(
         "Importance by depth", "Each layer's share of all positive coefficients, by relative depth (0 first, 1 last)."
     )
-    tables = [pd.read_parquet(file) for file in files]
     lines = {}
     for label, table in zip(labels, tables, strict=True):
         n = len(table)

@@ -19,6 +19,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from hooked_vlm.experiments.toy.tokenizer import build_tokenizer, save_tokenizer
+from hooked_vlm.files import place
 from hooked_vlm.geometry import ImageGrid, TileGrid
 
 HFModel = Any
@@ -96,13 +97,20 @@ def write_checkpoint(
     special_tokens: Sequence[str],
     **tokenizer_settings: str,
 ) -> None:
-    """Writes a checkpoint's folder: its weights, ``files`` as JSON, and the tokenizer."""
-    folder.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    (folder / "model.safetensors").chmod(0o644)  # save_file leaves it readable by its owner only
-    for name, content in files.items():
-        (folder / name).write_text(json.dumps(content, indent=2) + "\n")
+    """Writes a checkpoint's folder: the tokenizer, its weights, and ``files`` as JSON; each whole or not at all.
+
+    Raises:
+        OutputError: the folder cannot be written.
+    """
     save_tokenizer(folder, special_tokens, **tokenizer_settings)
+    place(folder / "model.safetensors", lambda aside: _save_tensors(tensors, aside))
+    for name, content in files.items():
+        place(folder / name, lambda aside, c=content: aside.write_text(json.dumps(c, indent=2) + "\n"))
+
+
+def _save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
+    save_file(tensors, path, metadata={"format": "pt"})
+    path.chmod(0o644)  # save_file leaves it readable by its owner only
 
 
 def text_shape(model: HFModel) -> tuple[int, int]:

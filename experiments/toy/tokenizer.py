@@ -15,6 +15,7 @@ from pathlib import Path
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
 
 from hooked_vlm.experiments.toy.drawings import OBJECTS
+from hooked_vlm.files import place
 
 # The special tokens of both families; each adds those of its images.
 END_OF_TEXT, IM_START, IM_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
@@ -43,8 +44,8 @@ def build_tokenizer(special_tokens: Sequence[str]) -> Tokenizer:
 
 def save_tokenizer(folder: Path, special_tokens: Sequence[str], **settings: str) -> None:
     """Writes ``tokenizer.json`` and ``tokenizer_config.json`` (with ``settings`` besides the usual ones)."""
-    folder.mkdir(parents=True, exist_ok=True)
-    build_tokenizer(special_tokens).save(str(folder / "tokenizer.json"))
+    text = build_tokenizer(special_tokens).to_str(pretty=True)
+    place(folder / "tokenizer.json", lambda aside: aside.write_text(text, encoding="utf-8"))
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "bos_token": None,
@@ -57,4 +58,5 @@ def save_tokenizer(folder: Path, special_tokens: Sequence[str], **settings: str)
         "model_max_length": 1024,
         "padding_side": "left",
     }
-    (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
+    written = json.dumps(config, indent=2) + "\n"
+    place(folder / "tokenizer_config.json", lambda aside: aside.write_text(written))

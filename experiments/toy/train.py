@@ -5,7 +5,8 @@ goes through the same batches as an uninterrupted one. What a model is trained o
 """
 
 import csv
-import os
+import io
+import sys
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -34,6 +35,7 @@ from hooked_vlm.experiments.toy.specialise import (
     random_gates,
     top_heads,
 )
+from hooked_vlm.files import OutputError, place, writable_folder
 from hooked_vlm.loading import TOY_MODELS
 
 TASKS = ("page", "text", "transcription", "naming", "continuation")
@@ -164,7 +166,7 @@ def make_optimizers(model: nn.Module, guidance: Guidance, recipe: Recipe) -> lis
 
 
 class Log:
-    """A CSV file that is cut back to the checkpoint's step when training resumes."""
+    """A CSV file that is cut back to the checkpoint's step when training resumes; whole at any moment."""
 
     def __init__(self, path: Path, start: int) -> None:
         sets = [f"page{n}" for n in range(1, data.MAX_LINES + 1)] + ["text", "transcription", "naming"]
@@ -176,34 +178,40 @@ class Log:
             "loss_guidance_page",
             "loss_imitation",
         ]
-        rows = []
+        self.path, self.rows = path, []
         if path.exists() and start > 0:
             with path.open(newline="") as file:
-                rows = [row for row in csv.DictReader(file) if int(row["step"]) <= start]
-        self.path = path
-        with path.open("w", newline="") as file:
-            writer = csv.DictWriter(file, self.fields)
-            writer.writeheader()
-            writer.writerows(rows)
+                self.rows = [row for row in csv.DictReader(file) if int(row["step"]) <= start]
+        place(path, self._save)
 
     def write(self, row: dict[str, float | int]) -> None:
-        with self.path.open("a", newline="") as file:
-            written = {k: f"{v:.5g}" if isinstance(v, float) else v for k, v in row.items()}
-            csv.DictWriter(file, self.fields).writerow(written)
+        self.rows.append({k: f"{v:.5g}" if isinstance(v, float) else v for k, v in row.items()})
+        place(self.path, self._save)
+
+    def _save(self, aside: Path) -> None:
+        with aside.open("w", newline="") as file:
+            writer = csv.DictWriter(file, self.fields)
+            writer.writeheader()
+            writer.writerows(self.rows)
 
 
 def save_state(path: Path, state: dict) -> None:
-    """Written aside and renamed: a killed run leaves the previous checkpoint whole."""
-    aside = path.with_suffix(".tmp")
-    torch.save(state, aside)
-    os.replace(aside, path)
+    """A killed run leaves the previous state whole."""
+    content = io.BytesIO()
+    torch.save(state, content)  # into a file it does not say that the disk is full
+    place(path, lambda aside: aside.write_bytes(content.getbuffer()))
 
 
 def train(config: TrainConfig, recipe: Recipe) -> HFModel:
+    """Train from the start, or from the state that an interrupted run left.
+
+    Raises:
+        OutputError: the folder cannot be written; what was written before is whole.
+    """
     torch.set_num_threads(config.threads)
     torch.manual_seed(config.seed)
     device = torch.device(config.device)
-    config.out.mkdir(parents=True, exist_ok=True)
+    writable_folder(config.out)
     family = FAMILIES[config.model]
     model = family.build().to(device).train()
     family.prepare_training(model)
@@ -216,6 +224,7 @@ def train(config: TrainConfig, recipe: Recipe) -> HFModel:
     optimizers = make_optimizers(model, guidance, recipe)
     state_path = config.out / "training_state.pt"
     start, seconds = 0, 0.0
+    sums: dict[str, list[float]] = {}
     reading: list[Head] = []
     if config.resume and state_path.exists():
         state = torch.load(state_path, map_location=device, weights_only=True)
@@ -223,11 +232,10 @@ def train(config: TrainConfig, recipe: Recipe) -> HFModel:
         guidance.load_state_dict(state["guidance"])
         for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
-        start, seconds = state["step"], state["seconds"]
+        start, seconds, sums = state["step"], state["seconds"], state["sums"]
         reading = [(layer, head) for layer, head in state["reading"]]
     log = Log(config.out / "training_log.csv", start)
     evaluation = held_out(config.seed, 32)
-    sums: dict[str, list[float]] = {}
     begun = time.monotonic() - seconds
     bar = tqdm(range(start, recipe.steps), initial=start, total=recipe.steps, mininterval=10)
     for step in bar:
@@ -270,6 +278,7 @@ def train(config: TrainConfig, recipe: Recipe) -> HFModel:
                 "step": done,
                 "seconds": time.monotonic() - begun,
                 "reading": reading,
+                "sums": sums,
                 "model": model.state_dict(),
                 "guidance": guidance.state_dict(),
                 "optimizers": [optimizer.state_dict() for optimizer in optimizers],
@@ -318,7 +327,10 @@ def task_step(
 
 def main() -> None:
     config = tyro.cli(TrainConfig, description=__doc__)
-    train(config, RECIPES[config.model])
+    try:
+        train(config, RECIPES[config.model])
+    except OutputError as error:
+        sys.exit(str(error))
     print({k: str(v) for k, v in asdict(config).items()})
 
 

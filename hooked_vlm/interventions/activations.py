@@ -10,7 +10,16 @@ from torch import Tensor
 
 from hooked_vlm.hooks import is_quadratic, is_vision
 from hooked_vlm.inputs import VLMInputs
-from hooked_vlm.interventions.base import Hooks, Intervention, Positions, first_meant, layer_of, meant, position_table
+from hooked_vlm.interventions.base import (
+    Hooks,
+    Intervention,
+    Positions,
+    first_meant,
+    layer_of,
+    meant,
+    position_table,
+    whole_numbers,
+)
 from hooked_vlm.token_layout import InputError
 
 
@@ -45,10 +54,11 @@ class PatchActivation(Intervention):
         if self.heads is not None and head_axis is None:
             raise InputError(f"{self.name} has no head axis: leave out heads")
         where, shape = _Where(self.name, self.positions, inputs), self.source.shape
-        if where.table is not None and (shape[0], shape[where.axis]) != inputs.shape:
+        if where.table is not None and (*shape[:1], *shape[where.axis : where.axis + 1]) != inputs.shape:
             raise InputError(
-                f"the source for {self.name} has {shape[0]} rows and {shape[where.axis]} columns, these inputs "
-                f"{len(inputs)} and {inputs.shape[1]}: both runs need the same rows and columns"
+                f"the source for {self.name} is {tuple(shape)}, with rows in the first place and columns in place "
+                f"{where.axis}, but these inputs have {len(inputs)} rows and {inputs.shape[1]} columns: both runs need "
+                "the same"
             )
 
         def patch(x: Tensor, hook: Any) -> Tensor:
@@ -202,6 +212,9 @@ class _Where:
         if per_image and len(chosen) != len(x):
             raise InputError(f"there are patches for {len(chosen)} images, but {self.name} holds {len(x)}")
         here = torch.zeros(len(x) if per_image else 1, x.shape[self.axis], dtype=torch.bool)
+        for patches in chosen if per_image else [chosen]:
+            if not whole_numbers(patches) or any(not 0 <= patch < here.shape[1] for patch in patches):
+                raise InputError(f"the patches of {self.name} are numbered 0 to {here.shape[1] - 1}, got {patches!r}")
         if self.positions is None:
             here[:] = True
         for image, patches in enumerate(chosen if per_image else [chosen]):

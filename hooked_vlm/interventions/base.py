@@ -4,6 +4,7 @@ from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -62,6 +63,7 @@ class Together(Intervention):
         return all(part.finds_positions for part in self.parts)
 
     def hooks(self, model: Any, inputs: VLMInputs) -> Hooks:
+        pairs = [pair for part in self.parts for pair in part.hooks(model, inputs)]
         again, edited = self._heads("made again"), self._heads("edited")
         if both := sorted(head for head in again if again[head] > 1 or edited[head]):
             layer, head = both[0]
@@ -69,7 +71,7 @@ class Together(Intervention):
                 f"head {layer}.{head} has its z made again from queries and keys, which would undo what another part "
                 "does to its attention: put them on different heads, or block attention (BlockAttention) in both"
             )
-        return [pair for part in self.parts for pair in part.hooks(model, inputs)]
+        return pairs
 
     def _heads(self, kind: str) -> Counter[tuple[int, int]]:
         """How many parts change the attention of a head in this way."""
@@ -78,7 +80,7 @@ class Together(Intervention):
             if isinstance(part, Together):
                 found += part._heads(kind)
             elif part.attention == kind:
-                found.update(set(getattr(part, "heads", ())))
+                found.update({tuple(head) for head in getattr(part, "heads", ())})
         return found
 
     def first_position(self, model: Any, inputs: VLMInputs) -> int:
@@ -120,7 +122,8 @@ def position_table(where: Positions, inputs: VLMInputs) -> Bool[Tensor, "batch w
     Padding is never meant.
 
     Raises:
-        InputError: an unknown group, positions outside the inputs, or a number of rows that is not theirs.
+        InputError: an unknown group, positions that are no whole numbers or lie outside the inputs, or a number of
+            rows that is not theirs.
     """
     n_rows, width = inputs.shape
     table = torch.zeros(n_rows, width + 1, dtype=torch.bool)
@@ -152,9 +155,19 @@ def position_table(where: Positions, inputs: VLMInputs) -> Bool[Tensor, "batch w
     return table
 
 
-def _per_row(where: Sequence[Any], n_rows: int) -> Sequence[Sequence[int]]:
-    if not where or isinstance(where[0], int):
+def whole_numbers(values: Any) -> bool:
+    """Whether `values` is a sequence of whole numbers; truth values are none: as an index they would be a mask."""
+    return isinstance(values, Sequence) and all(isinstance(v, Integral) and not isinstance(v, bool) for v in values)
+
+
+def _per_row(where: Any, n_rows: int) -> Sequence[Sequence[int]]:
+    if whole_numbers(where):
         return [where] * n_rows
+    if not isinstance(where, Sequence) or not all(whole_numbers(row) for row in where):
+        raise InputError(
+            "positions are None, the name of a group, a tuple of whole numbers, or such a tuple for each row, got "
+            f"{where!r}"
+        )
     if len(where) != n_rows:
         raise InputError(f"there are positions for {len(where)} rows, but the inputs have {n_rows}")
     return where

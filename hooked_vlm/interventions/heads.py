@@ -11,7 +11,15 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from hooked_vlm.inputs import VLMInputs
-from hooked_vlm.interventions.base import Hooks, Intervention, Positions, first_meant, meant, position_table
+from hooked_vlm.interventions.base import (
+    Hooks,
+    Intervention,
+    Positions,
+    first_meant,
+    meant,
+    position_table,
+    whole_numbers,
+)
 from hooked_vlm.token_layout import InputError
 
 Head = tuple[int, int]
@@ -151,9 +159,11 @@ def check_heads(model: Any, heads: Sequence[Head]) -> Sequence[Head]:
     """The same heads.
 
     Raises:
-        InputError: a layer or head out of range.
+        InputError: no pairs of whole numbers, or a layer or head out of range.
     """
     n_layers, n_heads = model.cfg.n_layers, model.cfg.n_heads
+    if not isinstance(heads, Sequence) or not all(whole_numbers(head) and len(head) == 2 for head in heads):
+        raise InputError(f"heads are pairs (layer, head), such as ((2, 1), (3, 0)), got {heads!r}")
     for layer, head in heads:
         if not (0 <= layer < n_layers and 0 <= head < n_heads):
             raise InputError(

@@ -17,7 +17,7 @@ from PIL import Image
 
 from hooked_vlm.experiments.common.errors import StudyError
 from hooked_vlm.experiments.ocr_heads.examples import Evidence, Example
-from hooked_vlm.files import OutputError
+from hooked_vlm.files import OutputError, why
 
 FORMAT = 1
 """Raised when the same settings would give other examples."""
@@ -83,7 +83,7 @@ def _write(place: Path, name: str, settings: dict[str, Any], examples: Sequence[
     except OSError as error:
         if (place / "manifest.json").exists():
             return  # another process was faster
-        raise OutputError(f"cannot write the data set {place}: {error.strerror or error}") from error
+        raise OutputError(f"cannot write the data set {place}: {why(error)}") from error
 
 
 def _record(made: Path, index: int, example: Example) -> dict[str, Any]:
@@ -105,27 +105,44 @@ def _record(made: Path, index: int, example: Example) -> dict[str, Any]:
 def _read(place: Path, name: str) -> DataSet:
     try:
         manifest = json.loads((place / "manifest.json").read_text(encoding="utf-8"))
-        changed = [file for file, digest in manifest["sha256"].items() if _hash(place / file) != digest]
+        hashes, source = manifest["sha256"], manifest["source"]
+        # no name leads out of the folder, and nothing that examples are made of goes without its hash
+        if missing := sorted({"examples.jsonl", *hashes} - {str(f.relative_to(place)) for f in place.rglob("*")}):
+            raise ValueError(f"{missing[0]} is not in the folder")
+        changed = [file for file, digest in hashes.items() if _hash(place / file) != digest]
         records = [json.loads(line) for line in (place / "examples.jsonl").read_text(encoding="utf-8").splitlines()]
-        examples = [_example(place, record) for record in records]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        examples = [_example(place, record, hashes) for record in records]
+        if "examples.jsonl" not in hashes or not isinstance(source, str):
+            raise ValueError("the manifest does not say what examples.jsonl was, or where it came from")
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise StudyError(
             f"the data set in {place} is damaged ({error}): delete the folder to build it again"
         ) from error
     if changed:
         raise StudyError(f"{place / changed[0]} was changed since it was built: delete {place} to build it again")
     digest = hashlib.sha256(json.dumps(manifest["sha256"], sort_keys=True).encode()).hexdigest()[:16]
-    return DataSet(name, examples, manifest["source"], digest)
+    return DataSet(name, examples, source, digest)
 
 
-def _example(place: Path, record: Mapping[str, Any]) -> Example:
+def _example(place: Path, record: Mapping[str, Any], hashes: Mapping[str, str]) -> Example:
+    if unknown := [image for image in record["images"] if image not in hashes]:
+        raise ValueError(f"{unknown[0]!r} is not one of its pictures")
+    numbers = [n for e in record["evidence"] for n in (e["start"], e["stop"], e["image"], *e["box"])]
+    texts = [record["question"], record["context"], *record["answers"]]
+    at = record["answer_at"]
+    if not all(isinstance(text, str) for text in texts) or not isinstance(record["answers"], list) or not texts[2:]:
+        raise TypeError("questions, contexts and answers are texts")
+    if not all(isinstance(n, int | float) for n in numbers) or any(len(e["box"]) != 4 for e in record["evidence"]):
+        raise TypeError("evidence is a span of characters and a box in a picture")
+    if at is not None and not isinstance(at, int):
+        raise TypeError("answer_at is a place in the context")
     return Example(
         record["question"],
         tuple(record["answers"]),
         tuple(place / image for image in record["images"]),
         tuple(Evidence(e["start"], e["stop"], e["image"], tuple(e["box"])) for e in record["evidence"]),
         record["context"],
-        record["answer_at"],
+        at,
     )
 
 
