@@ -20,6 +20,8 @@ def place(path: Path, save: Callable[[Path], Any]) -> None:
     Raises:
         OutputError: it cannot be written; nothing is left of it.
     """
+    if "\0" in str(path):
+        raise OutputError(f"cannot write {str(path)!r}: no name of a file holds a zero character")
     aside = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

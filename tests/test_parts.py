@@ -88,4 +88,6 @@ def test_what_fails_leaves_nothing(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(OutputError, match="cannot write"):
         writable_folder(tmp_path / "file")
+    with pytest.raises(OutputError, match="zero character"):
+        writable_folder(tmp_path / "a\0b")
     assert list(writable_folder(tmp_path / "new" / "folder").iterdir()) == []
