@@ -502,8 +502,8 @@ def unchecked(intervention: Intervention, **values: Any) -> Intervention:
         (lambda model: RedistributeSink(HEADS, 0.5, sink=7), "a row has no such token"),
         (lambda model: MeanHeads(HEADS, torch.zeros(3, 4, 8)), r"\(3, 4, 16\), got \(3, 4, 8\)"),
         (lambda model: PatchActivation("blocks.0.hook_mlp_out", torch.zeros(1), heads=(1,)), "no head axis"),
-        (lambda model: PatchActivation("blocks.0.hook_mlp_out", torch.zeros(3, 20, 64)), "same rows and columns"),
-        (lambda model: PatchActivation("blocks.0.hook_mlp_out", torch.zeros(3, 9, 64)), "same rows and columns"),
+        (lambda model: PatchActivation("blocks.0.hook_mlp_out", torch.zeros(3, 20, 64)), "both runs need the same"),
+        (lambda model: PatchActivation("blocks.0.hook_mlp_out", torch.zeros(3, 9, 64)), "both runs need the same"),
         (lambda model: PatchActivation("blocks.0.hook_mlp_out", torch.zeros(3, 13, 8)), "does not fit"),
         (
             lambda model: Together((RedistributeSink(HEADS, 0.5), ReplaceImageKV(((1, 3),)))),
