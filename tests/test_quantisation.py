@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from hooked_vlm import HookedVLM
 from hooked_vlm.converters import CheckpointError
-from hooked_vlm.experiments.common.provenance import weights_hash
+from hooked_vlm.provenance import weights_hash
 from hooked_vlm.quantisation import QUANTISED
 from hooked_vlm.token_layout import InputError
 from hooked_vlm.weight_access import is_quantised, values_of
