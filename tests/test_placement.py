@@ -60,7 +60,19 @@ Spread = tuple[Any, Any, Any]
 """The model on one device, the same spread, and what must be active while that is used."""
 
 
-@pytest.fixture(scope="module", params=[(family, layout) for family in FAMILIES for layout in LAYOUTS], ids=str)
+USUAL = {("qwen2-vl", "disk"), ("internvl2", "two devices"), ("internvl2", "disk, written anew")}
+USUAL.add(("qwen2-vl", "a device, the CPU, disk"))
+"""Every layout in one family; the other family's with --run-slow."""
+CASES = [
+    pytest.param(
+        (family, layout), marks=() if (family, layout) in USUAL else pytest.mark.slow, id=f"{family}: {layout}"
+    )
+    for family in FAMILIES
+    for layout in LAYOUTS
+]
+
+
+@pytest.fixture(scope="module", params=CASES)
 def models(request: pytest.FixtureRequest, folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Any:
     family, layout = request.param
     devices = nullcontext() if "device" not in layout else PretendDevices()
