@@ -334,6 +334,18 @@ def test_offloaded_weights_read_but_are_not_edited_moved_or_saved(folders: dict[
             refused()
 
 
+@pytest.mark.parametrize("part", ["blocks.1.attn.o_proj", "blocks.1.ln1", "vision.blocks.0"])
+@torch.no_grad()
+def test_an_edit_of_an_empty_parameter_is_an_error_at_its_next_use(folders: dict[str, Path], part: str) -> None:
+    split = {"": "cpu", "blocks.1": "disk", "vision": "disk"}
+    model: Any = HookedVLM.from_pretrained(folders["internvl2"], device_map=split)
+    inputs = model_and_inputs("internvl2", "one image")[1]
+    model(inputs)
+    next(iter(model.get_submodule(part).parameters(recurse=False)))[0] = 0
+    with pytest.raises(RuntimeError, match="edited in place while it was empty, and the edit is lost"):
+        model(inputs)
+
+
 @torch.no_grad()
 def test_a_dtype_is_made_once_or_at_every_use(folders: dict[str, Path], tmp_path: Path) -> None:
     inputs = model_and_inputs("internvl2", "padded")[1]

@@ -26,7 +26,8 @@ def four_bits() -> Any:
     """Values of 4 bits, one byte each: what there is for the CPU."""
     from torchao.quantization import IntxWeightOnlyConfig, PerGroup
 
-    return IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=PerGroup(GROUP))
+    int4: Any = vars(torch)["int4"]  # which the stubs lack
+    return IntxWeightOnlyConfig(weight_dtype=int4, granularity=PerGroup(GROUP))
 
 
 @pytest.fixture(scope="module")
@@ -191,7 +192,7 @@ def test_quantised_weights_take_a_quarter_of_the_memory(models: Any) -> None:
 def test_quantised_weights_on_an_accelerator(bits: str, tmp_path: Path) -> None:
     import tiny
 
-    wide = tiny.Qwen2VLForConditionalGeneration(tiny.tiny_config(hidden_size=256, intermediate_size=512))
+    wide: Any = tiny.Qwen2VLForConditionalGeneration(tiny.tiny_config(hidden_size=256, intermediate_size=512))
     tiny.randomise(wide)
     HookedVLM.from_hf(wide.to(torch.bfloat16)).save_pretrained(tmp_path / "model")
     plain = HookedVLM.from_pretrained(tmp_path / "model", device="cuda")
