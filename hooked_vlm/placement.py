@@ -18,6 +18,7 @@ from accelerate.utils.offload import save_offload_index
 from torch import Tensor, nn
 
 from hooked_vlm.converters import CheckpointError
+from hooked_vlm.weight_access import check_unedited
 
 ENDS = ("embed", "ln_final", "unembed")
 _WHOLE = ["Block", "PatchEmbed", "TileEmbed", "Projector"]
@@ -172,5 +173,8 @@ def attach(model: nn.Module, placement: Placement, offloaded: Mapping[str, Tenso
             device = placement.main
             execute: Any = device  # a name: with a torch.device `accelerate` would collect garbage after every weight
             attach_align_device_hook(module, execute, offload=True, weights_map=offloaded, module_name=part)
+            for own in module.modules():
+                if next(own.parameters(recurse=False), None) is not None:  # hook points have none and stay unhooked
+                    own.register_forward_pre_hook(check_unedited)
         if not hasattr(module, "_hf_hook"):
             add_hook_to_module(module, AlignDevicesHook(device))

@@ -65,11 +65,24 @@ def _closed_where_shared(result: Any, closed: dict[int, type[ClosedTensor]]) -> 
 _INPLACE_OPERATORS = {f"__i{op}__" for op in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow")}
 
 
+def check_unedited(module: nn.Module, _inputs: Any = None) -> None:
+    """Between uses an offloaded parameter is an empty tensor; only its version says that someone wrote into it.
+
+    Raises:
+        RuntimeError: an edit in place of a parameter itself, which is lost.
+    """
+    if any(p.is_meta and p._version for p in module.parameters(recurse=False)):
+        raise RuntimeError(
+            f"a parameter was edited in place while it was empty, and the edit is lost: {WeightCopy.why}"
+        )
+
+
 def values_of(module: nn.Module, name: str = "weight") -> Tensor:
     """A module's own parameter as a plain tensor: the parameter itself, or a `WeightCopy` of what is kept elsewhere
     (on the device that computes) or quantised (dequantised)."""
     value = getattr(module, name)
     if value.device.type == "meta" and has_offloaded_params(module):
+        check_unedited(module)
         with align_module_device(module):
             return getattr(module, name).detach().as_subclass(WeightCopy)
     if is_quantised(value):

@@ -5,12 +5,12 @@ those of the CPU, bit for bit, and a tensor left on the wrong device is an error
 Gradients are not followed.
 """
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_leaves
 
 FIRST, SECOND = torch.device("privateuseone:0"), torch.device("privateuseone:1")
 
@@ -52,10 +52,10 @@ class PretendDevices(TorchFunctionMode):
         wanted = kwargs.get("device")
         if wanted is not None and torch.device(wanted).type == "privateuseone":
             kwargs["device"] = "cpu"
-        given = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+        given = [*_tensors(args), *_tensors(kwargs)]
         operands = given[:1] if name in _COPIES else given
         if name in _INDEXING:  # indices may lie on the CPU
-            index = [x for x in tree_leaves(args[1]) if isinstance(x, Tensor)]
+            index = list(_tensors(args[1]))
             operands = [x for x in given if not any(x is i and self.place(i).type == "cpu" for i in index)]
         places = {self.place(x) for x in operands if x.ndim or self.place(x).type != "cpu"}
         places.discard(torch.device("meta"))
@@ -64,8 +64,8 @@ class PretendDevices(TorchFunctionMode):
         here = next(iter(places), torch.device("cpu"))
         out = func(*args, **kwargs)
         made_on = torch.device(wanted) if wanted is not None else here
-        for x in tree_leaves(out):
-            if isinstance(x, Tensor) and made_on.type == "privateuseone":
+        if made_on.type == "privateuseone":
+            for x in _tensors(out):
                 self.put(x, made_on)
         return out
 
@@ -94,3 +94,13 @@ class PretendDevices(TorchFunctionMode):
     def __enter__(self) -> "PretendDevices":
         super().__enter__()
         return self
+
+
+def _tensors(found: Any) -> Iterator[Tensor]:
+    """All tensors in what a function takes or gives."""
+    if isinstance(found, Tensor):
+        yield found
+    elif isinstance(found, dict):
+        yield from (x for value in found.values() for x in _tensors(value))
+    elif isinstance(found, list | tuple):
+        yield from (x for value in found for x in _tensors(value))

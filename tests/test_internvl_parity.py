@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from tiny import in_dtype
 from tiny_internvl import CASES, IMAGE, KINDS, STOP, for_hf, hf_batch, tiny_config, tiny_hf, tiny_model
 from torch import Tensor
 from transformers import InternVLForConditionalGeneration, Phi3ForCausalLM
@@ -226,7 +227,7 @@ def test_a_sliding_window_hides_what_lies_before_it(window: int) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 @torch.no_grad()
 def test_rounding_errors_are_no_larger_than_the_references(kind: str, dtype: torch.dtype) -> None:
-    low = deepcopy(tiny_hf(kind)).to(dtype)
+    low = in_dtype(tiny_hf(kind), dtype)
     low.set_attn_implementation("sdpa")
     exact, model = deepcopy(low).double(), HookedVLM.from_hf(low)
     ours, theirs = 0.0, 0.0
@@ -236,7 +237,7 @@ def test_rounding_errors_are_no_larger_than_the_references(kind: str, dtype: tor
         truth = exact(**for_hf(batch)).logits
         ours += float((model(model.inputs_from_hf(batch)).double() - truth).pow(2).mean().sqrt())
         theirs += float((low(**for_hf(batch)).logits.double() - truth).pow(2).mean().sqrt())
-    assert 0 < ours <= 1.1 * theirs
+    assert 0 < ours <= 1.03 * theirs
 
 
 # ---------------------------------------------------------------- tiles

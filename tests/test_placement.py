@@ -60,7 +60,19 @@ Spread = tuple[Any, Any, Any]
 """The model on one device, the same spread, and what must be active while that is used."""
 
 
-@pytest.fixture(scope="module", params=[(family, layout) for family in FAMILIES for layout in LAYOUTS], ids=str)
+USUAL = {("qwen2-vl", "disk"), ("internvl2", "two devices"), ("internvl2", "disk, written anew")}
+USUAL.add(("qwen2-vl", "a device, the CPU, disk"))
+"""Every layout in one family; the other family's with --run-slow."""
+CASES = [
+    pytest.param(
+        (family, layout), marks=() if (family, layout) in USUAL else pytest.mark.slow, id=f"{family}: {layout}"
+    )
+    for family in FAMILIES
+    for layout in LAYOUTS
+]
+
+
+@pytest.fixture(scope="module", params=CASES)
 def models(request: pytest.FixtureRequest, folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Any:
     family, layout = request.param
     devices = nullcontext() if "device" not in layout else PretendDevices()
@@ -320,6 +332,18 @@ def test_offloaded_weights_read_but_are_not_edited_moved_or_saved(folders: dict[
     for refused in (model.half, lambda: model.to("cpu"), lambda: model.set_use_compile(True), lambda: fold_ln(model)):
         with pytest.raises(InputError, match=r"spread over|cannot be rewritten: they are offloaded"):
             refused()
+
+
+@pytest.mark.parametrize("part", ["blocks.1.attn.o_proj", "blocks.1.ln1", "vision.blocks.0"])
+@torch.no_grad()
+def test_an_edit_of_an_empty_parameter_is_an_error_at_its_next_use(folders: dict[str, Path], part: str) -> None:
+    split = {"": "cpu", "blocks.1": "disk", "vision": "disk"}
+    model: Any = HookedVLM.from_pretrained(folders["internvl2"], device_map=split)
+    inputs = model_and_inputs("internvl2", "one image")[1]
+    model(inputs)
+    next(iter(model.get_submodule(part).parameters(recurse=False)))[0] = 0
+    with pytest.raises(RuntimeError, match="edited in place while it was empty, and the edit is lost"):
+        model(inputs)
 
 
 @torch.no_grad()

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import tiny_internvl
 import torch
-from tiny import CASES, hf_batch, inputs, published_positions, randomise, tiny_config, tiny_hf, tiny_model
+from tiny import CASES, hf_batch, in_dtype, inputs, published_positions, randomise, tiny_config, tiny_hf, tiny_model
 from torch import Tensor
 from transformers import InternVLForConditionalGeneration, Qwen2VLConfig, Qwen2VLForConditionalGeneration
 
@@ -25,7 +25,7 @@ EXPLICIT = [(f"blocks.{layer}.attn.hook_pattern", lambda pattern, hook: pattern)
 @lru_cache(maxsize=2)
 def rounded(dtype: torch.dtype) -> tuple[Any, Any]:
     """The reference in `dtype`, and in float64 with the same rounded weights."""
-    low = deepcopy(tiny_hf()).to(dtype)
+    low = in_dtype(tiny_hf(), dtype)
     return low, deepcopy(low).double()
 
 
@@ -51,7 +51,7 @@ def test_rounding_errors_are_no_larger_than_the_references(dtype: torch.dtype, c
         assert logits.dtype is dtype
         ours.append(difference(logits, truth))
         theirs.append(difference(low(**batch, position_ids=positions).logits, truth))
-    assert sum(ours) <= 1.1 * sum(theirs)
+    assert sum(ours) <= 1.03 * sum(theirs)
     assert sum(ours) > 0
 
 
@@ -84,21 +84,21 @@ def test_the_two_kernels_agree_in_float32(case: str) -> None:
 
 # ---------------------------------------------------------------- both families, long texts, the cache, the towers
 
-LONG = 320
-"""Tokens of the long texts, an image among them."""
+LONG, STEPS = 320, 24
+"""Tokens of the long texts, an image among them; the last so many also go one by one through a key-value cache."""
 
 
 @lru_cache(maxsize=4)
 def long_family(family: str, dtype: torch.dtype) -> tuple[Any, Any, Any]:
     """The reference in `dtype`, in float64 with the same rounded weights, and ours in `dtype`; room for long texts."""
     if family == "qwen2-vl":
-        low = Qwen2VLForConditionalGeneration._from_config(tiny_config(), attn_implementation="eager").eval()
+        hf = Qwen2VLForConditionalGeneration._from_config(tiny_config(), attn_implementation="eager").eval()
     else:
-        config = tiny_internvl.tiny_config("qwen2")
+        config: Any = tiny_internvl.tiny_config("qwen2")
         config.text_config.max_position_embeddings = 512
-        low = InternVLForConditionalGeneration._from_config(config, attn_implementation="eager").eval()
-    randomise(low)
-    low = low.to(dtype)
+        hf = InternVLForConditionalGeneration._from_config(config, attn_implementation="eager").eval()
+    randomise(hf)
+    low = in_dtype(hf, dtype)
     return low, deepcopy(low).double(), HookedVLM.from_hf(low)
 
 
@@ -119,41 +119,60 @@ def long_batch(family: str, seed: int) -> tuple[dict[str, Tensor], dict[str, Ten
 def test_over_long_texts_and_through_the_cache_errors_are_no_larger_than_the_references(
     family: str, dtype: torch.dtype
 ) -> None:
-    """Both kernels against the reference's; the last six tokens also one by one through the key-value cache."""
+    """Like against like: either kernel, the last tokens through either's own cache, the vision tower.
+
+    Both round in the same places, so what is left is chance: over these texts the ratios' standard errors are below
+    0.02. Rotary frequencies rounded on one side alone make 1.04 to 1.1, through the cache 1.06 to 1.2.
+    """
     low, exact, model = long_family(family, dtype)
-    explicit = [(name, lambda x, hook: x) for name in model.hook_dict if name.endswith("attn.hook_pattern")]
     ours: dict[str, float] = dict.fromkeys(("fused", "explicit", "cache", "vision tower"), 0.0)
     theirs = dict.fromkeys(ours, 0.0)
-    for seed in range(2):
+    for seed in range(6):
         batch, for_reference = long_batch(family, seed)
-        prompt = model.inputs_from_hf(batch)
         truth = exact(**for_reference).logits
-        fused, cache = model.run_with_cache(prompt, names_filter="hook_image_features")
-        ours["fused"] += difference(fused, truth)
-        ours["explicit"] += difference(model.run_with_hooks(prompt, fwd_hooks=explicit), truth)
-        for kernel, name in (("eager", "explicit"), ("sdpa", "fused")):
-            low.set_attn_implementation(kernel)
-            theirs[name] += difference(low(**for_reference).logits, truth)
-        features = [_image_features(reference, for_reference) for reference in (low, exact)]
-        ours["vision tower"] += difference(cache["hook_image_features"], features[1])
-        theirs["vision tower"] += difference(*features)
-        n = prompt.shape[1] - 6
-        past = model.new_kv_cache(1, prompt.shape[1])
-        model(_first_tokens(prompt, n), past_kv_cache=past)
-        steps = [model.next_logits(prompt.tokens[:, at], past) for at in range(n, n + 6)]
-        ours["cache"] += difference(torch.stack(steps, 1), truth[:, n:])
-        theirs["cache"] += difference(low(**for_reference).logits[:, n:], truth[:, n:])
-    print({name: f"{ours[name]:.3e} / {theirs[name]:.3e}" for name in ours})
-    for name, error in ours.items():
-        assert 0 < error <= 1.1 * theirs[name], (name, error, theirs[name])
+        truths = {"fused": truth, "explicit": truth, "cache": truth[:, -STEPS:]}
+        truths["vision tower"] = image_features(exact, for_reference)
+        for total, found in ((ours, our_logits(model, batch)), (theirs, their_logits(low, for_reference))):
+            for name, value in found.items():
+                total[name] += difference(value, truths[name])
+    ratios = {name: ours[name] / theirs[name] for name in ours}
+    print(f"\n{family}, {dtype}:", {name: round(ratio, 4) for name, ratio in ratios.items()})
+    assert all(0.9 < ratio <= 1.03 for ratio in ratios.values()), ratios
 
 
-def _first_tokens(prompt: Any, n: int) -> Any:
-    """The beginning of a prompt whose images it holds."""
-    return replace(prompt, tokens=prompt.tokens[:, :n], attention_mask=prompt.attention_mask[:, :n])
+def our_logits(model: Any, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    prompt = model.inputs_from_hf(batch)
+    explicit = [(name, lambda x, hook: x) for name in model.hook_dict if name.endswith("attn.hook_pattern")]
+    fused, cache = model.run_with_cache(prompt, names_filter="hook_image_features")
+    n = prompt.shape[1] - STEPS
+    past = model.new_kv_cache(1, prompt.shape[1])
+    model(replace(prompt, tokens=prompt.tokens[:, :n], attention_mask=prompt.attention_mask[:, :n]), past_kv_cache=past)
+    steps = [model.next_logits(prompt.tokens[:, at], past) for at in range(n, n + STEPS)]
+    return {
+        "fused": fused,
+        "explicit": model.run_with_hooks(prompt, fwd_hooks=explicit),
+        "cache": torch.stack(steps, 1),
+        "vision tower": cache["hook_image_features"],
+    }
 
 
-def _image_features(reference: Any, batch: dict[str, Tensor]) -> Tensor:
+def their_logits(low: Any, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    low.set_attn_implementation("eager")
+    found = {"explicit": low(**batch).logits}
+    low.set_attn_implementation("sdpa")
+    found |= {"fused": low(**batch).logits, "vision tower": image_features(low, batch)}
+    n = batch["input_ids"].shape[1] - STEPS
+    of_tokens = ("input_ids", "attention_mask", "position_ids", "mm_token_type_ids")
+    past = low(**{k: v[..., :n] if k in of_tokens else v for k, v in batch.items()}, use_cache=True).past_key_values
+    steps = []
+    for at in range(n, n + STEPS):
+        here = {k: batch[k][..., at : at + 1] for k in ("input_ids", "position_ids") if k in batch}
+        seen = batch["attention_mask"][:, : at + 1]
+        steps.append(low(**here, attention_mask=seen, past_key_values=past, use_cache=True).logits)
+    return {**found, "cache": torch.cat(steps, 1)}
+
+
+def image_features(reference: Any, batch: dict[str, Tensor]) -> Tensor:
     pixels = batch["pixel_values"].to(reference.dtype)
     if "image_grid_thw" in batch:
         return reference.model.visual(pixels, grid_thw=batch["image_grid_thw"]).pooler_output

@@ -4,6 +4,7 @@ Models and inputs are typed `Any`: tests reach into modules and optional fields.
 """
 
 import tempfile
+from copy import deepcopy
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -80,6 +81,16 @@ def tiny_hf(tied: bool = False) -> Any:
 def tiny_model(tied: bool = False) -> Any:
     """Ours, on the same storage. Shared: tests must not change its weights and must leave no hooks."""
     return HookedVLM.from_hf(tiny_hf(tied))
+
+
+def in_dtype(hf: Any, dtype: torch.dtype) -> Any:
+    """The reference in another dtype as `from_pretrained(dtype=...)` makes it: weights rounded, rotary frequencies not
+    (`hf.to(dtype)` rounds them too, which turns far positions by another angle)."""
+    low = deepcopy(hf).to(dtype)
+    for name, frequencies in hf.named_buffers():
+        of, _, own = name.rpartition(".")
+        setattr(low.get_submodule(of), own, frequencies.clone())
+    return low
 
 
 def left_padded(ids: list[list[int]], pad: int) -> dict[str, torch.Tensor]:
