@@ -56,11 +56,8 @@ def test_a_folder_is_described_without_its_weights(tmp_path: Path) -> None:
     assert toy.image_tokens == model_row("toy-qwen2-vl", ModelsConfig()).image_tokens == 234
 
 
-def test_the_table_and_its_json_name_the_same(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
-    call(monkeypatch, "models", "--tokens", "2000", "--full-cache")
-    table = capsys.readouterr().out
-    call(monkeypatch, "models", "--tokens", "2000", "--full-cache", "--json")
-    rows = json.loads(capsys.readouterr().out)
+def test_the_table_and_its_data_name_the_same() -> None:
+    table, rows = answer(ModelsConfig(tokens=2000, full_cache=True))
     names = [row["name"] for row in rows]
     assert names == ["toy-internvl2", "toy-qwen2-vl", *KNOWN_MODELS]
     assert [line.split()[0] for line in table.splitlines()[1 : 1 + len(names)]] == names
@@ -68,6 +65,14 @@ def test_the_table_and_its_json_name_the_same(monkeypatch: pytest.MonkeyPatch, c
     gpus = [largest["gpus"][str(size)] for size in GPU_SIZES]
     line = next(line for line in table.splitlines() if "72B" in line)
     assert line.split()[-4:] == [str(n) for n in gpus] and gpus == sorted(gpus, reverse=True)
+
+
+def test_one_model_as_text_and_as_json(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    call(monkeypatch, "models", "toy-qwen2-vl")
+    assert "4 layers, 4 heads, 2 key-value heads" in capsys.readouterr().out
+    call(monkeypatch, "models", "toy-qwen2-vl", "--json")
+    (row,) = json.loads(capsys.readouterr().out)
+    assert row["name"] == "toy-qwen2-vl" and row["weights_float32"] == 4 * row["n_params"]
 
 
 @pytest.mark.parametrize(
