@@ -225,7 +225,8 @@ class VLMCache(DerivingCache):
 
     def _ensure_head_results(self) -> bool:
         # the parent multiplies by weights where they lie, which in a spread model may be another device than here
-        for layer, block in enumerate(self.model.blocks if self.model.device_map else ()):
+        spread = getattr(self.model, "device_map", None)
+        for layer, block in enumerate(self.model.blocks if spread else ()):
             result, z = f"blocks.{layer}.attn.hook_result", f"blocks.{layer}.attn.hook_z"
             if result not in self.cache_dict and z in self.cache_dict:
                 W_O = block.attn.W_O.to(self.cache_dict[z].device)

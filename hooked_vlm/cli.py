@@ -153,7 +153,10 @@ def _parse(arguments: list[str] | None = None) -> None:
 def main() -> None:
     """Entry point of `hooked-vlm`."""
     try:
-        _parse()
+        try:
+            _parse()
+        finally:
+            sys.stdout.flush()  # here, where a reader who has gone is no error
     except EXPECTED as error:
         sys.exit(f"hooked-vlm: {error}")
     except KeyboardInterrupt:

@@ -96,7 +96,9 @@ def test_estimates_approach_real_patches_as_the_change_becomes_small() -> None:
     model = copy.deepcopy(model).double()
     wrong = []
     for size in (1.0, 1e-1, 1e-2):
-        pixels = pair.clean.pixel_values + size * (pair.corrupt.pixel_values - pair.clean.pixel_values)
+        clean, corrupt = pair.clean.pixel_values, pair.corrupt.pixel_values
+        assert clean is not None and corrupt is not None
+        pixels = clean + size * (corrupt - clean)
         near = Pair(pair.clean, replace(pair.clean, pixel_values=pixels))
         found = attribute(model, near, "resid_pre", METRIC, where=("image", 3), tower="vision", check=0)
         real = patch(model, near, "resid_pre", METRIC, where=("image", 3), tower="vision")
