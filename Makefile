@@ -1,6 +1,6 @@
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-slow test-all lint format bench docs docs-hooks setup clean
+.PHONY: help demo test test-slow test-all test-oldest lint format bench docs docs-hooks setup clean
 
 PYTHON ?= python3
 JOBS ?= auto
@@ -13,6 +13,7 @@ help:
 	@echo "make demo        which heads of the bundled toy model read text: table, heatmap, masking control"
 	@echo "make test        the tests (minutes, no download, no GPU)"
 	@echo "make test-all    the same, then the slow ones (make test-slow)"
+	@echo "make test-oldest the tests with the oldest dependencies that pyproject.toml allows"
 	@echo "make lint        ruff and pyright"
 	@echo "make format      let ruff rewrite what it can"
 	@echo "make bench       timings and memory, side by side with transformers (half an hour)"
@@ -32,6 +33,14 @@ test-slow: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -m slow --run-slow
 
 test-all: test test-slow
+
+# Shapes are not executed: the oldest jaxtyping cannot share a process with the tests' own imports.
+test-oldest:
+	$(PYTHON) -m venv out/oldest
+	out/oldest/bin/python -m pip install --quiet --constraint constraints-oldest.txt --editable . \
+	  pytest pytest-xdist hypothesis beartype
+	out/oldest/bin/python -m pytest --numprocesses $(JOBS) --override-ini addopts='-ra --import-mode=importlib' \
+	  tests/converters tests/experiments tests/patching tests/test_[a-p]*.py tests/viewer/test_view.py
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check
