@@ -50,8 +50,9 @@ class OnRay(Workers):
         attempts: how often a unit is begun whose worker dies.
 
     Raises:
-        WorkerError: fewer than one worker; and from `tables`: Ray is not installed, the cluster is not there or too
-            small, replicas are not the same model, workers keep dying. Errors of the work itself arrive as they are.
+        WorkerError: fewer than one worker, or a model that is spread or quantised; and from `tables`: Ray is not
+            installed, the cluster is not there or too small, replicas are not the same model, workers keep dying.
+            Errors of the work itself arrive as they are.
     """
 
     def __init__(
@@ -66,6 +67,9 @@ class OnRay(Workers):
         super().__init__()
         if n is not None and n < 1:
             raise WorkerError(f"the number of workers must be at least 1, got {n}")
+        if getattr(model, "device_map", None) or model.cfg.quantize is not None:
+            what = "quantised" if model.cfg.quantize is not None else "spread over devices (--device auto)"
+            raise WorkerError(f"workers hold whole replicas in the model's own dtype, and this model is {what}")
         self.model, self.address, self.attempts = model, address, attempts
         self._asked, self._asked_device = n, device
         self.n_lost = 0

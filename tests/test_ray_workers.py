@@ -110,10 +110,17 @@ def test_an_example_that_is_sent_carries_its_pictures(tmp_path: Path) -> None:
     assert np.asarray(picture).ravel().tolist() == list(range(48)) and example.images == (tmp_path / "page.png",)
 
 
-def test_nobody_is_asked_for_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nobody_is_asked_for_nothing(model: HookedVLM, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("hooked_vlm.ray_workers.connect", lambda address: pytest.fail("connected"))
-    with OnRay(None) as workers:
+    with OnRay(model) as workers:
         assert workers.tables([], "nothing", quiet=True) == []
+
+
+def test_a_spread_or_quantised_model_has_no_replicas() -> None:
+    with pytest.raises(WorkerError, match=r"this model is spread over devices \(--device auto\)"):
+        OnRay(HookedVLM.from_pretrained("toy-qwen2-vl", device_map={"": "cpu"}))
+    with pytest.raises(WorkerError, match="this model is quantised"):
+        OnRay(HookedVLM.from_pretrained("toy-qwen2-vl", device="cpu", quantize="int8"))
 
 
 def test_a_model_that_workers_do_not_load_as_it_is_is_refused(
