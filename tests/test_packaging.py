@@ -130,6 +130,7 @@ def test_a_wheel_built_in_the_checkout_is_the_same(wheel: Path, tmp_path: Path) 
     assert sorted(zipfile.ZipFile(tmp_path / wheel.name).namelist()) == sorted(zipfile.ZipFile(wheel).namelist())
 
 
+@pytest.mark.slow
 def test_every_module_imports_beside_the_users_own_packages(installed: Path, users_folder: Path) -> None:
     lines = command(installed, "import_all.py", cwd=users_folder).splitlines()
     imported = dict(line.split(" ", 1) for line in lines)
@@ -143,10 +144,12 @@ def test_every_module_imports_beside_the_users_own_packages(installed: Path, use
     assert not outside
 
 
+@pytest.mark.slow
 def test_the_command_is_installed(installed: Path, users_folder: Path) -> None:
     assert "ocr-heads" in command(installed.parent / "hooked-vlm", "--help", cwd=users_folder)
 
 
+@pytest.mark.slow
 def test_an_editable_install_follows_the_checkout(tmp_path: Path, users_folder: Path) -> None:
     sources = copied_sources(tmp_path / "sources")
     python = fresh_environment(tmp_path / "venv")

@@ -3,6 +3,7 @@
 import re
 from pathlib import Path
 
+import pytest
 import torch
 from transformer_lens.tools.analysis import interchange
 
@@ -23,6 +24,7 @@ from hooked_vlm.tool_table import (
 PAGE = Path(__file__).parents[1] / "docs" / "transformerlens.md"
 
 
+@pytest.mark.slow
 def test_the_page_is_generated() -> None:
     assert PAGE.read_text(encoding="utf-8") == page()
 

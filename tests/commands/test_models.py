@@ -21,6 +21,7 @@ def call(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> None:
     cli.main()
 
 
+@pytest.mark.slow
 def test_the_docs_page_is_what_the_command_makes() -> None:
     assert PAGE.read_text(encoding="utf-8") == page(), "run: python -m hooked_vlm.commands.checkpoint_page"
 

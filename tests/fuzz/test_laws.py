@@ -22,6 +22,7 @@ def prepared() -> None:
     prepare()
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # libraries warn of what they are given; errors are what matters
 @pytest.mark.parametrize("name", TARGETS)
 def test_a_few_cases_of_every_kind(name: str) -> None:
