@@ -7,13 +7,12 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
+from pages import BLOCK, ROOT, run_page
 
 from hooked_vlm import cli
 
-ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
 PAGES = sorted(DOCS.rglob("*.md"))
-BLOCK = re.compile(r"```python\n(.*?)```", flags=re.DOTALL)
 RUN_ELSEWHERE = {
     "hooks.md",  # its example goes by names that a reader has; tests/test_hooks.py runs every row of the table
     *(
@@ -34,9 +33,7 @@ def name_of(page: Path) -> str:
 )
 def test_the_code_of_a_page_runs(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    names: dict = {"__name__": "docs"}
-    for block in BLOCK.findall(page.read_text("utf-8")):
-        exec(compile(block, page.name, "exec"), names)
+    run_page(page.relative_to(ROOT).as_posix())
 
 
 def commands() -> list[str]:
