@@ -15,12 +15,8 @@ DOCS = ROOT / "docs"
 PAGES = sorted(DOCS.rglob("*.md"))
 RUN_ELSEWHERE = {
     "hooks.md",  # its example goes by names that a reader has; tests/test_hooks.py runs every row of the table
-    *(
-        "head-attribution.md",
-        "patching.md",
-        "sweeps.md",
-        "viewer.md",
-    ),  # tests/test_readme.py, which looks at results, too
+    # tests/test_readme.py, which looks at results, too
+    *("activations.md", "head-attribution.md", "patching.md", "sweeps.md", "viewer.md"),
 }
 
 
