@@ -49,7 +49,7 @@ def main() -> None:
             predicted.append(ours.unembed(x[:, n - 1 : -1]).argmax(-1))
 
         positions = torch.arange(n - 1, n + NEW - 1)[None]
-        checked: Any = [("ln_final.hook_normalized", predict)]
+        checked: Any = [("ln_final.hook_out", predict)]
         continued = inputs.append(answer)
         looks = attention_rows(ours, continued, positions, reduce=lambda rows: rows.argmax(-1), fwd_hooks=checked)
         assert predicted[0].equal(answer)

@@ -10,8 +10,8 @@ from torch import Tensor
 from transformer_lens import ActivationCache
 from transformer_lens.utilities import Slice, SliceInput, get_act_name
 
-from hooked_vlm.attention import attention_pattern, attention_scores
-from hooked_vlm.hooks import is_vision, nearest_names
+from hooked_vlm.attention import attention_pattern, masked_scores
+from hooked_vlm.hooks import canonical, is_vision, nearest_names
 from hooked_vlm.inputs import VLMInputs
 from hooked_vlm.masks import AttentionMask
 from hooked_vlm.token_layout import InputError
@@ -35,13 +35,16 @@ class DerivingCache(ActivationCache):
         attention_mask: AttentionMask | None,
         why_not: str = "",
         rotary: bool = True,
+        within: str = "",
     ) -> None:
+        """`within` is what the names of these activations begin with in the model."""
         super().__init__(cache_dict, model, has_batch_dim)
+        self._within = within
         self._n_layers = n_layers
         self._mask = attention_mask
         self._why_not = why_not
         """Why patterns cannot be derived in this cache; empty if they can."""
-        self._attended = ("hook_rot_q", "hook_rot_k") if rotary else ("hook_q", "hook_k")
+        self._rotary = rotary
 
     def __getitem__(self, key: Any) -> Tensor:
         name = self._full_name(key)
@@ -56,15 +59,18 @@ class DerivingCache(ActivationCache):
 
     def _full_name(self, key: Any) -> str:
         if isinstance(key, str):
-            return key if key in self.cache_dict else get_act_name(key)
+            return key if key in self.cache_dict else self._own_name(get_act_name(key))
         if len(key) > 1 and isinstance(key[1], int) and key[1] < 0:
             key = (key[0], self._n_layers + key[1], *key[2:])
-        return get_act_name(*key)
+        return self._own_name(get_act_name(*key))
+
+    def _own_name(self, name: str) -> str:
+        return canonical(name, self.model.hook_dict)
 
     def _derive(self, name: str, query: int | None = None) -> Tensor:
         """The scores or pattern of a layer from its queries and keys, of all queries or of one."""
         prefix = name.rsplit(".", 1)[0]
-        needed = [f"{prefix}.{suffix}" for suffix in self._attended]
+        needed = [self._compared(prefix, side) for side in "qk"]
         why_not = self._why_not
         if any(n not in self.cache_dict for n in needed) or self._mask is None:
             why_not = why_not or f"{needed[0]} and {needed[1]} are not in this cache"
@@ -80,13 +86,18 @@ class DerivingCache(ActivationCache):
         if query is not None:
             q, queries = q[:, [query]], queries[[query]]
             valid = None if valid is None else valid[:, [query]]
-        scores = attention_scores(q, k).masked_fill(~mask.visible(queries[None], k.shape[1]), -torch.inf)
+        scores = masked_scores(q, k, mask, queries[None])
         if name.endswith("hook_attn_scores"):
             return scores if self.has_batch_dim else scores[0]
-        pattern = attention_pattern(scores)
-        if valid is not None:
-            pattern = pattern.masked_fill(~valid[:, None, :, None], 0.0)
+        pattern = attention_pattern(scores, valid)
         return pattern if self.has_batch_dim else pattern[0]
+
+    def _compared(self, prefix: str, side: str) -> str:
+        """The hook point of the queries or keys that scores are made of: rotated, or normed, where they are."""
+        if self._rotary:
+            return f"{prefix}.hook_rot_{side}"
+        normed = f"{prefix}.hook_{side}_normed"
+        return normed if f"{self._within}{normed}" in self.model.hook_dict else f"{prefix}.hook_{side}"
 
     def to(self, device: str | torch.device) -> Any:
         super().to(device)
@@ -124,7 +135,7 @@ class VLMCache(DerivingCache):
         tower = model.cfg.vision
         n_layers, rotary = (0, True) if tower is None else (tower.n_layers, tower.rope_theta is not None)
         stripped = {name.removeprefix("vision."): value for name, value in vision.items()}
-        self.vision = DerivingCache(stripped, model, True, n_layers, vision_mask, rotary=rotary)
+        self.vision = DerivingCache(stripped, model, True, n_layers, vision_mask, rotary=rotary, within="vision.")
         """The image side: [image, patch, ...], images padded at the end to the longest."""
 
     def __getitem__(self, key: Any) -> Tensor:
@@ -224,13 +235,11 @@ class VLMCache(DerivingCache):
         return out * self._norm_weight(layer, mlp_input)
 
     def _ensure_head_results(self) -> bool:
-        # the parent multiplies by weights where they lie, which in a spread model may be another device than here
-        spread = getattr(self.model, "device_map", None)
-        for layer, block in enumerate(self.model.blocks if spread else ()):
+        # the parent multiplies by W_O where it lies, which need not be here, and may be no plain matrix
+        for layer, block in enumerate(self.model.blocks):
             result, z = f"blocks.{layer}.attn.hook_result", f"blocks.{layer}.attn.hook_z"
             if result not in self.cache_dict and z in self.cache_dict:
-                W_O = block.attn.W_O.to(self.cache_dict[z].device)
-                self.cache_dict[result] = torch.einsum("...hd,hdm->...hm", self.cache_dict[z], W_O)
+                self.cache_dict[result] = block.attn.head_results(self.cache_dict[z])
         return super()._ensure_head_results()
 
     def _stack_neuron_results_apply_ln_projected(

@@ -1,7 +1,8 @@
-"""The hooks that record activations for `run_with_cache`."""
+"""What `run_with_cache` stores of a pass."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -9,6 +10,7 @@ from torch import Tensor
 from transformer_lens.utilities import Slice
 
 from hooked_vlm.attention import AttentionCall, attention_pattern
+from hooked_vlm.forward_pass import Recorder
 from hooked_vlm.hooks import QUADRATIC, HookPoint, is_hooked, is_quadratic, is_vision
 
 Hooks = list[tuple[str, Callable]]
@@ -23,50 +25,61 @@ def runs_explicitly(hook_dict: Mapping[str, HookPoint], name: str) -> bool:
     return any(is_hooked(hook_dict[f"{layer}.{suffix}"]) for suffix in QUADRATIC)
 
 
-def default_filter(hook_dict: Mapping[str, HookPoint]) -> Callable[[str], bool]:
-    """Every hook point but the [pos, pos] ones of layers that run the fused kernel."""
-    return lambda name: not is_quadratic(name) or runs_explicitly(hook_dict, name)
+class Caching:
+    """A store of activations by hook name, and what fills it.
 
-
-def caching_hooks(
-    names: Sequence[str],
-    positions: Slice,
-    device: torch.device | str | None,
-    remove_batch_dim: bool,
-    incl_bwd: bool,
-    explicit: Callable[[str], bool],
-) -> tuple[dict[str, Tensor], Hooks, Hooks]:
-    """An empty store, and the forward and backward hooks that fill it under the hook points' names.
-
-    Of scores and patterns cut to some positions, only those rows are ever made, unless something else
-    (`explicit`, asked by name) has the layer make all of them.
+    Args:
+        positions: which positions of the text side are kept.
+        explicit: whether a layer makes all of its scores and patterns anyway, asked by the name of such a point.
+        incl_bwd: whether gradients are stored, too.
     """
-    store: dict[str, Tensor] = {}
 
-    def keep(name: str, tensor: Tensor) -> None:
-        if remove_batch_dim and not is_vision(name):
-            tensor = tensor[0]
-        store[name] = tensor.to(device) if device is not None else tensor
+    def __init__(
+        self,
+        positions: Slice,
+        device: torch.device | str | None,
+        remove_batch_dim: bool,
+        explicit: Callable[[str], bool],
+        incl_bwd: bool = False,
+    ) -> None:
+        self.store: dict[str, Tensor] = {}
+        self.positions, self.device, self.remove_batch_dim = positions, device, remove_batch_dim
+        self.explicit, self.incl_bwd = explicit, incl_bwd
 
-    def save(tensor: Tensor, hook: HookPoint, suffix: str) -> None:
-        name = str(hook.name)
-        kept = tensor.detach()
-        if not is_vision(name) and positions.mode != "identity":
+    def recorder(self, names: Sequence[str] | None) -> tuple[Recorder, Hooks]:
+        """What records `names` (None: all that fire), and hooks for scores and patterns of which only some rows are
+        made: those cut to some positions, unless something else has the layer make all of them."""
+        if names is None:
+            return Recorder(self.keep), []
+        rows = {name for name in names if self._by_rows(name)}
+        hooks = [(f"{name.rsplit('.', 1)[0]}.hook_z", partial(self._save_rows, name=name)) for name in sorted(rows)]
+        return Recorder(self.keep, frozenset(names) - rows), hooks
+
+    def gradient_hooks(self, names: Iterable[str]) -> Hooks:
+        return [(name, partial(self.save, suffix="_grad")) for name in names] if self.incl_bwd else []
+
+    def keep(self, name: str, tensor: Tensor, suffix: str = "") -> None:
+        """Store what passed the hook point `name`."""
+        text = not is_vision(name)
+        if text and self.positions.mode != "identity":
             # a copy: a view would keep the whole tensor in memory
-            kept = positions.apply(kept, dim=position_axis(name)).clone()
-        keep(name + suffix, kept)
+            tensor = self.positions.apply(tensor, dim=position_axis(name)).clone()
+        if text and self.remove_batch_dim:
+            tensor = tensor[0]
+        self.store[name + suffix] = tensor if self.device is None else tensor.to(self.device)
 
-    def save_rows(z: Tensor, hook: HookPoint, name: str) -> None:
-        keep(name, _rows(hook.ctx["attention"], positions, name).detach())
+    def save(self, tensor: Tensor, hook: HookPoint, suffix: str = "") -> None:
+        """`keep` as a hook."""
+        self.keep(str(hook.name), tensor.detach(), suffix)
 
-    fwd: Hooks = []
-    for name in names:
-        if is_quadratic(name) and positions.mode != "identity" and not (incl_bwd or is_vision(name) or explicit(name)):
-            fwd.append((f"{name.rsplit('.', 1)[0]}.hook_z", partial(save_rows, name=name)))
-        else:
-            fwd.append((name, partial(save, suffix="")))
-    bwd: Hooks = [(name, partial(save, suffix="_grad")) for name in names] if incl_bwd else []
-    return store, fwd, bwd
+    def _by_rows(self, name: str) -> bool:
+        cut = is_quadratic(name) and not is_vision(name) and self.positions.mode != "identity"
+        return cut and not self.incl_bwd and not self.explicit(name)
+
+    def _save_rows(self, z: Tensor, hook: Any, name: str) -> None:
+        rows = _rows(hook.ctx["attention"], self.positions, name).detach()
+        rows = rows[0] if self.remove_batch_dim else rows
+        self.store[name] = rows if self.device is None else rows.to(self.device)
 
 
 def _rows(call: AttentionCall, positions: Slice, name: str) -> Float[Tensor, "batch head *row key"]:
@@ -75,10 +88,8 @@ def _rows(call: AttentionCall, positions: Slice, name: str) -> Float[Tensor, "ba
     index = positions.apply(torch.arange(n, device=call.q.device), dim=0)
     rows = call.scores(index.reshape(1, -1))
     if name.endswith("hook_pattern"):
-        rows = attention_pattern(rows)
         valid = call.mask.query_valid(n)
-        if valid is not None:
-            rows = rows.masked_fill(~valid[:, index.reshape(-1)][:, None, :, None], 0.0)
+        rows = attention_pattern(rows, None if valid is None else valid[:, index.reshape(-1)])
     return rows if index.ndim else rows[:, :, 0]
 
 

@@ -15,9 +15,6 @@ from torch import Tensor, nn
 from hooked_vlm.hooks import HookPoint
 from hooked_vlm.weight_access import absent_bias, values_of
 
-HookFn = Callable[[HookPoint, Tensor], Tensor]
-"""How a tensor passes a hook point: directly in the text side, padded per image in the vision side."""
-
 
 def quick_gelu(x: Tensor) -> Tensor:
     """x * sigmoid(1.702 x), the activation of CLIP-like vision towers."""
@@ -52,8 +49,8 @@ class WithViews(nn.Module):
 class Norm(WithViews):
     """RMSNorm, or LayerNorm when `centered`; statistics in float32 as in the reference.
 
-    `hook_scale` is the denominator, sqrt(variance + eps), [..., 1]; `hook_normalized` is what the
-    next layer reads, weight (and bias) applied.
+    `hook_scale` is the denominator, sqrt(variance + eps), [..., 1]; `hook_normalized` what weight and bias are applied
+    to, in the dtype in which the reference multiplies; `hook_out` what the next layer reads.
     """
 
     def __init__(self, d_model: int, eps: float, centered: bool) -> None:
@@ -64,6 +61,7 @@ class Norm(WithViews):
         self.bias = nn.Parameter(torch.empty(d_model)) if centered else None
         self.hook_scale = HookPoint()  # [batch, pos, 1]
         self.hook_normalized = HookPoint()  # [batch, pos, d_model]
+        self.hook_out = HookPoint()  # [batch, pos, d_model]
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -76,18 +74,16 @@ class Norm(WithViews):
         """The weight, [d_model] (TransformerLens' name)."""
         return values_of(self)
 
-    def forward(
-        self, x: Float[Tensor, "*dims d_model"], hook: HookFn = HookPoint.__call__
-    ) -> Float[Tensor, "*dims d_model"]:
+    def forward(self, x: Float[Tensor, "*dims d_model"]) -> Float[Tensor, "*dims d_model"]:
         full = x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
         if self.centered:
             full = full - full.mean(-1, keepdim=True)
-        scale = hook(self.hook_scale, (full.pow(2).mean(-1, keepdim=True) + self.eps).sqrt())
+        scale = self.hook_scale((full.pow(2).mean(-1, keepdim=True) + self.eps).sqrt())  # [batch, pos, 1]
         if self.bias is None:  # the reference rounds before the weight in RMSNorm, after it in LayerNorm
-            normalized = (full / scale).to(x.dtype) * self.weight
-        else:
-            normalized = (full / scale * self.weight + self.bias).to(x.dtype)
-        return hook(self.hook_normalized, normalized)
+            normalized = self.hook_normalized((full / scale).to(x.dtype))  # [batch, pos, d_model]
+            return self.hook_out(normalized * self.weight)  # [batch, pos, d_model]
+        normalized = self.hook_normalized(full / scale)  # [batch, pos, d_model]
+        return self.hook_out((normalized * self.weight + self.bias).to(x.dtype))  # [batch, pos, d_model]
 
 
 class AllHeadsNorm(nn.Module):
@@ -118,15 +114,13 @@ class MLP(WithViews):
             self.hook_pre_linear = HookPoint()  # [batch, pos, d_mlp]
         self.hook_post = HookPoint()  # [batch, pos, d_mlp]
 
-    def forward(
-        self, x: Float[Tensor, "*dims d_model"], hook: HookFn = HookPoint.__call__
-    ) -> Float[Tensor, "*dims d_model"]:
+    def forward(self, x: Float[Tensor, "*dims d_model"]) -> Float[Tensor, "*dims d_model"]:
         if self.gate_proj is None:
-            post = self.act(hook(self.hook_pre, self.in_proj(x)))
+            post = self.act(self.hook_pre(self.in_proj(x)))  # [batch, pos, d_mlp]
         else:
-            pre = hook(self.hook_pre, self.gate_proj(x))
-            post = self.act(pre) * hook(self.hook_pre_linear, self.in_proj(x))
-        return self.out_proj(hook(self.hook_post, post))
+            pre = self.hook_pre(self.gate_proj(x))  # [batch, pos, d_mlp]
+            post = self.act(pre) * self.hook_pre_linear(self.in_proj(x))  # [batch, pos, d_mlp]
+        return self.out_proj(self.hook_post(post))
 
     @weight_view
     def W_in(self) -> Float[Tensor, "d_model d_mlp"]:

@@ -1,13 +1,17 @@
 """One transformer block, pre-norm, as both the text decoder and the vision tower stack it."""
 
+from collections.abc import Iterable
+from itertools import islice
+
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from hooked_vlm.attention import Attention, AttentionRun
+from hooked_vlm.attention import Attention
 from hooked_vlm.components import MLP, Norm
 from hooked_vlm.config import VisionConfig, VLMConfig
-from hooked_vlm.hooks import HookPoint, fresh
+from hooked_vlm.forward_pass import ForwardPass
+from hooked_vlm.hooks import HookPoint, current_pass
 
 
 class Block(nn.Module):
@@ -25,9 +29,9 @@ class Block(nn.Module):
             self.scale_attn = nn.Parameter(torch.empty(layer_scale))
             self.scale_mlp = nn.Parameter(torch.empty(layer_scale))
             self.reset_parameters()
-        self.hook_resid_pre = HookPoint()  # [batch, pos, d_model]
+        self.hook_resid_pre = HookPoint(shared=True)  # [batch, pos, d_model]; the resid_post of the block before
         if attn.split_inputs:
-            self.hook_mlp_in = HookPoint()  # [batch, pos, d_model], with use_hook_mlp_in
+            self.hook_mlp_in = HookPoint(shared=True)  # [batch, pos, d_model], with use_hook_mlp_in
         self.hook_attn_out = HookPoint()  # [batch, pos, d_model]
         self.hook_resid_mid = HookPoint()  # [batch, pos, d_model]
         self.hook_mlp_out = HookPoint()  # [batch, pos, d_model]
@@ -37,47 +41,52 @@ class Block(nn.Module):
         for scale in (self.scale_attn, self.scale_mlp) if self.layer_scale else ():
             nn.init.ones_(scale)
 
-    def forward(
-        self,
-        resid: Float[Tensor, "*dims d_model"],
-        run: AttentionRun,
-        layer: int,
-        split_qkv_input: bool = False,
-        own_mlp_input: bool = False,
-        n_out: int | None = None,
-    ) -> Float[Tensor, "*out d_model"]:
-        """The stream behind the block, of the last `n_out` positions if that is all that is wanted: queries and
-        all that follows them are then made for these alone."""
-        # the previous block's resid_post is this very tensor
-        resid_pre = run.hook(self.hook_resid_pre, fresh(self.hook_resid_pre, resid))
-        if split_qkv_input:
-            inputs = self._split_inputs(resid_pre, run.hook)
-        else:
-            normalized = self.ln1(resid_pre, run.hook)
-            inputs = (normalized, normalized, normalized)
-        asking = run
-        if n_out is not None:
-            asking, resid_pre = run.last(n_out), resid_pre[:, -n_out:]
-            inputs = (inputs[0][:, -n_out:], *inputs[1:])
-        hook = asking.hook
-        attn_out = self.attn(inputs, run, asking, layer)
-        attn_out = hook(self.hook_attn_out, attn_out * self.scale_attn if self.layer_scale else attn_out)
-        resid_mid = hook(self.hook_resid_mid, resid_pre + attn_out)
-        mlp_in = hook(self.hook_mlp_in, fresh(self.hook_mlp_in, resid_mid)) if own_mlp_input else resid_mid
-        mlp_out = self.mlp(self.ln2(mlp_in, hook), hook)
-        mlp_out = hook(self.hook_mlp_out, mlp_out * self.scale_mlp if self.layer_scale else mlp_out)
-        return hook(self.hook_resid_post, resid_mid + mlp_out)
+    def forward(self, resid: Float[Tensor, "*dims d_model"]) -> Float[Tensor, "*out d_model"]:
+        """The stream behind the block: of all positions, or of those whose queries the pass wants (`n_out`)."""
+        here = current_pass()
+        resid_pre = self.hook_resid_pre(resid)  # [batch, pos, d_model]
+        attn_out = self.attn(*self._attention_inputs(resid_pre, here))
+        if self.layer_scale:
+            attn_out = attn_out * self.scale_attn
+        attn_out = self.hook_attn_out(attn_out)  # [batch, pos, d_model]
+        resid_mid = self.hook_resid_mid(here.wanted(resid_pre) + attn_out)  # [batch, pos, d_model]
+        use_mlp_in = here.cfg.use_hook_mlp_in and self.attn.split_inputs
+        mlp_in = self.hook_mlp_in(resid_mid) if use_mlp_in else resid_mid  # [batch, pos, d_model]
+        mlp_out = self.mlp(self.ln2(mlp_in))
+        if self.layer_scale:
+            mlp_out = mlp_out * self.scale_mlp
+        mlp_out = self.hook_mlp_out(mlp_out)  # [batch, pos, d_model]
+        return self.hook_resid_post(resid_mid + mlp_out)  # [batch, pos, d_model]
 
-    def _split_inputs(self, resid_pre: Tensor, hook) -> tuple[Tensor, Tensor, Tensor]:
-        """A residual stream for every head to read, each normalised on its own (ln1's hooks fire thrice)."""
-        attn = self.attn
-        points = (attn.hook_q_input, attn.hook_k_input, attn.hook_v_input)
-        heads = (attn.n_heads, attn.n_key_value_heads, attn.n_key_value_heads)
-        q, k, v = (
-            self.ln1(hook(point, resid_pre.unsqueeze(-2).repeat_interleave(n, dim=-2)), hook)
-            for point, n in zip(points, heads, strict=True)
-        )
-        return q, k, v
+    def _attention_inputs(self, resid_pre: Tensor, here: ForwardPass) -> tuple[Tensor, ...]:
+        """What queries, keys and values read: the normalised stream, one for all; or, with a switch on, a copy of the
+        stream for every head, each normalised on its own."""
+        attn, cfg = self.attn, here.cfg
+        if not (attn.split_inputs and (cfg.use_split_qkv_input or cfg.use_attn_in)):
+            normalized = self.ln1(resid_pre)  # [batch, pos, d_model]
+            return (normalized,) if here.n_out is None else (here.wanted(normalized), normalized, normalized)
+        n_heads, n_kv_heads = attn.n_heads, attn.n_key_value_heads
+        if cfg.use_attn_in:  # keys and values read the inputs of the first heads, as in TransformerLens
+            q_input = self.ln1(attn.hook_attn_in(_per_head(resid_pre, n_heads)))  # [batch, pos, head, d_model]
+            k_input = v_input = q_input[..., :n_kv_heads, :]
+        else:
+            q_input = self.ln1(attn.hook_q_input(_per_head(resid_pre, n_heads)))  # [batch, pos, head, d_model]
+            k_input = self.ln1(attn.hook_k_input(_per_head(resid_pre, n_kv_heads)))  # [batch, pos, kv_head, d_model]
+            v_input = self.ln1(attn.hook_v_input(_per_head(resid_pre, n_kv_heads)))  # [batch, pos, kv_head, d_model]
+        return here.wanted(q_input), k_input, v_input
+
+
+def _per_head(stream: Float[Tensor, "batch pos d_model"], n: int) -> Float[Tensor, "batch pos head d_model"]:
+    return stream.unsqueeze(-2).repeat_interleave(n, dim=-2)
+
+
+def run_blocks(
+    blocks: Iterable[nn.Module], stream: Float[Tensor, "*dims d_model"], first: int = 0, stop: int | None = None
+) -> Float[Tensor, "*out d_model"]:
+    """The stream through the blocks `first` to `stop` - 1, all of them by default, in the current pass."""
+    for block in islice(blocks, first, stop):
+        stream = block(stream)
+    return stream
 
 
 def text_blocks(cfg: VLMConfig) -> nn.ModuleList:
@@ -86,6 +95,7 @@ def text_blocks(cfg: VLMConfig) -> nn.ModuleList:
         Block(
             Norm(cfg.d_model, cfg.eps, centered=False),
             Attention(
+                layer,
                 cfg.d_model,
                 cfg.n_heads,
                 cfg.n_key_value_heads,
@@ -97,7 +107,7 @@ def text_blocks(cfg: VLMConfig) -> nn.ModuleList:
             Norm(cfg.d_model, cfg.eps, centered=False),
             MLP(cfg.d_model, cfg.d_mlp, cfg.act_fn, gated=cfg.gated_mlp, bias=False),
         )
-        for _ in range(cfg.n_layers)
+        for layer in range(cfg.n_layers)
     )
 
 
@@ -108,6 +118,7 @@ def vision_blocks(cfg: VisionConfig) -> nn.ModuleList:
         Block(
             Norm(cfg.d_model, cfg.eps, centered),
             Attention(
+                layer,
                 cfg.d_model,
                 cfg.n_heads,
                 cfg.n_heads,
@@ -122,5 +133,5 @@ def vision_blocks(cfg: VisionConfig) -> nn.ModuleList:
             MLP(cfg.d_model, cfg.d_mlp, cfg.act_fn, gated=False, bias=True),
             layer_scale=cfg.d_model if cfg.layer_scale else None,
         )
-        for _ in range(cfg.n_layers)
+        for layer in range(cfg.n_layers)
     )

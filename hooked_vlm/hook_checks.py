@@ -6,12 +6,13 @@ from typing import Any
 from torch import nn
 
 from hooked_vlm.config import VLMConfig
-from hooked_vlm.hooks import HookError, HookName, is_encoder, is_vision, nearest_names
+from hooked_vlm.hooks import HookError, HookName, HookPoint, canonical, is_encoder, is_vision, nearest_names
 from hooked_vlm.inputs import VLMInputs
 
 _SWITCHES = (
     (("hook_result",), "use_attn_result"),
     (("hook_q_input", "hook_k_input", "hook_v_input"), "use_split_qkv_input"),
+    (("hook_attn_in",), "use_attn_in"),
     (("hook_mlp_in",), "use_hook_mlp_in"),
 )
 
@@ -26,8 +27,16 @@ class HookChecksMixin(nn.Module):
         """Refuse a hook that could not act in any run.
 
         Raises:
-            HookError: no hook point has this name (or none passes this filter), or it is switched off; neither a name
-                nor a filter.
+            HookError: no hook point has this name (or none passes this filter), it is switched off, or another module
+                stands in its place; neither a name nor a filter.
+        """
+        self.points_of(name)
+
+    def points_of(self, name: HookName) -> list[HookPoint]:
+        """The hook points that a name or filter means.
+
+        Raises:
+            HookError: as `check_hook_name`.
         """
         if not isinstance(name, str) and not callable(name):
             raise HookError(f"a hook point is given by its name or by a filter of names, got {name!r}")
@@ -39,6 +48,7 @@ class HookChecksMixin(nn.Module):
         reasons = [self._switched_off(n) for n in matches]
         if all(reasons):
             raise HookError(f"{matches[0]!r} {reasons[0]}")
+        return [self.hook_dict[n] for n in matches]
 
     def check_reachable(self, names: Sequence[HookName], inputs: VLMInputs, run: Mapping[str, Any]) -> None:
         """Refuse hooks that would not act in this run; of a filter, if nothing it matches would.
@@ -79,10 +89,13 @@ class HookChecksMixin(nn.Module):
 
     def _matches(self, name: HookName) -> list[str]:
         if isinstance(name, str):
+            name = canonical(name, self.hook_dict)
             return [name] if name in self.hook_dict else []
         return [n for n in self.hook_dict if name(n)]
 
     def _switched_off(self, name: str) -> str:
+        if why := self._replaced(name):
+            return why
         for suffixes, flag in _SWITCHES:
             if name.endswith(suffixes) and not getattr(self.cfg, flag):
                 return f"is switched off and would never fire: call model.set_{flag}(True) first"
@@ -90,3 +103,14 @@ class HookChecksMixin(nn.Module):
         if name.startswith("vision.blocks.") and int(name.split(".")[2]) >= n_run:
             return f"lies behind the last layer that this checkpoint's projector reads ({n_run - 1})"
         return ""
+
+    def _replaced(self, name: str) -> str:
+        """Why a hook point is no longer part of the model, if another module was put in its place."""
+        module: nn.Module | None = self
+        for part in name.split("."):
+            module = None if module is None else module._modules.get(part)
+        point = self.hook_dict[name]
+        if module is point or any(part is point for part in self.modules()):  # the second where a block was wrapped
+            return ""
+        stands = "nothing" if module is None else type(module).__name__
+        return f"is not in the model any more ({stands} stands in its place): call model.setup() after such a change"

@@ -1,55 +1,211 @@
-"""Small helpers around TransformerLens' `HookPoint`: is it hooked, which names exist, what was meant."""
+"""Hook points, the pass they belong to, and the names they go by.
+
+A hook point stands at its tensor: `q = self.hook_q(...)`. What a hook there sees and is told, the current
+`ForwardPass` says (`hooked_vlm.forward_pass`): rows with their padding, and `hook.ctx`.
+"""
 
 import difflib
-from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.modules import module as torch_module
 from transformer_lens import hook_points
+
+from hooked_vlm.weight_access import is_own, is_touched
+
+if TYPE_CHECKING:
+    from hooked_vlm.forward_pass import ForwardPass
 
 QUADRATIC = ("hook_attn_scores", "hook_pattern")
 """Suffixes of the hook points whose tensor has a [pos, pos] plane, and whose presence picks the kernel."""
 
+CONTEXT = ("positions", "first_position", "step", "attention")
+"""What a hook may find in `hook.ctx` while it is called (docs/hooks.md)."""
+
+HookName = str | Callable[[str], bool]
+
+
+class HookError(ValueError):
+    """A hook that cannot act: an unknown name, a filter that matches nothing, a point switched off; or one that
+    returns another shape or dtype than it was given."""
+
+
+# ---------------------------------------------------------------- the current pass
+
+_CURRENT: "ContextVar[ForwardPass | None]" = ContextVar("forward pass", default=None)
+_SILENT: ContextVar[bool] = ContextVar("hook points are silent", default=False)
+
+
+def current_pass() -> "ForwardPass":
+    """The pass that is being run.
+
+    Raises:
+        RuntimeError: none is: attention needs a mask and rotary positions.
+    """
+    here = _CURRENT.get()
+    if here is None:
+        raise RuntimeError(
+            "attention runs within a forward pass, which says who sees whom: call the model "
+            "(start_at_layer=, resid= and stop_at_layer= choose its layers)"
+        )
+    return here
+
+
+@contextmanager
+def running(here: "ForwardPass") -> Iterator["ForwardPass"]:
+    """Make `here` the current pass."""
+    token = _CURRENT.set(here)
+    try:
+        yield here
+    finally:
+        _CURRENT.reset(token)
+
+
+@contextmanager
+def silent_hook_points() -> Iterator[None]:
+    """Let hook points pass their tensors on unseen: for a norm or an MLP used outside of the forward pass."""
+    token = _SILENT.set(True)
+    try:
+        yield
+    finally:
+        _SILENT.reset(token)
+
+
+# ---------------------------------------------------------------- hook points
+
 
 class HookPoint(hook_points.HookPoint):
-    """TransformerLens' hook point; `layer()` also knows the vision tower's names (`vision.blocks.3...`)."""
+    """TransformerLens' hook point, called in every pass; hooks on it see `[batch, pos, ...]` with padding.
+
+    Args:
+        packs: whether its tensor comes without padding, [position, ...], in a pass that packs rows.
+        shared: whether its tensor is also that of another point, or outlives the pass: hooks then get a copy, so that
+            an edit in place stays theirs.
+    """
+
+    def __init__(self, packs: bool = True, shared: bool = False) -> None:
+        super().__init__()
+        self.packs, self.shared = packs, shared
+
+    def __call__(self, x: Tensor) -> Tensor:
+        here = _CURRENT.get()
+        if is_hooked(self):
+            return x if _SILENT.get() else self._call_hooks(x, here)
+        if here is not None and here.recorder is not None and not _SILENT.get():
+            here.recorder(self.name, here.pad(x) if self.packs else x)
+        return super().__call__(x)
+
+    def _call_hooks(self, x: Tensor, here: "ForwardPass | None") -> Tensor:
+        if here is None:
+            return self._checked(x, super().__call__(x))
+        seen = here.pad(x) if self.packs else x
+        if self.shared and seen is x:
+            seen = x.clone()
+        self.ctx.update(here.context_at(x.device, seen.shape[1 if self.packs else -2]))
+        token = _CURRENT.set(None)  # a hook may call parts of the model, which are then outside of this pass
+        try:
+            out = self._checked(seen, super().__call__(seen))
+        finally:
+            _CURRENT.reset(token)
+            for name in CONTEXT:
+                self.ctx.pop(name, None)
+        if here.recorder is not None:
+            here.recorder(self.name, out)
+        return here.pack(out) if self.packs else out
+
+    def _checked(self, seen: Tensor, out: Any) -> Tensor:
+        if not isinstance(out, Tensor):
+            raise HookError(f"a hook on {self.name!r} must return a tensor or None, got {type(out).__name__}")
+        if out.shape != seen.shape or out.dtype != seen.dtype:
+            raise HookError(
+                f"a hook on {self.name!r} was given {_described(seen)} and returned {_described(out)}: return the "
+                "same shape and dtype, or None to leave the tensor as it is"
+            )
+        return out
 
     def layer(self) -> int:
+        """The number in `blocks.3...` or `vision.blocks.3...`."""
         parts = str(self.name).split(".")
         if "blocks" not in parts:
             raise HookError(f"{self.name!r} does not belong to a layer")
         return int(parts[parts.index("blocks") + 1])
 
 
-HookName = str | Callable[[str], bool]
+def _described(x: Tensor) -> str:
+    return f"{list(x.shape)} of {str(x.dtype).removeprefix('torch.')}"
 
 
-class HookError(ValueError):
-    """A hook that cannot act: an unknown name, a filter that matches nothing, a point switched off."""
+def is_hooked(module: nn.Module) -> bool:
+    """Whether a module has hooks, those set through plain PyTorch and backward hooks included."""
+    return bool(
+        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    )
 
 
-def is_hooked(point: HookPoint) -> bool:
-    """Whether anything listens at `point`, hooks set through plain PyTorch and backward hooks included."""
-    return bool(point._forward_hooks or point._forward_pre_hooks or point._backward_hooks or point._backward_pre_hooks)
+def listens(point: nn.Module) -> bool:
+    """Whether scores or a pattern are wanted: by a hook, by a cache that names them, or by another module that stands
+    in the hook point's place."""
+    if not isinstance(point, HookPoint) or is_hooked(point):
+        return True
+    here = _CURRENT.get()
+    return here is not None and here.recorder is not None and here.recorder.names_point(point.name)
 
 
-def call_told(point: HookPoint, x: Tensor, told: Mapping[str, Any]) -> Tensor:
-    """`point(x)`, with `told` in the point's `ctx` for just as long."""
-    point.ctx.update(told)
-    try:
-        return point(x)
-    finally:
-        for name in told:
-            point.ctx.pop(name, None)
+# ---------------------------------------------------------------- hooks on modules that are no hook points
 
 
-def fresh(point: HookPoint, x: Tensor) -> Tensor:
-    """`x` itself, or a copy if `point` is hooked.
+def hooked_module(model: nn.Module) -> str:
+    """A module with hooks of any kind (hook points included), or one that stands in a hook point's place; empty if
+    there is none."""
+    for name, module, is_point in _modules(model):
+        replaced = is_point and not isinstance(module, HookPoint)
+        if replaced or (is_hooked(module) if isinstance(module, HookPoint) else is_touched(module)):
+            return name or type(module).__name__
+    return ""
 
-    Used where one tensor would pass two hook points or outlive the run: a hook may write in place
-    (TransformerLens' patching does), and that must not reach what was recorded or shared before.
-    """
-    return x.clone() if is_hooked(point) else x
+
+def shows_modules(model: nn.Module) -> bool:
+    """Whether someone looks at modules that are no hook points, or put modules of their own in: such a pass keeps every
+    tensor `[batch, pos, ...]`, as they expect it."""
+    everywhere = (
+        torch_module._global_forward_hooks,
+        torch_module._global_forward_pre_hooks,
+        torch_module._global_backward_hooks,
+        torch_module._global_backward_pre_hooks,
+    )
+    return any(everywhere) or any(
+        not isinstance(module, HookPoint) and (is_point or not is_own(module) or is_touched(module))
+        for _, module, is_point in _modules(model)
+    )
+
+
+def _modules(model: nn.Module) -> Iterator[tuple[str, nn.Module, bool]]:
+    """Names and modules, and whether each has a hook point's name."""
+    stack: list[tuple[str, nn.Module, bool]] = [("", model, False)]
+    while stack:
+        name, module, is_point = stack.pop()
+        yield name, module, is_point
+        above = f"{name}." if name else ""
+        stack += [(above + own, part, own.startswith("hook_")) for own, part in module._modules.items() if part]
+
+
+# ---------------------------------------------------------------- names
+
+_BLOCK_ALIAS = re.compile(r"(blocks\.\d+)\.(hook_(?:[qkv]_input|[qk]_normed|attn_in))")
+
+
+def canonical(name: str, known: Mapping[str, Any]) -> str:
+    """The hook point that a name of TransformerLens' `get_act_name` means: `blocks.3.hook_q_input` is
+    `blocks.3.attn.hook_q_input`, and likewise for k, v, `hook_q_normed`, `hook_k_normed` and `hook_attn_in`."""
+    if name in known:
+        return name
+    alias = _BLOCK_ALIAS.fullmatch(name)
+    own = f"{alias[1]}.attn.{alias[2]}" if alias else name
+    return own if own in known else name
 
 
 def nearest_names(name: str, known: Iterable[str]) -> str:

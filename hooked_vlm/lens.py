@@ -19,6 +19,7 @@ from jaxtyping import Float, Int
 from matplotlib.figure import Figure
 from torch import Tensor
 
+from hooked_vlm.hooks import silent_hook_points
 from hooked_vlm.inputs import VLMInputs
 from hooked_vlm.interventions.base import Positions, position_table
 from hooked_vlm.metrics import Tokens, tokens_of_rows
@@ -169,8 +170,8 @@ def _read(model: Any, stream: Float[Tensor, "entry d_model"], targets: Tensor, t
 
 def vocabulary(model: Any, written: Float[Tensor, "*dims d_model"]) -> Float[Tensor, "*dims d_vocab"]:
     """Log-probabilities that something written into the stream has by itself: final norm, unembedding, softmax."""
-    normalized = model.ln_final(written, lambda point, x: x)  # its hooks belong to runs
-    logits = normalized @ model.W_U
+    with silent_hook_points():  # its hooks belong to runs
+        logits = model.unembed(model.ln_final(written))
     return logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
 
 
@@ -201,10 +202,8 @@ def head_lens(
     found: dict[int, Tensor] = {}
 
     def read(z: Tensor, hook: Any) -> None:
-        written = torch.einsum(
-            "ehd,hdm->ehm", z[rows.to(z.device), columns.to(z.device)], model.blocks[hook.layer()].attn.W_O
-        )
-        written = written.to(inputs.device)
+        z = z[rows.to(z.device), columns.to(z.device)]
+        written = model.blocks[hook.layer()].attn.head_results(z).to(inputs.device)
         index = wanted[rows, None, None].expand(-1, written.shape[1], 1)
         n = max(1, CHUNK // written.shape[1])
         parts = zip(written.split(n), index.split(n), strict=True)
@@ -294,10 +293,11 @@ def logit_attribution(
             parts[f"L{layer} attn"], parts[f"L{layer} mlp"] = wrote, mlp
         else:
             attn = model.blocks[layer].attn
-            by_head = torch.einsum("rhd,hdm->hrm", wrote, attn.W_O.to(wrote.device))
+            by_head = attn.head_results(wrote).to(mlp.device).unbind(1)
             parts |= {f"L{layer}H{head}": own for head, own in enumerate(by_head)}
-            if attn.b_O.any():
-                parts[f"L{layer} b_O"] = attn.b_O.to(mlp.device).expand_as(mlp)
+            bias = attn.output_bias(wrote)
+            if bias is not None and bias.any():
+                parts[f"L{layer} b_O"] = bias.to(mlp.device).expand_as(mlp)
             parts[f"L{layer} mlp"] = mlp
     exact = torch.promote_types(logits.dtype, torch.float32)
     direction = sum(sign * model.W_U.T[tokens].to(exact) for tokens, sign in asked)

@@ -1,7 +1,9 @@
 """`HookedVLM`: a vision-language model whose every intermediate tensor passes a named hook point."""
 
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from typing import Any, Literal
 
@@ -12,23 +14,30 @@ from torch import Tensor
 from transformer_lens import HookedRootModule
 from transformer_lens.utilities import Slice, SliceInput
 
-from hooked_vlm.attention import AttentionRun
 from hooked_vlm.cache import VLMCache
-from hooked_vlm.caching import caching_hooks, default_filter, runs_explicitly
-from hooked_vlm.compiled import compilable, compiled_block
+from hooked_vlm.caching import Caching, runs_explicitly
 from hooked_vlm.components import Embed, Norm, Unembed
 from hooked_vlm.config import VLMConfig
-from hooked_vlm.decoder import Block, text_blocks
+from hooked_vlm.decoder import run_blocks, text_blocks
+from hooked_vlm.forward_pass import ForwardPass, Recorder, inputs_mask, last_of_rows, step_pass, text_pass
 from hooked_vlm.generation import GenerationMixin
 from hooked_vlm.hook_checks import HookChecksMixin
-from hooked_vlm.hooks import HookName, HookPoint, call_told, fresh, is_encoder, is_hooked
+from hooked_vlm.hooks import (
+    HookName,
+    HookPoint,
+    canonical,
+    hooked_module,
+    is_encoder,
+    is_hooked,
+    is_quadratic,
+    running,
+)
 from hooked_vlm.inputs import Answer, VLMInputs
 from hooked_vlm.kv_cache import KVCache
 from hooked_vlm.loading import LoadingMixin
-from hooked_vlm.passes import inputs_mask, inputs_run, last_of_rows, step_run
 from hooked_vlm.prompting import PromptMixin
 from hooked_vlm.token_layout import InputError
-from hooked_vlm.vision import PatchRun, Projector, VisionTower
+from hooked_vlm.vision import Projector, VisionTower, image_pass
 from hooked_vlm.weight_access import device_of
 from hooked_vlm.weights import WeightsMixin
 
@@ -57,11 +66,14 @@ class HookedVLM(LoadingMixin, PromptMixin, GenerationMixin, WeightsMixin, HookCh
         """The checkpoint's own config.json."""
         self.device_map: dict[str, str] = {}
         """Where each part is, if they are spread (`hooked_vlm.placement`)."""
+        self._recorder: Recorder | None = None
+        self._hooked_at: defaultdict[int, set[HookPoint]] = defaultdict(set)
+        """Hook points by the depth of the `hooks` block that set hooks there."""
         self.embed = Embed(cfg.d_vocab, cfg.d_model)
         if cfg.vision is not None:
             self.vision = VisionTower(cfg.vision)
             self.projector = Projector(cfg.vision)
-            self.hook_image_features = HookPoint()  # [image token of the batch, d_model]
+            self.hook_image_features = HookPoint(packs=False, shared=True)  # [image token of the batch, d_model]
         self.hook_embed = HookPoint()  # [batch, pos, d_model]
         self.blocks = text_blocks(cfg)
         self.ln_final = Norm(cfg.d_model, cfg.eps, centered=False)
@@ -98,66 +110,91 @@ class HookedVLM(LoadingMixin, PromptMixin, GenerationMixin, WeightsMixin, HookCh
         Raises:
             InputError: inputs that do not fit the model or each other.
         """
-        inputs = self.as_inputs(input)
+        inputs = input if isinstance(input, VLMInputs) else self.as_inputs(input)
+        inputs = inputs if inputs.device == self.cfg.device else inputs.to(self.cfg.device)
         first, last = self._layer_range(start_at_layer, stop_at_layer)
-        if logits_at not in ("all", "last"):
-            raise InputError(f'logits_at must be "all" or "last", got {logits_at!r}')
-        if first and resid is None:
-            raise InputError(f"start_at_layer={start_at_layer} needs resid, what enters that block")
-        if past_kv_cache is not None and (first, last) != (0, self.cfg.n_layers):
-            raise InputError("a key-value cache holds all layers: it does not go with start_at_layer or stop_at_layer")
-        if past_kv_cache is not None and past_kv_cache.batch != len(inputs):
-            raise InputError(f"the key-value cache has {past_kv_cache.batch} rows, the inputs {len(inputs)}")
-        self._check_context(inputs, 0 if past_kv_cache is None else past_kv_cache.length)
-        if resid is not None and resid.shape != (*inputs.shape, self.cfg.d_model):
-            expected = (*inputs.shape, self.cfg.d_model)
-            raise InputError(f"resid must be [batch, pos, d_model] = {expected}, got {tuple(resid.shape)}")
-        run = inputs_run(self.cfg, inputs, past_kv_cache, self.cfg.dtype if resid is None else resid.dtype)
-        stream: Tensor = run.pack(self._embed(inputs, run) if resid is None else resid.to(inputs.device))
-        n_out = None
-        narrow = logits_at == "last" and return_type == "logits" and stop_at_layer is None
-        if narrow and not run.packs and min(inputs.stop) == inputs.shape[1]:
-            n_out = None if self._hooked_in(self.cfg.n_layers - 1) else 1
-        for layer in range(first, last):
-            stream = self.run_block(stream, run, layer, n_out if layer == self.cfg.n_layers - 1 else None)
-        stream = stream.to(inputs.device)  # from the last layer's, if the model is spread over devices
-        if past_kv_cache is not None:
-            past_kv_cache.advance(inputs.shape[1], inputs.next_position)
-        if stop_at_layer is not None:
-            return run.pad(stream)
-        if return_type is None:
-            # the final norm's hooks still fire, as they do in TransformerLens' own models
-            self.ln_final(stream, run.hook)
-            return None
+        self._check_call(inputs, first, last, resid, past_kv_cache, logits_at)
+        here = text_pass(self, inputs, past_kv_cache, None if resid is None else resid.dtype, self._taken_recorder())
+        with running(here):
+            stream = self._embed(inputs, here) if resid is None else here.pack(resid.to(inputs.device))
+            narrow = logits_at == "last" and return_type == "logits" and stop_at_layer is None
+            n_out = 1 if narrow and self._may_narrow(inputs, here) else None
+            stream = self.run_layers(stream, here, first, last, n_out).to(inputs.device)
+            if past_kv_cache is not None:
+                past_kv_cache.advance(inputs.shape[1], inputs.next_position)
+            if stop_at_layer is not None:
+                return here.pad(stream)
+            if return_type is None:
+                # the final norm's hooks still fire, as they do in TransformerLens' own models
+                self.ln_final(stream)
+                return None
         if logits_at == "last":
-            stream, run = last_of_rows(stream, run, inputs)
-        logits = run.pad(self.unembed(self.ln_final(stream, run.hook)))
+            stream, here = last_of_rows(stream, here, inputs)
+        with running(here):
+            logits = here.pad(self.unembed(self.ln_final(stream)))
         if return_type == "logits":
             return logits
         loss = self._loss(logits, inputs, logits_at)
         return loss if return_type == "loss" else (logits, loss)
 
-    def run_block(
-        self, stream: Float[Tensor, "*dims d_model"], run: AttentionRun, layer: int, n_out: int | None = None
+    def run_layers(
+        self,
+        stream: Float[Tensor, "*dims d_model"],
+        here: ForwardPass,
+        first: int,
+        stop: int,
+        n_out: int | None = None,
     ) -> Float[Tensor, "*out d_model"]:
-        """One block of the decoder in a pass that was set up before (`hooked_vlm.passes`)."""
-        block: Block | Callable[..., Tensor] = self.blocks[layer]  # type: ignore[assignment]
-        if self.cfg.use_compile and compilable(run) and not self._hooked_in(layer):
-            block = partial(compiled_block(), block)
-        return block(stream, run, layer, self.cfg.use_split_qkv_input, self.cfg.use_hook_mlp_in, n_out)
+        """The stream through the decoder's blocks `first` to `stop` - 1 in a pass (`hooked_vlm.forward_pass`).
 
-    def _hooked_in(self, layer: int) -> bool:
-        """Whether any hook point of a block of the decoder is hooked."""
-        return any(is_hooked(m) for m in self.blocks[layer].modules() if isinstance(m, HookPoint))
+        `n_out`: of the model's last block only so many positions at the end are wanted, so that queries and all that
+        follows them are made for these alone.
+        """
+        narrow = n_out is not None and first < stop == self.cfg.n_layers
+        with running(here):
+            stream = run_blocks(self.blocks, stream, first, stop - 1 if narrow else stop)
+        if narrow:
+            with running(replace(here, n_out=n_out)):
+                stream = run_blocks(self.blocks, stream, stop - 1, stop)
+        return stream
+
+    def _may_narrow(self, inputs: VLMInputs, here: ForwardPass) -> bool:
+        """Whether nobody would notice that the last block makes queries of the last position only."""
+        last = self.cfg.n_layers - 1
+        seen = here.recorder is not None and here.recorder.touches(f"blocks.{last}.")
+        together = here.packing is None and min(inputs.stop) == inputs.shape[1]
+        return together and not seen and not hooked_module(self.blocks[last])
 
     def next_logits(self, token: Int[Tensor, "batch"], past_kv_cache: KVCache) -> Float[Tensor, "batch d_vocab"]:
         """Logits after one more token in every row, which joins the cache."""
-        run = step_run(self.cfg, past_kv_cache, self.cfg.dtype)
-        stream = run.hook(self.hook_embed, self.embed(token[:, None]))
-        for layer in range(self.cfg.n_layers):
-            stream = self.run_block(stream, run, layer)
+        with running(step_pass(self.cfg, past_kv_cache)):
+            stream = self.hook_embed(self.embed(token[:, None]))  # [batch, 1, d_model]
+            stream = run_blocks(self.blocks, stream).to(token.device)
+            logits = self.unembed(self.ln_final(stream))[:, 0]
         past_kv_cache.advance(1, 1)
-        return self.unembed(self.ln_final(stream, run.hook))[:, 0]
+        return logits
+
+    def _check_call(
+        self,
+        inputs: VLMInputs,
+        first: int,
+        last: int,
+        resid: Tensor | None,
+        past: KVCache | None,
+        logits_at: str,
+    ) -> None:
+        if logits_at not in ("all", "last"):
+            raise InputError(f'logits_at must be "all" or "last", got {logits_at!r}')
+        if first and resid is None:
+            raise InputError(f"start_at_layer={first} needs resid, what enters that block")
+        if past is not None and (first, last) != (0, self.cfg.n_layers):
+            raise InputError("a key-value cache holds all layers: it does not go with start_at_layer or stop_at_layer")
+        if past is not None and past.batch != len(inputs):
+            raise InputError(f"the key-value cache has {past.batch} rows, the inputs {len(inputs)}")
+        self._check_context(inputs, 0 if past is None else past.length)
+        if resid is not None and resid.shape != (*inputs.shape, self.cfg.d_model):
+            expected = (*inputs.shape, self.cfg.d_model)
+            raise InputError(f"resid must be [batch, pos, d_model] = {expected}, got {tuple(resid.shape)}")
 
     def _layer_range(self, start_at_layer: int, stop_at_layer: int | None) -> tuple[int, int]:
         n = self.cfg.n_layers
@@ -171,20 +208,25 @@ class HookedVLM(LoadingMixin, PromptMixin, GenerationMixin, WeightsMixin, HookCh
         last = n if stop_at_layer is None else stop_at_layer if stop_at_layer >= 0 else stop_at_layer + n
         return first, last
 
-    def _embed(self, inputs: VLMInputs, run: AttentionRun) -> Float[Tensor, "batch pos d_model"]:
+    def _embed(self, inputs: VLMInputs, here: ForwardPass) -> Float[Tensor, "*dims d_model"]:
         """What enters block 0: token embeddings with image features in the placeholders' places."""
         x = self.embed(inputs.tokens)
         if inputs.has_visuals:
-            told = run.step
-            features = self._encode(inputs, told) if inputs.image_features is None else inputs.image_features
-            if inputs.image_features is not None:
-                hooked = [n for n, point in self.hook_dict.items() if is_encoder(n) and is_hooked(point)]
-                self.check_reachable(hooked, inputs, {})
-            # the features may serve other runs: a hook must not write into them
-            point = self.hook_image_features
-            features = call_told(point, fresh(point, features.to(x)), told)
+            features = self._features(inputs, here, x)
             x = x.flatten(0, 1).index_copy(0, inputs.feature_slots, features).view_as(x)
-        return run.call(self.hook_embed, x)
+        return self.hook_embed(here.pack(x))  # [batch, pos, d_model]
+
+    def _features(self, inputs: VLMInputs, here: ForwardPass, like: Tensor) -> Float[Tensor, "token d_model"]:
+        """What the decoder receives of the images: encoded now, or given with the inputs; on the device and in the dtype
+        of `like`."""
+        here = here.without_positions()
+        features = inputs.image_features
+        if features is None:
+            features = self._encode(inputs, here.context, here.recorder)
+        elif hooked := [n for n, point in self.hook_dict.items() if is_encoder(n) and is_hooked(point)]:
+            self.check_reachable(hooked, inputs, {})
+        with running(here):
+            return self.hook_image_features(features.to(like))  # [image token of the batch, d_model]
 
     def encode_images(self, inputs: VLMInputs) -> Float[Tensor, "token d_model"]:
         """What the projector hands over for every image token, images first, then videos.
@@ -195,19 +237,18 @@ class HookedVLM(LoadingMixin, PromptMixin, GenerationMixin, WeightsMixin, HookCh
             raise InputError(f"{self.cfg.model_name or 'this model'} is a language model without a vision tower")
         if inputs.pixel_values is None and inputs.pixel_values_videos is None:
             raise InputError("there are no images in these inputs to encode")
-        return self._encode(inputs, {})
+        return self._encode(inputs, {}, None)
 
-    def _encode(self, inputs: VLMInputs, told: Mapping[str, Any]) -> Float[Tensor, "token d_model"]:
+    def _encode(
+        self, inputs: VLMInputs, context: Mapping[str, Any], recorder: Recorder | None
+    ) -> Float[Tensor, "token d_model"]:
         pixels = [p for p in (inputs.pixel_values, inputs.pixel_values_videos) if p is not None]
-        vision, grids = self.cfg.vision, inputs.grids
-        assert vision is not None
-        run = PatchRun.of(grids, vision, inputs.device, self.cfg.use_attn_result, told)
-        patches = self.vision(torch.cat(pixels), grids, vision, run)
-        return self.projector(patches, grids, vision, run)
+        images = image_pass(self, inputs.grids, inputs.device, context, recorder)
+        return self.projector(self.vision(torch.cat(pixels), images), inputs.grids, images)
 
     def _check_context(self, inputs: VLMInputs, n_past: int) -> None:
         longest = max(b - a for a, b in zip(inputs.first, inputs.stop, strict=True)) + n_past
-        if longest > self.cfg.n_ctx_limit:
+        if longest > self.cfg.n_ctx and longest > self.cfg.n_ctx_limit:  # a scaling of positions may stretch n_ctx
             vision = self.cfg.vision
             bound = "max_pixels" if vision is None or vision.tile_size is None else "max_tiles"
             lower = f", or lower {bound} in model.to_inputs(..., {bound}=)" if vision is not None else ""
@@ -251,10 +292,10 @@ class HookedVLM(LoadingMixin, PromptMixin, GenerationMixin, WeightsMixin, HookCh
 
     # ---------------------------------------------------------------- hooks
 
-    def add_hook(self, name: HookName, *args: Any, **kwargs: Any) -> None:
+    def add_hook(self, name: HookName, hook: Callable, *args: Any, **kwargs: Any) -> None:
         """As in TransformerLens; a hook that cannot act is refused (`HookError`)."""
-        self.check_hook_name(name)
-        super().add_hook(name, *args, **kwargs)
+        for point in self.points_of(name):
+            point.add_hook(hook, *args, **kwargs)
 
     @contextmanager
     def hooks(
@@ -270,10 +311,26 @@ class HookedVLM(LoadingMixin, PromptMixin, GenerationMixin, WeightsMixin, HookCh
             HookError: an unknown name (the nearest ones are named), a filter that matches nothing, or a hook
                 point that is switched off.
         """
-        for name, _ in (*fwd_hooks, *bwd_hooks):
-            self.check_hook_name(name)
-        with super().hooks(list(fwd_hooks), list(bwd_hooks), reset_hooks_end, clear_contexts):
+        fwd = [(self.points_of(name), fn) for name, fn in fwd_hooks]
+        bwd = [(self.points_of(name), fn) for name, fn in bwd_hooks]
+        self.context_level += 1
+        level = self.context_level
+        try:
+            for direction, hooks in (("fwd", fwd), ("bwd", bwd)):
+                for points, fn in hooks:
+                    self._hooked_at[level].update(points)
+                    for point in points:
+                        point.add_hook(fn, dir=direction, level=level)
             yield self
+        finally:
+            if reset_hooks_end:
+                for point in self._hooked_at.pop(
+                    level, ()
+                ):  # those that an earlier block of this depth left behind, too
+                    point.remove_hooks("both", level=level)
+                if clear_contexts:
+                    self.clear_contexts()
+            self.context_level -= 1
 
     def run_with_hooks(
         self,
@@ -317,6 +374,7 @@ class HookedVLM(LoadingMixin, PromptMixin, GenerationMixin, WeightsMixin, HookCh
             remove_batch_dim: drop the text side's batch axis; needs a batch of one.
             incl_bwd: also run backward from the output (use return_type="loss") and store gradients
                 under "<name>_grad".
+            reset_hooks_end: False leaves hooks that store the activations of later passes, too.
 
         Raises:
             HookError: a name that matches nothing, or a point switched off.
@@ -331,19 +389,18 @@ class HookedVLM(LoadingMixin, PromptMixin, GenerationMixin, WeightsMixin, HookCh
             raise InputError(f"pos_slice={pos_slice} lies outside of the {inputs.shape[1]} positions of these inputs")
         if cut.mode != "identity" and kwargs.get("logits_at") == "last":
             raise InputError('pos_slice does not go with logits_at="last", where ln_final has one position only')
-        wanted = default_filter(self.hook_dict) if names_filter is None else names_filter
-        given: list[Any] = list(wanted) if isinstance(wanted, list | tuple) else [wanted]
-        self.check_reachable(given, inputs, kwargs)
-        if callable(wanted):  # a filter means: of those that fire
-            names = [n for n in self.hook_dict if wanted(n) and not self.why_silent(n, inputs, kwargs)]
-        else:
-            names = given
-        explicit = partial(runs_explicitly, self.hook_dict)
+        names = self._names_to_store(names_filter, inputs, kwargs)
         if device is None and self.device_map:
             device = self.cfg.device
-        store, fwd, bwd = caching_hooks(names, cut, device, remove_batch_dim, incl_bwd, explicit)
+        caching = Caching(cut, device, remove_batch_dim, partial(runs_explicitly, self.hook_dict), incl_bwd)
+        recorder, fwd = caching.recorder(names)
+        bwd = caching.gradient_hooks(self.hook_dict if names is None else names)
+        if not reset_hooks_end:
+            stored = [n for n in self.hook_dict if not is_quadratic(n)] if names is None else recorder.names or ()
+            fwd += [(name, caching.save) for name in stored if not self.why_silent(name, inputs, kwargs)]
         with self.hooks(fwd, bwd, reset_hooks_end, clear_contexts):
-            out = self(inputs, *args, **kwargs)
+            with self._recording(recorder):
+                out = self(inputs, *args, **kwargs)
             if incl_bwd:
                 out.backward()
         why_not = ""
@@ -354,5 +411,32 @@ class HookedVLM(LoadingMixin, PromptMixin, GenerationMixin, WeightsMixin, HookCh
         mask = inputs_mask(self.cfg, inputs, None)
         vision_mask = None
         if inputs.has_visuals and self.cfg.vision is not None:
-            vision_mask = PatchRun.of(inputs.grids, self.cfg.vision, inputs.device).mask
-        return out, VLMCache(store, self, not remove_batch_dim, mask, vision_mask, why_not, inputs)
+            vision_mask = image_pass(self, inputs.grids, inputs.device).patches.mask
+        return out, VLMCache(caching.store, self, not remove_batch_dim, mask, vision_mask, why_not, inputs)
+
+    def _names_to_store(
+        self, names_filter: HookName | Sequence[str] | None, inputs: VLMInputs, run: Mapping[str, Any]
+    ) -> list[str] | None:
+        """The names that a cache asks for; None for all that fire."""
+        if names_filter is None:
+            return None
+        if callable(names_filter):  # a filter means: of those that fire
+            self.check_reachable([names_filter], inputs, run)
+            return [n for n in self.hook_dict if names_filter(n) and not self.why_silent(n, inputs, run)]
+        names = [names_filter] if isinstance(names_filter, str) else list(names_filter)
+        self.check_reachable(names, inputs, run)
+        return [canonical(name, self.hook_dict) for name in names]
+
+    @contextmanager
+    def _recording(self, recorder: Recorder) -> Iterator[None]:
+        """Have the next forward pass record its activations."""
+        self._recorder = recorder
+        try:
+            yield
+        finally:
+            self._recorder = None
+
+    def _taken_recorder(self) -> Recorder | None:
+        """What the pass that begins now records; passes that hooks begin within it record nothing."""
+        recorder, self._recorder = self._recorder, None
+        return recorder

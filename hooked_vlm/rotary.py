@@ -7,6 +7,7 @@ one run to the next, and each row of a batch is scaled by its own length.
 """
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from jaxtyping import Float, Int
@@ -26,6 +27,12 @@ class Rotation:
     cos: Float[Tensor, "*dims half"]
     sin: Float[Tensor, "*dims half"]
 
+    @cached_property
+    def _by_head(self) -> tuple[Float[Tensor, "*dims 1 d_head"], Float[Tensor, "*dims 1 d_head"]]:
+        """Cosines and signed sines of a whole head, with an axis for heads: made once for all layers."""
+        cos, sin = torch.cat((self.cos, self.cos), dim=-1), torch.cat((-self.sin, self.sin), dim=-1)
+        return cos.unsqueeze(-2), sin.unsqueeze(-2)
+
     def to(self, device: torch.device) -> "Rotation":
         return Rotation(self.cos.to(device), self.sin.to(device))
 
@@ -42,6 +49,10 @@ class Rotation:
         """That of some positions."""
         return Rotation(self.cos[..., span, :], self.sin[..., span, :])
 
+    def by_row(self, n: int) -> "Rotation":
+        """That of positions of `n` equally long rows, given one row after the other."""
+        return Rotation(self.cos.unflatten(0, (n, -1)), self.sin.unflatten(0, (n, -1)))
+
     def repeat(self, n: int) -> "Rotation":
         """That of `n` runs of the same batch."""
         if n == 1 or len(self.cos) == 1:
@@ -54,9 +65,10 @@ class Rotation:
         return Rotation(self.cos / scale, -self.sin / scale)
 
     def __call__(self, x: Float[Tensor, "*dims head d_head"]) -> Float[Tensor, "*dims head d_head"]:
-        cos, sin = self.cos.unsqueeze(-2), self.sin.unsqueeze(-2)
-        a, b = x.to(torch.promote_types(x.dtype, cos.dtype)).chunk(2, dim=-1)
-        return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)
+        cos, sin = self._by_head
+        full = x.to(torch.promote_types(x.dtype, cos.dtype))
+        a, b = full.chunk(2, dim=-1)
+        return (full * cos + torch.cat((b, a), dim=-1) * sin).to(x.dtype)
 
 
 def frequencies(d_rotary: int, theta: float, device: torch.device) -> Float[Tensor, "half"]:

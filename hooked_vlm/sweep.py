@@ -20,7 +20,7 @@ from jaxtyping import Float
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from hooked_vlm.hooks import is_hooked
+from hooked_vlm.hooks import hooked_module
 from hooked_vlm.inputs import VLMInputs
 from hooked_vlm.interventions.base import Intervention
 from hooked_vlm.metrics import Metric
@@ -88,9 +88,11 @@ def sweep(
     """
     inputs = model.as_inputs(inputs)
     interventions = tuple(interventions)
-    hooked = [name for name, point in model.hook_dict.items() if is_hooked(point)]
-    if hooked:
-        raise InputError(f"a sweep needs a model without hooks of its own, and {hooked[0]} has one: reset_hooks()")
+    if hooked := hooked_module(model):
+        raise InputError(
+            f"a sweep needs a model without hooks and exchanged hook points of its own, and {hooked} has one: remove it "
+            "(model.reset_hooks(including_permanent=True) for hook points)"
+        )
     if logits_at not in ("last", "all"):
         raise InputError(f'logits_at must be "last" or "all", got {logits_at!r}')
     plan = make_plan(model, inputs, interventions, logits_at, max_runs)

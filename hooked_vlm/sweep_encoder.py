@@ -6,18 +6,19 @@ What they hand the decoder enters it as an edit of `hook_embed`, so that from th
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from hooked_vlm.hooks import call_told, is_vision
+from hooked_vlm.hooks import is_vision
 from hooked_vlm.inputs import VLMInputs
 from hooked_vlm.interventions.base import EMBEDDING, Hooks, Intervention
 from hooked_vlm.sweep_plan import first_vision_layer
 from hooked_vlm.sweep_run import Edits, on_own_rows
-from hooked_vlm.vision import PatchRun
+from hooked_vlm.vision import image_pass
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,16 +62,14 @@ class PlainEncoding:
         """`layers` are those that runs begin at."""
         if inputs.image_features is not None:
             return cls({}, inputs.image_features)
-        cfg, streams = model.cfg.vision, {}
-        run = PatchRun.of(inputs.grids, cfg, inputs.device, model.cfg.use_attn_result)
+        n_layers, streams = model.cfg.vision.n_layers_run, {}
+        images = image_pass(model, inputs.grids, inputs.device)
         pixels = [p for p in (inputs.pixel_values, inputs.pixel_values_videos) if p is not None]
-        stream = model.vision.embed(torch.cat(pixels), cfg)
-        for layer in range(EMBEDDING, cfg.n_layers_run):
-            if layer in layers:
-                streams[layer] = stream
-            stream = stream if layer == EMBEDDING else model.vision.blocks[layer](stream, run, layer)
-        streams[cfg.n_layers_run] = stream
-        return cls(streams, model.projector(stream, inputs.grids, cfg, run))
+        stream, at = model.vision.embed(torch.cat(pixels), images), EMBEDDING
+        for layer in sorted({*layers, n_layers}):
+            stream, at = model.vision.run(stream, images, at, layer), layer
+            streams[layer] = stream
+        return cls(streams, model.projector(stream, inputs.grids, images))
 
 
 def encoded(
@@ -83,31 +82,25 @@ def encoded(
             features = _encode(model, inputs, plain, [first_vision_layer(iv, model, inputs) for iv in interventions])
         else:
             features = plain.features.repeat(n, 1)
-        features = call_told(model.hook_image_features, features, {})
+        features = model.hook_image_features(features)  # [image token of the batch, d_model]
     return [Encoded(iv, own) for iv, own in zip(interventions, features.view(n, n_tokens, -1), strict=True)]
 
 
 def _encode(
     model: Any, inputs: VLMInputs, plain: PlainEncoding, layers: Sequence[int]
 ) -> Float[Tensor, "token d_model"]:
-    cfg, n_layers = model.cfg.vision, model.cfg.vision.n_layers_run
+    n_layers = model.cfg.vision.n_layers_run
     stream = plain.streams[n_layers][:0]
-    per_run = len(plain.streams[n_layers])
-    run, n_runs = None, 0
-    for layer in range(EMBEDDING, n_layers + 1):
-        joining = list(layers).count(layer)
-        if joining:
-            joined = plain.streams[layer].repeat(joining, 1)
-            stream = torch.cat((stream.to(joined.device), joined))
-            n_runs = len(stream) // per_run
-            run = PatchRun.of(inputs.grids * n_runs, cfg, inputs.device, model.cfg.use_attn_result)
-        if run is None or layer == n_layers:
-            continue
-        block = None if layer == EMBEDDING else model.vision.blocks[layer]
-        embedded = run.to(stream.device).hook
-        stream = embedded(model.vision.hook_embed, stream) if block is None else block(stream, run, layer)
-    assert run is not None
-    return model.projector(stream, inputs.grids * n_runs, cfg, run)
+    joining = sorted(set(layers))
+    n_runs, images = 0, None
+    for layer, until in pairwise([*joining, max(n_layers, joining[-1] + 1)]):
+        n, shared = list(layers).count(layer), plain.streams[layer]
+        n_runs += n
+        stream = torch.cat((stream.to(shared.device), shared.repeat(n, *[1] * (shared.ndim - 1))))
+        images = image_pass(model, inputs.grids * n_runs, inputs.device)
+        stream = model.vision.run(stream, images, layer, min(until, n_layers))
+    assert images is not None
+    return model.projector(stream, inputs.grids * n_runs, images)
 
 
 def _hooks(model: Any, inputs: VLMInputs, interventions: Sequence[Intervention], n_tokens: int) -> Hooks:

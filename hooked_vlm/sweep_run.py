@@ -3,19 +3,20 @@
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from hooked_vlm.attention import AttentionRun
+from hooked_vlm.forward_pass import ForwardPass, inputs_mask, inputs_rotation, last_of_rows
+from hooked_vlm.hooks import running
 from hooked_vlm.inputs import VLMInputs
 from hooked_vlm.interventions.base import EMBEDDING, Hooks, Intervention
 from hooked_vlm.interventions.heads import HeadIntervention, layer_hooks
 from hooked_vlm.kv_cache import KVCache, SharedPrefix
 from hooked_vlm.masks import AttentionMask
-from hooked_vlm.passes import inputs_mask, inputs_rotation, last_of_rows
 from hooked_vlm.rotary import Rotation
 from hooked_vlm.sweep_plan import Batch, SweepPlan
 
@@ -53,18 +54,19 @@ class PlainRun:
         rotate = inputs_rotation(model.cfg, inputs, model.cfg.dtype)
         return cls(inputs, logits, streams, cache, inputs_mask(model.cfg, inputs, None), rotate)
 
-    def run(self, model: Any, first: int, n: int) -> AttentionRun:
+    def pass_over(self, model: Any, first: int, n: int) -> ForwardPass:
         """A pass of `n` runs over the positions from `first` on."""
         mask, n_positions = self.mask, self.inputs.shape[1]
         valid = None if mask.key_valid is None else mask.key_valid.repeat(n, 1)
         padding = None if mask.uncached_left_padding is None or first else mask.uncached_left_padding.repeat(n)
-        told = {"positions": torch.arange(first, n_positions, device=self.inputs.device), "first_position": first}
-        return AttentionRun(
+        positions = torch.arange(first, n_positions, device=self.inputs.device)
+        return ForwardPass(
+            model.cfg,
+            self.inputs.device,
             AttentionMask(True, valid, padding, mask.window),
             self.rotate.positions(slice(first, None)).repeat(n),
             SharedPrefix(self.cache, first) if first else None,
-            model.cfg.use_attn_result,
-            told,
+            {"positions": positions, "first_position": first},
         )
 
 
@@ -73,37 +75,34 @@ def batch_logits(
 ) -> Float[Tensor, "run batch out d_vocab"]:
     """Logits of a batch's `runs`, of each row's last position or of those the batch computes."""
     first, n_layers, n_rows = batch.first_position, model.cfg.n_layers, len(plain.inputs)
+    n_out = 1 if plan.narrow_end else None
     stream = plain.logits.new_empty(0, plain.inputs.shape[1] - first, model.cfg.d_model)
-
-    def joined(stream: Tensor, layer: int) -> Tensor:
-        n = batch.layers.count(layer)
-        if not n:
-            return stream
-        shared = plain.streams[layer][:, first:]
-        if layer == n_layers:  # behind a last block that may have computed the last position only
-            shared = shared[:, -stream.shape[1] :] if len(stream) else shared
-        return torch.cat((stream.to(shared.device), shared.repeat(n, 1, 1)))
-
-    n_runs = len(batch.runs)
-    run = plain.run(model, first, n_runs)
+    n_runs = 0
+    here = plain.pass_over(model, first, 1)
+    joining = sorted(set(batch.layers) - {n_layers})
     with model.hooks(fwd_hooks=batch_hooks(model, plain.inputs, runs)):
-        stream = joined(stream, EMBEDDING)
-        if len(stream):
-            stream = plain.run(model, first, len(stream) // n_rows).hook(model.hook_embed, stream)
-        for layer in range(n_layers):
-            stream = joined(stream, layer)
-            if len(stream):
-                if len(stream) != n_runs * n_rows:  # runs have joined
-                    n_runs = len(stream) // n_rows
-                    run = plain.run(model, first, n_runs)
-                n_out = 1 if plan.narrow_end and layer == n_layers - 1 else None
-                stream = model.run_block(stream, run, layer, n_out)
-        stream = joined(stream, n_layers).to(plain.inputs.device)
+        for layer, until in pairwise([*joining, n_layers]):
+            n = batch.layers.count(layer)
+            shared, n_runs = plain.streams[layer][:, first:], n_runs + n
+            stream = torch.cat((stream.to(shared.device), shared.repeat(n, 1, 1)))
+            here = plain.pass_over(model, first, n_runs)
+            if layer == EMBEDDING:
+                with running(here):
+                    stream = model.hook_embed(stream)  # [run and row, pos, d_model]
+            stream = model.run_layers(stream, here, max(layer, 0), until, n_out)
+        if n := batch.layers.count(n_layers):
+            shared = plain.streams[n_layers][:, first:]
+            if len(stream):  # behind a last block that may have computed the last position only
+                shared = shared[:, -stream.shape[1] :]
+            stream, n_runs = torch.cat((stream.to(shared.device), shared.repeat(n, 1, 1))), n_runs + n
+            here = plain.pass_over(model, first, n_runs)
+        stream = stream.to(plain.inputs.device)
         if logits_at == "last" and plan.find_positions:
-            stream, run = last_of_rows(stream, run, plain.inputs, first)
-        normalized = model.ln_final(stream, run.hook)
+            stream, here = last_of_rows(stream, here, plain.inputs, first)
+        with running(here):
+            normalized = model.ln_final(stream)
         if logits_at == "last" and not plan.find_positions:  # hooks on the final norm saw all of it
-            normalized, _ = last_of_rows(normalized, run, plain.inputs, first)
+            normalized, _ = last_of_rows(normalized, here, plain.inputs, first)
         logits = model.unembed(normalized)
     return logits.unflatten(0, (len(batch.runs), n_rows))
 

@@ -1,16 +1,17 @@
 """The vision tower and the projector.
 
-Linear work runs on packed patches (`hooked_vlm.packing`). A video counts as one image for each of its temporal
-patches (two frames), and a tiled image as one for each of its tiles, because attention never crosses them.
+A video counts as one image for each of its temporal patches (two frames), and a tiled image as one for each of its
+tiles, because attention never crosses them. Images of different sizes are packed (`hooked_vlm.packing`).
 
 Two kinds of tower differ in what goes into the first block: Qwen2-VL's sees whole images, patches merge block
 by merge block, with rotary positions; InternViT sees square tiles, patches in raster order behind a class
 token, with learned positions.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -20,54 +21,80 @@ from torch import Tensor, nn
 
 from hooked_vlm.components import ACTIVATIONS, Norm
 from hooked_vlm.config import VisionConfig
-from hooked_vlm.decoder import vision_blocks
-from hooked_vlm.hooks import HookPoint
+from hooked_vlm.decoder import run_blocks, vision_blocks
+from hooked_vlm.forward_pass import ForwardPass, Recorder
+from hooked_vlm.hooks import HookPoint, running, shows_modules
 from hooked_vlm.masks import AttentionMask
-from hooked_vlm.packing import PackedRun
+from hooked_vlm.packing import Packing
 from hooked_vlm.rotary import Rotation, patch_rotation
 from hooked_vlm.token_layout import Grid
 
+if TYPE_CHECKING:
+    from hooked_vlm.model import HookedVLM
 
-class PatchRun(PackedRun):
-    """A forward pass over packed patches of images with `lengths` patches each."""
 
-    def __init__(
-        self,
-        lengths: tuple[int, ...],
-        device: torch.device,
-        use_attn_result: bool,
-        rotate: Rotation | None = None,
-        told: Mapping[str, Any] | None = None,
-    ) -> None:
-        valid = None
-        if min(lengths) != max(lengths):
+@dataclass(frozen=True, eq=False)
+class ImagePass:
+    """A pass over images: through the tower on their patches, then through the projector on their tokens."""
+
+    n_images: int
+    patches: ForwardPass
+    tokens: ForwardPass
+    patch_rows: Packing | None
+    """Where each image's patches lie, class token included; None if all images have the same size."""
+    token_rows: Packing | None
+
+    def by_image(self, x: Float[Tensor, "patch d_model"]) -> Float[Tensor, "*image patch d_model"]:
+        """Patches of all images as the tower sees them."""
+        if self.patches.packing is not None:
+            return x
+        rows = self.patch_rows
+        return x.unflatten(0, (self.n_images, -1)) if rows is None else rows.to(x.device).pad(x)
+
+    def in_a_row(self, x: Float[Tensor, "*image token d_out"]) -> Float[Tensor, "token d_out"]:
+        """Tokens of all images one after the other."""
+        if self.tokens.packing is not None:
+            return x
+        return x.flatten(0, 1) if self.token_rows is None else self.token_rows.to(x.device).pack(x)
+
+
+def image_pass(
+    model: "HookedVLM",
+    grids: tuple[Grid, ...],
+    device: torch.device,
+    context: Mapping[str, Any] | None = None,
+    recorder: Recorder | None = None,
+) -> ImagePass:
+    """A pass over the images and videos with these patch grids.
+
+    Images of different sizes are packed, unless someone looks at modules between the hook points.
+    """
+    cfg = model.cfg.vision
+    assert cfg is not None
+    seen = [h * w for t, h, w in grids for _ in range(t)]
+    ragged = min(seen) != max(seen)
+    packs = ragged and not shows_modules(model)
+    rotate = None
+    if cfg.rope_theta is not None:
+        rows_cols = torch.cat([_rows_cols(grid, cfg.merge_size) for grid in grids])
+        rotate = patch_rotation(rows_cols.to(device), cfg.d_head, cfg.rope_theta)
+
+    def over(lengths: Sequence[int], rotate: Rotation | None) -> tuple[ForwardPass, Packing | None]:
+        rows, mask = None, AttentionMask(causal=False)
+        if ragged:
             valid = torch.from_numpy(np.arange(max(lengths)) < np.array(lengths)[:, None]).to(device)
-        mask = AttentionMask(causal=False, key_valid=valid)
-        super().__init__(lengths, mask, device, rotate, None, use_attn_result, told)
+            rows, mask = Packing.of(lengths, device), AttentionMask(causal=False, key_valid=valid)
+        if rotate is not None and not packs:
+            rotate = (
+                rotate.by_row(len(lengths)) if rows is None else Rotation(rows.pad(rotate.cos), rows.pad(rotate.sin))
+            )
+        packing = rows if packs else None
+        return ForwardPass(model.cfg, device, mask, rotate, None, context or {}, packing, recorder), rows
 
-    @classmethod
-    def of(
-        cls,
-        grids: tuple[Grid, ...],
-        cfg: VisionConfig,
-        device: torch.device,
-        use_attn_result: bool = False,
-        told: Mapping[str, Any] | None = None,
-    ) -> "PatchRun":
-        """A pass over the images and videos with these patch grids."""
-        class_tokens = 0 if cfg.tile_size is None else 1
-        lengths = tuple(class_tokens + h * w for t, h, w in grids for _ in range(t))
-        rotate = None
-        if cfg.rope_theta is not None:
-            rows_cols = torch.cat([_rows_cols(grid, cfg.merge_size) for grid in grids])
-            rotate = patch_rotation(rows_cols.to(device), cfg.d_head, cfg.rope_theta)
-        return cls(lengths, device, use_attn_result, rotate, told)
-
-    def tokens(self, grids: tuple[Grid, ...], cfg: VisionConfig) -> "PatchRun":
-        """The same images as tokens: class tokens dropped, merge blocks of patches made one."""
-        lengths = tuple(h * w // cfg.merge_size**2 for t, h, w in grids for _ in range(t))
-        device = torch.device("cpu") if self.slots is None else self.slots.device
-        return PatchRun(lengths, device, self.use_attn_result, told=self.told)
+    class_tokens = 0 if cfg.tile_size is None else 1
+    patches, patch_rows = over([class_tokens + n for n in seen], rotate)
+    tokens, token_rows = over([n // cfg.merge_size**2 for n in seen], None)
+    return ImagePass(len(seen), patches, tokens, patch_rows, token_rows)
 
 
 class PatchEmbed(nn.Module):
@@ -78,7 +105,7 @@ class PatchEmbed(nn.Module):
         self.proj = nn.Linear(cfg.d_patch, cfg.d_model, bias=cfg.tile_size is not None)
 
     def forward(self, pixels: Float[Tensor, "patch d_patch"]) -> Float[Tensor, "patch d_model"]:
-        return self.proj(pixels.to(self.proj.weight.dtype))
+        return self.proj(pixels.to(next(self.parameters()).dtype))
 
 
 class TileEmbed(nn.Module):
@@ -116,36 +143,40 @@ class VisionTower(nn.Module):
 
     def __init__(self, cfg: VisionConfig) -> None:
         super().__init__()
+        self.tiled, self.patch_size, self.n_layers_run = cfg.tile_size is not None, cfg.patch_size, cfg.n_layers_run
         self.patch_embed = PatchEmbed(cfg)
-        if cfg.tile_size is not None:
+        if self.tiled:
             self.tile_embed = TileEmbed(cfg)
         self.hook_embed = HookPoint()  # [image, patch, d_model]
         self.blocks = vision_blocks(cfg)
 
     def forward(
-        self,
-        pixels: Float[Tensor, "patch d_patch"] | Float[Tensor, "tile channel height width"],
-        grids: tuple[Grid, ...],
-        cfg: VisionConfig,
-        run: PatchRun,
-    ) -> Float[Tensor, "patch d_model"]:
-        """`pixels` as the checkpoint's image processor makes them, image after image."""
-        resid = self.embed(pixels, cfg)
-        resid = run.to(resid.device).hook(self.hook_embed, resid)
-        for layer in range(cfg.n_layers_run):
-            resid = self.blocks[layer](resid, run, layer)
-        return resid
+        self, pixels: Float[Tensor, "patch d_patch"] | Float[Tensor, "tile channel height width"], here: ImagePass
+    ) -> Float[Tensor, "*image patch d_model"]:
+        """The stream behind the last block that is read. `pixels` are as the checkpoint's image processor makes them,
+        image after image."""
+        with running(here.patches):
+            return self.run(self.embed(pixels, here), here)
 
     def embed(
-        self, pixels: Float[Tensor, "patch d_patch"] | Float[Tensor, "tile channel height width"], cfg: VisionConfig
-    ) -> Float[Tensor, "patch d_model"]:
-        """Patch embeddings, with class tokens and learned positions where the tower has them."""
-        return self._embed_tiles(pixels, cfg) if cfg.tile_size is not None else self.patch_embed(pixels)
+        self, pixels: Float[Tensor, "patch d_patch"] | Float[Tensor, "tile channel height width"], here: ImagePass
+    ) -> Float[Tensor, "*image patch d_model"]:
+        """Patch embeddings, with class tokens and learned positions where the tower has them, before `hook_embed`."""
+        embedded = self._embed_tiles(pixels) if self.tiled else self.patch_embed(pixels)
+        return here.by_image(embedded)
 
-    def _embed_tiles(
-        self, pixels: Float[Tensor, "tile channel height width"], cfg: VisionConfig
-    ) -> Float[Tensor, "patch d_model"]:
-        size = cfg.patch_size
+    def run(
+        self, stream: Float[Tensor, "*image patch d_model"], here: ImagePass, first: int = -1, stop: int | None = None
+    ) -> Float[Tensor, "*image patch d_model"]:
+        """The stream through `hook_embed` (-1) and the blocks that are read, or some of these steps in a row."""
+        stop = self.n_layers_run if stop is None else stop
+        with running(here.patches):
+            if first < 0 <= stop:
+                stream = self.hook_embed(stream)  # [image, patch, d_model]
+            return run_blocks(self.blocks, stream, max(first, 0), max(stop, 0))
+
+    def _embed_tiles(self, pixels: Float[Tensor, "tile channel height width"]) -> Float[Tensor, "patch d_model"]:
+        size = self.patch_size
         patches = pixels.unfold(2, size, size).unfold(3, size, size)  # tile channel row col y x
         side = patches.shape[2]
         patches = patches.permute(0, 2, 3, 1, 4, 5).flatten(3).flatten(0, 2)
@@ -158,37 +189,46 @@ class Projector(nn.Module):
 
     def __init__(self, cfg: VisionConfig) -> None:
         super().__init__()
+        self.merge_size, self.transposed = cfg.merge_size, cfg.transposed_tokens
+        self.norm_on, self.raster = cfg.projector_norm, cfg.tile_size is not None
         hidden = cfg.d_merged if cfg.d_projector is None else cfg.d_projector
-        norm_width = cfg.d_model if cfg.projector_norm == "patch" else cfg.d_merged
-        self.ln = Norm(norm_width, cfg.projector_eps, centered=True)
+        self.ln = Norm(cfg.d_model if self.norm_on == "patch" else cfg.d_merged, cfg.projector_eps, centered=True)
         self.in_proj = nn.Linear(cfg.d_merged, hidden)
         self.hook_pre = HookPoint()  # [image, token, d_projector]
         self.hook_post = HookPoint()  # [image, token, d_projector]
         self.out_proj = nn.Linear(hidden, cfg.d_out)
 
     def forward(
-        self, patches: Float[Tensor, "patch d_model"], grids: tuple[Grid, ...], cfg: VisionConfig, run: PatchRun
+        self, patches: Float[Tensor, "*image patch d_model"], grids: tuple[Grid, ...], here: ImagePass
     ) -> Float[Tensor, "token d_out"]:
-        tokens = run.tokens(grids, cfg)
-        if cfg.tile_size is None:  # patches come merge block by merge block
-            merged = self.ln(patches, run.hook).view(-1, cfg.d_merged)
-        else:
-            merged = self.ln(_merge_raster(patches, grids, cfg), tokens.hook)
-        pre = tokens.hook(self.hook_pre, self.in_proj(merged))
-        post = tokens.hook(self.hook_post, ACTIVATIONS["gelu"](pre))
-        return self.out_proj(post)
+        """The features of all images' tokens, one image after the other."""
+        if self.norm_on == "patch":
+            with running(here.patches):
+                patches = self.ln(patches)
+        merged = self._merge_raster(patches, grids) if self.raster else _side_by_side(patches, self.merge_size**2)
+        with running(here.tokens):
+            if self.norm_on == "token":
+                merged = self.ln(merged)
+            pre = self.hook_pre(self.in_proj(merged))  # [image, token, d_projector]
+            post = self.hook_post(ACTIVATIONS["gelu"](pre))  # [image, token, d_projector]
+            return here.in_a_row(self.out_proj(post))
+
+    def _merge_raster(
+        self, patches: Float[Tensor, "tile patch d_model"], grids: tuple[Grid, ...]
+    ) -> Float[Tensor, "tile token d_merged"]:
+        """Pixel shuffle: class tokens dropped, the patches of every merge block side by side, row by row."""
+        (_, rows, cols), m = grids[0], self.merge_size
+        blocks = patches[:, 1:].reshape(-1, rows // m, m, cols // m, m, patches.shape[-1]).transpose(2, 3)
+        if self.transposed:
+            blocks = blocks.transpose(1, 2)
+        return blocks.reshape(len(patches), rows * cols // m**2, -1)
 
 
-def _merge_raster(
-    patches: Float[Tensor, "patch d_model"], grids: tuple[Grid, ...], cfg: VisionConfig
-) -> Float[Tensor, "token d_merged"]:
-    """Pixel shuffle: class tokens dropped, the patches of every merge block side by side, row by row."""
-    (_, rows, cols), m = grids[0], cfg.merge_size
-    tiles = patches.view(-1, 1 + rows * cols, cfg.d_model)[:, 1:]
-    blocks = tiles.reshape(-1, rows // m, m, cols // m, m, cfg.d_model).transpose(2, 3)
-    if cfg.transposed_tokens:
-        blocks = blocks.transpose(1, 2)
-    return blocks.reshape(-1, cfg.d_merged)
+def _side_by_side(
+    patches: Float[Tensor, "*image patch d_model"], merge_block: int
+) -> Float[Tensor, "*image token d_merged"]:
+    """Patches that come merge block by merge block."""
+    return patches.reshape(*patches.shape[:-2], patches.shape[-2] // merge_block, -1)
 
 
 @lru_cache(maxsize=256)

@@ -11,6 +11,8 @@ import torch
 from accelerate.utils import align_module_device, has_offloaded_params
 from torch import Tensor, nn
 
+from hooked_vlm.token_layout import InputError
+
 
 class ClosedTensor(Tensor):
     """Readable like a tensor, closed to edits, as its views are."""
@@ -77,9 +79,42 @@ def check_unedited(module: nn.Module, _inputs: Any = None) -> None:
         )
 
 
+def is_own(module: nn.Module) -> bool:
+    """Whether a module is this library's or a plain one of PyTorch's."""
+    return type(module).__module__.startswith(("hooked_vlm.", "torch.nn.modules."))
+
+
+def is_touched(module: nn.Module) -> bool:
+    """Whether a module has hooks, or a `forward` put in its own's place, other than `hooked_vlm.placement`'s."""
+    if any(fn is not check_unedited for fn in module._forward_pre_hooks.values()):
+        return True
+    replaced = "forward" in module.__dict__ and not hasattr(module, "_hf_hook")
+    return replaced or bool(module._forward_hooks or module._backward_hooks or module._backward_pre_hooks)
+
+
+def is_plain(linear: nn.Module) -> bool:
+    """Whether a linear layer does what its weight and bias say: neither wrapped (by an adapter) nor hooked."""
+    return type(linear) is nn.Linear and not is_touched(linear)
+
+
 def values_of(module: nn.Module, name: str = "weight") -> Tensor:
     """A module's own parameter as a plain tensor: the parameter itself, or a `WeightCopy` of what is kept elsewhere
-    (on the device that computes) or quantised (dequantised)."""
+    (on the device that computes) or quantised (dequantised).
+
+    Raises:
+        InputError: the module is not one of this library's or a plain linear layer, but stands in the place of one: what
+            it computes is not what its weight says.
+    """
+    if not is_own(module):
+        raise InputError(
+            f"{getattr(module, 'name', 'this layer')} is a {type(module).__module__}.{type(module).__name__}, whose "
+            f"weight alone does not say what it computes: merge the adapter into a plain nn.Linear (peft: "
+            "merge_and_unload()) to read weights"
+        )
+    return _values(module, name)
+
+
+def _values(module: nn.Module, name: str) -> Tensor:
     value = getattr(module, name)
     if value.device.type == "meta" and has_offloaded_params(module):
         check_unedited(module)
@@ -94,7 +129,7 @@ def sorted_values(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """All of a model's weights by name, one at a time, as `values_of` gives them."""
     for name in sorted(model.state_dict()):
         of, _, own = name.rpartition(".")
-        yield name, values_of(model.get_submodule(of), own)
+        yield name, _values(model.get_submodule(of), own)
 
 
 def is_quantised(weight: Tensor) -> bool:
@@ -112,6 +147,8 @@ def device_of(module: nn.Module) -> torch.device:
 
 def why_closed(model: nn.Module) -> str:
     """Why a model's weights can be neither written, nor moved, nor edited; empty if they can."""
+    if wrapped := [name for name, m in model.named_modules() if not is_own(m)]:
+        return f"{wrapped[0]} is a {type(model.get_submodule(wrapped[0])).__name__}; merge adapters into plain layers first"
     kept_elsewhere = any(has_offloaded_params(module) for module in model.modules())
     if kept_elsewhere or any(is_quantised(p) for p in model.parameters()):
         kind = "offloaded" if kept_elsewhere else "quantised"

@@ -8,7 +8,6 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from hooked_vlm.compiled import check_compiler
 from hooked_vlm.components import Embed, Norm, Unembed, WithViews, weight_view
 from hooked_vlm.config import VLMConfig
 from hooked_vlm.token_layout import InputError
@@ -17,6 +16,22 @@ from hooked_vlm.weight_access import AbsentBias
 _ATTENTION = ("W_Q", "W_K", "W_V", "W_O", "b_Q", "b_K", "b_V", "b_O")
 _KEY_VALUE = re.compile(r"\.attn\.([Wb]_[KV])$")
 _MLP = ("W_in", "W_gate", "W_out", "b_in", "b_out")
+
+
+class stacked_view(weight_view):
+    """A weight of every block, stacked; a copy."""
+
+    def __init__(self, part: str, name: str) -> None:
+        def stacked(model: Any) -> Tensor:
+            return torch.stack([getattr(getattr(block, part), name).to(model.cfg.device) for block in model.blocks])
+
+        super().__init__(stacked)
+        self.part, self.name = part, name
+
+    def __set__(self, model: Any, value: Any) -> None:
+        raise AttributeError(
+            f"model.{self.name} is a stacked copy: edit model.blocks[layer].{self.part}.{self.name}, a view"
+        )
 
 
 class WeightsMixin(WithViews):
@@ -34,6 +49,11 @@ class WeightsMixin(WithViews):
     device_map: dict[str, str]
     to_single_token: Callable[[str], int]
 
+    W_Q, W_K, W_V, W_O = (stacked_view("attn", name) for name in ("W_Q", "W_K", "W_V", "W_O"))
+    b_Q, b_K, b_V, b_O = (stacked_view("attn", name) for name in ("b_Q", "b_K", "b_V", "b_O"))
+    W_in, W_gate, W_out = (stacked_view("mlp", name) for name in ("W_in", "W_gate", "W_out"))
+    b_in, b_out = (stacked_view("mlp", name) for name in ("b_in", "b_out"))
+
     @weight_view
     def W_E(self) -> Float[Tensor, "d_vocab d_model"]:
         """A view. In a tied model it shares its memory with `W_U`."""
@@ -47,20 +67,6 @@ class WeightsMixin(WithViews):
     @weight_view
     def b_U(self) -> Float[Tensor, "d_vocab"]:
         return self.unembed.b_U
-
-    def __getattr__(self, name: str) -> Any:
-        # the stacked copies of the per-block views, one rule for all of them
-        if name in _ATTENTION:
-            return torch.stack([getattr(block.attn, name).to(self.cfg.device) for block in self.blocks])
-        if name in _MLP:
-            return torch.stack([getattr(block.mlp, name).to(self.cfg.device) for block in self.blocks])
-        return super().__getattr__(name)
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if name in (*_ATTENTION, *_MLP):
-            part = "attn" if name in _ATTENTION else "mlp"
-            raise AttributeError(f"model.{name} is a stacked copy: edit model.blocks[layer].{part}.{name}, a view")
-        super().__setattr__(name, value)
 
     @property
     def absent_biases(self) -> list[str]:
@@ -123,27 +129,32 @@ class WeightsMixin(WithViews):
         self.cfg = self.cfg.with_(use_attn_result=use)
 
     def set_use_split_qkv_input(self, use: bool) -> None:
-        """Give every head its own copies of the residual stream (`hook_q_input`, `hook_k_input`, `hook_v_input`)."""
+        """Give every head its own copies of the residual stream (`hook_q_input`, `hook_k_input`, `hook_v_input`).
+
+        Raises:
+            InputError: `use_attn_in` is on.
+        """
+        self._check_exclusive(use and self.cfg.use_attn_in, "use_split_qkv_input", "use_attn_in")
         self.cfg = self.cfg.with_(use_split_qkv_input=use)
+
+    def set_use_attn_in(self, use: bool) -> None:
+        """Give every head its own copy of the residual stream (`hook_attn_in`), from which queries, keys and values are
+        made. With grouped queries the key-value heads read the copies of the first heads, as in TransformerLens.
+
+        Raises:
+            InputError: `use_split_qkv_input` is on.
+        """
+        self._check_exclusive(use and self.cfg.use_split_qkv_input, "use_attn_in", "use_split_qkv_input")
+        self.cfg = self.cfg.with_(use_attn_in=use)
+
+    @staticmethod
+    def _check_exclusive(both: bool, wanted: str, other: str) -> None:
+        if both:
+            raise InputError(f"{wanted} and {other} exclude each other: call model.set_{other}(False) first")
 
     def set_use_hook_mlp_in(self, use: bool) -> None:
         """Give the MLP its own copy of the residual stream (`hook_mlp_in`)."""
         self.cfg = self.cfg.with_(use_hook_mlp_in=use)
-
-    def set_use_compile(self, use: bool) -> None:
-        """Run the decoder's blocks through `torch.compile` where none of their points is hooked.
-
-        The first pass takes seconds to minutes longer; further ones of other lengths once more. Blocks with a hook,
-        padded batches and passes with a key-value cache (generation) run as they do without.
-
-        Raises:
-            InputError: torch.compile does not work here (it needs a C++ compiler), or the model is spread over devices.
-        """
-        if use and self.device_map:
-            raise InputError("torch.compile is for models on one device, and this one is spread over several")
-        if use:
-            check_compiler(self.cfg.device)
-        self.cfg = self.cfg.with_(use_compile=use)
 
     def _apply(self, fn: Callable, recurse: bool = True) -> Any:
         # every move and cast (.to, .cuda, .half, ...) comes through here: cfg follows

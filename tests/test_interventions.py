@@ -30,7 +30,7 @@ from hooked_vlm.interventions import (
 )
 from hooked_vlm.interventions.attention import all_heads
 from hooked_vlm.interventions.base import position_table
-from hooked_vlm.passes import inputs_rotation
+from hooked_vlm.forward_pass import inputs_rotation
 
 HEADS = ((0, 1), (1, 0), (1, 3), (2, 2))
 

@@ -60,7 +60,7 @@ def attention_scores_of(probe: Probe) -> tuple[Scores, Scores, Scores]:
         call, layer = hook.ctx["attention"], hook.layer()
         rows = attention_pattern(call.scores(queries[None]), keep_float32=True)[0][..., image]
         values = call.v[0, image].repeat_interleave(z.shape[2] // call.v.shape[2], dim=1)
-        norms = torch.einsum("khd,hdm->hkm", values, model.blocks[layer].attn.W_O).float().norm(dim=-1)
+        norms = model.blocks[layer].attn.head_results(values).float().norm(dim=-1).T
         mass = rows.sum(-1)
         found[layer] = torch.stack((mass.mean(-1), mass[:, -1], (rows * norms[:, None]).sum(-1).mean(-1)))
 

@@ -14,9 +14,11 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from hooked_vlm.attention import Attention
 from hooked_vlm.attention_rows import attention_rows
 from hooked_vlm.experiments.ocr_heads.examples import Example, to_inputs
 from hooked_vlm.inputs import VLMInputs
+from hooked_vlm.weight_access import is_plain
 
 
 @dataclass(frozen=True, eq=False)
@@ -133,7 +135,7 @@ def _hits(
     prompt[:, n_prompt:] = 0
 
     def measure_norm(z: Tensor, hook: Any) -> None:
-        norms[hook.layer()] = _output_norm(z, model.blocks[hook.layer()].attn.W_O, prompt)
+        norms[hook.layer()] = _output_norm(z, model.blocks[hook.layer()].attn, prompt)
 
     def predict(normalized: Tensor, hook: Any) -> None:
         for row, (stop, n) in enumerate(zip(inputs.stop, n_reply, strict=True)):
@@ -146,7 +148,7 @@ def _hits(
         reduce=lambda rows: rows[..., :last_key].argmax(-1),
         fwd_hooks=[
             (lambda name: name.endswith("attn.hook_z") and name.startswith("blocks."), measure_norm),
-            ("ln_final.hook_normalized", predict),
+            ("ln_final.hook_out", predict),
         ],
     ).cpu()
     hits = []
@@ -161,9 +163,13 @@ def _hits(
     return hits, stacked.float().cpu().numpy(), predicted
 
 
-def _output_norm(z: Tensor, W_O: Tensor, where: Int[Tensor, "batch pos"]) -> Float[Tensor, "batch head"]:
-    """Mean over the positions marked in `where` of the norm of z W_O per head, without making [pos, head, d_model]."""
-    gram = torch.einsum("hdm,hem->hde", W_O.float(), W_O.float())
-    squared = torch.einsum("bphd,hde,bphe->bph", z.float(), gram, z.float())
-    mask = where.to(squared)[:, :, None]
-    return (squared.clamp_min(0).sqrt() * mask).sum(1) / mask.sum(1)
+def _output_norm(z: Tensor, attn: Attention, where: Int[Tensor, "batch pos"]) -> Float[Tensor, "batch head"]:
+    """Mean over the positions marked in `where` of the norm of z W_O per head, made without [pos, head, d_model] where
+    the output matrix can be read."""
+    if is_plain(attn.o_proj):
+        gram = torch.einsum("hdm,hem->hde", attn.W_O.float(), attn.W_O.float())
+        norms = torch.einsum("bphd,hde,bphe->bph", z.float(), gram, z.float()).clamp_min(0).sqrt()
+    else:
+        norms = attn.head_results(z).float().norm(dim=-1)
+    mask = where.to(norms)[:, :, None]
+    return (norms * mask).sum(1) / mask.sum(1)

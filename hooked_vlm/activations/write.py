@@ -36,7 +36,7 @@ from hooked_vlm.activations.shards import (
     write_shard,
 )
 from hooked_vlm.files import writable_folder
-from hooked_vlm.hooks import HookPoint, is_hooked
+from hooked_vlm.hooks import HookPoint, hooked_module
 from hooked_vlm.inputs import VLMInputs
 from hooked_vlm.interventions.base import layer_of
 from hooked_vlm.provenance import provenance
@@ -91,9 +91,10 @@ def stream_activations(
         raise InputError(f"tokens_per_batch and shard_bytes must be at least 1, got {tokens_per_batch}, {shard_bytes}")
     if not 0 <= min_overlap < 1:
         raise InputError(f"min_overlap is a share of a box, at least 0 and less than 1, got {min_overlap}")
-    if left := [name for name, point in model.hook_dict.items() if is_hooked(point)]:
+    if hooked := hooked_module(model):
         raise InputError(
-            f"the model has a hook at {left[0]!r}, which may change activations: model.reset_hooks() first"
+            f"the model has a hook or an exchanged hook point at {hooked!r}, which may change activations: remove it "
+            "(model.reset_hooks(including_permanent=True) for hook points)"
         )
     plan = _Plan(
         model,

@@ -12,7 +12,7 @@ from hooked_vlm.attention import AttentionCall
 from hooked_vlm.inputs import VLMInputs
 from hooked_vlm.interventions.base import Positions, first_meant, meant, position_table
 from hooked_vlm.interventions.heads import Chosen, Edit, HeadIntervention
-from hooked_vlm.passes import inputs_rotation
+from hooked_vlm.forward_pass import inputs_rotation
 from hooked_vlm.rotary import Rotation
 from hooked_vlm.token_layout import InputError
 
@@ -167,14 +167,16 @@ def _behind_images(where: Positions, inputs: VLMInputs) -> Bool[Tensor, "batch w
 
 @torch.no_grad()
 def mean_image_kv(model: Any, inputs: Iterable[VLMInputs], before_rope: bool = True) -> ImageMeans:
-    """Keys (before rotation or rotated) and values averaged over all image tokens of a dataset.
+    """Keys (before rotation, behind their norm where they have one; or rotated) and values averaged over all image tokens
+    of a dataset.
 
     Raises:
         InputError: there is no image token in them.
     """
     sums = {kind: torch.zeros((), device=model.cfg.device) for kind in "kv"}
     n = 0
-    hooks = {"k": "hook_k" if before_rope else "hook_rot_k", "v": "hook_v"}
+    before = "hook_k_normed" if model.blocks[0].attn.has_qk_norm else "hook_k"
+    hooks = {"k": before if before_rope else "hook_rot_k", "v": "hook_v"}
     names = {
         kind: [f"blocks.{layer}.attn.{hook}" for layer in range(model.cfg.n_layers)] for kind, hook in hooks.items()
     }

@@ -10,6 +10,8 @@ from jaxtyping import Float
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from hooked_vlm.attention import project_head
+from hooked_vlm.hooks import silent_hook_points
 from hooked_vlm.inputs import VLMInputs
 from hooked_vlm.interventions import Head, Intervention
 from hooked_vlm.interventions.base import Hooks, first_meant, meant, position_table
@@ -59,17 +61,17 @@ class PatchPath(Intervention):
         inputs = model.as_inputs(inputs)
         layer, head = self.receiver
         table = position_table(self.positions, inputs).to(inputs.device)
-        block = model.blocks[layer]
-        weight = getattr(block.attn, f"W_{self.reads.upper()}")[head]
-        bias = getattr(block.attn, f"b_{self.reads.upper()}")[head]
-        written = model.blocks[self.sender[0]].attn.W_O[self.sender[1]].to(inputs.device)
+        block, sender = model.blocks[layer], model.blocks[self.sender[0]].attn
+        linear = getattr(block.attn, f"{self.reads}_proj")
 
         def put(x: Tensor, hook: Any) -> Tensor:
             first = hook.ctx["first_position"]
             here = slice(first, first + x.shape[1])
-            stream = (self.stream[:, here] + self.change[:, here] @ written).to(x.device)
+            written = sender.head_result(self.change[:, here], self.sender[1]).to(self.stream.device)
+            stream = (self.stream[:, here] + written).to(x.device)
             stream = stream.repeat(len(x) // len(stream), 1, 1)
-            made = _normalised(block.ln1, stream) @ weight + bias
+            with silent_hook_points():
+                made = project_head(linear, block.ln1(stream), x.shape[2], head)
             chosen = meant(table, first, made.shape[1], len(x))[..., None].to(x.device)
             edited = x.clone()
             edited[:, : made.shape[1], head] = torch.where(chosen, made, x[:, : made.shape[1], head])
@@ -80,11 +82,6 @@ class PatchPath(Intervention):
     def __str__(self) -> str:
         (a, b), (c, d) = self.sender, self.receiver
         return f"PatchPath {a}.{b} to {self.reads} of {c}.{d}"
-
-
-def _normalised(norm: Any, stream: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos d_model"]:
-    """RMSNorm without its hooks, which belong to the run."""
-    return norm(stream, lambda point, x: x)
 
 
 @torch.no_grad()

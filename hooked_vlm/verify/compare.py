@@ -34,7 +34,7 @@ def our_tensors(model: Any, inputs: VLMInputs) -> Iterator[tuple[Key, Tensor]]:
     for layer in range(model.cfg.n_layers):
         yield ("residual stream", layer), cache["resid_pre", layer]
         yield ("attention pattern", layer), cache["pattern", layer]
-    yield ("residual stream", model.cfg.n_layers), cache["ln_final.hook_normalized"]
+    yield ("residual stream", model.cfg.n_layers), cache["ln_final.hook_out"]
     if not inputs.has_visuals:
         return
     yield ("image features", None), cache["hook_image_features"]

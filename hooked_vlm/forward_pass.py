@@ -1,0 +1,200 @@
+"""`ForwardPass`: who sees whom, rotary positions, earlier keys, what hooks are told, how rows lie.
+
+Made once for each pass over inputs or step of generation, and current for as long as it runs (`hooks.running`):
+attention asks it for mask and rotation, hook points for how a tensor is shown to a hook.
+"""
+
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from hooked_vlm.config import VLMConfig
+from hooked_vlm.hooks import shows_modules
+from hooked_vlm.inputs import VLMInputs
+from hooked_vlm.kv_cache import EarlierKeys, KVCache
+from hooked_vlm.masks import AttentionMask
+from hooked_vlm.packing import Packing
+from hooked_vlm.rotary import Rotation, text_rotation
+
+if TYPE_CHECKING:
+    from hooked_vlm.model import HookedVLM
+
+
+@dataclass(frozen=True, eq=False)
+class Recorder:
+    """What is recorded of a pass: `keep` is called with the name and the tensor of hook points as they fire."""
+
+    keep: Callable[[str, Tensor], None]
+    names: Collection[str] | None = None
+    """None: of all that fire."""
+
+    def __call__(self, name: str, x: Tensor) -> None:
+        if self.names is None or name in self.names:
+            self.keep(name, x.detach())
+
+    def names_point(self, name: str) -> bool:
+        """Whether a hook point is recorded by its name, so that it fires although no hook listens there."""
+        return self.names is not None and name in self.names
+
+    def touches(self, prefix: str) -> bool:
+        """Whether any hook point whose name begins with `prefix` may be recorded."""
+        return self.names is None or any(name.startswith(prefix) for name in self.names)
+
+
+@dataclass(frozen=True, eq=False)
+class ForwardPass:
+    """One pass through a tower: what its layers and hook points need to know beside their tensors."""
+
+    cfg: VLMConfig
+    """The model's, for the switches of optional hook points."""
+    device: torch.device
+    mask: AttentionMask
+    rotate: Rotation | None = None
+    """None where positions are not rotary."""
+    past: EarlierKeys | None = None
+    context: Mapping[str, Any] = field(default_factory=dict)
+    """What a hook finds in `hook.ctx` while it is called: `positions`, the first of them as a plain number
+    (`first_position`), and `step` where there is a key-value cache."""
+    packing: Packing | None = None
+    """How rows without their padding lie one after the other; None where tensors are [batch, pos, ...]."""
+    recorder: Recorder | None = None
+    n_out: int | None = None
+    """Queries are wanted of so many positions at the end; None: of all."""
+    _elsewhere: "dict[torch.device, ForwardPass]" = field(init=False, repr=False, default_factory=dict)
+
+    def on(self, device: torch.device) -> "ForwardPass":
+        """The same for layers on another device, made once. (Earlier keys lie with their layers already.)"""
+        if device == self.device:
+            return self
+        if device not in self._elsewhere:
+            self._elsewhere[device] = replace(
+                self,
+                device=device,
+                mask=self.mask.to(device),
+                rotate=None if self.rotate is None else self.rotate.to(device),
+                packing=None if self.packing is None else self.packing.to(device),
+                context={name: x.to(device) if isinstance(x, Tensor) else x for name, x in self.context.items()},
+            )
+        return self._elsewhere[device]
+
+    def pack(self, padded: Float[Tensor, "batch pos *rest"]) -> Float[Tensor, "..."]:
+        """As layers see it."""
+        return padded if self.packing is None else self.packing.to(padded.device).pack(padded)
+
+    def pad(self, x: Float[Tensor, "..."]) -> Float[Tensor, "batch pos *rest"]:
+        """As hooks see it: zero where a row has no position."""
+        return x if self.packing is None else self.packing.to(x.device).pad(x)
+
+    def wanted(self, x: Float[Tensor, "batch pos *rest"]) -> Float[Tensor, "batch query *rest"]:
+        """The positions whose queries are wanted."""
+        return x if self.n_out is None else x[:, -self.n_out :]
+
+    def rotate_queries(self, q: Float[Tensor, "*dims head d_head"]) -> Float[Tensor, "*dims head d_head"]:
+        """The queries of the wanted positions, rotated."""
+        assert self.rotate is not None
+        return (self.rotate if self.n_out is None else self.rotate.last(self.n_out))(q)
+
+    def context_at(self, device: torch.device, n: int) -> Mapping[str, Any]:
+        """What a hook is told whose tensor holds the last `n` positions."""
+        context = self.on(device).context
+        positions = context.get("positions")
+        if positions is None or len(positions) == n:
+            return context
+        first = context["first_position"] + len(positions) - n
+        return {**context, "positions": positions[-n:], "first_position": first}
+
+    def without_positions(self) -> "ForwardPass":
+        """The same for a tensor that has no positions, or rows of a batch at different ones."""
+        return replace(self, context={name: self.context[name] for name in self.context if name == "step"})
+
+
+def text_pass(
+    model: "HookedVLM",
+    inputs: VLMInputs,
+    past: KVCache | None = None,
+    dtype: torch.dtype | None = None,
+    recorder: Recorder | None = None,
+) -> ForwardPass:
+    """A pass through the decoder over `inputs`, which continue what is in the cache if there is one.
+
+    Rows of different lengths run without their padding, unless earlier keys are in front of them, heads have inputs of
+    their own, or someone looks at modules between the hook points.
+    """
+    cfg = model.cfg
+    n, n_past = inputs.shape[1], 0 if past is None else past.length
+    context: dict[str, Any] = {"positions": torch.arange(n_past, n_past + n, device=inputs.device)}
+    context["first_position"] = n_past
+    if past is not None:
+        context["step"] = past.n_passes
+    mask = inputs_mask(cfg, inputs, past)
+    rotate = inputs_rotation(cfg, inputs, cfg.dtype if dtype is None else dtype, past)
+    packing = None
+    lengths = [stop - first for first, stop in zip(inputs.first, inputs.stop, strict=True)]
+    own_inputs = cfg.use_split_qkv_input or cfg.use_attn_in
+    if not n_past and min(lengths) != n and not own_inputs and not shows_modules(model):
+        packing = Packing.of(lengths, inputs.device, inputs.first, n)
+        rotate = Rotation(packing.pack(rotate.cos), packing.pack(rotate.sin))
+    return ForwardPass(cfg, inputs.device, mask, rotate, past, context, packing, recorder)
+
+
+def step_pass(cfg: VLMConfig, past: KVCache) -> ForwardPass:
+    """A pass over one more token in every row, made from the key-value cache alone, on the device."""
+    assert past.next_position is not None
+    position_ids = past.next_position[None, :, None].expand(3, -1, -1)
+    mask = AttentionMask(True, past.valid_with(1, None), window=cfg.sliding_window)
+    here = torch.full((1,), past.length, device=position_ids.device)
+    context = {"positions": here, "first_position": past.length, "step": past.n_passes}
+    rotate = _rotation(cfg, position_ids, past.next_position + 1, cfg.dtype)
+    return ForwardPass(cfg, past.device, mask, rotate, past, context)
+
+
+def last_of_rows(
+    stream: Float[Tensor, "*dims d_model"], here: ForwardPass, inputs: VLMInputs, first: int = 0
+) -> tuple[Float[Tensor, "rows 1 d_model"], ForwardPass]:
+    """Each row's last real position, and the pass that goes on with it.
+
+    `stream` begins at the position `first`; its rows may be those of several runs over `inputs`.
+    """
+    together = min(inputs.stop) == inputs.shape[1]
+    if here.packing is not None:
+        ends = torch.tensor(here.packing.lengths).cumsum(0).to(stream.device, non_blocking=True) - 1
+        last = stream[ends][:, None]
+    elif together:
+        last = stream[:, -1:]
+    else:
+        index = torch.tensor(inputs.stop, device=stream.device) - 1 - first
+        rows = torch.arange(len(stream), device=stream.device)
+        last = stream[rows, index.repeat(len(stream) // len(inputs))][:, None]
+    unpacked = replace(here, packing=None, rotate=None)
+    return last, unpacked if together else unpacked.without_positions()
+
+
+def inputs_mask(cfg: VLMConfig, inputs: VLMInputs, past: KVCache | None) -> AttentionMask:
+    """Who sees whom among `inputs` and what is in the cache."""
+    padded = min(inputs.stop) != inputs.shape[1] or max(inputs.first) != 0
+    valid = inputs.attention_mask.bool() if padded else None
+    if past is not None:
+        valid = past.valid_with(inputs.shape[1], valid)
+    padding = None
+    if max(inputs.first) != 0 and (past is None or not past.length):
+        padding = torch.tensor(inputs.first, device=inputs.device)
+    return AttentionMask(True, valid, padding, cfg.sliding_window)
+
+
+def inputs_rotation(cfg: VLMConfig, inputs: VLMInputs, dtype: torch.dtype, past: KVCache | None = None) -> Rotation:
+    """The rotation of the inputs' queries and keys, counted on from what is in the cache."""
+    position_ids, lengths = inputs.position_ids, inputs.next_position
+    if past is not None and past.next_position is not None:
+        position_ids = position_ids + past.next_position[:, None]
+        lengths = lengths + past.next_position
+    return _rotation(cfg, position_ids, lengths, dtype)
+
+
+def _rotation(
+    cfg: VLMConfig, position_ids: Int[Tensor, "3 batch pos"], lengths: Int[Tensor, "batch"], dtype: torch.dtype
+) -> Rotation:
+    return text_rotation(position_ids, cfg.d_head, cfg.rope_theta, cfg.mrope_section, dtype, cfg.rope_scaling, lengths)
