@@ -52,7 +52,7 @@ format: $(VENV)/.installed-dev
 	$(BIN)/ruff format
 
 bench: $(VENV)/.installed-dev
-	@set -e; for name in forward scoring sweeps memory loading peers figure; do \
+	@set -e; for name in forward overhead scoring sweeps memory loading peers figure; do \
 	  echo "== $$name"; $(BIN)/python "benchmarks/$$name.py"; done
 
 docs: $(VENV)/.installed-dev

@@ -43,29 +43,8 @@ def main() -> None:
         )
         show(f"{title} (logits differ by {difference:.1e})", measured)
         tables[title] = ratios(measured)
-    tables["one image, blocks compiled"] = ratios(compiled(hf, ours, settings))
     tables["32 tokens generated after one image"] = ratios(generation(hf, ours, settings))
     save(settings, "forward", tables)
-
-
-def compiled(hf: Any, ours: HookedVLM, settings: Settings) -> dict[str, Timing]:
-    batch = batch_of([(32, 32)], settings.device)
-    inputs = ours.inputs_from_hf(batch)
-
-    def with_compile() -> Any:
-        ours.cfg = ours.cfg.with_(use_compile=True)
-        logits = ours(inputs)
-        ours.cfg = ours.cfg.with_(use_compile=False)
-        return logits
-
-    difference = (hf(**batch).logits - with_compile()).abs().max().item()
-    measured = measure(
-        {"transformers, sdpa": partial(hf, **batch), "hooked_vlm": partial(ours, inputs), "compiled": with_compile},
-        settings.rounds,
-        settings.device,
-    )
-    show(f"one image, blocks compiled (logits differ by {difference:.1e})", measured)
-    return measured
 
 
 def generation(hf: Any, ours: HookedVLM, settings: Settings) -> dict[str, Timing]:

@@ -1,4 +1,4 @@
-"""Times and memory of several ways of doing the same work in one process, as ratios of medians."""
+"""Times and memory of several ways of doing the same work in one process, in turns; ratios are medians over rounds."""
 
 import argparse
 import json
@@ -7,6 +7,7 @@ import statistics
 import threading
 import time
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,12 +32,12 @@ class Settings:
         return getattr(torch, self.dtype)
 
 
-def read_settings(description: str | None) -> Settings:
+def read_settings(description: str | None, rounds: int = 7) -> Settings:
     parser = argparse.ArgumentParser(description=str(description).splitlines()[0])
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
     parser.add_argument("--model", default="middle", choices=("middle", "2b"))
-    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--rounds", type=int, default=rounds)
     return Settings(**vars(parser.parse_args()))
 
 
@@ -47,25 +48,39 @@ class Timing:
     seconds: float
     extra_bytes: int
     """Peak memory beyond what was in use before."""
+    ratio: float = 1.0
+    """To the first way's time in the same round."""
 
 
 def measure(
-    ways: Mapping[str, Callable[[], object]], rounds: int, device: str = "cpu", warmup: int = 1
+    ways: Mapping[str, Callable[[], object]], rounds: int, device: str = "cpu", warmup: int = 1, memory: bool = True
 ) -> dict[str, Timing]:
-    """They take turns, so that a change in the machine's load meets all of them."""
+    """They take turns, so that a change in the machine's load meets all of them.
+
+    `memory`: watch it, which costs short passes time.
+    """
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     peaks: dict[str, list[int]] = {name: [] for name in ways}
     for round_ in range(warmup + rounds):
         for name, work in ways.items():
-            with PeakMemory(device) as peak:
+            with PeakMemory(device) if memory else nullcontext() as peak:
+                _synchronise(device)
                 start = time.perf_counter()
                 work()
                 _synchronise(device)
                 took = time.perf_counter() - start
             if round_ >= warmup:
                 seconds[name].append(took)
-                peaks[name].append(peak.extra_bytes)
-    return {name: Timing(statistics.median(seconds[name]), int(statistics.median(peaks[name]))) for name in ways}
+                peaks[name].append(0 if peak is None else peak.extra_bytes)
+    first = next(iter(seconds.values()))
+    return {
+        name: Timing(
+            statistics.median(own),
+            int(statistics.median(peaks[name])),
+            statistics.median(a / b for a, b in zip(own, first, strict=True)),
+        )
+        for name, own in seconds.items()
+    }
 
 
 class PeakMemory:
@@ -107,9 +122,8 @@ def _synchronise(device: str) -> None:
 
 def ratios(measured: Mapping[str, Timing]) -> dict[str, Any]:
     """What is written of a table: seconds, the ratio to the first way, extra memory."""
-    first = next(iter(measured.values())).seconds
     return {
-        name: {"seconds": timing.seconds, "ratio": timing.seconds / first, "extra_bytes": timing.extra_bytes}
+        name: {"seconds": timing.seconds, "ratio": timing.ratio, "extra_bytes": timing.extra_bytes}
         for name, timing in measured.items()
     }
 
@@ -117,10 +131,9 @@ def ratios(measured: Mapping[str, Timing]) -> dict[str, Any]:
 def show(title: str, measured: Mapping[str, Timing]) -> None:
     """A table; ratios are to the first way."""
     print(title)
-    first = next(iter(measured.values())).seconds
     for name, timing in measured.items():
-        ratio, extra = timing.seconds / first, timing.extra_bytes / 2**20
-        print(f"  {name:52s} {timing.seconds * 1000:10.1f} ms {ratio:7.2f}x {extra:9.0f} MiB extra", flush=True)
+        extra = timing.extra_bytes / 2**20
+        print(f"  {name:52s} {timing.seconds * 1000:10.1f} ms {timing.ratio:7.2f}x {extra:9.0f} MiB extra", flush=True)
 
 
 def save(settings: Settings, name: str, tables: Mapping[str, Any]) -> None:

@@ -33,6 +33,31 @@ def middle_size_model(device: str, dtype: torch.dtype) -> Any:
     return _random(config, device, dtype)
 
 
+def deep_model(device: str, dtype: torch.dtype) -> Any:
+    """28 layers, 4 heads (2 key-value heads), d_model 64: small matrices, as many steps as in a model of billions."""
+    config = Qwen2VLConfig(
+        text_config={
+            "vocab_size": 1100,
+            "hidden_size": 64,
+            "intermediate_size": 176,
+            "num_hidden_layers": 28,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "max_position_embeddings": 16384,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [2, 3, 3]},
+            "bos_token_id": 1,
+            "eos_token_id": 1099,
+            "pad_token_id": 0,
+        },
+        vision_config={"depth": 2, "embed_dim": 64, "hidden_size": 64, "num_heads": 4},
+        image_token_id=IMAGE,
+        video_token_id=1001,
+        vision_start_token_id=START,
+        vision_end_token_id=END,
+    )
+    return _random(config, device, dtype)
+
+
 def shape_of_2b(device: str, dtype: torch.dtype) -> Any:
     """Random weights in the shape of Qwen2-VL-2B."""
     config = Qwen2VLConfig(

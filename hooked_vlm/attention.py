@@ -129,8 +129,8 @@ class Attention(WithViews):
         rounding = 16 * self.n_heads * torch.finfo(z.dtype).eps * float(whole.detach().abs().max())
         if not torch.allclose(result.sum(-2) + bias, whole, rtol=0, atol=rounding):
             raise HookError(
-                f"o_proj of layer {self.layer} is hooked or replaced by something that is not linear: what single heads "
-                "write is then not defined. Remove the hook, merge the adapter, or set_use_attn_result(False)"
+                f"o_proj of layer {self.layer} is hooked or replaced by something not linear, so that what single "
+                "heads write is not defined: remove the hook, merge the adapter, or call set_use_attn_result(False)"
             )
         return result
 

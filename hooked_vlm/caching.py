@@ -1,6 +1,6 @@
 """What `run_with_cache` stores of a pass."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -23,6 +23,11 @@ def runs_explicitly(hook_dict: Mapping[str, HookPoint], name: str) -> bool:
     """
     layer = name.rsplit(".", 1)[0]
     return any(is_hooked(hook_dict[f"{layer}.{suffix}"]) for suffix in QUADRATIC)
+
+
+def default_filter(hook_dict: Mapping[str, HookPoint]) -> Callable[[str], bool]:
+    """Every hook point but the [pos, pos] ones of layers that run the fused kernel."""
+    return lambda name: not is_quadratic(name) or runs_explicitly(hook_dict, name)
 
 
 class Caching:
@@ -54,9 +59,6 @@ class Caching:
         rows = {name for name in names if self._by_rows(name)}
         hooks = [(f"{name.rsplit('.', 1)[0]}.hook_z", partial(self._save_rows, name=name)) for name in sorted(rows)]
         return Recorder(self.keep, frozenset(names) - rows), hooks
-
-    def gradient_hooks(self, names: Iterable[str]) -> Hooks:
-        return [(name, partial(self.save, suffix="_grad")) for name in names] if self.incl_bwd else []
 
     def keep(self, name: str, tensor: Tensor, suffix: str = "") -> None:
         """Store what passed the hook point `name`."""

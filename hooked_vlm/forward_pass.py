@@ -32,9 +32,13 @@ class Recorder:
     names: Collection[str] | None = None
     """None: of all that fire."""
 
+    def records(self, name: str) -> bool:
+        """Whether a hook point is recorded when it fires."""
+        return self.names is None or name in self.names
+
     def __call__(self, name: str, x: Tensor) -> None:
-        if self.names is None or name in self.names:
-            self.keep(name, x.detach())
+        """Keep what passed a hook point."""
+        self.keep(name, x.detach())
 
     def names_point(self, name: str) -> bool:
         """Whether a hook point is recorded by its name, so that it fires although no hook listens there."""

@@ -29,6 +29,7 @@ class HookRow:
 ONCE = "once"
 RESULT = "with use_attn_result"
 SPLIT = "with use_split_qkv_input"
+ATTN_IN = "with use_attn_in"
 MLP_IN = "with use_hook_mlp_in"
 IMAGES = "once, if there are images"
 ENCODES = "once, if images are encoded"
@@ -36,14 +37,18 @@ ENCODES = "once, if images are encoded"
 # suffix: (axes after those of batch and position, when it fires, what it is), in the order of the forward pass
 _BLOCK = {
     "hook_resid_pre": ("d_model", ONCE, "residual stream entering the block"),
+    "attn.hook_attn_in": ("head d_model", ATTN_IN, "what each head reads, before ln1"),
     "attn.hook_q_input": ("head d_model", SPLIT, "what each query head reads, before ln1"),
     "attn.hook_k_input": ("kv_head d_model", SPLIT, "what each key head reads, before ln1"),
     "attn.hook_v_input": ("kv_head d_model", SPLIT, "what each value head reads, before ln1"),
     "ln1.hook_scale": ("1", ONCE, "denominator of the norm before attention"),
-    "ln1.hook_normalized": ("d_model", ONCE, "what attention reads, norm weight applied"),
-    "attn.hook_q": ("head d_head", ONCE, "queries, bias included, before rotation"),
-    "attn.hook_k": ("kv_head d_head", ONCE, "keys, bias included, before rotation"),
+    "ln1.hook_normalized": ("d_model", ONCE, "normalised stream before the norm's weight and bias"),
+    "ln1.hook_out": ("d_model", ONCE, "what attention reads"),
+    "attn.hook_q": ("head d_head", ONCE, "queries, bias included, before a norm and rotation"),
+    "attn.hook_k": ("kv_head d_head", ONCE, "keys, bias included, before a norm and rotation"),
     "attn.hook_v": ("kv_head d_head", ONCE, "values, bias included"),
+    "attn.hook_q_normed": ("head d_head", ONCE, "queries behind their norm, where there is one"),
+    "attn.hook_k_normed": ("kv_head d_head", ONCE, "keys behind their norm, where there is one"),
     "attn.hook_rot_q": ("head d_head", ONCE, "rotated queries"),
     "attn.hook_rot_k": ("kv_head d_head", ONCE, "rotated keys"),
     "attn.hook_attn_scores": ("", ONCE, "q·k / sqrt(d_head), -inf where masked"),
@@ -54,7 +59,8 @@ _BLOCK = {
     "hook_resid_mid": ("d_model", ONCE, "stream between attention and MLP"),
     "hook_mlp_in": ("d_model", MLP_IN, "the MLP's own copy of the stream, before ln2"),
     "ln2.hook_scale": ("1", ONCE, "denominator of the norm before the MLP"),
-    "ln2.hook_normalized": ("d_model", ONCE, "what the MLP reads, norm weight applied"),
+    "ln2.hook_normalized": ("d_model", ONCE, "normalised stream before the norm's weight and bias"),
+    "ln2.hook_out": ("d_model", ONCE, "what the MLP reads"),
     "mlp.hook_pre": ("d_mlp", ONCE, "before the activation function"),
     "mlp.hook_pre_linear": ("d_mlp", ONCE, "the other factor of a gated MLP"),
     "mlp.hook_post": ("d_mlp", ONCE, "what the output matrix reads (gated: the product)"),
@@ -65,7 +71,8 @@ _TEXT = {
     "hook_embed": ("d_model", ONCE, "what enters block 0: token embeddings, image features in their places"),
     **{f"blocks.{{l}}.{suffix}": row for suffix, row in _BLOCK.items()},
     "ln_final.hook_scale": ("1", ONCE, "denominator of the final norm"),
-    "ln_final.hook_normalized": ("d_model", ONCE, "what the unembedding reads, norm weight applied"),
+    "ln_final.hook_normalized": ("d_model", ONCE, "normalised stream before the norm's weight"),
+    "ln_final.hook_out": ("d_model", ONCE, "what the unembedding reads"),
 }
 _VISION = {
     "vision.hook_embed": ("d_model", ENCODES, "what enters block 0: patch embeddings"),
@@ -116,7 +123,7 @@ def hook_table(model: "HookedVLM") -> list[HookRow]:
 def _text_row(name: str, axes: str, fires: str, what: str) -> HookRow:
     at = "batch pos" if axes else "batch head query key"
     if ".ln1." in name:
-        fires = f"{ONCE}; three times (q, k, v) {SPLIT}, with a head axis"
+        fires = f"{ONCE}; with a head axis {ATTN_IN}; three times (q, k, v) {SPLIT}, with a head axis"
     return HookRow(name, (*at.split(), *axes.split()), fires, what)
 
 
@@ -127,10 +134,14 @@ def _vision_row(name: str, axes: str, fires: str, what: str) -> HookRow:
 
 def _projector_norm_rows(vision: VisionConfig) -> dict[str, HookRow]:
     at, width, what = _PROJECTOR_NORM[vision.projector_norm]
-    scale, normalized = "projector.ln.hook_scale", "projector.ln.hook_normalized"
+    rows = {
+        "hook_scale": ("1", "denominator of the projector's norm"),
+        "hook_normalized": (width, f"normalised {what} before the norm's weight and bias"),
+        "hook_out": (width, f"normalised {what}"),
+    }
     return {
-        scale: HookRow(scale, (*at.split(), "1"), ENCODES, "denominator of the projector's norm"),
-        normalized: HookRow(normalized, (*at.split(), width), ENCODES, f"normalised {what}"),
+        f"projector.ln.{own}": HookRow(f"projector.ln.{own}", (*at.split(), axis), ENCODES, text)
+        for own, (axis, text) in rows.items()
     }
 
 
@@ -156,16 +167,28 @@ What holds for every hook point (tested for all of them):
 2. An edit that changes nothing changes nothing: the output is equal bit for bit. Only scores and patterns, whose
    hook makes the layer compute attention explicitly instead of in the fused kernel, may differ by rounding.
 3. A real edit changes the output.
-4. Its shape is the one below.
-5. An edit in place is as good as a returned one and stays within its run: model, inputs, encoded images and caches
-   are as before, and so is what another hook recorded earlier in the same run.
+4. Its shape is the one below, and what a hook returns has the shape and dtype it was given (`HookError` otherwise).
+5. An edit in place, by any means (`x[...] =`, `x.data`, `x.numpy()`), is as good as a returned one and stays within its
+   run: model, inputs, encoded images and caches are as before, and so is what another hook recorded earlier in the
+   same run.
 
-Hooks set through plain PyTorch (`point.register_forward_hook`) and backward hooks count like any other. An unknown
-name, a filter that matches nothing, a hook point that is switched off, and an image-side hook where no image is
-encoded raise `HookError`.
+Hooks set through plain PyTorch (`point.register_forward_hook`) and backward hooks count like any other. A hook point
+is called in every pass, so that a module put in its place takes part (an SAE, say; call `model.setup()` after the
+exchange); scores and pattern are called if something listens there or another module stands there. An unknown name, a
+filter that matches nothing, a hook point that is switched off or was exchanged, and an image-side hook where no image
+is encoded raise `HookError`.
 
-Switches: `model.set_use_attn_result(True)`, `model.set_use_split_qkv_input(True)`, `model.set_use_hook_mlp_in(True)`.
-What they switch on costs memory and a little time, and may move results by rounding.
+Plain PyTorch hooks on other modules (`model.blocks[3]`, `attn.o_proj`, `mlp`, norms) see `[batch, pos, ...]`, or
+`[image, patch, ...]` in the vision tower. A pass over such hooks, or over wrapped layers (a LoRA adapter), does not
+pack padded rows; it takes longer and gives the same numbers up to rounding. `sweep`, `sweep_many` and
+`stream_activations` refuse a model with hooks of any kind.
+
+Switches: `model.set_use_attn_result(True)`, `model.set_use_split_qkv_input(True)` or `model.set_use_attn_in(True)` (not
+both), `model.set_use_hook_mlp_in(True)`. What they switch on costs memory and a little time, and may move results by
+rounding. Where a projection is hooked or wrapped they call it for each head on its own, at as many times its cost.
+
+Names as TransformerLens' `get_act_name` gives them are accepted: `blocks.3.hook_q_input` (`k`, `v`) for
+`blocks.3.attn.hook_q_input`, and likewise `hook_q_normed`, `hook_k_normed`, `hook_attn_in`.
 
 `run_with_cache` stores everything that fires but scores and patterns; `cache["pattern", l]` is computed from the
 stored queries and keys. Padding: rows of a pattern that belong to padding are zero; other tensors hold unused
@@ -178,7 +201,7 @@ from it at linear cost. During `model.generate(...)` there is `hook.ctx["step"]`
 after the first step `pos` and `query` are 1 and `key` is all positions so far. Image-side hooks fire at step 0 only.
 
 With `logits_at="last"` the last block computes queries, and all that follows them, for the last position alone,
-unless one of its hook points is hooked; results may then move by rounding.
+unless one of its modules is hooked; results may then move by rounding.
 """
 
 _SECTIONS = (
@@ -213,9 +236,12 @@ _TILES = """\
 
 `image` counts tiles: those of the first image, its thumbnail, those of the next. `patch` starts with the class token
 of the tile, its patches follow in raster order; tiles of one size need no padding. `hook_attn_out` and `hook_mlp_out`
-are what is added to the stream, after layer scale (`attn.hook_result` is before it); `attn.hook_q` and `attn.hook_k`
-come after the norm of queries and keys where a tower has one. Positions are learned and enter with
-`vision.hook_embed`, so queries and keys are not rotated and these points do not exist: {absent}.
+are what is added to the stream, after layer scale (`attn.hook_result` is before it). InternViT-6B has a norm of queries
+and keys: `attn.hook_q` and `attn.hook_k` come before it, `attn.hook_q_normed` and `attn.hook_k_normed` behind it. The
+norm is over all heads together, so that an edit of one head's `hook_q` moves the others' `hook_q_normed`; both are
+`[image, patch, head, d_head]`, where TransformerLens' norm of single heads has `[batch, head, pos, d_head]`. Positions
+are learned and enter with `vision.hook_embed`, so queries and keys are not rotated and these points do not exist:
+{absent}.
 Blocks behind the layer that the projector reads (`select_layer`) do not run. These shapes differ:
 """
 
@@ -243,7 +269,14 @@ def page() -> str:
 
     sizes = VisionConfig(n_layers=1, d_model=4, n_heads=1, d_head=4, d_mlp=4, d_out=4, patch_size=2)
     tiles = replace(
-        sizes, tile_size=4, n_positions=4, rope_theta=None, layer_scale=True, d_projector=4, projector_norm="token"
+        sizes,
+        tile_size=4,
+        n_positions=4,
+        rope_theta=None,
+        layer_scale=True,
+        qk_norm=True,
+        d_projector=4,
+        projector_norm="token",
     )
     cfg = VLMConfig(
         n_layers=1,

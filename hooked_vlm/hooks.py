@@ -95,7 +95,7 @@ class HookPoint(hook_points.HookPoint):
         here = _CURRENT.get()
         if is_hooked(self):
             return x if _SILENT.get() else self._call_hooks(x, here)
-        if here is not None and here.recorder is not None and not _SILENT.get():
+        if here is not None and here.recorder is not None and here.recorder.records(self.name) and not _SILENT.get():
             here.recorder(self.name, here.pad(x) if self.packs else x)
         return super().__call__(x)
 
@@ -113,7 +113,7 @@ class HookPoint(hook_points.HookPoint):
             _CURRENT.reset(token)
             for name in CONTEXT:
                 self.ctx.pop(name, None)
-        if here.recorder is not None:
+        if here.recorder is not None and here.recorder.records(self.name):
             here.recorder(self.name, out)
         return here.pack(out) if self.packs else out
 

@@ -67,10 +67,20 @@ def cached_rows(model: "HookedVLM") -> list[HookRow]:
 
 
 def _cached_bytes(row: HookRow, model: "HookedVLM", prompt: PromptSize, dtype: torch.dtype) -> int:
-    """Of all layers together. Denominators of norms are made in float32 at least."""
-    stored = torch.promote_types(dtype, torch.float32) if row.name.endswith("hook_scale") else dtype
+    """Of all layers together. A norm's denominators are made in float32 at least, and so is what a LayerNorm's weight
+    is applied to."""
+    in_float32 = row.name.endswith("hook_scale") or (row.name.endswith("hook_normalized") and _centered(row, model))
+    stored = torch.promote_types(dtype, torch.float32) if in_float32 else dtype
     shape = [int(size) for size in filled(row, model.cfg, prompt)]
     return math.prod(shape) * layers_of(row, model.cfg) * stored.itemsize
+
+
+def _centered(row: HookRow, model: "HookedVLM") -> bool:
+    """Whether a norm's hook point belongs to a LayerNorm."""
+    vision = model.cfg.vision
+    if row.name.startswith("projector."):
+        return True
+    return vision is not None and row.name.startswith("vision.") and vision.normalization_type == "LN"
 
 
 def _kv_bytes(model: "HookedVLM", n_tokens: int, dtype: torch.dtype) -> int:

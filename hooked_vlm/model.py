@@ -15,7 +15,7 @@ from transformer_lens import HookedRootModule
 from transformer_lens.utilities import Slice, SliceInput
 
 from hooked_vlm.cache import VLMCache
-from hooked_vlm.caching import Caching, runs_explicitly
+from hooked_vlm.caching import Caching, default_filter, runs_explicitly
 from hooked_vlm.components import Embed, Norm, Unembed
 from hooked_vlm.config import VLMConfig
 from hooked_vlm.decoder import run_blocks, text_blocks
@@ -29,7 +29,6 @@ from hooked_vlm.hooks import (
     hooked_module,
     is_encoder,
     is_hooked,
-    is_quadratic,
     running,
 )
 from hooked_vlm.inputs import Answer, VLMInputs
@@ -217,8 +216,7 @@ class HookedVLM(LoadingMixin, PromptMixin, GenerationMixin, WeightsMixin, HookCh
         return self.hook_embed(here.pack(x))  # [batch, pos, d_model]
 
     def _features(self, inputs: VLMInputs, here: ForwardPass, like: Tensor) -> Float[Tensor, "token d_model"]:
-        """What the decoder receives of the images: encoded now, or given with the inputs; on the device and in the dtype
-        of `like`."""
+        """What the decoder receives of the images, encoded now or given with the inputs, on `like`'s device."""
         here = here.without_positions()
         features = inputs.image_features
         if features is None:
@@ -394,10 +392,12 @@ class HookedVLM(LoadingMixin, PromptMixin, GenerationMixin, WeightsMixin, HookCh
             device = self.cfg.device
         caching = Caching(cut, device, remove_batch_dim, partial(runs_explicitly, self.hook_dict), incl_bwd)
         recorder, fwd = caching.recorder(names)
-        bwd = caching.gradient_hooks(self.hook_dict if names is None else names)
+        if incl_bwd or not reset_hooks_end:  # these need hooks, and hooks need names
+            wanted = default_filter(self.hook_dict) if names is None else names.__contains__
+            firing = [n for n in self.hook_dict if wanted(n) and not self.why_silent(n, inputs, kwargs)]
+        bwd = [(name, partial(caching.save, suffix="_grad")) for name in firing] if incl_bwd else []
         if not reset_hooks_end:
-            stored = [n for n in self.hook_dict if not is_quadratic(n)] if names is None else recorder.names or ()
-            fwd += [(name, caching.save) for name in stored if not self.why_silent(name, inputs, kwargs)]
+            fwd += [(name, caching.save) for name in firing if recorder.records(name)]
         with self.hooks(fwd, bwd, reset_hooks_end, clear_contexts):
             with self._recording(recorder):
                 out = self(inputs, *args, **kwargs)

@@ -90,8 +90,8 @@ def sweep(
     interventions = tuple(interventions)
     if hooked := hooked_module(model):
         raise InputError(
-            f"a sweep needs a model without hooks and exchanged hook points of its own, and {hooked} has one: remove it "
-            "(model.reset_hooks(including_permanent=True) for hook points)"
+            f"a sweep needs a model without hooks or exchanged hook points of its own, but {hooked} has one: remove it "
+            "(from hook points with model.reset_hooks(including_permanent=True))"
         )
     if logits_at not in ("last", "all"):
         raise InputError(f'logits_at must be "last" or "all", got {logits_at!r}')

@@ -53,8 +53,8 @@ class Encoded(Intervention):
 class PlainEncoding:
     """The image side without any intervention."""
 
-    streams: dict[int, Float[Tensor, "patch d_model_vision"]]
-    """Packed patches that enter a layer of the vision tower; also `EMBEDDING`, and the projector (number of layers)."""
+    streams: dict[int, Float[Tensor, "*image patch d_model_vision"]]
+    """Patches that enter a layer of the vision tower; also `EMBEDDING`, and the projector (number of layers)."""
     features: Float[Tensor, "token d_model"]
 
     @classmethod

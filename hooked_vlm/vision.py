@@ -44,14 +44,14 @@ class ImagePass:
     """Where each image's patches lie, class token included; None if all images have the same size."""
     token_rows: Packing | None
 
-    def by_image(self, x: Float[Tensor, "patch d_model"]) -> Float[Tensor, "*image patch d_model"]:
+    def by_image(self, x: Float[Tensor, "all_patches d_model"]) -> Float[Tensor, "*image patch d_model"]:
         """Patches of all images as the tower sees them."""
         if self.patches.packing is not None:
             return x
         rows = self.patch_rows
         return x.unflatten(0, (self.n_images, -1)) if rows is None else rows.to(x.device).pad(x)
 
-    def in_a_row(self, x: Float[Tensor, "*image token d_out"]) -> Float[Tensor, "token d_out"]:
+    def in_a_row(self, x: Float[Tensor, "*image token d_out"]) -> Float[Tensor, "all_tokens d_out"]:
         """Tokens of all images one after the other."""
         if self.tokens.packing is not None:
             return x
@@ -151,7 +151,7 @@ class VisionTower(nn.Module):
         self.blocks = vision_blocks(cfg)
 
     def forward(
-        self, pixels: Float[Tensor, "patch d_patch"] | Float[Tensor, "tile channel height width"], here: ImagePass
+        self, pixels: Float[Tensor, "all_patches d_patch"] | Float[Tensor, "tile channel height width"], here: ImagePass
     ) -> Float[Tensor, "*image patch d_model"]:
         """The stream behind the last block that is read. `pixels` are as the checkpoint's image processor makes them,
         image after image."""
@@ -159,7 +159,7 @@ class VisionTower(nn.Module):
             return self.run(self.embed(pixels, here), here)
 
     def embed(
-        self, pixels: Float[Tensor, "patch d_patch"] | Float[Tensor, "tile channel height width"], here: ImagePass
+        self, pixels: Float[Tensor, "all_patches d_patch"] | Float[Tensor, "tile channel height width"], here: ImagePass
     ) -> Float[Tensor, "*image patch d_model"]:
         """Patch embeddings, with class tokens and learned positions where the tower has them, before `hook_embed`."""
         embedded = self._embed_tiles(pixels) if self.tiled else self.patch_embed(pixels)
@@ -200,7 +200,7 @@ class Projector(nn.Module):
 
     def forward(
         self, patches: Float[Tensor, "*image patch d_model"], grids: tuple[Grid, ...], here: ImagePass
-    ) -> Float[Tensor, "token d_out"]:
+    ) -> Float[Tensor, "all_tokens d_out"]:
         """The features of all images' tokens, one image after the other."""
         if self.norm_on == "patch":
             with running(here.patches):

@@ -102,8 +102,8 @@ def values_of(module: nn.Module, name: str = "weight") -> Tensor:
     (on the device that computes) or quantised (dequantised).
 
     Raises:
-        InputError: the module is not one of this library's or a plain linear layer, but stands in the place of one: what
-            it computes is not what its weight says.
+        InputError: another module (an adapter, say) stands in the layer's place, so that its weight does not say what
+            it computes.
     """
     if not is_own(module):
         raise InputError(
@@ -147,8 +147,8 @@ def device_of(module: nn.Module) -> torch.device:
 
 def why_closed(model: nn.Module) -> str:
     """Why a model's weights can be neither written, nor moved, nor edited; empty if they can."""
-    if wrapped := [name for name, m in model.named_modules() if not is_own(m)]:
-        return f"{wrapped[0]} is a {type(model.get_submodule(wrapped[0])).__name__}; merge adapters into plain layers first"
+    if wrapped := [name for name, module in model.named_modules() if not is_own(module)]:
+        return f"another module stands at {wrapped[0]}; merge adapters into plain layers first"
     kept_elsewhere = any(has_offloaded_params(module) for module in model.modules())
     if kept_elsewhere or any(is_quantised(p) for p in model.parameters()):
         kind = "offloaded" if kept_elsewhere else "quantised"

@@ -181,7 +181,7 @@ def test_rows_of_patterns_equal_those_of_the_whole_and_are_all_that_is_made(rows
         return name.endswith(suffix) and not is_vision(name)
 
     whole = run(rows, names_filter=named)
-    monkeypatch.setattr(attention, "_explicit", None)  # the [pos, pos] path cannot be taken
+    monkeypatch.setattr(attention, "weighted_values", None)  # the [pos, pos] path cannot be taken
     cut = run(rows, names_filter=named, pos_slice=pos_slice)
     assert all_names(cut) == all_names(whole)
     for name in all_names(whole):

@@ -22,7 +22,9 @@ MIXED = [
 ]
 """Left-padded, images of different sizes, a video."""
 
-SWITCHES = ("use_attn_result", "use_split_qkv_input", "use_hook_mlp_in")
+SWITCHES = ("use_attn_result", "use_hook_mlp_in")
+OWN_INPUTS = ("use_split_qkv_input", "use_attn_in")
+"""Switches that exclude each other."""
 
 
 MIXED_TILES = [[5, ("image", 3), 7, 8], [11, 12, 13], [("image", 1), ("image", 2), 9]]
@@ -30,10 +32,10 @@ MIXED_TILES = [[5, ("image", 3), 7, 8], [11, 12, 13], [("image", 1), ("image", 2
 
 
 @lru_cache
-def own_model(switched: bool, tiles: str = "") -> HookedVLM:
+def own_model(switched: bool, tiles: str = "", own_inputs: str = "use_split_qkv_input") -> HookedVLM:
     """A model on the shared weights whose switches these tests may turn; Qwen2-VL or a kind of InternVL."""
     model = HookedVLM.from_hf(tiny_internvl.tiny_hf(tiles) if tiles else tiny.tiny_hf())
-    for switch in SWITCHES:
+    for switch in (*SWITCHES, own_inputs):
         getattr(model, f"set_{switch}")(switched)
     return model
 
@@ -50,6 +52,7 @@ def live_names(model: HookedVLM) -> list[str]:
         "tiles",
         "switches, padding, tiles, large tower",
         "phi3, tiles",
+        "inputs of all heads, padding",
     ]
 )
 def case(request) -> tuple[HookedVLM, VLMInputs]:
@@ -57,6 +60,8 @@ def case(request) -> tuple[HookedVLM, VLMInputs]:
         return own_model(False), tiny.inputs(tiny.ONE_IMAGE)
     if request.param == "switches, padding, mixed sizes, video":
         return own_model(True), tiny.inputs(MIXED)
+    if request.param == "inputs of all heads, padding":
+        return own_model(True, own_inputs="use_attn_in"), tiny.inputs(MIXED)
     kind = {"tiles": "qwen2", "phi3, tiles": "phi3"}.get(request.param, "llama")
     model = own_model(kind == "llama", kind)
     rows = MIXED_TILES if kind == "llama" else [[5, ("image", 2), 7, 8]]
@@ -131,6 +136,8 @@ def test_every_hook_fires_once_with_the_shape_of_the_table(case):
         if thrice:  # q, k and v, each with a head axis
             heads = model.cfg.n_heads if fired[hook.name] == 1 else model.cfg.n_key_value_heads
             expected = (*expected[:2], heads, expected[2])
+        elif ".ln1." in hook.name and not is_vision(hook.name) and model.cfg.use_attn_in:
+            expected = (*expected[:2], model.cfg.n_heads, expected[2])
         if x.shape != expected:
             wrong.append((hook.name, x.shape, expected))
 

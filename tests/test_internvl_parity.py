@@ -76,7 +76,7 @@ def test_residuals_and_patterns_equal_the_references(both: Both) -> None:
         close(both.cache["resid_pre", layer][both.real], both.theirs.hidden_states[layer][both.real])
         rows = both.real[:, None, :, None]
         close(both.cache["pattern", layer] * rows, both.theirs.attentions[layer] * rows, 5e-6)
-    normalized = both.cache["ln_final.hook_normalized"]
+    normalized = both.cache["ln_final.hook_out"]
     close(normalized[both.real], both.theirs.hidden_states[-1][both.real])
 
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from hooked_vlm import InputError
 from hooked_vlm.attention import attention_scores
+from hooked_vlm.forward_pass import inputs_rotation
 from hooked_vlm.interventions import (
     AddVector,
     BlockAttention,
@@ -30,7 +31,6 @@ from hooked_vlm.interventions import (
 )
 from hooked_vlm.interventions.attention import all_heads
 from hooked_vlm.interventions.base import position_table
-from hooked_vlm.forward_pass import inputs_rotation
 
 HEADS = ((0, 1), (1, 0), (1, 3), (2, 2))
 
@@ -320,7 +320,7 @@ def test_uniform_attention(case: tuple[Any, Any], positions: Any, monkeypatch: p
         ("blocks.2.attn.hook_k", (1,)),
         ("blocks.1.attn.hook_pattern", (2,)),
         ("hook_embed", None),
-        ("ln_final.hook_normalized", None),
+        ("ln_final.hook_out", None),
     ],
 )
 @pytest.mark.parametrize("positions", [None, "question", "image"])

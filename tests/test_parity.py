@@ -167,7 +167,7 @@ def test_residual_streams_equal_the_references(both: Both, layer: int) -> None:
 
 
 def test_the_final_norm_equals_the_references(both: Both) -> None:
-    close(both.cache["ln_final.hook_normalized"][both.real], both.theirs.hidden_states[-1][both.real])
+    close(both.cache["ln_final.hook_out"][both.real], both.theirs.hidden_states[-1][both.real])
 
 
 def test_logits_equal_the_references(both: Both) -> None:

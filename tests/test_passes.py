@@ -6,7 +6,9 @@ from typing import Any
 import pytest
 import torch
 from families import ROWS, model_and_inputs
+from torch.overrides import TorchFunctionMode
 
+from hooked_vlm.decoder import Block
 from hooked_vlm.hooks import HookPoint
 
 
@@ -42,23 +44,24 @@ def test_the_host_never_waits_for_the_device(family: str, rows: str, monkeypatch
 def test_the_last_block_computes_what_is_asked_for(family: str, rows: str, cached: bool) -> None:
     model, inputs = model_and_inputs(family, rows)
     last = model.blocks[model.cfg.n_layers - 1]
+    watched = {"q_proj": last.attn.q_proj, "k_proj": last.attn.k_proj, "o_proj": last.attn.o_proj}
+    named = {id(linear.weight): name for name, linear in {**watched, "mlp": last.mlp.out_proj}.items()}
     sizes: dict[str, torch.Size] = {}
 
-    def note(name: str) -> Any:
-        return lambda module, args, out: sizes.__setitem__(name, out.shape)
+    class Watch(TorchFunctionMode):  # a hook would have the block compute everything
+        def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            out = func(*args, **(kwargs or {}))
+            if func is torch.nn.functional.linear and id(args[1]) in named:
+                sizes[named[id(args[1])]] = out.shape
+            return out
 
     def run() -> torch.Tensor:
         past = model.new_kv_cache(len(inputs), inputs.shape[1]) if cached else None
         with torch.no_grad():
             return model(inputs, past_kv_cache=past, logits_at="last")
 
-    handles = [getattr(last.attn, n).register_forward_hook(note(n)) for n in ("q_proj", "k_proj", "o_proj")]
-    handles.append(last.mlp.out_proj.register_forward_hook(note("mlp")))
-    try:
+    with Watch():
         narrow = run()
-    finally:
-        for handle in handles:
-            handle.remove()
     if rows != "padded":  # padded rows are packed
         assert {name: size[1] for name, size in sizes.items()} == {
             "q_proj": 1, "k_proj": inputs.shape[1], "o_proj": 1, "mlp": 1,
@@ -85,15 +88,18 @@ def test_a_cache_with_room_is_never_moved(family: str) -> None:
     assert past.keys[0].shape[1] == 2 * (inputs.shape[1] + 3)
 
 
-def test_padding_is_left_out_of_linear_work(family: str) -> None:
+def test_padding_is_left_out_of_linear_work(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model, inputs = model_and_inputs(family, "padded")
-    rows = []
-    handle = model.blocks[1].mlp.out_proj.register_forward_hook(lambda module, args, out: rows.append(out.shape))
-    try:
-        with torch.no_grad():
-            model(inputs)
-    finally:
-        handle.remove()
+    rows, forward = [], Block.forward
+
+    def watch(block: Block, resid: torch.Tensor) -> torch.Tensor:
+        if block is model.blocks[1]:
+            rows.append(resid.shape)
+        return forward(block, resid)
+
+    monkeypatch.setattr(Block, "forward", watch)
+    with torch.no_grad():
+        model(inputs)
     assert rows == [(int(inputs.attention_mask.sum()), model.cfg.d_model)]
 
 
@@ -142,8 +148,8 @@ def test_hooks_are_told_where_they_are(family: str) -> None:
     def note(x: torch.Tensor, hook: HookPoint) -> None:
         told[str(hook.name)] = (hook.ctx["positions"].tolist(), hook.ctx["first_position"])
 
-    hooks = [(name, note) for name in ("hook_embed", "blocks.0.attn.hook_k", "ln_final.hook_normalized")]
+    hooks = [(name, note) for name in ("hook_embed", "blocks.0.attn.hook_k", "ln_final.hook_out")]
     model.run_with_hooks(inputs, fwd_hooks=hooks, logits_at="last")
     assert told["hook_embed"] == told["blocks.0.attn.hook_k"] == (list(range(n)), 0)
-    assert told["ln_final.hook_normalized"] == ([n - 1], n - 1)
+    assert told["ln_final.hook_out"] == ([n - 1], n - 1)
     assert not any(point.ctx for point in model.hook_dict.values())

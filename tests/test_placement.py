@@ -112,7 +112,7 @@ def start_and_stop(model: Any, inputs: Any) -> Any:
 def hooks(model: Any, inputs: Any) -> Any:
     names = ["vision.hook_embed", "vision.blocks.1.attn.hook_z", "projector.hook_post", "hook_image_features"]
     names += ["hook_embed", "blocks.0.attn.hook_pattern", "blocks.1.attn.hook_rot_k", "blocks.2.mlp.hook_pre"]
-    names += ["vision.blocks.0.attn.hook_attn_scores", "ln_final.hook_normalized"]
+    names += ["vision.blocks.0.attn.hook_attn_scores", "ln_final.hook_out"]
     return [model.run_with_hooks(inputs, fwd_hooks=[(name, rotated)]) for name in names]
 
 
@@ -329,7 +329,7 @@ def test_offloaded_weights_read_but_are_not_edited_moved_or_saved(folders: dict[
     assert torch.equal(model(inputs), plain(inputs))
     with pytest.raises(CheckpointError, match="cannot be written: they are offloaded"):
         model.save_pretrained(tmp_path / "saved")
-    for refused in (model.half, lambda: model.to("cpu"), lambda: model.set_use_compile(True), lambda: fold_ln(model)):
+    for refused in (model.half, lambda: model.to("cpu"), lambda: fold_ln(model)):
         with pytest.raises(InputError, match=r"spread over|cannot be rewritten: they are offloaded"):
             refused()
 

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from hooked_vlm import HookError, InputError, sweep
 from hooked_vlm import sweep_run as sweep_run_module
+from hooked_vlm.decoder import Block
 from hooked_vlm.interventions import (
     AddVector,
     BlockAttention,
@@ -118,7 +119,7 @@ def random_intervention(draw: Any, model: Any, batch: Any, cache: Any) -> Interv
         name = f"blocks.{layer}.{suffix}"
         return PatchActivation(name, cache[name], where)
     if kind == 6:
-        name = draw(st.sampled_from([f"blocks.{layer}.hook_resid_post", "hook_embed", "ln_final.hook_normalized"]))
+        name = draw(st.sampled_from([f"blocks.{layer}.hook_resid_post", "hook_embed", "ln_final.hook_out"]))
         return AddVector(name, torch.randn(model.cfg.d_model, generator=generator), positions=where)
     if kind == 7:
         return ReplaceImageTokens("image", draw(st.sampled_from(["mean", "zero"])))
@@ -188,7 +189,7 @@ def test_hooks_of_your_own_may_have_filters_and_sit_on_the_final_norm(family: st
     def shift(x: Tensor, hook: Any) -> Tensor:
         return x + x[:, -2:-1]  # of all rows a token; what padding holds is not specified
 
-    behind = CustomHooks([("ln_final.hook_normalized", shift)])
+    behind = CustomHooks([("ln_final.hook_out", shift)])
     agrees(model, batch, [filtered, behind, ZeroHeads(((1, 1),))], logit(5))
     _, cache = model.run_with_cache(batch, names_filter="vision.hook_embed")
     encoder = Together((PatchActivation("vision.hook_embed", cache["vision.hook_embed"].flip(0)), behind))
@@ -316,16 +317,17 @@ def test_the_vision_tower_runs_once(family: str, monkeypatch: pytest.MonkeyPatch
 def test_only_what_an_intervention_touches_is_computed(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model, batch = model_and_inputs(family, "one image")
     ran: list[tuple[int, int, int]] = []
-    run_block = model.run_block
+    forward = Block.forward
 
-    def watch(stream: Tensor, run: Any, layer: int, n_out: int | None = None) -> Tensor:
-        out = run_block(stream, run, layer, n_out)
-        ran.append((layer, *out.shape[:2]))
+    def watch(block: Block, resid: Tensor) -> Tensor:
+        out = forward(block, resid)
+        if block.attn.split_inputs:  # of the language model
+            ran.append((block.attn.layer, *out.shape[:2]))
         return out
 
     heads = [(layer, head) for layer in range(3) for head in range(4)]
     plan = make_plan(model, batch, [ReplaceImageKV((h,)) for h in heads], logits_at="last")
-    monkeypatch.setattr(model, "run_block", watch)
+    monkeypatch.setattr(Block, "forward", watch)
     sweep(model, batch, [ReplaceImageKV((h,)) for h in heads], logit(5))
     first, n = int(batch.positions.image[0][-1]) + 1, batch.shape[1]
     whole = [(0, 1, n), (1, 1, n), (2, 1, n)]
@@ -429,5 +431,5 @@ def test_what_a_sweep_cannot_do_is_said() -> None:
     with pytest.raises(InputError, match=r"no head 7\.0"):
         sweep(model, batch, [ZeroHeads(((7, 0),))], logit(5))
     hooked = model.hooks(fwd_hooks=[("blocks.1.hook_mlp_out", lambda x, hook: x)])
-    with hooked, pytest.raises(InputError, match=r"blocks.1.hook_mlp_out has one: reset_hooks"):
+    with hooked, pytest.raises(InputError, match=r"blocks\.1\.hook_mlp_out.*reset_hooks"):
         sweep(model, batch, [], logit(5))

@@ -112,7 +112,7 @@ def test_the_model_is_a_hooked_root_module_in_eval_mode_with_gradients_on():
 NAMES = """
 to_tokens to_string to_str_tokens to_single_token tokenizer tokens_to_residual_directions accumulated_bias
 blocks_with tl_parameters W_E W_U b_U blocks ln_final unembed embed hook_dict mod_dict cfg set_use_attn_result
-set_use_split_qkv_input set_use_hook_mlp_in run_with_cache run_with_hooks hooks
+set_use_split_qkv_input set_use_attn_in set_use_hook_mlp_in run_with_cache run_with_hooks hooks
 """
 
 
@@ -458,7 +458,7 @@ def test_decompositions_sum_to_the_stream_and_with_the_norm_to_the_logits(name, 
 def test_the_norms_of_inner_layers_are_applied_whole(layer, mlp_input, norm):
     cache = cached(clean)
     parts = cache.decompose_resid(layer, mlp_input=mlp_input, apply_ln=True)
-    close(parts.sum(0), cache[f"blocks.{layer}.{norm}.hook_normalized"])
+    close(parts.sum(0), cache[f"blocks.{layer}.{norm}.hook_out"])
 
 
 @torch.no_grad()

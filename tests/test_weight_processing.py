@@ -72,8 +72,9 @@ def test_folded_norms_leave_hooks_without_weight(case: tuple[Any, Any]) -> None:
     fold_ln(model)
     _, after = model.run_with_cache(inputs)
     real = inputs.attention_mask.bool()
-    name = "blocks.1.ln1.hook_normalized"
-    torch.testing.assert_close(after[name][real] * weight, before[name][real], atol=1e-5, rtol=1e-5)
+    read, normalized = "blocks.1.ln1.hook_out", "blocks.1.ln1.hook_normalized"
+    torch.testing.assert_close(after[read][real] * weight, before[read][real], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(after[normalized][real], before[normalized][real], atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(after["q", 1][real], before["q", 1][real], atol=1e-5, rtol=1e-5)
 
 

@@ -48,13 +48,13 @@ def test_activations_are_products_of_the_weights(side: str, layer: int) -> None:
     _, cache = model.run_with_cache(inputs(ONE_IMAGE))
     block: Any = (model.vision.blocks if side else model.blocks)[layer]
     at, attn, mlp = f"{side}blocks.{layer}", block.attn, block.mlp
-    normalized = cache[f"{at}.ln1.hook_normalized"]
+    normalized = cache[f"{at}.ln1.hook_out"]
     for name in "QKV":
         made = torch.einsum("bpm,hmd->bphd", normalized, getattr(attn, f"W_{name}")) + getattr(attn, f"b_{name}")
         close(cache[f"{at}.attn.hook_{name.lower()}"], made)
     out = torch.einsum("bphd,hdm->bpm", cache[f"{at}.attn.hook_z"], attn.W_O) + attn.b_O
     close(cache[f"{at}.hook_attn_out"], out)
-    normalized = cache[f"{at}.ln2.hook_normalized"]
+    normalized = cache[f"{at}.ln2.hook_out"]
     if mlp.W_gate is None:
         close(cache[f"{at}.mlp.hook_pre"], normalized @ mlp.W_in + mlp.b_in)
     else:
@@ -64,14 +64,15 @@ def test_activations_are_products_of_the_weights(side: str, layer: int) -> None:
     scale, stream = cache[f"{at}.ln1.hook_scale"], cache[f"{at}.hook_resid_pre"]
     shifted = stream - stream.mean(-1, keepdim=True) if side else stream
     bias = block.ln1.bias if side else 0
-    close(cache[f"{at}.ln1.hook_normalized"], shifted / scale * block.ln1.w + bias)
+    close(cache[f"{at}.ln1.hook_normalized"], shifted / scale)
+    close(cache[f"{at}.ln1.hook_out"], shifted / scale * block.ln1.w + bias)
 
 
 @torch.no_grad()
 def test_embedding_and_unembedding_are_products_of_the_weights() -> None:
     model, batch = tiny_model(), inputs(ONE_IMAGE)
     logits, cache = model.run_with_cache(batch)
-    close(logits, cache["ln_final.hook_normalized"] @ model.W_U + model.b_U)
+    close(logits, cache["ln_final.hook_out"] @ model.W_U + model.b_U)
     text = batch.tokens[0] != 100
     assert torch.equal(cache["hook_embed"][0, text], model.W_E[batch.tokens[0, text]])
 

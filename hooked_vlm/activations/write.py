@@ -94,7 +94,7 @@ def stream_activations(
     if hooked := hooked_module(model):
         raise InputError(
             f"the model has a hook or an exchanged hook point at {hooked!r}, which may change activations: remove it "
-            "(model.reset_hooks(including_permanent=True) for hook points)"
+            "(from hook points with model.reset_hooks(including_permanent=True))"
         )
     plan = _Plan(
         model,

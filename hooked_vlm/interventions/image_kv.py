@@ -9,10 +9,10 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from hooked_vlm.attention import AttentionCall
+from hooked_vlm.forward_pass import inputs_rotation
 from hooked_vlm.inputs import VLMInputs
 from hooked_vlm.interventions.base import Positions, first_meant, meant, position_table
 from hooked_vlm.interventions.heads import Chosen, Edit, HeadIntervention
-from hooked_vlm.forward_pass import inputs_rotation
 from hooked_vlm.rotary import Rotation
 from hooked_vlm.token_layout import InputError
 
@@ -167,8 +167,9 @@ def _behind_images(where: Positions, inputs: VLMInputs) -> Bool[Tensor, "batch w
 
 @torch.no_grad()
 def mean_image_kv(model: Any, inputs: Iterable[VLMInputs], before_rope: bool = True) -> ImageMeans:
-    """Keys (before rotation, behind their norm where they have one; or rotated) and values averaged over all image tokens
-    of a dataset.
+    """Keys and values averaged over all image tokens of a dataset.
+
+    Keys are taken before rotation (behind their norm, where they have one), or rotated.
 
     Raises:
         InputError: there is no image token in them.

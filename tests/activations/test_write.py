@@ -15,6 +15,7 @@ from torch import Tensor
 
 from hooked_vlm import GeometryError, HookedVLM, HookError, InputError
 from hooked_vlm.activations import Activations, NamedBox, Sample, stream_activations
+from hooked_vlm.decoder import Block
 from hooked_vlm.geometry import TileGrid
 from hooked_vlm.inputs import VLMInputs
 
@@ -22,7 +23,7 @@ N = 4
 SQUARE = np.zeros((64, 64, 3), np.uint8)
 FAMILIES = ["toy-qwen2-vl", "toy-internvl2"]
 EVERYWHERE = [
-    *("hook_embed", "blocks.*.hook_resid_post", "blocks.2.attn.hook_[qkz]", "ln_final.hook_normalized"),
+    *("hook_embed", "blocks.*.hook_resid_post", "blocks.2.attn.hook_[qkz]", "ln_final.hook_out"),
     *("vision.hook_embed", "vision.blocks.1.attn.hook_z", "projector.*", "hook_image_features"),
 ]
 
@@ -164,13 +165,14 @@ def test_chosen_tokens_are_those_rows_of_all(tokens: Any, meant: Any, tmp_path: 
 def test_only_what_is_needed_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = model_of("toy-qwen2-vl")
     ran: list[int] = []
-    block = HookedVLM.run_block
+    forward = Block.forward
 
-    def watched(self: HookedVLM, stream: Tensor, run: Any, layer: int, n_out: int | None = None) -> Tensor:
-        ran.append(layer)
-        return block(self, stream, run, layer, n_out)
+    def watched(block: Block, resid: Tensor) -> Tensor:
+        if block.attn.split_inputs:  # of the language model
+            ran.append(block.attn.layer)
+        return forward(block, resid)
 
-    monkeypatch.setattr(HookedVLM, "run_block", watched)
+    monkeypatch.setattr(Block, "forward", watched)
     stream(model, tmp_path / "vision", names_filter=["vision.*", "hook_image_features", "hook_embed"], n=2)
     assert ran == []
     stream(model, tmp_path / "layer", names_filter="blocks.1.*", n=1)
@@ -189,9 +191,9 @@ def test_samples_are_taken_one_by_one(tmp_path: Path) -> None:
 
     encode = type(model)._encode
 
-    def watched(self: Any, inputs: VLMInputs, told: Any) -> Tensor:
+    def watched(self: Any, inputs: VLMInputs, *rest: Any) -> Tensor:
         most.append(taken[0])
-        return encode(self, inputs, told)
+        return encode(self, inputs, *rest)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(type(model), "_encode", watched)
