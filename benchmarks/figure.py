@@ -21,11 +21,10 @@ def tables(name: str) -> dict[str, Any]:
 def main() -> None:
     figure, (speed, sweeps, memory) = plt.subplots(1, 3, figsize=(15, 3.6), width_ratios=(1.2, 1, 0.8))
     forward, scoring = tables("forward"), tables("scoring")
-    one, mixed, compiled, generated = forward.values()
+    one, mixed, generated = forward.values()
     bars = {
         "forward, one image": one["hooked_vlm"]["ratio"],
         "forward, last logits": one["hooked_vlm, logits_at='last'"]["ratio"],
-        "forward, blocks compiled": compiled["compiled"]["ratio"],
         "run_with_cache, one image": one["hooked_vlm, run_with_cache"]["ratio"],
         "forward, 8 images of mixed sizes": mixed["hooked_vlm"]["ratio"],
         "generation, a hook on every z": generated["hooked_vlm, a hook on every hook_z"]["ratio"],

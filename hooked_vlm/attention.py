@@ -17,7 +17,7 @@ from hooked_vlm.forward_pass import ForwardPass
 from hooked_vlm.hooks import HookError, HookPoint, current_pass, is_hooked, listens
 from hooked_vlm.masks import AttentionMask
 from hooked_vlm.packing import Packing
-from hooked_vlm.weight_access import absent_bias, is_plain, values_of
+from hooked_vlm.weight_access import absent_bias, bias_of, is_plain, values_of
 
 
 class Attention(WithViews):
@@ -89,7 +89,7 @@ class Attention(WithViews):
         if not here.cfg.use_attn_result:
             return self.o_proj(z.flatten(-2))
         result = self.hook_result(self.head_results(z))  # [batch, pos, head, d_model]
-        bias = self.output_bias(z)
+        bias = self._output_bias_at(z)
         return result.sum(-2) if bias is None else result.sum(-2) + bias
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, here: ForwardPass) -> Tensor:
@@ -124,7 +124,7 @@ class Attention(WithViews):
         if is_plain(self.o_proj):
             return torch.einsum("...hd,hdm->...hm", z, self.W_O.to(z.device))
         only = torch.eye(self.n_heads, dtype=z.dtype, device=z.device)[:, :, None]
-        bias, whole = self.output_bias(z), self.o_proj(z.flatten(-2))
+        bias, whole = self._output_bias_at(z), self.o_proj(z.flatten(-2))
         result = torch.stack([self.o_proj((z * one).flatten(-2)) - bias for one in only], dim=-2)
         rounding = 16 * self.n_heads * torch.finfo(z.dtype).eps * float(whole.detach().abs().max())
         if not torch.allclose(result.sum(-2) + bias, whole, rtol=0, atol=rounding):
@@ -142,11 +142,13 @@ class Attention(WithViews):
         alone[..., head, :] = z
         return self.o_proj(alone.flatten(-2)) - self.o_proj(torch.zeros_like(alone.flatten(-2)))
 
-    def output_bias(self, z: Float[Tensor, "*dims head d_head"]) -> Tensor | None:
+    def output_bias(self) -> Float[Tensor, "d_model"] | None:
         """What `o_proj` adds whatever z is; None for nothing."""
-        if not is_plain(self.o_proj):
-            return self.o_proj(torch.zeros_like(z.flatten(-2)))
-        return None if self.o_proj.bias is None else values_of(self.o_proj, "bias")
+        return bias_of(self.o_proj, self.n_heads * self.d_head)
+
+    def _output_bias_at(self, z: Float[Tensor, "*dims head d_head"]) -> Float[Tensor, "*#dims d_model"] | None:
+        """The same at every position of z, where a hook on `o_proj` may add something of its own."""
+        return self.output_bias() if is_plain(self.o_proj) else self.o_proj(torch.zeros_like(z.flatten(-2)))
 
     @weight_view
     def W_Q(self) -> Float[Tensor, "head d_model d_head"]:

@@ -13,7 +13,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from hooked_vlm.hooks import HookPoint
-from hooked_vlm.weight_access import absent_bias, values_of
+from hooked_vlm.weight_access import absent_bias, bias_of, values_of
 
 
 def quick_gelu(x: Tensor) -> Tensor:
@@ -105,7 +105,7 @@ class MLP(WithViews):
 
     def __init__(self, d_model: int, d_mlp: int, act_fn: str, gated: bool, bias: bool) -> None:
         super().__init__()
-        self.act = ACTIVATIONS[act_fn]
+        self.act, self.d_mlp = ACTIVATIONS[act_fn], d_mlp
         self.gate_proj = nn.Linear(d_model, d_mlp, bias=bias) if gated else None
         self.in_proj = nn.Linear(d_model, d_mlp, bias=bias)
         self.out_proj = nn.Linear(d_mlp, d_model, bias=bias)
@@ -121,6 +121,10 @@ class MLP(WithViews):
             pre = self.hook_pre(self.gate_proj(x))  # [batch, pos, d_mlp]
             post = self.act(pre) * self.hook_pre_linear(self.in_proj(x))  # [batch, pos, d_mlp]
         return self.out_proj(self.hook_post(post))
+
+    def output_bias(self) -> Float[Tensor, "d_model"] | None:
+        """What `out_proj` adds whatever it reads; None for nothing."""
+        return bias_of(self.out_proj, self.d_mlp)
 
     @weight_view
     def W_in(self) -> Float[Tensor, "d_model d_mlp"]:

@@ -149,8 +149,8 @@ class VLMConfig:
     """How the matrices are kept in fewer bits (`hooked_vlm.quantisation`), if they are."""
     use_attn_result: bool = False
     use_split_qkv_input: bool = False
-    use_attn_in: bool = False
     use_hook_mlp_in: bool = False
+    use_attn_in: bool = field(default=False, repr=False)  # not part of `provenance.weights_hash`
 
     def __post_init__(self) -> None:
         if self.n_heads % self.n_key_value_heads:

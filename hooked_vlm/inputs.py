@@ -5,6 +5,7 @@ so that everything that takes tokens takes a `VLMInputs`. Row indexing carries t
 """
 
 from collections.abc import Sequence
+from copy import copy
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Literal
@@ -180,9 +181,7 @@ class VLMInputs:
     @cached_property
     def feature_slots(self) -> Int[Tensor, "token"]:
         """Index into the flattened [batch * pos] tokens of every image feature, in feature order."""
-        spans = [
-            torch.arange(v.row * self.shape[1] + v.start, v.row * self.shape[1] + v.stop) for v in self.in_feature_order
-        ]
+        spans = [v.row * self.shape[1] + v.start + torch.arange(v.n_tokens) for v in self.in_feature_order]
         return (torch.cat(spans) if spans else torch.zeros(0, dtype=torch.long)).to(self.device)
 
     @property
@@ -392,7 +391,11 @@ class VLMInputs:
         n = sum(v.n_tokens for v in self.visuals)
         if features is not None and features.shape[0] != n:
             raise InputError(f"these inputs have {n} image tokens, but {features.shape[0]} features came")
-        return replace(self, image_features=features)
+        new = copy(self)  # which checks and locates nothing anew: no other field depends on the features
+        object.__setattr__(new, "image_features", features)
+        if features is None:
+            _check_pixels(new)
+        return new
 
     @staticmethod
     def concat(batches: "Sequence[VLMInputs]") -> "VLMInputs":

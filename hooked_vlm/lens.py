@@ -295,7 +295,7 @@ def logit_attribution(
             attn = model.blocks[layer].attn
             by_head = attn.head_results(wrote).to(mlp.device).unbind(1)
             parts |= {f"L{layer}H{head}": own for head, own in enumerate(by_head)}
-            bias = attn.output_bias(wrote)
+            bias = attn.output_bias()
             if bias is not None and bias.any():
                 parts[f"L{layer} b_O"] = bias.to(mlp.device).expand_as(mlp)
             parts[f"L{layer} mlp"] = mlp

@@ -4,12 +4,14 @@ With s bytes to a number, n tokens and, on the image side, P patches of all imag
 
 - weights: every parameter once, s each;
 - key-value cache: 2 x layers x n x key-value heads x d_head x s;
-- activations, the most that is alive at one time in a forward pass that stores nothing: the MLP of a language block,
-  n (5 d_model + 4 d_mlp + 2 d_head) s, or that of a vision block, P ((5 d_model + k d_mlp) s + 4 (d_patch + d_head))
-  + n (d_model + 2 d_head) s with k = 2 (3 for quick_gelu; pixels and angles are float32), or the logits,
-  n (2 d_model + d_vocab) s, whichever is largest;
-- full cache, what `run_with_cache` stores by default: the hook table with numbers for its axes;
-- gradients, for `run_with_cache(..., incl_bwd=True)`: one for every weight and for every number of the full cache.
+- activations, the most that is alive at one time in a forward pass that stores nothing: 8 (n + 1) for positions, and
+  whichever of three is largest: the MLP of a language block, n (5 d_model + 4 d_mlp + 2 d_head) s; that of a vision
+  block, P ((5 d_model + k d_mlp) s + 4 (d_patch + 2 d_head)) + n (d_model + 2 d_head) s with k = 2 (3 for quick_gelu;
+  pixels and angles are float32); the logits, n (2 d_model + d_vocab) s;
+- full cache, what `run_with_cache` stores by default: the hook table with numbers for its axes, without
+  `hook_resid_pre`, which is the tensor of the hook point before it;
+- gradients, for `run_with_cache(..., incl_bwd=True)`: one for every weight and for every number of the full cache; and
+  `hook_resid_pre`, of which hooks then get copies, with its gradient.
 
 Workspaces of kernels and what CUDA takes for itself are not in it: `n_gpus` leaves a tenth of each GPU free.
 """
@@ -51,13 +53,15 @@ class MemoryPlan:
 def memory_plan(model: "HookedVLM", prompt: PromptSize, dtype: torch.dtype) -> MemoryPlan:
     """What a forward pass over one prompt needs; `model` may be on the meta device."""
     weights = sum(parameter.numel() for parameter in model.parameters()) * dtype.itemsize
-    full_cache = sum(_cached_bytes(row, model, prompt, dtype) for row in cached_rows(model))
+    stored = sum(_cached_bytes(row, model, prompt, dtype) for row in cached_rows(model))
+    copies = sum(_cached_bytes(row, model, prompt, dtype) for row in cached_rows(model) if _is_shared(row))
+    full_cache = stored - copies
     return MemoryPlan(
         weights=weights,
         kv_cache=_kv_bytes(model, prompt.n_tokens, dtype),
         activations=_activation_bytes(model, prompt, dtype),
         full_cache=full_cache,
-        gradients=weights + full_cache,
+        gradients=weights + full_cache + 2 * copies,
     )
 
 
@@ -67,12 +71,16 @@ def cached_rows(model: "HookedVLM") -> list[HookRow]:
 
 
 def _cached_bytes(row: HookRow, model: "HookedVLM", prompt: PromptSize, dtype: torch.dtype) -> int:
-    """Of all layers together. A norm's denominators are made in float32 at least, and so is what a LayerNorm's weight
-    is applied to."""
+    """Of all layers together. Denominators of norms, and what a LayerNorm's weight multiplies, are float32 at least."""
     in_float32 = row.name.endswith("hook_scale") or (row.name.endswith("hook_normalized") and _centered(row, model))
     stored = torch.promote_types(dtype, torch.float32) if in_float32 else dtype
     shape = [int(size) for size in filled(row, model.cfg, prompt)]
     return math.prod(shape) * layers_of(row, model.cfg) * stored.itemsize
+
+
+def _is_shared(row: HookRow) -> bool:
+    """Whether a hook point's tensor is that of the point before it: the stream that enters a block."""
+    return row.name.endswith("hook_resid_pre")
 
 
 def _centered(row: HookRow, model: "HookedVLM") -> bool:
@@ -90,15 +98,16 @@ def _kv_bytes(model: "HookedVLM", n_tokens: int, dtype: torch.dtype) -> int:
 
 def _activation_bytes(model: "HookedVLM", prompt: PromptSize, dtype: torch.dtype) -> int:
     cfg, vision, n = model.cfg, model.cfg.vision, prompt.n_tokens
+    positions = 8 * (n + 1)
     block = n * (5 * cfg.d_model + 4 * cfg.d_mlp + 2 * cfg.d_head) * dtype.itemsize
     logits = n * (2 * cfg.d_model + cfg.d_vocab) * dtype.itemsize
     if vision is None or not prompt.n_images:
-        return max(block, logits)
+        return positions + max(block, logits)
     wide = 3 if vision.act_fn == "quick_gelu" else 2
-    per_patch = (5 * vision.d_model + wide * vision.d_mlp) * dtype.itemsize + 4 * (vision.d_patch + vision.d_head)
+    per_patch = (5 * vision.d_model + wide * vision.d_mlp) * dtype.itemsize + 4 * (vision.d_patch + 2 * vision.d_head)
     waiting = n * (cfg.d_model + 2 * cfg.d_head) * dtype.itemsize  # the tokens' embeddings and rotations
     tower = prompt.n_images * prompt.n_patches * per_patch + waiting
-    return max(block, logits, tower)
+    return positions + max(block, logits, tower)
 
 
 # ---------------------------------------------------------------- several GPUs
@@ -131,7 +140,8 @@ def _layer_bytes(
         parts[part] = parts.get(part, 0) + copies * parameter.numel() * dtype.itemsize
     for layer in range(model.cfg.n_layers):
         parts[f"blocks.{layer}"] += _kv_bytes(model, prompt.n_tokens, dtype) // model.cfg.n_layers
-    for row in cached_rows(model) if full_cache or gradients else ():
+    stored = [row for row in cached_rows(model) if gradients or (full_cache and not _is_shared(row))]
+    for row in stored:
         n_layers = layers_of(row, model.cfg)
         for layer in range(n_layers):
             part = _part(row.name.replace("{l}", str(layer)))

@@ -21,8 +21,8 @@ from hooked_vlm.config import VLMConfig
 from hooked_vlm.decoder import run_blocks, text_blocks
 from hooked_vlm.forward_pass import ForwardPass, Recorder, inputs_mask, last_of_rows, step_pass, text_pass
 from hooked_vlm.generation import GenerationMixin
-from hooked_vlm.hook_checks import HookChecksMixin
 from hooked_vlm.hooks import (
+    HookChecksMixin,
     HookName,
     HookPoint,
     canonical,
@@ -109,8 +109,7 @@ class HookedVLM(LoadingMixin, PromptMixin, GenerationMixin, WeightsMixin, HookCh
         Raises:
             InputError: inputs that do not fit the model or each other.
         """
-        inputs = input if isinstance(input, VLMInputs) else self.as_inputs(input)
-        inputs = inputs if inputs.device == self.cfg.device else inputs.to(self.cfg.device)
+        inputs = self.as_inputs(input)
         first, last = self._layer_range(start_at_layer, stop_at_layer)
         self._check_call(inputs, first, last, resid, past_kv_cache, logits_at)
         here = text_pass(self, inputs, past_kv_cache, None if resid is None else resid.dtype, self._taken_recorder())
@@ -135,6 +134,19 @@ class HookedVLM(LoadingMixin, PromptMixin, GenerationMixin, WeightsMixin, HookCh
             return logits
         loss = self._loss(logits, inputs, logits_at)
         return loss if return_type == "loss" else (logits, loss)
+
+    def as_inputs(self, input: Any) -> VLMInputs:
+        """`input` itself if it is a `VLMInputs`; raw text and bare token ids become one, on the model's device.
+
+        Bare ids of several rows, some of which begin with the model's or the tokenizer's padding token, are
+        taken as padded on the left: so `to_tokens` and tokenizers make them.
+
+        Raises:
+            InputError: bare token ids with image placeholders, ids outside the vocabulary, no tokens at all.
+        """
+        if not isinstance(input, VLMInputs):
+            return self.inputs_of(input)
+        return input if input.device == self.cfg.device else input.to(self.cfg.device)
 
     def run_layers(
         self,
@@ -284,7 +296,7 @@ class HookedVLM(LoadingMixin, PromptMixin, GenerationMixin, WeightsMixin, HookCh
     def new_kv_cache(self, batch: int, capacity: int) -> KVCache:
         """An empty key-value cache for `batch` rows with room for `capacity` positions (it grows past that)."""
         cfg = self.cfg
-        homes = [device_of(block) for block in self.blocks]
+        homes = [device_of(block) for block in self.blocks] if self.device_map else None
         sizes = (cfg.n_layers, batch, capacity, cfg.n_key_value_heads, cfg.d_head)
         return KVCache(*sizes, cfg.device, cfg.dtype, homes)
 

@@ -63,17 +63,8 @@ class PromptMixin(nn.Module):
         length = len(self._ids(header))
         return {"turn_start_ids": opening, "turn_end_id": self._special_id(stop), "user_header": length}
 
-    def as_inputs(self, input: Any) -> VLMInputs:
-        """`input` itself if it is a `VLMInputs`; raw text and bare token ids become one, on the model's device.
-
-        Bare ids of several rows, some of which begin with the model's or the tokenizer's padding token, are
-        taken as padded on the left: so `to_tokens` and tokenizers make them.
-
-        Raises:
-            InputError: bare token ids with image placeholders, ids outside the vocabulary, no tokens at all.
-        """
-        if isinstance(input, VLMInputs):
-            return input if input.device == self.cfg.device else input.to(self.cfg.device)
+    def inputs_of(self, input: Any) -> VLMInputs:
+        """Raw text or bare token ids as inputs on the model's device; see `as_inputs`."""
         if not isinstance(input, Tensor):
             return self.to_inputs(input, chat=False)
         tokens = input[None] if input.ndim == 1 else input

@@ -20,18 +20,28 @@ from hooked_vlm.config import RopeScaling
 class Rotation:
     """Cosines and sines of one forward pass; calling it rotates queries or keys.
 
-    `cos` and `sin` have the leading axes of the tensors they rotate and half of `d_head`: the second
-    half of a head turns by the same angles (rotate_half, not interleaved).
+    `cos` and `sin` have the leading axes of the tensors they rotate. The two halves of a head turn by the same angles
+    (rotate_half, not interleaved); the sines of the first half are negative.
     """
 
-    cos: Float[Tensor, "*dims half"]
-    sin: Float[Tensor, "*dims half"]
+    cos: Float[Tensor, "*dims d_head"]
+    sin: Float[Tensor, "*dims d_head"]
+
+    @classmethod
+    def by(
+        cls, angles: Float[Tensor, "*dims half"], factor: float = 1.0, dtype: torch.dtype | None = None
+    ) -> "Rotation":
+        """That by some angles, one for each pair of entries; `factor` multiplies cosines and sines."""
+        cos, sin = angles.cos(), angles.sin()
+        if factor != 1.0:
+            cos, sin = cos * factor, sin * factor
+        cos, sin = cos.to(dtype or cos.dtype), sin.to(dtype or sin.dtype)
+        return cls(torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1))
 
     @cached_property
-    def _by_head(self) -> tuple[Float[Tensor, "*dims 1 d_head"], Float[Tensor, "*dims 1 d_head"]]:
-        """Cosines and signed sines of a whole head, with an axis for heads: made once for all layers."""
-        cos, sin = torch.cat((self.cos, self.cos), dim=-1), torch.cat((-self.sin, self.sin), dim=-1)
-        return cos.unsqueeze(-2), sin.unsqueeze(-2)
+    def _over_heads(self) -> tuple[Float[Tensor, "*dims 1 d_head"], Float[Tensor, "*dims 1 d_head"]]:
+        """Cosines and sines with an axis for heads."""
+        return self.cos.unsqueeze(-2), self.sin.unsqueeze(-2)
 
     def to(self, device: torch.device) -> "Rotation":
         return Rotation(self.cos.to(device), self.sin.to(device))
@@ -65,7 +75,7 @@ class Rotation:
         return Rotation(self.cos / scale, -self.sin / scale)
 
     def __call__(self, x: Float[Tensor, "*dims head d_head"]) -> Float[Tensor, "*dims head d_head"]:
-        cos, sin = self._by_head
+        cos, sin = self._over_heads
         full = x.to(torch.promote_types(x.dtype, cos.dtype))
         a, b = full.chunk(2, dim=-1)
         return (full * cos + torch.cat((b, a), dim=-1) * sin).to(x.dtype)
@@ -126,14 +136,10 @@ def text_rotation(
     else:
         chunks = angles.split(list(mrope_section), dim=-1)
         angles = torch.cat([chunk[i % 3] for i, chunk in enumerate(chunks)], dim=-1)
-    cos, sin = angles.cos(), angles.sin()
-    if factor != 1.0:
-        cos, sin = cos * factor, sin * factor
-    return Rotation(cos.to(dtype), sin.to(dtype))
+    return Rotation.by(angles, factor, dtype)
 
 
 def patch_rotation(rows_cols: Int[Tensor, "patch 2"], d_head: int, theta: float) -> Rotation:
     """The rotation of image patches: half of the frequencies turn with the row, half with the column."""
     angles = rows_cols[..., None].float() * frequencies(d_head // 2, theta, rows_cols.device)
-    angles = angles.flatten(-2)
-    return Rotation(angles.cos(), angles.sin())
+    return Rotation.by(angles.flatten(-2))

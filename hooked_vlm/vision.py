@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 class ImagePass:
     """A pass over images: through the tower on their patches, then through the projector on their tokens."""
 
+    cfg: VisionConfig
     n_images: int
     patches: ForwardPass
     tokens: ForwardPass
@@ -94,7 +95,7 @@ def image_pass(
     class_tokens = 0 if cfg.tile_size is None else 1
     patches, patch_rows = over([class_tokens + n for n in seen], rotate)
     tokens, token_rows = over([n // cfg.merge_size**2 for n in seen], None)
-    return ImagePass(len(seen), patches, tokens, patch_rows, token_rows)
+    return ImagePass(cfg, len(seen), patches, tokens, patch_rows, token_rows)
 
 
 class PatchEmbed(nn.Module):
@@ -143,9 +144,9 @@ class VisionTower(nn.Module):
 
     def __init__(self, cfg: VisionConfig) -> None:
         super().__init__()
-        self.tiled, self.patch_size, self.n_layers_run = cfg.tile_size is not None, cfg.patch_size, cfg.n_layers_run
+        self.n_layers_run = cfg.n_layers_run
         self.patch_embed = PatchEmbed(cfg)
-        if self.tiled:
+        if cfg.tile_size is not None:
             self.tile_embed = TileEmbed(cfg)
         self.hook_embed = HookPoint()  # [image, patch, d_model]
         self.blocks = vision_blocks(cfg)
@@ -162,7 +163,8 @@ class VisionTower(nn.Module):
         self, pixels: Float[Tensor, "all_patches d_patch"] | Float[Tensor, "tile channel height width"], here: ImagePass
     ) -> Float[Tensor, "*image patch d_model"]:
         """Patch embeddings, with class tokens and learned positions where the tower has them, before `hook_embed`."""
-        embedded = self._embed_tiles(pixels) if self.tiled else self.patch_embed(pixels)
+        tiled = here.cfg.tile_size is not None
+        embedded = self._embed_tiles(pixels, here.cfg.patch_size) if tiled else self.patch_embed(pixels)
         return here.by_image(embedded)
 
     def run(
@@ -175,8 +177,9 @@ class VisionTower(nn.Module):
                 stream = self.hook_embed(stream)  # [image, patch, d_model]
             return run_blocks(self.blocks, stream, max(first, 0), max(stop, 0))
 
-    def _embed_tiles(self, pixels: Float[Tensor, "tile channel height width"]) -> Float[Tensor, "patch d_model"]:
-        size = self.patch_size
+    def _embed_tiles(
+        self, pixels: Float[Tensor, "tile channel height width"], size: int
+    ) -> Float[Tensor, "patch d_model"]:
         patches = pixels.unfold(2, size, size).unfold(3, size, size)  # tile channel row col y x
         side = patches.shape[2]
         patches = patches.permute(0, 2, 3, 1, 4, 5).flatten(3).flatten(0, 2)
@@ -189,10 +192,9 @@ class Projector(nn.Module):
 
     def __init__(self, cfg: VisionConfig) -> None:
         super().__init__()
-        self.merge_size, self.transposed = cfg.merge_size, cfg.transposed_tokens
-        self.norm_on, self.raster = cfg.projector_norm, cfg.tile_size is not None
         hidden = cfg.d_merged if cfg.d_projector is None else cfg.d_projector
-        self.ln = Norm(cfg.d_model if self.norm_on == "patch" else cfg.d_merged, cfg.projector_eps, centered=True)
+        norm_width = cfg.d_model if cfg.projector_norm == "patch" else cfg.d_merged
+        self.ln = Norm(norm_width, cfg.projector_eps, centered=True)
         self.in_proj = nn.Linear(cfg.d_merged, hidden)
         self.hook_pre = HookPoint()  # [image, token, d_projector]
         self.hook_post = HookPoint()  # [image, token, d_projector]
@@ -202,33 +204,35 @@ class Projector(nn.Module):
         self, patches: Float[Tensor, "*image patch d_model"], grids: tuple[Grid, ...], here: ImagePass
     ) -> Float[Tensor, "all_tokens d_out"]:
         """The features of all images' tokens, one image after the other."""
-        if self.norm_on == "patch":
+        cfg = here.cfg
+        if cfg.projector_norm == "patch":
             with running(here.patches):
                 patches = self.ln(patches)
-        merged = self._merge_raster(patches, grids) if self.raster else _side_by_side(patches, self.merge_size**2)
+        merged = _side_by_side(patches, cfg) if cfg.tile_size is None else _merge_raster(patches, grids[0], cfg)
         with running(here.tokens):
-            if self.norm_on == "token":
+            if cfg.projector_norm == "token":
                 merged = self.ln(merged)
             pre = self.hook_pre(self.in_proj(merged))  # [image, token, d_projector]
             post = self.hook_post(ACTIVATIONS["gelu"](pre))  # [image, token, d_projector]
             return here.in_a_row(self.out_proj(post))
 
-    def _merge_raster(
-        self, patches: Float[Tensor, "tile patch d_model"], grids: tuple[Grid, ...]
-    ) -> Float[Tensor, "tile token d_merged"]:
-        """Pixel shuffle: class tokens dropped, the patches of every merge block side by side, row by row."""
-        (_, rows, cols), m = grids[0], self.merge_size
-        blocks = patches[:, 1:].reshape(-1, rows // m, m, cols // m, m, patches.shape[-1]).transpose(2, 3)
-        if self.transposed:
-            blocks = blocks.transpose(1, 2)
-        return blocks.reshape(len(patches), rows * cols // m**2, -1)
-
 
 def _side_by_side(
-    patches: Float[Tensor, "*image patch d_model"], merge_block: int
+    patches: Float[Tensor, "*image patch d_model"], cfg: VisionConfig
 ) -> Float[Tensor, "*image token d_merged"]:
-    """Patches that come merge block by merge block."""
-    return patches.reshape(*patches.shape[:-2], patches.shape[-2] // merge_block, -1)
+    """The patches of merge blocks, that come block by block."""
+    return patches.reshape(*patches.shape[:-2], patches.shape[-2] // cfg.merge_size**2, -1)
+
+
+def _merge_raster(
+    patches: Float[Tensor, "tile patch d_model"], grid: Grid, cfg: VisionConfig
+) -> Float[Tensor, "tile token d_merged"]:
+    """Pixel shuffle: class tokens dropped, the patches of every merge block side by side, row by row."""
+    (_, rows, cols), m = grid, cfg.merge_size
+    blocks = patches[:, 1:].reshape(-1, rows // m, m, cols // m, m, patches.shape[-1]).transpose(2, 3)
+    if cfg.transposed_tokens:
+        blocks = blocks.transpose(1, 2)
+    return blocks.reshape(len(patches), rows * cols // m**2, -1)
 
 
 @lru_cache(maxsize=256)

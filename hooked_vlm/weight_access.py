@@ -11,6 +11,7 @@ import torch
 from accelerate.utils import align_module_device, has_offloaded_params
 from torch import Tensor, nn
 
+from hooked_vlm.hooks import is_own, is_touched, own_hook
 from hooked_vlm.token_layout import InputError
 
 
@@ -67,6 +68,7 @@ def _closed_where_shared(result: Any, closed: dict[int, type[ClosedTensor]]) -> 
 _INPLACE_OPERATORS = {f"__i{op}__" for op in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow")}
 
 
+@own_hook
 def check_unedited(module: nn.Module, _inputs: Any = None) -> None:
     """Between uses an offloaded parameter is an empty tensor; only its version says that someone wrote into it.
 
@@ -79,22 +81,17 @@ def check_unedited(module: nn.Module, _inputs: Any = None) -> None:
         )
 
 
-def is_own(module: nn.Module) -> bool:
-    """Whether a module is this library's or a plain one of PyTorch's."""
-    return type(module).__module__.startswith(("hooked_vlm.", "torch.nn.modules."))
-
-
-def is_touched(module: nn.Module) -> bool:
-    """Whether a module has hooks, or a `forward` put in its own's place, other than `hooked_vlm.placement`'s."""
-    if any(fn is not check_unedited for fn in module._forward_pre_hooks.values()):
-        return True
-    replaced = "forward" in module.__dict__ and not hasattr(module, "_hf_hook")
-    return replaced or bool(module._forward_hooks or module._backward_hooks or module._backward_pre_hooks)
-
-
 def is_plain(linear: nn.Module) -> bool:
     """Whether a linear layer does what its weight and bias say: neither wrapped (by an adapter) nor hooked."""
     return type(linear) is nn.Linear and not is_touched(linear)
+
+
+def bias_of(linear: nn.Module, d_in: int) -> Tensor | None:
+    """What a linear layer of `d_in` inputs gives for zeros; None for nothing. What is hooked or wrapped is called."""
+    if not is_plain(linear):
+        own = next(linear.parameters())
+        return linear(torch.zeros(1, 1, d_in, dtype=own.dtype, device=device_of(linear)))[0, 0]
+    return None if linear.bias is None else values_of(linear, "bias")
 
 
 def values_of(module: nn.Module, name: str = "weight") -> Tensor:

@@ -25,7 +25,7 @@ def fold_ln(model: Any) -> None:
     """The weights of the decoder's norms, folded into the matrices that read behind them: W_Q, W_K, W_V, W_in, W_gate
     and W_U. The norms' own weights are then 1. Exact up to rounding.
 
-    `hook_normalized` then lacks the weight, and `ln_final`'s is in `W_U`. A tied model is untied first.
+    `hook_out` is then `hook_normalized`, and `ln_final`'s weight is in `W_U`. A tied model is untied first.
 
     Raises:
         InputError: they are folded already.

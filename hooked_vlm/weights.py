@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from hooked_vlm.components import Embed, Norm, Unembed, WithViews, weight_view
 from hooked_vlm.config import VLMConfig
 from hooked_vlm.token_layout import InputError
-from hooked_vlm.weight_access import AbsentBias
+from hooked_vlm.weight_access import AbsentBias, values_of
 
 _ATTENTION = ("W_Q", "W_K", "W_V", "W_O", "b_Q", "b_K", "b_V", "b_O")
 _KEY_VALUE = re.compile(r"\.attn\.([Wb]_[KV])$")
@@ -57,15 +57,16 @@ class WeightsMixin(WithViews):
     @weight_view
     def W_E(self) -> Float[Tensor, "d_vocab d_model"]:
         """A view. In a tied model it shares its memory with `W_U`."""
-        return self.embed.W_E
+        return values_of(self.embed)
 
     @weight_view
     def W_U(self) -> Float[Tensor, "d_model d_vocab"]:
         """A view. In a tied model it shares its memory with `W_E`."""
-        return self.unembed.W_U
+        return values_of(self.unembed).T
 
     @weight_view
     def b_U(self) -> Float[Tensor, "d_vocab"]:
+        values_of(self.unembed)  # which refuses another module in its place
         return self.unembed.b_U
 
     @property
@@ -101,12 +102,12 @@ class WeightsMixin(WithViews):
         self, layer: int, mlp_input: bool = False, include_mlp_biases: bool = True
     ) -> Float[Tensor, "d_model"]:
         """The sum of all biases added to the residual stream before `layer` (and before its MLP)."""
-        total = self.W_E.new_zeros(self.cfg.d_model)
-        for i in range(layer):
-            total = total + self.blocks[i].attn.b_O.to(total.device)
+        total = torch.zeros(self.cfg.d_model, device=self.cfg.device, dtype=self.cfg.dtype)
+        for block in self.blocks[:layer]:
+            total = _plus(total, block.attn.output_bias())
             if include_mlp_biases:
-                total = total + self.blocks[i].mlp.b_out.to(total.device)
-        return total + self.blocks[layer].attn.b_O.to(total.device) if mlp_input else total
+                total = _plus(total, block.mlp.output_bias())
+        return _plus(total, self.blocks[layer].attn.output_bias()) if mlp_input else total
 
     def tokens_to_residual_directions(self, tokens: Any) -> Float[Tensor, "*dims d_model"]:
         """The columns of `W_U` of some tokens (ids, a string or a single id); what raises their logits.
@@ -165,3 +166,7 @@ class WeightsMixin(WithViews):
         moved = super()._apply(fn, recurse)
         self.cfg = self.cfg.with_(device=self.embed.weight.device, dtype=self.embed.weight.dtype)
         return moved
+
+
+def _plus(total: Float[Tensor, "d_model"], bias: Float[Tensor, "d_model"] | None) -> Float[Tensor, "d_model"]:
+    return total if bias is None else total + bias.to(total.device)

@@ -1,5 +1,6 @@
 """Both families' tiny models with inputs of the same kinds, for what must hold in either."""
 
+import copy
 from typing import Any
 
 import tiny
@@ -24,3 +25,8 @@ def model_and_inputs(family: str, rows: str) -> tuple[Any, Any]:
         return tiny.tiny_model(), tiny.inputs(filled)
     model = tiny_internvl.tiny_model("qwen2")
     return model, model.inputs_from_hf(tiny_internvl.hf_batch(filled))
+
+
+def own_copy(model: Any) -> Any:
+    """The same weights in a model of a test's own, whose modules and switches it may change."""
+    return copy.deepcopy(model)

@@ -50,7 +50,7 @@ def test_towers_and_words_are_picked() -> None:
     assert {line.name.split(".")[-1] for line in lines} == {"hook_resid_pre", "hook_resid_post"}
     assert len(lines) == 6 and {line.tower for line in lines} == {"vision"}
     projector = hook_lines(HooksConfig("toy-qwen2-vl", tower="projector"))
-    assert [line.name for line in projector][-1] == "hook_image_features" and len(projector) == 5
+    assert [line.name for line in projector][-1] == "hook_image_features" and len(projector) == 6
     assert len(hook_lines(HooksConfig("toy-qwen2-vl", grep="HOOK_Z$"))) == 2
 
 
