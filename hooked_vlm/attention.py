@@ -94,9 +94,8 @@ class Attention(WithViews):
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, here: ForwardPass) -> Tensor:
         """softmax(q k^T / sqrt(d_head)) v; hooks on `hook_z` are told what it was made from."""
-        explicit = listens(self.hook_attn_scores) or listens(self.hook_pattern)
         packing = here.packing
-        if packing is not None and not explicit and here.past is None and not here.mask.limits(packing.width):
+        if packing is not None and self._may_group(here):
             z = grouped_attention(q, k, v, packing, here.mask.causal)
             if is_hooked(self.hook_z):
                 call = AttentionCall(packing.pad(q), packing.pad(k), packing.pad(v), here.mask)
@@ -110,6 +109,12 @@ class Attention(WithViews):
             n_shared = 0 if here.past is None else here.past.n_shared
             self.hook_z.ctx["attention"] = AttentionCall(q, k, v, here.mask, n_shared)
         return here.pack(z)
+
+    def _may_group(self, here: ForwardPass) -> bool:
+        """Whether packed rows attend in the fused kernel, without earlier keys and without a window."""
+        assert here.packing is not None
+        explicit = listens(self.hook_attn_scores) or listens(self.hook_pattern)
+        return not explicit and here.past is None and not here.mask.limits(here.packing.width)
 
     # ---------------------------------------------------------------- each head's own output
 
@@ -190,7 +195,7 @@ def project(linear: nn.Module, x: Float[Tensor, "*dims d_model"], n_heads: int) 
     What is not a plain linear layer, or is hooked, is called for each head's input.
     """
     if x.ndim < 4:
-        return linear(x).unflatten(-1, (n_heads, -1))
+        return linear(x).reshape(*x.shape[:-1], n_heads, -1)
     if not is_plain(linear):
         by_head = [linear(x[..., head, :]).unflatten(-1, (n_heads, -1))[..., head, :] for head in range(n_heads)]
         return torch.stack(by_head, dim=-2)

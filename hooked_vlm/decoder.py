@@ -8,13 +8,13 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from hooked_vlm.attention import Attention
-from hooked_vlm.components import MLP, Norm
+from hooked_vlm.components import MLP, Norm, Part
 from hooked_vlm.config import VisionConfig, VLMConfig
 from hooked_vlm.forward_pass import ForwardPass
 from hooked_vlm.hooks import HookPoint, current_pass
 
 
-class Block(nn.Module):
+class Block(Part):
     """resid_pre -> + attention -> resid_mid -> + MLP -> resid_post."""
 
     # transformer_lens/tools/analysis/logit_lens.py asks every block that it has one residual stream

@@ -78,6 +78,12 @@ def silent_hook_points() -> Iterator[None]:
 
 # ---------------------------------------------------------------- hook points
 
+# hooks on all modules of the process, as nn.Module.__call__ asks for them
+_GLOBAL_FORWARD_HOOKS = torch_module._global_forward_hooks
+_GLOBAL_FORWARD_PRE_HOOKS = torch_module._global_forward_pre_hooks
+_GLOBAL_BACKWARD_HOOKS = torch_module._global_backward_hooks
+_GLOBAL_BACKWARD_PRE_HOOKS = torch_module._global_backward_pre_hooks
+
 
 class HookPoint(hook_points.HookPoint):
     """TransformerLens' hook point, called in every pass; hooks on it see `[batch, pos, ...]` with padding.
@@ -93,12 +99,23 @@ class HookPoint(hook_points.HookPoint):
         self.packs, self.shared = packs, shared
 
     def __call__(self, x: Tensor) -> Tensor:
+        # called several hundred times in a pass, nearly always to return at once: tests in line, cheapest first
         here = _CURRENT.get()
-        if is_hooked(self):
+        if (
+            self._forward_hooks
+            or self._forward_pre_hooks
+            or self._backward_hooks
+            or self._backward_pre_hooks
+            or _GLOBAL_FORWARD_HOOKS
+            or _GLOBAL_FORWARD_PRE_HOOKS
+            or _GLOBAL_BACKWARD_HOOKS
+            or _GLOBAL_BACKWARD_PRE_HOOKS
+            or "forward" in self.__dict__
+        ):
             return x if _SILENT.get() else self._call_hooks(x, here)
         if here is not None and here.recorder is not None and here.recorder.records(self.name) and not _SILENT.get():
             here.recorder(self.name, here.pad(x) if self.packs else x)
-        return super().__call__(x)
+        return x
 
     def _call_hooks(self, x: Tensor, here: "ForwardPass | None") -> Tensor:
         if here is None:
@@ -119,6 +136,8 @@ class HookPoint(hook_points.HookPoint):
         return here.pack(out) if self.packs else out
 
     def _checked(self, seen: Tensor, out: Any) -> Tensor:
+        if out is seen:
+            return out
         if not isinstance(out, Tensor):
             raise HookError(f"a hook on {self.name!r} must return a tensor or None, got {type(out).__name__}")
         if out.shape != seen.shape or out.dtype != seen.dtype:
@@ -173,10 +192,10 @@ def shows_modules(model: nn.Module) -> bool:
     """Whether someone looks at modules that are no hook points, or put modules of their own in: such a pass keeps every
     tensor `[batch, pos, ...]`, as they expect it."""
     everywhere = (
-        torch_module._global_forward_hooks,
-        torch_module._global_forward_pre_hooks,
-        torch_module._global_backward_hooks,
-        torch_module._global_backward_pre_hooks,
+        _GLOBAL_FORWARD_HOOKS,
+        _GLOBAL_FORWARD_PRE_HOOKS,
+        _GLOBAL_BACKWARD_HOOKS,
+        _GLOBAL_BACKWARD_PRE_HOOKS,
     )
     return any(everywhere) or any(
         not isinstance(module, HookPoint) and (is_point or not is_own(module) or is_touched(module))

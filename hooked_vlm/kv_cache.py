@@ -69,9 +69,10 @@ class KVCache:
         """
         end = self.length + k.shape[1]
         for buffers, new in ((self.keys, k), (self.values, v)):
-            buffers[layer] = _with_room(buffers[layer], self.length, end)
-            buffers[layer][:, self.length : end] = new
-        return self.keys[layer][:, :end], self.values[layer][:, :end]
+            if end > buffers[layer].shape[1]:
+                buffers[layer] = _with_room(buffers[layer], self.length, end)
+            buffers[layer].narrow(1, self.length, new.shape[1]).copy_(new)
+        return self.keys[layer].narrow(1, 0, end), self.values[layer].narrow(1, 0, end)
 
     def valid_with(self, n_new: int, new_valid: Bool[Tensor, "batch new"] | None) -> Bool[Tensor, "batch key"] | None:
         """Which of the filled positions and of `n_new` more are not padding; None if all are.

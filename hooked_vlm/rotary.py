@@ -76,9 +76,10 @@ class Rotation:
 
     def __call__(self, x: Float[Tensor, "*dims head d_head"]) -> Float[Tensor, "*dims head d_head"]:
         cos, sin = self._over_heads
-        full = x.to(torch.promote_types(x.dtype, cos.dtype))
-        a, b = full.chunk(2, dim=-1)
-        return (full * cos + torch.cat((b, a), dim=-1) * sin).to(x.dtype)
+        if x.dtype != cos.dtype:
+            full = x.to(torch.promote_types(x.dtype, cos.dtype))
+            return (full * cos + full.roll(full.shape[-1] // 2, dims=-1) * sin).to(x.dtype)
+        return x * cos + x.roll(x.shape[-1] // 2, dims=-1) * sin
 
 
 def frequencies(d_rotary: int, theta: float, device: torch.device) -> Float[Tensor, "half"]:
