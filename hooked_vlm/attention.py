@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from hooked_vlm.components import AllHeadsNorm, WithViews, weight_view
+from hooked_vlm.components import AllHeadsNorm, Linear, WithViews, weight_view
 from hooked_vlm.forward_pass import ForwardPass
 from hooked_vlm.hooks import HookError, HookPoint, current_pass, is_hooked, listens
 from hooked_vlm.masks import AttentionMask
@@ -38,10 +38,10 @@ class Attention(WithViews):
     ) -> None:
         super().__init__()
         self.layer, self.n_heads, self.n_key_value_heads, self.d_head = layer, n_heads, n_key_value_heads, d_head
-        self.q_proj = nn.Linear(d_model, n_heads * d_head, bias=qkv_bias)
-        self.k_proj = nn.Linear(d_model, n_key_value_heads * d_head, bias=qkv_bias)
-        self.v_proj = nn.Linear(d_model, n_key_value_heads * d_head, bias=qkv_bias)
-        self.o_proj = nn.Linear(n_heads * d_head, d_model, bias=o_bias)
+        self.q_proj = Linear(d_model, n_heads * d_head, bias=qkv_bias)
+        self.k_proj = Linear(d_model, n_key_value_heads * d_head, bias=qkv_bias)
+        self.v_proj = Linear(d_model, n_key_value_heads * d_head, bias=qkv_bias)
+        self.o_proj = Linear(n_heads * d_head, d_model, bias=o_bias)
         self.split_inputs = split_inputs
         if split_inputs:
             self.hook_attn_in = HookPoint()  # [batch, pos, head, d_model], with use_attn_in
@@ -340,7 +340,7 @@ def grouped_attention(q: Tensor, k: Tensor, v: Tensor, packing: Packing, causal:
     return z
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False, slots=True)
 class AttentionCall:
     """What a layer's z was made from; a hook on `hook_z` finds it as `hook.ctx["attention"]`.
 

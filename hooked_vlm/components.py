@@ -71,6 +71,10 @@ class WithViews(Part):
             super().__setattr__(name, value)
 
 
+class Linear(Part, nn.Linear):
+    """PyTorch's linear layer."""
+
+
 class Norm(WithViews):
     """RMSNorm, or LayerNorm when `centered`; statistics in float32 as in the reference.
 
@@ -131,9 +135,9 @@ class MLP(WithViews):
     def __init__(self, d_model: int, d_mlp: int, act_fn: str, gated: bool, bias: bool) -> None:
         super().__init__()
         self.act, self.d_mlp, self.gated = ACTIVATIONS[act_fn], d_mlp, gated
-        self.gate_proj = nn.Linear(d_model, d_mlp, bias=bias) if gated else None
-        self.in_proj = nn.Linear(d_model, d_mlp, bias=bias)
-        self.out_proj = nn.Linear(d_mlp, d_model, bias=bias)
+        self.gate_proj = Linear(d_model, d_mlp, bias=bias) if gated else None
+        self.in_proj = Linear(d_model, d_mlp, bias=bias)
+        self.out_proj = Linear(d_mlp, d_model, bias=bias)
         self.hook_pre = HookPoint()  # [batch, pos, d_mlp]
         if gated:
             self.hook_pre_linear = HookPoint()  # [batch, pos, d_mlp]

@@ -123,7 +123,7 @@ class HookPoint(hook_points.HookPoint):
         seen = here.pad(x) if self.packs else x
         if self.shared and seen is x:
             seen = x.clone()
-        self.ctx.update(here.context_at(x.device, seen.shape[1 if self.packs else -2]))
+        self.ctx.update(here.context_at(seen.device, seen.shape[1 if self.packs else -2]))
         token = _CURRENT.set(None)  # a hook may call parts of the model, which are then outside of this pass
         try:
             out = self._checked(seen, super().__call__(seen))
@@ -302,13 +302,7 @@ class HookChecksMixin(nn.Module):
         Raises:
             HookError: as `check_hook_name`.
         """
-        if not isinstance(name, str) and not callable(name):
-            raise HookError(f"a hook point is given by its name or by a filter of names, got {name!r}")
         matches = self._matches(name)
-        if not matches and not isinstance(name, str):
-            raise HookError("this hook filter matches none of the model's hook points (see model.hook_dict)")
-        if not matches:
-            raise HookError(f"there is no hook point {name!r}.{nearest_names(str(name), self.hook_dict)}")
         reasons = [self._switched_off(n) for n in matches]
         if all(reasons):
             raise HookError(f"{matches[0]!r} {reasons[0]}")
@@ -324,7 +318,6 @@ class HookChecksMixin(nn.Module):
             HookError: see `check_hook_name`; or the run does not pass the point.
         """
         for name in names:
-            self.check_hook_name(name)
             matches = self._matches(name)
             reasons = [self.why_silent(n, inputs, run) for n in matches]
             if all(reasons):
@@ -352,10 +345,18 @@ class HookChecksMixin(nn.Module):
         return ""
 
     def _matches(self, name: HookName) -> list[str]:
+        """The names of the hook points that a name or filter means."""
         if isinstance(name, str):
-            name = canonical(name, self.hook_dict)
-            return [name] if name in self.hook_dict else []
-        return [n for n in self.hook_dict if name(n)]
+            own = canonical(name, self.hook_dict)
+            if own not in self.hook_dict:
+                raise HookError(f"there is no hook point {name!r}.{nearest_names(name, self.hook_dict)}")
+            return [own]
+        if not callable(name):
+            raise HookError(f"a hook point is given by its name or by a filter of names, got {name!r}")
+        matches = [n for n in self.hook_dict if name(n)]
+        if not matches:
+            raise HookError("this hook filter matches none of the model's hook points (see model.hook_dict)")
+        return matches
 
     def _switched_off(self, name: str) -> str:
         if why := self._replaced(name):

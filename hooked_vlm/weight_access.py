@@ -83,7 +83,7 @@ def check_unedited(module: nn.Module, _inputs: Any = None) -> None:
 
 def is_plain(linear: nn.Module) -> bool:
     """Whether a linear layer does what its weight and bias say: neither wrapped (by an adapter) nor hooked."""
-    return type(linear) is nn.Linear and not is_touched(linear)
+    return isinstance(linear, nn.Linear) and is_own(linear) and not is_touched(linear)
 
 
 def bias_of(linear: nn.Module, d_in: int) -> Tensor | None:
