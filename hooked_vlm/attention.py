@@ -6,6 +6,7 @@ tensors made. The two paths compute the same function (tested in float32 and bfl
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -129,7 +130,7 @@ class Attention(WithViews):
         if is_plain(self.o_proj):
             return torch.einsum("...hd,hdm->...hm", z, self.W_O.to(z.device))
         only = torch.eye(self.n_heads, dtype=z.dtype, device=z.device)[:, :, None]
-        bias, whole = self._output_bias_at(z), self.o_proj(z.flatten(-2))
+        bias, whole = self.o_proj(torch.zeros_like(z.flatten(-2))), self.o_proj(z.flatten(-2))
         result = torch.stack([self.o_proj((z * one).flatten(-2)) - bias for one in only], dim=-2)
         rounding = 16 * self.n_heads * torch.finfo(z.dtype).eps * float(whole.detach().abs().max())
         if not torch.allclose(result.sum(-2) + bias, whole, rtol=0, atol=rounding):
@@ -218,7 +219,7 @@ def _by_head(weight: Tensor, n_heads: int) -> Tensor:
     return weight.view(n_heads, -1, weight.shape[1]).transpose(1, 2)
 
 
-def _bias_by_head(linear: nn.Module, n_heads: int) -> Tensor:
+def _bias_by_head(linear: Any, n_heads: int) -> Tensor:
     if linear.bias is None:
         return absent_bias(linear, n_heads, linear.out_features // n_heads)
     return values_of(linear, "bias").view(n_heads, -1)

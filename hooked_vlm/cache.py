@@ -39,7 +39,7 @@ class DerivingCache(ActivationCache):
     ) -> None:
         """`within` is what the names of these activations begin with in the model."""
         super().__init__(cache_dict, model, has_batch_dim)
-        self._within = within
+        self._within, self._points = within, model.hook_dict
         self._n_layers = n_layers
         self._mask = attention_mask
         self._why_not = why_not
@@ -65,7 +65,7 @@ class DerivingCache(ActivationCache):
         return self._own_name(get_act_name(*key))
 
     def _own_name(self, name: str) -> str:
-        return canonical(name, self.model.hook_dict)
+        return canonical(name, self._points)
 
     def _derive(self, name: str, query: int | None = None) -> Tensor:
         """The scores or pattern of a layer from its queries and keys, of all queries or of one."""
@@ -97,7 +97,7 @@ class DerivingCache(ActivationCache):
         if self._rotary:
             return f"{prefix}.hook_rot_{side}"
         normed = f"{prefix}.hook_{side}_normed"
-        return normed if f"{self._within}{normed}" in self.model.hook_dict else f"{prefix}.hook_{side}"
+        return normed if f"{self._within}{normed}" in self._points else f"{prefix}.hook_{side}"
 
     def to(self, device: str | torch.device) -> Any:
         super().to(device)

@@ -108,7 +108,7 @@ class Norm(WithViews):
         if self.centered:
             full = full - full.mean(-1, keepdim=True)
         scale = self.hook_scale((full.pow(2).mean(-1, keepdim=True) + self.eps).sqrt())  # [batch, pos, 1]
-        if not self.centered:  # the reference rounds before the weight in RMSNorm, after it in LayerNorm
+        if self.bias is None:  # the reference rounds before the weight in RMSNorm, after it in LayerNorm
             normalized = self.hook_normalized((full / scale).to(x.dtype))  # [batch, pos, d_model]
             return self.hook_out(normalized * self.weight)  # [batch, pos, d_model]
         normalized = self.hook_normalized(full / scale)  # [batch, pos, d_model]
@@ -134,7 +134,7 @@ class MLP(WithViews):
 
     def __init__(self, d_model: int, d_mlp: int, act_fn: str, gated: bool, bias: bool) -> None:
         super().__init__()
-        self.act, self.d_mlp, self.gated = ACTIVATIONS[act_fn], d_mlp, gated
+        self.act, self.d_mlp = ACTIVATIONS[act_fn], d_mlp
         self.gate_proj = Linear(d_model, d_mlp, bias=bias) if gated else None
         self.in_proj = Linear(d_model, d_mlp, bias=bias)
         self.out_proj = Linear(d_mlp, d_model, bias=bias)
@@ -144,11 +144,11 @@ class MLP(WithViews):
         self.hook_post = HookPoint()  # [batch, pos, d_mlp]
 
     def forward(self, x: Float[Tensor, "*dims d_model"]) -> Float[Tensor, "*dims d_model"]:
-        if self.gated:
+        if self.gate_proj is None:
+            post = self.act(self.hook_pre(self.in_proj(x)))  # [batch, pos, d_mlp]
+        else:
             pre = self.hook_pre(self.gate_proj(x))  # [batch, pos, d_mlp]
             post = self.act(pre) * self.hook_pre_linear(self.in_proj(x))  # [batch, pos, d_mlp]
-        else:
-            post = self.act(self.hook_pre(self.in_proj(x)))  # [batch, pos, d_mlp]
         return self.out_proj(self.hook_post(post))
 
     def output_bias(self) -> Float[Tensor, "d_model"] | None:

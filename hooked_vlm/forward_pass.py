@@ -32,15 +32,15 @@ class Recorder:
     names: Collection[str] | None = None
     """None: of all that fire."""
 
-    def records(self, name: str) -> bool:
+    def records(self, name: str | None) -> bool:
         """Whether a hook point is recorded when it fires."""
         return self.names is None or name in self.names
 
-    def __call__(self, name: str, x: Tensor) -> None:
+    def __call__(self, name: str | None, x: Tensor) -> None:
         """Keep what passed a hook point."""
-        self.keep(name, x.detach())
+        self.keep(str(name), x.detach())
 
-    def names_point(self, name: str) -> bool:
+    def names_point(self, name: str | None) -> bool:
         """Whether a hook point is recorded by its name, so that it fires although no hook listens there."""
         return self.names is not None and name in self.names
 

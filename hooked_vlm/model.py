@@ -326,11 +326,14 @@ class HookedVLM(LoadingMixin, PromptMixin, GenerationMixin, WeightsMixin, HookCh
         self.context_level += 1
         level = self.context_level
         try:
-            for direction, hooks in (("fwd", fwd), ("bwd", bwd)):
-                for points, fn in hooks:
-                    self._hooked_at[level].update(points)
-                    for point in points:
-                        point.add_hook(fn, dir=direction, level=level)
+            for points, fn in fwd:
+                self._hooked_at[level].update(points)
+                for point in points:
+                    point.add_hook(fn, level=level)
+            for points, fn in bwd:
+                self._hooked_at[level].update(points)
+                for point in points:
+                    point.add_hook(fn, dir="bwd", level=level)
             yield self
         finally:
             if reset_hooks_end:
@@ -404,6 +407,7 @@ class HookedVLM(LoadingMixin, PromptMixin, GenerationMixin, WeightsMixin, HookCh
             device = self.cfg.device
         caching = Caching(cut, device, remove_batch_dim, partial(runs_explicitly, self.hook_dict), incl_bwd)
         recorder, fwd = caching.recorder(names)
+        firing: list[str] = []
         if incl_bwd or not reset_hooks_end:  # these need hooks, and hooks need names
             wanted = default_filter(self.hook_dict) if names is None else names.__contains__
             firing = [n for n in self.hook_dict if wanted(n) and not self.why_silent(n, inputs, kwargs)]

@@ -4,7 +4,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -59,7 +59,7 @@ def hooked(module: nn.Module, fn: Callable, pre: bool = False) -> Iterator[None]
 # ---------------------------------------------------------------- plain PyTorch hooks on modules
 
 
-def modules_of(model: HookedVLM) -> dict[str, nn.Module]:
+def modules_of(model: Any) -> dict[str, nn.Module]:
     """Modules that are called with a tensor and give one, hook points and containers aside."""
     return {
         name: module
@@ -77,10 +77,11 @@ def test_hooks_on_modules_see_batch_and_positions_and_change_nothing_by_looking(
     model, inputs = model_and_inputs(family, rows)
     plain = logits(model, inputs)
     seen: dict[str, tuple[torch.Size, torch.Size]] = {}
-    handles = [
-        module.register_forward_hook(lambda m, args, out, name=name: seen.__setitem__(name, (args[0].shape, out.shape)))
-        for name, module in modules_of(model).items()
-    ]
+
+    def note(name: str) -> Callable[..., None]:
+        return lambda module, args, out: seen.__setitem__(name, (args[0].shape, out.shape))
+
+    handles = [module.register_forward_hook(note(name)) for name, module in modules_of(model).items()]
     try:
         close(logits(model, inputs), plain)
     finally:
@@ -242,6 +243,7 @@ def adapted(request: pytest.FixtureRequest) -> tuple[HookedVLM, HookedVLM, VLMIn
     return (*with_adapters(model, kind), inputs)
 
 
+SIDES: tuple[Literal["q", "k", "v"], ...] = ("q", "k", "v")
 SWITCHES = ("use_attn_result", "use_split_qkv_input", "use_attn_in", "use_hook_mlp_in")
 
 
@@ -263,7 +265,7 @@ def test_lenses_head_results_and_paths_go_through_an_adapter(adapted: tuple[Any,
     model, plain, inputs = adapted
     np.testing.assert_allclose(head_lens(model, inputs, 5), head_lens(plain, inputs, 5), atol=2e-5)
     lenses = [logit_lens(m, inputs, "final", targets=[5]).target_log_probs for m in (model, plain)]
-    np.testing.assert_allclose(*lenses, atol=2e-5)
+    np.testing.assert_allclose(lenses[0], lenses[1], atol=2e-5)
     own, other = (logit_attribution(m, inputs, 5, unit="head") for m in (model, plain))
     np.testing.assert_allclose(own.values, other.values, atol=2e-5)
     np.testing.assert_allclose(own.values.sum(0), own.logit, atol=5e-5)
@@ -274,7 +276,7 @@ def test_lenses_head_results_and_paths_go_through_an_adapter(adapted: tuple[Any,
     close(streams[0][:, real], streams[1][:, real])
     pair = Pair(inputs[0], replace(inputs[0], pixel_values=inputs[0].pixel_values.flip(0) * 0.5))
     heads, receivers = [(0, 1), (1, 1)], [(2, 1), (1, 0)]
-    effects = [patch_paths(m, pair, heads, receivers, side, logit(5)).values for m in (model, plain) for side in "qkv"]
+    effects = [patch_paths(m, pair, heads, receivers, side, logit(5)).values for m in (model, plain) for side in SIDES]
     for own, other in zip(effects[:3], effects[3:], strict=True):
         np.testing.assert_allclose(own, other, atol=2e-5)
     assert np.ptp(effects[0]) > 1e-4

@@ -10,7 +10,7 @@ from families import model_and_inputs, own_copy
 from torch import Tensor
 from transformer_lens.utilities import get_act_name
 
-from hooked_vlm import HookedVLM, HookError, InputError, VLMInputs
+from hooked_vlm import HookError, InputError, VLMInputs
 from hooked_vlm.components import Norm
 from hooked_vlm.hooks import is_quadratic
 from hooked_vlm.interventions import mean_image_kv
@@ -69,7 +69,7 @@ def test_what_reads_a_norm_reads_hook_out(family: str) -> None:
 # ---------------------------------------------------------------- norms of queries and keys
 
 
-def normed_tower() -> tuple[HookedVLM, VLMInputs]:
+def normed_tower() -> tuple[Any, VLMInputs]:
     """A vision tower in the manner of InternViT-6B."""
     model = tiny_internvl.tiny_model("llama")
     return model, model.inputs_from_hf(tiny_internvl.hf_batch([[5, ("image", 2), 7, 8]]))
@@ -108,9 +108,7 @@ def test_an_edit_of_one_heads_queries_before_the_norm_moves_the_others() -> None
 def test_patterns_of_a_normed_tower_are_derived_from_what_is_compared() -> None:
     model, inputs = normed_tower()
     _, derived = model.run_with_cache(inputs)
-    _, stored = model.run_with_cache(
-        inputs, names_filter=lambda name: name.endswith(("hook_pattern", "hook_attn_scores"))
-    )
+    _, stored = model.run_with_cache(inputs, names_filter=is_quadratic)
     for layer in range(model.cfg.vision.n_layers_run):
         for what in ("pattern", "attn_scores"):
             torch.testing.assert_close(derived.vision[what, layer], stored.vision[what, layer], atol=1e-6, rtol=1e-5)
@@ -158,10 +156,8 @@ def test_an_edit_of_a_heads_input_is_a_pass_in_which_its_projections_read_it(fam
     model.set_use_attn_in(False)
     block, d = model.blocks[1], model.cfg.d_head
     _, cache = model.run_with_cache(inputs, names_filter="blocks.1.hook_resid_pre")
-    read = (cache["resid_pre", 1] + shift) / (
-        (cache["resid_pre", 1] + shift).pow(2).mean(-1, keepdim=True) + model.cfg.eps
-    ).sqrt()
-    read = read * block.ln1.weight
+    stream = cache["resid_pre", 1] + shift
+    read = stream / (stream.pow(2).mean(-1, keepdim=True) + model.cfg.eps).sqrt() * block.ln1.weight
 
     def made(side: str, n: int) -> Any:
         own = getattr(block.attn, f"{side}_proj")(read).unflatten(-1, (n, d))[:, :, 1]

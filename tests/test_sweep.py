@@ -316,7 +316,7 @@ def test_the_vision_tower_runs_once(family: str, monkeypatch: pytest.MonkeyPatch
 
 def test_only_what_an_intervention_touches_is_computed(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model, batch = model_and_inputs(family, "one image")
-    ran: list[tuple[int, int, int]] = []
+    ran: list[tuple[int, ...]] = []
     forward = Block.forward
 
     def watch(block: Block, resid: Tensor) -> Tensor:
