@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from hooked_vlm.components import AllHeadsNorm, Linear, WithViews, weight_view
 from hooked_vlm.forward_pass import ForwardPass
-from hooked_vlm.hooks import HookError, HookPoint, current_pass, is_hooked, listens
+from hooked_vlm.hooks import HookError, HookPoint, current_pass, has_context, listens
 from hooked_vlm.masks import AttentionMask
 from hooked_vlm.packing import Packing
 from hooked_vlm.weight_access import absent_bias, bias_of, is_plain, values_of
@@ -94,11 +94,11 @@ class Attention(WithViews):
         return result.sum(-2) if bias is None else result.sum(-2) + bias
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, here: ForwardPass) -> Tensor:
-        """softmax(q k^T / sqrt(d_head)) v; hooks on `hook_z` are told what it was made from."""
+        """softmax(q k^T / sqrt(d_head)) v; `hook_z` has what it was made from in its context."""
         packing = here.packing
         if packing is not None and self._may_group(here):
             z = grouped_attention(q, k, v, packing, here.mask.causal)
-            if is_hooked(self.hook_z):
+            if has_context(self.hook_z):
                 call = AttentionCall(packing.pad(q), packing.pad(k), packing.pad(v), here.mask)
                 self.hook_z.ctx["attention"] = call
             return z
@@ -106,7 +106,7 @@ class Attention(WithViews):
         if here.past is not None:
             k, v = here.past.extend(self.layer, k, v)
         z = attend(q, k, v, here.mask, self.hook_attn_scores, self.hook_pattern)
-        if is_hooked(self.hook_z):
+        if has_context(self.hook_z):
             n_shared = 0 if here.past is None else here.past.n_shared
             self.hook_z.ctx["attention"] = AttentionCall(q, k, v, here.mask, n_shared)
         return here.pack(z)

@@ -1,4 +1,4 @@
-"""`ForwardPass`: who sees whom, rotary positions, earlier keys, what hooks are told, how rows lie.
+"""`ForwardPass`: attention mask, rotary positions, earlier keys, hook context and padding of one pass.
 
 Made once for each pass over inputs or step of generation, and current for as long as it runs (`hooks.running`):
 attention asks it for mask and rotation, hook points for how a tensor is shown to a hook.
@@ -103,7 +103,7 @@ class ForwardPass:
         return (self.rotate if self.n_out is None else self.rotate.last(self.n_out))(q)
 
     def context_at(self, device: torch.device, n: int) -> Mapping[str, Any]:
-        """What a hook is told whose tensor holds the last `n` positions."""
+        """The hook context of a tensor that holds the last `n` positions."""
         context = self.on(device).context
         positions = context.get("positions")
         if positions is None or len(positions) == n:

@@ -191,7 +191,8 @@ Names as TransformerLens' `get_act_name` gives them are accepted: `blocks.3.hook
 `blocks.3.attn.hook_q_input`, and likewise `hook_q_normed`, `hook_k_normed`, `hook_attn_in`.
 
 `run_with_cache` stores everything that fires but scores and patterns; `cache["pattern", l]` is computed from the
-stored queries and keys. Padding: rows of a pattern that belong to padding are zero; other tensors hold unused
+stored queries and keys. Tensors are stored as they are, not copied: `resid_pre` of a block is the `resid_post` of the
+one before it. Padding: rows of a pattern that belong to padding are zero; other tensors hold unused
 numbers there.
 
 While it is called, a text-side hook finds `hook.ctx["positions"]`, the absolute positions that its tensor holds, and

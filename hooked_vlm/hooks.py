@@ -1,7 +1,7 @@
 """Hook points, the pass they belong to, and the names they go by.
 
-A hook point stands at its tensor: `q = self.hook_q(...)`. What a hook there sees and is told, the current
-`ForwardPass` says (`hooked_vlm.forward_pass`): rows with their padding, and `hook.ctx`.
+A hook point stands at its tensor: `q = self.hook_q(...)`. The current `ForwardPass` (`hooked_vlm.forward_pass`) decides
+how a hook sees that tensor, rows with their padding, and holds the context that the hook finds in `hook.ctx`.
 """
 
 import difflib
@@ -173,6 +173,11 @@ def listens(point: nn.Module) -> bool:
         return True
     here = _CURRENT.get()
     return here is not None and here.recorder is not None and here.recorder.names_point(point.name)
+
+
+def has_context(point: nn.Module) -> bool:
+    """Whether hooks may read the point's context, `hook.ctx`."""
+    return isinstance(point, HookPoint) and is_hooked(point)
 
 
 # ---------------------------------------------------------------- hooks on modules that are no hook points

@@ -45,7 +45,7 @@ class SweepPlan:
     narrow_end: bool
     """Whether the last block computes queries of the last position only."""
     find_positions: bool
-    """Whether all interventions go by the positions that hooks are told."""
+    """Whether all interventions go by the positions in their hook context."""
     encodes: bool
     """Whether there are images that are not encoded yet."""
 

@@ -369,6 +369,16 @@ def test_a_module_in_the_place_of_any_hook_point_acts_as_a_hook_there(family: st
     assert wrong == []
 
 
+def test_a_module_in_a_hook_points_place_may_have_hooks_of_its_own(family: str) -> None:
+    model, inputs = model_and_inputs(family, "padded")
+    model = own_copy(model)
+    for name in ("blocks.1.attn.hook_z", "blocks.1.hook_resid_pre", "blocks.1.attn.hook_pattern"):
+        expected = logits(model, inputs, (name, lambda x, hook: x / 4))
+        halved = Halved()
+        with in_place_of(model, name, halved), hooked(halved, lambda module, args, out: out / 2):
+            close(logits(model, inputs), expected)
+
+
 def test_a_hook_on_a_point_that_was_exchanged_is_refused(family: str) -> None:
     model, inputs = model_and_inputs(family, "one image")
     model = own_copy(model)
