@@ -2,6 +2,8 @@
 
 It behaves like its token tensor where tools look (`shape`, `ndim`, `device`, `len`, row indexing, ...),
 so that everything that takes tokens takes a `VLMInputs`. Row indexing carries the row's images along.
+
+What is derived once and kept is made outside of `torch.inference_mode`: inputs may be trained on later.
 """
 
 from collections.abc import Sequence
@@ -89,6 +91,7 @@ class VLMInputs:
         set_(self, "position_ids", positions.to(self.tokens.device))
 
     @cached_property
+    @torch.inference_mode(False)
     def next_position(self) -> Int[Tensor, "batch"]:
         """The rotary position of the token that would follow each row."""
         return self.position_ids.amax(dim=(0, 2)) + 1
@@ -179,6 +182,7 @@ class VLMInputs:
         return tuple(v.grid for v in self.in_feature_order)
 
     @cached_property
+    @torch.inference_mode(False)
     def feature_slots(self) -> Int[Tensor, "token"]:
         """Index into the flattened [batch * pos] tokens of every image feature, in feature order."""
         spans = [v.row * self.shape[1] + v.start + torch.arange(v.n_tokens) for v in self.in_feature_order]
@@ -293,6 +297,7 @@ class VLMInputs:
         return grid.to_image(values)[..., 0, :, :]
 
     @cached_property
+    @torch.inference_mode(False)
     def positions(self) -> TokenGroups:
         """Which positions are image, question, role, final and generated tokens, row by row."""
         spec = self.spec

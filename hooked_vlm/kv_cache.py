@@ -63,12 +63,18 @@ class KVCache:
         k: Float[Tensor, "batch pos kv_head d_head"],
         v: Float[Tensor, "batch pos kv_head d_head"],
     ) -> tuple[Float[Tensor, "batch key kv_head d_head"], Float[Tensor, "batch key kv_head d_head"]]:
-        """Write one layer's new keys and values after the filled ones; all of them come back as views.
+        """Put one layer's new keys and values after the filled ones, and return all of them.
+
+        They are written in place, and what comes back are views; where gradients flow they are joined anew.
 
         `length` moves only with `advance`, so a forward pass that fails half-way leaves the cache as it was.
         """
         end = self.length + k.shape[1]
         for buffers, new in ((self.keys, k), (self.values, v)):
+            if torch.is_grad_enabled() and (new.requires_grad or buffers[layer].requires_grad):
+                # a write in place would take from earlier steps what their gradients need
+                buffers[layer] = torch.cat((buffers[layer].narrow(1, 0, self.length), new), dim=1)
+                continue
             if end > buffers[layer].shape[1]:
                 buffers[layer] = _with_room(buffers[layer], self.length, end)
             buffers[layer].narrow(1, self.length, new.shape[1]).copy_(new)

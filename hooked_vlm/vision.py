@@ -236,6 +236,7 @@ def _merge_raster(
 
 
 @lru_cache(maxsize=256)
+@torch.inference_mode(False)  # it is kept
 def _rows_cols(grid: Grid, merge: int) -> Int[Tensor, "patch 2"]:
     """Row and column of every patch, merge block by merge block, for each temporal slice."""
     t, h, w = grid

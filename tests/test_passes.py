@@ -153,3 +153,32 @@ def test_hooks_are_told_where_they_are(family: str) -> None:
     assert told["hook_embed"] == told["blocks.0.attn.hook_k"] == (list(range(n)), 0)
     assert told["ln_final.hook_out"] == ([n - 1], n - 1)
     assert not any(point.ctx for point in model.hook_dict.values())
+
+
+@pytest.mark.parametrize("rows", ROWS)
+def test_gradients_through_the_key_value_cache_are_those_of_one_pass(family: str, rows: str) -> None:
+    """A vector added to a stream at all positions, trained through a prompt and two steps of decoding."""
+    model, inputs = model_and_inputs(family, rows)
+    answer = torch.tensor([[7, 9]] * len(inputs))
+    vector = torch.zeros(model.cfg.d_model, requires_grad=True)
+    with model.hooks(fwd_hooks=[("blocks.1.hook_resid_post", lambda x, hook: x + vector)]):
+        one_pass = torch.autograd.grad(model.log_probs(inputs, answer).sum(), vector)[0]
+        past = model.new_kv_cache(len(inputs), inputs.shape[1] + 1)
+        first = model(inputs, past_kv_cache=past, logits_at="last")[:, -1].log_softmax(-1)
+        second = model.next_logits(answer[:, 0], past).log_softmax(-1)
+        steps = first.gather(1, answer[:, :1]) + second.gather(1, answer[:, 1:])
+        through_the_cache = torch.autograd.grad(steps.sum(), vector)[0]
+    torch.testing.assert_close(through_the_cache, one_pass, atol=1e-5, rtol=1e-4)
+    with torch.no_grad():  # and the cache goes on without gradients
+        assert model.next_logits(answer[:, 1], past).shape == (len(inputs), model.cfg.d_vocab)
+
+
+def test_what_ran_in_inference_mode_is_trained_on_afterwards(family: str) -> None:
+    model, inputs = model_and_inputs(family, "padded")
+    with torch.inference_mode():
+        model.generate(inputs, 2)
+        model.run_with_cache(inputs)
+        assert inputs.positions.final
+    model(inputs, return_type="loss").backward()
+    assert model.blocks[0].attn.q_proj.weight.grad.abs().sum() > 0
+    model.zero_grad(set_to_none=True)
