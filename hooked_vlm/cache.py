@@ -40,6 +40,8 @@ class DerivingCache(ActivationCache):
         """`within` is what the names of these activations begin with in the model."""
         super().__init__(cache_dict, model, has_batch_dim)
         self._within, self._points = within, model.hook_dict
+        self.exchanged: frozenset[str] = frozenset()
+        """Attention modules in which another module stands in the place of scores or pattern: nothing is derived."""
         self._n_layers = n_layers
         self._mask = attention_mask
         self._why_not = why_not
@@ -65,7 +67,7 @@ class DerivingCache(ActivationCache):
         return self._own_name(get_act_name(*key))
 
     def _own_name(self, name: str) -> str:
-        return canonical(name, self._points)
+        return canonical(f"{self._within}{name}", self._points).removeprefix(self._within)
 
     def _derive(self, name: str, query: int | None = None) -> Tensor:
         """The scores or pattern of a layer from its queries and keys, of all queries or of one."""
@@ -74,6 +76,8 @@ class DerivingCache(ActivationCache):
         why_not = self._why_not
         if any(n not in self.cache_dict for n in needed) or self._mask is None:
             why_not = why_not or f"{needed[0]} and {needed[1]} are not in this cache"
+        if f"{self._within}{prefix}" in self.exchanged:
+            why_not = "another module stands in the place of its hook point"
         if why_not or self._mask is None:
             raise KeyError(
                 f"{name!r} was not stored and cannot be derived ({why_not}): name it in names_filter to have "
@@ -144,9 +148,16 @@ class VLMCache(DerivingCache):
         return super().__getitem__(key)
 
     def __contains__(self, key: Any) -> bool:
+        key = self._own_name(key) if isinstance(key, str) else key
         if isinstance(key, str) and is_vision(key):
             return key.removeprefix("vision.") in self.vision.cache_dict
         return key in self.cache_dict
+
+    def follow(self, name: str, tensor: Tensor) -> None:
+        """Take an activation of a later pass in place of the first one's."""
+        cache = self.vision if is_vision(name) else self
+        cache.cache_dict[name.removeprefix("vision.")] = tensor
+        self._why_not = self.vision._why_not = "later passes have written into this cache"
 
     def _known(self) -> Iterable[str]:
         vision = self.vision.cache_dict

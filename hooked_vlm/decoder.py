@@ -11,7 +11,7 @@ from hooked_vlm.attention import Attention
 from hooked_vlm.components import MLP, Norm, Part
 from hooked_vlm.config import VisionConfig, VLMConfig
 from hooked_vlm.forward_pass import ForwardPass
-from hooked_vlm.hooks import HookPoint, current_pass
+from hooked_vlm.hooks import HookError, HookPoint, current_pass
 
 
 class Block(Part):
@@ -24,13 +24,14 @@ class Block(Part):
         """`layer_scale` is the width of the stream where what is added to it is scaled by learned vectors."""
         super().__init__()
         self.ln1, self.attn, self.ln2, self.mlp = ln1, attn, ln2, mlp
+        self.split_inputs = attn.split_inputs
         self.layer_scale = layer_scale is not None
         if layer_scale is not None:
             self.scale_attn = nn.Parameter(torch.empty(layer_scale))
             self.scale_mlp = nn.Parameter(torch.empty(layer_scale))
             self.reset_parameters()
         self.hook_resid_pre = HookPoint(shared=True)  # [batch, pos, d_model]; the resid_post of the block before
-        if attn.split_inputs:
+        if self.split_inputs:
             self.hook_mlp_in = HookPoint(shared=True)  # [batch, pos, d_model], with use_hook_mlp_in
         self.hook_attn_out = HookPoint()  # [batch, pos, d_model]
         self.hook_resid_mid = HookPoint()  # [batch, pos, d_model]
@@ -50,7 +51,7 @@ class Block(Part):
             attn_out = attn_out * self.scale_attn
         attn_out = self.hook_attn_out(attn_out)  # [batch, pos, d_model]
         resid_mid = self.hook_resid_mid(here.wanted(resid_pre) + attn_out)  # [batch, pos, d_model]
-        use_mlp_in = here.cfg.use_hook_mlp_in and self.attn.split_inputs
+        use_mlp_in = here.cfg.use_hook_mlp_in and self.split_inputs
         mlp_in = self.hook_mlp_in(resid_mid) if use_mlp_in else resid_mid  # [batch, pos, d_model]
         mlp_out = self.mlp(self.ln2(mlp_in))
         if self.layer_scale:
@@ -62,9 +63,14 @@ class Block(Part):
         """What queries, keys and values read: the normalised stream, one for all; or, with a switch on, a copy of the
         stream for every head, each normalised on its own."""
         attn, cfg = self.attn, here.cfg
-        if not (attn.split_inputs and (cfg.use_split_qkv_input or cfg.use_attn_in)):
+        if not (self.split_inputs and (cfg.use_split_qkv_input or cfg.use_attn_in)):
             normalized = self.ln1(resid_pre)  # [batch, pos, d_model]
             return (normalized,) if here.n_out is None else (here.wanted(normalized), normalized, normalized)
+        if not isinstance(attn, Attention):
+            raise HookError(
+                f"inputs for every head need the model's own attention, but a {type(attn).__name__} stands there: call "
+                "set_use_split_qkv_input(False) and set_use_attn_in(False)"
+            )
         n_heads, n_kv_heads = attn.n_heads, attn.n_key_value_heads
         if cfg.use_attn_in:  # keys and values read the inputs of the first heads, as in TransformerLens
             q_input = self.ln1(attn.hook_attn_in(_per_head(resid_pre, n_heads)))  # [batch, pos, head, d_model]

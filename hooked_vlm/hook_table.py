@@ -176,12 +176,14 @@ Hooks set through plain PyTorch (`point.register_forward_hook`) and backward hoo
 is called in every pass, so that a module put in its place takes part (an SAE, say; call `model.setup()` after the
 exchange); scores and pattern are called if something listens there or another module stands there. An unknown name, a
 filter that matches nothing, a hook point that is switched off or was exchanged, and an image-side hook where no image
-is encoded raise `HookError`.
+is encoded raise `HookError`. (Hooks on all modules of the process, `register_module_forward_hook`, do not count as
+listening to scores and patterns.)
 
 Plain PyTorch hooks on other modules (`model.blocks[3]`, `attn.o_proj`, `mlp`, norms) see `[batch, pos, ...]`, or
-`[image, patch, ...]` in the vision tower. A pass over such hooks, or over wrapped layers (a LoRA adapter), does not
-pack padded rows; it takes longer and gives the same numbers up to rounding. `sweep`, `sweep_many` and
-`stream_activations` refuse a model with hooks of any kind.
+`[image, patch, ...]` in the vision tower's blocks (its patch embedding and what the projector returns have all images
+in a row). A pass over such hooks, or over modules of someone else's (a LoRA adapter, an SAE), does not pack padded
+rows; it takes longer and gives the same numbers up to rounding. `sweep`, `sweep_many` and `stream_activations` refuse
+a model with hooks of any kind; over modules of someone else's a sweep runs whole rows.
 
 Switches: `model.set_use_attn_result(True)`, `model.set_use_split_qkv_input(True)` or `model.set_use_attn_in(True)` (not
 both), `model.set_use_hook_mlp_in(True)`. What they switch on costs memory and a little time, and may move results by

@@ -97,6 +97,8 @@ class HookPoint(hook_points.HookPoint):
     def __init__(self, packs: bool = True, shared: bool = False) -> None:
         super().__init__()
         self.packs, self.shared = packs, shared
+        self.made_from: Any = None
+        """What the tensor that comes next was made from, for `hook.ctx["attention"]`."""
 
     def __call__(self, x: Tensor) -> Tensor:
         # called several hundred times in a pass, nearly always to return at once: tests in line, cheapest first
@@ -119,33 +121,25 @@ class HookPoint(hook_points.HookPoint):
 
     def _call_hooks(self, x: Tensor, here: "ForwardPass | None") -> Tensor:
         if here is None:
-            return self._checked(x, super().__call__(x))
+            return checked(self, x, super().__call__(x))
         seen = here.pad(x) if self.packs else x
         if self.shared and seen is x:
             seen = x.clone()
+        outer = {name: self.ctx[name] for name in CONTEXT if name in self.ctx}  # if a hook here called the model
         self.ctx.update(here.context_at(seen.device, seen.shape[1 if self.packs else -2]))
+        if self.made_from is not None:
+            self.ctx["attention"], self.made_from = self.made_from, None
         token = _CURRENT.set(None)  # a hook may call parts of the model, which are then outside of this pass
         try:
-            out = self._checked(seen, super().__call__(seen))
+            out = checked(self, seen, super().__call__(seen))
         finally:
             _CURRENT.reset(token)
             for name in CONTEXT:
                 self.ctx.pop(name, None)
+            self.ctx.update(outer)
         if here.recorder is not None and here.recorder.records(self.name):
             here.recorder(self.name, out)
         return here.pack(out) if self.packs else out
-
-    def _checked(self, seen: Tensor, out: Any) -> Tensor:
-        if out is seen:
-            return out
-        if not isinstance(out, Tensor):
-            raise HookError(f"a hook on {self.name!r} must return a tensor or None, got {type(out).__name__}")
-        if out.shape != seen.shape or out.dtype != seen.dtype:
-            raise HookError(
-                f"a hook on {self.name!r} was given {_described(seen)} and returned {_described(out)}: return the "
-                "same shape and dtype, or None to leave the tensor as it is"
-            )
-        return out
 
     def layer(self) -> int:
         """The number in `blocks.3...` or `vision.blocks.3...`."""
@@ -153,6 +147,24 @@ class HookPoint(hook_points.HookPoint):
         if "blocks" not in parts:
             raise HookError(f"{self.name!r} does not belong to a layer")
         return int(parts[parts.index("blocks") + 1])
+
+
+def checked(point: hook_points.HookPoint, seen: Tensor, out: Any) -> Tensor:
+    """What hooks on a point made of the tensor they were given.
+
+    Raises:
+        HookError: something else than a tensor of its shape and dtype.
+    """
+    if out is seen:
+        return out
+    if not isinstance(out, Tensor):
+        raise HookError(f"a hook on {point.name!r} must return a tensor or None, got {type(out).__name__}")
+    if out.shape != seen.shape or out.dtype != seen.dtype:
+        raise HookError(
+            f"a hook on {point.name!r} was given {_described(seen)} and returned {_described(out)}: return the "
+            "same shape and dtype, or None to leave the tensor as it is"
+        )
+    return out
 
 
 def _described(x: Tensor) -> str:
@@ -180,44 +192,10 @@ def has_context(point: nn.Module) -> bool:
     return isinstance(point, HookPoint) and is_hooked(point)
 
 
-# ---------------------------------------------------------------- hooks on modules that are no hook points
+# ---------------------------------------------------------------- what others do to modules
 
-
-def hooked_module(model: nn.Module) -> str:
-    """A module with hooks of any kind (hook points included), or one that stands in a hook point's place; empty if
-    there is none."""
-    for name, module, is_point in _modules(model):
-        replaced = is_point and not isinstance(module, HookPoint)
-        if replaced or (is_hooked(module) if isinstance(module, HookPoint) else is_touched(module)):
-            return name or type(module).__name__
-    return ""
-
-
-def shows_modules(model: nn.Module) -> bool:
-    """Whether someone looks at modules that are no hook points, or put modules of their own in: such a pass keeps every
-    tensor `[batch, pos, ...]`, as they expect it."""
-    everywhere = (
-        _GLOBAL_FORWARD_HOOKS,
-        _GLOBAL_FORWARD_PRE_HOOKS,
-        _GLOBAL_BACKWARD_HOOKS,
-        _GLOBAL_BACKWARD_PRE_HOOKS,
-    )
-    return any(everywhere) or any(
-        not isinstance(module, HookPoint) and (is_point or not is_own(module) or is_touched(module))
-        for _, module, is_point in _modules(model)
-    )
-
-
-def _modules(model: nn.Module) -> Iterator[tuple[str, nn.Module, bool]]:
-    """Names and modules, and whether each has a hook point's name."""
-    stack: list[tuple[str, nn.Module, bool]] = [("", model, False)]
-    while stack:
-        name, module, is_point = stack.pop()
-        yield name, module, is_point
-        above = f"{name}." if name else ""
-        stack += [(above + own, part, own.startswith("hook_")) for own, part in module._modules.items() if part]
-
-
+_OURS = (nn.Linear, nn.Embedding, nn.ModuleList)
+"""Classes of PyTorch's that a model is built of."""
 _OWN_HOOKS: set[Callable] = set()
 
 
@@ -228,21 +206,77 @@ def own_hook(fn: Callable) -> Callable:
 
 
 def is_own(module: nn.Module) -> bool:
-    """Whether a module is this library's or a plain one of PyTorch's."""
-    return type(module).__module__.startswith(("hooked_vlm.", "torch.nn.modules."))
+    """Whether a module is of a class that a model is built of, and not an adapter, an SAE or the like."""
+    return type(module) in _OURS or type(module).__module__.startswith("hooked_vlm.")
 
 
 def is_touched(module: nn.Module) -> bool:
     """Whether a module has hooks, or a `forward` put in its own's place, other than `hooked_vlm.placement`'s."""
     if any(fn not in _OWN_HOOKS for fn in module._forward_pre_hooks.values()):
         return True
-    replaced = "forward" in module.__dict__ and not hasattr(module, "_hf_hook")
-    return replaced or bool(module._forward_hooks or module._backward_hooks or module._backward_pre_hooks)
+    if module._forward_hooks or module._backward_hooks or module._backward_pre_hooks:
+        return True
+    return "forward" in module.__dict__ and not _is_dispatched(module)
+
+
+def _is_dispatched(module: Any) -> bool:
+    """Whether `accelerate` put its `forward`, and nothing else, in place of the module's own."""
+    moves = getattr(getattr(module.forward, "func", None), "__module__", "").startswith("accelerate.")
+    return moves and getattr(module._old_forward, "__func__", None) is type(module).forward
+
+
+def hooks_everywhere() -> bool:
+    """Whether there are hooks on all modules of the process (`register_module_forward_hook`)."""
+    return bool(
+        _GLOBAL_FORWARD_HOOKS or _GLOBAL_FORWARD_PRE_HOOKS or _GLOBAL_BACKWARD_HOOKS or _GLOBAL_BACKWARD_PRE_HOOKS
+    )
+
+
+def hooked_module(model: nn.Module) -> str:
+    """The name of a module with hooks of any kind, hook points included; empty if there is none."""
+    if hooks_everywhere():
+        return "every module of the process"
+    for name, module, _ in _modules(model):
+        if is_hooked(module) if isinstance(module, HookPoint) else is_touched(module):
+            return name or type(module).__name__
+    return ""
+
+
+def foreign_module(model: nn.Module) -> str:
+    """The name of a module of someone else's within a model: an adapter, or one in a hook point's place; empty if there
+    is none."""
+    return next((name for name, module, is_point in _modules(model) if _is_foreign(name, module, is_point)), "")
+
+
+def shows_modules(model: nn.Module) -> bool:
+    """Whether someone looks at modules that are no hook points, or put modules of their own in: such a pass keeps every
+    tensor `[batch, pos, ...]`, as they expect it."""
+    return hooks_everywhere() or any(
+        _is_foreign(name, module, is_point) or (not isinstance(module, HookPoint) and is_touched(module))
+        for name, module, is_point in _modules(model)
+    )
+
+
+def _is_foreign(name: str, module: nn.Module, is_point: bool) -> bool:
+    if isinstance(module, HookPoint):
+        return False
+    return is_point or (bool(name) and not is_own(module))  # the model itself may be of a class of the user's
+
+
+def _modules(model: nn.Module) -> Iterator[tuple[str, nn.Module, bool]]:
+    """Names and modules, and whether each has a hook point's name."""
+    stack: list[tuple[str, nn.Module, bool]] = [("", model, False)]
+    while stack:
+        name, module, is_point = stack.pop()
+        yield name, module, is_point
+        above = f"{name}." if name else ""
+        parts = module._modules.items()
+        stack += [(above + own, part, own.startswith("hook_")) for own, part in parts if part is not None]
 
 
 # ---------------------------------------------------------------- names
 
-_BLOCK_ALIAS = re.compile(r"(blocks\.\d+)\.(hook_(?:[qkv]_input|[qk]_normed|attn_in))")
+_BLOCK_ALIAS = re.compile(r"((?:vision\.)?blocks\.\d+)\.(hook_(?:[qkv]_input|[qk]_normed|attn_in))")
 
 
 def canonical(name: str, known: Mapping[str, Any]) -> str:
@@ -301,7 +335,7 @@ class HookChecksMixin(nn.Module):
         """
         self.points_of(name)
 
-    def points_of(self, name: HookName) -> list[HookPoint]:
+    def points_of(self, name: HookName) -> list[hook_points.HookPoint]:
         """The hook points that a name or filter means.
 
         Raises:
@@ -354,7 +388,9 @@ class HookChecksMixin(nn.Module):
         if isinstance(name, str):
             own = canonical(name, self.hook_dict)
             if own not in self.hook_dict:
-                raise HookError(f"there is no hook point {name!r}.{nearest_names(name, self.hook_dict)}")
+                stands = dict(self.named_modules()).get(own)
+                why = f" A {type(stands).__name__} stands there." if stands else nearest_names(name, self.hook_dict)
+                raise HookError(f"there is no hook point {name!r}.{why}")
             return [own]
         if not callable(name):
             raise HookError(f"a hook point is given by its name or by a filter of names, got {name!r}")

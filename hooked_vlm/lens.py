@@ -263,7 +263,8 @@ def logit_attribution(
         wrong: likewise.
 
     Raises:
-        InputError: an unknown unit, or tokens that do not exist.
+        InputError: an unknown unit, tokens that do not exist, or parts that do not sum to the logit because a hook or
+            another module changes the stream elsewhere.
     """
     if unit not in ("layer", "component", "head"):
         raise InputError(f'unit must be "layer", "component" or "head", got {unit!r}')
@@ -304,4 +305,10 @@ def logit_attribution(
     direction = direction * model.ln_final.w.to(exact) / found["ln_final.hook_scale"].to(exact)
     values = torch.stack([(part.to(exact) * direction).sum(-1) for part in parts.values()])
     true = torch.stack([sign * logits[rows, tokens].to(exact) for tokens, sign in asked]).sum(0)
+    rounding = 32 * torch.finfo(logits.dtype).eps * values.abs().sum(0)
+    if not ((values.sum(0) - true).abs() <= rounding).all():
+        raise InputError(
+            f"the parts sum to {values.sum(0).tolist()}, but the logits are {true.tolist()}: a hook or another module "
+            "changes the stream or the logits outside of attention and MLPs. Remove it to attribute logits"
+        )
     return LogitAttribution(tuple(parts), values.double().cpu().numpy(), true.double().cpu().numpy())

@@ -1,7 +1,7 @@
 """`HookedVLM`: a vision-language model whose every intermediate tensor passes a named hook point."""
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -15,7 +15,7 @@ from transformer_lens import HookedRootModule
 from transformer_lens.utilities import Slice, SliceInput
 
 from hooked_vlm.cache import VLMCache
-from hooked_vlm.caching import Caching, default_filter, runs_explicitly
+from hooked_vlm.caching import Caching, default_filter, exchanged_patterns, runs_explicitly
 from hooked_vlm.components import Embed, Norm, Unembed
 from hooked_vlm.config import VLMConfig
 from hooked_vlm.decoder import run_blocks, text_blocks
@@ -26,10 +26,13 @@ from hooked_vlm.hooks import (
     HookName,
     HookPoint,
     canonical,
+    foreign_module,
     hooked_module,
     is_encoder,
     is_hooked,
+    is_own,
     running,
+    shows_modules,
 )
 from hooked_vlm.inputs import Answer, VLMInputs
 from hooked_vlm.kv_cache import KVCache
@@ -65,14 +68,13 @@ class HookedVLM(LoadingMixin, PromptMixin, GenerationMixin, WeightsMixin, HookCh
         """The checkpoint's own config.json."""
         self.device_map: dict[str, str] = {}
         """Where each part is, if they are spread (`hooked_vlm.placement`)."""
-        self._recorder: Recorder | None = None
-        self._hooked_at: defaultdict[int, set[HookPoint]] = defaultdict(set)
+        self._hooked_at: defaultdict[int, set[Any]] = defaultdict(set)
         """Hook points by the depth of the `hooks` block that set hooks there."""
         self.embed = Embed(cfg.d_vocab, cfg.d_model)
         if cfg.vision is not None:
             self.vision = VisionTower(cfg.vision)
             self.projector = Projector(cfg.vision)
-            self.hook_image_features = HookPoint(packs=False, shared=True)  # [image token of the batch, d_model]
+            self.hook_image_features = HookPoint(packs=False)  # [image token of the batch, d_model]
         self.hook_embed = HookPoint()  # [batch, pos, d_model]
         self.blocks = text_blocks(cfg)
         self.ln_final = Norm(cfg.d_model, cfg.eps, centered=False)
@@ -93,6 +95,7 @@ class HookedVLM(LoadingMixin, PromptMixin, GenerationMixin, WeightsMixin, HookCh
         stop_at_layer: int | None = None,
         past_kv_cache: KVCache | None = None,
         logits_at: Literal["all", "last"] = "all",
+        recorder: Recorder | None = None,
     ) -> Any:
         """Run the model.
 
@@ -105,6 +108,7 @@ class HookedVLM(LoadingMixin, PromptMixin, GenerationMixin, WeightsMixin, HookCh
             stop_at_layer: return the residual stream before this block instead.
             past_kv_cache: keys and values of the positions before these (`model.new_kv_cache`); it grows.
             logits_at: "last" computes logits of each row's last real position only, [batch, 1, d_vocab].
+            recorder: what `run_with_cache` records this pass with.
 
         Raises:
             InputError: inputs that do not fit the model or each other.
@@ -112,7 +116,7 @@ class HookedVLM(LoadingMixin, PromptMixin, GenerationMixin, WeightsMixin, HookCh
         inputs = self.as_inputs(input)
         first, last = self._layer_range(start_at_layer, stop_at_layer)
         self._check_call(inputs, first, last, resid, past_kv_cache, logits_at)
-        here = text_pass(self, inputs, past_kv_cache, None if resid is None else resid.dtype, self._taken_recorder())
+        here = text_pass(self, inputs, past_kv_cache, None if resid is None else resid.dtype, recorder)
         with running(here):
             stream = self._embed(inputs, here) if resid is None else here.pack(resid.to(inputs.device))
             narrow = logits_at == "last" and return_type == "logits" and stop_at_layer is None
@@ -171,10 +175,10 @@ class HookedVLM(LoadingMixin, PromptMixin, GenerationMixin, WeightsMixin, HookCh
 
     def _may_narrow(self, inputs: VLMInputs, here: ForwardPass) -> bool:
         """Whether nobody would notice that the last block makes queries of the last position only."""
-        last = self.cfg.n_layers - 1
-        seen = here.recorder is not None and here.recorder.touches(f"blocks.{last}.")
+        block = self.blocks[-1]
+        recorded = here.recorder is not None and here.recorder.touches(f"blocks.{self.cfg.n_layers - 1}.")
         together = here.packing is None and min(inputs.stop) == inputs.shape[1]
-        return together and not seen and not hooked_module(self.blocks[last])
+        return together and not recorded and is_own(block) and not hooked_module(block) and not foreign_module(block)
 
     def next_logits(self, token: Int[Tensor, "batch"], past_kv_cache: KVCache) -> Float[Tensor, "batch d_vocab"]:
         """Logits after one more token in every row, which joins the cache."""
@@ -233,8 +237,10 @@ class HookedVLM(LoadingMixin, PromptMixin, GenerationMixin, WeightsMixin, HookCh
         features = inputs.image_features
         if features is None:
             features = self._encode(inputs, here.context, here.recorder)
-        elif hooked := [n for n, point in self.hook_dict.items() if is_encoder(n) and is_hooked(point)]:
+        else:
+            hooked = [n for n, point in self.hook_dict.items() if is_encoder(n) and is_hooked(point)]
             self.check_reachable(hooked, inputs, {})
+            features = features.clone()  # other passes share them
         with running(here):
             return self.hook_image_features(features.to(like))  # [image token of the batch, d_model]
 
@@ -405,18 +411,23 @@ class HookedVLM(LoadingMixin, PromptMixin, GenerationMixin, WeightsMixin, HookCh
         names = self._names_to_store(names_filter, inputs, kwargs)
         if device is None and self.device_map:
             device = self.cfg.device
-        caching = Caching(cut, device, remove_batch_dim, partial(runs_explicitly, self.hook_dict), incl_bwd)
+        explicit = partial(runs_explicitly, self)
+        touched = shows_modules(self)
+        caching = Caching(cut, device, remove_batch_dim, explicit, incl_bwd, copies=touched)
+        recorder: Recorder | None
         recorder, fwd = caching.recorder(names)
+        others = [n for n, point in self.hook_dict.items() if not isinstance(point, HookPoint)]  # within an SAE, say
+        fwd += [(n, caching.save) for n in others if recorder.records(n) and not self.why_silent(n, inputs, kwargs)]
         firing: list[str] = []
         if incl_bwd or not reset_hooks_end:  # these need hooks, and hooks need names
-            wanted = default_filter(self.hook_dict) if names is None else names.__contains__
+            wanted = default_filter(self) if names is None else names.__contains__
             firing = [n for n in self.hook_dict if wanted(n) and not self.why_silent(n, inputs, kwargs)]
         bwd = [(name, partial(caching.save, suffix="_grad")) for name in firing] if incl_bwd else []
         if not reset_hooks_end:
-            fwd += [(name, caching.save) for name in firing if recorder.records(name)]
+            fwd += [(name, caching.save) for name in firing if recorder.records(name) and name not in others]
+            recorder = None
         with self.hooks(fwd, bwd, reset_hooks_end, clear_contexts):
-            with self._recording(recorder):
-                out = self(inputs, *args, **kwargs)
+            out = self(inputs, *args, recorder=recorder, **kwargs)
             if incl_bwd:
                 out.backward()
         why_not = ""
@@ -428,7 +439,11 @@ class HookedVLM(LoadingMixin, PromptMixin, GenerationMixin, WeightsMixin, HookCh
         vision_mask = None
         if inputs.has_visuals and self.cfg.vision is not None:
             vision_mask = image_pass(self, inputs.grids, inputs.device).patches.mask
-        return out, VLMCache(caching.store, self, not remove_batch_dim, mask, vision_mask, why_not, inputs)
+        cache = VLMCache(caching.store, self, not remove_batch_dim, mask, vision_mask, why_not, inputs)
+        cache.exchanged = cache.vision.exchanged = exchanged_patterns(self) if touched else frozenset()
+        if not reset_hooks_end:
+            caching.put = cache.follow
+        return out, cache
 
     def _names_to_store(
         self, names_filter: HookName | Sequence[str] | None, inputs: VLMInputs, run: Mapping[str, Any]
@@ -439,20 +454,7 @@ class HookedVLM(LoadingMixin, PromptMixin, GenerationMixin, WeightsMixin, HookCh
         if callable(names_filter):  # a filter means: of those that fire
             self.check_reachable([names_filter], inputs, run)
             return [n for n in self.hook_dict if names_filter(n) and not self.why_silent(n, inputs, run)]
-        names = [names_filter] if isinstance(names_filter, str) else list(names_filter)
+        several = isinstance(names_filter, Iterable) and not isinstance(names_filter, str)
+        names: list[Any] = list(names_filter) if several else [names_filter]
         self.check_reachable(names, inputs, run)
         return [canonical(name, self.hook_dict) for name in names]
-
-    @contextmanager
-    def _recording(self, recorder: Recorder) -> Iterator[None]:
-        """Have the next forward pass record its activations."""
-        self._recorder = recorder
-        try:
-            yield
-        finally:
-            self._recorder = None
-
-    def _taken_recorder(self) -> Recorder | None:
-        """What the pass that begins now records; passes that hooks begin within it record nothing."""
-        recorder, self._recorder = self._recorder, None
-        return recorder

@@ -90,7 +90,7 @@ def sweep(
     interventions = tuple(interventions)
     if hooked := hooked_module(model):
         raise InputError(
-            f"a sweep needs a model without hooks or exchanged hook points of its own, but {hooked} has one: remove it "
+            f"a sweep needs a model without hooks of its own, but {hooked} has one: remove it "
             "(from hook points with model.reset_hooks(including_permanent=True))"
         )
     if logits_at not in ("last", "all"):

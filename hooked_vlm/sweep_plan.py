@@ -7,7 +7,7 @@ from typing import Any
 import psutil
 import torch
 
-from hooked_vlm.hooks import is_vision
+from hooked_vlm.hooks import foreign_module, is_vision
 from hooked_vlm.inputs import VLMInputs
 from hooked_vlm.interventions.base import EMBEDDING, ENCODER, Intervention
 from hooked_vlm.token_layout import InputError
@@ -128,7 +128,10 @@ def make_plan(
     if max_runs is not None and max_runs < 1:
         raise InputError(f"max_runs, the number of runs in a batch, must be at least 1, got {max_runs}")
     n_positions, n_layers = inputs.shape[1], model.cfg.n_layers
-    begins = [(iv.first_layer(model, inputs), iv.first_position(model, inputs)) for iv in interventions]
+    foreign = bool(foreign_module(model))  # an adapter or an SAE, which may look at all positions of a row
+    begins = [
+        (iv.first_layer(model, inputs), 0 if foreign else iv.first_position(model, inputs)) for iv in interventions
+    ]
     end = min(inputs.stop) - 1  # every row's last position is computed
     rest = sorted((min(p, end), layer, i) for i, (layer, p) in enumerate(begins) if layer != ENCODER)
     groups: list[list[tuple[int, int, int]]] = []
@@ -138,7 +141,7 @@ def make_plan(
             groups[-1].append(item)
         else:
             groups.append([item])
-    batches = _encoder_batches(model, inputs, interventions, begins, logits_at, max_runs)
+    batches = _encoder_batches(model, inputs, interventions, begins, logits_at, max_runs, foreign)
     for group in groups:
         first = group[0][0]
         most = max_runs or runs_that_fit(model, inputs, n_positions - first, logits_at)
@@ -147,7 +150,7 @@ def make_plan(
             part = ordered[start : start + most]
             batches.append(Batch(tuple(i for _, i in part), tuple(layer for layer, _ in part), first))
     find_positions = all(iv.finds_positions for iv in interventions)
-    narrow = logits_at == "last" and find_positions and min(inputs.stop) == n_positions
+    narrow = logits_at == "last" and find_positions and not foreign and min(inputs.stop) == n_positions
     encodes = inputs.has_visuals and inputs.image_features is None
     return SweepPlan(tuple(batches), len(inputs), n_positions, n_layers, narrow, find_positions, encodes)
 
@@ -159,6 +162,7 @@ def _encoder_batches(
     begins: Sequence[tuple[int, int]],
     logits_at: str,
     max_runs: int | None,
+    foreign: bool,
 ) -> list[Batch]:
     """Runs that change the image side, in the order of the layers of the vision tower at which they join."""
     encoder = [i for i, (layer, _) in enumerate(begins) if layer == ENCODER]
@@ -168,7 +172,7 @@ def _encoder_batches(
     encoder.sort(key=lambda i: first_vision_layer(interventions[i], model, inputs))
     n_positions = inputs.shape[1]
     end = min(inputs.stop) - 1
-    first = min(end, *(first_position_behind(interventions[i], model, inputs) for i in encoder))
+    first = 0 if foreign else min(end, *(first_position_behind(interventions[i], model, inputs) for i in encoder))
     most = max_runs or min(
         runs_that_fit(model, inputs, n_positions - first, logits_at), _runs_that_encode(model, inputs)
     )

@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from hooked_vlm.forward_pass import ForwardPass, inputs_mask, inputs_rotation, last_of_rows
-from hooked_vlm.hooks import running
+from hooked_vlm.hooks import checked, running
 from hooked_vlm.inputs import VLMInputs
 from hooked_vlm.interventions.base import EMBEDDING, Hooks, Intervention
 from hooked_vlm.interventions.heads import HeadIntervention, layer_hooks
@@ -149,9 +149,10 @@ def on_own_rows(edits: Edits, n_rows: int) -> Callable[[Tensor, Any], Tensor]:
             rows = slice(lo * n_rows, hi * n_rows)
             if call is not None:
                 hook.ctx["attention"] = call.rows(rows.start, rows.stop)
-            edited = fn(x[rows], hook)
+            own = x[rows]
+            edited = fn(own, hook)
             if edited is not None:
-                x[rows] = edited
+                x[rows] = checked(hook, own, edited)
         return x
 
     return apply

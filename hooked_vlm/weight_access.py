@@ -10,8 +10,9 @@ from typing import Any, ClassVar
 import torch
 from accelerate.utils import align_module_device, has_offloaded_params
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
 
-from hooked_vlm.hooks import is_own, is_touched, own_hook
+from hooked_vlm.hooks import foreign_module, is_own, is_touched, own_hook
 from hooked_vlm.token_layout import InputError
 
 
@@ -53,7 +54,7 @@ class WeightCopy(ClosedTensor):
     """What a weight's numbers are, where the weight itself is kept elsewhere or in another form."""
 
     why = (
-        "this weight is offloaded or quantised: what is read is a copy, and an edit of it would be lost. "
+        "this weight is offloaded, quantised or parametrised: what is read is a copy, and an edit of it would be lost. "
         "To edit weights load the model without device_map and quantize"
     )
 
@@ -102,6 +103,8 @@ def values_of(module: nn.Module, name: str = "weight") -> Tensor:
         InputError: another module (an adapter, say) stands in the layer's place, so that its weight does not say what
             it computes.
     """
+    if is_parametrized(module, name):
+        return getattr(module, name).detach().as_subclass(WeightCopy)
     if not is_own(module):
         raise InputError(
             f"{getattr(module, 'name', 'this layer')} is a {type(module).__module__}.{type(module).__name__}, whose "
@@ -144,8 +147,8 @@ def device_of(module: nn.Module) -> torch.device:
 
 def why_closed(model: nn.Module) -> str:
     """Why a model's weights can be neither written, nor moved, nor edited; empty if they can."""
-    if wrapped := [name for name, module in model.named_modules() if not is_own(module)]:
-        return f"another module stands at {wrapped[0]}; merge adapters into plain layers first"
+    if foreign := foreign_module(model):
+        return f"another module stands at {foreign}; merge adapters into plain layers first"
     kept_elsewhere = any(has_offloaded_params(module) for module in model.modules())
     if kept_elsewhere or any(is_quantised(p) for p in model.parameters()):
         kind = "offloaded" if kept_elsewhere else "quantised"

@@ -9,15 +9,15 @@ from typing import Any, Literal
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 from families import model_and_inputs, own_copy
 from peft import LoraConfig, inject_adapter_in_model
 from torch import Tensor, nn
+from transformer_lens import hook_points
 
 from hooked_vlm import HookedVLM, HookError, InputError, SweepCase, VLMInputs, sweep, sweep_many
 from hooked_vlm.activations import stream_activations
-from hooked_vlm.hooks import is_quadratic, is_vision
-from hooked_vlm.interventions import ZeroHeads
+from hooked_vlm.hooks import is_quadratic, is_vision, shows_modules, silent_hook_points
+from hooked_vlm.interventions import CustomHooks, ZeroHeads
 from hooked_vlm.lens import head_lens, logit_attribution, logit_lens
 from hooked_vlm.metrics import logit
 from hooked_vlm.patching import Pair, patch_paths
@@ -391,6 +391,9 @@ def test_a_hook_on_a_point_that_was_exchanged_is_refused(family: str) -> None:
     ):
         with pytest.raises(HookError, match="Halved stands in its place"):
             call()
+    model.setup()
+    with pytest.raises(HookError, match="A Halved stands there"):
+        model.run_with_cache(inputs, names_filter=name)
 
 
 def test_a_wrapped_block_keeps_its_hook_points(family: str) -> None:
@@ -399,6 +402,110 @@ def test_a_wrapped_block_keeps_its_hook_points(family: str) -> None:
     expected = logits(model, inputs, ("blocks.1.attn.hook_z", lambda z, hook: z / 2))
     model.blocks[1] = nn.Sequential(model.blocks[1])
     close(logits(model, inputs, ("blocks.1.attn.hook_z", lambda z, hook: z / 2)), expected)
+
+
+class Autoencoder(nn.Module):
+    """In the layout of SAELens: hook points of TransformerLens' own class within."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.hook_acts = hook_points.HookPoint()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.hook_acts(x.relu())
+
+
+@pytest.mark.parametrize("rows", ["one image", "padded"])
+def test_hook_points_within_a_module_are_cached_and_hooked(family: str, rows: str) -> None:
+    model, inputs = model_and_inputs(family, rows)
+    model = own_copy(model)
+    with in_place_of(model, "blocks.1.hook_resid_post", Autoencoder()):
+        name, seen = "blocks.1.hook_resid_post.hook_acts", []
+        logits(model, inputs, (name, lambda x, hook: seen.append(x)))
+        for names in (None, name):
+            with torch.no_grad():
+                _, cache = model.run_with_cache(inputs, names_filter=names)
+            assert cache[name].equal(seen[0]) and cache[name].shape[:2] == inputs.shape
+
+
+@pytest.mark.parametrize("suffix", ["hook_pattern", "hook_attn_scores"])
+@pytest.mark.parametrize("side", ["", "vision."])
+def test_patterns_are_not_derived_where_another_module_stands(family: str, side: str, suffix: str) -> None:
+    model, inputs = model_and_inputs(family, "one image")
+    model = own_copy(model)
+    with in_place_of(model, f"{side}blocks.1.attn.{suffix}", Halved()), torch.no_grad():
+        _, cache = model.run_with_cache(inputs)
+        own = cache.vision if side else cache
+        if suffix == "hook_pattern":
+            with pytest.raises(KeyError, match="another module"):
+                own["pattern", 1]
+        assert own["pattern", 0].sum(-1).allclose(torch.ones(()), atol=1e-5)
+        model.run_with_cache(inputs, names_filter=lambda name: name.endswith("hook_attn_scores"), pos_slice=-1)
+
+
+def test_a_cache_is_not_changed_by_modules_that_write_into_what_they_are_given(family: str) -> None:
+    model, inputs = model_and_inputs(family, "one image")
+    model = own_copy(model)
+
+    class Writing(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x.mul_(0.5)
+
+    with torch.no_grad():
+        _, before = model.run_with_cache(inputs)
+        encoded = inputs.with_image_features(model.encode_images(inputs))
+        plain = model(encoded)
+        with in_place_of(model, "blocks.1.hook_resid_pre", Writing()):
+            _, cache = model.run_with_cache(inputs)
+        assert cache["blocks.0.hook_resid_post"].equal(before["blocks.0.hook_resid_post"])
+        with in_place_of(model, "hook_image_features", Writing()):
+            model(encoded)
+        _, cache = model.run_with_cache(encoded)
+        cache["hook_image_features"].zero_()
+        assert model(encoded).equal(plain)
+
+
+def test_wrapped_attention_takes_part(family: str) -> None:
+    model, inputs = model_and_inputs(family, "padded")
+    expected = logits(model, inputs)
+    for tower in ("", "vision."):
+        wrapped = own_copy(model)
+        block = wrapped.get_submodule(f"{tower}blocks.1")
+        block.attn = nn.Sequential(block.attn)
+        close(logits(wrapped, inputs), expected)
+        with torch.no_grad():
+            wrapped.generate(inputs, 2)
+    wrapped = own_copy(model)
+    wrapped.blocks[1].attn = nn.Sequential(wrapped.blocks[1].attn)
+    wrapped.set_use_attn_in(True)
+    with pytest.raises(HookError, match="Sequential stands there"):
+        wrapped(inputs)
+
+
+def test_parametrised_weights_are_read_as_they_are_used(family: str) -> None:
+    model = own_copy(model_and_inputs(family, "one image")[0])
+
+    class Doubled(nn.Module):
+        def forward(self, weight: Tensor) -> Tensor:
+            return 2 * weight
+
+    plain = model.blocks[1].attn.W_Q.clone()
+    nn.utils.parametrize.register_parametrization(model.blocks[1].attn.q_proj, "weight", Doubled())
+    assert model.blocks[1].attn.W_Q.equal(2 * plain)
+    with pytest.raises(RuntimeError, match="copy"):
+        model.blocks[1].attn.W_Q[0] = 0
+
+
+def test_a_class_of_the_users_own_is_no_other_module(family: str, tmp_path: Any) -> None:
+    model, inputs = model_and_inputs(family, "padded")
+
+    class Own(HookedVLM):
+        pass
+
+    own = own_copy(model)
+    own.__class__ = Own
+    assert not shows_modules(own) and logits(own, inputs).equal(logits(model, inputs))
+    fold_ln(own)
 
 
 # ---------------------------------------------------------------- shortcuts notice all of this
@@ -422,7 +529,7 @@ def test_shortcuts_refuse_a_model_with_hooks_on_any_module(family: str, where: s
     assert sweep(model, inputs, [ZeroHeads(((0, 0),))], logit(5)).values.shape == (1, 1)
 
 
-def test_shortcuts_refuse_permanent_hooks_and_exchanged_hook_points(family: str) -> None:
+def test_shortcuts_refuse_permanent_hooks(family: str) -> None:
     model, inputs = model_and_inputs(family, "one image")
     model = own_copy(model)
     model.add_perma_hook("blocks.1.hook_mlp_out", lambda x, hook: x * 0)
@@ -430,8 +537,65 @@ def test_shortcuts_refuse_permanent_hooks_and_exchanged_hook_points(family: str)
     with pytest.raises(InputError, match="including_permanent"):
         sweep(model, inputs, [], logit(5))
     model.reset_hooks(including_permanent=True)
-    with in_place_of(model, "blocks.1.hook_resid_post", Halved()), pytest.raises(InputError, match="hook_resid_post"):
-        sweep(model, inputs, [], logit(5))
+
+
+@pytest.mark.parametrize("rows", ["one image", "padded"])
+def test_sweeps_over_someone_elses_module_equal_the_loop(family: str, rows: str) -> None:
+    """One that looks at all positions of a row, in a middle and in the last block; and one in a hook point's place."""
+    model, inputs = model_and_inputs(family, rows)
+    stops, runs = torch.tensor(inputs.stop) - 1, [ZeroHeads(((layer, 1),), positions="final") for layer in range(3)]
+    runs.append(ZeroHeads(((0, 2),)))
+    for where in ("blocks.1.mlp", "blocks.2.mlp", "blocks.1.hook_resid_post", "vision.blocks.1.mlp"):
+        exchanged = own_copy(model)
+        of, _, own = where.rpartition(".")
+        setattr(exchanged.get_submodule(of), own, Centred(exchanged.get_submodule(where)))
+        exchanged.setup()
+        with torch.no_grad():
+            plain = exchanged(inputs)[torch.arange(len(inputs)), stops]
+            close(exchanged(inputs, logits_at="last")[:, 0], plain)
+            expected = [exchanged.run_with_hooks(inputs, fwd_hooks=run.hooks(exchanged, inputs)) for run in runs]
+        values = sweep(exchanged, inputs, runs, logit(5)).values
+        close(values, torch.stack([x[torch.arange(len(inputs)), stops, 5] for x in expected]))
+
+
+class Centred(nn.Module):
+    """Subtracts the mean over positions of what a module gives."""
+
+    def __init__(self, of: nn.Module) -> None:
+        super().__init__()
+        self.of = of
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        out = self.of(*inputs)
+        return out - 0.5 * out.mean(1, keepdim=True)
+
+
+def test_layers_of_pytorch_that_mix_positions_see_rows(family: str) -> None:
+    model, inputs = model_and_inputs(family, "padded")
+    mixing = own_copy(model)
+    mixing.blocks[1] = nn.Sequential(mixing.blocks[1], nn.Softmax(1))
+    longest = max(range(len(inputs)), key=lambda row: inputs.stop[row] - inputs.first[row])
+    with torch.no_grad():
+        close(mixing(inputs)[longest], mixing(inputs[longest])[0])
+
+
+def test_shortcuts_refuse_hooks_on_all_modules_of_the_process(family: str, tmp_path: Any) -> None:
+    model, inputs = model_and_inputs(family, "one image")
+    handle = nn.modules.module.register_module_forward_hook(lambda module, args, out: None)
+    try:
+        with pytest.raises(InputError, match="every module"):
+            sweep(model, inputs, [], logit(5))
+        with pytest.raises(InputError, match="every module"):
+            stream_activations(model, [], "blocks.1.hook_resid_post", tmp_path / "acts")
+    finally:
+        handle.remove()
+
+
+def test_a_sweep_refuses_what_a_hook_may_not_return(family: str) -> None:
+    model, inputs = model_and_inputs(family, "one image")
+    for wrong in (lambda x, hook: x.norm(dim=-1, keepdim=True), lambda x, hook: 0.0, lambda x, hook: x.double()):
+        with pytest.raises(HookError, match="hook_resid_post"):
+            sweep(model, inputs, [CustomHooks([("blocks.1.hook_resid_post", wrong)])], logit(5))
 
 
 # ---------------------------------------------------------------- what a hook gives back
@@ -559,10 +723,83 @@ def test_hooks_left_by_an_earlier_block_of_the_same_depth_go_with_the_next(famil
 def test_a_cache_whose_hooks_stay_follows_later_passes(family: str) -> None:
     model, inputs = model_and_inputs(family, "one image")
     model = own_copy(model)
-    _, cache = model.run_with_cache(inputs, names_filter="blocks.1.hook_mlp_out", reset_hooks_end=False)
-    assert model.hook_dict["blocks.1.hook_mlp_out"].fwd_hooks
+    other = model_and_inputs(family, "two images")[1]
+    _, cache = model.run_with_cache(inputs, reset_hooks_end=False)
+    with torch.no_grad():
+        model(other)
     model.reset_hooks()
-    assert F.cosine_similarity(cache["mlp_out", 1], model.run_with_cache(inputs)[1]["mlp_out", 1], dim=-1).min() > 0.999
+    with torch.no_grad():
+        _, expected = model.run_with_cache(other)
+        model(inputs)
+    for name in ("blocks.1.hook_mlp_out", "vision.blocks.0.hook_mlp_out", "hook_image_features"):
+        close(cache[name], expected[name])
+    with pytest.raises(KeyError, match="later passes"):
+        cache["pattern", 1]
+
+
+def test_a_pass_within_another_records_nothing(family: str) -> None:
+    """Begun by a hook before the outer pass; and the hook context of the outer pass is as it was."""
+    model, inputs = model_and_inputs(family, "one image")
+    model, other = own_copy(model), model_and_inputs(family, "two images")[1]
+    _, expected = model.run_with_cache(inputs)
+    running: list[int] = []
+
+    def before(module: nn.Module, args: Any) -> None:
+        if not running:
+            running.append(1)
+            model(other)
+
+    with hooked(model, before, pre=True), torch.no_grad():
+        _, cache = model.run_with_cache(inputs)
+    assert cache["resid_post", 1].shape == expected["resid_post", 1].shape
+    found: list[tuple[int, bool]] = []
+
+    def call(z: Tensor, hook: Any) -> None:
+        call_no = hook.ctx["attention"].q.shape[1]
+        if len(running) == 1:
+            running.append(2)
+            model(other)
+        found.append((call_no, hook.ctx["attention"].q.shape[1] == call_no and "positions" in hook.ctx))
+
+    logits(model, inputs, ("blocks.1.attn.hook_z", call))
+    assert found == [(other.shape[1], True), (inputs.shape[1], True)]
+
+
+def test_a_plain_hook_that_calls_parts_of_the_model_does_not_change_a_cache(family: str) -> None:
+    model, inputs = model_and_inputs(family, "one image")
+    _, expected = model.run_with_cache(inputs)
+
+    def call(module: nn.Module, args: Any, out: Tensor) -> None:
+        model.blocks[0].mlp(out)
+
+    def call_silently(module: nn.Module, args: Any, out: Tensor) -> None:
+        with silent_hook_points():
+            model.blocks[0].mlp(out)
+
+    with hooked(model.blocks[2], call), pytest.raises(HookError, match="fired twice"):
+        model.run_with_cache(inputs)
+    with hooked(model.blocks[2], call_silently):
+        _, cache = model.run_with_cache(inputs)
+    assert cache["post", 0].equal(expected["post", 0])
+
+
+def test_logits_are_not_attributed_where_a_hook_changes_them_elsewhere(family: str) -> None:
+    model, inputs = model_and_inputs(family, "one image")
+    for where in ("unembed", "ln_final", "blocks.1"):
+        twice = hooked(model.get_submodule(where), lambda module, args, out: 2 * out)
+        with twice, pytest.raises(InputError, match="parts sum to"):
+            logit_attribution(model, inputs, 5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_hook_that_is_not_linear_is_refused_for_head_results_in_any_dtype(family: str, dtype: torch.dtype) -> None:
+    model, inputs = model_and_inputs(family, "one image")
+    model = own_copy(model).to(dtype)
+    model.set_use_attn_result(True)
+    with hooked(model.blocks[1].attn.o_proj, lambda module, args, out: out.relu()), pytest.raises(HookError):
+        model(inputs)
+    with hooked(model.blocks[1].attn.o_proj, lambda module, args, out: 2 * out + 1), torch.no_grad():
+        model(inputs)
 
 
 def test_encoder_names_are_of_both_sides(family: str) -> None:

@@ -220,3 +220,11 @@ def test_names_of_get_act_name_are_accepted_wherever_a_name_is(short: str) -> No
     assert list(cache.cache_dict) == [own]
     for key in (alias, own, (short, 1), (short, -2)):
         assert cache[key] is cache[own]
+    assert alias in cache and own in cache
+
+
+def test_names_of_get_act_name_are_accepted_in_the_vision_tower() -> None:
+    model, inputs = normed_tower()
+    _, cache = model.run_with_cache(inputs, names_filter="vision.blocks.0.hook_q_normed")
+    assert cache.vision["q_normed", 0] is cache["vision.blocks.0.attn.hook_q_normed"]
+    assert "vision.blocks.0.hook_q_normed" in cache

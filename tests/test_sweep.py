@@ -321,7 +321,7 @@ def test_only_what_an_intervention_touches_is_computed(family: str, monkeypatch:
 
     def watch(block: Block, resid: Tensor) -> Tensor:
         out = forward(block, resid)
-        if block.attn.split_inputs:  # of the language model
+        if block.split_inputs:  # of the language model
             ran.append((block.attn.layer, *out.shape[:2]))
         return out
 

@@ -93,7 +93,7 @@ def stream_activations(
         raise InputError(f"min_overlap is a share of a box, at least 0 and less than 1, got {min_overlap}")
     if hooked := hooked_module(model):
         raise InputError(
-            f"the model has a hook or an exchanged hook point at {hooked!r}, which may change activations: remove it "
+            f"the model has a hook at {hooked!r}, which may change activations: remove it "
             "(from hook points with model.reset_hooks(including_permanent=True))"
         )
     plan = _Plan(

@@ -168,7 +168,7 @@ def test_only_what_is_needed_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     forward = Block.forward
 
     def watched(block: Block, resid: Tensor) -> Tensor:
-        if block.attn.split_inputs:  # of the language model
+        if block.split_inputs:  # of the language model
             ran.append(block.attn.layer)
         return forward(block, resid)
 

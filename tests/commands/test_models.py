@@ -40,7 +40,8 @@ def test_one_model_by_hand() -> None:
     assert row.image_tokens == round(768 / 28) * round(1024 / 28)
     assert row.needed == row.plan.weights + row.plan.kv_cache + row.plan.activations
     more = model_row(QWEN, ModelsConfig(tokens=1000, gradients=True))
-    assert more.needed == row.needed + 2 * row.plan.full_cache + row.plan.weights
+    streams = 28 * 1000 * 1536 * 2 + 32 * 4 * row.image_tokens * 1280 * 2  # hook_resid_pre of both towers
+    assert more.needed == row.needed + 2 * (row.plan.full_cache + streams) + row.plan.weights
 
 
 def test_a_shorter_context_bounds_the_prompt() -> None:
