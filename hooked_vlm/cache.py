@@ -20,10 +20,9 @@ from hooked_vlm.token_layout import InputError
 class DerivingCache(ActivationCache):
     """An `ActivationCache` that need not hold scores and patterns.
 
-    `cache["pattern", l]` and `cache["attn_scores", l]` are derived from the cached queries and keys (rotated
-    ones where positions are `rotary`) unless they were stored: where the layer ran explicitly because its scores
-    or pattern had a hook, or where
-    they were named in `names_filter`.
+    `cache["pattern", l]` and `cache["attn_scores", l]` are derived from the cached queries and keys (rotated ones where
+    positions are `rotary`) unless they were stored: where the layer ran explicitly because its scores or pattern had a
+    hook, or where they were named in `names_filter`.
     """
 
     def __init__(

@@ -9,6 +9,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
@@ -50,8 +51,8 @@ def current_pass() -> "ForwardPass":
     here = _CURRENT.get()
     if here is None:
         raise RuntimeError(
-            "attention runs within a forward pass, which says who sees whom: call the model "
-            "(start_at_layer=, resid= and stop_at_layer= choose its layers)"
+            "attention runs within a forward pass, which says who sees whom: call the model (start_at_layer=, resid= "
+            "and stop_at_layer= choose its layers; for gradient checkpointing see hooked_vlm.hooks.bound_to_pass)"
         )
     return here
 
@@ -64,6 +65,25 @@ def running(here: "ForwardPass") -> Iterator["ForwardPass"]:
         yield here
     finally:
         _CURRENT.reset(token)
+
+
+def bound_to_pass(fn: Callable[..., Any]) -> Callable[..., Any]:
+    """`fn` as a function that runs in the pass that is current now, whenever it is called.
+
+    For gradient checkpointing, which calls a block again in the backward pass:
+
+        forward = block.forward
+        block.forward = lambda resid: checkpoint(bound_to_pass(forward), resid, use_reentrant=False)
+
+    Hooks act in that second call, too; nothing is recorded in it.
+    """
+    here = current_pass()
+
+    def bound(*args: Any, **kwargs: Any) -> Any:
+        with running(here if _CURRENT.get() is here else replace(here, recorder=None)):
+            return fn(*args, **kwargs)
+
+    return bound
 
 
 @contextmanager

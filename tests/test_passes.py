@@ -7,9 +7,10 @@ import pytest
 import torch
 from families import ROWS, model_and_inputs
 from torch.overrides import TorchFunctionMode
+from torch.utils.checkpoint import checkpoint
 
 from hooked_vlm.decoder import Block
-from hooked_vlm.hooks import HookPoint
+from hooked_vlm.hooks import HookPoint, bound_to_pass
 
 
 @pytest.fixture(params=["qwen2-vl", "internvl2"])
@@ -182,3 +183,28 @@ def test_what_ran_in_inference_mode_is_trained_on_afterwards(family: str) -> Non
     model(inputs, return_type="loss").backward()
     assert model.blocks[0].attn.q_proj.weight.grad.abs().sum() > 0
     model.zero_grad(set_to_none=True)
+
+
+@pytest.mark.parametrize("rows", ["one image", "padded"])
+def test_checkpointed_blocks_have_the_same_gradients(family: str, rows: str) -> None:
+    model, inputs = model_and_inputs(family, rows)
+    model = copy.deepcopy(model)
+    hooks = [("blocks.1.attn.hook_z", lambda z, hook: z * (1 + 0.1 * hook.ctx["first_position"]) * 2)]
+
+    def gradients() -> list[torch.Tensor]:
+        model.zero_grad()
+        with model.hooks(fwd_hooks=hooks):
+            model(inputs, return_type="loss").backward()
+        return [p.grad.clone() for p in model.parameters() if p.grad is not None]
+
+    expected = gradients()
+
+    def checkpointed(forward: Any) -> Any:
+        return lambda resid: checkpoint(bound_to_pass(forward), resid, use_reentrant=False)
+
+    for block in (*model.blocks, *model.vision.blocks):
+        block.forward = checkpointed(block.forward)
+    for found, plain in zip(gradients(), expected, strict=True):
+        torch.testing.assert_close(found, plain, atol=1e-5, rtol=1e-4)
+    _, cache = model.run_with_cache(inputs, return_type="loss")
+    assert cache["resid_post", 1].shape == (*inputs.shape, model.cfg.d_model)
