@@ -102,10 +102,15 @@ class DerivingCache(ActivationCache):
         normed = f"{prefix}.hook_{side}_normed"
         return normed if f"{self._within}{normed}" in self._points else f"{prefix}.hook_{side}"
 
-    def to(self, device: str | torch.device) -> Any:
-        super().to(device)
+    def to(self, target: str | torch.device | torch.dtype) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """On another device, or in another dtype (truth values and whole numbers keep theirs)."""
+        if isinstance(target, torch.dtype):
+            kept = {name: x.to(target) if x.is_floating_point() else x for name, x in self.cache_dict.items()}
+            self.cache_dict = kept
+            return self
+        super().to(target)
         if self._mask is not None:
-            self._mask = self._mask.to(torch.device(device))
+            self._mask = self._mask.to(torch.device(target))
         return self
 
 
@@ -162,9 +167,9 @@ class VLMCache(DerivingCache):
         vision = self.vision.cache_dict
         return [*self.cache_dict, *(n if is_vision(n) else f"vision.{n}" for n in vision)]
 
-    def to(self, device: str | torch.device) -> "VLMCache":
-        super().to(device)
-        self.vision.to(device)
+    def to(self, target: str | torch.device | torch.dtype) -> "VLMCache":
+        super().to(target)
+        self.vision.to(target)
         return self
 
     def apply_slice_to_batch_dim(self, batch_slice: Slice | SliceInput) -> "VLMCache":

@@ -65,6 +65,8 @@ class GenerationMixin(nn.Module):
             InputError: rows padded at the end, or settings out of range.
             HookError: a hook that cannot act.
         """
+        if return_type not in ("tokens", "str"):
+            raise InputError(f'return_type must be "tokens" or "str", got {return_type!r}')
         inputs = self.as_inputs(input)
         self.check_reachable([name for name, _ in fwd_hooks], inputs, {})
         _check_settings(inputs, max_new_tokens, do_sample, temperature, top_k, top_p)

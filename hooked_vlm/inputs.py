@@ -125,7 +125,7 @@ class VLMInputs:
         visuals = f"{self.n_images} images" + (f", {n_videos} videos" if n_videos else "")
         return f"VLMInputs({len(self)} x {self.shape[1]} tokens, {visuals}, {self.device})"
 
-    def __getitem__(self, rows: int | slice | Sequence[int] | Tensor | tuple[Any, ...]) -> "VLMInputs":
+    def __getitem__(self, rows: int | np.integer | slice | Sequence[int] | Tensor | tuple[Any, ...]) -> "VLMInputs":
         """Some rows, each with its images; an int gives a batch of one."""
         if isinstance(rows, tuple):
             raise InputError(
@@ -133,8 +133,8 @@ class VLMInputs:
                 "Use inputs.tokens[...] for token ids, inputs.append(...) to continue a prompt."
             )
         everything = range(len(self))
-        if isinstance(rows, int):
-            chosen = [everything[rows]]
+        if isinstance(rows, int | np.integer):
+            chosen = [everything[int(rows)]]
         elif isinstance(rows, slice):
             chosen = list(everything[rows])
         else:

@@ -115,6 +115,8 @@ class HookedVLM(LoadingMixin, PromptMixin, GenerationMixin, WeightsMixin, HookCh
         """
         inputs = self.as_inputs(input)
         first, last = self._layer_range(start_at_layer, stop_at_layer)
+        if return_type not in ("logits", "loss", "both", None):
+            raise InputError(f'return_type must be "logits", "loss", "both" or None, got {return_type!r}')
         self._check_call(inputs, first, last, resid, past_kv_cache, logits_at)
         here = text_pass(self, inputs, past_kv_cache, None if resid is None else resid.dtype, recorder)
         with running(here):

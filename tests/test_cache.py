@@ -1,5 +1,6 @@
 """What `run_with_cache` stores, what it derives, and how it is cut."""
 
+import numpy as np
 import pytest
 import tiny
 import torch
@@ -326,3 +327,22 @@ def test_a_later_run_leaves_an_earlier_cache_alone():
 def test_stop_at_layer_stores_what_comes_before():
     cache = run(stop_at_layer=1)
     assert {n.split(".")[1] for n in cache if n.startswith("blocks.")} == {"0"}
+
+
+def test_a_cache_is_moved_to_another_dtype_on_both_sides():
+    cache = run().to(torch.float16)
+    assert cache["resid_post", 1].dtype == cache["vision.hook_embed"].dtype == torch.float16
+    assert cache["pattern", 1].sum(-1).allclose(torch.ones((), dtype=torch.float16), atol=2e-3)
+
+
+@pytest.mark.parametrize("wrong", ["logit", "tensor", 1])
+def test_an_unknown_return_type_is_refused(wrong):
+    model, inputs = tiny.tiny_model(), tiny.inputs(tiny.ONE_IMAGE)
+    for call in (lambda: model(inputs, return_type=wrong), lambda: model.generate(inputs, 1, return_type=wrong)):
+        with pytest.raises((InputError, TypeError), match="return_type"):
+            call()
+
+
+def test_rows_are_chosen_by_any_whole_number():
+    inputs = tiny.inputs(tiny.PADDED)
+    assert inputs[np.int64(1)].tokens.equal(inputs[1].tokens)
