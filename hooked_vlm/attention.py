@@ -99,7 +99,7 @@ class Attention(WithViews):
         if packing is not None and self._may_group(here):
             z = grouped_attention(q, k, v, packing, here.mask.causal)
             if has_context(self.hook_z):
-                self.hook_z.made_from = AttentionCall(packing.pad(q), packing.pad(k), packing.pad(v), here.mask)
+                self.hook_z.tell(AttentionCall(packing.pad(q), packing.pad(k), packing.pad(v), here.mask))
             return z
         q, k, v = here.pad(q), here.pad(k), here.pad(v)
         if here.past is not None:
@@ -107,7 +107,7 @@ class Attention(WithViews):
         z = attend(q, k, v, here.mask, self.hook_attn_scores, self.hook_pattern)
         if has_context(self.hook_z):
             n_shared = 0 if here.past is None else here.past.n_shared
-            self.hook_z.made_from = AttentionCall(q, k, v, here.mask, n_shared)
+            self.hook_z.tell(AttentionCall(q, k, v, here.mask, n_shared))
         return here.pack(z)
 
     def _may_group(self, here: ForwardPass) -> bool:

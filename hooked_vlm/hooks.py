@@ -117,8 +117,10 @@ class HookPoint(hook_points.HookPoint):
     def __init__(self, packs: bool = True, shared: bool = False) -> None:
         super().__init__()
         self.packs, self.shared = packs, shared
-        self.made_from: Any = None
-        """What the tensor that comes next was made from, for `hook.ctx["attention"]`."""
+
+    def tell(self, attention: Any) -> None:
+        """Have the next call's hooks find what their tensor was made from, as `hook.ctx["attention"]`."""
+        self.__dict__["_attention"] = attention  # nn.Module's own way takes as long as the rest of the call
 
     def __call__(self, x: Tensor) -> Tensor:
         # called several hundred times in a pass, nearly always to return at once: tests in line, cheapest first
@@ -145,18 +147,20 @@ class HookPoint(hook_points.HookPoint):
         seen = here.pad(x) if self.packs else x
         if self.shared and seen is x:
             seen = x.clone()
-        outer = {name: self.ctx[name] for name in CONTEXT if name in self.ctx}  # if a hook here called the model
-        self.ctx.update(here.context_at(seen.device, seen.shape[1 if self.packs else -2]))
-        if self.made_from is not None:
-            self.ctx["attention"], self.made_from = self.made_from, None
+        ctx = self.ctx
+        outer = {name: ctx[name] for name in CONTEXT if name in ctx} if ctx else {}  # if a hook here called the model
+        ctx.update(here.context_at(seen.device, seen.shape[1 if self.packs else -2]))
+        if "_attention" in self.__dict__:
+            ctx["attention"] = self.__dict__.pop("_attention")
         token = _CURRENT.set(None)  # a hook may call parts of the model, which are then outside of this pass
         try:
             out = checked(self, seen, super().__call__(seen))
         finally:
             _CURRENT.reset(token)
             for name in CONTEXT:
-                self.ctx.pop(name, None)
-            self.ctx.update(outer)
+                ctx.pop(name, None)
+            if outer:
+                ctx.update(outer)
         if here.recorder is not None and here.recorder.records(self.name):
             here.recorder(self.name, out)
         return here.pack(out) if self.packs else out
