@@ -38,7 +38,7 @@ test-all: test test-slow
 test-oldest:
 	$(PYTHON) -m venv out/oldest
 	out/oldest/bin/python -m pip install --quiet --constraint constraints-oldest.txt --editable . \
-	  pytest pytest-xdist hypothesis beartype
+	  pytest pytest-xdist hypothesis beartype peft
 	out/oldest/bin/python -m pytest --numprocesses $(JOBS) --override-ini addopts='-ra --import-mode=importlib' \
 	  tests/converters tests/experiments tests/patching tests/test_[a-p]*.py tests/viewer/test_view.py
 
