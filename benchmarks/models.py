@@ -10,78 +10,53 @@ IMAGE, START, END = 1000, 1002, 1003
 
 def middle_size_model(device: str, dtype: torch.dtype) -> Any:
     """8 layers, 8 heads (2 key-value heads), d_model 512; a vision tower of 4 layers."""
-    config = Qwen2VLConfig(
-        text_config={
-            "vocab_size": 1100,
-            "hidden_size": 512,
-            "intermediate_size": 1408,
-            "num_hidden_layers": 8,
-            "num_attention_heads": 8,
-            "num_key_value_heads": 2,
-            "max_position_embeddings": 16384,
-            "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [8, 12, 12]},
-            "bos_token_id": 1,
-            "eos_token_id": 1099,
-            "pad_token_id": 0,
-        },
-        vision_config={"depth": 4, "embed_dim": 320, "hidden_size": 512, "num_heads": 4},
-        image_token_id=IMAGE,
-        video_token_id=1001,
-        vision_start_token_id=START,
-        vision_end_token_id=END,
-    )
+    text = {"hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 8, "num_attention_heads": 8}
+    config = _config(text, {"depth": 4, "embed_dim": 320, "num_heads": 4}, mrope_section=[8, 12, 12])
     return _random(config, device, dtype)
 
 
 def deep_model(device: str, dtype: torch.dtype) -> Any:
     """28 layers, 4 heads (2 key-value heads), d_model 64: small matrices, as many steps as in a model of billions."""
-    config = Qwen2VLConfig(
-        text_config={
-            "vocab_size": 1100,
-            "hidden_size": 64,
-            "intermediate_size": 176,
-            "num_hidden_layers": 28,
-            "num_attention_heads": 4,
-            "num_key_value_heads": 2,
-            "max_position_embeddings": 16384,
-            "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [2, 3, 3]},
-            "bos_token_id": 1,
-            "eos_token_id": 1099,
-            "pad_token_id": 0,
-        },
-        vision_config={"depth": 2, "embed_dim": 64, "hidden_size": 64, "num_heads": 4},
-        image_token_id=IMAGE,
-        video_token_id=1001,
-        vision_start_token_id=START,
-        vision_end_token_id=END,
-    )
+    text = {"hidden_size": 64, "intermediate_size": 176, "num_hidden_layers": 28, "num_attention_heads": 4}
+    config = _config(text, {"depth": 2, "embed_dim": 64, "num_heads": 4}, mrope_section=[2, 3, 3])
     return _random(config, device, dtype)
 
 
 def shape_of_2b(device: str, dtype: torch.dtype) -> Any:
     """Random weights in the shape of Qwen2-VL-2B."""
-    config = Qwen2VLConfig(
+    text = {
+        "vocab_size": 151936,
+        "hidden_size": 1536,
+        "intermediate_size": 8960,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 12,
+        "max_position_embeddings": 32768,
+    }
+    tower = {"depth": 32, "embed_dim": 1280, "num_heads": 16}
+    config = _config(text, tower, mrope_section=[16, 24, 24], tie_word_embeddings=True)
+    return _random(config, device, dtype)
+
+
+def _config(text: dict[str, int], tower: dict[str, int], mrope_section: list[int], **settings: Any) -> Qwen2VLConfig:
+    """What the models have in common, and the sizes of one."""
+    return Qwen2VLConfig(
         text_config={
-            "vocab_size": 151936,
-            "hidden_size": 1536,
-            "intermediate_size": 8960,
-            "num_hidden_layers": 28,
-            "num_attention_heads": 12,
+            "vocab_size": 1100,
             "num_key_value_heads": 2,
-            "max_position_embeddings": 32768,
-            "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 24, 24]},
+            "max_position_embeddings": 16384,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": mrope_section},
             "bos_token_id": 1,
             "eos_token_id": 1099,
             "pad_token_id": 0,
+            **text,
         },
-        vision_config={"depth": 32, "embed_dim": 1280, "hidden_size": 1536, "num_heads": 16},
+        vision_config={"hidden_size": text["hidden_size"], **tower},
         image_token_id=IMAGE,
         video_token_id=1001,
         vision_start_token_id=START,
         vision_end_token_id=END,
-        tie_word_embeddings=True,
+        **settings,
     )
-    return _random(config, device, dtype)
 
 
 def _random(config: Qwen2VLConfig, device: str, dtype: torch.dtype) -> Any:

@@ -52,7 +52,7 @@ class Attention(WithViews):
         self.hook_q = HookPoint()  # [batch, pos, head, d_head]
         self.hook_k = HookPoint()  # [batch, pos, kv_head, d_head]
         self.hook_v = HookPoint()  # [batch, pos, kv_head, d_head]
-        self.has_qk_norm, self.rotary = qk_norm_eps is not None, rotary
+        self.has_qk_norm = qk_norm_eps is not None
         if qk_norm_eps is not None:
             self.q_norm = AllHeadsNorm(n_heads * d_head, qk_norm_eps)
             self.k_norm = AllHeadsNorm(n_key_value_heads * d_head, qk_norm_eps)

@@ -110,8 +110,8 @@ class HookPoint(hook_points.HookPoint):
 
     Args:
         packs: whether its tensor comes without padding, [position, ...], in a pass that packs rows.
-        shared: whether its tensor is also that of another point, or outlives the pass: hooks then get a copy, so that
-            an edit in place stays theirs.
+        shared: whether its tensor is also that of another point: hooks then get a copy, so that an edit in place stays
+            theirs.
     """
 
     def __init__(self, packs: bool = True, shared: bool = False) -> None:
@@ -413,7 +413,11 @@ class HookChecksMixin(nn.Module):
             own = canonical(name, self.hook_dict)
             if own not in self.hook_dict:
                 stands = dict(self.named_modules()).get(own)
-                why = f" A {type(stands).__name__} stands there." if stands else nearest_names(name, self.hook_dict)
+                why = (
+                    f" A {type(stands).__name__} stands there."
+                    if stands is not None
+                    else nearest_names(name, self.hook_dict)
+                )
                 raise HookError(f"there is no hook point {name!r}.{why}")
             return [own]
         if not callable(name):

@@ -345,9 +345,8 @@ class HookedVLM(LoadingMixin, PromptMixin, GenerationMixin, WeightsMixin, HookCh
             yield self
         finally:
             if reset_hooks_end:
-                for point in self._hooked_at.pop(
-                    level, ()
-                ):  # those that an earlier block of this depth left behind, too
+                # with those that an earlier block of this depth left behind
+                for point in self._hooked_at.pop(level, ()):
                     point.remove_hooks("both", level=level)
                 if clear_contexts:
                     self.clear_contexts()
