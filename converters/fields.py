@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from hooked_vlm.converters.errors import CheckpointError
+from hooked_vlm.errors import CheckpointError
 
 LARGEST = 2**31 - 1
 REQUIRED: Any = object()

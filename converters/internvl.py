@@ -17,7 +17,6 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from hooked_vlm.converters.errors import CheckpointError
 from hooked_vlm.converters.fields import Fields, read_dtype
 from hooked_vlm.converters.language_models import (
     INTERNLM2,
@@ -29,6 +28,7 @@ from hooked_vlm.converters.language_models import (
     dialect_of,
 )
 from hooked_vlm.converters.renaming import Rename, affine, tied_to_ours, tied_to_theirs
+from hooked_vlm.errors import CheckpointError
 
 ORIGINAL, HF = "InternVLChatModel", "InternVLForConditionalGeneration"
 ARCHITECTURES = (ORIGINAL, HF)

@@ -17,9 +17,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from hooked_vlm.converters.errors import CheckpointError
 from hooked_vlm.converters.fields import REQUIRED, Fields, read_dtype
 from hooked_vlm.converters.renaming import EMBED, UNEMBED, Rename, tied_to_ours, tied_to_theirs
+from hooked_vlm.errors import CheckpointError
 
 MOST_LAYERS = 10_000
 

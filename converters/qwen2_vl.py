@@ -16,10 +16,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from hooked_vlm.converters.errors import CheckpointError
 from hooked_vlm.converters.fields import Fields, read_dtype
 from hooked_vlm.converters.language_models import MOST_LAYERS, QWEN2, head_sizes
 from hooked_vlm.converters.renaming import Rename, affine, tied_to_ours, tied_to_theirs
+from hooked_vlm.errors import CheckpointError
 
 ARCHITECTURES = ("Qwen2VLForConditionalGeneration",)
 MODEL_TYPES = ("qwen2_vl",)

@@ -10,8 +10,8 @@ from jaxtyping import Shaped
 from torch import Tensor
 
 from hooked_vlm.converters.checkpoint import listed
-from hooked_vlm.converters.errors import CheckpointError
 from hooked_vlm.converters.fields import DTYPES
+from hooked_vlm.errors import CheckpointError
 
 EMBED, UNEMBED = "embed.weight", "unembed.weight"
 

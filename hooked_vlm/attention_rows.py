@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
+from hooked_vlm.errors import InputError
 from hooked_vlm.inputs import VLMInputs
-from hooked_vlm.token_layout import InputError
 
 Rows = Float[Tensor, "batch head row key"]
 

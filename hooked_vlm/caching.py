@@ -10,8 +10,9 @@ from torch import Tensor, nn
 from transformer_lens.utilities import Slice
 
 from hooked_vlm.attention import AttentionCall, attention_pattern
+from hooked_vlm.errors import HookError
 from hooked_vlm.forward_pass import Recorder
-from hooked_vlm.hooks import QUADRATIC, HookError, HookPoint, is_hooked, is_quadratic, is_vision
+from hooked_vlm.hooks import QUADRATIC, HookPoint, is_hooked, is_quadratic, is_vision
 
 Hooks = list[tuple[str, Callable]]
 

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
-from hooked_vlm.token_layout import InputError
+from hooked_vlm.errors import InputError
 
 SECONDS = 10.0
 """Of computing that a template may take; those of published checkpoints take milliseconds."""

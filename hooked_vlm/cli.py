@@ -11,36 +11,15 @@ import numpy as np
 import tyro
 from PIL import Image
 
-from hooked_vlm.activations import ActivationsError
 from hooked_vlm.activations.command import CacheConfig, cache, summary
 from hooked_vlm.commands import hooks as hooks_command
 from hooked_vlm.commands import models as models_command
-from hooked_vlm.converters import CheckpointError
-from hooked_vlm.experiments.common.errors import StudyError
+from hooked_vlm.errors import HookedVLMError
 from hooked_vlm.experiments.head_attribution import commands as head_attribution_commands
 from hooked_vlm.experiments.ocr_heads import commands as ocr_heads_commands
 from hooked_vlm.experiments.toy.data import make_page
-from hooked_vlm.files import OutputError
-from hooked_vlm.geometry import GeometryError
-from hooked_vlm.hooks import HookError
-from hooked_vlm.images import ImageError
-from hooked_vlm.token_layout import InputError
 from hooked_vlm.verify import command as verify_command
 from hooked_vlm.viewer.command import ViewConfig, serve_page, write_page
-from hooked_vlm.work import WorkerError
-
-EXPECTED = (
-    ActivationsError,
-    CheckpointError,
-    GeometryError,
-    HookError,
-    ImageError,
-    InputError,
-    OutputError,
-    StudyError,
-    WorkerError,
-)
-"""What a user can cause and mend; anything else is a fault of ours and keeps its traceback."""
 
 app = tyro.extras.SubcommandApp()
 
@@ -130,7 +109,7 @@ def _say(answer: Callable[[], tuple[str, Any]], output: Output) -> Any:
     """Print what a command answers, as text or as JSON; the latter is returned."""
     try:
         text, data = answer()
-    except EXPECTED as error:
+    except HookedVLMError as error:
         if not output.json:
             raise
         print(json.dumps({"error": str(error), "kind": type(error).__name__}))
@@ -157,7 +136,7 @@ def main() -> None:
             _parse()
         finally:
             sys.stdout.flush()  # here, where a reader who has gone is no error
-    except EXPECTED as error:
+    except HookedVLMError as error:
         sys.exit(f"hooked-vlm: {error}")
     except KeyboardInterrupt:
         print("\nhooked-vlm: interrupted", file=sys.stderr)

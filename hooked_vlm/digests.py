@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hooked_vlm.token_layout import InputError
+from hooked_vlm.errors import InputError
 
 _PLAIN = (bool, int, float, complex, str, bytes, range, Enum, PurePath, np.generic, torch.dtype, torch.device)
 """Types whose `repr` says everything."""

@@ -9,9 +9,7 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-
-class OutputError(OSError):
-    """A file or folder that cannot be written."""
+from hooked_vlm.errors import OutputError
 
 
 def place(path: Path, save: Callable[[Path], Any]) -> None:

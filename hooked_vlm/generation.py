@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from tqdm.auto import trange
 
 from hooked_vlm.config import VLMConfig
+from hooked_vlm.errors import InputError
 from hooked_vlm.hooks import HookName
 from hooked_vlm.inputs import VLMInputs
-from hooked_vlm.token_layout import InputError
 
 
 class GenerationMixin(nn.Module):

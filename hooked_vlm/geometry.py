@@ -13,12 +13,10 @@ import numpy as np
 import torch
 from jaxtyping import Float, Int, Shaped
 
+from hooked_vlm.errors import GeometryError
+
 Box = Sequence[SupportsFloat]
 """`(x0, y0, x1, y1)`, half-open, in pixels of the original image."""
-
-
-class GeometryError(ValueError):
-    """A box or a token that is not in the image."""
 
 
 class ImageSize(NamedTuple):

@@ -17,6 +17,7 @@ from torch.nn.modules import module as torch_module
 from transformer_lens import hook_points
 
 from hooked_vlm.config import VLMConfig
+from hooked_vlm.errors import HookError
 
 if TYPE_CHECKING:
     from hooked_vlm.forward_pass import ForwardPass
@@ -29,11 +30,6 @@ CONTEXT = ("positions", "first_position", "step", "attention")
 """What a hook may find in `hook.ctx` while it is called (docs/hooks.md)."""
 
 HookName = str | Callable[[str], bool]
-
-
-class HookError(ValueError):
-    """A hook that cannot act: an unknown name, a filter that matches nothing, a point switched off; or one that
-    returns another shape or dtype than it was given."""
 
 
 # ---------------------------------------------------------------- the current pass

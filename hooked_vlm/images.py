@@ -24,6 +24,7 @@ import torch
 from jaxtyping import Float, Int, UInt8
 from PIL import Image, UnidentifiedImageError
 
+from hooked_vlm.errors import ImageError
 from hooked_vlm.geometry import ImageSize
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -43,10 +44,6 @@ _UPRIGHT = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-
-
-class ImageError(ValueError):
-    """An image that cannot be read or used; the message says what was expected, what came, and what to do."""
 
 
 # ---- reading ----

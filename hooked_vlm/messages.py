@@ -8,7 +8,7 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
-from hooked_vlm.token_layout import InputError
+from hooked_vlm.errors import InputError
 
 Messages = Sequence[Mapping[str, Any]]
 """A chat as Hugging Face's templates take it: [{"role": "user", "content": [{"type": "image"}, ...]}]."""

@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from hooked_vlm.errors import InputError
 from hooked_vlm.inputs import VLMInputs
-from hooked_vlm.token_layout import InputError
 
 Metric = Callable[[Tensor], Tensor]
 Tokens = Int[Tensor, "batch"] | Sequence[int] | int

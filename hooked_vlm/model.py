@@ -19,6 +19,7 @@ from hooked_vlm.caching import Caching, default_filter, exchanged_patterns, runs
 from hooked_vlm.components import Embed, Norm, Unembed
 from hooked_vlm.config import VLMConfig
 from hooked_vlm.decoder import run_blocks, text_blocks
+from hooked_vlm.errors import InputError
 from hooked_vlm.forward_pass import ForwardPass, Recorder, inputs_mask, last_of_rows, step_pass, text_pass
 from hooked_vlm.generation import GenerationMixin
 from hooked_vlm.hooks import (
@@ -38,7 +39,6 @@ from hooked_vlm.inputs import Answer, VLMInputs
 from hooked_vlm.kv_cache import KVCache
 from hooked_vlm.loading import LoadingMixin
 from hooked_vlm.prompting import PromptMixin
-from hooked_vlm.token_layout import InputError
 from hooked_vlm.vision import Projector, VisionTower, image_pass
 from hooked_vlm.weight_access import device_of
 from hooked_vlm.weights import WeightsMixin

@@ -17,7 +17,7 @@ from accelerate.utils import OffloadedWeightsLoader, get_balanced_memory, get_ma
 from accelerate.utils.offload import save_offload_index
 from torch import Tensor, nn
 
-from hooked_vlm.converters import CheckpointError
+from hooked_vlm.errors import CheckpointError
 from hooked_vlm.weight_access import check_unedited
 
 ENDS = ("embed", "ln_final", "unembed")

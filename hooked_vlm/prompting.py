@@ -12,12 +12,13 @@ from torch import Tensor, nn
 from hooked_vlm.chat_templates import rendered
 from hooked_vlm.config import VLMConfig
 from hooked_vlm.context_length import too_long
+from hooked_vlm.errors import InputError
 from hooked_vlm.images import ImageProcessor
 from hooked_vlm.inputs import VLMInputs
 from hooked_vlm.messages import Messages, as_images, as_videos, per_prompt, take_pictures
 from hooked_vlm.templates import IMAGE_SLOT, template_named
 from hooked_vlm.tiles import TileProcessor
-from hooked_vlm.token_layout import InputError, InputSpec, tile_grids
+from hooked_vlm.token_layout import InputSpec, tile_grids
 
 
 class PromptMixin(nn.Module):

@@ -11,7 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from hooked_vlm.converters import CheckpointError
+from hooked_vlm.errors import CheckpointError
 from hooked_vlm.weight_access import is_quantised
 
 QUANTISED = ("blocks.", "vision.blocks.", "projector.")

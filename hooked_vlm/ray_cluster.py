@@ -5,7 +5,7 @@ import os
 from dataclasses import dataclass
 from typing import Any
 
-from hooked_vlm.work import WorkerError
+from hooked_vlm.errors import WorkerError
 
 
 @dataclass(frozen=True)

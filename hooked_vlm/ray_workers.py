@@ -24,10 +24,11 @@ import torch
 from tqdm.auto import tqdm
 
 from hooked_vlm.digests import digest
+from hooked_vlm.errors import WorkerError
 from hooked_vlm.model import HookedVLM
 from hooked_vlm.provenance import code_hash, weights_hash
 from hooked_vlm.ray_cluster import Share, connect, n_gpus_of, share_of
-from hooked_vlm.work import Bench, Common, Unit, WorkerError, Workers
+from hooked_vlm.work import Bench, Common, Unit, Workers
 
 ATTEMPTS = 3
 """A unit whose worker dies is begun so many times; so many workers in a row may die before one is ready."""

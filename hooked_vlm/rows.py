@@ -6,7 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hooked_vlm.token_layout import InputError, InputSpec, Kind
+from hooked_vlm.errors import InputError
+from hooked_vlm.token_layout import InputSpec, Kind
 
 
 @dataclass(frozen=True, eq=False)

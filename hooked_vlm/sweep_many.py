@@ -14,13 +14,13 @@ from typing import Any, Literal
 import pandas as pd
 
 from hooked_vlm.digests import digest
+from hooked_vlm.errors import InputError
 from hooked_vlm.inputs import VLMInputs
 from hooked_vlm.interventions.base import ENCODER, Intervention
 from hooked_vlm.metrics import Metric
 from hooked_vlm.parts import Parts
 from hooked_vlm.provenance import weights_hash
 from hooked_vlm.sweep import sweep
-from hooked_vlm.token_layout import InputError
 from hooked_vlm.work import Common, InProcess, Unit, Workers
 
 RUNS_PER_BLOCK = 512

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from hooked_vlm.token_layout import InputError
+from hooked_vlm.errors import InputError
 
 IMAGE_SLOT = "<image>"
 """Stands for an image in a text."""

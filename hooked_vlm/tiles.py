@@ -15,9 +15,9 @@ import torch
 from jaxtyping import Float, Int, UInt8
 from PIL import Image
 
+from hooked_vlm.errors import ImageError
 from hooked_vlm.geometry import ImageSize, TileGrid
 from hooked_vlm.images import (
-    ImageError,
     checked_images,
     colours,
     common_settings,

@@ -9,16 +9,13 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from hooked_vlm.errors import InputError
 from hooked_vlm.images import ImageProcessor
 from hooked_vlm.tiles import TileProcessor
 
 Grid = tuple[int, int, int]
 """Patches: of an image or video (temporal patches, rows, columns), of a tiled image (tiles, rows, columns)."""
 Kind = Literal["image", "video"]
-
-
-class InputError(ValueError):
-    """Inputs that do not fit together: images against placeholders, shapes, padding, context length."""
 
 
 @dataclass(frozen=True, eq=False)

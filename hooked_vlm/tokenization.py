@@ -16,7 +16,8 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from transformers.tokenization_utils_base import generate_merges
 from transformers.utils import logging
 
-from hooked_vlm.converters import CheckpointError, read_json
+from hooked_vlm.converters import read_json
+from hooked_vlm.errors import CheckpointError
 
 FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "tokenizer.model")
 INTERNLM2_CLASSES = ("InternLM2Tokenizer", "InternLM2TokenizerFast")

@@ -12,8 +12,8 @@ from accelerate.utils import align_module_device, has_offloaded_params
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
+from hooked_vlm.errors import InputError
 from hooked_vlm.hooks import foreign_module, is_own, is_touched, own_hook
-from hooked_vlm.token_layout import InputError
 
 
 class ClosedTensor(Tensor):

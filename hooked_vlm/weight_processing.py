@@ -17,7 +17,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from hooked_vlm.token_layout import InputError
+from hooked_vlm.errors import InputError
 from hooked_vlm.weight_access import why_closed
 
 

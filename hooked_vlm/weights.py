@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from hooked_vlm.components import Embed, Norm, Unembed, WithViews, weight_view
 from hooked_vlm.config import VLMConfig
-from hooked_vlm.token_layout import InputError
+from hooked_vlm.errors import InputError
 from hooked_vlm.weight_access import AbsentBias, values_of
 
 _ATTENTION = ("W_Q", "W_K", "W_V", "W_O", "b_Q", "b_K", "b_V", "b_O")

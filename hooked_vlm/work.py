@@ -29,10 +29,6 @@ Some = TypeVar("Some", bound="Workers")
 """The class entered (`typing.Self`, which beartype does not know in methods)."""
 
 
-class WorkerError(RuntimeError):
-    """Workers that cannot be had, or that a unit of work ends again and again."""
-
-
 @dataclass(frozen=True, eq=False)
 class Common:
     """What several units begin with, such as an encoded picture.

@@ -8,7 +8,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hooked_vlm.geometry import GeometryError, ImageGrid
+from hooked_vlm.errors import GeometryError
+from hooked_vlm.geometry import ImageGrid
 
 sides = st.integers(1, 3000)
 grids = st.builds(

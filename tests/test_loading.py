@@ -14,7 +14,8 @@ from torch import Tensor
 from transformers import AutoTokenizer, Qwen2VLForConditionalGeneration
 
 from hooked_vlm import HookedVLM
-from hooked_vlm.converters import KNOWN_MODELS, CheckpointError, converter_for
+from hooked_vlm.converters import KNOWN_MODELS, converter_for
+from hooked_vlm.errors import CheckpointError
 from hooked_vlm.loading import _config
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from hooked_vlm import HookedVLM, sweep
 from hooked_vlm.attention_rows import attention_rows, generate_with_rows
-from hooked_vlm.converters import CheckpointError
+from hooked_vlm.errors import CheckpointError, InputError
 from hooked_vlm.interventions import (
     AddVector,
     BlockAttention,
@@ -35,7 +35,6 @@ from hooked_vlm.lens import head_lens, logit_attribution, logit_lens
 from hooked_vlm.metrics import log_prob
 from hooked_vlm.patching import Pair, attribute, patch, patch_paths
 from hooked_vlm.provenance import weights_hash
-from hooked_vlm.token_layout import InputError
 from hooked_vlm.weight_processing import fold_ln
 
 FAMILIES = ["qwen2-vl", "internvl2"]

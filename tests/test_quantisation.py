@@ -10,10 +10,9 @@ from families import model_and_inputs
 from torch import Tensor, nn
 
 from hooked_vlm import HookedVLM
-from hooked_vlm.converters import CheckpointError
+from hooked_vlm.errors import CheckpointError, InputError
 from hooked_vlm.provenance import weights_hash
 from hooked_vlm.quantisation import QUANTISED
-from hooked_vlm.token_layout import InputError
 from hooked_vlm.weight_access import is_quantised, values_of
 from hooked_vlm.weight_processing import center_unembed, fold_ln, fold_value_biases
 

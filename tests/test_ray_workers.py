@@ -21,7 +21,7 @@ import tyro
 from PIL import Image
 
 from hooked_vlm import CheckpointError, HookedVLM, InputError, SweepCase, sweep_many
-from hooked_vlm.experiments.common.errors import StudyError
+from hooked_vlm.errors import StudyError, WorkerError
 from hooked_vlm.experiments.head_attribution import All
 from hooked_vlm.experiments.head_attribution import run as run_head_attribution
 from hooked_vlm.experiments.ocr_heads import MaskConfig, ScoreConfig
@@ -33,7 +33,7 @@ from hooked_vlm.metrics import log_prob
 from hooked_vlm.parts import Parts
 from hooked_vlm.ray_cluster import Share, connect, share_of
 from hooked_vlm.ray_workers import OnRay, Replica, identity
-from hooked_vlm.work import Unit, WorkerError
+from hooked_vlm.work import Unit
 
 pytest.importorskip("ray")
 

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from hooked_vlm.experiments.common.errors import StudyError
+from hooked_vlm.errors import StudyError
 
 
 def check_asks_about_images(model: Any, name: str) -> None:

@@ -5,7 +5,7 @@ from typing import Annotated, Any
 
 from tyro.constructors import PrimitiveConstructorSpec
 
-from hooked_vlm.experiments.common.errors import StudyError
+from hooked_vlm.errors import StudyError
 from hooked_vlm.ray_workers import OnRay
 from hooked_vlm.work import InProcess, Workers
 

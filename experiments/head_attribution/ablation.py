@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from jaxtyping import Bool, Float
 
-from hooked_vlm.experiments.common.errors import StudyError
+from hooked_vlm.errors import StudyError
 from hooked_vlm.experiments.head_attribution.config import HeadAttributionConfig, Target
 from hooked_vlm.experiments.head_attribution.tasks import Case
 from hooked_vlm.inputs import VLMInputs

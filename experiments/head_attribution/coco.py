@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Bool
 from PIL import Image, ImageDraw
 
-from hooked_vlm.experiments.common.errors import StudyError
+from hooked_vlm.errors import StudyError
 from hooked_vlm.experiments.head_attribution.items import Item
 from hooked_vlm.images import load_image
 

@@ -6,7 +6,7 @@ from typing import Any, ClassVar, Literal
 
 from tyro.conf import Suppress
 
-from hooked_vlm.experiments.common.errors import StudyError
+from hooked_vlm.errors import StudyError
 from hooked_vlm.experiments.common.workers import NOT_RECORDED, WorkersConfig
 from hooked_vlm.experiments.head_attribution.masks import FEWEST, n_held_out
 

@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 
 from hooked_vlm import viewer
-from hooked_vlm.experiments.common.errors import StudyError
+from hooked_vlm.errors import StudyError
 from hooked_vlm.experiments.head_attribution.measure import Measured
 from hooked_vlm.viewer import View
 

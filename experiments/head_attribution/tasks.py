@@ -11,7 +11,7 @@ import pandas as pd
 import torch
 from PIL import Image
 
-from hooked_vlm.experiments.common.errors import StudyError
+from hooked_vlm.errors import StudyError
 from hooked_vlm.experiments.head_attribution.coco import coco_items
 from hooked_vlm.experiments.head_attribution.config import HeadAttributionConfig
 from hooked_vlm.experiments.head_attribution.items import Item

@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from tyro.conf import Suppress
 
-from hooked_vlm.experiments.common.errors import StudyError
+from hooked_vlm.errors import StudyError
 from hooked_vlm.experiments.common.workers import NOT_RECORDED, WorkersConfig
 
 Granularity = Literal["sample", "token"]

@@ -1,6 +1,6 @@
 """Experiment: top heads masked, against as many random ones (papers 1.10 and part 3)."""
 
-from hooked_vlm.experiments.common.errors import StudyError
+from hooked_vlm.errors import StudyError
 from hooked_vlm.experiments.ocr_heads import plots
 from hooked_vlm.experiments.ocr_heads.changed import (
     OWN_METRIC,

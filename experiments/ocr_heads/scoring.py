@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 from jaxtyping import Float
 
-from hooked_vlm.experiments.common.errors import StudyError
+from hooked_vlm.errors import StudyError
 from hooked_vlm.experiments.ocr_heads.answers import is_right, rouge_1_recall
 from hooked_vlm.experiments.ocr_heads.config import Granularity, Protocol
 from hooked_vlm.experiments.ocr_heads.examples import Example

@@ -13,7 +13,7 @@ from jaxtyping import Bool, Float
 from matplotlib.figure import Figure
 
 from hooked_vlm.commands.model import load
-from hooked_vlm.experiments.common.errors import StudyError
+from hooked_vlm.errors import StudyError
 from hooked_vlm.experiments.common.models import check_asks_about_images
 from hooked_vlm.experiments.common.workers import workers_of
 from hooked_vlm.experiments.ocr_heads.config import ScoreConfig

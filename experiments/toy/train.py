@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
+from hooked_vlm.errors import OutputError
 from hooked_vlm.experiments.toy import data, imitate
 from hooked_vlm.experiments.toy.batches import Batch, answer_logits, collate
 from hooked_vlm.experiments.toy.data import Sample
@@ -35,7 +36,7 @@ from hooked_vlm.experiments.toy.specialise import (
     random_gates,
     top_heads,
 )
-from hooked_vlm.files import OutputError, place, writable_folder
+from hooked_vlm.files import place, writable_folder
 from hooked_vlm.loading import TOY_MODELS
 
 TASKS = ("page", "text", "transcription", "naming", "continuation")

@@ -5,5 +5,4 @@ from hooked_vlm.activations.read import Batch as Batch
 from hooked_vlm.activations.samples import NamedBox as NamedBox
 from hooked_vlm.activations.samples import Sample as Sample
 from hooked_vlm.activations.samples import read_samples as read_samples
-from hooked_vlm.activations.shards import ActivationsError as ActivationsError
 from hooked_vlm.activations.write import stream_activations as stream_activations

@@ -21,16 +21,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from hooked_vlm.files import OutputError, place
-from hooked_vlm.token_layout import InputError
+from hooked_vlm.errors import ActivationsError, InputError, OutputError
+from hooked_vlm.files import place
 
 MANIFEST = "activations.json"
 FORMAT = 1
 _EXTENT = b"hooked_vlm.shard"
-
-
-class ActivationsError(ValueError):
-    """A folder of activations, or a file in it, that cannot be read."""
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,6 @@ from hooked_vlm.activations.names import Kind, NamesFilter, kind_of, resolve_nam
 from hooked_vlm.activations.read import Activations
 from hooked_vlm.activations.samples import Sample
 from hooked_vlm.activations.shards import (
-    ActivationsError,
     Shard,
     claim,
     clear_leftovers,
@@ -35,12 +34,12 @@ from hooked_vlm.activations.shards import (
     write_manifest,
     write_shard,
 )
+from hooked_vlm.errors import ActivationsError, InputError
 from hooked_vlm.files import writable_folder
 from hooked_vlm.hooks import HookPoint, hooked_module
 from hooked_vlm.inputs import VLMInputs
 from hooked_vlm.interventions.base import layer_of
 from hooked_vlm.provenance import provenance
-from hooked_vlm.token_layout import InputError
 
 _SWITCHES = ("use_attn_result", "use_split_qkv_input", "use_hook_mlp_in")
 

@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from hooked_vlm.errors import InputError
 from hooked_vlm.hooks import is_quadratic, is_vision
 from hooked_vlm.inputs import VLMInputs
 from hooked_vlm.interventions.base import (
@@ -20,7 +21,6 @@ from hooked_vlm.interventions.base import (
     position_table,
     whole_numbers,
 )
-from hooked_vlm.token_layout import InputError
 
 
 @dataclass(frozen=True, eq=False)

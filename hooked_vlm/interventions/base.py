@@ -11,9 +11,9 @@ import torch
 from jaxtyping import Bool
 from torch import Tensor
 
+from hooked_vlm.errors import InputError
 from hooked_vlm.hooks import HookName, is_encoder, is_vision
 from hooked_vlm.inputs import VLMInputs
-from hooked_vlm.token_layout import InputError
 
 Hooks = list[tuple[str, Callable]]
 

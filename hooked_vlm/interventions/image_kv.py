@@ -9,12 +9,12 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from hooked_vlm.attention import AttentionCall
+from hooked_vlm.errors import InputError
 from hooked_vlm.forward_pass import inputs_rotation
 from hooked_vlm.inputs import VLMInputs
 from hooked_vlm.interventions.base import Positions, first_meant, meant, position_table
 from hooked_vlm.interventions.heads import Chosen, Edit, HeadIntervention
 from hooked_vlm.rotary import Rotation
-from hooked_vlm.token_layout import InputError
 
 
 @dataclass(frozen=True, eq=False)

@@ -9,10 +9,10 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from hooked_vlm.attention import AttentionCall
+from hooked_vlm.errors import InputError
 from hooked_vlm.inputs import VLMInputs
 from hooked_vlm.interventions.base import Positions, first_meant, meant, position_table
 from hooked_vlm.interventions.heads import Chosen, Edit, HeadIntervention
-from hooked_vlm.token_layout import InputError
 
 QUERIES_AT_ONCE = 256
 """The pattern exists for so many queries of the chosen heads at a time."""

@@ -10,6 +10,7 @@ from scipy import stats
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from hooked_vlm.errors import InputError
 from hooked_vlm.metrics import Metric
 from hooked_vlm.patching.cells import Cells, What
 from hooked_vlm.patching.exact import Metrics, checked, encoded_sides, source_activations, swept, warn_of_bad_numbers
@@ -17,7 +18,6 @@ from hooked_vlm.patching.pairs import Direction, Pair
 from hooked_vlm.patching.places import Rows, Tower, Where
 from hooked_vlm.patching.result import Agreement, PatchingResult
 from hooked_vlm.sweep import measure
-from hooked_vlm.token_layout import InputError
 
 
 def attribute(

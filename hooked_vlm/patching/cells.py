@@ -4,10 +4,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
+from hooked_vlm.errors import InputError
 from hooked_vlm.interventions import PatchActivation
 from hooked_vlm.patching.pairs import Direction, Pair, same_places
 from hooked_vlm.patching.places import Tower, Where, patches_at, place_names, positions_at
-from hooked_vlm.token_layout import InputError
 
 What = Literal["resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out", "z", "q", "k", "v", "pattern"]
 """An activation, by TransformerLens' short name. `k` and `v` have key-value heads; a `pattern` is patched in rows: its

@@ -10,7 +10,8 @@ import numpy as np
 from jaxtyping import UInt8
 from PIL import Image
 
-from hooked_vlm.geometry import Box, GeometryError
+from hooked_vlm.errors import GeometryError
+from hooked_vlm.geometry import Box
 from hooked_vlm.images import load_image
 
 Colour = tuple[int, int, int]

@@ -10,6 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from hooked_vlm.errors import InputError
 from hooked_vlm.inputs import VLMInputs
 from hooked_vlm.interventions import Intervention
 from hooked_vlm.metrics import Metric
@@ -18,7 +19,6 @@ from hooked_vlm.patching.pairs import Direction, Pair, aligned
 from hooked_vlm.patching.places import Tower, Where
 from hooked_vlm.patching.result import PatchingResult
 from hooked_vlm.sweep import sweep
-from hooked_vlm.token_layout import InputError
 
 Metrics = Metric | Sequence[Metric]
 """A function of logits for all pairs, or one for each."""

@@ -9,6 +9,7 @@ import pandas as pd
 import torch
 from tqdm.auto import tqdm
 
+from hooked_vlm.errors import InputError
 from hooked_vlm.inputs import VLMInputs
 from hooked_vlm.interventions import BlockAttention, Intervention, Together
 from hooked_vlm.interventions.base import Positions, position_table
@@ -16,7 +17,6 @@ from hooked_vlm.patching.exact import Metrics, swept, warn_of_bad_numbers
 from hooked_vlm.patching.pairs import Place
 from hooked_vlm.patching.places import group, positions_in
 from hooked_vlm.patching.result import PatchingResult
-from hooked_vlm.token_layout import InputError
 
 Edge = tuple[str, str]
 """(query, key): who no longer looks where. Each a place, or several joined by "+": "final+generated"."""

@@ -9,9 +9,10 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from hooked_vlm.errors import InputError
 from hooked_vlm.geometry import Box, ImageGrid, Part, TileGrid
 from hooked_vlm.inputs import VLMInputs
-from hooked_vlm.token_layout import InputError, Visual
+from hooked_vlm.token_layout import Visual
 
 Direction = Literal["denoising", "noising"]
 """Denoising: the corrupt run gets clean activations. Noising: the clean run gets corrupt ones."""

@@ -11,6 +11,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from hooked_vlm.attention import project_head
+from hooked_vlm.errors import InputError
 from hooked_vlm.hooks import silent_hook_points
 from hooked_vlm.inputs import VLMInputs
 from hooked_vlm.interventions import Head, Intervention
@@ -21,7 +22,6 @@ from hooked_vlm.patching.exact import Metrics, checked, encoded_sides, swept, wa
 from hooked_vlm.patching.pairs import Direction, Pair, aligned
 from hooked_vlm.patching.places import Rows, positions_at
 from hooked_vlm.patching.result import PatchingResult
-from hooked_vlm.token_layout import InputError
 
 Reads = Literal["q", "k", "v"]
 

@@ -9,11 +9,11 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from hooked_vlm.errors import InputError
 from hooked_vlm.geometry import ImageGrid, TileGrid
 from hooked_vlm.inputs import VLMInputs
 from hooked_vlm.interventions.base import Positions, position_table
 from hooked_vlm.patching.pairs import Direction, Pair, Place, Region, same_columns, same_places
-from hooked_vlm.token_layout import InputError
 
 Tower = Literal["text", "vision"]
 Where = str | int | Sequence[str | int]

@@ -15,11 +15,11 @@ from transformers import AutoModelForCausalLM, InternVLConfig, InternVLForCondit
 from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2ImageProcessorPil
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-from hooked_vlm.converters import CheckpointError, converter_for
+from hooked_vlm.converters import converter_for
 from hooked_vlm.converters.internvl import HF, ORIGINAL
+from hooked_vlm.errors import CheckpointError, InputError
 from hooked_vlm.inputs import VLMInputs
 from hooked_vlm.tiles import TileProcessor
-from hooked_vlm.token_layout import InputError
 
 QWEN2_VL = "Qwen2VLForConditionalGeneration"
 LANGUAGE_MODELS = ("Qwen2ForCausalLM", "LlamaForCausalLM", "Phi3ForCausalLM")

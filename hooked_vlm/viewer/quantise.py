@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Float, UInt8
 
-from hooked_vlm.token_layout import InputError
+from hooked_vlm.errors import InputError
 
 CLEAR = 255
 """The code of NaN: a token without a value."""

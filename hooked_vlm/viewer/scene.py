@@ -11,11 +11,11 @@ import torch
 from jaxtyping import Float
 from PIL import Image
 
+from hooked_vlm.errors import InputError
 from hooked_vlm.geometry import Box, ImageGrid, TileGrid
 from hooked_vlm.images import ImageProcessor, load_image
 from hooked_vlm.inputs import VLMInputs
 from hooked_vlm.tiles import TileProcessor
-from hooked_vlm.token_layout import InputError
 
 LONGEST = 1600
 """Larger pictures are reduced to so many pixels along their longer side in the page; boxes stay in original pixels."""

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from PIL import Image
 
+from hooked_vlm.errors import InputError
 from hooked_vlm.inputs import VLMInputs
 from hooked_vlm.interventions import Intervention, ScaleHeads, Together, ZeroHeads
-from hooked_vlm.token_layout import InputError
 from hooked_vlm.viewer.attention_view import Query, attention
 from hooked_vlm.viewer.view import Head
 

@@ -8,10 +8,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from hooked_vlm.errors import InputError
 from hooked_vlm.inputs import VLMInputs
 from hooked_vlm.lens import LogitLens
 from hooked_vlm.patching.result import PatchingResult
-from hooked_vlm.token_layout import InputError
 from hooked_vlm.viewer.scene import Boxes, image_columns, one_row, scene_of
 from hooked_vlm.viewer.view import Chip, Head, View, view_of
 

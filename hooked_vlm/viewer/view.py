@@ -14,9 +14,9 @@ from jaxtyping import Float
 from matplotlib import colormaps
 from matplotlib.colors import to_hex
 
+from hooked_vlm.errors import InputError
 from hooked_vlm.files import place
 from hooked_vlm.pictures import DIVERGING, SEQUENTIAL
-from hooked_vlm.token_layout import InputError
 from hooked_vlm.viewer.quantise import CLEAR, Packed, encoded, pack
 from hooked_vlm.viewer.scene import Scene, data_url
 

@@ -9,9 +9,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from hooked_vlm.errors import InputError
 from hooked_vlm.geometry import ImageGrid, TileGrid
 from hooked_vlm.inputs import VLMInputs
-from hooked_vlm.token_layout import InputError
 from hooked_vlm.viewer.scene import Boxes, one_row, patch_scene
 from hooked_vlm.viewer.view import Chip, View, view_of
 

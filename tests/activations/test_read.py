@@ -10,7 +10,8 @@ from streams import stream
 from torch.utils.data import DataLoader
 
 from hooked_vlm import HookedVLM, InputError
-from hooked_vlm.activations import Activations, ActivationsError
+from hooked_vlm.activations import Activations
+from hooked_vlm.errors import ActivationsError
 
 NAME = "blocks.1.hook_resid_post"
 

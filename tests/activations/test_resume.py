@@ -17,7 +17,7 @@ from streams import contents, samples, stream
 
 from hooked_vlm import HookedVLM, InputError, cli
 from hooked_vlm.activations import Activations, Sample, shards, stream_activations
-from hooked_vlm.files import OutputError
+from hooked_vlm.errors import OutputError
 
 ROOT = Path(__file__).parents[2]
 SMALL: dict[str, Any] = {"names_filter": "blocks.0.hook_resid_post", "shard_bytes": 2**17}

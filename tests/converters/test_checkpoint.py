@@ -14,7 +14,8 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from hooked_vlm.converters import CheckpointError, open_tensors, qwen2_vl, read_config, read_json
+from hooked_vlm.converters import open_tensors, qwen2_vl, read_config, read_json
+from hooked_vlm.errors import CheckpointError
 
 
 def digest(path: Path) -> str:

@@ -15,7 +15,8 @@ from safetensors.torch import save_file
 from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
 
 from hooked_vlm.config import VisionConfig, VLMConfig
-from hooked_vlm.converters import KNOWN_MODELS, CheckpointError, converter_for, qwen2_vl
+from hooked_vlm.converters import KNOWN_MODELS, converter_for, qwen2_vl
+from hooked_vlm.errors import CheckpointError
 
 Form = Callable[[dict[str, Any]], dict[str, Any]]
 KNOWN = {name: known for name, known in KNOWN_MODELS.items() if name.startswith("Qwen/Qwen2-VL")}

@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from hooked_vlm.converters import CheckpointError, open_tensors, qwen2_vl
+from hooked_vlm.converters import open_tensors, qwen2_vl
+from hooked_vlm.errors import CheckpointError
 
 Form = Callable[[dict[str, Any]], dict[str, Any]]
 Names = Literal["published", "in_memory"]

@@ -19,7 +19,7 @@ from sklearn.linear_model import LinearRegression, Ridge
 from sklearn.metrics import roc_auc_score
 
 from hooked_vlm import HookedVLM, cli
-from hooked_vlm.experiments.common.errors import StudyError
+from hooked_vlm.errors import StudyError
 from hooked_vlm.experiments.head_attribution import All, Attribute, Compare, Curves, Tokens, compare, run
 from hooked_vlm.experiments.head_attribution import measure as measure_module
 from hooked_vlm.experiments.head_attribution.ablation import Probe, make_probes, metric_of

@@ -12,7 +12,8 @@ from fuzz.draws import Draws, changed_bytes, changed_json, json_bytes
 from fuzz.laws import held
 from fuzz.seeds import checkpoints, internlm2_tokenizer, models, picture, pictures
 from hooked_vlm import CheckpointError, HookedVLM
-from hooked_vlm.images import ImageError, ImageProcessor, load_image
+from hooked_vlm.errors import ImageError
+from hooked_vlm.images import ImageProcessor, load_image
 from hooked_vlm.tiles import TileProcessor
 from hooked_vlm.tokenization import load_tokenizer
 

@@ -18,7 +18,7 @@ from typing import Any
 
 from jaxtyping import TypeCheckError
 
-from hooked_vlm.cli import EXPECTED
+from hooked_vlm.errors import HookedVLMError
 
 CPU_SECONDS = 20
 """A case that computes for longer hangs."""
@@ -88,7 +88,7 @@ def _hang(signum: int, frame: FrameType | None) -> None:
     raise Hang(f"more than {CPU_SECONDS} seconds")
 
 
-def held(case: Callable[[Path], str], expected: tuple[type[BaseException], ...] = EXPECTED) -> str:
+def held(case: Callable[[Path], str], expected: tuple[type[BaseException], ...] = (HookedVLMError,)) -> str:
     """Run a case in a folder of its own; what became of it: its own word, or the name of one of our errors.
 
     Raises:

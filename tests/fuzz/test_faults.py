@@ -20,13 +20,13 @@ from fuzz.records import data_set
 from fuzz.seeds import checkpoints, models, picture
 from fuzz.work import WORK, differences, done
 from hooked_vlm import CheckpointError, viewer
+from hooked_vlm.errors import OutputError
 from hooked_vlm.experiments.common.figures import new_figure, save_figure
 from hooked_vlm.experiments.common.report import Report
 from hooked_vlm.experiments.ocr_heads.data.store import load_or_build
 from hooked_vlm.experiments.ocr_heads.examples import Example
 from hooked_vlm.experiments.toy import train
 from hooked_vlm.experiments.toy.family import write_checkpoint
-from hooked_vlm.files import OutputError
 from hooked_vlm.parts import Parts
 
 KILLS = Path(__file__).parent / "kills.py"

@@ -15,8 +15,8 @@ import pytest
 import torch
 
 from hooked_vlm import HookedVLM, InputError, cli, viewer
+from hooked_vlm.errors import OutputError
 from hooked_vlm.experiments.toy.data import make_page
-from hooked_vlm.files import OutputError
 from hooked_vlm.interventions import ZeroHeads
 from hooked_vlm.lens import logit_lens
 from hooked_vlm.metrics import log_prob

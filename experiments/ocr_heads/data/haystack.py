@@ -13,7 +13,7 @@ import httpx
 import numpy as np
 from huggingface_hub import constants
 
-from hooked_vlm.experiments.common.errors import StudyError
+from hooked_vlm.errors import StudyError
 
 PASSKEY_DATASET = "nanotron/simple_needle_in_a_hay_stack"
 NEEDLE_DATASET = "opencompass/NeedleBench"

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from hooked_vlm.experiments.common.errors import StudyError
+from hooked_vlm.errors import StudyError
 from hooked_vlm.experiments.ocr_heads.data.haystack import niah_items, passkey_items
 from hooked_vlm.experiments.ocr_heads.data.pages import evidence_of, render, wrap
 from hooked_vlm.experiments.ocr_heads.data.store import DataSet, load_or_build

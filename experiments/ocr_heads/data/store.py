@@ -15,9 +15,9 @@ from typing import Any
 
 from PIL import Image
 
-from hooked_vlm.experiments.common.errors import StudyError
+from hooked_vlm.errors import OutputError, StudyError
 from hooked_vlm.experiments.ocr_heads.examples import Evidence, Example
-from hooked_vlm.files import OutputError, why
+from hooked_vlm.files import why
 
 FORMAT = 1
 """Raised when the same settings would give other examples."""

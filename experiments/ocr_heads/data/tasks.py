@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from hooked_vlm.experiments.common.errors import StudyError
+from hooked_vlm.errors import StudyError
 from hooked_vlm.experiments.ocr_heads.data import made_up
 from hooked_vlm.experiments.ocr_heads.data.haystack import HUB, SYNTHETIC, from_hub
 from hooked_vlm.experiments.ocr_heads.data.prompts import about_pages, about_passages, shuffled

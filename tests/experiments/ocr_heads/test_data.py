@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from hooked_vlm import HookedVLM
-from hooked_vlm.experiments.common.errors import StudyError
+from hooked_vlm.errors import StudyError
 from hooked_vlm.experiments.ocr_heads.answers import anls, edit_distance, exact_match, f1, judge, rouge_1_recall
 from hooked_vlm.experiments.ocr_heads.data import haystack as haystack_module
 from hooked_vlm.experiments.ocr_heads.data import tasks as tasks_module

@@ -12,8 +12,7 @@ import pytest
 import torch
 
 from hooked_vlm import HookedVLM
-from hooked_vlm.converters import CheckpointError
-from hooked_vlm.experiments.common.errors import StudyError
+from hooked_vlm.errors import CheckpointError, OutputError, StudyError
 from hooked_vlm.experiments.ocr_heads import (
     CaseConfig,
     CompareConfig,
@@ -34,7 +33,6 @@ from hooked_vlm.experiments.ocr_heads.masking import masking_conditions
 from hooked_vlm.experiments.ocr_heads.profile import against_chance, measures
 from hooked_vlm.experiments.ocr_heads.sink_attention import PLACES, QUERIES, first_token_shares
 from hooked_vlm.experiments.ocr_heads.study import Study
-from hooked_vlm.files import OutputError
 
 SMALL: dict[str, Any] = {"samples": 6, "quiet": True, "device": "cpu", "max_new_tokens": 6}
 TASKS: dict[str, Any] = {"task_samples": 4, "random_draws": 2}

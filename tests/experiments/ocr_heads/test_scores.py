@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from hooked_vlm import HookedVLM
-from hooked_vlm.experiments.common.errors import StudyError
+from hooked_vlm.errors import StudyError
 from hooked_vlm.experiments.ocr_heads import Protocol, reading
 from hooked_vlm.experiments.ocr_heads.characters import toy_pages_with
 from hooked_vlm.experiments.ocr_heads.config import OFFICIAL_CODE

@@ -1,0 +1,42 @@
+"""Errors that a user can cause and mend: one sentence with what was expected, what came, and what to do."""
+
+
+class HookedVLMError(Exception):
+    """Base of all errors below; any other exception is a fault of the library."""
+
+
+class InputError(HookedVLMError, ValueError):
+    """Inputs that do not fit together: images against placeholders, shapes, padding, context length."""
+
+
+class ImageError(HookedVLMError, ValueError):
+    """An image that cannot be read or used."""
+
+
+class GeometryError(HookedVLMError, ValueError):
+    """A box or a token that is not in the image."""
+
+
+class HookError(HookedVLMError, ValueError):
+    """A hook that cannot act: its name is unknown, its filter matches nothing, its hook point is switched off; or a
+    hook that returns another shape or dtype than it was given."""
+
+
+class CheckpointError(HookedVLMError, ValueError):
+    """A checkpoint folder, its `config.json` or its tensors are not what the model needs."""
+
+
+class ActivationsError(HookedVLMError, ValueError):
+    """A folder of activations, or a file in it, that cannot be read."""
+
+
+class StudyError(HookedVLMError, ValueError):
+    """A setting or a data set of a study that cannot be used."""
+
+
+class OutputError(HookedVLMError, OSError):
+    """A file or folder that cannot be written."""
+
+
+class WorkerError(HookedVLMError, RuntimeError):
+    """Workers cannot be started, or a task ends them again and again."""
