@@ -13,15 +13,15 @@ from typing import Any, Literal
 
 import pandas as pd
 
-from hooked_vlm.digests import digest
 from hooked_vlm.errors import InputError
 from hooked_vlm.inputs import VLMInputs
 from hooked_vlm.interventions.base import ENCODER, Intervention
 from hooked_vlm.metrics import Metric
-from hooked_vlm.parts import Parts
-from hooked_vlm.provenance import weights_hash
+from hooked_vlm.runtime.digests import digest
+from hooked_vlm.runtime.provenance import weights_hash
+from hooked_vlm.runtime.store import Parts
+from hooked_vlm.runtime.tasks import Common, InProcess, Unit, Workers
 from hooked_vlm.sweep import sweep
-from hooked_vlm.work import Common, InProcess, Unit, Workers
 
 RUNS_PER_BLOCK = 512
 """By default; a block's own cost is one plain run."""
@@ -65,7 +65,7 @@ def sweep_many(
         InputError: two cases of one name, an intervention or a metric that cannot be told from others by its content
             (`CustomHooks`, a lambda), or what `sweep` raises.
         OutputError: the folder cannot be written.
-        WorkerError: see `hooked_vlm.ray_workers`.
+        WorkerError: see `hooked_vlm.runtime.ray_workers`.
     """
     names = [case.name for case in cases]
     if len(set(names)) < len(names):

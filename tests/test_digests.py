@@ -11,9 +11,9 @@ from families import model_and_inputs
 from test_interventions import of_every_kind
 
 from hooked_vlm import InputError
-from hooked_vlm.digests import digest
 from hooked_vlm.interventions import AddVector, CustomHooks, ImageMeans, ReplaceImageKV, Together, ZeroHeads
 from hooked_vlm.metrics import answered, kl_divergence, log_prob, logit, logit_difference, margin
+from hooked_vlm.runtime.digests import digest
 
 
 @dataclass(frozen=True)

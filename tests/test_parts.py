@@ -8,8 +8,8 @@ import pandas as pd
 import pytest
 
 from hooked_vlm.errors import OutputError
-from hooked_vlm.files import place, writable_folder
-from hooked_vlm.parts import Parts
+from hooked_vlm.runtime.files import place, writable_folder
+from hooked_vlm.runtime.store import Parts
 
 FRAME = pd.DataFrame({"head": [0, 1], "score": [0.25, 0.5]})
 

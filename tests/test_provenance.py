@@ -4,7 +4,8 @@ from pathlib import Path
 
 import torch
 
-from hooked_vlm import HookedVLM, provenance
+from hooked_vlm import HookedVLM
+from hooked_vlm.runtime import provenance
 
 
 def test_the_record_names_model_code_and_kernel() -> None:

@@ -30,10 +30,10 @@ from hooked_vlm.experiments.ocr_heads.examples import Example
 from hooked_vlm.experiments.toy.data import make_page
 from hooked_vlm.interventions import AddVector, ReplaceImageKV, ZeroHeads
 from hooked_vlm.metrics import log_prob
-from hooked_vlm.parts import Parts
-from hooked_vlm.ray_cluster import Share, connect, share_of
-from hooked_vlm.ray_workers import OnRay, Replica, identity
-from hooked_vlm.work import Unit
+from hooked_vlm.runtime.ray_cluster import Share, connect, share_of
+from hooked_vlm.runtime.ray_workers import OnRay, Replica, identity
+from hooked_vlm.runtime.store import Parts
+from hooked_vlm.runtime.tasks import Unit
 
 pytest.importorskip("ray")
 
@@ -111,7 +111,7 @@ def test_an_example_that_is_sent_carries_its_pictures(tmp_path: Path) -> None:
 
 
 def test_nobody_is_asked_for_nothing(model: HookedVLM, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("hooked_vlm.ray_workers.connect", lambda address: pytest.fail("connected"))
+    monkeypatch.setattr("hooked_vlm.runtime.ray_workers.connect", lambda address: pytest.fail("connected"))
     with OnRay(model) as workers:
         assert workers.tables([], "nothing", quiet=True) == []
 

@@ -32,7 +32,7 @@ from hooked_vlm.interventions.attention import all_heads
 from hooked_vlm.lens import logit_lens
 from hooked_vlm.metrics import log_prob
 from hooked_vlm.patching import Pair, Region, attribute, masked, patch
-from hooked_vlm.provenance import weights_hash
+from hooked_vlm.runtime.provenance import weights_hash
 
 TABLE = Path(__file__).with_name("regression.json")
 TOYS = ("toy-qwen2-vl", "toy-internvl2")

@@ -13,8 +13,8 @@ from families import model_and_inputs
 from hooked_vlm import InputError, SweepCase, sweep, sweep_many
 from hooked_vlm.interventions import AddVector, CustomHooks, ReplaceImageKV, ZeroHeads
 from hooked_vlm.metrics import logit, logit_difference
-from hooked_vlm.parts import Parts
-from hooked_vlm.work import Common, InProcess, Unit
+from hooked_vlm.runtime.store import Parts
+from hooked_vlm.runtime.tasks import Common, InProcess, Unit
 
 HEADS = tuple((layer, head) for layer in range(3) for head in range(4))
 

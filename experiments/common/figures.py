@@ -6,7 +6,7 @@ from typing import Any
 import matplotlib
 from matplotlib.figure import Figure
 
-from hooked_vlm.files import place
+from hooked_vlm.runtime.files import place
 
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#999999")
 """Told apart by colour-blind readers (Okabe and Ito 2008); grey comes last, for controls."""

@@ -21,7 +21,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from hooked_vlm.experiments.common.figures import save_figure
-from hooked_vlm.files import place
+from hooked_vlm.runtime.files import place
 from hooked_vlm.viewer.view import page_file
 
 CHECKED: dict[str, Any] = {"write_page_checksum": True}

@@ -6,8 +6,8 @@ from typing import Annotated, Any
 from tyro.constructors import PrimitiveConstructorSpec
 
 from hooked_vlm.errors import StudyError
-from hooked_vlm.ray_workers import OnRay
-from hooked_vlm.work import InProcess, Workers
+from hooked_vlm.runtime.ray_workers import OnRay
+from hooked_vlm.runtime.tasks import InProcess, Workers
 
 RayAddress = Annotated[
     str | None,

@@ -12,7 +12,7 @@ from hooked_vlm.experiments.common.report import Report
 from hooked_vlm.experiments.head_attribution import plots
 from hooked_vlm.experiments.head_attribution.config import Compare
 from hooked_vlm.experiments.head_attribution.rankings import RANKINGS
-from hooked_vlm.files import writable_folder
+from hooked_vlm.runtime.files import writable_folder
 from hooked_vlm.statistics import Estimate
 
 

@@ -18,9 +18,9 @@ from hooked_vlm.experiments.head_attribution.rankings import other_rankings
 from hooked_vlm.experiments.head_attribution.regression import Fit, fit
 from hooked_vlm.experiments.head_attribution.tasks import Case, ask, items_of, right_cases
 from hooked_vlm.experiments.head_attribution.text_flow import blocked_edges, receivers
-from hooked_vlm.parts import Parts
-from hooked_vlm.provenance import weights_hash
-from hooked_vlm.work import Common, Unit, Workers
+from hooked_vlm.runtime.provenance import weights_hash
+from hooked_vlm.runtime.store import Parts
+from hooked_vlm.runtime.tasks import Common, Unit, Workers
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,7 +78,7 @@ def measure(model: Any, config: HeadAttributionConfig, workers: Workers) -> Meas
 
     Raises:
         StudyError, ImageError: see `items_of` and `right_cases`.
-        WorkerError: see `hooked_vlm.ray_workers`.
+        WorkerError: see `hooked_vlm.runtime.ray_workers`.
     """
     items = items_of(config)
     key: dict[str, Any] = {"weights": weights_hash(model), "version": version("hooked-vlm")}

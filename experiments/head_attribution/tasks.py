@@ -19,8 +19,8 @@ from hooked_vlm.experiments.toy.data import NAMING_PROMPT, naming_sample
 from hooked_vlm.experiments.toy.drawings import OBJECTS
 from hooked_vlm.images import load_image
 from hooked_vlm.inputs import VLMInputs
-from hooked_vlm.parts import Parts
-from hooked_vlm.work import Unit, Workers
+from hooked_vlm.runtime.store import Parts
+from hooked_vlm.runtime.tasks import Unit, Workers
 
 ONE_WORD = NAMING_PROMPT + " Answer with one word."
 ANSWER_TOKENS = 8

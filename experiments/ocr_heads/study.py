@@ -25,9 +25,9 @@ from hooked_vlm.experiments.ocr_heads.selection import ranked, select
 from hooked_vlm.interventions import Head
 from hooked_vlm.loading import TOY_MODELS
 from hooked_vlm.model import HookedVLM
-from hooked_vlm.parts import Parts
-from hooked_vlm.provenance import weights_hash
-from hooked_vlm.work import Common, Unit, Workers
+from hooked_vlm.runtime.provenance import weights_hash
+from hooked_vlm.runtime.store import Parts
+from hooked_vlm.runtime.tasks import Common, Unit, Workers
 
 LIVE_SHARE = 0.1
 """A head is live if its mean output norm is at least this share of the largest."""

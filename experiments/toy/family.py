@@ -19,8 +19,8 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from hooked_vlm.experiments.toy.tokenizer import build_tokenizer, save_tokenizer
-from hooked_vlm.files import place
 from hooked_vlm.geometry import ImageGrid, TileGrid
+from hooked_vlm.runtime.files import place
 
 HFModel = Any
 """One of `transformers`' models for images and text; its parts are reached into, which its types do not know."""

@@ -36,8 +36,8 @@ from hooked_vlm.experiments.toy.specialise import (
     random_gates,
     top_heads,
 )
-from hooked_vlm.files import place, writable_folder
 from hooked_vlm.loading import TOY_MODELS
+from hooked_vlm.runtime.files import place, writable_folder
 
 TASKS = ("page", "text", "transcription", "naming", "continuation")
 

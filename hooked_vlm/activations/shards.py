@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from hooked_vlm.errors import ActivationsError, InputError, OutputError
-from hooked_vlm.files import place
+from hooked_vlm.runtime.files import place
 
 MANIFEST = "activations.json"
 FORMAT = 1

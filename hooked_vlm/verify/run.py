@@ -10,12 +10,12 @@ import torch
 
 from hooked_vlm.commands.models import size
 from hooked_vlm.errors import InputError
-from hooked_vlm.files import place, writable_folder
 from hooked_vlm.hook_shapes import prompt_with_picture
 from hooked_vlm.loading import find_checkpoint
 from hooked_vlm.memory import memory_plan
 from hooked_vlm.model import HookedVLM
-from hooked_vlm.provenance import provenance
+from hooked_vlm.runtime.files import place, writable_folder
+from hooked_vlm.runtime.provenance import provenance
 from hooked_vlm.sweep_plan import free_memory
 from hooked_vlm.verify.command import VerifyConfig
 from hooked_vlm.verify.compare import cost, differences, equal_tokens, pixels, rounding_errors

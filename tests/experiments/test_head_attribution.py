@@ -69,9 +69,9 @@ from hooked_vlm.experiments.toy.data import NAMING_PROMPT
 from hooked_vlm.experiments.toy.drawings import OBJECTS
 from hooked_vlm.experiments.toy.families import FAMILIES
 from hooked_vlm.interventions import ReplaceImageKV, mean_image_kv
-from hooked_vlm.parts import Parts
+from hooked_vlm.runtime.store import Parts
+from hooked_vlm.runtime.tasks import InProcess
 from hooked_vlm.viewer.quantise import decoded
-from hooked_vlm.work import InProcess
 
 SMALL: dict[str, Any] = {
     "samples": 4,

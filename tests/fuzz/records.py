@@ -17,7 +17,7 @@ from hooked_vlm.experiments.head_attribution import Compare, compare
 from hooked_vlm.experiments.head_attribution.coco import coco_items
 from hooked_vlm.experiments.ocr_heads.data.store import load_or_build
 from hooked_vlm.experiments.ocr_heads.examples import Evidence, Example
-from hooked_vlm.parts import Parts
+from hooked_vlm.runtime.store import Parts
 
 
 def records(data: bytes) -> str:

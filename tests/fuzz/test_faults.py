@@ -27,7 +27,7 @@ from hooked_vlm.experiments.ocr_heads.data.store import load_or_build
 from hooked_vlm.experiments.ocr_heads.examples import Example
 from hooked_vlm.experiments.toy import train
 from hooked_vlm.experiments.toy.family import write_checkpoint
-from hooked_vlm.parts import Parts
+from hooked_vlm.runtime.store import Parts
 
 KILLS = Path(__file__).parent / "kills.py"
 QUICK = ("data sets", "training")

@@ -24,9 +24,9 @@ from hooked_vlm.experiments.ocr_heads import run as ocr_heads
 from hooked_vlm.experiments.ocr_heads.data.scored import scored_sets
 from hooked_vlm.experiments.toy import train
 from hooked_vlm.experiments.toy.recipes import RECIPES, Stage
-from hooked_vlm.files import place
 from hooked_vlm.interventions import ZeroHeads
 from hooked_vlm.metrics import logit
+from hooked_vlm.runtime.files import place
 from hooked_vlm.sweep_many import SweepCase, sweep_many
 
 

@@ -17,7 +17,7 @@ from PIL import Image
 
 from hooked_vlm.errors import OutputError, StudyError
 from hooked_vlm.experiments.ocr_heads.examples import Evidence, Example
-from hooked_vlm.files import why
+from hooked_vlm.runtime.files import why
 
 FORMAT = 1
 """Raised when the same settings would give other examples."""

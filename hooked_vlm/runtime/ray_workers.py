@@ -23,12 +23,12 @@ import pandas as pd
 import torch
 from tqdm.auto import tqdm
 
-from hooked_vlm.digests import digest
 from hooked_vlm.errors import WorkerError
 from hooked_vlm.model import HookedVLM
-from hooked_vlm.provenance import code_hash, weights_hash
-from hooked_vlm.ray_cluster import Share, connect, n_gpus_of, share_of
-from hooked_vlm.work import Bench, Common, Unit, Workers
+from hooked_vlm.runtime.digests import digest
+from hooked_vlm.runtime.provenance import code_hash, weights_hash
+from hooked_vlm.runtime.ray_cluster import Share, connect, n_gpus_of, share_of
+from hooked_vlm.runtime.tasks import Bench, Common, Unit, Workers
 
 ATTEMPTS = 3
 """A unit whose worker dies is begun so many times; so many workers in a row may die before one is ready."""

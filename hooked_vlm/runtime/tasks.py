@@ -5,7 +5,7 @@
         tables = workers.tables(units, "scores")
 
 What is there already is not done again, so interrupted work goes on where it stopped. Who does the rest is left open:
-this process (`InProcess`), or the machines of a Ray cluster (`hooked_vlm.ray_workers.OnRay`). Either way this process
+this process (`InProcess`), or the machines of a Ray cluster (`hooked_vlm.runtime.ray_workers.OnRay`). Either way this process
 writes the parts, and the tables are the same.
 """
 
@@ -23,7 +23,7 @@ import pandas as pd
 import torch
 from tqdm.auto import tqdm
 
-from hooked_vlm.parts import Parts
+from hooked_vlm.runtime.store import Parts
 
 Some = TypeVar("Some", bound="Workers")
 """The class entered (`typing.Self`, which beartype does not know in methods)."""

@@ -19,7 +19,7 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from hooked_vlm.files import place
+from hooked_vlm.runtime.files import place
 
 _KEY, _FORM = b"hooked_vlm.key", b"hooked_vlm.form"
 
