@@ -9,8 +9,8 @@ from hooked_vlm.errors import HookedVLMError as HookedVLMError
 from hooked_vlm.errors import HookError as HookError
 from hooked_vlm.errors import ImageError as ImageError
 from hooked_vlm.errors import InputError as InputError
-from hooked_vlm.geometry import ImageGrid as ImageGrid
-from hooked_vlm.inputs import VLMInputs as VLMInputs
+from hooked_vlm.inputs.geometry import ImageGrid as ImageGrid
+from hooked_vlm.inputs.vlm_inputs import VLMInputs as VLMInputs
 from hooked_vlm.model import HookedVLM as HookedVLM
 from hooked_vlm.sweep import SweepResult as SweepResult
 from hooked_vlm.sweep import sweep as sweep

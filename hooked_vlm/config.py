@@ -132,7 +132,7 @@ class VLMConfig:
     vision_end_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()
     chat_template: str | None = None
-    """Name of the conversation template of checkpoints that do not carry one (`hooked_vlm.templates`)."""
+    """Name of the conversation template of checkpoints that do not carry one (`hooked_vlm.inputs.templates`)."""
     system_message: str | None = None
     """In place of that template's own."""
     pad_token_id: int | None = None

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from hooked_vlm.config import VLMConfig
 from hooked_vlm.hooks import shows_modules
-from hooked_vlm.inputs import VLMInputs
+from hooked_vlm.inputs.vlm_inputs import VLMInputs
 from hooked_vlm.kv_cache import EarlierKeys, KVCache
 from hooked_vlm.masks import AttentionMask
 from hooked_vlm.packing import Packing

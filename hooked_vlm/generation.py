@@ -12,7 +12,7 @@ from tqdm.auto import trange
 from hooked_vlm.config import VLMConfig
 from hooked_vlm.errors import InputError
 from hooked_vlm.hooks import HookName
-from hooked_vlm.inputs import VLMInputs
+from hooked_vlm.inputs.vlm_inputs import VLMInputs
 
 
 class GenerationMixin(nn.Module):

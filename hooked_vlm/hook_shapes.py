@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 from hooked_vlm.config import VLMConfig
 from hooked_vlm.hook_table import HookRow
 from hooked_vlm.hooks import is_vision
-from hooked_vlm.tiles import TileProcessor
+from hooked_vlm.inputs.tiles import TileProcessor
 
 if TYPE_CHECKING:
     from hooked_vlm.model import HookedVLM

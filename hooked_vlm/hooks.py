@@ -21,7 +21,7 @@ from hooked_vlm.errors import HookError
 
 if TYPE_CHECKING:
     from hooked_vlm.forward_pass import ForwardPass
-    from hooked_vlm.inputs import VLMInputs
+    from hooked_vlm.inputs.vlm_inputs import VLMInputs
 
 QUADRATIC = ("hook_attn_scores", "hook_pattern")
 """Suffixes of the hook points whose tensor has a [pos, pos] plane, and whose presence picks the kernel."""

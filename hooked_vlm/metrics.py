@@ -14,7 +14,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from hooked_vlm.errors import InputError
-from hooked_vlm.inputs import VLMInputs
+from hooked_vlm.inputs.vlm_inputs import VLMInputs
 
 Metric = Callable[[Tensor], Tensor]
 Tokens = Int[Tensor, "batch"] | Sequence[int] | int

@@ -35,10 +35,10 @@ from hooked_vlm.hooks import (
     running,
     shows_modules,
 )
-from hooked_vlm.inputs import Answer, VLMInputs
+from hooked_vlm.inputs.prompting import PromptMixin
+from hooked_vlm.inputs.vlm_inputs import Answer, VLMInputs
 from hooked_vlm.kv_cache import KVCache
 from hooked_vlm.loading import LoadingMixin
-from hooked_vlm.prompting import PromptMixin
 from hooked_vlm.vision import Projector, VisionTower, image_pass
 from hooked_vlm.weight_access import device_of
 from hooked_vlm.weights import WeightsMixin

@@ -11,7 +11,7 @@ from jaxtyping import Float
 from matplotlib.colors import Normalize, TwoSlopeNorm
 from matplotlib.figure import Figure
 
-from hooked_vlm.images import load_image
+from hooked_vlm.inputs.images import load_image
 
 SEQUENTIAL, DIVERGING = "viridis", "RdBu_r"
 WRITTEN = 80

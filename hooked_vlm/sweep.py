@@ -22,7 +22,7 @@ from tqdm.auto import tqdm
 
 from hooked_vlm.errors import InputError
 from hooked_vlm.hooks import hooked_module
-from hooked_vlm.inputs import VLMInputs
+from hooked_vlm.inputs.vlm_inputs import VLMInputs
 from hooked_vlm.interventions.base import Intervention
 from hooked_vlm.metrics import Metric
 from hooked_vlm.sweep_encoder import PlainEncoding, encoded

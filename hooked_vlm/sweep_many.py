@@ -14,7 +14,7 @@ from typing import Any, Literal
 import pandas as pd
 
 from hooked_vlm.errors import InputError
-from hooked_vlm.inputs import VLMInputs
+from hooked_vlm.inputs.vlm_inputs import VLMInputs
 from hooked_vlm.interventions.base import ENCODER, Intervention
 from hooked_vlm.metrics import Metric
 from hooked_vlm.runtime.digests import digest

@@ -9,7 +9,7 @@ import torch
 
 from hooked_vlm.errors import InputError
 from hooked_vlm.hooks import foreign_module, is_vision
-from hooked_vlm.inputs import VLMInputs
+from hooked_vlm.inputs.vlm_inputs import VLMInputs
 from hooked_vlm.interventions.base import EMBEDDING, ENCODER, Intervention
 
 SLACK = 1.1

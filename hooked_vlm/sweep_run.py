@@ -12,7 +12,7 @@ from torch import Tensor
 
 from hooked_vlm.forward_pass import ForwardPass, inputs_mask, inputs_rotation, last_of_rows
 from hooked_vlm.hooks import checked, running
-from hooked_vlm.inputs import VLMInputs
+from hooked_vlm.inputs.vlm_inputs import VLMInputs
 from hooked_vlm.interventions.base import EMBEDDING, Hooks, Intervention
 from hooked_vlm.interventions.heads import HeadIntervention, layer_hooks
 from hooked_vlm.kv_cache import KVCache, SharedPrefix

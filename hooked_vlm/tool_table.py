@@ -27,7 +27,7 @@ from transformer_lens.tools.analysis.projection_kernel import (
 from transformer_lens.weight_processing import ProcessWeights
 
 from hooked_vlm.config import VisionConfig, VLMConfig
-from hooked_vlm.inputs import VLMInputs
+from hooked_vlm.inputs.vlm_inputs import VLMInputs
 from hooked_vlm.model import HookedVLM
 
 HOOK = "blocks.0.hook_resid_post"

@@ -24,10 +24,10 @@ from hooked_vlm.config import VisionConfig
 from hooked_vlm.decoder import run_blocks, vision_blocks
 from hooked_vlm.forward_pass import ForwardPass, Recorder
 from hooked_vlm.hooks import HookPoint, running, shows_modules
+from hooked_vlm.inputs.token_layout import Grid
 from hooked_vlm.masks import AttentionMask
 from hooked_vlm.packing import Packing
 from hooked_vlm.rotary import Rotation, patch_rotation
-from hooked_vlm.token_layout import Grid
 
 if TYPE_CHECKING:
     from hooked_vlm.model import HookedVLM

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hooked_vlm.errors import GeometryError
-from hooked_vlm.geometry import ImageGrid
+from hooked_vlm.inputs.geometry import ImageGrid
 
 sides = st.integers(1, 3000)
 grids = st.builds(

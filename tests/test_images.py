@@ -18,8 +18,8 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize as reference_smart_resize
 
 from hooked_vlm.errors import ImageError
-from hooked_vlm.geometry import ImageGrid
-from hooked_vlm.images import CLIP_MEAN, CLIP_STD, ImageProcessor, load_image, load_image_bytes, smart_resize
+from hooked_vlm.inputs.geometry import ImageGrid
+from hooked_vlm.inputs.images import CLIP_MEAN, CLIP_STD, ImageProcessor, load_image, load_image_bytes, smart_resize
 
 SMALL: dict[str, Any] = {"min_pixels": 56 * 56, "max_pixels": 28 * 28 * 40}
 

@@ -26,7 +26,7 @@ from hooked_vlm.experiments.head_attribution import run as attribute_heads
 from hooked_vlm.experiments.ocr_heads import MaskConfig, ScoreConfig
 from hooked_vlm.experiments.ocr_heads import run as ocr_heads
 from hooked_vlm.experiments.toy.data import Page, make_page
-from hooked_vlm.inputs import VLMInputs
+from hooked_vlm.inputs.vlm_inputs import VLMInputs
 from hooked_vlm.interventions import ReplaceImageKV, ZeroHeads
 from hooked_vlm.interventions.attention import all_heads
 from hooked_vlm.lens import logit_lens

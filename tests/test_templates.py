@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from tiny_internvl import by_hand, original_config, train_tokenizer
 
 from hooked_vlm import CheckpointError, HookedVLM, InputError
-from hooked_vlm.templates import TEMPLATES
+from hooked_vlm.inputs.templates import TEMPLATES
 
 SYSTEM = "你是由上海人工智能实验室联合商汤科技开发的书生多模态大模型，英文名叫InternVL, 是一个有用无害的人工智能助手。"
 SYSTEM_2_5 = (

@@ -13,8 +13,8 @@ from tiny_internvl import tiny_model
 from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2ImageProcessorPil
 
 from hooked_vlm.errors import GeometryError, ImageError
-from hooked_vlm.geometry import TileGrid
-from hooked_vlm.tiles import IMAGENET_MEAN, IMAGENET_STD, TileProcessor
+from hooked_vlm.inputs.geometry import TileGrid
+from hooked_vlm.inputs.tiles import IMAGENET_MEAN, IMAGENET_STD, TileProcessor
 
 SIZES = [(448, 448), (1000, 300), (300, 1000), (500, 400), (64, 64), (1344, 896), (37, 900), (897, 449), (2, 3)]
 

@@ -12,7 +12,7 @@ from tiny_internvl import ADDED, train_tokenizer
 from tokenizers import ByteLevelBPETokenizer
 
 from hooked_vlm import CheckpointError
-from hooked_vlm.tokenization import load_tokenizer
+from hooked_vlm.inputs.tokenization import load_tokenizer
 
 ODDITIES = [
     "a word",

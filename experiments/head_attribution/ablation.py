@@ -12,7 +12,7 @@ from jaxtyping import Bool, Float
 from hooked_vlm.errors import StudyError
 from hooked_vlm.experiments.head_attribution.config import HeadAttributionConfig, Target
 from hooked_vlm.experiments.head_attribution.tasks import Case
-from hooked_vlm.inputs import VLMInputs
+from hooked_vlm.inputs.vlm_inputs import VLMInputs
 from hooked_vlm.interventions import Head, ImageMeans, Intervention, ReplaceImageKV, mean_image_kv
 from hooked_vlm.interventions.attention import all_heads
 from hooked_vlm.interventions.base import Positions

@@ -12,7 +12,7 @@ from PIL import Image, ImageDraw
 
 from hooked_vlm.errors import StudyError
 from hooked_vlm.experiments.head_attribution.items import Item
-from hooked_vlm.images import load_image
+from hooked_vlm.inputs.images import load_image
 
 MALFORMED = (OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError)
 """What reading JSON raises that holds something else than expected."""

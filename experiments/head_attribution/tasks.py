@@ -17,8 +17,8 @@ from hooked_vlm.experiments.head_attribution.config import HeadAttributionConfig
 from hooked_vlm.experiments.head_attribution.items import Item
 from hooked_vlm.experiments.toy.data import NAMING_PROMPT, naming_sample
 from hooked_vlm.experiments.toy.drawings import OBJECTS
-from hooked_vlm.images import load_image
-from hooked_vlm.inputs import VLMInputs
+from hooked_vlm.inputs.images import load_image
+from hooked_vlm.inputs.vlm_inputs import VLMInputs
 from hooked_vlm.runtime.store import Parts
 from hooked_vlm.runtime.tasks import Unit, Workers
 

@@ -13,7 +13,7 @@ from hooked_vlm.experiments.ocr_heads.config import TaskConfig
 from hooked_vlm.experiments.ocr_heads.data.tasks import Task, load_tasks
 from hooked_vlm.experiments.ocr_heads.examples import Example, to_inputs
 from hooked_vlm.experiments.ocr_heads.study import Study, head_names
-from hooked_vlm.inputs import VLMInputs
+from hooked_vlm.inputs.vlm_inputs import VLMInputs
 from hooked_vlm.interventions import Head, Intervention
 from hooked_vlm.runtime.tasks import Common, Unit
 from hooked_vlm.statistics import bootstrap_mean, paired_p

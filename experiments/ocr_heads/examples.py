@@ -7,8 +7,8 @@ from typing import Any
 
 from PIL import Image
 
-from hooked_vlm.images import load_image
-from hooked_vlm.tiles import TileProcessor
+from hooked_vlm.inputs.images import load_image
+from hooked_vlm.inputs.tiles import TileProcessor
 
 MARKS = 3
 """Tokens around a picture at most: its two marks and a line break."""

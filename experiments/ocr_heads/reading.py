@@ -17,7 +17,7 @@ from torch import Tensor
 from hooked_vlm.attention import Attention
 from hooked_vlm.attention_rows import attention_rows
 from hooked_vlm.experiments.ocr_heads.examples import Example, to_inputs
-from hooked_vlm.inputs import VLMInputs
+from hooked_vlm.inputs.vlm_inputs import VLMInputs
 from hooked_vlm.weight_access import is_plain
 
 

@@ -19,7 +19,7 @@ from hooked_vlm.experiments.ocr_heads.answers import is_right, rouge_1_recall
 from hooked_vlm.experiments.ocr_heads.config import Granularity, Protocol
 from hooked_vlm.experiments.ocr_heads.examples import Example
 from hooked_vlm.experiments.ocr_heads.reading import Copy, Reading, read
-from hooked_vlm.inputs import VLMInputs
+from hooked_vlm.inputs.vlm_inputs import VLMInputs
 
 MIN_ROUGE = 0.5
 """A retrieval counts if the reply holds more than this share of the answer's words (Wu et al.)."""

@@ -15,7 +15,7 @@ from hooked_vlm.experiments.toy.data import Sample
 from hooked_vlm.experiments.toy.families import family_of
 from hooked_vlm.experiments.toy.family import HFModel, ToyFamily
 from hooked_vlm.experiments.toy.tokenizer import END_OF_TEXT, IM_END, IM_START
-from hooked_vlm.geometry import ImageGrid, TileGrid
+from hooked_vlm.inputs.geometry import ImageGrid, TileGrid
 
 IGNORED = -100
 

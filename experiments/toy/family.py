@@ -19,7 +19,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from hooked_vlm.experiments.toy.tokenizer import build_tokenizer, save_tokenizer
-from hooked_vlm.geometry import ImageGrid, TileGrid
+from hooked_vlm.inputs.geometry import ImageGrid, TileGrid
 from hooked_vlm.runtime.files import place
 
 HFModel = Any

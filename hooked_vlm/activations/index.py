@@ -14,7 +14,7 @@ from hooked_vlm.activations.places import Places, patch_places, token_places
 from hooked_vlm.activations.samples import Sample
 from hooked_vlm.config import VLMConfig
 from hooked_vlm.errors import GeometryError, InputError
-from hooked_vlm.inputs import VLMInputs
+from hooked_vlm.inputs.vlm_inputs import VLMInputs
 
 FEATURES = "hook_image_features"
 GROUPS = ("image", "question", "role", "generated")

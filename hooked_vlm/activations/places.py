@@ -8,7 +8,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from hooked_vlm.activations.samples import NamedBox
-from hooked_vlm.geometry import ImageGrid, TileGrid
+from hooked_vlm.inputs.geometry import ImageGrid, TileGrid
 
 
 @dataclass(frozen=True, eq=False)

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from hooked_vlm.errors import ImageError, InputError
-from hooked_vlm.images import load_image
-from hooked_vlm.inputs import VLMInputs
-from hooked_vlm.messages import Messages, take_pictures
+from hooked_vlm.inputs.images import load_image
+from hooked_vlm.inputs.messages import Messages, take_pictures
+from hooked_vlm.inputs.vlm_inputs import VLMInputs
 
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 _FIELDS = ("id", "prompt", "images", "boxes", "answer")

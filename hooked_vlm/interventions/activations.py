@@ -10,7 +10,7 @@ from torch import Tensor
 
 from hooked_vlm.errors import InputError
 from hooked_vlm.hooks import is_quadratic, is_vision
-from hooked_vlm.inputs import VLMInputs
+from hooked_vlm.inputs.vlm_inputs import VLMInputs
 from hooked_vlm.interventions.base import (
     Hooks,
     Intervention,

@@ -6,7 +6,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from hooked_vlm.inputs import VLMInputs
+from hooked_vlm.inputs.vlm_inputs import VLMInputs
 from hooked_vlm.interventions.base import Positions, first_meant, meant, position_table
 from hooked_vlm.interventions.heads import Chosen, Edit, Head, HeadIntervention
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from hooked_vlm.errors import InputError
 from hooked_vlm.hooks import HookName, is_encoder, is_vision
-from hooked_vlm.inputs import VLMInputs
+from hooked_vlm.inputs.vlm_inputs import VLMInputs
 
 Hooks = list[tuple[str, Callable]]
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from hooked_vlm.attention import AttentionCall
 from hooked_vlm.errors import InputError
-from hooked_vlm.inputs import VLMInputs
+from hooked_vlm.inputs.vlm_inputs import VLMInputs
 from hooked_vlm.interventions.base import Positions, first_meant, meant, position_table
 from hooked_vlm.interventions.heads import Chosen, Edit, HeadIntervention
 

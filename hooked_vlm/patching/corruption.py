@@ -11,8 +11,8 @@ from jaxtyping import UInt8
 from PIL import Image
 
 from hooked_vlm.errors import GeometryError
-from hooked_vlm.geometry import Box
-from hooked_vlm.images import load_image
+from hooked_vlm.inputs.geometry import Box
+from hooked_vlm.inputs.images import load_image
 
 Colour = tuple[int, int, int]
 """Red, green and blue, 0 to 255."""

@@ -11,7 +11,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from hooked_vlm.errors import InputError
-from hooked_vlm.inputs import VLMInputs
+from hooked_vlm.inputs.vlm_inputs import VLMInputs
 from hooked_vlm.interventions import Intervention
 from hooked_vlm.metrics import Metric
 from hooked_vlm.patching.cells import Cells, What

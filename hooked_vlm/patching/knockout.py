@@ -10,7 +10,7 @@ import torch
 from tqdm.auto import tqdm
 
 from hooked_vlm.errors import InputError
-from hooked_vlm.inputs import VLMInputs
+from hooked_vlm.inputs.vlm_inputs import VLMInputs
 from hooked_vlm.interventions import BlockAttention, Intervention, Together
 from hooked_vlm.interventions.base import Positions, position_table
 from hooked_vlm.patching.exact import Metrics, swept, warn_of_bad_numbers

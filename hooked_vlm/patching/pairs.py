@@ -10,9 +10,9 @@ from jaxtyping import Int
 from torch import Tensor
 
 from hooked_vlm.errors import InputError
-from hooked_vlm.geometry import Box, ImageGrid, Part, TileGrid
-from hooked_vlm.inputs import VLMInputs
-from hooked_vlm.token_layout import Visual
+from hooked_vlm.inputs.geometry import Box, ImageGrid, Part, TileGrid
+from hooked_vlm.inputs.token_layout import Visual
+from hooked_vlm.inputs.vlm_inputs import VLMInputs
 
 Direction = Literal["denoising", "noising"]
 """Denoising: the corrupt run gets clean activations. Noising: the clean run gets corrupt ones."""

@@ -13,7 +13,7 @@ from tqdm.auto import tqdm
 from hooked_vlm.attention import project_head
 from hooked_vlm.errors import InputError
 from hooked_vlm.hooks import silent_hook_points
-from hooked_vlm.inputs import VLMInputs
+from hooked_vlm.inputs.vlm_inputs import VLMInputs
 from hooked_vlm.interventions import Head, Intervention
 from hooked_vlm.interventions.base import Hooks, first_meant, meant, position_table
 from hooked_vlm.interventions.heads import check_heads

@@ -10,8 +10,8 @@ from jaxtyping import Int
 from torch import Tensor
 
 from hooked_vlm.errors import InputError
-from hooked_vlm.geometry import ImageGrid, TileGrid
-from hooked_vlm.inputs import VLMInputs
+from hooked_vlm.inputs.geometry import ImageGrid, TileGrid
+from hooked_vlm.inputs.vlm_inputs import VLMInputs
 from hooked_vlm.interventions.base import Positions, position_table
 from hooked_vlm.patching.pairs import Direction, Pair, Place, Region, same_columns, same_places
 

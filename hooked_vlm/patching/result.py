@@ -11,7 +11,7 @@ from jaxtyping import Bool, Float
 from matplotlib.figure import Figure
 
 from hooked_vlm.errors import InputError
-from hooked_vlm.inputs import VLMInputs
+from hooked_vlm.inputs.vlm_inputs import VLMInputs
 from hooked_vlm.patching.pairs import Direction
 from hooked_vlm.patching.places import patches_on_image
 from hooked_vlm.pictures import heatmap, overlay

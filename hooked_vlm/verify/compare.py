@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import GenerationConfig
 
 from hooked_vlm.allocation import Allocations
-from hooked_vlm.inputs import VLMInputs
+from hooked_vlm.inputs.vlm_inputs import VLMInputs
 from hooked_vlm.verify.prompts import Prompt
 from hooked_vlm.verify.reference import Reference
 from hooked_vlm.verify.result import Row

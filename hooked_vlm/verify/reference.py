@@ -18,8 +18,8 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 from hooked_vlm.converters import converter_for
 from hooked_vlm.converters.internvl import HF, ORIGINAL
 from hooked_vlm.errors import CheckpointError, InputError
-from hooked_vlm.inputs import VLMInputs
-from hooked_vlm.tiles import TileProcessor
+from hooked_vlm.inputs.tiles import TileProcessor
+from hooked_vlm.inputs.vlm_inputs import VLMInputs
 
 QWEN2_VL = "Qwen2VLForConditionalGeneration"
 LANGUAGE_MODELS = ("Qwen2ForCausalLM", "LlamaForCausalLM", "Phi3ForCausalLM")

@@ -12,10 +12,10 @@ from jaxtyping import Float
 from PIL import Image
 
 from hooked_vlm.errors import InputError
-from hooked_vlm.geometry import Box, ImageGrid, TileGrid
-from hooked_vlm.images import ImageProcessor, load_image
-from hooked_vlm.inputs import VLMInputs
-from hooked_vlm.tiles import TileProcessor
+from hooked_vlm.inputs.geometry import Box, ImageGrid, TileGrid
+from hooked_vlm.inputs.images import ImageProcessor, load_image
+from hooked_vlm.inputs.tiles import TileProcessor
+from hooked_vlm.inputs.vlm_inputs import VLMInputs
 
 LONGEST = 1600
 """Larger pictures are reduced to so many pixels along their longer side in the page; boxes stay in original pixels."""

@@ -18,7 +18,7 @@ from nicegui import context, ui
 from nicegui.element import Element
 
 from hooked_vlm.errors import GeometryError, HookError, ImageError, InputError
-from hooked_vlm.images import load_image_bytes
+from hooked_vlm.inputs.images import load_image_bytes
 from hooked_vlm.viewer.guard import Guard
 from hooked_vlm.viewer.scene import data_url
 from hooked_vlm.viewer.session import MOST_TOKENS, Asked, Picture, Said, Session, Shown

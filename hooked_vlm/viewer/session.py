@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from hooked_vlm.errors import InputError
-from hooked_vlm.inputs import VLMInputs
+from hooked_vlm.inputs.vlm_inputs import VLMInputs
 from hooked_vlm.interventions import Intervention, ScaleHeads, Together, ZeroHeads
 from hooked_vlm.viewer.attention_view import Query, attention
 from hooked_vlm.viewer.view import Head

@@ -9,7 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from hooked_vlm.errors import InputError
-from hooked_vlm.inputs import VLMInputs
+from hooked_vlm.inputs.vlm_inputs import VLMInputs
 from hooked_vlm.lens import LogitLens
 from hooked_vlm.patching.result import PatchingResult
 from hooked_vlm.viewer.scene import Boxes, image_columns, one_row, scene_of

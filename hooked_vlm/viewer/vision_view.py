@@ -10,8 +10,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from hooked_vlm.errors import InputError
-from hooked_vlm.geometry import ImageGrid, TileGrid
-from hooked_vlm.inputs import VLMInputs
+from hooked_vlm.inputs.geometry import ImageGrid, TileGrid
+from hooked_vlm.inputs.vlm_inputs import VLMInputs
 from hooked_vlm.viewer.scene import Boxes, one_row, patch_scene
 from hooked_vlm.viewer.view import Chip, View, view_of
 

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, InternVLConfig, InternVLForCondit
 
 from hooked_vlm import CheckpointError, HookedVLM
 from hooked_vlm.converters import KNOWN_MODELS, converter_for, internvl
-from hooked_vlm.tiles import TileProcessor
+from hooked_vlm.inputs.tiles import TileProcessor
 
 
 @pytest.fixture(params=KINDS)

@@ -13,9 +13,9 @@ from fuzz.laws import held
 from fuzz.seeds import checkpoints, internlm2_tokenizer, models, picture, pictures
 from hooked_vlm import CheckpointError, HookedVLM
 from hooked_vlm.errors import ImageError
-from hooked_vlm.images import ImageProcessor, load_image
-from hooked_vlm.tiles import TileProcessor
-from hooked_vlm.tokenization import load_tokenizer
+from hooked_vlm.inputs.images import ImageProcessor, load_image
+from hooked_vlm.inputs.tiles import TileProcessor
+from hooked_vlm.inputs.tokenization import load_tokenizer
 
 PLANTED = "import pathlib, builtins\nbuiltins.planted_code_was_run = True\n"
 

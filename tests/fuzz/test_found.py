@@ -14,13 +14,14 @@ from fuzz.checkpoint_files import TEMPLATES, linked
 from fuzz.draws import json_bytes
 from fuzz.records import COCO, data_set
 from fuzz.seeds import checkpoints, models, picture
-from hooked_vlm import CheckpointError, HookedVLM, chat_templates
+from hooked_vlm import CheckpointError, HookedVLM
 from hooked_vlm.errors import HookError, ImageError, InputError, StudyError
 from hooked_vlm.experiments.head_attribution.coco import coco_items
 from hooked_vlm.experiments.ocr_heads.data.store import load_or_build
-from hooked_vlm.images import ImageProcessor, load_image
+from hooked_vlm.inputs import chat_templates
+from hooked_vlm.inputs.images import ImageProcessor, load_image
+from hooked_vlm.inputs.tiles import TileProcessor
 from hooked_vlm.interventions import AddVector, PatchActivation, ReplaceImageKV, Together, ZeroHeads
-from hooked_vlm.tiles import TileProcessor
 
 QWEN, INTERNVL = "toy-qwen2-vl", "internvl qwen2"
 

@@ -11,7 +11,7 @@ from PIL import Image
 from torch import Tensor
 
 from hooked_vlm import GeometryError, HookedVLM, InputError
-from hooked_vlm.geometry import ImageGrid, TileGrid
+from hooked_vlm.inputs.geometry import ImageGrid, TileGrid
 from hooked_vlm.metrics import logit
 from hooked_vlm.patching import Pair, Region, masked, noised, patch, swapped
 from hooked_vlm.patching.pairs import by_place

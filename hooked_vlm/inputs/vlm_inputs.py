@@ -18,11 +18,11 @@ from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
 from hooked_vlm.errors import GeometryError, InputError
-from hooked_vlm.geometry import Box, ImageGrid, Part, TileGrid
-from hooked_vlm.positions import TokenGroups, mrope_positions, prompt_groups
-from hooked_vlm.rows import join, left_pad, rows_of
-from hooked_vlm.tiles import TileProcessor
-from hooked_vlm.token_layout import Grid, InputSpec, Kind, Visual, locate_visuals, real_span
+from hooked_vlm.inputs.batching import join, left_pad, rows_of
+from hooked_vlm.inputs.geometry import Box, ImageGrid, Part, TileGrid
+from hooked_vlm.inputs.positions import TokenGroups, mrope_positions, prompt_groups
+from hooked_vlm.inputs.tiles import TileProcessor
+from hooked_vlm.inputs.token_layout import Grid, InputSpec, Kind, Visual, locate_visuals, real_span
 
 Answer = str | Sequence[str] | Int[Tensor, "..."] | Sequence[int] | Sequence[Sequence[int]] | Sequence[Tensor]
 """Text or token ids: one for all rows, or one for each."""

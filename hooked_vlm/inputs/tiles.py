@@ -1,7 +1,7 @@
 """InternVL2's image preparation: an image as square tiles and a thumbnail, with Pillow and numpy only.
 
 Equal to the published `dynamic_preprocess` with its bicubic resizing and ImageNet normalisation, tile for
-tile. What is read and how (orientation, transparency, 16-bit greyscale) is `hooked_vlm.images`' business.
+tile. What is read and how (orientation, transparency, 16-bit greyscale) is `hooked_vlm.inputs.images`' business.
 """
 
 import math
@@ -16,8 +16,8 @@ from jaxtyping import Float, Int, UInt8
 from PIL import Image
 
 from hooked_vlm.errors import ImageError
-from hooked_vlm.geometry import ImageSize, TileGrid
-from hooked_vlm.images import (
+from hooked_vlm.inputs.geometry import ImageSize, TileGrid
+from hooked_vlm.inputs.images import (
     checked_images,
     colours,
     common_settings,

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from hooked_vlm.errors import InputError
-from hooked_vlm.token_layout import InputSpec, Kind
+from hooked_vlm.inputs.token_layout import InputSpec, Kind
 
 
 @dataclass(frozen=True, eq=False)

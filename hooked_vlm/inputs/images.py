@@ -25,7 +25,7 @@ from jaxtyping import Float, Int, UInt8
 from PIL import Image, UnidentifiedImageError
 
 from hooked_vlm.errors import ImageError
-from hooked_vlm.geometry import ImageSize
+from hooked_vlm.inputs.geometry import ImageSize
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)

@@ -3,9 +3,9 @@
 import math
 
 from hooked_vlm.config import VLMConfig
-from hooked_vlm.geometry import ImageSize
-from hooked_vlm.images import ImageProcessor, smart_resize
-from hooked_vlm.tiles import TileProcessor
+from hooked_vlm.inputs.geometry import ImageSize
+from hooked_vlm.inputs.images import ImageProcessor, smart_resize
+from hooked_vlm.inputs.tiles import TileProcessor
 
 Picture = tuple[ImageSize, int]
 """The size of an image or of a video's frames, and how many temporal patches it has."""

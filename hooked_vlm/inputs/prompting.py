@@ -9,16 +9,16 @@ import torch
 from jaxtyping import Int
 from torch import Tensor, nn
 
-from hooked_vlm.chat_templates import rendered
 from hooked_vlm.config import VLMConfig
-from hooked_vlm.context_length import too_long
 from hooked_vlm.errors import InputError
-from hooked_vlm.images import ImageProcessor
-from hooked_vlm.inputs import VLMInputs
-from hooked_vlm.messages import Messages, as_images, as_videos, per_prompt, take_pictures
-from hooked_vlm.templates import IMAGE_SLOT, template_named
-from hooked_vlm.tiles import TileProcessor
-from hooked_vlm.token_layout import InputSpec, tile_grids
+from hooked_vlm.inputs.chat_templates import rendered
+from hooked_vlm.inputs.context_length import too_long
+from hooked_vlm.inputs.images import ImageProcessor
+from hooked_vlm.inputs.messages import Messages, as_images, as_videos, per_prompt, take_pictures
+from hooked_vlm.inputs.templates import IMAGE_SLOT, template_named
+from hooked_vlm.inputs.tiles import TileProcessor
+from hooked_vlm.inputs.token_layout import InputSpec, tile_grids
+from hooked_vlm.inputs.vlm_inputs import VLMInputs
 
 
 class PromptMixin(nn.Module):

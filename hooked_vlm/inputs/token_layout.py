@@ -10,8 +10,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from hooked_vlm.errors import InputError
-from hooked_vlm.images import ImageProcessor
-from hooked_vlm.tiles import TileProcessor
+from hooked_vlm.inputs.images import ImageProcessor
+from hooked_vlm.inputs.tiles import TileProcessor
 
 Grid = tuple[int, int, int]
 """Patches: of an image or video (temporal patches, rows, columns), of a tiled image (tiles, rows, columns)."""
