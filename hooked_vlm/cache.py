@@ -10,11 +10,11 @@ from torch import Tensor
 from transformer_lens import ActivationCache
 from transformer_lens.utilities import Slice, SliceInput, get_act_name
 
-from hooked_vlm.attention import attention_pattern, masked_scores
 from hooked_vlm.errors import InputError
-from hooked_vlm.hooks import canonical, is_vision, nearest_names
 from hooked_vlm.inputs.vlm_inputs import VLMInputs
-from hooked_vlm.masks import AttentionMask
+from hooked_vlm.nn.attention import attention_pattern, masked_scores
+from hooked_vlm.nn.hooks import canonical, is_vision, nearest_names
+from hooked_vlm.nn.masks import AttentionMask
 
 
 class DerivingCache(ActivationCache):

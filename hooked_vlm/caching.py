@@ -9,10 +9,10 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from transformer_lens.utilities import Slice
 
-from hooked_vlm.attention import AttentionCall, attention_pattern
 from hooked_vlm.errors import HookError
-from hooked_vlm.forward_pass import Recorder
-from hooked_vlm.hooks import QUADRATIC, HookPoint, is_hooked, is_quadratic, is_vision
+from hooked_vlm.nn.attention import AttentionCall, attention_pattern
+from hooked_vlm.nn.forward_pass import Recorder
+from hooked_vlm.nn.hooks import QUADRATIC, HookPoint, is_hooked, is_quadratic, is_vision
 
 Hooks = list[tuple[str, Callable]]
 
@@ -82,7 +82,7 @@ class Caching:
         if name in self.store and ".ln1." not in name:
             raise HookError(
                 f"{name!r} fired twice in the pass that is cached: a hook calls parts of the model. Call them under "
-                "hooked_vlm.hooks.silent_hook_points(), or leave their names out of names_filter"
+                "hooked_vlm.nn.hooks.silent_hook_points(), or leave their names out of names_filter"
             )
         self.keep(name, tensor.clone() if self.copies else tensor)
 

@@ -13,7 +13,7 @@ import torch
 
 @dataclass(frozen=True)
 class RopeScaling:
-    """How rotary frequencies change with the length of the sequence (`hooked_vlm.rotary` has the formulas)."""
+    """How rotary frequencies change with the length of the sequence (`hooked_vlm.nn.rotary` has the formulas)."""
 
     kind: Literal["linear", "dynamic", "longrope"]
     factor: float = 1.0

@@ -11,8 +11,8 @@ from tqdm.auto import trange
 
 from hooked_vlm.config import VLMConfig
 from hooked_vlm.errors import InputError
-from hooked_vlm.hooks import HookName
 from hooked_vlm.inputs.vlm_inputs import VLMInputs
+from hooked_vlm.nn.hooks import HookName
 
 
 class GenerationMixin(nn.Module):

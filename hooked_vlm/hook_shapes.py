@@ -5,8 +5,8 @@ from typing import TYPE_CHECKING
 
 from hooked_vlm.config import VLMConfig
 from hooked_vlm.hook_table import HookRow
-from hooked_vlm.hooks import is_vision
 from hooked_vlm.inputs.tiles import TileProcessor
+from hooked_vlm.nn.hooks import is_vision
 
 if TYPE_CHECKING:
     from hooked_vlm.model import HookedVLM

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hooked_vlm.config import VisionConfig, VLMConfig
-from hooked_vlm.hooks import is_vision
+from hooked_vlm.nn.hooks import is_vision
 
 if TYPE_CHECKING:
     from hooked_vlm.model import HookedVLM

@@ -15,7 +15,6 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from hooked_vlm.components import Embed, Unembed
 from hooked_vlm.config import RopeScaling, VisionConfig, VLMConfig
 from hooked_vlm.converters import DTYPES, KNOWN_MODELS, converter_for, open_tensors, read_config, read_json
 from hooked_vlm.converters.fields import Fields
@@ -24,10 +23,11 @@ from hooked_vlm.inputs.images import ImageProcessor
 from hooked_vlm.inputs.templates import template_named
 from hooked_vlm.inputs.tiles import TileProcessor
 from hooked_vlm.inputs.tokenization import load_tokenizer
+from hooked_vlm.nn.components import Embed, Unembed
+from hooked_vlm.nn.weight_access import why_closed
 from hooked_vlm.placement import DeviceMap, Spread, attach, offloaded_weights, planned
 from hooked_vlm.quantisation import Bits, quantize_weights
 from hooked_vlm.runtime.files import why
-from hooked_vlm.weight_access import why_closed
 
 TOY_MODELS = Path(__file__).parent / "toy_models"
 _FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]

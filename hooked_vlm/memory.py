@@ -25,7 +25,7 @@ import torch
 
 from hooked_vlm.hook_shapes import PromptSize, filled, layers_of
 from hooked_vlm.hook_table import HookRow, hook_table
-from hooked_vlm.hooks import is_quadratic
+from hooked_vlm.nn.hooks import is_quadratic
 
 if TYPE_CHECKING:
     from hooked_vlm.model import HookedVLM

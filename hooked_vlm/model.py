@@ -16,13 +16,16 @@ from transformer_lens.utilities import Slice, SliceInput
 
 from hooked_vlm.cache import VLMCache
 from hooked_vlm.caching import Caching, default_filter, exchanged_patterns, runs_explicitly
-from hooked_vlm.components import Embed, Norm, Unembed
 from hooked_vlm.config import VLMConfig
-from hooked_vlm.decoder import run_blocks, text_blocks
 from hooked_vlm.errors import InputError
-from hooked_vlm.forward_pass import ForwardPass, Recorder, inputs_mask, last_of_rows, step_pass, text_pass
 from hooked_vlm.generation import GenerationMixin
-from hooked_vlm.hooks import (
+from hooked_vlm.inputs.prompting import PromptMixin
+from hooked_vlm.inputs.vlm_inputs import Answer, VLMInputs
+from hooked_vlm.loading import LoadingMixin
+from hooked_vlm.nn.block import run_blocks, text_blocks
+from hooked_vlm.nn.components import Embed, Norm, Unembed
+from hooked_vlm.nn.forward_pass import ForwardPass, Recorder, inputs_mask, last_of_rows, step_pass, text_pass
+from hooked_vlm.nn.hooks import (
     HookChecksMixin,
     HookName,
     HookPoint,
@@ -35,12 +38,9 @@ from hooked_vlm.hooks import (
     running,
     shows_modules,
 )
-from hooked_vlm.inputs.prompting import PromptMixin
-from hooked_vlm.inputs.vlm_inputs import Answer, VLMInputs
-from hooked_vlm.kv_cache import KVCache
-from hooked_vlm.loading import LoadingMixin
-from hooked_vlm.vision import Projector, VisionTower, image_pass
-from hooked_vlm.weight_access import device_of
+from hooked_vlm.nn.kv_cache import KVCache
+from hooked_vlm.nn.vision import Projector, VisionTower, image_pass
+from hooked_vlm.nn.weight_access import device_of
 from hooked_vlm.weights import WeightsMixin
 
 ReturnType = Literal["logits", "loss", "both"] | None
@@ -162,7 +162,7 @@ class HookedVLM(LoadingMixin, PromptMixin, GenerationMixin, WeightsMixin, HookCh
         stop: int,
         n_out: int | None = None,
     ) -> Float[Tensor, "*out d_model"]:
-        """The stream through the decoder's blocks `first` to `stop` - 1 in a pass (`hooked_vlm.forward_pass`).
+        """The stream through the decoder's blocks `first` to `stop` - 1 in a pass (`hooked_vlm.nn.forward_pass`).
 
         `n_out`: of the model's last block only so many positions at the end are wanted, so that queries and all that
         follows them are made for these alone.

@@ -18,7 +18,7 @@ from accelerate.utils.offload import save_offload_index
 from torch import Tensor, nn
 
 from hooked_vlm.errors import CheckpointError
-from hooked_vlm.weight_access import check_unedited
+from hooked_vlm.nn.weight_access import check_unedited
 
 ENDS = ("embed", "ln_final", "unembed")
 _WHOLE = ["Block", "PatchEmbed", "TileEmbed", "Projector"]

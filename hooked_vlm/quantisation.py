@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from hooked_vlm.errors import CheckpointError
-from hooked_vlm.weight_access import is_quantised
+from hooked_vlm.nn.weight_access import is_quantised
 
 QUANTISED = ("blocks.", "vision.blocks.", "projector.")
 

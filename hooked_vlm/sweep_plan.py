@@ -8,9 +8,9 @@ import psutil
 import torch
 
 from hooked_vlm.errors import InputError
-from hooked_vlm.hooks import foreign_module, is_vision
 from hooked_vlm.inputs.vlm_inputs import VLMInputs
 from hooked_vlm.interventions.base import EMBEDDING, ENCODER, Intervention
+from hooked_vlm.nn.hooks import foreign_module, is_vision
 
 SLACK = 1.1
 """Runs share a batch if it makes none of them compute more than this many times its own positions."""

@@ -10,14 +10,14 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from hooked_vlm.forward_pass import ForwardPass, inputs_mask, inputs_rotation, last_of_rows
-from hooked_vlm.hooks import checked, running
 from hooked_vlm.inputs.vlm_inputs import VLMInputs
 from hooked_vlm.interventions.base import EMBEDDING, Hooks, Intervention
 from hooked_vlm.interventions.heads import HeadIntervention, layer_hooks
-from hooked_vlm.kv_cache import KVCache, SharedPrefix
-from hooked_vlm.masks import AttentionMask
-from hooked_vlm.rotary import Rotation
+from hooked_vlm.nn.forward_pass import ForwardPass, inputs_mask, inputs_rotation, last_of_rows
+from hooked_vlm.nn.hooks import checked, running
+from hooked_vlm.nn.kv_cache import KVCache, SharedPrefix
+from hooked_vlm.nn.masks import AttentionMask
+from hooked_vlm.nn.rotary import Rotation
 from hooked_vlm.sweep_plan import Batch, SweepPlan
 
 

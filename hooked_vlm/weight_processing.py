@@ -18,7 +18,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from hooked_vlm.errors import InputError
-from hooked_vlm.weight_access import why_closed
+from hooked_vlm.nn.weight_access import why_closed
 
 
 def fold_ln(model: Any) -> None:

@@ -8,10 +8,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from hooked_vlm.components import Embed, Norm, Unembed, WithViews, weight_view
 from hooked_vlm.config import VLMConfig
 from hooked_vlm.errors import InputError
-from hooked_vlm.weight_access import AbsentBias, values_of
+from hooked_vlm.nn.components import Embed, Norm, Unembed, WithViews, weight_view
+from hooked_vlm.nn.weight_access import AbsentBias, values_of
 
 _ATTENTION = ("W_Q", "W_K", "W_V", "W_O", "b_Q", "b_K", "b_V", "b_O")
 _KEY_VALUE = re.compile(r"\.attn\.([Wb]_[KV])$")

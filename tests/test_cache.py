@@ -7,9 +7,10 @@ import torch
 from transformer_lens import ActivationCache
 from transformer_lens.utilities import Slice
 
-from hooked_vlm import HookError, InputError, VLMCache, attention
+from hooked_vlm import HookError, InputError, VLMCache
 from hooked_vlm.hook_table import hook_table
-from hooked_vlm.hooks import is_quadratic, is_vision
+from hooked_vlm.nn import attention
+from hooked_vlm.nn.hooks import is_quadratic, is_vision
 
 N_LAYERS = 3
 

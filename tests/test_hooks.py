@@ -10,10 +10,10 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from hooked_vlm import HookedVLM, HookError, VLMInputs
-from hooked_vlm.attention import attend
 from hooked_vlm.hook_table import HookRow, hook_table, page
-from hooked_vlm.hooks import HookPoint, is_encoder, is_quadratic, is_vision
-from hooked_vlm.masks import AttentionMask
+from hooked_vlm.nn.attention import attend
+from hooked_vlm.nn.hooks import HookPoint, is_encoder, is_quadratic, is_vision
+from hooked_vlm.nn.masks import AttentionMask
 
 MIXED = [
     [5, 6, ("image", (1, 4, 6)), 7, 8],

@@ -9,8 +9,6 @@ from tiny import PADDED, inputs, tiny_model
 from torch import Tensor
 
 from hooked_vlm import InputError
-from hooked_vlm.attention import attention_scores
-from hooked_vlm.forward_pass import inputs_rotation
 from hooked_vlm.interventions import (
     AddVector,
     BlockAttention,
@@ -31,6 +29,8 @@ from hooked_vlm.interventions import (
 )
 from hooked_vlm.interventions.attention import all_heads
 from hooked_vlm.interventions.base import position_table
+from hooked_vlm.nn.attention import attention_scores
+from hooked_vlm.nn.forward_pass import inputs_rotation
 
 HEADS = ((0, 1), (1, 0), (1, 3), (2, 2))
 

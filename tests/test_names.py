@@ -11,9 +11,9 @@ from torch import Tensor
 from transformer_lens.utilities import get_act_name
 
 from hooked_vlm import HookError, InputError, VLMInputs
-from hooked_vlm.components import Norm
-from hooked_vlm.hooks import is_quadratic
 from hooked_vlm.interventions import mean_image_kv
+from hooked_vlm.nn.components import Norm
+from hooked_vlm.nn.hooks import is_quadratic
 
 FAMILIES = ["qwen2-vl", "internvl2"]
 

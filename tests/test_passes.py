@@ -9,8 +9,8 @@ from families import ROWS, model_and_inputs
 from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 
-from hooked_vlm.decoder import Block
-from hooked_vlm.hooks import HookPoint, bound_to_pass
+from hooked_vlm.nn.block import Block
+from hooked_vlm.nn.hooks import HookPoint, bound_to_pass
 
 
 @pytest.fixture(params=["qwen2-vl", "internvl2"])

@@ -14,7 +14,6 @@ from torch import Tensor
 
 from hooked_vlm import HookError, InputError, sweep
 from hooked_vlm import sweep_run as sweep_run_module
-from hooked_vlm.decoder import Block
 from hooked_vlm.interventions import (
     AddVector,
     BlockAttention,
@@ -30,6 +29,7 @@ from hooked_vlm.interventions import (
     ZeroHeads,
 )
 from hooked_vlm.metrics import kl_divergence, log_prob, logit, logit_difference, margin
+from hooked_vlm.nn.block import Block
 from hooked_vlm.sweep_plan import make_plan
 
 FAMILIES = ("qwen2-vl", "internvl2")

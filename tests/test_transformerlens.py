@@ -34,7 +34,7 @@ from transformer_lens.tools.analysis.projection_kernel import attention_head_sub
 from transformer_lens.weight_processing import ProcessWeights
 
 from hooked_vlm import HookedVLM, VLMCache, VLMInputs
-from hooked_vlm.weight_access import AbsentBias
+from hooked_vlm.nn.weight_access import AbsentBias
 
 N_POS, ANSWER, OTHER = 8, 17, 42
 

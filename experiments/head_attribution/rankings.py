@@ -8,8 +8,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from hooked_vlm.attention import attention_pattern
 from hooked_vlm.experiments.head_attribution.ablation import Probe
+from hooked_vlm.nn.attention import attention_pattern
 
 RANKINGS = {
     "attribution": "head attribution",

@@ -14,11 +14,11 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from hooked_vlm.attention import Attention
 from hooked_vlm.attention_rows import attention_rows
 from hooked_vlm.experiments.ocr_heads.examples import Example, to_inputs
 from hooked_vlm.inputs.vlm_inputs import VLMInputs
-from hooked_vlm.weight_access import is_plain
+from hooked_vlm.nn.attention import Attention
+from hooked_vlm.nn.weight_access import is_plain
 
 
 @dataclass(frozen=True, eq=False)

@@ -24,7 +24,7 @@ from hooked_vlm.activations.index import COLUMNS
 from hooked_vlm.activations.names import Kind
 from hooked_vlm.activations.shards import Shard, damaged, open_data, read_manifest, read_shard
 from hooked_vlm.errors import ActivationsError, InputError
-from hooked_vlm.hooks import nearest_names
+from hooked_vlm.nn.hooks import nearest_names
 
 _NULLABLE = {pa.int32(): pd.Int32Dtype(), pa.bool_(): pd.BooleanDtype()}
 _DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}

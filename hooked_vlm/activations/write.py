@@ -35,9 +35,9 @@ from hooked_vlm.activations.shards import (
     write_shard,
 )
 from hooked_vlm.errors import ActivationsError, InputError
-from hooked_vlm.hooks import HookPoint, hooked_module
 from hooked_vlm.inputs.vlm_inputs import VLMInputs
 from hooked_vlm.interventions.base import layer_of
+from hooked_vlm.nn.hooks import HookPoint, hooked_module
 from hooked_vlm.runtime.files import writable_folder
 from hooked_vlm.runtime.provenance import provenance
 

@@ -11,8 +11,8 @@ from hooked_vlm.config import VLMConfig
 from hooked_vlm.errors import InputError
 from hooked_vlm.hook_shapes import filled
 from hooked_vlm.hook_table import HookRow, hook_table
-from hooked_vlm.hooks import is_vision
 from hooked_vlm.model import HookedVLM
+from hooked_vlm.nn.hooks import is_vision
 
 Tower = Literal["text", "vision", "projector"]
 

@@ -9,7 +9,6 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from hooked_vlm.errors import InputError
-from hooked_vlm.hooks import is_quadratic, is_vision
 from hooked_vlm.inputs.vlm_inputs import VLMInputs
 from hooked_vlm.interventions.base import (
     Hooks,
@@ -21,6 +20,7 @@ from hooked_vlm.interventions.base import (
     position_table,
     whole_numbers,
 )
+from hooked_vlm.nn.hooks import is_quadratic, is_vision
 
 
 @dataclass(frozen=True, eq=False)

@@ -12,8 +12,8 @@ from jaxtyping import Bool
 from torch import Tensor
 
 from hooked_vlm.errors import InputError
-from hooked_vlm.hooks import HookName, is_encoder, is_vision
 from hooked_vlm.inputs.vlm_inputs import VLMInputs
+from hooked_vlm.nn.hooks import HookName, is_encoder, is_vision
 
 Hooks = list[tuple[str, Callable]]
 

@@ -8,13 +8,13 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from hooked_vlm.attention import AttentionCall
 from hooked_vlm.errors import InputError
-from hooked_vlm.forward_pass import inputs_rotation
 from hooked_vlm.inputs.vlm_inputs import VLMInputs
 from hooked_vlm.interventions.base import Positions, first_meant, meant, position_table
 from hooked_vlm.interventions.heads import Chosen, Edit, HeadIntervention
-from hooked_vlm.rotary import Rotation
+from hooked_vlm.nn.attention import AttentionCall
+from hooked_vlm.nn.forward_pass import inputs_rotation
+from hooked_vlm.nn.rotary import Rotation
 
 
 @dataclass(frozen=True, eq=False)

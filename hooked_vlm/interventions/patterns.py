@@ -8,11 +8,11 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from hooked_vlm.attention import AttentionCall
 from hooked_vlm.errors import InputError
 from hooked_vlm.inputs.vlm_inputs import VLMInputs
 from hooked_vlm.interventions.base import Positions, first_meant, meant, position_table
 from hooked_vlm.interventions.heads import Chosen, Edit, HeadIntervention
+from hooked_vlm.nn.attention import AttentionCall
 
 QUERIES_AT_ONCE = 256
 """The pattern exists for so many queries of the chosen heads at a time."""

@@ -10,13 +10,13 @@ from jaxtyping import Float
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from hooked_vlm.attention import project_head
 from hooked_vlm.errors import InputError
-from hooked_vlm.hooks import silent_hook_points
 from hooked_vlm.inputs.vlm_inputs import VLMInputs
 from hooked_vlm.interventions import Head, Intervention
 from hooked_vlm.interventions.base import Hooks, first_meant, meant, position_table
 from hooked_vlm.interventions.heads import check_heads
+from hooked_vlm.nn.attention import project_head
+from hooked_vlm.nn.hooks import silent_hook_points
 from hooked_vlm.patching.cells import in_range
 from hooked_vlm.patching.exact import Metrics, checked, encoded_sides, swept, warn_of_bad_numbers
 from hooked_vlm.patching.pairs import Direction, Pair, aligned

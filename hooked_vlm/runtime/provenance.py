@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from hooked_vlm.weight_access import sorted_values
+from hooked_vlm.nn.weight_access import sorted_values
 
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 OWN = ("hooked_vlm", "hooked_vlm.converters", "hooked_vlm.experiments")

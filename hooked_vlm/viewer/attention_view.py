@@ -9,8 +9,8 @@ from torch import Tensor
 
 from hooked_vlm.attention_rows import attention_rows
 from hooked_vlm.errors import InputError
-from hooked_vlm.hooks import HookName
 from hooked_vlm.inputs.vlm_inputs import Answer, VLMInputs
+from hooked_vlm.nn.hooks import HookName
 from hooked_vlm.viewer.scene import Boxes, image_columns, one_row, scene_of
 from hooked_vlm.viewer.view import Chip, Head, View, view_of
 

@@ -15,9 +15,9 @@ from torch import Tensor
 
 from hooked_vlm import GeometryError, HookedVLM, HookError, InputError
 from hooked_vlm.activations import Activations, NamedBox, Sample, stream_activations
-from hooked_vlm.decoder import Block
 from hooked_vlm.inputs.geometry import TileGrid
 from hooked_vlm.inputs.vlm_inputs import VLMInputs
+from hooked_vlm.nn.block import Block
 
 N = 4
 SQUARE = np.zeros((64, 64, 3), np.uint8)

@@ -1,7 +1,7 @@
 """The vision tower and the projector.
 
 A video counts as one image for each of its temporal patches (two frames), and a tiled image as one for each of its
-tiles, because attention never crosses them. Images of different sizes are packed (`hooked_vlm.packing`).
+tiles, because attention never crosses them. Images of different sizes are packed (`hooked_vlm.nn.packing`).
 
 Two kinds of tower differ in what goes into the first block: Qwen2-VL's sees whole images, patches merge block
 by merge block, with rotary positions; InternViT sees square tiles, patches in raster order behind a class
@@ -19,15 +19,15 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from hooked_vlm.components import ACTIVATIONS, Norm
 from hooked_vlm.config import VisionConfig
-from hooked_vlm.decoder import run_blocks, vision_blocks
-from hooked_vlm.forward_pass import ForwardPass, Recorder
-from hooked_vlm.hooks import HookPoint, running, shows_modules
 from hooked_vlm.inputs.token_layout import Grid
-from hooked_vlm.masks import AttentionMask
-from hooked_vlm.packing import Packing
-from hooked_vlm.rotary import Rotation, patch_rotation
+from hooked_vlm.nn.block import run_blocks, vision_blocks
+from hooked_vlm.nn.components import ACTIVATIONS, Norm
+from hooked_vlm.nn.forward_pass import ForwardPass, Recorder
+from hooked_vlm.nn.hooks import HookPoint, running, shows_modules
+from hooked_vlm.nn.masks import AttentionMask
+from hooked_vlm.nn.packing import Packing
+from hooked_vlm.nn.rotary import Rotation, patch_rotation
 
 if TYPE_CHECKING:
     from hooked_vlm.model import HookedVLM

@@ -13,13 +13,13 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from hooked_vlm.components import AllHeadsNorm, Linear, WithViews, weight_view
 from hooked_vlm.errors import HookError
-from hooked_vlm.forward_pass import ForwardPass
-from hooked_vlm.hooks import HookPoint, current_pass, has_context, listens
-from hooked_vlm.masks import AttentionMask
-from hooked_vlm.packing import Packing
-from hooked_vlm.weight_access import absent_bias, bias_of, is_plain, values_of
+from hooked_vlm.nn.components import AllHeadsNorm, Linear, WithViews, weight_view
+from hooked_vlm.nn.forward_pass import ForwardPass
+from hooked_vlm.nn.hooks import HookPoint, current_pass, has_context, listens
+from hooked_vlm.nn.masks import AttentionMask
+from hooked_vlm.nn.packing import Packing
+from hooked_vlm.nn.weight_access import absent_bias, bias_of, is_plain, values_of
 
 
 class Attention(WithViews):

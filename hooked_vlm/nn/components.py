@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from hooked_vlm.hooks import HookPoint
-from hooked_vlm.weight_access import absent_bias, bias_of, values_of
+from hooked_vlm.nn.hooks import HookPoint
+from hooked_vlm.nn.weight_access import absent_bias, bias_of, values_of
 
 
 def quick_gelu(x: Tensor) -> Tensor:

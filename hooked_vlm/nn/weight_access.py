@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
 from hooked_vlm.errors import InputError
-from hooked_vlm.hooks import foreign_module, is_own, is_touched, own_hook
+from hooked_vlm.nn.hooks import foreign_module, is_own, is_touched, own_hook
 
 
 class ClosedTensor(Tensor):

@@ -1,6 +1,6 @@
 """Hook points, the pass they belong to, and the names they go by.
 
-A hook point stands at its tensor: `q = self.hook_q(...)`. The current `ForwardPass` (`hooked_vlm.forward_pass`) decides
+A hook point stands at its tensor: `q = self.hook_q(...)`. The current `ForwardPass` (`hooked_vlm.nn.forward_pass`) decides
 how a hook sees that tensor, rows with their padding, and holds the context that the hook finds in `hook.ctx`.
 """
 
@@ -20,8 +20,8 @@ from hooked_vlm.config import VLMConfig
 from hooked_vlm.errors import HookError
 
 if TYPE_CHECKING:
-    from hooked_vlm.forward_pass import ForwardPass
     from hooked_vlm.inputs.vlm_inputs import VLMInputs
+    from hooked_vlm.nn.forward_pass import ForwardPass
 
 QUADRATIC = ("hook_attn_scores", "hook_pattern")
 """Suffixes of the hook points whose tensor has a [pos, pos] plane, and whose presence picks the kernel."""
@@ -48,7 +48,7 @@ def current_pass() -> "ForwardPass":
     if here is None:
         raise RuntimeError(
             "attention runs within a forward pass, which says who sees whom: call the model (start_at_layer=, resid= "
-            "and stop_at_layer= choose its layers; for gradient checkpointing see hooked_vlm.hooks.bound_to_pass)"
+            "and stop_at_layer= choose its layers; for gradient checkpointing see hooked_vlm.nn.hooks.bound_to_pass)"
         )
     return here
 

@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from hooked_vlm.masks import AttentionMask
+from hooked_vlm.nn.masks import AttentionMask
 
 SIMILAR = 0.8
 """Rows attend together if each has at least this share of the longest one's positions."""

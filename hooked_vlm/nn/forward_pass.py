@@ -13,12 +13,12 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from hooked_vlm.config import VLMConfig
-from hooked_vlm.hooks import shows_modules
 from hooked_vlm.inputs.vlm_inputs import VLMInputs
-from hooked_vlm.kv_cache import EarlierKeys, KVCache
-from hooked_vlm.masks import AttentionMask
-from hooked_vlm.packing import Packing
-from hooked_vlm.rotary import Rotation, text_rotation
+from hooked_vlm.nn.hooks import shows_modules
+from hooked_vlm.nn.kv_cache import EarlierKeys, KVCache
+from hooked_vlm.nn.masks import AttentionMask
+from hooked_vlm.nn.packing import Packing
+from hooked_vlm.nn.rotary import Rotation, text_rotation
 
 if TYPE_CHECKING:
     from hooked_vlm.model import HookedVLM
