@@ -146,7 +146,7 @@ class VLMConfig:
     processed: tuple[str, ...] = ()
     """What `hooked_vlm.weight_processing` did to the weights, in order; nothing is done on loading."""
     quantize: str | None = None
-    """How the matrices are kept in fewer bits (`hooked_vlm.quantisation`), if they are."""
+    """How the matrices are kept in fewer bits (`hooked_vlm.loading.quantisation`), if they are."""
     use_attn_result: bool = False
     use_split_qkv_input: bool = False
     use_hook_mlp_in: bool = False

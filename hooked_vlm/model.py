@@ -21,7 +21,7 @@ from hooked_vlm.errors import InputError
 from hooked_vlm.generation import GenerationMixin
 from hooked_vlm.inputs.prompting import PromptMixin
 from hooked_vlm.inputs.vlm_inputs import Answer, VLMInputs
-from hooked_vlm.loading import LoadingMixin
+from hooked_vlm.loading.checkpoints import LoadingMixin
 from hooked_vlm.nn.block import run_blocks, text_blocks
 from hooked_vlm.nn.components import Embed, Norm, Unembed
 from hooked_vlm.nn.forward_pass import ForwardPass, Recorder, inputs_mask, last_of_rows, step_pass, text_pass
@@ -67,7 +67,7 @@ class HookedVLM(LoadingMixin, PromptMixin, GenerationMixin, WeightsMixin, HookCh
         self.hf_config: dict[str, Any] = {}
         """The checkpoint's own config.json."""
         self.device_map: dict[str, str] = {}
-        """Where each part is, if they are spread (`hooked_vlm.placement`)."""
+        """Where each part is, if they are spread (`hooked_vlm.loading.placement`)."""
         self._hooked_at: defaultdict[int, set[Any]] = defaultdict(set)
         """Hook points by the depth of the `hooks` block that set hooks there."""
         self.embed = Embed(cfg.d_vocab, cfg.d_model)

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from hooked_vlm import HookedVLM
 from hooked_vlm.errors import CheckpointError, InputError
+from hooked_vlm.loading.quantisation import QUANTISED
 from hooked_vlm.nn.weight_access import is_quantised, values_of
-from hooked_vlm.quantisation import QUANTISED
 from hooked_vlm.runtime.provenance import weights_hash
 from hooked_vlm.weight_processing import center_unembed, fold_ln, fold_value_biases
 

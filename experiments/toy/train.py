@@ -36,7 +36,7 @@ from hooked_vlm.experiments.toy.specialise import (
     random_gates,
     top_heads,
 )
-from hooked_vlm.loading import TOY_MODELS
+from hooked_vlm.loading.checkpoints import TOY_MODELS
 from hooked_vlm.runtime.files import place, writable_folder
 
 TASKS = ("page", "text", "transcription", "naming", "continuation")

@@ -231,7 +231,7 @@ def is_own(module: nn.Module) -> bool:
 
 
 def is_touched(module: nn.Module) -> bool:
-    """Whether a module has hooks, or a `forward` put in its own's place, other than `hooked_vlm.placement`'s."""
+    """Whether a module has hooks, or a `forward` put in its own's place, other than `hooked_vlm.loading.placement`'s."""
     if any(fn not in _OWN_HOOKS for fn in module._forward_pre_hooks.values()):
         return True
     if module._forward_hooks or module._backward_hooks or module._backward_pre_hooks:

@@ -133,7 +133,7 @@ def sorted_values(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 def is_quantised(weight: Tensor) -> bool:
-    """Whether a weight is stored in fewer bits than it is used with (`hooked_vlm.quantisation`)."""
+    """Whether a weight is stored in fewer bits than it is used with (`hooked_vlm.loading.quantisation`)."""
     return type(weight).__module__.startswith("torchao.")
 
 

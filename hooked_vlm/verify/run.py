@@ -11,7 +11,7 @@ import torch
 from hooked_vlm.commands.models import size
 from hooked_vlm.errors import InputError
 from hooked_vlm.hook_shapes import prompt_with_picture
-from hooked_vlm.loading import find_checkpoint
+from hooked_vlm.loading.checkpoints import find_checkpoint
 from hooked_vlm.memory import memory_plan
 from hooked_vlm.model import HookedVLM
 from hooked_vlm.runtime.files import place, writable_folder

@@ -10,7 +10,7 @@ from hooked_vlm import cli
 from hooked_vlm.commands.checkpoint_page import page
 from hooked_vlm.commands.models import GPU_SIZES, ModelsConfig, answer, model_row
 from hooked_vlm.converters import KNOWN_MODELS
-from hooked_vlm.loading import TOY_MODELS
+from hooked_vlm.loading.checkpoints import TOY_MODELS
 
 PAGE = Path(__file__).resolve().parent.parent.parent / "docs" / "checkpoints.md"
 QWEN = "Qwen/Qwen2-VL-2B-Instruct"

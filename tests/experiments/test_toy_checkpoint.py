@@ -19,7 +19,7 @@ from hooked_vlm.experiments.toy.evaluate import exact_match, held_out, report
 from hooked_vlm.experiments.toy.families import FAMILIES, family_in
 from hooked_vlm.experiments.toy.family import ToyFamily
 from hooked_vlm.experiments.toy.heads import ocr_scores
-from hooked_vlm.loading import TOY_MODELS
+from hooked_vlm.loading.checkpoints import TOY_MODELS
 
 
 @pytest.fixture(scope="module", params=FAMILIES)

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from hooked_vlm import HookedVLM, InputError, cli
-from hooked_vlm.loading import TOY_MODELS
+from hooked_vlm.loading.checkpoints import TOY_MODELS
 from hooked_vlm.runtime.provenance import weights_hash
 from hooked_vlm.verify import run
 from hooked_vlm.verify.command import VerifyConfig

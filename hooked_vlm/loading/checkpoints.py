@@ -23,10 +23,10 @@ from hooked_vlm.inputs.images import ImageProcessor
 from hooked_vlm.inputs.templates import template_named
 from hooked_vlm.inputs.tiles import TileProcessor
 from hooked_vlm.inputs.tokenization import load_tokenizer
+from hooked_vlm.loading.placement import DeviceMap, Spread, attach, offloaded_weights, planned
+from hooked_vlm.loading.quantisation import Bits, quantize_weights
 from hooked_vlm.nn.components import Embed, Unembed
 from hooked_vlm.nn.weight_access import why_closed
-from hooked_vlm.placement import DeviceMap, Spread, attach, offloaded_weights, planned
-from hooked_vlm.quantisation import Bits, quantize_weights
 from hooked_vlm.runtime.files import why
 
 TOY_MODELS = Path(__file__).parent / "toy_models"
@@ -75,7 +75,7 @@ class LoadingMixin(nn.Module):
             max_memory: how much each device may take, {0: "20GiB", "cpu": "60GiB"}; what is free by default.
             offload_folder: an empty folder for the parts on disk, which otherwise stay in the checkpoint's files.
             quantize: keep the matrices of both towers' blocks and of the projector in 8 or 4 bits
-                (`hooked_vlm.quantisation`).
+                (`hooked_vlm.loading.quantisation`).
             revision: as in `huggingface_hub.snapshot_download`.
             cache_dir: likewise.
             local_files_only: likewise.
