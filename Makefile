@@ -59,7 +59,7 @@ docs: $(VENV)/.installed-dev
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet --strict
 
 docs-hooks: $(VENV)/.installed-dev
-	$(BIN)/python -m hooked_vlm.hook_table
+	$(BIN)/python -m hooked_vlm.model.hook_table
 	$(BIN)/python -m hooked_vlm.tool_table
 	$(BIN)/python -m hooked_vlm.commands.checkpoint_page
 

@@ -144,7 +144,7 @@ class VLMConfig:
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     dtype: torch.dtype = torch.float32
     processed: tuple[str, ...] = ()
-    """What `hooked_vlm.weight_processing` did to the weights, in order; nothing is done on loading."""
+    """What `hooked_vlm.model.weight_processing` did to the weights, in order; nothing is done on loading."""
     quantize: str | None = None
     """How the matrices are kept in fewer bits (`hooked_vlm.loading.quantisation`), if they are."""
     use_attn_result: bool = False

@@ -28,7 +28,7 @@ from transformer_lens.weight_processing import ProcessWeights
 
 from hooked_vlm.config import VisionConfig, VLMConfig
 from hooked_vlm.inputs.vlm_inputs import VLMInputs
-from hooked_vlm.model import HookedVLM
+from hooked_vlm.model.vlm import HookedVLM
 
 HOOK = "blocks.0.hook_resid_post"
 
@@ -365,7 +365,7 @@ values (InternVL2-4B). That the numbers are right is tested against patches by h
 - Norms are not folded in these models. `VLMCache` applies their weights, so `apply_ln`, `logit_attrs` and
   `direct_logit_attribution` rebuild the true logits; with an `ActivationCache` of your own making they would not.
 - `random_init_bridge` and `JacobianLens.from_pretrained` take the name of a repository, not a model.
-- `ProcessWeights` works on copies under TransformerLens' keys; `hooked_vlm.weight_processing` folds the model itself.
+- `ProcessWeights` works on copies under TransformerLens' keys; `hooked_vlm.model.weight_processing` folds the model itself.
 
 """
 

@@ -19,9 +19,9 @@ from hooked_vlm.activations import stream_activations
 from hooked_vlm.interventions import CustomHooks, ZeroHeads
 from hooked_vlm.lens import head_lens, logit_attribution, logit_lens
 from hooked_vlm.metrics import logit
+from hooked_vlm.model.weight_processing import fold_ln
 from hooked_vlm.nn.hooks import is_quadratic, is_vision, shows_modules, silent_hook_points
 from hooked_vlm.patching import Pair, patch_paths
-from hooked_vlm.weight_processing import fold_ln
 
 FAMILIES = ["qwen2-vl", "internvl2"]
 ROWS = ["one image", "two images", "padded"]

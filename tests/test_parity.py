@@ -25,7 +25,7 @@ from tiny import (
 from torch import Tensor
 
 from hooked_vlm import VLMInputs
-from hooked_vlm.cache import VLMCache
+from hooked_vlm.model.cache import VLMCache
 
 LAYERS, VISION_LAYERS, HEADS, D_HEAD = 3, 2, 4, 16
 IDS_NOT_PREDICTED = (100, 101)

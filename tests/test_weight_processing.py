@@ -12,7 +12,7 @@ from torch import Tensor
 from transformer_lens.weight_processing import ProcessWeights
 
 from hooked_vlm import CheckpointError, HookedVLM, InputError
-from hooked_vlm.weight_processing import center_unembed, fold_ln, fold_value_biases, untie
+from hooked_vlm.model.weight_processing import center_unembed, fold_ln, fold_value_biases, untie
 
 FUNCTIONS: dict[str, Callable[[Any], None]] = {
     "fold_ln": fold_ln,

@@ -16,7 +16,7 @@ from hooked_vlm.experiments.head_attribution.show_attribution import attribution
 from hooked_vlm.experiments.head_attribution.show_curves import curves
 from hooked_vlm.experiments.head_attribution.show_tokens import tokens
 from hooked_vlm.experiments.head_attribution.show_where import where
-from hooked_vlm.model import HookedVLM
+from hooked_vlm.model.vlm import HookedVLM
 from hooked_vlm.runtime.files import writable_folder
 from hooked_vlm.runtime.provenance import provenance
 

@@ -24,7 +24,7 @@ from hooked_vlm.experiments.ocr_heads.scoring import Scores, gather, score_batch
 from hooked_vlm.experiments.ocr_heads.selection import ranked, select
 from hooked_vlm.interventions import Head
 from hooked_vlm.loading.checkpoints import TOY_MODELS
-from hooked_vlm.model import HookedVLM
+from hooked_vlm.model.vlm import HookedVLM
 from hooked_vlm.runtime.provenance import weights_hash
 from hooked_vlm.runtime.store import Parts
 from hooked_vlm.runtime.tasks import Common, Unit, Workers

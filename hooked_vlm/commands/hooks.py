@@ -9,9 +9,9 @@ import tyro
 from hooked_vlm.commands.text_table import text_table
 from hooked_vlm.config import VLMConfig
 from hooked_vlm.errors import InputError
-from hooked_vlm.hook_shapes import filled
-from hooked_vlm.hook_table import HookRow, hook_table
-from hooked_vlm.model import HookedVLM
+from hooked_vlm.model.hook_shapes import filled
+from hooked_vlm.model.hook_table import HookRow, hook_table
+from hooked_vlm.model.vlm import HookedVLM
 from hooked_vlm.nn.hooks import is_vision
 
 Tower = Literal["text", "vision", "projector"]

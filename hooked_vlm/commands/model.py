@@ -1,6 +1,6 @@
 """The model that a command asks."""
 
-from hooked_vlm.model import HookedVLM
+from hooked_vlm.model.vlm import HookedVLM
 
 
 def load(name: str, device: str | None, dtype: str) -> HookedVLM:

@@ -9,10 +9,10 @@ import tyro
 from hooked_vlm.commands.text_table import text_table
 from hooked_vlm.converters import KNOWN_MODELS
 from hooked_vlm.errors import InputError
-from hooked_vlm.hook_shapes import TYPICAL_PICTURE, prompt_with_picture
 from hooked_vlm.loading.checkpoints import bundled_models
-from hooked_vlm.memory import MemoryPlan, memory_plan, n_gpus
-from hooked_vlm.model import HookedVLM
+from hooked_vlm.model.hook_shapes import TYPICAL_PICTURE, prompt_with_picture
+from hooked_vlm.model.memory import MemoryPlan, memory_plan, n_gpus
+from hooked_vlm.model.vlm import HookedVLM
 
 GPU_SIZES = (24, 40, 80, 141)
 """Gigabytes, 1e9 bytes each."""

@@ -30,7 +30,7 @@ from hooked_vlm.nn.packing import Packing
 from hooked_vlm.nn.rotary import Rotation, patch_rotation
 
 if TYPE_CHECKING:
-    from hooked_vlm.model import HookedVLM
+    from hooked_vlm.model.vlm import HookedVLM
 
 
 @dataclass(frozen=True, eq=False)

@@ -24,7 +24,7 @@ import torch
 from tqdm.auto import tqdm
 
 from hooked_vlm.errors import WorkerError
-from hooked_vlm.model import HookedVLM
+from hooked_vlm.model.vlm import HookedVLM
 from hooked_vlm.runtime.digests import digest
 from hooked_vlm.runtime.provenance import code_hash, weights_hash
 from hooked_vlm.runtime.ray_cluster import Share, connect, n_gpus_of, share_of

@@ -10,10 +10,10 @@ import torch
 
 from hooked_vlm.commands.models import size
 from hooked_vlm.errors import InputError
-from hooked_vlm.hook_shapes import prompt_with_picture
 from hooked_vlm.loading.checkpoints import find_checkpoint
-from hooked_vlm.memory import memory_plan
-from hooked_vlm.model import HookedVLM
+from hooked_vlm.model.hook_shapes import prompt_with_picture
+from hooked_vlm.model.memory import memory_plan
+from hooked_vlm.model.vlm import HookedVLM
 from hooked_vlm.runtime.files import place, writable_folder
 from hooked_vlm.runtime.provenance import provenance
 from hooked_vlm.sweep_plan import free_memory

@@ -91,4 +91,4 @@ def outcome_of(arguments: list[str], folder: Path) -> str:
 
 
 WORK = ("hooked_vlm.experiments.ocr_heads.run.Study", "hooked_vlm.experiments.head_attribution.study.measure",
-        "hooked_vlm.model.HookedVLM.generate")  # fmt: skip
+        "hooked_vlm.model.vlm.HookedVLM.generate")  # fmt: skip

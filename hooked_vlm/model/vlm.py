@@ -14,14 +14,15 @@ from torch import Tensor
 from transformer_lens import HookedRootModule
 from transformer_lens.utilities import Slice, SliceInput
 
-from hooked_vlm.cache import VLMCache
-from hooked_vlm.caching import Caching, default_filter, exchanged_patterns, runs_explicitly
 from hooked_vlm.config import VLMConfig
 from hooked_vlm.errors import InputError
-from hooked_vlm.generation import GenerationMixin
 from hooked_vlm.inputs.prompting import PromptMixin
 from hooked_vlm.inputs.vlm_inputs import Answer, VLMInputs
 from hooked_vlm.loading.checkpoints import LoadingMixin
+from hooked_vlm.model.cache import VLMCache
+from hooked_vlm.model.caching import Caching, default_filter, exchanged_patterns, runs_explicitly
+from hooked_vlm.model.generation import GenerationMixin
+from hooked_vlm.model.weights import WeightsMixin
 from hooked_vlm.nn.block import run_blocks, text_blocks
 from hooked_vlm.nn.components import Embed, Norm, Unembed
 from hooked_vlm.nn.forward_pass import ForwardPass, Recorder, inputs_mask, last_of_rows, step_pass, text_pass
@@ -41,7 +42,6 @@ from hooked_vlm.nn.hooks import (
 from hooked_vlm.nn.kv_cache import KVCache
 from hooked_vlm.nn.vision import Projector, VisionTower, image_pass
 from hooked_vlm.nn.weight_access import device_of
-from hooked_vlm.weights import WeightsMixin
 
 ReturnType = Literal["logits", "loss", "both"] | None
 

@@ -4,12 +4,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from hooked_vlm.config import VLMConfig
-from hooked_vlm.hook_table import HookRow
 from hooked_vlm.inputs.tiles import TileProcessor
+from hooked_vlm.model.hook_table import HookRow
 from hooked_vlm.nn.hooks import is_vision
 
 if TYPE_CHECKING:
-    from hooked_vlm.model import HookedVLM
+    from hooked_vlm.model.vlm import HookedVLM
 
 TYPICAL_PICTURE = (1024, 768)
 """Width and height in pixels."""

@@ -23,12 +23,12 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from hooked_vlm.hook_shapes import PromptSize, filled, layers_of
-from hooked_vlm.hook_table import HookRow, hook_table
+from hooked_vlm.model.hook_shapes import PromptSize, filled, layers_of
+from hooked_vlm.model.hook_table import HookRow, hook_table
 from hooked_vlm.nn.hooks import is_quadratic
 
 if TYPE_CHECKING:
-    from hooked_vlm.model import HookedVLM
+    from hooked_vlm.model.vlm import HookedVLM
 
 USABLE_SHARE = 0.9
 """Of a GPU; the rest is CUDA's own and the allocator's."""
