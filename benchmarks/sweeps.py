@@ -14,7 +14,7 @@ from hooked_vlm import HookedVLM, sweep
 from hooked_vlm.interventions import Intervention, ReplaceImageKV, ZeroHeads
 from hooked_vlm.interventions.attention import all_heads
 from hooked_vlm.metrics import logit
-from hooked_vlm.sweep_plan import make_plan
+from hooked_vlm.sweeps.plan import make_plan
 
 METRIC = logit(5)
 

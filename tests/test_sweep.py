@@ -13,7 +13,6 @@ from test_interventions import of_every_kind, some_of_the_image
 from torch import Tensor
 
 from hooked_vlm import HookError, InputError, sweep
-from hooked_vlm import sweep_run as sweep_run_module
 from hooked_vlm.interventions import (
     AddVector,
     BlockAttention,
@@ -30,10 +29,11 @@ from hooked_vlm.interventions import (
 )
 from hooked_vlm.metrics import kl_divergence, log_prob, logit, logit_difference, margin
 from hooked_vlm.nn.block import Block
-from hooked_vlm.sweep_plan import make_plan
+from hooked_vlm.sweeps import run as sweep_run_module
+from hooked_vlm.sweeps.plan import make_plan
 
 FAMILIES = ("qwen2-vl", "internvl2")
-SWEEP = import_module("hooked_vlm.sweep")  # the package's attribute of this name is the function
+SWEEP = import_module("hooked_vlm.sweeps.single")  # the package's attribute of this name is the function
 
 
 @pytest.fixture(params=FAMILIES)

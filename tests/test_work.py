@@ -10,11 +10,12 @@ import pytest
 import torch
 from families import model_and_inputs
 
-from hooked_vlm import InputError, SweepCase, sweep, sweep_many
+from hooked_vlm import InputError, SweepCase, sweep
 from hooked_vlm.interventions import AddVector, CustomHooks, ReplaceImageKV, ZeroHeads
 from hooked_vlm.metrics import logit, logit_difference
 from hooked_vlm.runtime.store import Parts
 from hooked_vlm.runtime.tasks import Common, InProcess, Unit
+from hooked_vlm.sweeps import many as sweep_many
 
 HEADS = tuple((layer, head) for layer in range(3) for head in range(4))
 
@@ -130,7 +131,7 @@ def test_only_blocks_that_changed_are_done_again(tmp_path: Path, monkeypatch: py
         done.append(len(interventions))
         return sweep(model, inputs, interventions, *rest, **settings)
 
-    monkeypatch.setattr(import_module("hooked_vlm.sweep_many"), "sweep", counted)
+    monkeypatch.setattr(import_module("hooked_vlm.sweeps.many"), "sweep", counted)
 
     def run(**changes: Any) -> Any:
         done.clear()

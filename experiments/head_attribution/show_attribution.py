@@ -14,7 +14,7 @@ from hooked_vlm.experiments.head_attribution.findings import Findings, band
 from hooked_vlm.experiments.head_attribution.measure import Measured
 from hooked_vlm.experiments.head_attribution.regression import RELIABLE, Fit, convergence, settled_at
 from hooked_vlm.statistics import Estimate, bootstrap_mean, share
-from hooked_vlm.sweep_plan import make_plan
+from hooked_vlm.sweeps.plan import make_plan
 
 TARGETS = {"logit": "logit", "log_prob": "log-probability", "margin": "margin", "difference": "logit difference"}
 SHOWN = 4

@@ -17,7 +17,7 @@ from hooked_vlm.patching.exact import Metrics, checked, encoded_sides, source_ac
 from hooked_vlm.patching.pairs import Direction, Pair
 from hooked_vlm.patching.places import Rows, Tower, Where
 from hooked_vlm.patching.result import Agreement, PatchingResult
-from hooked_vlm.sweep import measure
+from hooked_vlm.sweeps.single import measure
 
 
 def attribute(

@@ -18,7 +18,7 @@ from hooked_vlm.patching.cells import Cells, What
 from hooked_vlm.patching.pairs import Direction, Pair, aligned
 from hooked_vlm.patching.places import Tower, Where
 from hooked_vlm.patching.result import PatchingResult
-from hooked_vlm.sweep import sweep
+from hooked_vlm.sweeps.single import sweep
 
 Metrics = Metric | Sequence[Metric]
 """A function of logits for all pairs, or one for each."""

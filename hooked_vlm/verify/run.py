@@ -16,7 +16,7 @@ from hooked_vlm.model.memory import memory_plan
 from hooked_vlm.model.vlm import HookedVLM
 from hooked_vlm.runtime.files import place, writable_folder
 from hooked_vlm.runtime.provenance import provenance
-from hooked_vlm.sweep_plan import free_memory
+from hooked_vlm.sweeps.plan import free_memory
 from hooked_vlm.verify.command import VerifyConfig
 from hooked_vlm.verify.compare import cost, differences, equal_tokens, pixels, rounding_errors
 from hooked_vlm.verify.prompts import inputs_for, prompts

@@ -27,7 +27,7 @@ from hooked_vlm.experiments.toy.recipes import RECIPES, Stage
 from hooked_vlm.interventions import ZeroHeads
 from hooked_vlm.metrics import logit
 from hooked_vlm.runtime.files import place
-from hooked_vlm.sweep_many import SweepCase, sweep_many
+from hooked_vlm.sweeps.many import SweepCase, sweep_many
 
 
 def data_sets(out: Path) -> None:

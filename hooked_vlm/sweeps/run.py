@@ -18,7 +18,7 @@ from hooked_vlm.nn.hooks import checked, running
 from hooked_vlm.nn.kv_cache import KVCache, SharedPrefix
 from hooked_vlm.nn.masks import AttentionMask
 from hooked_vlm.nn.rotary import Rotation
-from hooked_vlm.sweep_plan import Batch, SweepPlan
+from hooked_vlm.sweeps.plan import Batch, SweepPlan
 
 
 @dataclass(frozen=True, eq=False)

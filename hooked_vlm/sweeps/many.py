@@ -21,7 +21,7 @@ from hooked_vlm.runtime.digests import digest
 from hooked_vlm.runtime.provenance import weights_hash
 from hooked_vlm.runtime.store import Parts
 from hooked_vlm.runtime.tasks import Common, InProcess, Unit, Workers
-from hooked_vlm.sweep import sweep
+from hooked_vlm.sweeps.single import sweep
 
 RUNS_PER_BLOCK = 512
 """By default; a block's own cost is one plain run."""

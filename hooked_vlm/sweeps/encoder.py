@@ -17,8 +17,8 @@ from hooked_vlm.inputs.vlm_inputs import VLMInputs
 from hooked_vlm.interventions.base import EMBEDDING, Hooks, Intervention
 from hooked_vlm.nn.hooks import is_vision
 from hooked_vlm.nn.vision import image_pass
-from hooked_vlm.sweep_plan import first_vision_layer
-from hooked_vlm.sweep_run import Edits, on_own_rows
+from hooked_vlm.sweeps.plan import first_vision_layer
+from hooked_vlm.sweeps.run import Edits, on_own_rows
 
 
 @dataclass(frozen=True, eq=False)

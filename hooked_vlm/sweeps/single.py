@@ -25,9 +25,9 @@ from hooked_vlm.inputs.vlm_inputs import VLMInputs
 from hooked_vlm.interventions.base import Intervention
 from hooked_vlm.metrics import Metric
 from hooked_vlm.nn.hooks import hooked_module
-from hooked_vlm.sweep_encoder import PlainEncoding, encoded
-from hooked_vlm.sweep_plan import Batch, SweepPlan, first_vision_layer, make_plan
-from hooked_vlm.sweep_run import PlainRun, batch_logits
+from hooked_vlm.sweeps.encoder import PlainEncoding, encoded
+from hooked_vlm.sweeps.plan import Batch, SweepPlan, first_vision_layer, make_plan
+from hooked_vlm.sweeps.run import PlainRun, batch_logits
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,0 +1,1 @@
+"""Many interventions at the cost of a few forwards."""
