@@ -19,12 +19,12 @@ from jaxtyping import Float, Int
 from matplotlib.figure import Figure
 from torch import Tensor
 
+from hooked_vlm.analysis.pictures import heatmap, overlay
 from hooked_vlm.errors import InputError
 from hooked_vlm.inputs.vlm_inputs import VLMInputs
 from hooked_vlm.interventions.base import Positions, position_table
 from hooked_vlm.metrics import Tokens, tokens_of_rows
 from hooked_vlm.nn.hooks import silent_hook_points
-from hooked_vlm.pictures import heatmap, overlay
 
 CHUNK = 256
 """Positions whose logits are made at a time."""

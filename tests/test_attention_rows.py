@@ -5,7 +5,7 @@ import torch
 from tiny import ONE_IMAGE, PADDED, TEXT, inputs, tiny_model
 
 from hooked_vlm import InputError
-from hooked_vlm.attention_rows import attention_rows, generate_with_rows
+from hooked_vlm.analysis.rows import attention_rows, generate_with_rows
 
 
 @pytest.mark.parametrize("rows", [ONE_IMAGE, TEXT, PADDED], ids=["image", "text", "padded"])

@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import InternVLForConditionalGeneration, Phi3ForCausalLM
 
 from hooked_vlm import HookedVLM, InputError
-from hooked_vlm.attention_rows import attention_rows
+from hooked_vlm.analysis.rows import attention_rows
 
 LAYERS, VISION_LAYERS = 3, 2
 # Longrope changes the frequencies of a row that is longer than 32: the reference does so for the whole batch.

@@ -12,9 +12,9 @@ from PIL import Image
 from torch import Tensor
 
 from hooked_vlm import GeometryError, HookedVLM, InputError
+from hooked_vlm.analysis.pictures import overlay
 from hooked_vlm.lens import head_lens, logit_attribution, logit_lens, ocr_lens
 from hooked_vlm.model.weight_processing import fold_value_biases
-from hooked_vlm.pictures import overlay
 
 TOYS = ("toy-qwen2-vl", "toy-internvl2")
 

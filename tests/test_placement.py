@@ -15,7 +15,7 @@ from tiny import PADDED, inputs, tiny_model
 from torch import Tensor
 
 from hooked_vlm import HookedVLM, sweep
-from hooked_vlm.attention_rows import attention_rows, generate_with_rows
+from hooked_vlm.analysis.rows import attention_rows, generate_with_rows
 from hooked_vlm.errors import CheckpointError, InputError
 from hooked_vlm.interventions import (
     AddVector,

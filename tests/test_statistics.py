@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from hooked_vlm.statistics import bootstrap, bootstrap_mean, bootstrap_means, paired_p, permutation_p, share
+from hooked_vlm.analysis.statistics import bootstrap, bootstrap_mean, bootstrap_means, paired_p, permutation_p, share
 
 
 def test_share_is_wilsons_interval() -> None:

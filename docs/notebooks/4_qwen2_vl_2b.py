@@ -10,10 +10,10 @@ from pathlib import Path
 import torch
 
 from hooked_vlm import HookedVLM
+from hooked_vlm.analysis.pictures import heatmap
 from hooked_vlm.lens import head_lens
 from hooked_vlm.metrics import logit_difference
 from hooked_vlm.patching import Pair, Region, attribute, knock_out, masked, patch
-from hooked_vlm.pictures import heatmap
 
 pictures = Path("out/notebooks")
 pictures.mkdir(parents=True, exist_ok=True)

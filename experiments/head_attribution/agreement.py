@@ -8,7 +8,7 @@ import pandas as pd
 from jaxtyping import Bool, Float, Int
 from scipy import stats
 
-from hooked_vlm.statistics import DRAWS, Estimate, permutation_p
+from hooked_vlm.analysis.statistics import DRAWS, Estimate, permutation_p
 
 Square = Float[np.ndarray, "image image"]
 Vectors = Float[np.ndarray, "image d"]

@@ -5,11 +5,11 @@ from typing import Annotated, Any
 
 import tyro
 
+from hooked_vlm.analysis.statistics import Estimate
 from hooked_vlm.experiments.common.report import files_of
 from hooked_vlm.experiments.head_attribution.compare import compare
 from hooked_vlm.experiments.head_attribution.config import All, Attribute, Compare, Curves, Tokens, Where
 from hooked_vlm.experiments.head_attribution.study import run, summary
-from hooked_vlm.statistics import Estimate
 
 subcommand = tyro.conf.subcommand
 Command = (

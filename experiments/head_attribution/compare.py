@@ -7,13 +7,13 @@ from typing import Any
 
 import pandas as pd
 
+from hooked_vlm.analysis.statistics import Estimate
 from hooked_vlm.errors import StudyError
 from hooked_vlm.experiments.common.report import Report
 from hooked_vlm.experiments.head_attribution import plots
 from hooked_vlm.experiments.head_attribution.config import Compare
 from hooked_vlm.experiments.head_attribution.rankings import RANKINGS
 from hooked_vlm.runtime.files import writable_folder
-from hooked_vlm.statistics import Estimate
 
 
 def compare(config: Compare) -> Path:

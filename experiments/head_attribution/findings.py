@@ -7,7 +7,7 @@ import numpy as np
 import pandas as pd
 from jaxtyping import Float
 
-from hooked_vlm.statistics import Estimate, bootstrap_means
+from hooked_vlm.analysis.statistics import Estimate, bootstrap_means
 
 Findings = dict[str, Estimate]
 """By name."""

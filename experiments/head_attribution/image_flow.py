@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Bool, Float
 from scipy import stats
 
-from hooked_vlm.attention_rows import attention_rows
+from hooked_vlm.analysis.rows import attention_rows
 from hooked_vlm.experiments.head_attribution.ablation import Probe
 
 TOP_SHARE = 0.1

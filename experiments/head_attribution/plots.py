@@ -11,8 +11,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from PIL import Image
 
+from hooked_vlm.analysis.statistics import Estimate
 from hooked_vlm.experiments.common.figures import COLOURS, DIVERGING, SEQUENTIAL, new_figure
-from hooked_vlm.statistics import Estimate
 
 Band = tuple[Float[np.ndarray, "x"], Float[np.ndarray, "x"], Float[np.ndarray, "x"]]
 """Mean, lower and upper end of the interval."""

@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from hooked_vlm.analysis.statistics import Estimate, bootstrap_mean, share
 from hooked_vlm.experiments.common.report import Report
 from hooked_vlm.experiments.head_attribution import plots
 from hooked_vlm.experiments.head_attribution.ablation import chosen
@@ -13,7 +14,6 @@ from hooked_vlm.experiments.head_attribution.config import HeadAttributionConfig
 from hooked_vlm.experiments.head_attribution.findings import Findings, band
 from hooked_vlm.experiments.head_attribution.measure import Measured
 from hooked_vlm.experiments.head_attribution.regression import RELIABLE, Fit, convergence, settled_at
-from hooked_vlm.statistics import Estimate, bootstrap_mean, share
 from hooked_vlm.sweeps.plan import make_plan
 
 TARGETS = {"logit": "logit", "log_prob": "log-probability", "margin": "margin", "difference": "logit difference"}

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 import numpy as np
 import pandas as pd
 
+from hooked_vlm.analysis.statistics import bootstrap_mean, paired_p
 from hooked_vlm.experiments.common.report import Report
 from hooked_vlm.experiments.head_attribution import plots
 from hooked_vlm.experiments.head_attribution.config import HeadAttributionConfig
@@ -12,7 +13,6 @@ from hooked_vlm.experiments.head_attribution.curves import LEVELS, MIN_GAP, mean
 from hooked_vlm.experiments.head_attribution.findings import Findings, band, row
 from hooked_vlm.experiments.head_attribution.measure import Measured
 from hooked_vlm.experiments.head_attribution.rankings import RANKINGS
-from hooked_vlm.statistics import bootstrap_mean, paired_p
 
 KINDS = ("faithfulness", "completeness")
 

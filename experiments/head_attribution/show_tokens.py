@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 import pandas as pd
 
+from hooked_vlm.analysis.statistics import Estimate, bootstrap_mean, paired_p
 from hooked_vlm.experiments.common.report import Report
 from hooked_vlm.experiments.head_attribution import plots
 from hooked_vlm.experiments.head_attribution.config import HeadAttributionConfig
@@ -14,7 +15,6 @@ from hooked_vlm.experiments.head_attribution.image_flow import TOP_SHARE, covera
 from hooked_vlm.experiments.head_attribution.measure import Measured
 from hooked_vlm.experiments.head_attribution.show_attribution import held_out
 from hooked_vlm.experiments.head_attribution.text_flow import MIN_LOSS, mean_layer, with_losses
-from hooked_vlm.statistics import Estimate, bootstrap_mean, paired_p
 
 TOKEN_RANKINGS = {
     "attribution": "token attribution",

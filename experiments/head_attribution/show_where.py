@@ -6,6 +6,7 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
+from hooked_vlm.analysis.statistics import Estimate, bootstrap, bootstrap_mean
 from hooked_vlm.experiments.common.report import Report
 from hooked_vlm.experiments.head_attribution import plots
 from hooked_vlm.experiments.head_attribution.agreement import causes_of, explained, mean_of_pairs, similarities
@@ -13,7 +14,6 @@ from hooked_vlm.experiments.head_attribution.config import HeadAttributionConfig
 from hooked_vlm.experiments.head_attribution.findings import Findings, band, row
 from hooked_vlm.experiments.head_attribution.measure import Measured
 from hooked_vlm.experiments.head_attribution.rankings import RANKINGS
-from hooked_vlm.statistics import Estimate, bootstrap, bootstrap_mean
 
 SCORES = ("attention", "attention_final", "value_weighted", "gradient", "single", "alone")
 

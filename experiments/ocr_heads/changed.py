@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from hooked_vlm.analysis.statistics import bootstrap_mean, paired_p
 from hooked_vlm.experiments.common.frames import each_row
 from hooked_vlm.experiments.ocr_heads.answers import METRICS, judge
 from hooked_vlm.experiments.ocr_heads.config import TaskConfig
@@ -16,7 +17,6 @@ from hooked_vlm.experiments.ocr_heads.study import Study, head_names
 from hooked_vlm.inputs.vlm_inputs import VLMInputs
 from hooked_vlm.interventions import Head, Intervention
 from hooked_vlm.runtime.tasks import Common, Unit
-from hooked_vlm.statistics import bootstrap_mean, paired_p
 
 
 @dataclass(frozen=True, eq=False)

@@ -3,6 +3,7 @@
 import numpy as np
 import pandas as pd
 
+from hooked_vlm.analysis.statistics import bootstrap_mean
 from hooked_vlm.errors import StudyError
 from hooked_vlm.experiments.common.frames import each_row
 from hooked_vlm.experiments.ocr_heads import plots
@@ -13,7 +14,6 @@ from hooked_vlm.experiments.ocr_heads.examples import Evidence, Example
 from hooked_vlm.experiments.ocr_heads.selection import ranked
 from hooked_vlm.experiments.ocr_heads.study import Finding, Study
 from hooked_vlm.experiments.toy import data as toy
-from hooked_vlm.statistics import bootstrap_mean
 
 TOP = 5
 LENGTH = 1024

@@ -15,6 +15,7 @@ from jaxtyping import Bool
 from scipy import stats
 from scipy.spatial.distance import jensenshannon
 
+from hooked_vlm.analysis.statistics import bootstrap
 from hooked_vlm.experiments.common.frames import each_row
 from hooked_vlm.experiments.ocr_heads import plots
 from hooked_vlm.experiments.ocr_heads.config import Granularity, SelectConfig
@@ -23,7 +24,6 @@ from hooked_vlm.experiments.ocr_heads.scoring import Scores
 from hooked_vlm.experiments.ocr_heads.selection import select
 from hooked_vlm.experiments.ocr_heads.similarity import jaccard, spearman
 from hooked_vlm.experiments.ocr_heads.study import Finding, Study, head_names, head_table
-from hooked_vlm.statistics import bootstrap
 
 RESAMPLES = 500
 """Of heads or instances, for intervals."""

@@ -12,13 +12,13 @@ import numpy as np
 import pandas as pd
 from jaxtyping import Float
 
+from hooked_vlm.analysis.statistics import bootstrap
 from hooked_vlm.experiments.common.frames import each_row
 from hooked_vlm.experiments.ocr_heads.config import CompareConfig
 from hooked_vlm.experiments.ocr_heads.scoring import Scores
 from hooked_vlm.experiments.ocr_heads.selection import ranked
 from hooked_vlm.experiments.ocr_heads.similarity import jaccard, spearman
 from hooked_vlm.experiments.ocr_heads.study import Finding, Study
-from hooked_vlm.statistics import bootstrap
 
 RANGES = ("[0, 0.01)", "[0.01, 0.1]", "(0.1, 0.3]", "(0.3, 0.5]", "(0.5, 1]")
 """The paper's score ranges."""

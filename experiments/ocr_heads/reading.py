@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from hooked_vlm.attention_rows import attention_rows
+from hooked_vlm.analysis.rows import attention_rows
 from hooked_vlm.experiments.ocr_heads.examples import Example, to_inputs
 from hooked_vlm.inputs.vlm_inputs import VLMInputs
 from hooked_vlm.nn.attention import Attention

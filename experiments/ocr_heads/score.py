@@ -5,7 +5,8 @@ import pandas as pd
 import torch
 from matplotlib.figure import Figure
 
-from hooked_vlm.attention_rows import attention_rows
+from hooked_vlm.analysis.rows import attention_rows
+from hooked_vlm.analysis.statistics import bootstrap_means, share
 from hooked_vlm.experiments.ocr_heads import plots
 from hooked_vlm.experiments.ocr_heads.config import OFFICIAL_CODE, Protocol
 from hooked_vlm.experiments.ocr_heads.examples import Box, Example, to_inputs
@@ -13,7 +14,6 @@ from hooked_vlm.experiments.ocr_heads.reading import reply_tokens
 from hooked_vlm.experiments.ocr_heads.scoring import Scores, find_copies
 from hooked_vlm.experiments.ocr_heads.selection import ranked
 from hooked_vlm.experiments.ocr_heads.study import Finding, Study, head_table
-from hooked_vlm.statistics import bootstrap_means, share
 
 PAGES_SHOWN = 6
 

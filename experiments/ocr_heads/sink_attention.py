@@ -9,12 +9,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from hooked_vlm.attention_rows import attention_rows
+from hooked_vlm.analysis.rows import attention_rows
+from hooked_vlm.analysis.statistics import Estimate, bootstrap_mean, bootstrap_means
 from hooked_vlm.experiments.ocr_heads.data.tasks import Task
 from hooked_vlm.experiments.ocr_heads.examples import Example, to_inputs
 from hooked_vlm.experiments.ocr_heads.study import Study, head_table
 from hooked_vlm.interventions import Head
-from hooked_vlm.statistics import Estimate, bootstrap_mean, bootstrap_means
 
 QUERIES = 64
 """Positions of a prompt whose attention is read, evenly spread, the last one included and the first left out: it sees

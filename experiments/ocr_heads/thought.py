@@ -10,6 +10,7 @@ from dataclasses import replace
 
 import pandas as pd
 
+from hooked_vlm.analysis.statistics import bootstrap
 from hooked_vlm.experiments.ocr_heads import plots
 from hooked_vlm.experiments.ocr_heads.changed import UNCHANGED, Condition, answer_all, summarize, summary_lines
 from hooked_vlm.experiments.ocr_heads.config import ThoughtConfig
@@ -19,7 +20,6 @@ from hooked_vlm.experiments.ocr_heads.examples import Example
 from hooked_vlm.experiments.ocr_heads.masking import masked
 from hooked_vlm.experiments.ocr_heads.profile import RESAMPLES, measures
 from hooked_vlm.experiments.ocr_heads.study import Finding, Study, head_table
-from hooked_vlm.statistics import bootstrap
 
 STEPS = "\nThink step by step: first say where in the image the answer is written, then read it out."
 TOY_QUESTION, TOY_STEPS = "What is the value of ", "What is the text of "

@@ -192,7 +192,7 @@ class VLMCache(DerivingCache):
 
         A tiled image's tiles are put together to one picture; its thumbnail's tokens are a picture of their own.
         The two share the query's attention, and neither sums to 1, for text draws its part.
-        `hooked_vlm.pictures.overlay` lays the result over the image.
+        `hooked_vlm.analysis.pictures.overlay` lays the result over the image.
 
         Args:
             head: None for all heads, [head, row, column].

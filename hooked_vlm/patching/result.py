@@ -10,12 +10,12 @@ import pandas as pd
 from jaxtyping import Bool, Float
 from matplotlib.figure import Figure
 
+from hooked_vlm.analysis.pictures import heatmap, overlay
+from hooked_vlm.analysis.statistics import Estimate, bootstrap_ratios, paired_p, ratio_of_means
 from hooked_vlm.errors import InputError
 from hooked_vlm.inputs.vlm_inputs import VLMInputs
 from hooked_vlm.patching.pairs import Direction
 from hooked_vlm.patching.places import patches_on_image
-from hooked_vlm.pictures import heatmap, overlay
-from hooked_vlm.statistics import Estimate, bootstrap_ratios, paired_p, ratio_of_means
 
 Label = str | int
 ROUNDING = 1e-5

@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from hooked_vlm.attention_rows import attention_rows
+from hooked_vlm.analysis.rows import attention_rows
 from hooked_vlm.errors import InputError
 from hooked_vlm.inputs.vlm_inputs import Answer, VLMInputs
 from hooked_vlm.nn.hooks import HookName

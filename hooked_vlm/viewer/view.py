@@ -14,8 +14,8 @@ from jaxtyping import Float
 from matplotlib import colormaps
 from matplotlib.colors import to_hex
 
+from hooked_vlm.analysis.pictures import DIVERGING, SEQUENTIAL
 from hooked_vlm.errors import InputError
-from hooked_vlm.pictures import DIVERGING, SEQUENTIAL
 from hooked_vlm.runtime.files import place
 from hooked_vlm.viewer.quantise import CLEAR, Packed, encoded, pack
 from hooked_vlm.viewer.scene import Scene, data_url

@@ -9,10 +9,10 @@ import pytest
 from matplotlib.figure import Figure
 
 from hooked_vlm import HookedVLM, InputError
+from hooked_vlm.analysis.statistics import bootstrap_ratios, ratio_of_means
 from hooked_vlm.patching import PatchingResult, Region
 from hooked_vlm.patching.attribution import agreement_of
 from hooked_vlm.patching.places import n_patches, patches_in_box
-from hooked_vlm.statistics import bootstrap_ratios, ratio_of_means
 
 BASE, SOURCE = np.array([0.0, 1.0, 2.0]), np.array([4.0, 3.0, 2.0])
 VALUES = np.array(

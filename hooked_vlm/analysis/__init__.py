@@ -1,0 +1,1 @@
+"""Attention rows, statistics and pictures."""
