@@ -11,15 +11,15 @@ import numpy as np
 import tyro
 from PIL import Image
 
-from hooked_vlm.activations.command import CacheConfig, cache, summary
 from hooked_vlm.commands import hooks as hooks_command
 from hooked_vlm.commands import models as models_command
+from hooked_vlm.commands.cache import CacheConfig, cache, summary
+from hooked_vlm.commands.view import ViewConfig, serve_page, write_page
 from hooked_vlm.errors import HookedVLMError
 from hooked_vlm.experiments.head_attribution import commands as head_attribution_commands
 from hooked_vlm.experiments.ocr_heads import commands as ocr_heads_commands
 from hooked_vlm.experiments.toy.data import make_page
 from hooked_vlm.verify import command as verify_command
-from hooked_vlm.viewer.command import ViewConfig, serve_page, write_page
 
 app = tyro.extras.SubcommandApp()
 

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from hooked_vlm.commands.text_table import text_table
+from hooked_vlm.analysis.text_table import text_table
 from hooked_vlm.config import VLMConfig
 from hooked_vlm.errors import InputError
 from hooked_vlm.model.hook_shapes import filled

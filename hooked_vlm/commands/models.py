@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 import torch
 import tyro
 
-from hooked_vlm.commands.text_table import text_table
+from hooked_vlm.analysis.text_table import text_table
 from hooked_vlm.converters import KNOWN_MODELS
 from hooked_vlm.errors import InputError
 from hooked_vlm.loading.checkpoints import bundled_models

@@ -215,7 +215,7 @@ def test_the_command_begins_with_what_is_named(monkeypatch: pytest.MonkeyPatch, 
     ):
         with pytest.raises(SystemExit, match=words):
             call(*arguments)
-    monkeypatch.setattr("hooked_vlm.viewer.command.find_spec", lambda name: None)
+    monkeypatch.setattr("hooked_vlm.commands.view.find_spec", lambda name: None)
     with pytest.raises(SystemExit, match=r"pip install 'hooked-vlm\[serve\]'"):
         call()
     assert len(served) == n_served
