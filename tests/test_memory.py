@@ -11,11 +11,11 @@ from PIL import Image
 from torch import Tensor
 
 from hooked_vlm import HookedVLM
-from hooked_vlm.allocation import Allocations
 from hooked_vlm.converters import KNOWN_MODELS
 from hooked_vlm.model.hook_shapes import PromptSize, filled, prompt_with_picture
 from hooked_vlm.model.hook_table import hook_table
 from hooked_vlm.model.memory import memory_plan, n_gpus
+from hooked_vlm.verify.allocation import Allocations
 
 CASES = {
     "qwen2-vl": (lambda: tiny.tiny_model(), [[*[5] * 50, ("image", (1, 8, 12)), 7]], PromptSize(77, 1, 96, 24)),

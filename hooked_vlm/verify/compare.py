@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig
 
-from hooked_vlm.allocation import Allocations
 from hooked_vlm.inputs.vlm_inputs import VLMInputs
+from hooked_vlm.verify.allocation import Allocations
 from hooked_vlm.verify.prompts import Prompt
 from hooked_vlm.verify.reference import Reference
 from hooked_vlm.verify.result import Row
