@@ -12,7 +12,7 @@ import numpy as np
 
 from hooked_vlm import HookedVLM
 from hooked_vlm.activations import Activations, NamedBox, Sample, stream_activations
-from hooked_vlm.experiments.toy.data import make_page
+from hooked_vlm.toys.pages import make_page
 
 NAMES = ["blocks.*.hook_resid_post", "blocks.1.attn.hook_z", "vision.blocks.0.hook_mlp_out", "hook_image_features"]
 

@@ -27,7 +27,6 @@ from hooked_vlm.experiments.head_attribution import run as run_head_attribution
 from hooked_vlm.experiments.ocr_heads import MaskConfig, ScoreConfig
 from hooked_vlm.experiments.ocr_heads import run as run_ocr_heads
 from hooked_vlm.experiments.ocr_heads.examples import Example
-from hooked_vlm.experiments.toy.data import make_page
 from hooked_vlm.interventions import AddVector, ReplaceImageKV, ZeroHeads
 from hooked_vlm.metrics import log_prob
 from hooked_vlm.runtime.ray_cluster import Share, connect, share_of
@@ -35,6 +34,7 @@ from hooked_vlm.runtime.ray_workers import OnRay, Replica, identity
 from hooked_vlm.runtime.store import Parts
 from hooked_vlm.runtime.tasks import Unit
 from hooked_vlm.sweeps import many as sweep_many
+from hooked_vlm.toys.pages import make_page
 
 pytest.importorskip("ray")
 

@@ -11,9 +11,9 @@ import pytest
 
 import hooked_vlm
 from hooked_vlm import HookedVLM, sweep
-from hooked_vlm.experiments.toy.data import make_page
 from hooked_vlm.interventions import ZeroHeads
 from hooked_vlm.metrics import log_prob
+from hooked_vlm.toys.pages import make_page
 
 LIBRARY = Path(hooked_vlm.__file__).resolve().parent
 

@@ -25,7 +25,6 @@ from hooked_vlm.experiments.head_attribution import Attribute
 from hooked_vlm.experiments.head_attribution import run as attribute_heads
 from hooked_vlm.experiments.ocr_heads import MaskConfig, ScoreConfig
 from hooked_vlm.experiments.ocr_heads import run as ocr_heads
-from hooked_vlm.experiments.toy.data import Page, make_page
 from hooked_vlm.inputs.vlm_inputs import VLMInputs
 from hooked_vlm.interventions import ReplaceImageKV, ZeroHeads
 from hooked_vlm.interventions.attention import all_heads
@@ -33,6 +32,7 @@ from hooked_vlm.lens import logit_lens
 from hooked_vlm.metrics import log_prob
 from hooked_vlm.patching import Pair, Region, attribute, masked, patch
 from hooked_vlm.runtime.provenance import weights_hash
+from hooked_vlm.toys.pages import Page, make_page
 
 TABLE = Path(__file__).with_name("regression.json")
 TOYS = ("toy-qwen2-vl", "toy-internvl2")

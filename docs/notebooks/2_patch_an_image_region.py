@@ -11,10 +11,10 @@ from pathlib import Path
 import numpy as np
 
 from hooked_vlm import HookedVLM
-from hooked_vlm.experiments.toy.data import make_page, random_lines
 from hooked_vlm.interventions import PatchActivation
 from hooked_vlm.metrics import logit_difference
 from hooked_vlm.patching import Pair, Region, attribute, patch
+from hooked_vlm.toys.pages import make_page, random_lines
 
 pictures = Path("out/notebooks")
 pictures.mkdir(parents=True, exist_ok=True)

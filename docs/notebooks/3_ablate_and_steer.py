@@ -11,9 +11,9 @@ import numpy as np
 
 from hooked_vlm import HookedVLM, sweep
 from hooked_vlm.analysis.pictures import heatmap
-from hooked_vlm.experiments.toy.data import NAMING_PROMPT, make_page, naming_sample
 from hooked_vlm.interventions import AddVector, ZeroHeads
 from hooked_vlm.metrics import log_prob
+from hooked_vlm.toys.pages import NAMING_PROMPT, make_page, naming_sample
 
 pictures = Path("out/notebooks")
 pictures.mkdir(parents=True, exist_ok=True)

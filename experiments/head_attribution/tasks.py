@@ -15,12 +15,12 @@ from hooked_vlm.errors import StudyError
 from hooked_vlm.experiments.head_attribution.coco import coco_items
 from hooked_vlm.experiments.head_attribution.config import HeadAttributionConfig
 from hooked_vlm.experiments.head_attribution.items import Item
-from hooked_vlm.experiments.toy.data import NAMING_PROMPT, naming_sample
-from hooked_vlm.experiments.toy.drawings import OBJECTS
 from hooked_vlm.inputs.images import load_image
 from hooked_vlm.inputs.vlm_inputs import VLMInputs
 from hooked_vlm.runtime.store import Parts
 from hooked_vlm.runtime.tasks import Unit, Workers
+from hooked_vlm.toys.drawings import OBJECTS
+from hooked_vlm.toys.pages import NAMING_PROMPT, naming_sample
 
 ONE_WORD = NAMING_PROMPT + " Answer with one word."
 ANSWER_TOKENS = 8

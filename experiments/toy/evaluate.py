@@ -14,11 +14,11 @@ import tyro
 
 from hooked_vlm.experiments.toy import data
 from hooked_vlm.experiments.toy.batches import answer_logits, collate
-from hooked_vlm.experiments.toy.data import Sample
 from hooked_vlm.experiments.toy.families import family_in, family_of
 from hooked_vlm.experiments.toy.family import HFModel, text_shape
 from hooked_vlm.experiments.toy.heads import Head, head_mask, kept_heads, ocr_scores, output_norms
 from hooked_vlm.inputs.geometry import TileGrid
+from hooked_vlm.toys.pages import Sample
 
 LIVE_NORM = 0.1  # of the largest head's
 NOT_READING = 0.1  # OCR score

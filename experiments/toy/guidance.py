@@ -18,8 +18,8 @@ from torch.nn import functional as F
 
 from hooked_vlm.experiments.toy import data
 from hooked_vlm.experiments.toy.batches import IGNORED, Batch
-from hooked_vlm.experiments.toy.data import Sample
 from hooked_vlm.experiments.toy.family import ToyFamily
+from hooked_vlm.toys.pages import Sample
 
 N_LETTERS = len(data.LETTERS)
 CLEAR_SHARE = 0.5  # of a character's area, that an image token must hold to be asked for its line

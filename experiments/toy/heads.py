@@ -13,9 +13,9 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from hooked_vlm.experiments.toy.batches import IGNORED, Batch, collate, decoder_output
-from hooked_vlm.experiments.toy.data import Box, Sample
 from hooked_vlm.experiments.toy.families import family_of
 from hooked_vlm.experiments.toy.family import HFModel, text_shape
+from hooked_vlm.toys.pages import Box, Sample
 
 Head = tuple[int, int]  # layer, head
 EVIDENCE_SHARE = 0.1  # of a character's area, that a token must hold more than

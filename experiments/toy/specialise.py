@@ -20,8 +20,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from hooked_vlm.experiments.toy.batches import Batch
-from hooked_vlm.experiments.toy.data import Sample
 from hooked_vlm.experiments.toy.heads import Head, evidence_mask
+from hooked_vlm.toys.pages import Sample
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,8 @@ from pathlib import Path
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
 
-from hooked_vlm.experiments.toy.drawings import OBJECTS
 from hooked_vlm.runtime.files import place
+from hooked_vlm.toys.drawings import OBJECTS
 
 # The special tokens of both families; each adds those of its images.
 END_OF_TEXT, IM_START, IM_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"

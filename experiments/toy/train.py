@@ -22,7 +22,6 @@ from tqdm import tqdm
 from hooked_vlm.errors import OutputError
 from hooked_vlm.experiments.toy import data, imitate
 from hooked_vlm.experiments.toy.batches import Batch, answer_logits, collate
-from hooked_vlm.experiments.toy.data import Sample
 from hooked_vlm.experiments.toy.evaluate import exact_match, held_out
 from hooked_vlm.experiments.toy.families import FAMILIES, QWEN2_VL, family_of
 from hooked_vlm.experiments.toy.family import HFModel, text_shape
@@ -38,6 +37,7 @@ from hooked_vlm.experiments.toy.specialise import (
 )
 from hooked_vlm.loading.checkpoints import TOY_MODELS
 from hooked_vlm.runtime.files import place, writable_folder
+from hooked_vlm.toys.pages import Sample
 
 TASKS = ("page", "text", "transcription", "naming", "continuation")
 

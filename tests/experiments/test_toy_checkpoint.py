@@ -14,12 +14,12 @@ from transformers import AutoTokenizer
 from hooked_vlm import HookedVLM
 from hooked_vlm.experiments.toy import data
 from hooked_vlm.experiments.toy.batches import collate, decoder_output
-from hooked_vlm.experiments.toy.data import Sample
 from hooked_vlm.experiments.toy.evaluate import exact_match, held_out, report
 from hooked_vlm.experiments.toy.families import FAMILIES, family_in
 from hooked_vlm.experiments.toy.family import ToyFamily
 from hooked_vlm.experiments.toy.heads import ocr_scores
 from hooked_vlm.loading.checkpoints import TOY_MODELS
+from hooked_vlm.toys.pages import Sample
 
 
 @pytest.fixture(scope="module", params=FAMILIES)

@@ -8,10 +8,10 @@ import pytest
 
 from hooked_vlm.experiments.toy import data
 from hooked_vlm.experiments.toy.batches import encode
-from hooked_vlm.experiments.toy.drawings import OBJECTS
 from hooked_vlm.experiments.toy.families import FAMILIES
 from hooked_vlm.experiments.toy.family import ToyFamily
 from hooked_vlm.experiments.toy.tokenizer import END_OF_TEXT, WORDS, build_tokenizer
+from hooked_vlm.toys.drawings import OBJECTS
 
 every_family = pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
 

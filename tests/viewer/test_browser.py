@@ -10,7 +10,7 @@ from PIL import Image
 from viewing import DESKTOP, PHONE, photograph
 
 from hooked_vlm import HookedVLM, ImageGrid, viewer
-from hooked_vlm.experiments.toy.data import make_page
+from hooked_vlm.toys.pages import make_page
 from hooked_vlm.viewer.scene import Panel, Scene
 from hooked_vlm.viewer.view import Chip, view_of
 

@@ -15,8 +15,8 @@ import pytest
 from viewing import DESKTOP, PHONE, photograph
 
 from hooked_vlm import HookedVLM, viewer
-from hooked_vlm.experiments.toy.data import make_page
 from hooked_vlm.interventions import ScaleHeads, Together, ZeroHeads
+from hooked_vlm.toys.pages import make_page
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("browser")]
 

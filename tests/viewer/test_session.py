@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 
 from hooked_vlm import HookedVLM, ImageError, InputError, cli, viewer
-from hooked_vlm.experiments.toy.data import make_page
+from hooked_vlm.toys.pages import make_page
 from hooked_vlm.viewer.guard import Guard
 from hooked_vlm.viewer.session import Asked, Picture, Session, compared, intervention
 

@@ -16,11 +16,11 @@ import torch
 
 from hooked_vlm import HookedVLM, InputError, cli, viewer
 from hooked_vlm.errors import OutputError
-from hooked_vlm.experiments.toy.data import make_page
 from hooked_vlm.interventions import ZeroHeads
 from hooked_vlm.lens import logit_lens
 from hooked_vlm.metrics import log_prob
 from hooked_vlm.patching import Pair, masked, patch
+from hooked_vlm.toys.pages import make_page
 from hooked_vlm.viewer.quantise import decoded
 
 FAMILIES = ["toy-qwen2-vl", "toy-internvl2"]

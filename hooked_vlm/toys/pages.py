@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from hooked_vlm.experiments.toy.drawings import OBJECTS, draw_object
+from hooked_vlm.toys.drawings import OBJECTS, draw_object
 
 Box = tuple[int, int, int, int]
 
