@@ -59,9 +59,9 @@ docs: $(VENV)/.installed-dev
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet --strict
 
 docs-hooks: $(VENV)/.installed-dev
-	$(BIN)/python -m hooked_vlm.model.hook_table
-	$(BIN)/python -m hooked_vlm.tool_table
-	$(BIN)/python -m hooked_vlm.commands.checkpoint_page
+	$(BIN)/python -m tools.hook_page
+	$(BIN)/python -m tools.tool_page
+	$(BIN)/python -m tools.checkpoint_page
 
 setup: $(VENV)/.installed-dev
 	$(BIN)/pre-commit install

@@ -93,7 +93,7 @@ def bridge(settings: Settings) -> dict[str, Any]:
     from transformer_lens.model_bridge.sources.transformers import helpers
     from transformers import AutoTokenizer, LlavaConfig, LlavaForConditionalGeneration
 
-    from hooked_vlm.experiments.toy.tokenizer import END_OF_TEXT, save_tokenizer
+    from tools.toy_training.tokenizer import END_OF_TEXT, save_tokenizer
 
     config: Any = LlavaConfig(
         text_config={

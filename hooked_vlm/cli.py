@@ -13,13 +13,13 @@ from PIL import Image
 
 from hooked_vlm.commands import hooks as hooks_command
 from hooked_vlm.commands import models as models_command
+from hooked_vlm.commands import verify as verify_command
 from hooked_vlm.commands.cache import CacheConfig, cache, summary
 from hooked_vlm.commands.view import ViewConfig, serve_page, write_page
 from hooked_vlm.errors import HookedVLMError
 from hooked_vlm.experiments.head_attribution import commands as head_attribution_commands
 from hooked_vlm.experiments.ocr_heads import commands as ocr_heads_commands
 from hooked_vlm.toys.pages import make_page
-from hooked_vlm.verify import command as verify_command
 
 app = tyro.extras.SubcommandApp()
 

@@ -1,8 +1,8 @@
 """What a sweep measures: functions of logits [batch, d_vocab] that give one number for each row.
 
 Those of this module are small frozen objects, so that they can be sent to other processes and told apart by their
-content (`hooked_vlm.runtime.digests`). A metric of your own may be any function; where results are kept, a frozen dataclass
-with `__call__`.
+content (`hooked_vlm.runtime.digests`). A metric of your own may be any function; where results are kept, a frozen
+dataclass with `__call__`.
 """
 
 from collections.abc import Callable, Sequence

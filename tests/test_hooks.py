@@ -10,10 +10,11 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from hooked_vlm import HookedVLM, HookError, VLMInputs
-from hooked_vlm.model.hook_table import HookRow, hook_table, page
+from hooked_vlm.model.hook_table import HookRow, hook_table
 from hooked_vlm.nn.attention import attend
 from hooked_vlm.nn.hooks import HookPoint, is_encoder, is_quadratic, is_vision
 from hooked_vlm.nn.masks import AttentionMask
+from tools.hook_page import page
 
 MIXED = [
     [5, 6, ("image", (1, 4, 6)), 7, 8],
@@ -434,7 +435,7 @@ def test_no_tensor_of_pos_times_pos_is_made_unless_a_pattern_is_hooked(rows, gra
 
 def test_the_page_of_hook_points_is_up_to_date(request):
     text = (request.config.rootpath / "docs" / "hooks.md").read_text()
-    assert text == page(), "run: python -m hooked_vlm.model.hook_table"
+    assert text == page(), "run: python -m tools.hook_page"
 
 
 def test_the_table_has_a_row_for_every_hook_point_and_no_other():

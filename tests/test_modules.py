@@ -14,7 +14,7 @@ from peft import LoraConfig, inject_adapter_in_model
 from torch import Tensor, nn
 from transformer_lens import hook_points
 
-from hooked_vlm import HookedVLM, HookError, InputError, SweepCase, VLMInputs, sweep
+from hooked_vlm import HookedVLM, HookError, InputError, SweepCase, VLMInputs, sweep, sweep_many
 from hooked_vlm.activations import stream_activations
 from hooked_vlm.interventions import CustomHooks, ZeroHeads
 from hooked_vlm.lens import head_lens, logit_attribution, logit_lens
@@ -22,7 +22,6 @@ from hooked_vlm.metrics import logit
 from hooked_vlm.model.weight_processing import fold_ln
 from hooked_vlm.nn.hooks import is_quadratic, is_vision, shows_modules, silent_hook_points
 from hooked_vlm.patching import Pair, patch_paths
-from hooked_vlm.sweeps import many as sweep_many
 
 FAMILIES = ["qwen2-vl", "internvl2"]
 ROWS = ["one image", "two images", "padded"]

@@ -33,9 +33,9 @@ from hooked_vlm.interventions import (
 )
 from hooked_vlm.lens import head_lens, logit_attribution, logit_lens
 from hooked_vlm.metrics import log_prob
+from hooked_vlm.model.identity import weights_hash
 from hooked_vlm.model.weight_processing import fold_ln
 from hooked_vlm.patching import Pair, attribute, patch, patch_paths
-from hooked_vlm.runtime.provenance import weights_hash
 
 FAMILIES = ["qwen2-vl", "internvl2"]
 LAYOUTS: dict[str, dict[str, Any]] = {

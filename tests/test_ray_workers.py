@@ -20,7 +20,7 @@ import torch
 import tyro
 from PIL import Image
 
-from hooked_vlm import CheckpointError, HookedVLM, InputError, SweepCase
+from hooked_vlm import CheckpointError, HookedVLM, InputError, SweepCase, sweep_many
 from hooked_vlm.errors import StudyError, WorkerError
 from hooked_vlm.experiments.head_attribution import All
 from hooked_vlm.experiments.head_attribution import run as run_head_attribution
@@ -33,7 +33,6 @@ from hooked_vlm.runtime.ray_cluster import Share, connect, share_of
 from hooked_vlm.runtime.ray_workers import OnRay, Replica, identity
 from hooked_vlm.runtime.store import Parts
 from hooked_vlm.runtime.tasks import Unit
-from hooked_vlm.sweeps import many as sweep_many
 from hooked_vlm.toys.pages import make_page
 
 pytest.importorskip("ray")

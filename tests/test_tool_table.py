@@ -8,7 +8,7 @@ import torch
 from transformer_lens.tools.analysis import interchange
 
 from hooked_vlm.interventions import PatchActivation
-from hooked_vlm.tool_table import (
+from tools.tool_page import (
     HOOK,
     PATCHING,
     TOOLS,

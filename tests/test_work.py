@@ -10,12 +10,11 @@ import pytest
 import torch
 from families import model_and_inputs
 
-from hooked_vlm import InputError, SweepCase, sweep
+from hooked_vlm import InputError, SweepCase, sweep, sweep_many
 from hooked_vlm.interventions import AddVector, CustomHooks, ReplaceImageKV, ZeroHeads
 from hooked_vlm.metrics import logit, logit_difference
 from hooked_vlm.runtime.store import Parts
 from hooked_vlm.runtime.tasks import Common, InProcess, Unit
-from hooked_vlm.sweeps import many as sweep_many
 
 HEADS = tuple((layer, head) for layer in range(3) for head in range(4))
 

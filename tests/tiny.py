@@ -13,9 +13,9 @@ import torch
 from transformers import AutoTokenizer, Qwen2VLConfig, Qwen2VLForConditionalGeneration
 
 from hooked_vlm import HookedVLM
-from hooked_vlm.experiments.toy import qwen2_vl as toy
-from hooked_vlm.experiments.toy.tokenizer import END_OF_TEXT, IM_END, save_tokenizer
 from hooked_vlm.inputs.images import ImageProcessor
+from tools.toy_training import qwen2_vl as toy
+from tools.toy_training.tokenizer import END_OF_TEXT, IM_END, save_tokenizer
 
 IMAGE, VIDEO, VISION_START, VISION_END, STOP, PAD = 100, 101, 102, 103, 3, 0
 

@@ -18,7 +18,7 @@ from hooked_vlm.experiments.head_attribution.rankings import other_rankings
 from hooked_vlm.experiments.head_attribution.regression import Fit, fit
 from hooked_vlm.experiments.head_attribution.tasks import Case, ask, items_of, right_cases
 from hooked_vlm.experiments.head_attribution.text_flow import blocked_edges, receivers
-from hooked_vlm.runtime.provenance import weights_hash
+from hooked_vlm.model.identity import weights_hash
 from hooked_vlm.runtime.store import Parts
 from hooked_vlm.runtime.tasks import Common, Unit, Workers
 

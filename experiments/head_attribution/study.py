@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hooked_vlm.commands.model import load
 from hooked_vlm.experiments.common.models import check_asks_about_images
 from hooked_vlm.experiments.common.report import Report
 from hooked_vlm.experiments.common.workers import workers_of
@@ -16,9 +15,10 @@ from hooked_vlm.experiments.head_attribution.show_attribution import attribution
 from hooked_vlm.experiments.head_attribution.show_curves import curves
 from hooked_vlm.experiments.head_attribution.show_tokens import tokens
 from hooked_vlm.experiments.head_attribution.show_where import where
+from hooked_vlm.model.by_name import load
+from hooked_vlm.model.identity import provenance
 from hooked_vlm.model.vlm import HookedVLM
 from hooked_vlm.runtime.files import writable_folder
-from hooked_vlm.runtime.provenance import provenance
 
 SECTIONS: dict[str, Callable[[Report, Measured, HeadAttributionConfig], Findings]] = {
     "attribution": attribution,

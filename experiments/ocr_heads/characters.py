@@ -13,7 +13,7 @@ from hooked_vlm.experiments.ocr_heads.data.store import DataSet, load_or_build
 from hooked_vlm.experiments.ocr_heads.examples import Evidence, Example
 from hooked_vlm.experiments.ocr_heads.selection import ranked
 from hooked_vlm.experiments.ocr_heads.study import Finding, Study
-from hooked_vlm.experiments.toy import data as toy
+from hooked_vlm.toys import pages as toy
 
 TOP = 5
 LENGTH = 1024

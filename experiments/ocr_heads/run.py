@@ -24,9 +24,9 @@ from hooked_vlm.experiments.ocr_heads.scoring import Scores
 from hooked_vlm.experiments.ocr_heads.sink import sink
 from hooked_vlm.experiments.ocr_heads.study import Finding, Study
 from hooked_vlm.experiments.ocr_heads.thought import thought
+from hooked_vlm.model.identity import provenance
 from hooked_vlm.model.vlm import HookedVLM
 from hooked_vlm.runtime.files import writable_folder
-from hooked_vlm.runtime.provenance import provenance
 
 EXPERIMENTS: tuple[tuple[type[ScoreConfig], Callable[[Study, Any], Finding]], ...] = (
     (ScoreConfig, lambda study, config: score(study)),

@@ -12,7 +12,6 @@ import pandas as pd
 from jaxtyping import Bool, Float
 from matplotlib.figure import Figure
 
-from hooked_vlm.commands.model import load
 from hooked_vlm.errors import StudyError
 from hooked_vlm.experiments.common.models import check_asks_about_images
 from hooked_vlm.experiments.common.workers import workers_of
@@ -24,8 +23,9 @@ from hooked_vlm.experiments.ocr_heads.scoring import Scores, gather, score_batch
 from hooked_vlm.experiments.ocr_heads.selection import ranked, select
 from hooked_vlm.interventions import Head
 from hooked_vlm.loading.checkpoints import TOY_MODELS
+from hooked_vlm.model.by_name import load
+from hooked_vlm.model.identity import weights_hash
 from hooked_vlm.model.vlm import HookedVLM
-from hooked_vlm.runtime.provenance import weights_hash
 from hooked_vlm.runtime.store import Parts
 from hooked_vlm.runtime.tasks import Common, Unit, Workers
 

@@ -37,9 +37,9 @@ from hooked_vlm.activations.shards import (
 from hooked_vlm.errors import ActivationsError, InputError
 from hooked_vlm.inputs.vlm_inputs import VLMInputs
 from hooked_vlm.interventions.base import layer_of
+from hooked_vlm.model.identity import provenance
 from hooked_vlm.nn.hooks import HookPoint, hooked_module
 from hooked_vlm.runtime.files import writable_folder
-from hooked_vlm.runtime.provenance import provenance
 
 _SWITCHES = ("use_attn_result", "use_split_qkv_input", "use_hook_mlp_in")
 

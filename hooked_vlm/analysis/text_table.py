@@ -20,3 +20,11 @@ def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """As Markdown has it."""
     lines = [header, ["---"] * len(header), *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
+
+
+def size(n_bytes: int) -> str:
+    """In units of a thousand: 4.4 GB."""
+    for unit, one in (("GB", 10**9), ("MB", 10**6)):
+        if n_bytes >= one:
+            return f"{n_bytes / one:,.1f} {unit}"
+    return f"{n_bytes / 1000:.1f} kB"

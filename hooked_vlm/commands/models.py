@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 import torch
 import tyro
 
-from hooked_vlm.analysis.text_table import text_table
+from hooked_vlm.analysis.text_table import size, text_table
 from hooked_vlm.converters import KNOWN_MODELS
 from hooked_vlm.errors import InputError
 from hooked_vlm.loading.checkpoints import bundled_models
@@ -177,14 +177,6 @@ def _known(name: str) -> str:
     if name in KNOWN_MODELS:
         return KNOWN_MODELS[name].certainty
     return "bundled with the library" if name in bundled_models() else "its own config.json"
-
-
-def size(n_bytes: int) -> str:
-    """In units of a thousand: 4.4 GB."""
-    for unit, one in (("GB", 10**9), ("MB", 10**6)):
-        if n_bytes >= one:
-            return f"{n_bytes / one:,.1f} {unit}"
-    return f"{n_bytes / 1000:.1f} kB"
 
 
 def _billions(n: int) -> str:

@@ -9,9 +9,9 @@ from typing import Any, Literal
 
 from PIL import Image
 
-from hooked_vlm.commands.model import load
 from hooked_vlm.errors import InputError
 from hooked_vlm.inputs.images import load_image
+from hooked_vlm.model.by_name import load
 from hooked_vlm.runtime.files import writable_folder
 from hooked_vlm.viewer.attention_view import attention
 from hooked_vlm.viewer.session import Asked, Picture, Session

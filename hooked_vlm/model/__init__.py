@@ -1,1 +1,1 @@
-"""HookedVLM and what belongs to it: cache, generation, weights in TransformerLens' shapes, its hook points and memory."""
+"""HookedVLM and what belongs to it: cache, generation, weights in TransformerLens' shapes, hook points, memory."""

@@ -22,6 +22,7 @@ from hooked_vlm.loading.checkpoints import LoadingMixin
 from hooked_vlm.model.cache import VLMCache
 from hooked_vlm.model.caching import Caching, default_filter, exchanged_patterns, runs_explicitly
 from hooked_vlm.model.generation import GenerationMixin
+from hooked_vlm.model.identity import identity
 from hooked_vlm.model.weights import WeightsMixin
 from hooked_vlm.nn.block import run_blocks, text_blocks
 from hooked_vlm.nn.components import Embed, Norm, Unembed
@@ -309,6 +310,10 @@ class HookedVLM(LoadingMixin, PromptMixin, GenerationMixin, WeightsMixin, HookCh
         return KVCache(*sizes, cfg.device, cfg.dtype, homes)
 
     # ---------------------------------------------------------------- hooks
+
+    def identity(self) -> dict[str, str]:
+        """Return what is equal for equal models: hashes of weights, settings and code, and versions of the software."""
+        return identity(self)
 
     def add_hook(self, name: HookName, hook: Callable, *args: Any, **kwargs: Any) -> None:
         """As in TransformerLens; a hook that cannot act is refused (`HookError`)."""

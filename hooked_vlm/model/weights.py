@@ -89,7 +89,8 @@ class WeightsMixin(WithViews):
         """Copies of the text side's weights under the keys of TransformerLens' `ProcessWeights`.
 
         Keys and values have their own heads, which that tool asks for by `_W_K`, `_W_V`, `_b_K` and `_b_V`. What comes
-        back goes into the model through the views of `tl_parameters`; `hooked_vlm.model.weight_processing` does all of it.
+        back goes into the model through the views of `tl_parameters`; `hooked_vlm.model.weight_processing` does all of
+        it.
         """
         own = {name: value.detach().as_subclass(Tensor).clone() for name, value in self.tl_parameters().items()}
         return {_KEY_VALUE.sub(r".attn._\1", name): value for name, value in own.items()}

@@ -1,7 +1,8 @@
 """Hook points, the pass they belong to, and the names they go by.
 
-A hook point stands at its tensor: `q = self.hook_q(...)`. The current `ForwardPass` (`hooked_vlm.nn.forward_pass`) decides
-how a hook sees that tensor, rows with their padding, and holds the context that the hook finds in `hook.ctx`.
+A hook point stands at its tensor: `q = self.hook_q(...)`. The current `ForwardPass`
+(`hooked_vlm.nn.forward_pass`) decides how a hook sees that tensor, rows with their padding, and holds the context that
+the hook finds in `hook.ctx`.
 """
 
 import difflib
@@ -231,7 +232,7 @@ def is_own(module: nn.Module) -> bool:
 
 
 def is_touched(module: nn.Module) -> bool:
-    """Whether a module has hooks, or a `forward` put in its own's place, other than `hooked_vlm.loading.placement`'s."""
+    """Whether a module has hooks, or a `forward` put in its own's place, other than those of placement."""
     if any(fn not in _OWN_HOOKS for fn in module._forward_pre_hooks.values()):
         return True
     if module._forward_hooks or module._backward_hooks or module._backward_pre_hooks:

@@ -14,21 +14,20 @@ from collections import Counter, deque
 from collections.abc import Callable, Generator, Sequence
 from contextlib import redirect_stdout
 from functools import cached_property, partial
-from importlib.metadata import version
 from itertools import count
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 import torch
 from tqdm.auto import tqdm
 
 from hooked_vlm.errors import WorkerError
-from hooked_vlm.model.vlm import HookedVLM
-from hooked_vlm.runtime.digests import digest
-from hooked_vlm.runtime.provenance import code_hash, weights_hash
 from hooked_vlm.runtime.ray_cluster import Share, connect, n_gpus_of, share_of
 from hooked_vlm.runtime.tasks import Bench, Common, Unit, Workers
+
+if TYPE_CHECKING:
+    from hooked_vlm.model.vlm import HookedVLM
 
 ATTEMPTS = 3
 """A unit whose worker dies is begun so many times; so many workers in a row may die before one is ready."""
@@ -58,7 +57,7 @@ class OnRay(Workers):
 
     def __init__(
         self,
-        model: Any,
+        model: "HookedVLM",
         address: str = "local",
         n: int | None = None,
         *,
@@ -175,7 +174,7 @@ class OnRay(Workers):
 
     @cached_property
     def _identity(self) -> dict[str, str]:
-        return identity(self.model)
+        return self.model.identity()
 
     @cached_property
     def _source(self) -> str:
@@ -187,7 +186,9 @@ class OnRay(Workers):
     def _hire(self, n: int) -> None:
         for _ in range(n):
             actor = self._actor.remote()
-            ready = actor.load.remote(self._source, self._device, self.model.cfg.dtype, self.share.n_threads)
+            ready = actor.load.remote(
+                type(self.model), self._source, self._device, self.model.cfg.dtype, self.share.n_threads
+            )
             self._loading[ready] = actor
 
     def _next_answer(self, awaited: list[Any]) -> Any:
@@ -280,13 +281,15 @@ class Replica:
 
     bench: Bench
 
-    def load(self, name: str, device: str, dtype: torch.dtype, n_threads: int) -> dict[str, str] | Exception:
-        """Load the model; what it is (`identity`)."""
+    def load(
+        self, kind: "type[HookedVLM]", name: str, device: str, dtype: torch.dtype, n_threads: int
+    ) -> dict[str, str] | Exception:
+        """Load the model; what it is (`HookedVLM.identity`)."""
         torch.set_num_threads(n_threads)
         try:
-            model = HookedVLM.from_pretrained(name, device=device, dtype=dtype)
+            model = kind.from_pretrained(name, device=device, dtype=dtype)
             self.bench = Bench(model)
-            return identity(model)
+            return model.identity()
         except Exception as error:
             return _sendable(error)
 
@@ -299,14 +302,6 @@ class Replica:
             return self.bench.table(work, (*given, *arguments))
         except Exception as error:
             return _sendable(error)
-
-
-def identity(model: Any) -> dict[str, str]:
-    """What must be the same on all machines: weights, settings and software."""
-    software = {package: version(package) for package in ("hooked-vlm", "torch", "transformers")}
-    cfg = model.cfg.with_(model_name="", device=torch.device("cpu"))
-    settings = digest((cfg, model.image_processor))
-    return {"weights": weights_hash(model), "settings": settings, **software, "code": code_hash()}
 
 
 def _sendable(error: Exception) -> Exception:

@@ -5,8 +5,8 @@
         tables = workers.tables(units, "scores")
 
 What is there already is not done again, so interrupted work goes on where it stopped. Who does the rest is left open:
-this process (`InProcess`), or the machines of a Ray cluster (`hooked_vlm.runtime.ray_workers.OnRay`). Either way this process
-writes the parts, and the tables are the same.
+this process (`InProcess`), or the machines of a Ray cluster (`hooked_vlm.runtime.ray_workers.OnRay`). Either way this
+process writes the parts, and the tables are the same.
 """
 
 import json

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from hooked_vlm import CheckpointError, HookedVLM
-from hooked_vlm.commands.model import load
+from hooked_vlm.model.by_name import load
 
 
 def test_dtypes_go_by_their_names() -> None:

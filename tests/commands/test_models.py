@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 
 from hooked_vlm import cli
-from hooked_vlm.commands.checkpoint_page import page
 from hooked_vlm.commands.models import GPU_SIZES, ModelsConfig, answer, model_row
 from hooked_vlm.converters import KNOWN_MODELS
 from hooked_vlm.loading.checkpoints import TOY_MODELS
+from tools.checkpoint_page import page
 
 PAGE = Path(__file__).resolve().parent.parent.parent / "docs" / "checkpoints.md"
 QWEN = "Qwen/Qwen2-VL-2B-Instruct"
@@ -23,7 +23,7 @@ def call(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> None:
 
 @pytest.mark.slow
 def test_the_docs_page_is_what_the_command_makes() -> None:
-    assert PAGE.read_text(encoding="utf-8") == page(), "run: python -m hooked_vlm.commands.checkpoint_page"
+    assert PAGE.read_text(encoding="utf-8") == page(), "run: python -m tools.checkpoint_page"
 
 
 def test_one_model_by_hand() -> None:

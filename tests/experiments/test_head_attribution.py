@@ -65,13 +65,13 @@ from hooked_vlm.experiments.head_attribution.text_flow import (
     windows,
     with_losses,
 )
-from hooked_vlm.experiments.toy.families import FAMILIES
 from hooked_vlm.interventions import ReplaceImageKV, mean_image_kv
 from hooked_vlm.runtime.store import Parts
 from hooked_vlm.runtime.tasks import InProcess
 from hooked_vlm.toys.drawings import OBJECTS
 from hooked_vlm.toys.pages import NAMING_PROMPT
 from hooked_vlm.viewer.quantise import decoded
+from tools.toy_training.families import FAMILIES
 
 SMALL: dict[str, Any] = {
     "samples": 4,

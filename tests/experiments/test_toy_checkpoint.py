@@ -12,14 +12,14 @@ from safetensors import safe_open
 from transformers import AutoTokenizer
 
 from hooked_vlm import HookedVLM
-from hooked_vlm.experiments.toy import data
-from hooked_vlm.experiments.toy.batches import collate, decoder_output
-from hooked_vlm.experiments.toy.evaluate import exact_match, held_out, report
-from hooked_vlm.experiments.toy.families import FAMILIES, family_in
-from hooked_vlm.experiments.toy.family import ToyFamily
-from hooked_vlm.experiments.toy.heads import ocr_scores
 from hooked_vlm.loading.checkpoints import TOY_MODELS
+from hooked_vlm.toys import pages as data
 from hooked_vlm.toys.pages import Sample
+from tools.toy_training.batches import collate, decoder_output
+from tools.toy_training.evaluate import exact_match, held_out, report
+from tools.toy_training.families import FAMILIES, family_in
+from tools.toy_training.family import ToyFamily
+from tools.toy_training.heads import ocr_scores
 
 
 @pytest.fixture(scope="module", params=FAMILIES)

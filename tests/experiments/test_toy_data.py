@@ -6,12 +6,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from hooked_vlm.experiments.toy import data
-from hooked_vlm.experiments.toy.batches import encode
-from hooked_vlm.experiments.toy.families import FAMILIES
-from hooked_vlm.experiments.toy.family import ToyFamily
-from hooked_vlm.experiments.toy.tokenizer import END_OF_TEXT, WORDS, build_tokenizer
+from hooked_vlm.toys import pages as data
 from hooked_vlm.toys.drawings import OBJECTS
+from tools.toy_training.batches import encode
+from tools.toy_training.families import FAMILIES
+from tools.toy_training.family import ToyFamily
+from tools.toy_training.tokenizer import END_OF_TEXT, WORDS, build_tokenizer
 
 every_family = pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
 

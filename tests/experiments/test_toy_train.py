@@ -11,11 +11,12 @@ import torch
 from PIL import Image
 
 from hooked_vlm import HookedVLM
-from hooked_vlm.experiments.toy import batches, data, guidance, heads, imitate, qwen2_vl, train
-from hooked_vlm.experiments.toy.families import FAMILIES, INTERNVL2, QWEN2_VL
-from hooked_vlm.experiments.toy.family import ToyFamily
-from hooked_vlm.experiments.toy.internvl2 import start_from_qwen2_vl
-from hooked_vlm.experiments.toy.recipes import RECIPES, Recipe, Stage
+from hooked_vlm.toys import pages as data
+from tools.toy_training import batches, guidance, heads, imitate, qwen2_vl, train
+from tools.toy_training.families import FAMILIES, INTERNVL2, QWEN2_VL
+from tools.toy_training.family import ToyFamily
+from tools.toy_training.internvl2 import start_from_qwen2_vl
+from tools.toy_training.recipes import RECIPES, Recipe, Stage
 
 every_family = pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
 

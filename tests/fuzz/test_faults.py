@@ -25,9 +25,9 @@ from hooked_vlm.experiments.common.figures import new_figure, save_figure
 from hooked_vlm.experiments.common.report import Report
 from hooked_vlm.experiments.ocr_heads.data.store import load_or_build
 from hooked_vlm.experiments.ocr_heads.examples import Example
-from hooked_vlm.experiments.toy import train
-from hooked_vlm.experiments.toy.family import write_checkpoint
 from hooked_vlm.runtime.store import Parts
+from tools.toy_training import train
+from tools.toy_training.family import write_checkpoint
 
 KILLS = Path(__file__).parent / "kills.py"
 QUICK = ("data sets", "training")

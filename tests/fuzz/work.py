@@ -22,12 +22,12 @@ from hooked_vlm.experiments.head_attribution import run as attribute
 from hooked_vlm.experiments.ocr_heads import MaskConfig
 from hooked_vlm.experiments.ocr_heads import run as ocr_heads
 from hooked_vlm.experiments.ocr_heads.data.scored import scored_sets
-from hooked_vlm.experiments.toy import train
-from hooked_vlm.experiments.toy.recipes import RECIPES, Stage
 from hooked_vlm.interventions import ZeroHeads
 from hooked_vlm.metrics import logit
 from hooked_vlm.runtime.files import place
 from hooked_vlm.sweeps.many import SweepCase, sweep_many
+from tools.toy_training import train
+from tools.toy_training.recipes import RECIPES, Stage
 
 
 def data_sets(out: Path) -> None:

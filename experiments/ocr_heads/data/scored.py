@@ -11,7 +11,7 @@ from hooked_vlm.experiments.ocr_heads.data.haystack import niah_items, passkey_i
 from hooked_vlm.experiments.ocr_heads.data.pages import evidence_of, render, wrap
 from hooked_vlm.experiments.ocr_heads.data.store import DataSet, load_or_build
 from hooked_vlm.experiments.ocr_heads.examples import Evidence, Example
-from hooked_vlm.experiments.toy import data as toy
+from hooked_vlm.toys import pages as toy
 
 PAPER_PIXELS = 256 * 28 * 28
 """The paper's area of a resized page: about 256 visual tokens for Qwen2-VL."""

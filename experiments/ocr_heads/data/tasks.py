@@ -20,7 +20,7 @@ from hooked_vlm.experiments.ocr_heads.data.prompts import about_pages, about_pas
 from hooked_vlm.experiments.ocr_heads.data.scored import SYNTHETIC_TOY, niah_pages, passkey_pages, toy_pages
 from hooked_vlm.experiments.ocr_heads.data.store import DataSet, load_or_build
 from hooked_vlm.experiments.ocr_heads.examples import Example
-from hooked_vlm.experiments.toy import data as toy
+from hooked_vlm.toys import pages as toy
 
 MOST_PAGES = 8
 """Documents with more pages are left out, as the paper does."""

@@ -12,8 +12,8 @@ from safetensors.torch import save_file
 
 from hooked_vlm import HookedVLM
 from hooked_vlm.converters import language_models
-from hooked_vlm.experiments.toy.families import FAMILIES
 from hooked_vlm.inputs.templates import template_named
+from tools.toy_training.families import FAMILIES
 
 
 @lru_cache

@@ -4,8 +4,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from hooked_vlm.experiments.toy import data
-from hooked_vlm.experiments.toy.specialise import Specialisation
+from hooked_vlm.toys import pages as data
+from tools.toy_training.specialise import Specialisation
 
 Sizes = tuple[tuple[int, int], ...]  # width, height
 

@@ -16,10 +16,10 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from hooked_vlm.experiments.toy import data
-from hooked_vlm.experiments.toy.batches import IGNORED, Batch
-from hooked_vlm.experiments.toy.family import ToyFamily
+from hooked_vlm.toys import pages as data
 from hooked_vlm.toys.pages import Sample
+from tools.toy_training.batches import IGNORED, Batch
+from tools.toy_training.family import ToyFamily
 
 N_LETTERS = len(data.LETTERS)
 CLEAR_SHARE = 0.5  # of a character's area, that an image token must hold to be asked for its line

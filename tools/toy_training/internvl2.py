@@ -15,10 +15,10 @@ from torch import Tensor
 from transformers import InternVLConfig, InternVLForConditionalGeneration
 
 from hooked_vlm import HookedVLM
-from hooked_vlm.experiments.toy.family import HFModel, ToyFamily, normal_vision_weights, write_checkpoint
-from hooked_vlm.experiments.toy.tokenizer import END_OF_TEXT, IM_END, IM_START, build_tokenizer
 from hooked_vlm.inputs.geometry import ImageGrid, TileGrid
 from hooked_vlm.inputs.tiles import IMAGENET_MEAN, IMAGENET_STD, TileProcessor
+from tools.toy_training.family import HFModel, ToyFamily, normal_vision_weights, write_checkpoint
+from tools.toy_training.tokenizer import END_OF_TEXT, IM_END, IM_START, build_tokenizer
 
 IMAGE_START, IMAGE_END, IMAGE_CONTEXT = "<img>", "</img>", "<IMG_CONTEXT>"
 SPECIAL_TOKENS = (END_OF_TEXT, IM_START, IM_END, IMAGE_START, IMAGE_END, IMAGE_CONTEXT)

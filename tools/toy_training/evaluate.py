@@ -1,6 +1,6 @@
 """Exact match of a toy checkpoint per task, and the control that masks its reading heads.
 
-``python -m hooked_vlm.experiments.toy.evaluate --model DIR`` prints the tables and writes
+``python -m tools.toy_training.evaluate --model DIR`` prints the tables and writes
 ``evaluation.json`` beside the weights.
 """
 
@@ -12,13 +12,13 @@ import numpy as np
 import torch
 import tyro
 
-from hooked_vlm.experiments.toy import data
-from hooked_vlm.experiments.toy.batches import answer_logits, collate
-from hooked_vlm.experiments.toy.families import family_in, family_of
-from hooked_vlm.experiments.toy.family import HFModel, text_shape
-from hooked_vlm.experiments.toy.heads import Head, head_mask, kept_heads, ocr_scores, output_norms
 from hooked_vlm.inputs.geometry import TileGrid
+from hooked_vlm.toys import pages as data
 from hooked_vlm.toys.pages import Sample
+from tools.toy_training.batches import answer_logits, collate
+from tools.toy_training.families import family_in, family_of
+from tools.toy_training.family import HFModel, text_shape
+from tools.toy_training.heads import Head, head_mask, kept_heads, ocr_scores, output_norms
 
 LIVE_NORM = 0.1  # of the largest head's
 NOT_READING = 0.1  # OCR score

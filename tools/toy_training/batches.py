@@ -11,11 +11,11 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
-from hooked_vlm.experiments.toy.families import family_of
-from hooked_vlm.experiments.toy.family import HFModel, ToyFamily
-from hooked_vlm.experiments.toy.tokenizer import END_OF_TEXT, IM_END, IM_START
 from hooked_vlm.inputs.geometry import ImageGrid, TileGrid
 from hooked_vlm.toys.pages import Sample
+from tools.toy_training.families import family_of
+from tools.toy_training.family import HFModel, ToyFamily
+from tools.toy_training.tokenizer import END_OF_TEXT, IM_END, IM_START
 
 IGNORED = -100
 

@@ -3,9 +3,9 @@
 import json
 from pathlib import Path
 
-from hooked_vlm.experiments.toy.family import HFModel, ToyFamily
-from hooked_vlm.experiments.toy.internvl2 import InternVL2
-from hooked_vlm.experiments.toy.qwen2_vl import Qwen2VL
+from tools.toy_training.family import HFModel, ToyFamily
+from tools.toy_training.internvl2 import InternVL2
+from tools.toy_training.qwen2_vl import Qwen2VL
 
 QWEN2_VL, INTERNVL2 = Qwen2VL(), InternVL2()
 FAMILIES: dict[str, ToyFamily] = {family.name: family for family in (QWEN2_VL, INTERNVL2)}

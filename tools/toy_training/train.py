@@ -1,4 +1,4 @@
-"""Trains a toy model: ``python -m hooked_vlm.experiments.toy.train --out DIR --seed 0 [--model toy-internvl2]``.
+"""Trains a toy model: ``python -m tools.toy_training.train --out DIR --seed 0 [--model toy-internvl2]``.
 
 Every step's samples are drawn from ``(seed, step)``, so an interrupted run resumed with ``--resume``
 goes through the same batches as an uninterrupted one. What a model is trained on is its recipe (`recipes`).
@@ -20,24 +20,25 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from hooked_vlm.errors import OutputError
-from hooked_vlm.experiments.toy import data, imitate
-from hooked_vlm.experiments.toy.batches import Batch, answer_logits, collate
-from hooked_vlm.experiments.toy.evaluate import exact_match, held_out
-from hooked_vlm.experiments.toy.families import FAMILIES, QWEN2_VL, family_of
-from hooked_vlm.experiments.toy.family import HFModel, text_shape
-from hooked_vlm.experiments.toy.guidance import Guidance
-from hooked_vlm.experiments.toy.heads import Head, kept_heads, ocr_scores, visible_patterns
-from hooked_vlm.experiments.toy.internvl2 import TILE_SIZE, start_from_qwen2_vl
-from hooked_vlm.experiments.toy.recipes import RECIPES, Recipe, Sizes
-from hooked_vlm.experiments.toy.specialise import (
+from hooked_vlm.loading.checkpoints import TOY_MODELS
+from hooked_vlm.runtime.files import place, writable_folder
+from hooked_vlm.toys import pages as data
+from hooked_vlm.toys.pages import Sample
+from tools.toy_training import imitate
+from tools.toy_training.batches import Batch, answer_logits, collate
+from tools.toy_training.evaluate import exact_match, held_out
+from tools.toy_training.families import FAMILIES, QWEN2_VL, family_of
+from tools.toy_training.family import HFModel, text_shape
+from tools.toy_training.guidance import Guidance
+from tools.toy_training.heads import Head, kept_heads, ocr_scores, visible_patterns
+from tools.toy_training.internvl2 import TILE_SIZE, start_from_qwen2_vl
+from tools.toy_training.recipes import RECIPES, Recipe, Sizes
+from tools.toy_training.specialise import (
     Specialisation,
     attention_on_evidence,
     random_gates,
     top_heads,
 )
-from hooked_vlm.loading.checkpoints import TOY_MODELS
-from hooked_vlm.runtime.files import place, writable_folder
-from hooked_vlm.toys.pages import Sample
 
 TASKS = ("page", "text", "transcription", "naming", "continuation")
 

@@ -18,9 +18,9 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from hooked_vlm.experiments.toy.tokenizer import build_tokenizer, save_tokenizer
 from hooked_vlm.inputs.geometry import ImageGrid, TileGrid
 from hooked_vlm.runtime.files import place
+from tools.toy_training.tokenizer import build_tokenizer, save_tokenizer
 
 HFModel = Any
 """One of `transformers`' models for images and text; its parts are reached into, which its types do not know."""

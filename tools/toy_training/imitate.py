@@ -10,9 +10,9 @@ import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
-from hooked_vlm.experiments.toy import data
-from hooked_vlm.experiments.toy.families import family_of
-from hooked_vlm.experiments.toy.family import HFModel
+from hooked_vlm.toys import pages as data
+from tools.toy_training.families import family_of
+from tools.toy_training.family import HFModel
 
 IMAGES = 40  # per step
 

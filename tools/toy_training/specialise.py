@@ -19,9 +19,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from hooked_vlm.experiments.toy.batches import Batch
-from hooked_vlm.experiments.toy.heads import Head, evidence_mask
 from hooked_vlm.toys.pages import Sample
+from tools.toy_training.batches import Batch
+from tools.toy_training.heads import Head, evidence_mask
 
 
 @dataclass(frozen=True)

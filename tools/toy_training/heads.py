@@ -12,10 +12,10 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from hooked_vlm.experiments.toy.batches import IGNORED, Batch, collate, decoder_output
-from hooked_vlm.experiments.toy.families import family_of
-from hooked_vlm.experiments.toy.family import HFModel, text_shape
 from hooked_vlm.toys.pages import Box, Sample
+from tools.toy_training.batches import IGNORED, Batch, collate, decoder_output
+from tools.toy_training.families import family_of
+from tools.toy_training.family import HFModel, text_shape
 
 Head = tuple[int, int]  # layer, head
 EVIDENCE_SHARE = 0.1  # of a character's area, that a token must hold more than

@@ -10,9 +10,9 @@ from torch.nn import functional as F
 from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
 from transformers.models.qwen2_vl.modeling_qwen2_vl import apply_rotary_pos_emb_vision
 
-from hooked_vlm.experiments.toy.family import HFModel, ToyFamily, normal_vision_weights, write_checkpoint
-from hooked_vlm.experiments.toy.tokenizer import END_OF_TEXT, IM_END, IM_START, build_tokenizer
 from hooked_vlm.inputs.geometry import ImageGrid, TileGrid
+from tools.toy_training.family import HFModel, ToyFamily, normal_vision_weights, write_checkpoint
+from tools.toy_training.tokenizer import END_OF_TEXT, IM_END, IM_START, build_tokenizer
 
 # Qwen2-VL's special tokens, in the order of its ids.
 VISION_START, VISION_END = "<|vision_start|>", "<|vision_end|>"
