@@ -30,7 +30,7 @@ from hooked_vlm.experiments.ocr_heads.examples import Example
 from hooked_vlm.interventions import AddVector, ReplaceImageKV, ZeroHeads
 from hooked_vlm.metrics import log_prob
 from hooked_vlm.runtime.ray_cluster import Share, connect, share_of
-from hooked_vlm.runtime.ray_workers import OnRay, Replica, identity
+from hooked_vlm.runtime.ray_workers import OnRay, Replica
 from hooked_vlm.runtime.store import Parts
 from hooked_vlm.runtime.tasks import Unit
 from hooked_vlm.toys.pages import make_page
@@ -65,12 +65,12 @@ def test_cores_are_shared_out_so_that_every_worker_finds_its_place() -> None:
         share_of(cluster({"CPU": 16, "GPU": 4}), 5, True)
 
 
-def test_without_ray_the_error_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_ray_the_error_says_what_to_install(model: HookedVLM, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(WorkerError, match=r"pip install 'hooked-vlm\[ray\]'"):
         connect("local")
     with pytest.raises(WorkerError, match="number of workers must be at least 1, got 0"):
-        OnRay(None, n=0)
+        OnRay(model, n=0)
 
 
 @pytest.mark.parametrize(
@@ -130,10 +130,10 @@ def test_a_model_that_workers_do_not_load_as_it_is_is_refused(
     with torch.no_grad():
         changed.embed.weight[0, 0] += 1
     told = {
-        "same": identity(model),
-        "missing": Replica().load("no-such", "cpu", torch.float32, torch.get_num_threads()),
+        "same": model.identity(),
+        "missing": Replica().load(HookedVLM, "no-such", "cpu", torch.float32, torch.get_num_threads()),
     }
-    told["other software"] = identity(model) | {"torch": "1.0"}
+    told["other software"] = model.identity() | {"torch": "1.0"}
     monkeypatch.setattr(OnRay, "_got", lambda self, answer: told[answer])
 
     def welcome(model: HookedVLM, answer: str) -> list[Any]:

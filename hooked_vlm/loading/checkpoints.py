@@ -29,7 +29,7 @@ from hooked_vlm.nn.components import Embed, Unembed
 from hooked_vlm.nn.weight_access import why_closed
 from hooked_vlm.runtime.files import why
 
-TOY_MODELS = Path(__file__).parent / "toy_models"
+TOY_MODELS = Path(__file__).parents[1] / "toy_models"
 _FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
 _CONFIGS = ["config.json", "preprocessor_config.json"]
 
