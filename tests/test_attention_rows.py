@@ -47,7 +47,7 @@ def test_rows_made_while_generating_equal_those_of_a_pass_over_the_answer(rows: 
     torch.testing.assert_close(found, expected[..., : n + 3], atol=1e-5, rtol=0)
     _, best = generate_with_rows(model, batch, 4, [1], lambda row: row.argmax(-1), stop_at_eos=False)
     assert best.equal(found[1:2].argmax(-1))
-    with pytest.raises(InputError, match="layer 3 is out of range"):
+    with pytest.raises(InputError, match="layer 3"):
         generate_with_rows(model, batch, 4, [3])
 
 
@@ -62,7 +62,7 @@ def test_reduce_sees_one_layer_at_a_time() -> None:
 def test_layers_and_positions_out_of_range_are_refused() -> None:
     model, batch = tiny_model(), inputs(PADDED)
     everywhere = torch.full((len(batch), 1), batch.shape[1] - 1)
-    with pytest.raises(InputError, match="layer 7 is out of range"):
+    with pytest.raises(InputError, match="layer 7"):
         attention_rows(model, batch, everywhere, layers=[7])
     with pytest.raises(InputError, match="padding"):
         attention_rows(model, batch, torch.zeros_like(everywhere))

@@ -72,8 +72,8 @@ def test_a_filter_stores_what_it_names(names_filter, stored):
     ("names_filter", "says"),
     [
         ("blocks.0.attn.hook_zz", "blocks.0.attn.hook_z"),
-        (["hook_embed", "blocks.9.hook_resid_pre"], "no hook point 'blocks.9"),
-        (lambda n: n == "nothing", "matches none"),
+        (["hook_embed", "blocks.9.hook_resid_pre"], r"'blocks\.9\.hook_resid_pre'"),
+        (lambda n: n == "nothing", "filter"),
         ("blocks.0.attn.hook_result", "set_use_attn_result"),
     ],
 )
@@ -139,8 +139,8 @@ def test_where_a_hook_edits_scores_or_pattern_the_edited_pattern_is_stored(side,
     ("kwargs", "says"),
     [
         ({"names_filter": ["blocks.1.attn.hook_rot_q"]}, "names_filter"),
-        ({"pos_slice": (0, 5)}, "pos_slice cut the keys"),
-        ({"stop_at_layer": 1}, "not in this cache"),
+        ({"pos_slice": (0, 5)}, "pos_slice"),
+        ({"stop_at_layer": 1}, r"blocks\.1\.attn\.hook_rot_q"),
     ],
 )
 def test_a_pattern_that_cannot_be_derived_says_why(kwargs, says):
@@ -239,7 +239,7 @@ def test_remove_batch_dim_acts_on_the_text_side_only(afterwards):
 
 
 def test_remove_batch_dim_of_several_rows_is_refused():
-    with pytest.raises(InputError, match="one row, this one has 3"):
+    with pytest.raises(InputError, match=r"remove_batch_dim.*3"):
         run(tiny.PADDED, remove_batch_dim=True)
 
 
@@ -252,7 +252,7 @@ def test_apply_slice_to_batch_dim_cuts_rows_and_keeps_all_images(rows):
     for name, value in cut.items():
         assert value.equal(Slice(rows).apply(whole[name], dim=0)), name
     assert cut["vision.hook_embed"].equal(whole["vision.hook_embed"])
-    with pytest.raises(KeyError, match="cut to some rows"):
+    with pytest.raises(KeyError, match="rows"):
         cut["pattern", 0]
 
 

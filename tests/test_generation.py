@@ -123,10 +123,10 @@ def test_a_model_without_stop_tokens_generates_to_the_end() -> None:
 def test_generation_ends_with_the_context() -> None:
     model, prompt = with_stops(), inputs(TEXT)
     model.cfg = model.cfg.with_(n_ctx=prompt.shape[1] + 3)
-    with pytest.warns(UserWarning, match="after 3 new tokens"):
+    with pytest.warns(UserWarning, match=r"3.*context"):
         assert model.generate(prompt, N_NEW).shape[1] == prompt.shape[1] + 3
     model.cfg = model.cfg.with_(n_ctx=prompt.shape[1] - 1)
-    with pytest.raises(InputError, match="do not fit the context"):
+    with pytest.raises(InputError, match="context"):
         model.generate(prompt, N_NEW)
 
 
@@ -147,7 +147,7 @@ def test_settings_out_of_range_are_refused(settings: dict[str, Any]) -> None:
 
 
 def test_rows_padded_at_the_end_are_refused() -> None:
-    with pytest.raises(InputError, match="padded on the left"):
+    with pytest.raises(InputError, match="padded"):
         tiny_model().generate(inputs(PADDED).append([[5], [5, 6], [5]]))
 
 

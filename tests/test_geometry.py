@@ -227,14 +227,14 @@ def test_to_image_takes_tensors_and_leading_axes():
 @pytest.mark.parametrize(
     ("box", "says"),
     [
-        ((10, 10, 10, 20), "no area"),
-        ((20, 10, 10, 20), "no area"),
+        ((10, 10, 10, 20), "area"),
+        ((20, 10, 10, 20), "area"),
         ((0, 0, float("nan"), 5), "finite"),
         ((0, 0, float("inf"), 5), "finite"),
-        ((100, 0, 120, 50), "outside of the image, which is 100 x 50"),
+        ((100, 0, 120, 50), "outside.*100 x 50"),
         ((-20, 0, 0, 50), "outside"),
         ((0, 50, 100, 51), "outside"),
-        ((0, 0, 10), "four numbers"),
+        ((0, 0, 10), r"\(0, 0, 10\)"),
     ],
 )
 def test_a_bad_box_is_refused(box, says):
@@ -256,14 +256,14 @@ def test_tokens_that_do_not_exist_are_refused():
         with pytest.raises(GeometryError, match="8 tokens"):
             grid.box_of(index)
     for place in ((2, 0), (0, 4), (-1, 0), (0, 0, 1)):
-        with pytest.raises(GeometryError, match="2 rows, 4 columns and 1 frame"):
+        with pytest.raises(GeometryError, match=r"2 rows.*4 columns"):
             grid.index(*place)
     with pytest.raises(GeometryError, match="8 tokens"):
         grid.to_image(np.zeros(7))
 
 
 def test_a_grid_that_cannot_be_merged_is_refused():
-    with pytest.raises(GeometryError, match="multiples"):
+    with pytest.raises(GeometryError, match=r"\(1, 4, 7\)"):
         ImageGrid((100, 50), (1, 4, 7))
-    with pytest.raises(GeometryError, match="at least 1"):
+    with pytest.raises(GeometryError, match=r"\(0, 50\)"):
         ImageGrid((0, 50), (1, 4, 8))

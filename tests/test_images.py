@@ -62,7 +62,7 @@ def assert_equals_reference(images, sizes=None, **bounds):
 def test_smart_resize_is_the_references(height, width, min_tokens, more_tokens):
     bounds = min_tokens * 784, (min_tokens + more_tokens) * 784
     if max(height, width) > 200 * min(height, width):
-        with pytest.raises(ImageError, match="200 times"):
+        with pytest.raises(ImageError, match=r"\b200\b"):
             smart_resize(height, width, 28, *bounds)
     else:
         assert smart_resize(height, width, 28, *bounds) == reference_smart_resize(height, width, 28, *bounds)
@@ -273,16 +273,16 @@ def test_settings_saved_by_transformers_are_read(tmp_path):
     ("config", "says"),
     [
         ({"min_pixels": 784, "size": {"shortest_edge": 3136, "longest_edge": 7840}}, "contradict"),
-        ({"min_pixels": 7840, "max_pixels": 784}, "min_pixels <= max_pixels"),
-        ({"min_pixels": 0}, "min_pixels must be a whole number of at least 1"),
-        ({"min_pixels": 1, "max_pixels": 700}, "one token's 784 pixels"),
-        ({"size": {"height": 224, "width": 224}}, "shortest_edge and longest_edge"),
-        ({"size": 224}, "shortest_edge and longest_edge"),
-        ({"do_normalize": False}, "do_normalize = True"),
-        ({"resample": 2}, "resample = 3"),
-        ({"image_mean": [0.5]}, "three numbers"),
-        ({"image_std": [0.5, 0, 0.5]}, "three positive numbers"),
-        ({"patch_size": 0}, "at least 1"),
+        ({"min_pixels": 7840, "max_pixels": 784}, "min_pixels=7840.*max_pixels=784"),
+        ({"min_pixels": 0}, "min_pixels"),
+        ({"min_pixels": 1, "max_pixels": 700}, "max_pixels=700.*784"),
+        ({"size": {"height": 224, "width": 224}}, "shortest_edge"),
+        ({"size": 224}, "shortest_edge"),
+        ({"do_normalize": False}, "do_normalize"),
+        ({"resample": 2}, "resample"),
+        ({"image_mean": [0.5]}, "image_mean"),
+        ({"image_std": [0.5, 0, 0.5]}, "image_std"),
+        ({"patch_size": 0}, "patch_size"),
     ],
 )
 def test_settings_that_cannot_be_met_are_refused(config, says):
@@ -291,7 +291,7 @@ def test_settings_that_cannot_be_met_are_refused(config, says):
 
 
 def test_bounds_of_a_call_are_checked():
-    with pytest.raises(ImageError, match="min_pixels=3136 and max_pixels=1000: set both"):
+    with pytest.raises(ImageError, match=r"min_pixels=3136.*max_pixels=1000"):
         ImageProcessor()([picture("RGB")], max_pixels=1000)
 
 
@@ -399,15 +399,15 @@ def encoded(format):
 @pytest.mark.parametrize(
     ("content", "says"),
     [
-        (b"", r"empty \(0 bytes\)"),
-        (b"just some text", "not an image"),
-        (encoded("PNG")[:20], "not an image"),
-        (encoded("PNG")[:1500], "truncated or corrupt"),
-        (encoded("JPEG")[:1500], "truncated or corrupt"),
-        (encoded("PNG").replace(b"IDAT", b"IDAX"), "truncated or corrupt|not an image"),
-        (png(0, 0), "not an image|no pixels"),
-        (png(5, 5), "truncated or corrupt"),
-        (png(60000, 60000), "too many pixels.*MAX_IMAGE_PIXELS"),
+        (b"", "0 bytes"),
+        (b"just some text", "Pillow"),
+        (encoded("PNG")[:20], "Pillow"),
+        (encoded("PNG")[:1500], "truncated"),
+        (encoded("JPEG")[:1500], "truncated"),
+        (encoded("PNG").replace(b"IDAT", b"IDAX"), "truncated|Pillow"),
+        (png(0, 0), "Pillow|pixels"),
+        (png(5, 5), "truncated"),
+        (png(60000, 60000), "MAX_IMAGE_PIXELS"),
     ],
 )
 def test_a_bad_file_is_refused(tmp_path, content, says):
@@ -428,11 +428,11 @@ def test_the_contents_of_a_file_are_read_as_the_file(tmp_path):
 
 def test_a_path_that_is_no_file_is_refused(tmp_path):
     for path, says in (
-        (tmp_path / "missing.png", "does not exist"),
-        (tmp_path, "is a folder"),
-        ("https://example.org/image.png", "download it first"),
-        ("iVBORw0KGgo" * 1000, r"\.\.\.' does not exist"),
-        ("a\0b", "does not exist"),
+        (tmp_path / "missing.png", r"missing\.png"),
+        (tmp_path, r"\bfolder\b"),
+        ("https://example.org/image.png", "download"),
+        ("iVBORw0KGgo" * 1000, r"\.\.\.'"),
+        ("a\0b", r"a\\x00b"),
     ):
         with pytest.raises(ImageError, match=says):
             load_image(path)
@@ -442,19 +442,19 @@ def test_bad_objects_are_refused():
     closed = Image.open(io.BytesIO(encoded("PNG")))
     closed.close()
     for image, says in (
-        (Image.new("RGB", (0, 5)), "no pixels"),
-        (np.zeros((0, 5, 3), np.uint8), "no pixels"),
-        (np.zeros((5, 5, 3), np.float32), "uint8 values 0 to 255, got float32"),
+        (Image.new("RGB", (0, 5)), "pixels"),
+        (np.zeros((0, 5, 3), np.uint8), "pixels"),
+        (np.zeros((5, 5, 3), np.float32), "uint8.*float32"),
         (np.zeros((5, 5, 2), np.uint8), r"\(height, width, 3\)"),
-        (np.zeros((3, 5, 6), np.uint8), "channels come last"),
-        (np.zeros(5, np.uint8), r"got \(5,\)"),
+        (np.zeros((3, 5, 6), np.uint8), "channels"),
+        (np.zeros(5, np.uint8), r"\(5,\)"),
         (torch.zeros(3, 5, 6), "uint8"),
-        (Image.new("F", (5, 5)), "mode 'F'"),
-        (Image.new("I", (5, 5)), "mode 'I'"),
-        (Image.open(io.BytesIO(encoded("PNG")[:1500])), "truncated or corrupt"),
-        (closed, "truncated or corrupt"),
-        (None, "got NoneType"),
-        (42, "got int"),
+        (Image.new("F", (5, 5)), "'F'"),
+        (Image.new("I", (5, 5)), "'I'"),
+        (Image.open(io.BytesIO(encoded("PNG")[:1500])), "truncated"),
+        (closed, "truncated"),
+        (None, "NoneType"),
+        (42, r"\bint\b"),
     ):
         with pytest.raises(ImageError, match=says) as caught:
             load_image(image)
@@ -482,21 +482,21 @@ def test_a_damaged_file_is_refused_or_read_but_never_fails_otherwise(tmp_path, f
 
 def test_the_message_names_the_image_of_the_list(tmp_path):
     good = picture("RGB")
-    with pytest.raises(ImageError, match=r"image 1: .*does not exist"):
+    with pytest.raises(ImageError, match=r"image 1.*missing\.png"):
         ImageProcessor()([good, tmp_path / "missing.png"])
-    with pytest.raises(ImageError, match=r"image 2: an image of 1 x 300 pixels .* too narrow"):
+    with pytest.raises(ImageError, match=r"image 2.*1 x 300"):
         ImageProcessor()([good, good, picture("RGB", 1, 300)])
-    with pytest.raises(ImageError, match=r"frame 1: .*uint8"):
+    with pytest.raises(ImageError, match=r"frame 1.*uint8"):
         ImageProcessor().video([good, np.zeros((5, 5))])
 
 
 def test_bad_videos_are_refused():
-    with pytest.raises(ImageError, match="at least one frame"):
+    with pytest.raises(ImageError, match="frame"):
         ImageProcessor().video([])
-    with pytest.raises(ImageError, match="frame 2 is 30 x 40 and frame 0 is 40 x 30"):
+    with pytest.raises(ImageError, match=r"frame 2.*30 x 40.*frame 0.*40 x 30"):
         ImageProcessor().video([picture("RGB", 40, 30), picture("RGB", 40, 30), picture("RGB", 30, 40)])
 
 
 def test_a_single_path_is_not_a_list():
-    with pytest.raises(ImageError, match="a list of images, got str"):
+    with pytest.raises(ImageError, match=r"\bstr\b"):
         ImageProcessor()("image.png")

@@ -131,9 +131,9 @@ def test_what_is_made_from_inputs_leaves_them_as_they_were(batch):
 @pytest.mark.parametrize(
     ("mask", "says"),
     [
-        ([1, 1, 0, 1], "row 0 has padding between real tokens"),
-        ([0, 1, 0, 1], "row 0 has padding between real tokens"),
-        ([0, 0, 0, 0], "row 0 has no real token"),
+        ([1, 1, 0, 1], "row 0.*padding"),
+        ([0, 1, 0, 1], "row 0.*padding"),
+        ([0, 0, 0, 0], "row 0.*attention_mask"),
     ],
 )
 def test_bad_masks_are_refused(mask, says):
@@ -148,14 +148,14 @@ def with_changes(**changes) -> VLMInputs:
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
-        ({"image_grid_thw": torch.tensor([[1, 4, 4]])}, "need 4 placeholders, but the tokens have 6"),
-        ({"image_grid_thw": torch.tensor([[1, 4, 6], [1, 2, 2]])}, "2 images need 7 placeholders"),
-        ({"image_grid_thw": None, "pixel_values": None}, "6 image placeholders but no image"),
-        ({"pixel_values": None}, "grids without pixels"),
-        ({"pixel_values": torch.zeros(23, 96)}, "23 image patches came, but the grids describe 24"),
-        ({"image_sizes": ((10, 10), (10, 10))}, "2 image sizes for 1 image"),
+        ({"image_grid_thw": torch.tensor([[1, 4, 4]])}, "4 placeholders.*6"),
+        ({"image_grid_thw": torch.tensor([[1, 4, 6], [1, 2, 2]])}, "2 images.*7 placeholders"),
+        ({"image_grid_thw": None, "pixel_values": None}, "6 image placeholders"),
+        ({"pixel_values": None}, "grids"),
+        ({"pixel_values": torch.zeros(23, 96)}, "23.*24"),
+        ({"image_sizes": ((10, 10), (10, 10))}, "2 image sizes.*1"),
         ({"image_grid_thw": torch.tensor([[1, 2, 6], [1, 2, 4]]), "tokens": "split"}, None),
-        ({"image_grid_thw": torch.tensor([[1, 4, 6]]), "tokens": "split"}, "not one run of tokens"),
+        ({"image_grid_thw": torch.tensor([[1, 4, 6]]), "tokens": "split"}, r"\brun\b"),
     ],
 )
 def test_images_and_placeholders_must_agree(changes, says):
@@ -175,7 +175,7 @@ def test_images_and_placeholders_must_agree(changes, says):
 
 def test_bare_tokens_with_placeholders_are_refused():
     tokens = tiny.inputs(tiny.ONE_IMAGE).tokens
-    with pytest.raises(InputError, match="6 image placeholders but no image: pass the VLMInputs"):
+    with pytest.raises(InputError, match=r"6 image placeholders.*VLMInputs"):
         tiny.tiny_model()(tokens)
 
 
@@ -207,9 +207,9 @@ def test_answers_of_different_lengths_are_padded_at_the_end_and_appending_twice_
 @pytest.mark.parametrize(
     ("answer", "says"),
     [
-        ([[1], [2]], "2 answers for 4 rows"),
-        (torch.tensor([5, IMAGE]), "cannot hold image placeholders"),
-        ("text", "no tokenizer"),
+        ([[1], [2]], "2 answers.*4"),
+        (torch.tensor([5, IMAGE]), "placeholder"),
+        ("text", "tokenizer"),
     ],
 )
 def test_answers_that_do_not_fit_are_refused(batch, answer, says):
@@ -236,10 +236,10 @@ def test_encoded_images_follow_their_rows(batch):
 
 
 def test_features_of_another_number_of_tokens_are_refused(batch):
-    with pytest.raises(InputError, match="22 image tokens, but 17 features"):
+    with pytest.raises(InputError, match=r"22.*17"):
         batch.with_image_features(torch.zeros(17, 64))
     encoded = batch.with_image_features(torch.zeros(22, 64))
-    with pytest.raises(InputError, match="encode all or none"):
+    with pytest.raises(InputError, match="encoded"):
         VLMInputs.concat([encoded, batch])
 
 
@@ -259,7 +259,7 @@ def test_with_image_puts_another_picture_in_its_place_and_keeps_the_rest(batch):
 @pytest.mark.parametrize("i", [4, -1])
 def test_images_that_are_not_there_are_named_as_such(batch, i):
     for method in (batch.image_tokens, batch.image_grid, batch.row_of_image):
-        with pytest.raises(InputError, match=rf"no image {i}: this batch has 4"):
+        with pytest.raises(InputError, match=rf"image {i}\b.*4"):
             method(i)
 
 

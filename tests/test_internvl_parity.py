@@ -262,7 +262,7 @@ def test_the_projector_may_read_an_earlier_layer(kind: str, layer: int) -> None:
     close(model(inputs), theirs.logits)
     _, cache = model.run_with_cache(inputs)
     assert "vision.blocks.0.hook_resid_post" in cache and "vision.blocks.1.hook_resid_post" not in cache
-    with pytest.raises(ValueError, match="behind the last layer"):
+    with pytest.raises(ValueError, match="projector"):
         model.run_with_hooks(inputs, fwd_hooks=[("vision.blocks.1.hook_resid_post", lambda x, hook: x)])
 
 
@@ -276,17 +276,17 @@ def test_tiles_of_images_are_inferred_from_the_runs_of_placeholders() -> None:
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        ({"num_tiles": torch.tensor([3, 2])}, r"4 tiles came, but num_tiles says \[3, 2\]"),
-        ({"num_tiles": torch.tensor([3, 1, 0])}, "4 tiles came"),
-        ({"num_tiles": torch.tensor([1, 3])}, "not one run"),
-        ({"pixel_values": torch.zeros(4, 3, 32, 30)}, "a side that is a multiple of 8"),
-        ({"pixel_values": torch.zeros(4, 96)}, "pixel_values must be"),
-        ({"num_tiles": None, "pixel_values": torch.zeros(4, 3, 40, 40)}, "a tile has 25 placeholders"),
-        ({"num_tiles": None, "pixel_values": torch.zeros(3, 3, 32, 32)}, r"the runs of placeholders say \[3, 1\]"),
-        ({"pixel_values": torch.zeros(4, 1, 32, 32)}, "with 3 in the second place"),
-        ({"attention_mask": torch.ones(1, 3)}, "attention_mask is"),
-        ({"input_ids": [[1, 2], [3]]}, "input_ids is no tensor"),
-        ({"pixel_values": None}, "image placeholders but no image"),
+        ({"num_tiles": torch.tensor([3, 2])}, r"4.*num_tiles.*\[3, 2\]"),
+        ({"num_tiles": torch.tensor([3, 1, 0])}, r"4.*\[3, 1, 0\]"),
+        ({"num_tiles": torch.tensor([1, 3])}, r"\brun\b"),
+        ({"pixel_values": torch.zeros(4, 3, 32, 30)}, r"8.*\(4, 3, 32, 30\)"),
+        ({"pixel_values": torch.zeros(4, 96)}, r"pixel_values.*\(4, 96\)"),
+        ({"num_tiles": None, "pixel_values": torch.zeros(4, 3, 40, 40)}, "25.*num_tiles"),
+        ({"num_tiles": None, "pixel_values": torch.zeros(3, 3, 32, 32)}, r"3.*\[3, 1\]"),
+        ({"pixel_values": torch.zeros(4, 1, 32, 32)}, r"3.*\(4, 1, 32, 32\)"),
+        ({"attention_mask": torch.ones(1, 3)}, "attention_mask"),
+        ({"input_ids": [[1, 2], [3]]}, "input_ids"),
+        ({"pixel_values": None}, "no image"),
     ],
 )
 def test_tiles_that_do_not_fit_the_placeholders(change: dict[str, Any], says: str) -> None:

@@ -237,7 +237,7 @@ def test_dataset_means_are_of_image_tokens(before_rope: bool, keys: str) -> None
     for found, name in ((means.keys, keys), (means.values, "v")):
         tokens = torch.cat([cache[name, 2][v.row, v.start : v.stop] for v in batch.visuals])
         torch.testing.assert_close(found[2], tokens.mean(0), atol=1e-6, rtol=1e-5)
-    with pytest.raises(InputError, match=f"taken with before_rope={before_rope}"):
+    with pytest.raises(InputError, match=f"before_rope={before_rope}.*before_rope={not before_rope}"):
         ReplaceImageKV(HEADS, means, not before_rope).hooks(model, batch)
 
 
@@ -478,7 +478,7 @@ def test_inputs_and_model_are_as_before(family: str, kind: str) -> None:
 
 @pytest.mark.parametrize("head", [(3, 0), (0, 4), (-1, 0)])
 def test_a_head_the_model_does_not_have_is_refused(head: tuple[int, int]) -> None:
-    with pytest.raises(InputError, match="layers 0 to 2 with heads 0 to 3"):
+    with pytest.raises(InputError, match=rf"{head[0]}\.{head[1]}.*2.*3"):
         ZeroHeads((head,)).hooks(tiny_model(), inputs(PADDED))
 
 
@@ -492,28 +492,28 @@ def unchecked(intervention: Intervention, **values: Any) -> Intervention:
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda model: ZeroHeads(HEADS, "answer"), "choose from image, video, question"),
-        (lambda model: ZeroHeads(HEADS, (1,)), "position 1 of row 1 is not one of its tokens"),
-        (lambda model: ZeroHeads(HEADS, ((1,), (14,))), "positions for 2 rows, but the inputs have 3"),
-        (lambda model: unchecked(ReplaceImageKV(HEADS), baseline="median"), 'must be "mean", "zero", "knockout"'),
-        (lambda model: ReplaceImageKV(HEADS, queries="image"), "no text behind an image is among the queries 'image'"),
-        (lambda model: ReplaceImageKV(HEADS, tokens="text"), "is not an image token"),
-        (lambda model: RedistributeSink(HEADS, 1.5), "between 0 and 1"),
-        (lambda model: RedistributeSink(HEADS, 0.5, sink=7), "a row has no such token"),
-        (lambda model: MeanHeads(HEADS, torch.zeros(3, 4, 8)), r"\(3, 4, 16\), got \(3, 4, 8\)"),
-        (lambda model: PatchActivation("blocks.0.hook_mlp_out", torch.zeros(1), heads=(1,)), "no head axis"),
-        (lambda model: PatchActivation("blocks.0.hook_mlp_out", torch.zeros(3, 20, 64)), "both runs need the same"),
-        (lambda model: PatchActivation("blocks.0.hook_mlp_out", torch.zeros(3, 9, 64)), "both runs need the same"),
-        (lambda model: PatchActivation("blocks.0.hook_mlp_out", torch.zeros(3, 13, 8)), "does not fit"),
+        (lambda model: ZeroHeads(HEADS, "answer"), "'answer'"),
+        (lambda model: ZeroHeads(HEADS, (1,)), "1.*row 1"),
+        (lambda model: ZeroHeads(HEADS, ((1,), (14,))), "2 rows.*3"),
+        (lambda model: unchecked(ReplaceImageKV(HEADS), baseline="median"), "'median'"),
+        (lambda model: ReplaceImageKV(HEADS, queries="image"), "queries"),
+        (lambda model: ReplaceImageKV(HEADS, tokens="text"), "image token"),
+        (lambda model: RedistributeSink(HEADS, 1.5), "beta"),
+        (lambda model: RedistributeSink(HEADS, 0.5, sink=7), "sink=7"),
+        (lambda model: MeanHeads(HEADS, torch.zeros(3, 4, 8)), r"\(3, 4, 16\).*\(3, 4, 8\)"),
+        (lambda model: PatchActivation("blocks.0.hook_mlp_out", torch.zeros(1), heads=(1,)), "head"),
+        (lambda model: PatchActivation("blocks.0.hook_mlp_out", torch.zeros(3, 20, 64)), r"\(3, 20, 64\).*13"),
+        (lambda model: PatchActivation("blocks.0.hook_mlp_out", torch.zeros(3, 9, 64)), r"\(3, 9, 64\).*13"),
+        (lambda model: PatchActivation("blocks.0.hook_mlp_out", torch.zeros(3, 13, 8)), r"\(3, 13, 8\).*64"),
         (
             lambda model: Together((RedistributeSink(HEADS, 0.5), ReplaceImageKV(((1, 3),)))),
-            r"head 1\.3 has its z made again",
+            r"head 1\.3",
         ),
-        (lambda model: ReplaceImageTokens("video"), "no video positions"),
-        (lambda model: AddVector("blocks.0.hook_mlp_out", torch.zeros(8)), "cannot be added"),
-        (lambda model: AddVector("vision.hook_embed", torch.zeros(32), positions="text"), "image side"),
-        (lambda model: ReplaceImageTokens("text"), "is not an image token"),
-        (lambda model: unchecked(ReplaceImageTokens(), values="noise"), '"mean", "zero" or a vector'),
+        (lambda model: ReplaceImageTokens("video"), "no video"),
+        (lambda model: AddVector("blocks.0.hook_mlp_out", torch.zeros(8)), r"\(8,\).*64"),
+        (lambda model: AddVector("vision.hook_embed", torch.zeros(32), positions="text"), "vision.*'text'"),
+        (lambda model: ReplaceImageTokens("text"), "image token"),
+        (lambda model: unchecked(ReplaceImageTokens(), values="noise"), "'noise'"),
     ],
 )
 def test_what_does_not_fit_is_refused(make: Any, message: str) -> None:

@@ -69,23 +69,23 @@ def test_the_lens_looks_where_it_is_told_and_says_so() -> None:
     shown = np.asarray(figure.axes[1].images[1].get_array())
     np.testing.assert_allclose(shown, np.exp(lens.target_log_probs[1, :, 0]).reshape(8, 8))
     assert np.asarray(lens.heatmap().axes[0].images[0].get_array()).shape == (2, 64)
-    with pytest.raises(InputError, match="did not look at image 0"):
+    with pytest.raises(InputError, match="image 0"):
         logit_lens(model, inputs, "final", targets=7).on_image(inputs, picture)
-    with pytest.raises(InputError, match="no target 1"):
+    with pytest.raises(InputError, match="target 1"):
         lens.heatmap(target=1)
     refused: Any = (
-        ({"layers": (9,)}, "layer 9 is out of range"),
-        ({"layers": ()}, "no layer is chosen"),
-        ({"targets": -1}, "no token -1"),
-        ({"targets": [3, 10**6]}, "no token 1000000"),
-        ({"top": 0}, "top must be 1 to"),
-        ({"positions": "generated"}, "no generated positions"),
+        ({"layers": (9,)}, "layer 9"),
+        ({"layers": ()}, "no layer"),
+        ({"targets": -1}, "token -1"),
+        ({"targets": [3, 10**6]}, "token 1000000"),
+        ({"top": 0}, r"\btop\b.*0"),
+        ({"positions": "generated"}, "generated"),
     )
     for settings, says in refused:
         with pytest.raises(InputError, match=says):
             logit_lens(model, inputs, **{"positions": "final", **settings})
     for ask in (head_lens, logit_attribution):
-        with pytest.raises(InputError, match="no token -1"):
+        with pytest.raises(InputError, match="token -1"):
             ask(model, inputs, -1)
 
 
@@ -108,7 +108,7 @@ def test_the_head_lens_reads_what_one_head_writes(case: tuple[Any, Any]) -> None
     scores = ocr_lens(model, [inputs, inputs], [5, 9])
     both = [head_lens(model, inputs, target) for target in (5, 9)]
     np.testing.assert_allclose(scores, np.concatenate(both).mean(0))
-    with pytest.raises(InputError, match="one token id for all"):
+    with pytest.raises(InputError, match=rf"{len(inputs)} rows.*\({len(inputs) + 1},\)"):
         head_lens(model, inputs, [1] * (len(inputs) + 1))
 
 
@@ -195,17 +195,17 @@ def test_attention_on_the_image_of_padded_rows_and_without_a_batch_axis() -> Non
     torch.testing.assert_close(cache.on_image(2, 0, image=1), alone.on_image(2, 0), atol=1e-5, rtol=0)
     torch.testing.assert_close(alone.on_image(2, 0, query=inputs[1].shape[1] - 1), alone.on_image(2, 0))
     refused: Any = (
-        ({"query": 400}, "no query 400"),
-        ({"head": 4}, "no head 4"),
-        ({"image": 1}, "no image 1"),
+        ({"query": 400}, "query 400"),
+        ({"head": 4}, "head 4"),
+        ({"image": 1}, "image 1"),
     )
     for arguments, says in refused:
         with pytest.raises(InputError, match=says):
             alone.on_image(2, **arguments)
-    with pytest.raises(GeometryError, match="no thumbnail"):
+    with pytest.raises(GeometryError, match="thumbnail"):
         alone.on_image(2, 0, part="thumbnail")
-    with pytest.raises(InputError, match="cut to some rows"):
+    with pytest.raises(InputError, match="rows"):
         cache.apply_slice_to_batch_dim(0).on_image(2, 0)
     _, rows = model.run_with_cache(inputs, names_filter="blocks.2.attn.hook_pattern", pos_slice=-1)
-    with pytest.raises(InputError, match="1 queries only"):
+    with pytest.raises(InputError, match=r"1.*pos_slice"):
         rows.on_image(2, 0)

@@ -158,7 +158,7 @@ def test_loading_maps_the_file_and_copies_nothing(tmp_path: Path) -> None:
 def test_saving_never_overwrites_and_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "full").mkdir()
     (tmp_path / "full/note.txt").write_text("mine")
-    with pytest.raises(CheckpointError, match="not an empty folder"):
+    with pytest.raises(CheckpointError, match="empty"):
         tiny_model().save_pretrained(tmp_path / "full")
 
     def fail(*args: Any) -> None:
@@ -172,13 +172,13 @@ def test_saving_never_overwrites_and_leaves_nothing_behind(tmp_path: Path, monke
 
 @pytest.mark.parametrize("name", ["no-such-folder", "./no/such", "a/b/c"])
 def test_a_name_that_is_no_folder_says_what_there_is(name: str) -> None:
-    with pytest.raises(CheckpointError, match="nor is it a hub name"):
+    with pytest.raises(CheckpointError, match="owner/model"):
         HookedVLM.from_pretrained(name)
 
 
 @pytest.mark.parametrize("device", ["nonsense", "cuda:99"])
 def test_a_device_that_is_not_there_is_refused_before_anything_is_loaded(device: str) -> None:
-    with pytest.raises(CheckpointError, match=f"cannot use the device '{device}'"):
+    with pytest.raises(CheckpointError, match=f"'{device}'"):
         HookedVLM.from_pretrained("no-such-folder", device=device)
 
 

@@ -389,10 +389,10 @@ def test_a_hook_on_a_point_that_was_exchanged_is_refused(family: str) -> None:
         lambda: model.run_with_cache(inputs, names_filter=name),
         lambda: model.add_hook(name, lambda x, hook: x),
     ):
-        with pytest.raises(HookError, match="Halved stands in its place"):
+        with pytest.raises(HookError, match="Halved"):
             call()
     model.setup()
-    with pytest.raises(HookError, match="A Halved stands there"):
+    with pytest.raises(HookError, match="Halved"):
         model.run_with_cache(inputs, names_filter=name)
 
 
@@ -437,7 +437,7 @@ def test_patterns_are_not_derived_where_another_module_stands(family: str, side:
         _, cache = model.run_with_cache(inputs)
         own = cache.vision if side else cache
         if suffix == "hook_pattern":
-            with pytest.raises(KeyError, match="another module"):
+            with pytest.raises(KeyError, match="module"):
                 own["pattern", 1]
         assert own["pattern", 0].sum(-1).allclose(torch.ones(()), atol=1e-5)
         model.run_with_cache(inputs, names_filter=lambda name: name.endswith("hook_attn_scores"), pos_slice=-1)
@@ -478,7 +478,7 @@ def test_wrapped_attention_takes_part(family: str) -> None:
     wrapped = own_copy(model)
     wrapped.blocks[1].attn = nn.Sequential(wrapped.blocks[1].attn)
     wrapped.set_use_attn_in(True)
-    with pytest.raises(HookError, match="Sequential stands there"):
+    with pytest.raises(HookError, match="Sequential"):
         wrapped(inputs)
 
 
@@ -583,9 +583,9 @@ def test_shortcuts_refuse_hooks_on_all_modules_of_the_process(family: str, tmp_p
     model, inputs = model_and_inputs(family, "one image")
     handle = nn.modules.module.register_module_forward_hook(lambda module, args, out: None)
     try:
-        with pytest.raises(InputError, match="every module"):
+        with pytest.raises(InputError, match="process"):
             sweep(model, inputs, [], logit(5))
-        with pytest.raises(InputError, match="every module"):
+        with pytest.raises(InputError, match="process"):
             stream_activations(model, [], "blocks.1.hook_resid_post", tmp_path / "acts")
     finally:
         handle.remove()
@@ -633,10 +633,10 @@ def test_an_edit_by_any_means_is_as_good_as_a_returned_one(family: str, rows: st
 @pytest.mark.parametrize(
     ("returns", "says"),
     [
-        (lambda x, hook: x.norm(dim=-1, keepdim=True), "return the same shape"),
-        (lambda x, hook: x[:1, :1], "return the same shape"),
+        (lambda x, hook: x.norm(dim=-1, keepdim=True), "shape"),
+        (lambda x, hook: x[:1, :1], "shape"),
         (lambda x, hook: x.double(), "float64"),
-        (lambda x, hook: x.flatten(), "return the same shape"),
+        (lambda x, hook: x.flatten(), "shape"),
         (lambda x, hook: (x,), "tuple"),
         (lambda x, hook: 0.0, "float"),
     ],
@@ -683,7 +683,7 @@ def test_a_hook_may_call_parts_of_the_model_and_other_models(family: str) -> Non
 
 def test_attention_outside_of_a_pass_says_what_it_needs(family: str) -> None:
     model, _ = model_and_inputs(family, "one image")
-    with pytest.raises(RuntimeError, match="within a forward pass"):
+    with pytest.raises(RuntimeError, match="bound_to_pass"):
         model.blocks[0](torch.zeros(1, 3, model.cfg.d_model))
 
 
@@ -733,7 +733,7 @@ def test_a_cache_whose_hooks_stay_follows_later_passes(family: str) -> None:
         model(inputs)
     for name in ("blocks.1.hook_mlp_out", "vision.blocks.0.hook_mlp_out", "hook_image_features"):
         close(cache[name], expected[name])
-    with pytest.raises(KeyError, match="later passes"):
+    with pytest.raises(KeyError, match="passes"):
         cache["pattern", 1]
 
 
@@ -776,7 +776,7 @@ def test_a_plain_hook_that_calls_parts_of_the_model_does_not_change_a_cache(fami
         with silent_hook_points():
             model.blocks[0].mlp(out)
 
-    with hooked(model.blocks[2], call), pytest.raises(HookError, match="fired twice"):
+    with hooked(model.blocks[2], call), pytest.raises(HookError, match="twice"):
         model.run_with_cache(inputs)
     with hooked(model.blocks[2], call_silently):
         _, cache = model.run_with_cache(inputs)
@@ -787,7 +787,7 @@ def test_logits_are_not_attributed_where_a_hook_changes_them_elsewhere(family: s
     model, inputs = model_and_inputs(family, "one image")
     for where in ("unembed", "ln_final", "blocks.1"):
         twice = hooked(model.get_submodule(where), lambda module, args, out: 2 * out)
-        with twice, pytest.raises(InputError, match="parts sum to"):
+        with twice, pytest.raises(InputError, match="parts"):
             logit_attribution(model, inputs, 5)
 
 

@@ -87,8 +87,8 @@ def test_what_fails_leaves_nothing(tmp_path: Path) -> None:
         place(tmp_path / "file", half)
     assert list(tmp_path.iterdir()) == []
     (tmp_path / "file").touch()
-    with pytest.raises(OutputError, match="cannot write"):
+    with pytest.raises(OutputError, match="/file"):
         writable_folder(tmp_path / "file")
-    with pytest.raises(OutputError, match="zero character"):
+    with pytest.raises(OutputError, match=r"\\x00"):
         writable_folder(tmp_path / "a\0b")
     assert list(writable_folder(tmp_path / "new" / "folder").iterdir()) == []

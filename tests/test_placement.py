@@ -282,20 +282,20 @@ def test_automatic_maps_fill_the_devices_within_their_memory(folders: dict[str, 
         assert "disk" in model.device_map.values() and "vision.blocks.0" in model.device_map
     whole = HookedVLM.from_pretrained(folders["qwen2-vl"], device_map="auto", max_memory={"cpu": "1GB"})
     assert set(whole.device_map.values()) == {"cpu"}
-    with pytest.raises(CheckpointError, match="embedding and unembedding need"):
+    with pytest.raises(CheckpointError, match="unembedding"):
         HookedVLM.from_pretrained(folders["qwen2-vl"], device_map="auto", max_memory={"cpu": ends - 1})
 
 
 @pytest.mark.parametrize(
     ("device_map", "message"),
     [
-        ("fastest", 'must be "auto", "balanced", "sequential"'),
-        ({"embed": "cpu"}, "says nothing of vision.patch_embed"),
-        ({"": "cpu", "blocks.7": "disk"}, "names blocks.7, which is no part"),
-        ({"": "cpu", "blocks.0.attn": "disk"}, "names blocks.0.attn, which is no part"),
-        ({"": "cpu", "unembed": "disk"}, "must be together on a device that computes"),
-        ({"": "disk"}, "must be together on a device that computes"),
-        ({"": "cpu", "blocks": "cuda:97"}, "cannot use the device 'cuda:97' of the device_map"),
+        ("fastest", "'fastest'"),
+        ({"embed": "cpu"}, r"vision\.patch_embed"),
+        ({"": "cpu", "blocks.7": "disk"}, r"blocks\.7"),
+        ({"": "cpu", "blocks.0.attn": "disk"}, r"blocks\.0\.attn"),
+        ({"": "cpu", "unembed": "disk"}, "unembed.*disk"),
+        ({"": "disk"}, "unembed.*disk"),
+        ({"": "cpu", "blocks": "cuda:97"}, "'cuda:97'"),
     ],
 )
 def test_a_map_that_does_not_fit_is_refused(folders: dict[str, Path], device_map: Any, message: str) -> None:
@@ -305,12 +305,12 @@ def test_a_map_that_does_not_fit_is_refused(folders: dict[str, Path], device_map
 
 def test_arguments_that_do_not_go_together_are_refused(folders: dict[str, Path], tmp_path: Path) -> None:
     folder, split = folders["qwen2-vl"], {"": "cpu", "blocks": "disk"}
-    with pytest.raises(CheckpointError, match="device and device_map exclude each other"):
+    with pytest.raises(CheckpointError, match=r"\bdevice\b.*device_map"):
         HookedVLM.from_pretrained(folder, device="cpu", device_map=split)
-    with pytest.raises(CheckpointError, match="go with a device_map"):
+    with pytest.raises(CheckpointError, match="offload_folder"):
         HookedVLM.from_pretrained(folder, offload_folder=tmp_path)
     (tmp_path / "index.json").write_text("{}")  # of another model, perhaps
-    with pytest.raises(CheckpointError, match="is not an empty folder"):
+    with pytest.raises(CheckpointError, match=r"offload_folder.*empty"):
         HookedVLM.from_pretrained(folder, device_map=split, offload_folder=tmp_path)
 
 
@@ -320,16 +320,16 @@ def test_offloaded_weights_read_but_are_not_edited_moved_or_saved(folders: dict[
     plain: Any = HookedVLM.from_pretrained(folders["internvl2"], device="cpu")
     assert weights_hash(model) == weights_hash(plain)
     for view in (model.blocks[1].attn.W_O, model.blocks[1].ln1.w, model.blocks[1].attn.b_Q, model.blocks[1].mlp.W_in):
-        with pytest.raises(RuntimeError, match="an edit of it would be lost"):
+        with pytest.raises(RuntimeError, match="copy"):
             view[0] = 0
     model.blocks[0].attn.W_O[1] = 0  # one that is in its place
     plain.blocks[0].attn.W_O[1] = 0
     inputs = model_and_inputs("internvl2", "padded")[1]
     assert torch.equal(model(inputs), plain(inputs))
-    with pytest.raises(CheckpointError, match="cannot be written: they are offloaded"):
+    with pytest.raises(CheckpointError, match="offloaded"):
         model.save_pretrained(tmp_path / "saved")
     for refused in (model.half, lambda: model.to("cpu"), lambda: fold_ln(model)):
-        with pytest.raises(InputError, match=r"spread over|cannot be rewritten: they are offloaded"):
+        with pytest.raises(InputError, match=r"spread|offloaded"):
             refused()
 
 
@@ -341,7 +341,7 @@ def test_an_edit_of_an_empty_parameter_is_an_error_at_its_next_use(folders: dict
     inputs = model_and_inputs("internvl2", "one image")[1]
     model(inputs)
     next(iter(model.get_submodule(part).parameters(recurse=False)))[0] = 0
-    with pytest.raises(RuntimeError, match="edited in place while it was empty, and the edit is lost"):
+    with pytest.raises(RuntimeError, match="empty"):
         model(inputs)
 
 

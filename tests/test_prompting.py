@@ -92,7 +92,7 @@ def test_pictures_may_come_inside_the_messages(model: Any) -> None:
     beside = model.to_inputs([{"role": "user", "content": bare}], images=[a, b], videos=[clip])
     for name in ("tokens", "pixel_values", "pixel_values_videos", "video_grid_thw"):
         assert torch.equal(getattr(inside, name), getattr(beside, name))
-    with pytest.raises(InputError, match="in one place"):
+    with pytest.raises(InputError, match="messages"):
         model.to_inputs([{"role": "user", "content": content}], images=[a, b])
 
 
@@ -136,19 +136,19 @@ def test_an_odd_clip_repeats_its_last_frame_and_a_flat_list_is_one_video(model: 
 @pytest.mark.parametrize(
     ("prompt", "kwargs", "says"),
     [
-        ("<|image_pad|>", {"chat": False}, "prompt 0 has 1 image placeholder but 0 images came"),
-        ("<|image_pad|>" * 2, {"chat": False, "images": ["one"]}, "prompt 0 has 2 image placeholders but 1 image came"),
-        (["a", "b"], {"images": "one"}, "2 prompts need 2 entries in images"),
-        (["a", "b"], {"images": [None, None, None]}, "2 prompts need 2 entries in images"),
-        ([{"role": "user", "content": [{"type": "image"}]}], {}, "1 image placeholder but 0 images"),
-        ([{"content": "a"}], {}, "needs 'role' and 'content'"),
-        ([], {}, "the list is empty"),
-        ("", {"chat": False}, "the prompt is empty"),
-        ("a", {"images": 5}, "images must be a picture or a list"),
-        ("a", {"videos": 5}, "videos must be a list of frames"),
-        ([{"role": "user", "content": None}], {}, "content is a text or a list"),
-        ([{"role": "user", "content": [{"type": "text"}]}], {}, "content is a text or a list"),
-        ([{"role": "user", "content": ["a"]}], {}, "content is a text or a list"),
+        ("<|image_pad|>", {"chat": False}, "prompt 0.*1 image placeholder.*0"),
+        ("<|image_pad|>" * 2, {"chat": False, "images": ["one"]}, "prompt 0.*2 image placeholders.*1"),
+        (["a", "b"], {"images": "one"}, "2 prompts.*images"),
+        (["a", "b"], {"images": [None, None, None]}, "2 prompts.*images"),
+        ([{"role": "user", "content": [{"type": "image"}]}], {}, "1 image placeholder.*0"),
+        ([{"content": "a"}], {}, "'role'"),
+        ([], {}, "empty"),
+        ("", {"chat": False}, "empty"),
+        ("a", {"images": 5}, "images.*5"),
+        ("a", {"videos": 5}, "videos.*5"),
+        ([{"role": "user", "content": None}], {}, '"type": "text"'),
+        ([{"role": "user", "content": [{"type": "text"}]}], {}, '"type": "text"'),
+        ([{"role": "user", "content": ["a"]}], {}, '"type": "text"'),
     ],
     ids=str,
 )
@@ -178,7 +178,7 @@ def test_the_error_for_a_prompt_that_is_too_long_names_bounds_that_fit(short: An
         return picture(*sizes) if isinstance(sizes, tuple) else [drawn(size) for size in sizes]
 
     given = {name: drawn(value) if name in ("images", "videos") else value for name, value in TOO_LONG[case].items()}
-    with pytest.raises(InputError, match=r"tokens but the context holds 100 \(.* stand for images\): pass") as error:
+    with pytest.raises(InputError, match=r"context.*100.*_pixels=\d") as error:
         short.to_inputs(**given)
     bounds = {name: int(value) for name, value in re.findall(r"(\w+_pixels)=(\d+)", str(error.value))}
     assert short.to_inputs(**{**given, **bounds}).shape[1] <= 100
@@ -186,7 +186,7 @@ def test_the_error_for_a_prompt_that_is_too_long_names_bounds_that_fit(short: An
 
 @pytest.mark.parametrize("images", [None, [(16, 16)]], ids=["text", "with-image"])
 def test_text_that_is_too_long_by_itself_is_to_be_shortened(short: Any, images: Any) -> None:
-    with pytest.raises(InputError, match="holds 100: shorten the text"):
+    with pytest.raises(InputError, match=r"context.*100\D*$"):
         short.to_inputs("abc " * 40, images=images and [picture(*size) for size in images])
 
 
@@ -231,9 +231,9 @@ def test_tokens_of_a_text_spell_the_text(text: str) -> None:
 
 def test_a_text_of_one_token_has_an_id_and_others_say_what_they_are(model: Any) -> None:
     assert model.to_string([model.to_single_token(" value")]) == " value"
-    with pytest.raises(InputError, match=re.escape("'ab' is 2 tokens, not one: ['a', 'b']")):
+    with pytest.raises(InputError, match=r"'ab'.*2.*\['a', 'b'\]"):
         model.to_single_token("ab")
-    with pytest.raises(InputError, match="is 0 tokens"):
+    with pytest.raises(InputError, match="0 tokens"):
         model.to_single_token("")
 
 
@@ -262,7 +262,7 @@ def test_rows_that_the_tokenizer_padded_run_as_each_alone(model: Any, pad_token_
 def test_a_tokenizer_of_another_checkpoint_is_noticed(model: Any) -> None:
     other = copy.copy(model)
     other.cfg = model.cfg.with_(d_vocab=100)
-    with pytest.raises(InputError, match="outside the vocabulary of 100"):
+    with pytest.raises(InputError, match=r"vocabulary.*100"):
         other.to_inputs("Read the text.")
 
 
@@ -283,7 +283,7 @@ def test_a_first_token_goes_before_the_text_not_before_its_padding(model: Any) -
 
 
 def test_a_first_token_that_the_tokenizer_lacks_is_refused(model: Any) -> None:
-    with pytest.raises(InputError, match="no beginning-of-text token"):
+    with pytest.raises(InputError, match="beginning-of-text"):
         model.to_tokens("Read", prepend_bos=True)
 
 

@@ -139,9 +139,9 @@ def test_views_read_rounded_weights_and_refuse_edits(models: Any) -> None:
             lambda w: w[0].zero_(),
             lambda w: w.data.add_(1),
         ):
-            with pytest.raises(RuntimeError, match="a copy, and an edit of it would be lost"):
+            with pytest.raises(RuntimeError, match="copy"):
                 edit(view)
-    with pytest.raises(RuntimeError, match="would be lost"):
+    with pytest.raises(RuntimeError, match="copy"):
         attn.W_V *= 2
     with pytest.raises((NotImplementedError, RuntimeError)):
         attn.q_proj.weight.mul_(2)
@@ -151,14 +151,14 @@ def test_views_read_rounded_weights_and_refuse_edits(models: Any) -> None:
 
 def test_what_a_quantised_model_cannot_do_is_refused(models: Any, tmp_path: Path) -> None:
     bits, _, quantised, _ = models
-    with pytest.raises(CheckpointError, match="cannot be written: they are quantised"):
+    with pytest.raises(CheckpointError, match="quantised"):
         quantised.save_pretrained(tmp_path / "saved")
     assert not list(tmp_path.iterdir())
     for move in (quantised.double, quantised.half, lambda: quantised.to("cpu")):
-        with pytest.raises(InputError, match="load it again"):
+        with pytest.raises(InputError, match=str(quantised.cfg.quantize)):
             move()
     for rewrite in (fold_ln, center_unembed, fold_value_biases):
-        with pytest.raises(InputError, match="cannot be rewritten: they are quantised"):
+        with pytest.raises(InputError, match="quantised"):
             rewrite(quantised)
     assert quantised.cfg.quantize == ("int8" if bits == "int8" else "IntxWeightOnlyConfig")
 
@@ -167,13 +167,13 @@ def test_what_cannot_be_quantised_says_why(folders: dict[str, Path]) -> None:
     from torchao.quantization import Int4WeightOnlyConfig
 
     folder = folders["qwen2-vl"]
-    with pytest.raises(CheckpointError, match="4-bit weights need a CUDA device and dtype="):
+    with pytest.raises(CheckpointError, match="CUDA"):
         HookedVLM.from_pretrained(folder, device="cpu", quantize="int4")
-    with pytest.raises(CheckpointError, match="torchao cannot quantise to"):
+    with pytest.raises(CheckpointError, match=r"Int4WeightOnlyConfig.*on cpu"):
         HookedVLM.from_pretrained(folder, device="cpu", quantize=Int4WeightOnlyConfig(group_size=16))
-    with pytest.raises(CheckpointError, match='must be "int8", "int4" or a torchao'):
+    with pytest.raises(CheckpointError, match="'int2'"):
         HookedVLM.from_pretrained(folder, device="cpu", quantize="int2")
-    with pytest.raises(CheckpointError, match="quantize and device_map exclude each other"):
+    with pytest.raises(CheckpointError, match=r"quantize.*device_map"):
         HookedVLM.from_pretrained(folder, device_map="auto", quantize="int8")
 
 

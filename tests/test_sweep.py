@@ -282,7 +282,7 @@ def test_runs_on_the_image_side_share_batches_and_begin_where_they_act(family: s
     assert (result.effects.abs().amax(1) > 1e-6).all()
     encoded = batch.with_image_features(model.encode_images(batch))
     agrees(model, encoded, [runs[6], runs[5]], log_prob(7))
-    with pytest.raises(HookError, match="computed before"):
+    with pytest.raises(HookError, match="image features"):
         sweep(model, encoded, [runs[0]], log_prob(7))
 
 
@@ -400,7 +400,7 @@ def test_the_table(family: str) -> None:
 def test_values_that_are_not_numbers_are_kept_and_told() -> None:
     model, batch = model_and_inputs("qwen2-vl", "one image")
     broken = AddVector("blocks.1.hook_resid_post", torch.full((64,), torch.nan))
-    with pytest.warns(UserWarning, match="1 of 2 values are not numbers"):
+    with pytest.warns(UserWarning, match=r"1 of 2.*NaN"):
         result = sweep(model, batch, [broken, ZeroHeads(((0, 0),))], logit(5))
     assert result.values.isnan().tolist() == [[True], [False]]
 
@@ -424,11 +424,11 @@ def test_metrics_by_hand() -> None:
 
 def test_what_a_sweep_cannot_do_is_said() -> None:
     model, batch = model_and_inputs("qwen2-vl", "one image")
-    with pytest.raises(InputError, match="one number for each of 1 rows"):
+    with pytest.raises(InputError, match=r"metric.*1 rows"):
         sweep(model, batch, [], lambda logits: logits)
-    with pytest.raises(InputError, match="max_runs, the number of runs in a batch, must be at least 1, got 0"):
+    with pytest.raises(InputError, match=r"max_runs.*0"):
         sweep(model, batch, [ZeroHeads(((0, 0),))], logit(5), max_runs=0)
-    with pytest.raises(InputError, match=r"no head 7\.0"):
+    with pytest.raises(InputError, match=r"7\.0"):
         sweep(model, batch, [ZeroHeads(((7, 0),))], logit(5))
     hooked = model.hooks(fwd_hooks=[("blocks.1.hook_mlp_out", lambda x, hook: x)])
     with hooked, pytest.raises(InputError, match=r"blocks\.1\.hook_mlp_out.*reset_hooks"):

@@ -51,9 +51,9 @@ def test_several_turns_and_another_system_message(name: str) -> None:
 
 
 def test_roles_and_parts_that_no_template_knows() -> None:
-    with pytest.raises(InputError, match="roles user and assistant, got 'tool'"):
+    with pytest.raises(InputError, match="'tool'"):
         TEMPLATES["Hermes-2"].render([{"role": "tool", "content": "?"}])
-    with pytest.raises(InputError, match="part of type 'video'"):
+    with pytest.raises(InputError, match="'video'"):
         TEMPLATES["Hermes-2"].render([{"role": "user", "content": [{"type": "video"}]}])
 
 
@@ -122,10 +122,10 @@ def test_fewer_tiles(model: Any) -> None:
 @pytest.mark.parametrize(
     ("kwargs", "says"),
     [
-        ({"prompt": "<image> and <image>", "images": IMAGE}, "2 <image> but 1 images"),
-        ({"prompt": "<image>"}, "1 <image> but 0 images"),
-        ({"prompt": "What?", "images": IMAGE, "max_pixels": 1000}, "max_tiles, not min_pixels"),
-        ({"prompt": "What?", "videos": [[IMAGE]]}, "no videos"),
+        ({"prompt": "<image> and <image>", "images": IMAGE}, "2 <image>.*1"),
+        ({"prompt": "<image>"}, "1 <image>.*0"),
+        ({"prompt": "What?", "images": IMAGE, "max_pixels": 1000}, "max_tiles"),
+        ({"prompt": "What?", "videos": [[IMAGE]]}, "video"),
     ],
 )
 def test_prompts_that_do_not_fit(model: Any, kwargs: dict[str, Any], says: str) -> None:
@@ -138,10 +138,10 @@ def test_too_many_tiles_for_the_context(model: Any) -> None:
     cfg = model.cfg.with_(n_ctx=n_text + 4 + 4 * 16, rope_scaling=None)  # room for four tiles and their marks
     short = HookedVLM(cfg, model.tokenizer, model.image_processor)
     wide = np.zeros((30, 180, 3), np.uint8)
-    with pytest.raises(InputError, match=r"pass max_tiles=3 \(now 6\)"):
+    with pytest.raises(InputError, match=r"max_tiles=3.*6"):
         short.to_inputs("What?", wide)
     assert short.to_inputs("What?", wide, max_tiles=3).visuals[0].n_tokens == 4 * 16
-    with pytest.raises(InputError, match=r"shorten the text$"):
+    with pytest.raises(InputError, match=rf"context.*\b{cfg.n_ctx}\D*$"):
         short.to_inputs("What? " * 99, wide)
 
 
@@ -149,7 +149,7 @@ def test_a_template_that_is_not_known(tmp_path: Path) -> None:
     folder = checkpoint(tmp_path)
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "template": "vicuna"}))
-    with pytest.raises((CheckpointError, InputError), match="'vicuna', which is not known; known are Hermes-2"):
+    with pytest.raises((CheckpointError, InputError), match=r"'vicuna'.*Hermes-2"):
         HookedVLM.from_pretrained(folder)
 
 

@@ -94,10 +94,10 @@ def test_special_tokens_and_saving(both: tuple[Any, Any], tmp_path: Path) -> Non
 def test_a_folder_without_the_model_file(tmp_path: Path) -> None:
     assert load_tokenizer(tmp_path) is None
     (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "InternLM2Tokenizer"}')
-    with pytest.raises(CheckpointError, match=r"no tokenizer\.model, which InternLM2Tokenizer needs"):
+    with pytest.raises(CheckpointError, match=r"tokenizer\.model"):
         load_tokenizer(tmp_path)
     (tmp_path / "tokenizer.model").write_bytes(b"not a model")
-    with pytest.raises(CheckpointError, match="cannot be read"):
+    with pytest.raises(CheckpointError, match="read"):
         load_tokenizer(tmp_path)
 
 
@@ -106,7 +106,7 @@ def test_added_tokens_must_have_their_ids(tmp_path: Path) -> None:
     config = json.loads((tmp_path / "tokenizer_config.json").read_text())
     config["added_tokens_decoder"] = {"999": {"content": "<img>", "special": True}}
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
-    with pytest.raises(CheckpointError, match="'<img>' should have the id 999"):
+    with pytest.raises(CheckpointError, match=r"'<img>'.*999"):
         load_tokenizer(tmp_path)
 
 

@@ -126,9 +126,9 @@ def test_assigning_to_a_view_writes_into_the_model(pair: Pair) -> None:
     pair.model.vision.blocks[0].attn.b_O += 0.5
     attn.W_K = torch.nn.Parameter(attn.W_K * 2)
     close(*pair.logits())
-    with pytest.raises(RuntimeError, match="no bias"):
+    with pytest.raises(RuntimeError, match="bias"):
         attn.b_O = torch.ones(64)
-    with pytest.raises(AttributeError, match=r"stacked copy: edit model.blocks\[layer\].attn.W_O"):
+    with pytest.raises(AttributeError, match=r"model\.blocks\[layer\]\.attn\.W_O"):
         pair.model.W_O *= 2
 
 
@@ -201,7 +201,7 @@ def test_absent_biases_are_listed_read_as_zeros_and_refuse_edits() -> None:
         *(view.zero_ for view in views),
     )
     for edit in edits:
-        with pytest.raises(RuntimeError, match="no bias"):
+        with pytest.raises(RuntimeError, match="bias"):
             edit()
     with torch.no_grad():
         computed = (

@@ -156,14 +156,14 @@ def test_only_blocks_that_changed_are_done_again(tmp_path: Path, monkeypatch: py
 
 def test_what_many_sweeps_cannot_do_is_said(tmp_path: Path) -> None:
     model, (case, _) = cases_of("qwen2-vl")
-    with pytest.raises(InputError, match="several cases named 'one image'"):
+    with pytest.raises(InputError, match="'one image'"):
         sweep_many(model, [case, case], tmp_path)
-    with pytest.raises(InputError, match="runs_per_block must be at least 1, got 0"):
+    with pytest.raises(InputError, match="runs_per_block"):
         sweep_many(model, [case], tmp_path, runs_per_block=0)
     hooks = CustomHooks([("hook_embed", print)])
     refused: list[dict[str, Any]] = [{"metric": lambda logits: logits[:, 5]}, {"interventions": [hooks]}]
     for changes in refused:
-        with pytest.raises(InputError, match="cannot be told from its content"):
+        with pytest.raises(InputError, match="dataclass"):
             sweep_many(model, [SweepCase(**(vars(case) | changes))], tmp_path)
     assert not list(tmp_path.iterdir())
     empty = sweep_many(model, [], tmp_path)

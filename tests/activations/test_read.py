@@ -99,5 +99,5 @@ def test_a_damaged_manifest_is_named(content: str, tmp_path: Path) -> None:
 
 
 def test_a_folder_of_something_else_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ActivationsError, match="holds no activations"):
+    with pytest.raises(ActivationsError, match=r"activations\.json"):
         Activations(tmp_path)

@@ -87,11 +87,11 @@ def test_more_samples_are_added_and_fewer_or_others_refused(model: HookedVLM, tm
     more = stream(model, folder, n=4, **SMALL)
     assert (first.n_samples, more.n_samples) == (2, 4)
     assert more.index.head(len(rows)).equals(rows)
-    with pytest.raises(InputError, match=r"more than the|are not those"):
+    with pytest.raises(InputError, match=r"\b2 samples|number \d"):
         stream(model, folder, n=2, **SMALL)
     asked = list(samples(4))
     asked[0] = Sample(asked[0].id, "Something else?", asked[0].images, asked[0].boxes)
-    with pytest.raises(InputError, match="from number 0 on are not those"):
+    with pytest.raises(InputError, match="number 0"):
         stream_activations(model, asked, folder=folder, tokens_per_batch=700, **SMALL)
     assert Activations(folder).n_samples == 4
 
@@ -101,14 +101,14 @@ def test_changed_settings_never_meet_old_shards(change: dict[str, Any], model: H
     stream(model, tmp_path / "acts", n=1, **SMALL)
     before = contents(tmp_path / "acts")
     (word,) = change
-    with pytest.raises(InputError, match=f"another {'names' if word == 'names_filter' else word}: choose"):
+    with pytest.raises(InputError, match=rf"\b{'names' if word == 'names_filter' else word}\b"):
         stream(model, tmp_path / "acts", n=1, **{**SMALL, **change})
     assert contents(tmp_path / "acts") == before
 
 
 def test_a_folder_with_other_files_is_left_alone(model: HookedVLM, tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").touch()
-    with pytest.raises(InputError, match="choose a new folder"):
+    with pytest.raises(InputError, match=r"activations\.json"):
         stream(model, tmp_path, **SMALL)
     assert list(contents(tmp_path)) == ["thesis.tex"]
 
@@ -120,7 +120,7 @@ def test_a_full_disk_is_one_sentence_and_the_stream_goes_on(
     largest = max(len(content) for name, content in whole.items() if name.endswith(".safetensors"))
     resource.setrlimit(resource.RLIMIT_FSIZE, (largest - 1, limits[1]))  # no file may grow as large as one of them
     try:
-        with pytest.raises(OutputError, match=r"cannot write .*safetensors") as full:
+        with pytest.raises(OutputError, match="safetensors") as full:
             stream(model, tmp_path / "acts", **SMALL)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
@@ -187,6 +187,6 @@ def test_the_command_reads_lines_and_goes_on(
     assert index["final"].sum() == 2 and (index["evidence"].map(len) > 0).sum() == len(index) - 2
     with (tmp_path / "data.jsonl").open("a") as file:
         file.write('\n{"id": "page 0", "prompt": "again"}')
-    with pytest.raises(SystemExit, match=r"line 3: .*taken already") as stopped:
+    with pytest.raises(SystemExit, match=r"line 3.*'page 0'") as stopped:
         cli.main()
     assert "\n" not in str(stopped.value)

@@ -230,14 +230,14 @@ def test_the_manifest_says_what_it_is_of(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("settings", "error", "words"),
     [
-        ({"names_filter": "blocks.9.hook_resid_post"}, HookError, "no hook point 'blocks.9.hook_resid_post'"),
-        ({"names_filter": "blocks.1.attn.hook_pattern"}, HookError, "keep queries and keys"),
-        ({"names_filter": "block.*"}, HookError, "'block.\\*' matches no hook point"),
-        ({"names_filter": []}, HookError, "no hook points are asked for"),
+        ({"names_filter": "blocks.9.hook_resid_post"}, HookError, r"'blocks\.9\.hook_resid_post'"),
+        ({"names_filter": "blocks.1.attn.hook_pattern"}, HookError, r"\[pos, pos\]"),
+        ({"names_filter": "block.*"}, HookError, r"'block\.\*'"),
+        ({"names_filter": []}, HookError, "no hook point"),
         ({"names_filter": "blocks.1.attn.hook_result"}, HookError, "set_use_attn_result"),
-        ({"tokens": "answer"}, InputError, "got 'answer'"),
-        ({"tokens_per_batch": 0}, InputError, "at least 1"),
-        ({"min_overlap": 1.0}, InputError, "less than 1"),
+        ({"tokens": "answer"}, InputError, "'answer'"),
+        ({"tokens_per_batch": 0}, InputError, "tokens_per_batch"),
+        ({"min_overlap": 1.0}, InputError, "min_overlap"),
     ],
 )
 def test_settings_that_cannot_work_are_refused(
@@ -250,8 +250,8 @@ def test_settings_that_cannot_work_are_refused(
 @pytest.mark.parametrize(
     ("sample", "error", "words"),
     [
-        (Sample("a", "What?", ["nowhere.png"]), InputError, "sample 'a': .*nowhere.png"),
-        (Sample("a", "What?", (), [NamedBox("value", (0, 0, 1, 1))]), InputError, "has 0 image"),
+        (Sample("a", "What?", ["nowhere.png"]), InputError, r"'a'.*nowhere\.png"),
+        (Sample("a", "What?", (), [NamedBox("value", (0, 0, 1, 1))]), InputError, "0 image"),
         (
             Sample("a", "What?", [np.zeros((64, 64, 3), np.uint8)], [NamedBox("value", (90, 0, 99, 1))]),
             GeometryError,

@@ -12,7 +12,7 @@ def test_dtypes_go_by_their_names() -> None:
     assert load("toy-qwen2-vl", "cpu", "auto").cfg.dtype == torch.float32
     assert HookedVLM.from_pretrained("toy-qwen2-vl", dtype="float64").embed.weight.dtype == torch.float64
     for wrong in ("float8", torch.int8):
-        with pytest.raises(CheckpointError, match='dtype must be "auto" or one of float32'):
+        with pytest.raises(CheckpointError, match=r"dtype.*float32"):
             HookedVLM.from_pretrained("toy-qwen2-vl", dtype=wrong)
 
 

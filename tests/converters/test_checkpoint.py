@@ -4,6 +4,7 @@ import gc
 import hashlib
 import json
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -88,20 +89,20 @@ def test_opening_and_converting_reads_almost_nothing(tied: Any, tmp_path: Path) 
 
 def test_no_such_folder(tmp_path: Path) -> None:
     for read in (read_config, open_tensors):
-        with pytest.raises(CheckpointError, match="there is no checkpoint folder"):
+        with pytest.raises(CheckpointError, match="nowhere"):
             read(tmp_path / "nowhere")
 
 
 def test_a_file_instead_of_a_folder(folder: Path) -> None:
-    with pytest.raises(CheckpointError, match=r"is a file; expected the folder"):
+    with pytest.raises(CheckpointError, match=r"\bfile\b"):
         read_config(folder / "config.json")
 
 
 def test_no_config(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match=r"has no config\.json"):
+    with pytest.raises(CheckpointError, match=r"config\.json"):
         read_config(tmp_path)
     (tmp_path / "adapter_config.json").write_text("{}")
-    with pytest.raises(CheckpointError, match="merge it into its base model"):
+    with pytest.raises(CheckpointError, match="merge"):
         read_config(tmp_path)
 
 
@@ -112,13 +113,13 @@ def test_no_config(tmp_path: Path) -> None:
 )
 def test_invalid_json(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "config.json").write_bytes(content)
-    with pytest.raises(CheckpointError, match=r"config\.json is not valid JSON"):
+    with pytest.raises(CheckpointError, match=r"config\.json.*JSON"):
         read_config(tmp_path)
 
 
 def test_json_that_is_not_an_object(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("[1, 2]")
-    with pytest.raises(CheckpointError, match="must hold a JSON object, got a list"):
+    with pytest.raises(CheckpointError, match=r"JSON.*list"):
         read_config(tmp_path)
 
 
@@ -127,7 +128,7 @@ def test_read_json_returns_the_default_only_for_an_absent_file(tmp_path: Path) -
     (tmp_path / "generation_config.json").write_text('{"eos_token_id": 3}')
     assert read_json(tmp_path, "generation_config.json", {}) == {"eos_token_id": 3}
     (tmp_path / "folder.json").mkdir()
-    with pytest.raises(CheckpointError, match="cannot be read"):
+    with pytest.raises(CheckpointError, match=r"folder\.json"):
         read_json(tmp_path, "folder.json", {})
 
 
@@ -140,19 +141,19 @@ class Bomb:
 def test_pickles_are_refused_and_never_read(tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     torch.save({"a": Bomb()}, tmp_path / name)
-    with pytest.raises(CheckpointError, match=rf"pickle files \({name}\).*convert it"):
+    with pytest.raises(CheckpointError, match=rf"pickle.*{name}"):
         open_tensors(tmp_path)
     (tmp_path / name).rename(tmp_path / "model.safetensors")
-    with pytest.raises(CheckpointError, match="truncated or not a safetensors file"):
+    with pytest.raises(CheckpointError, match=r"model\.safetensors.*truncated"):
         open_tensors(tmp_path)
     assert not (tmp_path / "exploded").exists()
 
 
 def test_no_tensors_at_all(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match=r"has neither model\.safetensors nor"):
+    with pytest.raises(CheckpointError, match=r"model\.safetensors\.index\.json"):
         open_tensors(tmp_path)
     (tmp_path / "adapter_model.safetensors").touch()
-    with pytest.raises(CheckpointError, match=r"it has adapter_model\.safetensors"):
+    with pytest.raises(CheckpointError, match=r"adapter_model\.safetensors"):
         open_tensors(tmp_path)
 
 
@@ -168,13 +169,13 @@ def test_a_truncated_file(folder: Path, keep: float) -> None:
     file = folder / "model.safetensors"
     content = file.read_bytes()
     file.write_bytes(content[: int(keep * len(content)) if isinstance(keep, float) else keep])
-    with pytest.raises(CheckpointError, match="truncated or not a safetensors file"):
+    with pytest.raises(CheckpointError, match=r"model\.safetensors.*truncated"):
         open_tensors(folder)
 
 
 def test_what_is_not_a_regular_file_is_not_opened(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "model.safetensors")  # opening it would wait for a writer for ever
-    with pytest.raises(CheckpointError, match="is not a file"):
+    with pytest.raises(CheckpointError, match=r"model\.safetensors"):
         open_tensors(tmp_path)
 
 
@@ -204,7 +205,7 @@ def edit_index(folder: Path, **weight_map: Any) -> None:
 def test_an_index_cannot_name_files_elsewhere(sharded: Path, name: Any) -> None:
     save_file({"model.norm.weight": torch.zeros(32)}, sharded.parent / "evil.safetensors")
     edit_index(sharded, **{"model.norm.weight": name})
-    with pytest.raises(CheckpointError, match="expected the plain name of a"):
+    with pytest.raises(CheckpointError, match=rf"model\.norm\.weight.*{re.escape(repr(name))}"):
         open_tensors(sharded)
 
 
@@ -223,13 +224,13 @@ def test_links_out_of_the_folder_are_followed(untied: Any, sharded: Path, tmp_pa
 def test_a_missing_shard(sharded: Path) -> None:
     gone = sorted(sharded.glob("*.safetensors"))[1]
     gone.unlink()
-    with pytest.raises(CheckpointError, match=f"lacks {gone.name}"):
+    with pytest.raises(CheckpointError, match=gone.name):
         open_tensors(sharded)
 
 
 def test_an_index_that_names_a_tensor_its_shard_lacks(sharded: Path) -> None:
     edit_index(sharded, extra=sorted(sharded.glob("*.safetensors"))[0].name)
-    with pytest.raises(CheckpointError, match="extra is not in model-00001"):
+    with pytest.raises(CheckpointError, match=r"\bextra\b.*model-00001"):
         open_tensors(sharded)
 
 
@@ -237,14 +238,14 @@ def test_a_tensor_in_two_shards(sharded: Path) -> None:
     shards = sorted(sharded.glob("*.safetensors"))
     both = {name: tensor.clone() for shard in shards[:2] for name, tensor in load_file(shard).items()}
     save_file(both, shards[0])
-    with pytest.raises(CheckpointError, match=r"is both in model-00001.* and in model-00002"):
+    with pytest.raises(CheckpointError, match=r"model-00001.*model-00002"):
         open_tensors(sharded)
 
 
 @pytest.mark.parametrize("index", [{}, {"weight_map": []}, {"weight_map": {}}])
 def test_an_index_without_a_weight_map(tmp_path: Path, index: dict[str, Any]) -> None:
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
-    with pytest.raises(CheckpointError, match="has no weight_map"):
+    with pytest.raises(CheckpointError, match="weight_map"):
         open_tensors(tmp_path)
 
 

@@ -79,7 +79,7 @@ def test_an_absent_vision_hidden_size_is_the_width_of_the_language_model() -> No
     assert qwen2_vl.config_kwargs(resaved) == qwen2_vl.config_kwargs(PUBLISHED)
     wider = PUBLISHED | {"hidden_size": 7168, "vision_config": {}, "num_attention_heads": 56}
     assert qwen2_vl.config_kwargs(wider)["vision"]["d_out"] == 7168
-    with pytest.raises(CheckpointError, match=r"vision_config: hidden_size must be .*7168, got 3584"):
+    with pytest.raises(CheckpointError, match=r"vision_config.*hidden_size.*7168.*3584"):
         qwen2_vl.config_kwargs(wider | {"vision_config": {"hidden_size": 3584}})
 
 
@@ -157,7 +157,7 @@ def test_dtype(config: dict[str, Any], expected: torch.dtype | None) -> None:
 
 @pytest.mark.parametrize("value", ["int8", "float8_e4m3fn", 16, {"": "float32"}])
 def test_a_dtype_that_is_none(value: Any) -> None:
-    with pytest.raises(CheckpointError, match="dtype must be one of float32"):
+    with pytest.raises(CheckpointError, match=r"dtype.*float32"):
         qwen2_vl.dtype({"dtype": value})
 
 
@@ -176,14 +176,14 @@ REQUIRED = (
 @pytest.mark.parametrize("name", REQUIRED)
 def test_a_missing_size(name: str) -> None:
     config = {key: value for key, value in PUBLISHED.items() if key != name}
-    with pytest.raises(CheckpointError, match=f"{name} is missing; expected"):
+    with pytest.raises(CheckpointError, match=rf"config\.json\W+{name}\b"):
         qwen2_vl.config_kwargs(config)
 
 
 @pytest.mark.parametrize("value", [0, -1, 2.5, "28", True, [1, 2], float("nan"), float("inf"), 10**30, {}])
 @pytest.mark.parametrize("name", REQUIRED)
 def test_an_absurd_size(name: str, value: Any) -> None:
-    with pytest.raises(CheckpointError, match=f"{name} must be "):
+    with pytest.raises(CheckpointError, match=rf"config\.json\W+{name}\b"):
         qwen2_vl.config_kwargs(PUBLISHED | {name: value})
 
 
@@ -192,36 +192,36 @@ def test_an_absurd_size(name: str, value: Any) -> None:
     [
         (
             {"num_attention_heads": 27},
-            r"num_attention_heads \(27\) must be a multiple of num_key_value_heads",
+            "num_attention_heads.*27.*num_key_value_heads",
         ),
         (
             {"num_attention_heads": 24},
-            r"hidden_size \(3584\) must be a multiple of num_attention_heads \(24\)",
+            "hidden_size.*3584.*num_attention_heads.*24",
         ),
-        ({"hidden_size": 84, "rope_scaling": None}, "hidden_size must be an even multiple"),
-        ({"rope_theta": 0}, "rope_theta must be a positive number"),
-        ({"rms_norm_eps": "small"}, "rms_norm_eps must be a positive number"),
-        ({"hidden_act": "gelu"}, "hidden_act must be 'silu'"),
-        ({"image_token_id": -1}, "image_token_id must be a token id"),
-        ({"image_token_id": [1, 2]}, "image_token_id must be one token id"),
-        ({"eos_token_id": "</s>"}, "eos_token_id must be a token id"),
-        ({"tie_word_embeddings": "yes"}, "tie_word_embeddings must be true or false"),
-        ({"use_sliding_window": True}, "use_sliding_window must be false .*not supported"),
-        ({"layer_types": ["sliding_attention"]}, "layer_types must be 'full_attention'"),
-        ({"quantization_config": {"quant_method": "gptq"}}, "quantized checkpoints are not supported"),
-        ({"vision_config": 3}, "vision_config must be an object"),
-        ({"text_config": "flat"}, "text_config must be an object"),
-        ({"rope_scaling": {"mrope_section": [16, 24]}}, "mrope_section must be three counts"),
-        ({"rope_scaling": {"mrope_section": [16, 24, 25]}}, "that sum to half the head width, 64"),
-        ({"rope_scaling": {"mrope_section": [-1, 40, 25]}}, "mrope_section must be three counts"),
+        ({"hidden_size": 84, "rope_scaling": None}, "hidden_size.*84"),
+        ({"rope_theta": 0}, "rope_theta"),
+        ({"rms_norm_eps": "small"}, "rms_norm_eps"),
+        ({"hidden_act": "gelu"}, "hidden_act.*'silu'"),
+        ({"image_token_id": -1}, "image_token_id.*-1"),
+        ({"image_token_id": [1, 2]}, r"image_token_id.*\[1, 2\]"),
+        ({"eos_token_id": "</s>"}, "eos_token_id"),
+        ({"tie_word_embeddings": "yes"}, "tie_word_embeddings"),
+        ({"use_sliding_window": True}, "use_sliding_window"),
+        ({"layer_types": ["sliding_attention"]}, "layer_types"),
+        ({"quantization_config": {"quant_method": "gptq"}}, "quantization_config"),
+        ({"vision_config": 3}, r"vision_config.*\b3\b"),
+        ({"text_config": "flat"}, "text_config.*'flat'"),
+        ({"rope_scaling": {"mrope_section": [16, 24]}}, r"mrope_section.*\[16, 24\]"),
+        ({"rope_scaling": {"mrope_section": [16, 24, 25]}}, r"mrope_section.*64.*\[16, 24, 25\]"),
+        ({"rope_scaling": {"mrope_section": [-1, 40, 25]}}, "mrope_section.*-1"),
         ({"rope_scaling": {"type": "yarn", "factor": 4.0, "mrope_section": [16, 24, 24]}}, "'yarn'"),
-        ({"rope_scaling": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor must be 1"),
-        ({"vision_config": {"depth": -3}}, "vision_config: depth must be"),
-        ({"vision_config": {"embed_dim": 1281}}, r"vision_config: embed_dim \(1281\) must be a multiple of"),
-        ({"vision_config": {"embed_dim": 32}}, "embed_dim must be a multiple of 4"),
-        ({"vision_config": {"patch_size": [14, 16]}}, "patch_size must be a whole number"),
-        ({"vision_config": {"hidden_act": "gelu"}}, "hidden_act must be 'quick_gelu'"),
-        ({"vision_config": {"mlp_ratio": 0.5}}, "mlp_ratio must be a whole number"),
+        ({"rope_scaling": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor"),
+        ({"vision_config": {"depth": -3}}, "vision_config.*depth"),
+        ({"vision_config": {"embed_dim": 1281}}, "vision_config.*embed_dim.*1281"),
+        ({"vision_config": {"embed_dim": 32}}, "embed_dim.*4"),
+        ({"vision_config": {"patch_size": [14, 16]}}, "patch_size"),
+        ({"vision_config": {"hidden_act": "gelu"}}, "hidden_act.*'quick_gelu'"),
+        ({"vision_config": {"mlp_ratio": 0.5}}, "mlp_ratio"),
     ],
 )
 def test_a_bad_value_is_named(changes: dict[str, Any], message: str) -> None:
@@ -299,7 +299,7 @@ def test_the_family_is_found_by_architecture_or_model_type() -> None:
     ],
 )
 def test_an_unsupported_architecture(config: dict[str, Any]) -> None:
-    with pytest.raises(CheckpointError, match=r"is not supported; supported are Qwen2VLFor"):
+    with pytest.raises(CheckpointError, match="Qwen2VLForConditionalGeneration"):
         converter_for(config)
 
 

@@ -489,18 +489,18 @@ def test_coco_pictures_have_one_object_of_a_fair_size(tmp_path: Path) -> None:
     assert item.name == "dog" and "one word" in item.question
     assert item.object_mask is not None and item.object_mask.shape == (80, 100)
     assert item.object_mask[10:60, 10:60].all() and abs(item.object_mask.sum() - 2500) < 120
-    with pytest.raises(StudyError, match="no picture in"):
+    with pytest.raises(StudyError, match=r"90%.*100%"):
         items_of(replace(config, min_object=0.9, max_object=1.0))
     Image.new("RGB", (80, 100)).save(tmp_path / "1.png")
-    with pytest.raises(StudyError, match="80 x 100 pixels, but its annotation says 100 x 80"):
+    with pytest.raises(StudyError, match=r"80 x 100.*100 x 80"):
         items_of(config)
     content = json.loads(annotations.read_text())
     for missing in ("categories", "images", "annotations"):
         annotations.write_text(json.dumps({name: part for name, part in content.items() if name != missing}))
-        with pytest.raises(StudyError, match=f"no COCO annotation file .*{missing}"):
+        with pytest.raises(StudyError, match=f"COCO.*{missing}"):
             items_of(config)
     annotations.write_text(json.dumps(content | {"categories": []}))
-    with pytest.raises(StudyError, match="no COCO annotation file"):
+    with pytest.raises(StudyError, match="COCO"):
         items_of(config)
 
 
@@ -527,7 +527,7 @@ def test_a_folder_of_pictures_is_named_by_its_folders(tmp_path: Path) -> None:
         (tmp_path / name / "notes.txt").write_text("no picture")
     items = folder_items(tmp_path, "What?", 5, 0)
     assert {item.name for item in items} == {"dog", "dining table"}
-    with pytest.raises(StudyError, match="holds no pictures"):
+    with pytest.raises(StudyError, match="--images"):
         folder_items(tmp_path / "dog", "What?", 5, 0)
     Image.new("RGB", (20, 10)).save(tmp_path / "dog" / "again.png")
     assert sorted(item.name for item in items_of(Attribute(images=tmp_path))) == ["dining table", "dog"]
@@ -543,7 +543,7 @@ def test_only_right_answers_are_studied(toy: str, tmp_path: Path) -> None:
     assert [case.item.name for case in cases] == ["circle", "triangle"]
     assert [case.target for case in cases] == [model.to_single_token(name) for name in ("circle", "triangle")]
     assert cases[0].foil == cases[1].target  # the only other name
-    with pytest.raises(StudyError, match=r"none of 1 pictures was answered rightly \('square' for 'elephant'\)"):
+    with pytest.raises(StudyError, match=r"1.*'square'.*'elephant'"):
         right_cases(model, items[1:2], answers[1:2].reset_index())
 
 
@@ -555,7 +555,7 @@ def test_targets_and_baselines(toy: str) -> None:
     assert metric_of(case, "difference")(logits)[0] == pytest.approx(float(right - wrong), abs=1e-5)
     log_prob = float(logits.log_softmax(-1)[0, case.target])
     assert metric_of(case, "log_prob")(logits)[0] == pytest.approx(log_prob, abs=1e-5)
-    with pytest.raises(StudyError, match="pictures with different names"):
+    with pytest.raises(StudyError, match="--target"):
         metric_of(replace(case, foil=None), "difference")
     other = toy_case(toy, 1)
     kept = random_masks(3, len(probe_of(toy).heads), 0.5, [0])
@@ -638,9 +638,9 @@ def test_a_picture_of_a_run_is_a_page(tmp_path: Path) -> None:
     inside = mask[int(y0) : int(y1), int(x0) : int(x1)]
     columns, rows = np.any(inside, axis=0), np.any(inside, axis=1)
     assert inside.sum() == mask.sum() and all((columns[0], columns[-1], rows[0], rows[-1]))
-    with pytest.raises(StudyError, match="no picture 3 whose heads were regressed: 2 pictures were"):
+    with pytest.raises(StudyError, match=r"3.*heads.*2"):
         heads_page(found, 3)
-    with pytest.raises(StudyError, match="image tokens were regressed: none was in this run"):
+    with pytest.raises(StudyError, match="image tokens"):
         tokens_page(found)
     found = run(Tokens(samples=2, token_masks=60, bootstrap=20, out=tmp_path / "tokens", quiet=True)).measured
     page = tokens_page(found, 1)
@@ -655,9 +655,9 @@ def test_runs_are_compared_side_by_side(tmp_path: Path) -> None:
     page = compare(Compare(tuple(tmp_path / name for name in FAMILIES), tmp_path / "both"))
     text = page.read_text(encoding="utf-8")
     assert all(name in text for name in FAMILIES) and "held-out Pearson" in text
-    with pytest.raises(StudyError, match="holds no finished run"):
+    with pytest.raises(StudyError, match="finished"):
         compare(Compare((tmp_path / "both",), tmp_path / "again"))
-    with pytest.raises(StudyError, match="--runs needs the folders"):
+    with pytest.raises(StudyError, match="--runs"):
         compare(Compare((), tmp_path / "again"))
 
 
@@ -672,15 +672,15 @@ def test_tokens_alone_need_no_masks_over_heads(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"samples": 0}, "--samples must be at least 1"),
-        ({"keep": 1.0}, "--keep must lie between 0 and 1"),
-        ({"object_overlap": 2.0}, r"--object-overlap must lie in \[0, 1\]"),
-        ({"data": "folder"}, "--data folder needs --images"),
-        ({"images": Path("/nowhere")}, "--images /nowhere does not exist"),
-        ({"seed": -1}, "--seed must not be negative"),
-        ({"masks": 11}, "--masks 11 with --held-out 0.1 leaves 9 masks to regress on; 10 are needed"),
-        ({"held_out": 0.99}, "--masks 320 with --held-out 0.99 leaves 3 masks"),
-        ({"min_object": 0.9}, "--min-object 0.9 is more than --max-object 0.8"),
+        ({"samples": 0}, "--samples"),
+        ({"keep": 1.0}, "--keep"),
+        ({"object_overlap": 2.0}, "--object-overlap"),
+        ({"data": "folder"}, "--data folder.*--images"),
+        ({"images": Path("/nowhere")}, "--images.*/nowhere"),
+        ({"seed": -1}, "--seed"),
+        ({"masks": 11}, r"--masks 11.*--held-out 0\.1.*9.*10"),
+        ({"held_out": 0.99}, r"--masks 320.*--held-out 0\.99.*3"),
+        ({"min_object": 0.9}, r"--min-object 0\.9.*--max-object 0\.8"),
     ],
 )
 def test_settings_out_of_range_are_named(changes: dict[str, Any], words: str) -> None:
@@ -698,7 +698,7 @@ def test_the_fewest_masks_are_enough_for_every_regression(regression: Any) -> No
 
 @pytest.mark.parametrize(
     ("changes", "words"),
-    [({"top": 17}, "--top 17 is more than the 16 heads"), ({"window": 5}, "--window 5 is more than the 4 layers")],
+    [({"top": 17}, "--top 17.*16"), ({"window": 5}, "--window 5.*4")],
 )
 def test_more_heads_or_layers_than_there_are_are_refused(changes: dict[str, Any], words: str, tmp_path: Path) -> None:
     with pytest.raises(StudyError, match=words):
@@ -708,7 +708,7 @@ def test_more_heads_or_layers_than_there_are_are_refused(changes: dict[str, Any]
 def test_a_model_without_a_tokenizer_is_refused(tmp_path: Path) -> None:
     mute = copy.copy(bundled("toy-qwen2-vl"))
     mute.tokenizer = None
-    with pytest.raises(StudyError, match="has no tokenizer"):
+    with pytest.raises(StudyError, match="tokenizer"):
         run(Attribute(out=tmp_path, quiet=True), mute)
 
 
@@ -724,7 +724,7 @@ def test_the_command_line_has_one_command_for_each_result(
     assert "held-out Pearson" in capsys.readouterr().out
     with pytest.raises(SystemExit) as stopped:
         call("compare", "--runs", str(tmp_path), "--out", str(tmp_path / "c"))
-    assert "holds no finished run" in str(stopped.value)
+    assert "finished" in str(stopped.value)
     with pytest.raises(SystemExit):
         call("--help")
     listed = capsys.readouterr().out

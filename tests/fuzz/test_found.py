@@ -165,12 +165,12 @@ def test_hooks_that_are_none() -> None:
     inputs = model.to_inputs("a", images=[picture()])
     with pytest.raises((HookError, TypeCheckError)):
         model.run_with_cache(inputs, names_filter=["hook_embed", 5])
-    with pytest.raises(InputError, match="outside of the"):
+    with pytest.raises(InputError, match="pos_slice"):
         model.run_with_cache(inputs, names_filter="hook_embed", pos_slice=2**31)
-    with pytest.raises(InputError, match="both runs need the same"):
+    with pytest.raises(InputError, match=r"\(0,\)"):
         PatchActivation("blocks.0.hook_resid_pre", torch.zeros(0)).hooks(model, inputs)
     patches = PatchActivation("vision.blocks.0.hook_resid_pre", torch.zeros(1, 4, 96), (99,))
-    with pytest.raises(InputError, match=r"numbered 0 to|does not fit"):
+    with pytest.raises(InputError, match=r"99|\(1, 4, 96\)"):
         model.run_with_hooks(inputs, fwd_hooks=patches.hooks(model, inputs))
 
 

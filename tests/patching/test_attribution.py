@@ -86,7 +86,7 @@ def test_frozen_weights_do_not_matter_and_a_metric_without_gradient_does(family:
             for m in (model, frozen)
         )
         np.testing.assert_allclose(a.effects, b.effects, atol=1e-5)
-    with pytest.raises(InputError, match="no gradient"):
+    with pytest.raises(InputError, match="gradient"):
         attribute(model, pair, "z", lambda logits: logits.argmax(-1).float(), where="final")
 
 
@@ -144,11 +144,11 @@ def test_a_path_is_the_receivers_input_made_again(family: str, reads: Any, where
 
 def test_paths_from_heads_that_do_not_exist_are_refused() -> None:
     model, pair = model_and_pair("qwen2-vl")
-    with pytest.raises(InputError, match=r"no head 0\.9"):
+    with pytest.raises(InputError, match=r"0\.9"):
         patch_paths(model, pair, [(0, 9)], [(1, 0)], "q", METRIC)
-    with pytest.raises(InputError, match="key-value head 2 is out of range"):
+    with pytest.raises(InputError, match="key-value head 2"):
         patch_paths(model, pair, [(0, 0)], [(1, 2)], "v", METRIC)
-    with pytest.raises(InputError, match="a path needs senders and receivers: 0 and 1 came"):
+    with pytest.raises(InputError, match=r"senders.*0.*1"):
         patch_paths(model, pair, [], [(1, 1)], "v", METRIC)
 
 
@@ -215,15 +215,15 @@ def test_answers_without_an_edge(family: str, monkeypatch: pytest.MonkeyPatch) -
 
 def test_windows_and_places_that_do_not_fit_are_refused() -> None:
     model, pair = model_and_pair("qwen2-vl")
-    with pytest.raises(InputError, match="window of 4 layers does not fit"):
+    with pytest.raises(InputError, match=r"window.*4"):
         knock_out(model, pair.clean, METRIC, edges=[("final", "image")], window=4)
-    with pytest.raises(InputError, match="no place 'sign': choose from all, text"):
+    with pytest.raises(InputError, match=r"'sign'.*all, text"):
         knock_out(model, pair.clean, METRIC, edges=[("final", "sign")], window=1)
     refused: Any = (
-        (pair.clean, {"edges": []}, "1 inputs and 0 edges came"),
-        ([], {}, "0 inputs and 1 edges came"),
-        ([pair.clean], {"places": [{}, {}]}, "1 metrics and 2 places came for 1 inputs"),
-        (pair.clean, {"edges": [("generated", "image")]}, "row 0 has no generated positions"),
+        (pair.clean, {"edges": []}, "1.*0 edges"),
+        ([], {}, "0 inputs.*1"),
+        ([pair.clean], {"places": [{}, {}]}, "1.*2 places.*1"),
+        (pair.clean, {"edges": [("generated", "image")]}, "row 0.*generated"),
     )
     for inputs, settings, says in refused:
         with pytest.raises(InputError, match=says):
@@ -232,7 +232,7 @@ def test_windows_and_places_that_do_not_fit_are_refused() -> None:
 
 def test_an_edge_that_a_row_does_not_have_is_no_effect_of_zero(family: str) -> None:
     model, pair = model_and_pair(family, "padded")
-    with pytest.raises(InputError, match="row 1 has no image positions: the edge final to image"):
+    with pytest.raises(InputError, match=r"row 1.*image.*final"):
         knock_out(model, pair.clean, METRIC, edges=[("final", "image")], window=1)
     found = knock_out(model, pair.clean, METRIC, edges=[("final+generated", "text")], window=3)
     assert found.n_examples == 3 and np.abs(found.effects).min() > 1e-5

@@ -94,13 +94,13 @@ def test_rows_are_examples_padded_or_not(family: str) -> None:
     result = patch(model, pair, "resid_pre", METRIC, where=("question", "final", "all"))
     assert result.values.shape == (3, 3, 3)
     agrees(result, model, pair, "denoising")
-    with pytest.raises(InputError, match="row 1 has no image"):
+    with pytest.raises(InputError, match=r"row 1.*image"):
         patch(model, pair, "resid_pre", METRIC, where="image")
-    with pytest.raises(InputError, match="padding included"):
+    with pytest.raises(InputError, match="padding"):
         patch(model, pair, "resid_pre", METRIC, where="each")
-    with pytest.raises(InputError, match="row 1 has no image patches"):
+    with pytest.raises(InputError, match=r"row 1.*patches"):
         patch(model, pair, "resid_pre", METRIC, where="image", tower="vision")
-    with pytest.raises(InputError, match=r"clean\[i\], corrupt\[i\]"):
+    with pytest.raises(InputError, match=r"clean\[i\]"):
         patch(model, pair, "resid_pre", METRIC, where="each", tower="vision")
 
 
@@ -149,7 +149,7 @@ def test_keys_and_values_are_patched_by_key_value_head(family: str, what: Any) -
         _, edited = model.run_with_cache(pair.corrupt)
     changed = (edited["z", 1] - plain["z", 1]).abs().amax((0, 1, 3)) > 1e-6
     assert changed.tolist() == [False, False, True, True]  # the two query heads that read from it
-    with pytest.raises(InputError, match="key-value head 2 is out of range"):
+    with pytest.raises(InputError, match="key-value head 2"):
         patch(model, pair, what, METRIC, where="final", heads=(2,))
 
 
@@ -192,7 +192,7 @@ def test_patches_of_several_images_are_numbered_image_by_image(family: str) -> N
     expected = METRIC(patched_by_hand(model, pair, "denoising", "vision.blocks.1.hook_resid_pre", put))
     found = result.select(patch=image * width + index).values.reshape(-1)
     np.testing.assert_allclose(found, expected, atol=2e-5)
-    with pytest.raises(InputError, match=f"no patch {n_images * width}: the images have"):
+    with pytest.raises(InputError, match=f"patch {n_images * width}"):
         patch(model, pair, "resid_pre", METRIC, where=n_images * width, tower="vision")
 
 
@@ -240,9 +240,9 @@ def test_positions_are_one_place_in_every_example() -> None:
         for grid in ((1, 4, 6), (1, 6, 4))
     )
     assert wide.clean.shape == tall.clean.shape
-    with pytest.raises(InputError, match="a position is not one place in all of them"):
+    with pytest.raises(InputError, match="sizes"):
         patch(model, [wide, tall], "resid_pre", METRIC, where="each")
-    with pytest.raises(InputError, match=r"4, 6.*6, 4.*patched patch by patch"):
+    with pytest.raises(InputError, match=r"4, 6.*6, 4"):
         patch(model, [wide, tall], "resid_pre", METRIC, where="each", tower="vision")
     assert patch(model, [wide, tall], "resid_pre", METRIC, where="image").n_examples == 2
 
@@ -254,7 +254,7 @@ def test_a_metric_that_is_not_a_number_is_reported_by_example(family: str) -> No
         values = METRIC(logits)
         return torch.where(torch.arange(len(values)) == 1, torch.nan, values)
 
-    with pytest.warns(UserWarning, match="of the examples 1;"):
+    with pytest.warns(UserWarning, match=r"NaN.*\b1\b"):
         result = patch(model, pair, "resid_pre", bad, where=("final", "question"))
     assert set(result.not_numbers()["example"]) == {1} and len(result.not_numbers()) == 6
     assert set(result.summary()["not_numbers"]) == {1} and set(result.summary()["n"]) == {2}
@@ -281,18 +281,18 @@ def test_the_generated_answer_is_a_metric() -> None:
 @pytest.mark.parametrize(
     ("settings", "says"),
     [
-        ({"what": "z", "where": "finale"}, "no place 'finale'"),
-        ({"what": "z", "where": "final", "layers": (3,)}, "layer 3 is out of range"),
-        ({"what": "z", "where": "final", "heads": (4,)}, "head 4 is out of range"),
-        ({"what": "mlp_out", "where": "final", "heads": (0,)}, "no heads"),
-        ({"what": "z", "where": "final", "tower": "vision"}, "no place 'final'"),
-        ({"what": "z", "where": ()}, "no place to patch"),
-        ({"what": "z", "where": ("each", "final")}, '"each" position by itself is a sweep of its own'),
-        ({"what": "z", "where": (3, 99)}, "position 99 of row 0 is not one of its tokens"),
-        ({"what": "z", "where": "final", "layers": ()}, "no layer is chosen: leave layers out"),
-        ({"what": "z", "where": "final", "metric": logit_difference(5, 10**6)}, "no token 1000000"),
-        ({"what": "z", "where": "final", "metric": logit_difference(-1, 5)}, "no token -1"),
-        ({"what": "z", "where": "final", "metric": logit_difference([1, 2, 3], 5)}, "one token id for all 1 rows"),
+        ({"what": "z", "where": "finale"}, "'finale'"),
+        ({"what": "z", "where": "final", "layers": (3,)}, "layer 3"),
+        ({"what": "z", "where": "final", "heads": (4,)}, "head 4"),
+        ({"what": "mlp_out", "where": "final", "heads": (0,)}, "mlp_out"),
+        ({"what": "z", "where": "final", "tower": "vision"}, "vision.*'final'"),
+        ({"what": "z", "where": ()}, "where"),
+        ({"what": "z", "where": ("each", "final")}, 'where="each"'),
+        ({"what": "z", "where": (3, 99)}, "99.*row 0"),
+        ({"what": "z", "where": "final", "layers": ()}, "no layer"),
+        ({"what": "z", "where": "final", "metric": logit_difference(5, 10**6)}, "token 1000000"),
+        ({"what": "z", "where": "final", "metric": logit_difference(-1, 5)}, "token -1"),
+        ({"what": "z", "where": "final", "metric": logit_difference([1, 2, 3], 5)}, r"1 rows.*\(3,\)"),
     ],
 )
 def test_what_does_not_exist_is_refused(settings: dict, says: str) -> None:

@@ -31,9 +31,9 @@ def model(request: pytest.FixtureRequest) -> Any:
 @pytest.mark.parametrize(
     ("corrupt", "says"),
     [
-        ([[5, 6, "small", 7, 8, 9]], r"1 x 12 tokens .*2 x 2 tokens at 3.*1 x 11 tokens"),
-        ([[5, 6, "large", 7, 8, 9, 10]], r"2 x 2 tokens at 3.*1 x 14 tokens .*2 x 3 tokens at 3"),
-        ([[5, "small", 6, 7, 8, 9, 10]], r"tokens at 3.*tokens at 2"),
+        ([[5, 6, "small", 7, 8, 9]], r"1 x 12\b.*2 x 2\D+3\b.*1 x 11\b"),
+        ([[5, 6, "large", 7, 8, 9, 10]], r"2 x 2\D+3\b.*1 x 14\b.*2 x 3\D+3\b"),
+        ([[5, "small", 6, 7, 8, 9, 10]], r"2 x 2\D+3\b.*2 x 2\D+2\b"),
         ([[5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16]], "no image"),
     ],
     ids=["shorter prompt", "larger image", "image elsewhere", "no image"],
@@ -47,11 +47,11 @@ def test_inputs_with_other_columns_are_refused_with_both_shapes_and_a_way_out(co
 
 def test_other_refusals() -> None:
     clean = inputs_of("qwen2-vl", [[5, "small", 7]], 1)
-    with pytest.raises(InputError, match="clean has 1 rows and corrupt 2"):
+    with pytest.raises(InputError, match=r"clean.*1 rows.*corrupt.*2"):
         Pair(clean, inputs_of("qwen2-vl", [[5, "small", 7], [5, "small", 7]], 2))
-    with pytest.raises(InputError, match="'image' names a group"):
+    with pytest.raises(InputError, match="'image'"):
         Pair(clean, clean, {"image": (1,)})
-    with pytest.raises(InputError, match="1 images in clean and 0 in corrupt"):
+    with pytest.raises(InputError, match=r"1 images.*0"):
         Pair(clean, inputs_of("qwen2-vl", [[5, 7]], 2), by="groups")
 
 
@@ -91,9 +91,9 @@ def test_patches_between_grids_equal_a_copy_by_hand() -> None:
             logits = model.run_with_hooks(corrupt, fwd_hooks=[("blocks.1.hook_resid_post", put)])
         expected = last_logits(logits, corrupt)[:, 5]
         np.testing.assert_allclose(result.select(place=place).values.reshape(-1), expected, atol=2e-5)
-    with pytest.raises(InputError, match="queries and keys of one run"):
+    with pytest.raises(InputError, match='by="columns"'):
         patch(model, pair, "pattern", logit(5), where="final")
-    with pytest.raises(InputError, match="patches are those of images of one size"):
+    with pytest.raises(InputError, match=r"\(1, 4, 4\).*\(1, 4, 6\)"):
         patch(model, pair, "resid_pre", logit(5), where="image", tower="vision")
 
 
@@ -109,7 +109,7 @@ def test_groups_of_another_length_are_refused_and_the_others_are_not(model: Any)
         other = pair.matches("denoising")[0, list(found)]
         assert other.tolist() == vars(clean.positions)[place][0].tolist()
     n = [len(x.positions.question[0]) for x in (corrupt, clean)]
-    with pytest.raises(InputError, match=f"{n[0]} positions in one and {n[1]} in the other"):
+    with pytest.raises(InputError, match=rf"question.*\b{n[0]}\b.*\b{n[1]}\b"):
         positions_at(pair, "question", "denoising", pair.matches("denoising"))
 
 
@@ -134,7 +134,7 @@ def test_as_many_tiles_that_lie_otherwise_are_no_same_columns() -> None:
     wide = model.to_inputs("Read the text.", images=Image.new("RGB", (256, 128), "white"))
     tall = wide.with_image(0, Image.new("RGB", (128, 256), "white"))
     assert wide.shape == tall.shape and wide.grids == tall.grids
-    with pytest.raises(InputError, match=r"2 x 1 tiles and a thumbnail.*1 x 2 tiles and a thumbnail"):
+    with pytest.raises(InputError, match=r"2 x 1 tiles.*1 x 2 tiles"):
         Pair(wide, tall)
     pair = Pair(wide, tall, by="groups")
     matches = pair.matches("denoising")[0]
@@ -143,7 +143,7 @@ def test_as_many_tiles_that_lie_otherwise_are_no_same_columns() -> None:
     for token in range(grids[0].n_tokens):
         (x0, y0, x1, y1), (a, b, c, d) = grids[0].box_of(token), grids[1].box_of(int(matches[start + token]) - start)
         assert a <= (x0 + x1) < c and b <= (y0 + y1) / 4 < d  # twice as wide, half as high
-    with pytest.raises(InputError, match="tiles that lie otherwise"):
+    with pytest.raises(InputError, match=r"\(3, 16, 16\).*\(3, 16, 16\)"):
         patch(model, pair, "resid_pre", logit(5), where="image", tower="vision")
     assert Pair(wide, wide.with_image(0, Image.new("RGB", (512, 256), "white"))).by == "columns"
 
@@ -151,11 +151,11 @@ def test_as_many_tiles_that_lie_otherwise_are_no_same_columns() -> None:
 @pytest.mark.parametrize(
     ("place", "says"),
     [
-        ((3, 99), "position 99 of row 0 is not one of its tokens"),
-        ((-1,), "position -1 of row 0"),
-        ((), "must be a Region, several, or positions"),
-        ((Region((0, 0, 5, 5)), 3), "must be a Region, several, or positions"),
-        ((Region((0, 0, 5, 5), image=1),), "no image 1"),
+        ((3, 99), "99.*row 0"),
+        ((-1,), "-1.*row 0"),
+        ((), "Region"),
+        ((Region((0, 0, 5, 5)), 3), "Region"),
+        ((Region((0, 0, 5, 5), image=1),), "image 1"),
     ],
 )
 @pytest.mark.parametrize("direction", ["denoising", "noising"])
@@ -238,7 +238,7 @@ def test_swapped_regions_are_in_each_others_place() -> None:
     expected = pixels.copy()
     expected[0:2, 0:3], expected[6:8, 5:8] = pixels[6:8, 5:8], pixels[0:2, 0:3]
     assert (found == expected).all()
-    with pytest.raises(GeometryError, match="3 x 2 and 3 x 3 pixels cannot be swapped"):
+    with pytest.raises(GeometryError, match=r"3 x 2.*3 x 3"):
         swapped(pixels, (0, 0, 3, 2), (5, 6, 8, 9))
     with pytest.raises(GeometryError, match="overlap"):
         swapped(pixels, (0, 0, 3, 2), (2, 1, 5, 3))
@@ -254,7 +254,7 @@ def test_noise_is_seeded_and_stays_in_its_box() -> None:
     assert abs(found[inside].astype(float).std() - 20) < 2
     assert (found == np.array(noised(pixels, 20, seed=3, box=(10, 10, 40, 30)))).all()
     assert (np.array(noised(pixels, 20, seed=4)) != np.array(noised(pixels, 20, seed=3))).any()
-    with pytest.raises(GeometryError, match="not be negative"):
+    with pytest.raises(GeometryError, match="-1"):
         noised(pixels, -1, 0)
 
 

@@ -49,7 +49,7 @@ def test_the_interval_is_that_of_resampled_examples() -> None:
     np.testing.assert_allclose([low, high], np.percentile(drawn, [2.5, 97.5], axis=0), atol=0.02)
     estimate = result().estimate(layer=1, place="final")
     assert estimate.value == 1.0 and estimate.n == 2
-    with pytest.raises(InputError, match="also give place"):
+    with pytest.raises(InputError, match="place"):
         result().estimate(layer=1)
 
 
@@ -92,9 +92,9 @@ def test_select_and_its_refusals() -> None:
     one = result().select(layer=1)
     assert one.axes == {"layer": (1,), "place": ("image", "final")}
     np.testing.assert_array_equal(one.values, VALUES[1:])
-    with pytest.raises(InputError, match="no axis 'head': this result has layer, place"):
+    with pytest.raises(InputError, match=r"'head'.*layer, place"):
         result().select(head=1)
-    with pytest.raises(InputError, match="has no 7: it has 0, 1"):
+    with pytest.raises(InputError, match=r"7.*0, 1"):
         result().select(layer=7)
 
 
@@ -114,7 +114,7 @@ def test_heatmaps_show_the_means() -> None:
         axes={"layer": (0, 1), "head": (0, 1), "place": ("image",)}, values=VALUES.reshape(2, 2, 1, 3)
     ).heatmap()
     np.testing.assert_allclose(heads.axes[0].images[0].get_array(), [[0, 1], [0.5, 1]])
-    with pytest.raises(InputError, match="fix one of layer, head, place"):
+    with pytest.raises(InputError, match="layer, head, place"):
         axes: dict[str, Any] = {"layer": (0, 1), "head": (0, 1), "place": ("image", "final")}
         result(axes=axes, values=np.zeros((2, 2, 2, 3))).heatmap()
 
@@ -133,9 +133,9 @@ def test_overlays_put_each_value_on_its_token(name: str) -> None:
     shown = np.asarray(figure.axes[0].images[1].get_array())
     rows, cols = shown.shape
     assert shown.sum() == 3.0 and shown[int(33.5 / 112 * rows), int(66 / 128 * cols)] == 3.0
-    with pytest.raises(InputError, match='sweep where="each"'):
+    with pytest.raises(InputError, match='where="each"'):
         result().on_image(inputs, picture)
-    with pytest.raises(InputError, match="no place of this result lies in image 0"):
+    with pytest.raises(InputError, match="image 0"):
         replace(found, axes={"layer": (2,), "place": (0,)}, values=values[:, :1]).on_image(inputs, picture)
 
 

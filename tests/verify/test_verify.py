@@ -50,8 +50,8 @@ def test_the_bundled_models_pass(
     with pytest.raises(SystemExit) as stopped:
         cli.main()
     printed, told = capsys.readouterr().out, json.loads(out.read_text())
-    assert stopped.value.code == 0 and told["passed"] and "all of it agrees" in printed and "FAIL" not in printed
-    assert "both models need up to" in printed.splitlines()[0]
+    assert stopped.value.code == 0 and told["passed"] and "agrees" in printed and "FAIL" not in printed
+    assert "GB" in printed.splitlines()[0]
     rows = {(row["quantity"], row["layer"]): row for row in told["rows"]}
     assert all(row["passed"] for row in rows.values())
     model = HookedVLM.from_pretrained(name)
@@ -194,18 +194,16 @@ def test_rows_pass_and_fail() -> None:
 def test_too_little_memory_is_said_before_anything_is_loaded(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(run, "free_memory", lambda device: 20 * 10**9)
     monkeypatch.setattr(HookedVLM, "from_pretrained", None)
-    with pytest.raises(
-        InputError, match=r"both models need up to .* GB on cpu, 20.0 GB are free: try --dtype bfloat16"
-    ):
+    with pytest.raises(InputError, match=r"cpu.*20\.0 GB.*--dtype bfloat16"):
         verify(VerifyConfig("Qwen/Qwen2-VL-7B-Instruct", device="cpu", out=tmp_path / "verify.json"))
 
 
 def test_what_has_no_reference_is_refused(tmp_path: Path) -> None:
     model, _ = load("toy-internvl2")
     model.cfg = model.cfg.with_(original_architecture="InternLM2ForCausalLM")
-    with pytest.raises(InputError, match="transformers has no class for InternLM2ForCausalLM"):
+    with pytest.raises(InputError, match="InternLM2ForCausalLM"):
         reference_for(model, tmp_path)
-    with pytest.raises(InputError, match="--max-new-tokens must be at least 1"):
+    with pytest.raises(InputError, match="--max-new-tokens"):
         verify(VerifyConfig("toy-internvl2", max_new_tokens=0, out=tmp_path / "verify.json"))
 
 

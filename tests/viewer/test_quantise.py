@@ -28,7 +28,7 @@ def test_codes_computed_by_hand() -> None:
     assert made.codes.tolist() == [[0, 1, 3, 254], [0, 0, 0, 0]] and made.scales.tolist() == [1, 0] and made.zero == 0
     made = quantise(np.array([[-127.0, 0.0, 63.6, np.nan]], np.float32))
     assert made.codes.tolist() == [[0, 127, 191, 255]] and made.zero == 127
-    with pytest.raises(InputError, match="infinite values"):
+    with pytest.raises(InputError, match="NaN"):
         quantise(np.array([[np.inf]], np.float32))
 
 
@@ -52,7 +52,7 @@ def test_what_does_not_compress_is_coarser_and_says_so() -> None:
     for row, text in enumerate(coarse.rows):
         found, _ = decoded(text, (4, 4, 256), coarse.zero)
         assert (np.abs(found - values[row]) <= coarse.error * values[row].max(-1, keepdims=True) * 1.0001).all()
-    with pytest.raises(InputError, match="ask for fewer tokens"):
+    with pytest.raises(InputError, match="MB"):
         pack(values, budget=size // 10)
 
 

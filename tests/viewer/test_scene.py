@@ -85,15 +85,15 @@ def test_evidence_is_the_tokens_of_the_boxes() -> None:
 
 def test_what_does_not_belong_to_the_inputs_is_refused() -> None:
     _, inputs = made("toy-qwen2-vl", coloured((128, 96)))
-    with pytest.raises(InputError, match="picture 0 is 128 x 128 pixels, but image 0 of the inputs was 128 x 96"):
+    with pytest.raises(InputError, match=r"128 x 128.*128 x 96"):
         scene_of(inputs, coloured((128, 128)))
-    with pytest.raises(InputError, match="2 pictures came for 1 images"):
+    with pytest.raises(InputError, match=r"2 pictures.*1"):
         scene_of(inputs, [coloured((128, 96))] * 2)
-    with pytest.raises(InputError, match="boxes came for image 1"):
+    with pytest.raises(InputError, match=r"boxes.*1"):
         scene_of(inputs, boxes={1: [(0, 0, 5, 5)]})
-    with pytest.raises(GeometryError, match="outside of the image"):
+    with pytest.raises(GeometryError, match=r"200.*128 x 96"):
         scene_of(inputs, boxes=[(200, 0, 210, 5)])
-    with pytest.raises(InputError, match="pass the pictures as images"):
+    with pytest.raises(InputError, match="images="):
         scene_of(replace(inputs, spec=replace(inputs.spec, image_processor=None)))
 
 

@@ -158,9 +158,9 @@ def test_mistakes_are_a_line_in_the_page(browser: Any, served: str) -> None:
     opened = Opened(browser, served, DESKTOP)
     error = opened.page.get_by_role("alert")
     for content, words in (
-        (b"no picture", "'file.png' is not an image that Pillow can read"),
-        (b"", "'file.png' is empty (0 bytes)"),
-        (png(make_page(np.random.default_rng(0)).image)[:1500], "'file.png' is truncated or corrupt"),
+        (b"no picture", "Pillow"),
+        (b"", "0 bytes"),
+        (png(make_page(np.random.default_rng(0)).image)[:1500], "truncated"),
     ):
         opened.upload("file.png", content)
         opened.page.get_by_role("alert").filter(has_text=words).wait_for()
@@ -168,7 +168,7 @@ def test_mistakes_are_a_line_in_the_page(browser: Any, served: str) -> None:
     assert opened.page.get_by_text("example, 128 × 112 pixels").is_visible()  # the picture is still the one before
     opened.page.get_by_label("Prompt").fill("")
     opened.page.click("button.run")
-    error.filter(has_text="the prompt is empty").wait_for()
+    error.filter(has_text="prompt").wait_for()
     opened.page.get_by_label("Prompt").fill("<img src=x onerror=alert(1)>")
     assert len(opened.generate()) == 2
     assert not error.is_visible() and "<img src=x" in opened.page.locator(".settings").inner_text()

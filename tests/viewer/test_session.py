@@ -112,15 +112,15 @@ def test_what_cannot_be_answered_is_refused() -> None:
     session = Session(loaded("toy-qwen2-vl"))
     question, _ = asked()
     for change, words in (
-        ({"picture": None}, "choose a file"),
-        ({"prompt": " "}, "the prompt is empty"),
-        ({"max_new_tokens": None}, "1 to 512 tokens, got None"),
-        ({"max_new_tokens": 513}, "1 to 512 tokens, got 513"),
-        ({"factors": (((2, 4), 0),)}, r"there is no head 2\.4"),
+        ({"picture": None}, "no picture"),
+        ({"prompt": " "}, "prompt"),
+        ({"max_new_tokens": None}, "512.*None"),
+        ({"max_new_tokens": 513}, "512.*513"),
+        ({"factors": (((2, 4), 0),)}, r"2\.4"),
     ):
         with pytest.raises(InputError, match=words):
             session.answer(replace(question, **change))
-    with pytest.raises(ImageError, match="too narrow"):
+    with pytest.raises(ImageError, match="300 x 1 "):
         session.answer(replace(question, picture=Picture("line.png", Image.new("RGB", (300, 1)))))
     assert session.answer(question).unedited.text  # a refusal leaves the session free
 
@@ -209,14 +209,14 @@ def test_the_command_begins_with_what_is_named(monkeypatch: pytest.MonkeyPatch, 
     assert (start.picture.name, start.picture.image.mode, start.prompt, port) == ("grey.png", "RGB", "?", 8000)
     n_served = len(served)
     for arguments, words in (
-        (["--answer", "x"], "--answer is of the page that is written"),
-        (["--image", "a", "b"], "begins with one picture, got 2"),
-        (["--image", str(tmp_path / "none.png")], "does not exist"),
+        (["--answer", "x"], "--answer"),
+        (["--image", "a", "b"], "--serve.*2"),
+        (["--image", str(tmp_path / "none.png")], r"none\.png"),
     ):
         with pytest.raises(SystemExit, match=words):
             call(*arguments)
     monkeypatch.setattr("hooked_vlm.commands.view.find_spec", lambda name: None)
-    with pytest.raises(SystemExit, match=r"pip install 'hooked-vlm\[serve\]'"):
+    with pytest.raises(SystemExit, match=r"hooked-vlm\[serve\]"):
         call()
     assert len(served) == n_served
 
@@ -226,9 +226,9 @@ def test_a_port_that_is_taken_is_named() -> None:
     with serve._listening(0) as listener:
         address, port = listener.getsockname()
         assert address == "127.0.0.1"
-        with pytest.raises(InputError, match=f"port {port} cannot be had"):
+        with pytest.raises(InputError, match=f"port {port}"):
             serve._listening(port)
-    with pytest.raises(InputError, match="port 70000 cannot be had"):
+    with pytest.raises(InputError, match="port 70000"):
         serve._listening(70000)
 
 

@@ -136,20 +136,20 @@ def test_maps_under_hooks_equal_the_pattern_under_hooks(family: str) -> None:
 def test_what_cannot_be_shown_is_refused() -> None:
     model, page, inputs = asked("toy-qwen2-vl")
     for arguments, words in (
-        ({"inputs": model.to_inputs([page.question(0)] * 2, images=[page.image] * 2)}, "a batch of 2: take a row"),
-        ({"inputs": model.to_inputs("hello")}, "there is no image to look at"),
-        ({"heads": [(2, 4)]}, r"there is no head 2\.4: there are 4 layers of 4 heads"),
-        ({"tokens": [0]}, "there is no token 0 to ask for: positions go from 1"),
-        ({"tokens": []}, "tokens is empty"),
+        ({"inputs": model.to_inputs([page.question(0)] * 2, images=[page.image] * 2)}, "batch of 2"),
+        ({"inputs": model.to_inputs("hello")}, "no image"),
+        ({"heads": [(2, 4)]}, r"2\.4.*4.*4"),
+        ({"tokens": [0]}, "token 0.*1"),
+        ({"tokens": []}, "tokens"),
         (
             {"fwd_hooks": [("blocks.1.attn.hook_pattern", print)]},
-            r"does not see what hooks do at blocks\.1\.attn\.hook_p",
+            r"blocks\.1\.attn\.hook_pattern",
         ),
         (
             {"fwd_hooks": [(lambda name: "scores" in name, print)]},
-            "does not see what hooks do at blocks.0.attn.hook_att",
+            r"blocks\.0\.attn\.hook_attn_scores",
         ),
-        ({"answer": torch.zeros(1, 0, dtype=torch.long)}, "the answer is empty"),
+        ({"answer": torch.zeros(1, 0, dtype=torch.long)}, "answer="),
     ):
         with pytest.raises(InputError, match=words):
             viewer.attention(model, **{"inputs": inputs, "answer": "w", **arguments})
@@ -185,7 +185,7 @@ def test_patches_equal_the_towers_pattern(family: str) -> None:
         check_equal(view, row, expected)
     boxes = [box for _, box in view.picks]
     assert boxes[0][:2] == (0, 0) and boxes[-1][2:] == (256, 128)
-    with pytest.raises(InputError, match="there is no patch"):
+    with pytest.raises(InputError, match=f"patch {n_patches}"):
         viewer.vision_attention(model, inputs, patches=[n_patches])
 
 
@@ -204,14 +204,14 @@ def test_any_numbers_are_laid_by_their_axes() -> None:
     check_equal(plain, 0, numbers[0, 0][None, None])
     assert (plain.layers, plain.heads) == (("",), ("",))  # values of no layer or head: nothing to choose
     refused: Any = (
-        (("head",), {}, "name each before the last"),
-        (("head", "layer"), {"layers": [0]}, "values must be"),
-        (("row", "layer"), {"rows": [0]}, "1 labels came for 3 rows"),
+        (("head",), {}, "axes"),
+        (("head", "layer"), {"layers": [0]}, r"\[1, 1, 3, 56\].*\[1, 2, 3, 56\]"),
+        (("row", "layer"), {"rows": [0]}, "1.*3 rows"),
     )
     for axes, labels, words in refused:
         with pytest.raises(InputError, match=words):
             viewer.values(inputs, numbers, axes, **labels)
-    with pytest.raises(InputError, match="values must be"):
+    with pytest.raises(InputError, match=r"56.*55"):
         viewer.values(inputs, numbers[..., 1:], ("head", "layer"))
 
 
@@ -223,7 +223,7 @@ def test_a_logit_lens_is_shown() -> None:
     assert "".join(c.text for c in view.chips) == page.lines[1].value and len(view.layers) == 5
     for row in range(len(targets)):
         check_equal(view, row, np.exp(found.target_log_probs[..., row])[:, None])
-    with pytest.raises(InputError, match="the lens must look at the image"):
+    with pytest.raises(InputError, match="logit_lens"):
         viewer.lens(model, inputs, logit_lens(model, inputs, "final", targets=targets))
 
 
@@ -236,7 +236,7 @@ def test_patching_effects_are_shown() -> None:
     columns = [result.axes["place"].index(int(pos)) for pos in inputs.image_tokens(0)]
     assert view.layers == ("2",)
     check_equal(view, 0, result.mean[:, columns][:, None])
-    with pytest.raises(InputError, match='sweep where="each"'):
+    with pytest.raises(InputError, match='where="each"'):
         viewer.patching(inputs, replace(result, axes={**result.axes, "place": tuple(map(str, result.axes["place"]))}))
 
 
@@ -280,7 +280,7 @@ def test_a_notebook_shows_the_page_and_a_file_holds_it(tmp_path: Path) -> None:
     assert html.unescape(view.title) == frame["title"]
     assert view.save(tmp_path / "new" / "page.html").read_text(encoding="utf-8") == view.html
     (tmp_path / "file").touch()
-    with pytest.raises(OutputError, match="cannot write"):
+    with pytest.raises(OutputError, match="/file"):
         view.save(tmp_path / "file" / "page.html")
 
 
@@ -307,10 +307,10 @@ def test_the_command_writes_and_opens_the_page(
     assert data["ranked"] == [[2, 1], [2, 0]] and data["pictures"][0]["evidence"] == [[1, 2, 30, 40]]
     kept = out.read_text(encoding="utf-8")
     for arguments, words in (
-        (["--heads", "2-1"], "LAYER.HEAD"),
-        (["--box", "1", "2", "3"], "four numbers for each box, x0 y0 x1 y1, got 3"),
-        (["--image", str(tmp_path / "none.png")], "does not exist"),
-        (["--box", "500", "2", "510", "4"], "outside of the image"),
+        (["--heads", "2-1"], "'2-1'"),
+        (["--box", "1", "2", "3"], "--box"),
+        (["--image", str(tmp_path / "none.png")], "none.png"),
+        (["--box", "500", "2", "510", "4"], "(500, 2, 510, 4)"),
     ):
         with pytest.raises(SystemExit, match=re.escape(words)):
             call("--no-open", *arguments)

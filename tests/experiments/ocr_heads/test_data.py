@@ -186,7 +186,7 @@ def test_a_damaged_data_set_says_what_to_do(damage: str, tmp_path: Path) -> None
         (folder / "images" / "00001-0.png").unlink()
     else:
         (folder / "manifest.json").write_text("{")
-    with pytest.raises(StudyError, match=r"delete .*to build it again"):
+    with pytest.raises(StudyError, match="delete"):
         load_or_build(tmp_path, "toy", {}, lambda: (toy_pages(2, 2), ""))
 
 
@@ -225,7 +225,7 @@ def test_every_task_loads_without_a_network(tmp_path: Path) -> None:
     assert [task.name for task in tasks] == names
     assert all(len(task.data.examples) == 2 for task in tasks)
     assert {task.name for task in tasks if task.data.source == SYNTHETIC} >= {"docvqa", "nq", "hotpotqa", "passkey"}
-    with pytest.raises(StudyError, match="there is no task 'vqa': choose from page, text"):
+    with pytest.raises(StudyError, match=r"'vqa'.*page, text"):
         load_tasks(tmp_path, ["vqa"], 0, 2, (256,), None)
 
 
@@ -285,14 +285,14 @@ def test_needles_of_the_hub_are_hidden_again_where_more_are_asked_for(monkeypatc
     assert source == HUB and [item.length for item in items] == [64, 128, 64, 128, 64, 128, 64]
     assert all(item.context.count(row["needle"]) == 1 for item in items)
     sets["retrieval_needles"] = [row] * 10
-    with pytest.raises(StudyError, match="has 10 needles"):
+    with pytest.raises(StudyError, match="10 needles"):
         niah_items(0, 7, (64, 128))
 
 
 def test_a_data_set_with_another_schema_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tasks_module, "from_hub", lambda *_: [{"query": "What?", "image": PAGE}])
-    with pytest.raises(StudyError, match="DocVQA has no column 'question': it has query, image"):
+    with pytest.raises(StudyError, match=r"DocVQA.*'question'.*query, image"):
         load_tasks(tmp_path, ["docvqa"], 0, 2, (256,), None)
     (tmp_path / "biencoder-nq-dev.json").write_text("not json")
-    with pytest.raises(StudyError, match=r"biencoder-nq-dev\.json cannot be read"):
+    with pytest.raises(StudyError, match=r"biencoder-nq-dev\.json"):
         load_tasks(tmp_path, ["nq"], 0, 2, (256,), tmp_path)

@@ -270,7 +270,7 @@ def test_a_text_only_model_is_asked_on_data_with_a_page_size(
 
 
 def test_a_text_model_that_is_none_is_refused_before_anything_is_scored(qwen: HookedVLM, tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="no checkpoint folder"):
+    with pytest.raises(CheckpointError, match="/nowhere"):
         run(ScoreConfig(**SMALL, out=tmp_path / "out", text_model="/nowhere"), qwen)
     assert not (tmp_path / "out" / "parts").exists()
 
@@ -281,18 +281,18 @@ def test_a_text_model_that_is_none_is_refused_before_anything_is_scored(qwen: Ho
 @pytest.mark.parametrize(
     ("config", "words"),
     [
-        (ScoreConfig(samples=0), "--samples must be at least 1"),
-        (ScoreConfig(threshold=1.5), "--threshold must lie in"),
-        (MaskConfig(mask_heads=(0,)), "--mask-heads must be at least 1"),
+        (ScoreConfig(samples=0), "--samples"),
+        (ScoreConfig(threshold=1.5), "--threshold"),
+        (MaskConfig(mask_heads=(0,)), "--mask-heads"),
         (ScoreConfig(seed=-1), "--seed"),
         (ScoreConfig(lengths=()), "--lengths"),
         (ScoreConfig(protocol=Protocol(min_overlap=2.0)), "min-overlap"),
-        (SinkConfig(betas=(1.5,)), "--betas are shares"),
-        (SinkConfig(betas=(0.4, 0.4)), "--betas names a value twice: 0.4, 0.4"),
-        (SinkConfig(betas=()), "--betas needs at least one value"),
-        (MaskConfig(mask_heads=(2, 2)), "--mask-heads names a value twice"),
-        (MaskConfig(tasks=("page", "page")), "--tasks names a value twice"),
-        (MaskConfig(modes=()), "--modes needs at least one"),
+        (SinkConfig(betas=(1.5,)), r"--betas.*1\.5"),
+        (SinkConfig(betas=(0.4, 0.4)), r"--betas.*0\.4, 0\.4"),
+        (SinkConfig(betas=()), "--betas"),
+        (MaskConfig(mask_heads=(2, 2)), "--mask-heads.*2, 2"),
+        (MaskConfig(tasks=("page", "page")), "--tasks.*page, page"),
+        (MaskConfig(modes=()), "--modes"),
     ],
 )
 def test_settings_out_of_range_are_refused_before_anything_is_loaded(
@@ -306,11 +306,11 @@ def test_settings_out_of_range_are_refused_before_anything_is_loaded(
 @pytest.mark.parametrize(
     ("config", "words"),
     [
-        (MaskConfig(mask_heads=(17,)), "--mask-heads 17: the model has 16 heads"),
-        (SinkConfig(sink_heads=(99,)), "--sink-heads 99: the model has 16 heads"),
-        (MaskConfig(tasks=("vqa",)), "there is no task 'vqa'"),
-        (CaseConfig(characters="A"), "digits and small letters"),
-        (CaseConfig(characters=""), "at least one"),
+        (MaskConfig(mask_heads=(17,)), "--mask-heads 17.*16"),
+        (SinkConfig(sink_heads=(99,)), "--sink-heads 99.*16"),
+        (MaskConfig(tasks=("vqa",)), "'vqa'"),
+        (CaseConfig(characters="A"), "--characters.*'A'"),
+        (CaseConfig(characters=""), "--characters.*''"),
         (ThoughtConfig(task_samples=-1), "--task-samples"),
     ],
 )
@@ -326,18 +326,18 @@ def test_a_model_that_cannot_be_asked_about_images_is_refused_before_any_page_is
 ) -> None:
     blind = copy.copy(qwen)
     blind.cfg = blind.cfg.with_(vision=None)
-    with pytest.raises(StudyError, match="has no vision tower"):
+    with pytest.raises(StudyError, match="vision"):
         run(ScoreConfig(**SMALL, out=tmp_path), blind)
     silent = copy.copy(qwen)
     silent.tokenizer = None
-    with pytest.raises(StudyError, match="has no tokenizer"):
+    with pytest.raises(StudyError, match="tokenizer"):
         run(ScoreConfig(**SMALL, out=tmp_path), silent)
     assert not (tmp_path / "data").exists()
 
 
 def test_an_output_folder_that_cannot_be_written_is_refused_at_once(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(OutputError, match="cannot write"):
+    with pytest.raises(OutputError, match="/file"):
         run(ScoreConfig(**SMALL, out=tmp_path / "file"))
 
 
