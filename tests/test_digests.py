@@ -11,7 +11,7 @@ from families import model_and_inputs
 from test_interventions import of_every_kind
 
 from hooked_vlm import InputError
-from hooked_vlm.interventions import AddVector, CustomHooks, ImageMeans, ReplaceImageKV, Together, ZeroHeads
+from hooked_vlm.interventions import AddVector, Compose, CustomHooks, ImageMeans, ReplaceImageKV, ZeroHeads
 from hooked_vlm.metrics import answered, kl_divergence, log_prob, logit, logit_difference, margin
 from hooked_vlm.runtime.digests import digest
 
@@ -40,7 +40,7 @@ DIFFERENT: list[Any] = [
     torch.tensor([1.0], dtype=torch.float64), torch.tensor([0.0]), torch.tensor([-0.0]), torch.float32, torch.bfloat16,
     torch.tensor([1.0], dtype=torch.bfloat16), np.float64(1), np.array([1.0]), np.array([1]), Ours((1,)), Ours((2,)),
     ZeroHeads(((0, 1),)), ZeroHeads(((1, 0),)), ZeroHeads(((0, 1),), "text"), vector(1, 2), vector(1, 3), vector(2, 1),
-    replace(vector(1, 2), scale=2.0), Together((ZeroHeads(((0, 1),)),)), Together((vector(1, 2),)),
+    replace(vector(1, 2), scale=2.0), Compose((ZeroHeads(((0, 1),)),)), Compose((vector(1, 2),)),
     ReplaceImageKV(((0, 1),)), ReplaceImageKV(((0, 1),), before_rope=False),
     ReplaceImageKV(((0, 1),), ImageMeans(torch.zeros(1, 1, 2), torch.ones(1, 1, 2))),
     ReplaceImageKV(((0, 1),), ImageMeans(torch.ones(1, 1, 2), torch.zeros(1, 1, 2))),

@@ -302,7 +302,7 @@ def test_a_chat_prompt_splits_into_image_question_role_and_final(content, image,
         "image": image,
         "video": [],
         "question": question,
-        "role": list(range(n - 5, n)),
+        "assistant_header": list(range(n - 5, n)),
         "final": [n - 1],
         "generated": [],
     }
@@ -317,7 +317,7 @@ def test_without_chat_markers_the_question_is_what_follows_the_image(batch):
         "image": [],
         "video": [],
         "question": [13, 14, 15],
-        "role": [],
+        "assistant_header": [],
         "final": [15],
         "generated": [],
     }

@@ -12,6 +12,7 @@ from hooked_vlm import InputError
 from hooked_vlm.interventions import (
     AddVector,
     BlockAttention,
+    Compose,
     CustomHooks,
     Intervention,
     MeanHeads,
@@ -20,7 +21,6 @@ from hooked_vlm.interventions import (
     ReplaceImageKV,
     ReplaceImageTokens,
     ScaleHeads,
-    Together,
     UniformAttention,
     ZeroHeads,
     mean_head_outputs,
@@ -406,7 +406,7 @@ def test_replaced_image_tokens(case: tuple[Any, Any], values: Any) -> None:
 
 def test_several_at_one_point_act_in_order() -> None:
     model, batch = tiny_model(), inputs(PADDED)
-    both = Together((ScaleHeads(((1, 2),), 3.0), ScaleHeads(((1, 2),), -1.0), ZeroHeads(((0, 0),))))
+    both = Compose((ScaleHeads(((1, 2),), 3.0), ScaleHeads(((1, 2),), -1.0), ZeroHeads(((0, 0),))))
     expected = by_hand(
         model,
         batch,
@@ -437,7 +437,7 @@ def of_every_kind(model: Any, batch: Any) -> dict[str, Intervention]:
         "patch": PatchActivation("blocks.1.hook_resid_mid", cache["resid_mid", 2], "question"),
         "steering": AddVector("blocks.1.hook_resid_post", vector, positions="text"),
         "image tokens": ReplaceImageTokens("image", "mean"),
-        "together": Together((ZeroHeads(((2, 0),)), BlockAttention(((1, 1),), "final", "image"))),
+        "together": Compose((ZeroHeads(((2, 0),)), BlockAttention(((1, 1),), "final", "image"))),
     }
 
 
@@ -506,7 +506,7 @@ def unchecked(intervention: Intervention, **values: Any) -> Intervention:
         (lambda model: PatchActivation("blocks.0.hook_mlp_out", torch.zeros(3, 9, 64)), r"\(3, 9, 64\).*13"),
         (lambda model: PatchActivation("blocks.0.hook_mlp_out", torch.zeros(3, 13, 8)), r"\(3, 13, 8\).*64"),
         (
-            lambda model: Together((RedistributeSink(HEADS, 0.5), ReplaceImageKV(((1, 3),)))),
+            lambda model: Compose((RedistributeSink(HEADS, 0.5), ReplaceImageKV(((1, 3),)))),
             r"head 1\.3",
         ),
         (lambda model: ReplaceImageTokens("video"), "no video"),
@@ -546,7 +546,7 @@ def test_scores_in_float16_do_not_overflow_where_they_fit() -> None:
 def test_numbers_that_are_not_finite_are_not_hidden_by_blocking() -> None:
     model, batch = tiny_model(), inputs(PADDED)
     broken = AddVector("blocks.1.attn.hook_q", torch.full((4, 16), torch.nan), positions="final")
-    both = Together((broken, BlockAttention(((1, 1),), "final", "final")))
+    both = Compose((broken, BlockAttention(((1, 1),), "final", "final")))
     assert edited(model, batch, both)[:, -1].isnan().all()
 
 

@@ -8,14 +8,14 @@ import pandas as pd
 import pytest
 
 from hooked_vlm.errors import OutputError
-from hooked_vlm.runtime.files import place, writable_folder
-from hooked_vlm.runtime.store import Parts
+from hooked_vlm.runtime.files import atomic_write, writable_folder
+from hooked_vlm.runtime.store import ResultStore
 
 FRAME = pd.DataFrame({"head": [0, 1], "score": [0.25, 0.5]})
 
 
 def test_a_part_is_made_once_and_found_again(tmp_path: Path) -> None:
-    parts, made = Parts(tmp_path / "parts"), []
+    parts, made = ResultStore(tmp_path / "parts"), []
 
     def make() -> pd.DataFrame:
         made.append(1)
@@ -36,13 +36,13 @@ def test_a_part_is_made_once_and_found_again(tmp_path: Path) -> None:
      pd.to_datetime(["2020-01-01", "2021-01-01"])],
 )  # fmt: skip
 def test_columns_of_every_kind_are_found_again(values: Any, tmp_path: Path) -> None:
-    parts, frame = Parts(tmp_path), pd.DataFrame({"value": values})
+    parts, frame = ResultStore(tmp_path), pd.DataFrame({"value": values})
     made = parts.get_or_make({"image": 3}, lambda: frame)
     assert len(made) == len(frame) and list(made.columns) == ["value"]
 
 
 def test_a_bit_that_flips_anywhere_never_passes_for_a_number(tmp_path: Path) -> None:
-    parts = Parts(tmp_path)
+    parts = ResultStore(tmp_path)
     parts.put({"image": 3}, FRAME)
     whole = parts.path({"image": 3}).read_bytes()
     for at in range(0, len(whole), 3):
@@ -52,7 +52,7 @@ def test_a_bit_that_flips_anywhere_never_passes_for_a_number(tmp_path: Path) -> 
 
 
 def test_the_same_unit_is_the_same_bytes(tmp_path: Path) -> None:
-    a, b = Parts(tmp_path / "a"), Parts(tmp_path / "b")
+    a, b = ResultStore(tmp_path / "a"), ResultStore(tmp_path / "b")
     for parts in (a, b):
         parts.put({"image": 3}, FRAME)
     assert a.path({"image": 3}).read_bytes() == b.path({"image": 3}).read_bytes()
@@ -60,7 +60,7 @@ def test_the_same_unit_is_the_same_bytes(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("content", [b"", b"PAR1", b"not parquet" * 100])
 def test_a_damaged_part_is_made_again(content: bytes, tmp_path: Path) -> None:
-    parts = Parts(tmp_path)
+    parts = ResultStore(tmp_path)
     parts.put({"image": 3}, FRAME)
     whole = parts.path({"image": 3}).read_bytes()
     parts.path({"image": 3}).write_bytes(content)
@@ -72,7 +72,7 @@ def test_a_damaged_part_is_made_again(content: bytes, tmp_path: Path) -> None:
 
 
 def test_a_part_under_anothers_name_is_not_taken_for_it(tmp_path: Path) -> None:
-    parts = Parts(tmp_path)
+    parts = ResultStore(tmp_path)
     parts.put({"image": 3}, FRAME)
     parts.path({"image": 3}).rename(parts.path({"image": 4}))
     assert parts.get({"image": 4}) is None
@@ -84,7 +84,7 @@ def test_what_fails_leaves_nothing(tmp_path: Path) -> None:
         raise RuntimeError("stopped")
 
     with pytest.raises(RuntimeError, match="stopped"):
-        place(tmp_path / "file", half)
+        atomic_write(tmp_path / "file", half)
     assert list(tmp_path.iterdir()) == []
     (tmp_path / "file").touch()
     with pytest.raises(OutputError, match="/file"):

@@ -20,12 +20,12 @@ from hooked_vlm.errors import CheckpointError, InputError
 from hooked_vlm.interventions import (
     AddVector,
     BlockAttention,
+    Compose,
     MeanHeads,
     PatchActivation,
     RedistributeSink,
     ReplaceImageKV,
     ReplaceImageTokens,
-    Together,
     UniformAttention,
     ZeroHeads,
     mean_head_outputs,
@@ -167,7 +167,7 @@ def interventions(model: Any, inputs: Any) -> list[Any]:
         AddVector("vision.hook_embed", torch.linspace(-1, 1, 32)),
         AddVector("vision.blocks.1.hook_resid_post", torch.linspace(-1, 1, 32)),
         AddVector("hook_image_features", torch.linspace(-1, 1, 64)),
-        Together((ZeroHeads(((0, 0),)), AddVector("vision.blocks.0.hook_resid_post", torch.ones(32)))),
+        Compose((ZeroHeads(((0, 0),)), AddVector("vision.blocks.0.hook_resid_post", torch.ones(32)))),
     ]
 
 
@@ -180,7 +180,7 @@ def one_by_one(model: Any, inputs: Any) -> Any:
     return [
         model.run_with_hooks(inputs, fwd_hooks=one.hooks(model, inputs), logits_at="last")
         for one in interventions(model, inputs)
-        if "Together" not in str(type(one))
+        if "Compose" not in str(type(one))
     ]
 
 

@@ -63,7 +63,7 @@ def test_a_prompt_becomes_the_users_turn_with_its_pictures_before_it(model: Any)
     assert inputs.image_sizes == ((48, 32), (16, 24))
     groups = inputs.positions
     assert model.to_string(inputs.tokens[0, groups.question[0]]) == QUESTION
-    assert model.to_string(inputs.tokens[0, groups.role[0]]) == TAIL
+    assert model.to_string(inputs.tokens[0, groups.assistant_header[0]]) == TAIL
 
 
 def test_a_batch_of_prompts_with_no_one_and_two_images_runs_as_each_alone(model: Any) -> None:

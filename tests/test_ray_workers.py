@@ -31,8 +31,8 @@ from hooked_vlm.interventions import AddVector, ReplaceImageKV, ZeroHeads
 from hooked_vlm.metrics import log_prob
 from hooked_vlm.runtime.ray_cluster import Share, connect, share_of
 from hooked_vlm.runtime.ray_workers import OnRay, Replica
-from hooked_vlm.runtime.store import Parts
-from hooked_vlm.runtime.tasks import Unit
+from hooked_vlm.runtime.store import ResultStore
+from hooked_vlm.runtime.tasks import Task
 from hooked_vlm.toys.pages import make_page
 
 pytest.importorskip("ray")
@@ -248,9 +248,9 @@ def test_a_worker_killed_at_its_work_is_replaced_and_its_unit_done_again(
     model: HookedVLM, workers: OnRay, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     lost = workers.n_lost
-    parts = Parts(tmp_path / "parts")
+    parts = ResultStore(tmp_path / "parts")
     units = [
-        Unit(parts, {"number": i}, once_deadly if i == 3 else numbers, (i, tmp_path / "sign") if i == 3 else (i,))
+        Task(parts, {"number": i}, once_deadly if i == 3 else numbers, (i, tmp_path / "sign") if i == 3 else (i,))
         for i in range(10)
     ]
     tables = workers.tables(units, "numbers", quiet=True)
@@ -266,17 +266,17 @@ def test_a_sweep_whose_worker_is_killed_from_outside_is_the_same_table(
     model: HookedVLM, workers: OnRay, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     here = sweep_many(model, cases(model), tmp_path / "here", runs_per_block=7)
-    (victim,) = numbers_in(workers.tables([Unit(Parts(tmp_path), {"who": 1}, numbers, (1,))], "who"), "process")
-    lost, put = workers.n_lost, Parts.put
+    (victim,) = numbers_in(workers.tables([Task(ResultStore(tmp_path), {"who": 1}, numbers, (1,))], "who"), "process")
+    lost, put = workers.n_lost, ResultStore.put
     kept: list[str] = []
 
-    def put_and_kill(self: Parts, key: Any, frame: pd.DataFrame) -> None:
+    def put_and_kill(self: ResultStore, key: Any, frame: pd.DataFrame) -> None:
         put(self, key, frame)
         kept.append(json.dumps(key, sort_keys=True))
         if len(kept) == 5:
             os.kill(victim, signal.SIGKILL)
 
-    monkeypatch.setattr(Parts, "put", put_and_kill)
+    monkeypatch.setattr(ResultStore, "put", put_and_kill)
     there = sweep_many(model, cases(model), tmp_path / "there", runs_per_block=7, workers=workers)
     pd.testing.assert_frame_equal(there, here, check_exact=True)
     assert workers.n_lost == lost + 1
@@ -285,18 +285,18 @@ def test_a_sweep_whose_worker_is_killed_from_outside_is_the_same_table(
 
 @pytest.mark.slow
 def test_a_unit_that_always_kills_its_worker_ends_in_one_clear_error(workers: OnRay, tmp_path: Path) -> None:
-    units = [Unit(Parts(tmp_path), {"unit": "bad"}, always_deadly)]
+    units = [Task(ResultStore(tmp_path), {"unit": "bad"}, always_deadly)]
     with pytest.raises(WorkerError, match=r'3.*always_deadly.*"bad"'):
         workers.tables(units, "deadly", quiet=True)
     assert names(tmp_path) == []
-    assert len(workers.tables([Unit(Parts(tmp_path), {"n": 1}, numbers, (1,))], "numbers", quiet=True)) == 1
+    assert len(workers.tables([Task(ResultStore(tmp_path), {"n": 1}, numbers, (1,))], "numbers", quiet=True)) == 1
 
 
 @pytest.mark.slow
 def test_errors_of_the_work_arrive_as_they_are(workers: OnRay, tmp_path: Path) -> None:
     for kind, error in (("ours", InputError), ("the study's", StudyError), ("python's", ZeroDivisionError)):
         with pytest.raises(error) as raised:
-            workers.tables([Unit(Parts(tmp_path), {"kind": kind}, mistaken, (kind,))], "mistakes", quiet=True)
+            workers.tables([Task(ResultStore(tmp_path), {"kind": kind}, mistaken, (kind,))], "mistakes", quiet=True)
         assert str(raised.value) == f"{kind} own words"
         assert "in mistaken" in raised.value.__notes__[0]
 
@@ -305,16 +305,16 @@ def test_errors_of_the_work_arrive_as_they_are(workers: OnRay, tmp_path: Path) -
 def test_an_interrupted_run_goes_on_where_it_stopped(
     workers: OnRay, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    units = [Unit(Parts(tmp_path), {"number": i}, slow, (i,)) for i in range(6)]
-    put = Parts.put
+    units = [Task(ResultStore(tmp_path), {"number": i}, slow, (i,)) for i in range(6)]
+    put = ResultStore.put
 
-    def interrupted(self: Parts, key: Any, frame: pd.DataFrame) -> None:
+    def interrupted(self: ResultStore, key: Any, frame: pd.DataFrame) -> None:
         put(self, key, frame)
         if len(names(tmp_path)) == 3:
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(Parts, "put", interrupted)
+        patch.setattr(ResultStore, "put", interrupted)
         workers.tables(units, "numbers", quiet=True)
     before = {name: (tmp_path / name).read_bytes() for name in names(tmp_path)}
     assert len(before) == 3

@@ -16,6 +16,7 @@ from hooked_vlm import HookError, InputError, sweep
 from hooked_vlm.interventions import (
     AddVector,
     BlockAttention,
+    Compose,
     CustomHooks,
     Intervention,
     PatchActivation,
@@ -23,7 +24,6 @@ from hooked_vlm.interventions import (
     ReplaceImageKV,
     ReplaceImageTokens,
     ScaleHeads,
-    Together,
     UniformAttention,
     ZeroHeads,
 )
@@ -123,7 +123,7 @@ def random_intervention(draw: Any, model: Any, batch: Any, cache: Any) -> Interv
         return AddVector(name, torch.randn(model.cfg.d_model, generator=generator), positions=where)
     if kind == 7:
         return ReplaceImageTokens("image", draw(st.sampled_from(["mean", "zero"])))
-    together = Together(tuple(random_intervention(draw, model, batch, cache) for _ in range(2)))
+    together = Compose(tuple(random_intervention(draw, model, batch, cache) for _ in range(2)))
     try:
         together.hooks(model, batch)
     except InputError:  # both want to make the z of one head again
@@ -192,7 +192,7 @@ def test_hooks_of_your_own_may_have_filters_and_sit_on_the_final_norm(family: st
     behind = CustomHooks([("ln_final.hook_out", shift)])
     agrees(model, batch, [filtered, behind, ZeroHeads(((1, 1),))], logit(5))
     _, cache = model.run_with_cache(batch, names_filter="vision.hook_embed")
-    encoder = Together((PatchActivation("vision.hook_embed", cache["vision.hook_embed"].flip(0)), behind))
+    encoder = Compose((PatchActivation("vision.hook_embed", cache["vision.hook_embed"].flip(0)), behind))
     agrees(model, batch, [encoder], logit(5))
 
 
@@ -270,13 +270,13 @@ def test_runs_on_the_image_side_share_batches_and_begin_where_they_act(family: s
         patched("vision.hook_embed", own),
         CustomHooks([("vision.blocks.0.hook_resid_mid", shrink), ("blocks.1.hook_mlp_out", shrink)]),
         patched("projector.hook_pre", None),
-        Together((patched("vision.blocks.1.hook_resid_post", (0, 2)), ZeroHeads(((1, 2),)))),
+        Compose((patched("vision.blocks.1.hook_resid_post", (0, 2)), ZeroHeads(((1, 2),)))),
         ZeroHeads(((1, 2),)),
         patched("hook_image_features", (1,)),
         patched("vision.blocks.0.attn.hook_pattern", (2,)),
     ]
     agrees(model, batch, runs, log_prob(7), max_runs=max_runs)
-    finding = [run for run in runs if run.finds_positions]
+    finding = [run for run in runs if run.position_aware]
     result = agrees(model, batch, finding, log_prob(7), max_runs=max_runs)
     assert result.plan.encoder_runs == (0, 1, 2, 3, 5, 6)
     assert (result.effects.abs().amax(1) > 1e-6).all()

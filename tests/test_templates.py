@@ -96,7 +96,7 @@ def test_a_prompt_with_an_image(model: Any) -> None:
     assert text == "<s>" + CHATML.replace("<image>", slot)
     groups = inputs.positions
     assert model.to_string(inputs.tokens[0][groups.question[0]]).strip() == "What?"
-    assert model.to_string(inputs.tokens[0][groups.role[0]]) == "<|im_end|><|im_start|>assistant\n"
+    assert model.to_string(inputs.tokens[0][groups.assistant_header[0]]) == "<|im_end|><|im_start|>assistant\n"
     assert inputs.image_grid(0).image_size == (90, 40)
     model.generate(inputs, max_new_tokens=2)
 

@@ -13,8 +13,8 @@ from families import model_and_inputs
 from hooked_vlm import InputError, SweepCase, sweep, sweep_many
 from hooked_vlm.interventions import AddVector, CustomHooks, ReplaceImageKV, ZeroHeads
 from hooked_vlm.metrics import logit, logit_difference
-from hooked_vlm.runtime.store import Parts
-from hooked_vlm.runtime.tasks import Common, InProcess, Unit
+from hooked_vlm.runtime.store import ResultStore
+from hooked_vlm.runtime.tasks import InProcess, SharedSetup, Task
 
 HEADS = tuple((layer, head) for layer in range(3) for head in range(4))
 
@@ -34,8 +34,8 @@ def square(model: Model, number: int) -> pd.DataFrame:
     return pd.DataFrame({"square": [number**2]})
 
 
-def units(folder: Path, *numbers: int) -> list[Unit]:
-    return [Unit(Parts(folder), {"number": number}, square, (number,), size=10) for number in numbers]
+def units(folder: Path, *numbers: int) -> list[Task]:
+    return [Task(ResultStore(folder), {"number": number}, square, (number,), size=10) for number in numbers]
 
 
 def squares(tables: Any) -> list[int]:
@@ -77,14 +77,14 @@ def repeated(model: Model, text: str, n: int) -> pd.DataFrame:
 
 
 def test_what_units_begin_with_is_made_once_for_those_that_follow_each_other(tmp_path: Path) -> None:
-    model, parts = Model(), Parts(tmp_path)
-    texts = [Common(read, (text,)) for text in ("a", "bb")]
-    units = [Unit(parts, {"n": n, "text": i}, repeated, (n,), common=texts[i]) for i in (0, 1) for n in (1, 2)]
+    model, parts = Model(), ResultStore(tmp_path)
+    texts = [SharedSetup(read, (text,)) for text in ("a", "bb")]
+    units = [Task(parts, {"n": n, "text": i}, repeated, (n,), common=texts[i]) for i in (0, 1) for n in (1, 2)]
     found: Any = InProcess(model).tables(units, "texts", quiet=True)
     assert [table["text"][0] for table in found] == ["a", "aa", "bb", "bbbb"]
     assert model.asked == [-1, -2]
     again: Any = InProcess(model).tables(
-        [*units, Unit(parts, {"n": 3}, repeated, (3,), common=texts[1])], "x", quiet=True
+        [*units, Task(parts, {"n": 3}, repeated, (3,), common=texts[1])], "x", quiet=True
     )
     assert again[-1]["text"][0] == "bbbbbb" and model.asked == [-1, -2, -2]  # of the others nothing is needed
 

@@ -13,7 +13,7 @@ from hooked_vlm import HookedVLM
 from hooked_vlm.analysis.pictures import heatmap
 from hooked_vlm.lens import head_lens
 from hooked_vlm.metrics import logit_difference
-from hooked_vlm.patching import Pair, Region, attribute, knock_out, masked, patch
+from hooked_vlm.patching import Pair, Region, attribute, masked, patch, sweep_knockout
 
 pictures = Path("out/notebooks")
 pictures.mkdir(parents=True, exist_ok=True)
@@ -32,7 +32,7 @@ print(model.generate(clean, max_new_tokens=8, return_type="str"))
 # The stream by layer and place; the vision tower by layer and region.
 
 # %%
-places = ("sign", "image", "question", "role", "final")
+places = ("sign", "image", "question", "assistant_header", "final")
 patch(model, pair, "resid_pre", metric, where=places, progress=True).heatmap().savefig(pictures / "2b-places.png")
 patch(model, pair, "resid_post", metric, where=("sign", "image"), tower="vision").heatmap().savefig(
     pictures / "2b-vision.png"
@@ -46,7 +46,7 @@ heads = attribute(model, pair, "z", metric, where="final", check=64)
 print(heads.agreement)
 heads.heatmap().savefig(pictures / "2b-heads.png")
 edges = [("final", "sign"), ("question", "sign"), ("final", "question")]
-cut = knock_out(model, clean, metric, edges=edges, window=5, places=pair.places)
+cut = sweep_knockout(model, clean, metric, edges=edges, window=5, places=pair.places)
 cut.heatmap().savefig(pictures / "2b-knock-out.png")
 
 # %%

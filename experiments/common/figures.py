@@ -6,7 +6,7 @@ from typing import Any
 import matplotlib
 from matplotlib.figure import Figure
 
-from hooked_vlm.runtime.files import place
+from hooked_vlm.runtime.files import atomic_write
 
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#999999")
 """Told apart by colour-blind readers (Okabe and Ito 2008); grey comes last, for controls."""
@@ -28,7 +28,7 @@ def save_figure(figure: Figure, path: Path) -> None:
     formats: dict[str, dict[str, Any]] = {"png": {"Software": None}, "svg": {"Date": None, "Creator": None}}
     with matplotlib.rc_context({"svg.hashsalt": "hooked_vlm", "svg.fonttype": "none"}):
         for suffix, metadata in formats.items():
-            place(
+            atomic_write(
                 path.with_suffix(f".{suffix}"),
                 lambda aside, s=suffix, m=metadata: figure.savefig(aside, dpi=150, format=s, metadata=m),
             )

@@ -21,7 +21,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from hooked_vlm.experiments.common.figures import save_figure
-from hooked_vlm.runtime.files import place
+from hooked_vlm.runtime.files import atomic_write
 from hooked_vlm.viewer.view import page_file
 
 CHECKED: dict[str, Any] = {"write_page_checksum": True}
@@ -86,13 +86,13 @@ class Report:
             OutputError: the folder cannot be written.
         """
         for name, frame in self._tables.items():
-            place(
+            atomic_write(
                 out / "tables" / f"{name}.parquet", lambda aside, f=frame: f.to_parquet(aside, index=False, **CHECKED)
             )
         for name, figure in self._figures.items():
             save_figure(figure, out / "figures" / name)
         text = json.dumps(record, indent=2) + "\n"
-        place(out / "run.json", lambda aside: aside.write_text(text, encoding="utf-8"))
+        atomic_write(out / "run.json", lambda aside: aside.write_text(text, encoding="utf-8"))
         pictures = {
             name: base64.b64encode((out / "figures" / f"{name}.png").read_bytes()).decode() for name in self._figures
         }
@@ -106,7 +106,7 @@ class Report:
             record=text,
             look=page_file("look.css"),
         )
-        place(out / "report.html", lambda aside: aside.write_text(page, encoding="utf-8"))
+        atomic_write(out / "report.html", lambda aside: aside.write_text(page, encoding="utf-8"))
         return out / "report.html"
 
 

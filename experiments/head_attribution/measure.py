@@ -19,8 +19,8 @@ from hooked_vlm.experiments.head_attribution.regression import Fit, fit
 from hooked_vlm.experiments.head_attribution.tasks import Case, ask, items_of, right_cases
 from hooked_vlm.experiments.head_attribution.text_flow import blocked_edges, receivers
 from hooked_vlm.model.identity import weights_hash
-from hooked_vlm.runtime.store import Parts
-from hooked_vlm.runtime.tasks import Common, Unit, Workers
+from hooked_vlm.runtime.store import ResultStore
+from hooked_vlm.runtime.tasks import SharedSetup, Task, Workers
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,7 +82,7 @@ def measure(model: Any, config: HeadAttributionConfig, workers: Workers) -> Meas
     """
     items = items_of(config)
     key: dict[str, Any] = {"weights": weights_hash(model), "version": version("hooked-vlm")}
-    answers = ask(workers, items, Parts(config.out / "parts" / "answers"), key, config.quiet)
+    answers = ask(workers, items, ResultStore(config.out / "parts" / "answers"), key, config.quiet)
     cases = right_cases(model, items, answers)
     probes = make_probes(model, cases, config)
     key |= {name: getattr(config, name) for name in ("target", "baseline", "rope", "seed")}
@@ -117,21 +117,21 @@ class _Picture:
 
     def unit(
         self, folder: str, work: Callable[..., pd.DataFrame], arguments: tuple, *settings: str, on_probe: bool = True
-    ) -> Unit:
+    ) -> Task:
         """A unit whose table also depends on some settings; its work is given the probe, if it needs one."""
         case, config = self.probe.case, self.config
         key = {**self.shared, "image": case.item.id, "index": self.index}
         key |= {"foil": case.foil} if config.target == "difference" else {}
         key |= {name: getattr(config, name) for name in settings}
         common = self.placed if on_probe else None
-        return Unit(Parts(config.out / "parts" / folder), key, work, arguments, common=common)
+        return Task(ResultStore(config.out / "parts" / folder), key, work, arguments, common=common)
 
     @cached_property
-    def placed(self) -> Common:
+    def placed(self) -> SharedSetup:
         """The probe on a worker's replica of the model."""
-        return Common(placed, (self.probe.portable(),))
+        return SharedSetup(placed, (self.probe.portable(),))
 
-    def ablations(self) -> dict[str, Unit]:
+    def ablations(self) -> dict[str, Task]:
         """What needs nothing but the picture."""
         config, wanted = self.config, self.config.sections
         found = {"ends": self.unit("ends", ends_of, ())}
@@ -153,7 +153,7 @@ class _Picture:
     def n_units(self, units: Units) -> int:
         return len(self.probe.heads if units == "heads" else self.probe.image)
 
-    def regressions(self) -> dict[str, Unit]:
+    def regressions(self) -> dict[str, Task]:
         """What is made of random masks."""
         config, found = self.config, {}
         for units in UNITS:
@@ -165,7 +165,7 @@ class _Picture:
                 found[name] = self.unit(name, regression_of, arguments, *settings, on_probe=False)
         return found
 
-    def curves(self) -> dict[str, Unit]:
+    def curves(self) -> dict[str, Task]:
         """What follows the ranking by attribution, and others."""
         config, found = self.config, {}
         settings = (*SCORED, "masks", "random_rankings")

@@ -17,8 +17,8 @@ from hooked_vlm.experiments.head_attribution.config import HeadAttributionConfig
 from hooked_vlm.experiments.head_attribution.items import Item
 from hooked_vlm.inputs.images import load_image
 from hooked_vlm.inputs.vlm_inputs import VLMInputs
-from hooked_vlm.runtime.store import Parts
-from hooked_vlm.runtime.tasks import Unit, Workers
+from hooked_vlm.runtime.store import ResultStore
+from hooked_vlm.runtime.tasks import Task, Workers
 from hooked_vlm.toys.drawings import OBJECTS
 from hooked_vlm.toys.pages import NAMING_PROMPT, naming_sample
 
@@ -97,9 +97,9 @@ def _bare(text: str) -> str:
     return " ".join(re.findall(r"\w+", text.lower()))
 
 
-def ask(workers: Workers, items: Sequence[Item], parts: Parts, key: dict[str, Any], quiet: bool) -> pd.DataFrame:
+def ask(workers: Workers, items: Sequence[Item], parts: ResultStore, key: dict[str, Any], quiet: bool) -> pd.DataFrame:
     """What the model answers: `image`, `name`, `reply`, `right`, and `token`, the answer's first."""
-    units = [Unit(parts, key | {"image": item.id}, answer_of, (item,)) for item in items]
+    units = [Task(parts, key | {"image": item.id}, answer_of, (item,)) for item in items]
     return pd.concat(workers.tables(units, "asking", each="image", quiet=quiet), ignore_index=True)
 
 

@@ -34,7 +34,7 @@ def text_groups(probe: Probe) -> Groups:
     inputs, text = probe.case.inputs, set(probe.text)
     (question,), (role,), (final,) = (
         [tuple(int(p) for p in row) for row in group]
-        for group in (inputs.positions.question, inputs.positions.role, inputs.positions.final)
+        for group in (inputs.positions.question, inputs.positions.assistant_header, inputs.positions.final)
     )
     named = {
         "question": tuple(p for p in question if p in text and p not in final),

@@ -11,12 +11,12 @@ from hooked_vlm.analysis.statistics import bootstrap_mean, paired_p
 from hooked_vlm.experiments.common.frames import each_row
 from hooked_vlm.experiments.ocr_heads.answers import METRICS, judge
 from hooked_vlm.experiments.ocr_heads.config import TaskConfig
-from hooked_vlm.experiments.ocr_heads.data.tasks import Task, load_tasks
+from hooked_vlm.experiments.ocr_heads.data.tasks import QATask, load_tasks
 from hooked_vlm.experiments.ocr_heads.examples import Example, to_inputs
 from hooked_vlm.experiments.ocr_heads.study import Study, head_names
 from hooked_vlm.inputs.vlm_inputs import VLMInputs
 from hooked_vlm.interventions import Head, Intervention
-from hooked_vlm.runtime.tasks import Common, Unit
+from hooked_vlm.runtime.tasks import SharedSetup, Task
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,13 +37,13 @@ OWN_METRIC = "Each task's own metric; p: paired, against the mean of the control
 """What the table of the tasks' chosen metrics shows."""
 
 
-def tasks_of(study: Study, config: TaskConfig) -> list[Task]:
+def tasks_of(study: Study, config: TaskConfig) -> list[QATask]:
     """The tasks asked for, with samples that heads were not scored on."""
     names = config.tasks or study.default_tasks()
     return load_tasks(study.data_folder, names, config.seed + 1, config.task_samples, config.lengths, config.task_files)
 
 
-def answer_all(study: Study, tasks: Sequence[Task], conditions: Sequence[Condition], what: str) -> pd.DataFrame:
+def answer_all(study: Study, tasks: Sequence[QATask], conditions: Sequence[Condition], what: str) -> pd.DataFrame:
     """One row per condition, draw, task and sample: the reply and every metric.
 
     Images are encoded once; finished parts are taken up again.
@@ -51,10 +51,10 @@ def answer_all(study: Study, tasks: Sequence[Task], conditions: Sequence[Conditi
     config, frames = study.config, []
     for task in tasks:
         examples = task.data.examples
-        units: list[Unit] = []
+        units: list[Task] = []
         asked: list[tuple[list[int], Condition]] = []
         for group, n_tokens in study.groups(study.model, examples, config.new_tokens):
-            prompts = Common(encoded, ([examples[i] for i in group], study.pixels))
+            prompts = SharedSetup(encoded, ([examples[i] for i in group], study.pixels))
             for condition in conditions:
                 key = {
                     "answers": task.data.digest,

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from hooked_vlm.analysis.rows import attention_rows
 from hooked_vlm.analysis.statistics import Estimate, bootstrap_mean, bootstrap_means
-from hooked_vlm.experiments.ocr_heads.data.tasks import Task
+from hooked_vlm.experiments.ocr_heads.data.tasks import QATask
 from hooked_vlm.experiments.ocr_heads.examples import Example, to_inputs
 from hooked_vlm.experiments.ocr_heads.study import Study, head_table
 from hooked_vlm.interventions import Head
@@ -23,7 +23,7 @@ PLACES = ("where the answer begins", "over the prompt")
 """The last position alone, and the mean over all `QUERIES`, of which early ones see few tokens but the first."""
 
 
-def sink_attention(study: Study, tasks: Sequence[Task]) -> Float[np.ndarray, "sample place layer head"]:
+def sink_attention(study: Study, tasks: Sequence[QATask]) -> Float[np.ndarray, "sample place layer head"]:
     """The share of its attention that every head gives the first token, for each sample of the tasks, in `PLACES`."""
     model, found = study.model, []
     for task in tasks:

@@ -26,8 +26,8 @@ from hooked_vlm.loading.checkpoints import TOY_MODELS
 from hooked_vlm.model.by_name import load
 from hooked_vlm.model.identity import weights_hash
 from hooked_vlm.model.vlm import HookedVLM
-from hooked_vlm.runtime.store import Parts
-from hooked_vlm.runtime.tasks import Common, Unit, Workers
+from hooked_vlm.runtime.store import ResultStore
+from hooked_vlm.runtime.tasks import SharedSetup, Task, Workers
 
 LIVE_SHARE = 0.1
 """A head is live if its mean output norm is at least this share of the largest."""
@@ -56,7 +56,7 @@ class Study:
         self.config = config
         self.model = model or load(config.model, config.device, config.dtype)
         check_asks_about_images(self.model, config.model)
-        self.parts = Parts(config.out / "parts")
+        self.parts = ResultStore(config.out / "parts")
         self.data_folder = config.data_folder or config.out / "data"
         self.pixels = None if config.data == "toy" else PAPER_PIXELS
         self.workers = workers or workers_of(config, self.model, config.device)
@@ -154,12 +154,12 @@ class Study:
         work: Callable[..., pd.DataFrame],
         arguments: tuple[Any, ...],
         n_tokens: int,
-        common: Common | None = None,
-    ) -> Unit:
+        common: SharedSetup | None = None,
+    ) -> Task:
         """A unit of work, kept among the study's parts."""
-        return Unit(self.parts, {**key, "version": version("hooked-vlm")}, work, arguments, n_tokens, common)
+        return Task(self.parts, {**key, "version": version("hooked-vlm")}, work, arguments, n_tokens, common)
 
-    def tables(self, units: Sequence[Unit], what: str, workers: Workers | None = None) -> list[pd.DataFrame]:
+    def tables(self, units: Sequence[Task], what: str, workers: Workers | None = None) -> list[pd.DataFrame]:
         """The units' tables, with a bar."""
         workers = workers or self.workers
         return workers.tables(units, what, each="batch", counted="tokens", quiet=self.config.quiet)

@@ -15,7 +15,7 @@ from hooked_vlm.experiments.ocr_heads import plots
 from hooked_vlm.experiments.ocr_heads.changed import UNCHANGED, Condition, answer_all, summarize, summary_lines
 from hooked_vlm.experiments.ocr_heads.config import ThoughtConfig
 from hooked_vlm.experiments.ocr_heads.data.store import DataSet, load_or_build
-from hooked_vlm.experiments.ocr_heads.data.tasks import Task
+from hooked_vlm.experiments.ocr_heads.data.tasks import QATask
 from hooked_vlm.experiments.ocr_heads.examples import Example
 from hooked_vlm.experiments.ocr_heads.masking import masked
 from hooked_vlm.experiments.ocr_heads.profile import RESAMPLES, measures
@@ -42,8 +42,8 @@ def thought(study: Study, config: ThoughtConfig) -> Finding:
     conditions += [Condition(f"top {k} {kind}", h, masked(h, "zero"), control=control) for kind, h in tops.items()]
     conditions += [Condition(control, heads, masked(heads, "zero"), draw) for draw, heads in enumerate(randoms)]
     asked = study.sets(False, config.seed + 1, config.task_samples * len(direct))  # heads were not scored on these
-    tasks = [Task(data, "contains") for data in asked]
-    tasks_with_steps = [Task(_with_steps(study, data), "contains") for data in asked]
+    tasks = [QATask(data, "contains") for data in asked]
+    tasks_with_steps = [QATask(_with_steps(study, data), "contains") for data in asked]
     answers = pd.concat(
         [
             answer_all(study, tasks, conditions, "direct"),

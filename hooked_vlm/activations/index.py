@@ -17,7 +17,7 @@ from hooked_vlm.errors import GeometryError, InputError
 from hooked_vlm.inputs.vlm_inputs import VLMInputs
 
 FEATURES = "hook_image_features"
-GROUPS = ("image", "question", "role", "generated")
+GROUPS = ("image", "question", "assistant_header", "generated")
 """The groups of `inputs.positions` that share no token; "final" has a column of its own."""
 NAMED = ("all", "text", *GROUPS, "final", "evidence")
 TokenChoice = str | int | Sequence[str | int]

@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from hooked_vlm.errors import ActivationsError, InputError, OutputError
-from hooked_vlm.runtime.files import place
+from hooked_vlm.runtime.files import atomic_write
 
 MANIFEST = "activations.json"
 FORMAT = 1
@@ -94,7 +94,7 @@ def write_manifest(folder: Path, made: Mapping[str, Any], result: Mapping[str, A
     """`result`: what the stream came to, once it has ended."""
     manifest = {"format": FORMAT, "key": key_of(made), "finished": result is not None, "made": made}
     text = json.dumps({**manifest, **(result or {})}, indent=2) + "\n"
-    place(folder / MANIFEST, lambda aside: aside.write_text(text, encoding="utf-8"))
+    atomic_write(folder / MANIFEST, lambda aside: aside.write_text(text, encoding="utf-8"))
 
 
 def key_of(made: Mapping[str, Any]) -> str:
@@ -120,10 +120,10 @@ def write_shard(shard: Shard, pieces: dict[str, list[Tensor]], tables: Sequence[
             raise OSError(str(error)) from error
         aside.chmod(mode)
 
-    place(shard.data, save)
+    atomic_write(shard.data, save)
     table = pa.concat_tables(tables)
     table = table.replace_schema_metadata({_EXTENT: canonical(_extent(shard)).encode()})
-    place(shard.index, lambda aside: pq.write_table(table, aside))
+    atomic_write(shard.index, lambda aside: pq.write_table(table, aside))
 
 
 def _extent(shard: Shard) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from hooked_vlm.inputs.token_layout import InputSpec, Kind
 
 
 @dataclass(frozen=True, eq=False)
-class Piece:
+class ImageSlice:
     """One image or video cut out of a batch."""
 
     kind: Kind
@@ -28,7 +28,7 @@ class Row:
     tokens: Tensor
     mask: Tensor
     n_generated: int
-    pieces: list[Piece]
+    pieces: list[ImageSlice]
 
 
 def rows_of(inputs: Any) -> list[Row]:
@@ -45,7 +45,7 @@ def rows_of(inputs: Any) -> list[Row]:
     ]
 
 
-def _pieces(inputs: Any) -> dict[tuple[str, int], Piece]:
+def _pieces(inputs: Any) -> dict[tuple[str, int], ImageSlice]:
     pieces = {}
     feature_start = 0
     patch_start = {"image": 0, "video": 0}
@@ -55,7 +55,7 @@ def _pieces(inputs: Any) -> dict[tuple[str, int], Piece]:
         a, b = patch_start[v.kind], patch_start[v.kind] + inputs.spec.n_pixel_rows(v.grid)
         own, all_grids, features = pixels[v.kind], grids[v.kind], inputs.image_features
         assert all_grids is not None
-        pieces[v.kind, v.index] = Piece(
+        pieces[v.kind, v.index] = ImageSlice(
             v.kind,
             all_grids[v.index],
             None if own is None else own[a:b],

@@ -42,7 +42,7 @@ class TokenGroups:
 
     The template's own tokens (turn markers, vision start and end) before the question belong to no
     group. Without chat markers the question is all text after the last image (or all text), and the
-    role is empty.
+    assistant_header is empty.
     """
 
     image: tuple[Tensor, ...]
@@ -51,7 +51,7 @@ class TokenGroups:
     """Placeholders of videos."""
     question: tuple[Tensor, ...]
     """The text of the last user turn, after its last image or video (before it, if it ends the turn)."""
-    role: tuple[Tensor, ...]
+    assistant_header: tuple[Tensor, ...]
     """From the end of the user's turn to the end of the prompt: `<|im_end|> \\n <|im_start|> assistant \\n`."""
     final: tuple[Tensor, ...]
     """The last token of the prompt, whose logits predict the first token of the answer."""
@@ -94,7 +94,7 @@ def prompt_groups(
         "image": [p for kind, a, b in visuals if kind == "image" for p in range(a, b)],
         "video": [p for kind, a, b in visuals if kind == "video" for p in range(a, b)],
         "question": question,
-        "role": list(range(role_start, prompt_stop)),
+        "assistant_header": list(range(role_start, prompt_stop)),
         "final": [prompt_stop - 1],
         "generated": list(range(prompt_stop, stop)),
     }

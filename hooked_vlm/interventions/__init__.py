@@ -13,9 +13,9 @@ from hooked_vlm.interventions.activations import AddVector as AddVector
 from hooked_vlm.interventions.activations import PatchActivation as PatchActivation
 from hooked_vlm.interventions.activations import ReplaceImageTokens as ReplaceImageTokens
 from hooked_vlm.interventions.attention import BlockAttention as BlockAttention
+from hooked_vlm.interventions.base import Compose as Compose
 from hooked_vlm.interventions.base import CustomHooks as CustomHooks
 from hooked_vlm.interventions.base import Intervention as Intervention
-from hooked_vlm.interventions.base import Together as Together
 from hooked_vlm.interventions.heads import Head as Head
 from hooked_vlm.interventions.heads import MeanHeads as MeanHeads
 from hooked_vlm.interventions.heads import ScaleHeads as ScaleHeads

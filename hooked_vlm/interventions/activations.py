@@ -14,10 +14,10 @@ from hooked_vlm.interventions.base import (
     Hooks,
     Intervention,
     Positions,
-    first_meant,
+    first_position,
     layer_of,
-    meant,
     position_table,
+    positions_mask,
     whole_numbers,
 )
 from hooked_vlm.nn.hooks import is_quadratic, is_vision
@@ -40,13 +40,13 @@ class PatchActivation(Intervention):
     positions: Positions = None
     heads: Sequence[int] | None = None
 
-    finds_positions: ClassVar[bool] = True
+    position_aware: ClassVar[bool] = True
 
     def first_layer(self, model: Any, inputs: VLMInputs) -> int:
         return layer_of(self.name, model.cfg.n_layers)
 
     def first_position(self, model: Any, inputs: VLMInputs) -> int:
-        return 0 if is_vision(self.name) else first_meant(position_table(self.positions, inputs))
+        return 0 if is_vision(self.name) else first_position(position_table(self.positions, inputs))
 
     def hooks(self, model: Any, inputs: VLMInputs) -> Hooks:
         inputs = model.as_inputs(inputs)
@@ -109,10 +109,10 @@ class AddVector(Intervention):
     scale: float = 1.0
     positions: Positions = None
 
-    finds_positions: ClassVar[bool] = True
+    position_aware: ClassVar[bool] = True
 
     def first_position(self, model: Any, inputs: VLMInputs) -> int:
-        return 0 if is_vision(self.name) else first_meant(position_table(self.positions, inputs))
+        return 0 if is_vision(self.name) else first_position(position_table(self.positions, inputs))
 
     def hooks(self, model: Any, inputs: VLMInputs) -> Hooks:
         inputs = model.as_inputs(inputs)
@@ -142,7 +142,7 @@ class ReplaceImageTokens(Intervention):
     tokens: Positions = "image"
     values: Literal["mean", "zero"] | Float[Tensor, "d_model"] = "mean"
 
-    finds_positions: ClassVar[bool] = True
+    position_aware: ClassVar[bool] = True
 
     def first_position(self, model: Any, inputs: VLMInputs) -> int:
         table = position_table(self.tokens, inputs)
@@ -169,7 +169,7 @@ class ReplaceImageTokens(Intervention):
                 for visual in (v for v in inputs.visuals if v.start >= first):
                     span = slice(visual.start - first, visual.stop - first)
                     new[visual.row, span] = x[visual.row, span].mean(0)
-            return torch.where(meant(table, first, x.shape[1], len(x))[..., None].to(x.device), new, x)
+            return torch.where(positions_mask(table, first, x.shape[1], len(x))[..., None].to(x.device), new, x)
 
         return [("hook_embed", replace)]
 
@@ -198,7 +198,7 @@ class _Where:
         if self.table is None:
             here = self._patches(x)
         else:
-            here = meant(self.table, self.first_position(hook), x.shape[self.axis], len(x)).to(x.device)
+            here = positions_mask(self.table, self.first_position(hook), x.shape[self.axis], len(x)).to(x.device)
         shape = [1] * x.ndim
         shape[0], shape[self.axis] = len(here), here.shape[1]
         if self.axis == 0:

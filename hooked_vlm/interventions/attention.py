@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from hooked_vlm.inputs.vlm_inputs import VLMInputs
-from hooked_vlm.interventions.base import Positions, first_meant, meant, position_table
-from hooked_vlm.interventions.heads import Chosen, Edit, Head, HeadIntervention
+from hooked_vlm.interventions.base import Positions, first_position, position_table, positions_mask
+from hooked_vlm.interventions.heads import Edit, Head, HeadIntervention, HeadSelection
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class BlockAttention(HeadIntervention):
 
     def first_position(self, model: Any, inputs: VLMInputs) -> int:
         query, key = position_table(self.query, inputs), position_table(self.key, inputs)
-        return max(first_meant(query), first_meant(key))
+        return max(first_position(query), first_position(key))
 
     def edits(self, model: Any, inputs: VLMInputs, layer: int) -> list[tuple[str, Edit]]:
         query = position_table(self.query, inputs).to(inputs.device)
@@ -41,15 +41,17 @@ class BlockAttention(HeadIntervention):
 
         empty: list[Tensor] = []  # queries with no key left; from the scores to the pattern of the same pass
 
-        def block(scores: Tensor, hook: Any, chosen: Chosen) -> Tensor:
+        def block(scores: Tensor, hook: Any, chosen: HeadSelection) -> Tensor:
             rows, _, n, n_keys = scores.shape
-            edges = meant(query, n_keys - n, n, rows)[:, :, None] & meant(key, 0, n_keys, rows)[:, None]
+            edges = (
+                positions_mask(query, n_keys - n, n, rows)[:, :, None] & positions_mask(key, 0, n_keys, rows)[:, None]
+            )
             edges = edges.to(scores.device)
             blocked = scores.masked_fill(edges[:, None] & chosen.mask[:, :, None, None], -torch.inf)
             empty.append(blocked.isneginf().all(-1, keepdim=True))
             return blocked
 
-        def nothing_left(pattern: Tensor, hook: Any, chosen: Chosen) -> Tensor:
+        def nothing_left(pattern: Tensor, hook: Any, chosen: HeadSelection) -> Tensor:
             return pattern.masked_fill(empty.pop(), 0.0)  # the softmax of a row of minus infinities is not a number
 
         return [("hook_attn_scores", block), ("hook_pattern", nothing_left)]

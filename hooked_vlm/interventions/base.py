@@ -18,8 +18,8 @@ from hooked_vlm.nn.hooks import HookName, is_encoder, is_vision
 Hooks = list[tuple[str, Callable]]
 
 Positions = str | tuple[int, ...] | tuple[tuple[int, ...], ...] | None
-"""Which positions: None for all; a group of `inputs.positions` ("image", "video", "question", "role", "final",
-"generated") or "text" (all but images and videos); absolute positions, the same for all rows or a tuple per row."""
+"""Which positions: None for all; a group of `inputs.positions` ("image", "video", "question", "assistant_header",
+"final", "generated") or "text" (all but images and videos); absolute positions, for all rows or a tuple per row."""
 
 EMBEDDING = -1
 """The "layer" of `hook_embed`."""
@@ -30,7 +30,7 @@ ENCODER = -2
 class Intervention(ABC):
     """A change to a forward pass."""
 
-    finds_positions: ClassVar[bool] = False
+    position_aware: ClassVar[bool] = False
     """Whether its hooks go by `hook.ctx["positions"]`, so that a pass may leave out positions nobody asks for."""
     attention: ClassVar[Literal["edited", "made again", ""]] = ""
     """Whether it edits a head's scores or pattern, or makes z again from queries and keys."""
@@ -53,14 +53,14 @@ class Intervention(ABC):
 
 
 @dataclass(frozen=True)
-class Together(Intervention):
+class Compose(Intervention):
     """Several interventions in one run, in this order where they meet at one hook point."""
 
     parts: tuple[Intervention, ...]
 
     @property
-    def finds_positions(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
-        return all(part.finds_positions for part in self.parts)
+    def position_aware(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return all(part.position_aware for part in self.parts)
 
     def hooks(self, model: Any, inputs: VLMInputs) -> Hooks:
         pairs = [pair for part in self.parts for pair in part.hooks(model, inputs)]
@@ -77,7 +77,7 @@ class Together(Intervention):
         """How many parts change the attention of a head in this way."""
         found: Counter[tuple[int, int]] = Counter()
         for part in self.parts:
-            if isinstance(part, Together):
+            if isinstance(part, Compose):
                 found += part._heads(kind)
             elif part.attention == kind:
                 found.update({tuple(head) for head in getattr(part, "heads", ())})
@@ -173,13 +173,13 @@ def _per_row(where: Any, n_rows: int) -> Sequence[Sequence[int]]:
     return where
 
 
-def first_meant(table: Bool[Tensor, "batch width_and_one"]) -> int:
+def first_position(table: Bool[Tensor, "batch width_and_one"]) -> int:
     """The first column that is meant in any row; past the end if none is."""
     columns = table[:, :-1].any(0).nonzero()
     return int(columns[0]) if len(columns) else table.shape[1] - 1
 
 
-def meant(
+def positions_mask(
     table: Bool[Tensor, "batch width_and_one"], n_past: int, n_queries: int, rows: int
 ) -> Bool[Tensor, "rows query"]:
     """The table's columns n_past, n_past + 1, ...; its rows repeated where several runs share a batch."""

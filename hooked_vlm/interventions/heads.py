@@ -16,9 +16,9 @@ from hooked_vlm.interventions.base import (
     Hooks,
     Intervention,
     Positions,
-    first_meant,
-    meant,
+    first_position,
     position_table,
+    positions_mask,
     whole_numbers,
 )
 
@@ -27,7 +27,7 @@ Head = tuple[int, int]
 
 
 @dataclass(frozen=True, eq=False)
-class Chosen:
+class HeadSelection:
     """Which heads of which rows of a batch an edit is for."""
 
     mask: Bool[Tensor, "rows head"]
@@ -36,11 +36,11 @@ class Chosen:
     runs: "tuple[HeadIntervention, ...]"
     """Whose rows these are: all rows of the inputs for the first, then for the next."""
 
-    def to(self, device: torch.device) -> "Chosen":
+    def to(self, device: torch.device) -> "HeadSelection":
         return replace(self, mask=self.mask.to(device))
 
 
-Edit = Callable[[Tensor, Any, Chosen], Tensor]
+Edit = Callable[[Tensor, Any, HeadSelection], Tensor]
 """(tensor, hook point, where) -> the tensor edited there."""
 
 
@@ -53,9 +53,10 @@ class HeadIntervention(Intervention):
 
     heads: tuple[Head, ...]
 
-    finds_positions: ClassVar[bool] = True
+    position_aware: ClassVar[bool] = True
     varies: ClassVar[frozenset[str]] = frozenset({"heads"})
-    """Fields in which runs may differ that are edited together; `edits` of one finds the others' in `Chosen.runs`."""
+    """Fields in which runs may differ that are edited together; `edits` of one finds the others' in
+    `HeadSelection.runs`."""
 
     @abstractmethod
     def edits(self, model: Any, inputs: VLMInputs, layer: int) -> list[tuple[str, Edit]]:
@@ -91,7 +92,7 @@ def layer_hooks(
 ) -> Hooks:
     """The edits of one layer as hooks, for runs of one kind that share a batch (run by run, row by row)."""
     heads = tuple(chosen.any(0).nonzero()[:, 0].tolist())
-    where = Chosen(chosen.repeat_interleave(len(inputs), dim=0).to(inputs.device), heads, runs)
+    where = HeadSelection(chosen.repeat_interleave(len(inputs), dim=0).to(inputs.device), heads, runs)
 
     def hook_for(edit: Edit) -> Callable[[Tensor, Any], Tensor]:
         return lambda x, hook: edit(x, hook, where.to(x.device))
@@ -107,7 +108,7 @@ class ScaleHeads(HeadIntervention):
     positions: Positions = None
 
     def first_position(self, model: Any, inputs: VLMInputs) -> int:
-        return first_meant(position_table(self.positions, inputs))
+        return first_position(position_table(self.positions, inputs))
 
     def edits(self, model: Any, inputs: VLMInputs, layer: int) -> list[tuple[str, Edit]]:
         return [("hook_z", _edit_z(inputs, self.positions, lambda z: z * self.factor))]
@@ -120,7 +121,7 @@ class ZeroHeads(HeadIntervention):
     positions: Positions = None
 
     def first_position(self, model: Any, inputs: VLMInputs) -> int:
-        return first_meant(position_table(self.positions, inputs))
+        return first_position(position_table(self.positions, inputs))
 
     def edits(self, model: Any, inputs: VLMInputs, layer: int) -> list[tuple[str, Edit]]:
         return [("hook_z", _edit_z(inputs, self.positions, torch.zeros_like))]
@@ -134,7 +135,7 @@ class MeanHeads(HeadIntervention):
     positions: Positions = None
 
     def first_position(self, model: Any, inputs: VLMInputs) -> int:
-        return first_meant(position_table(self.positions, inputs))
+        return first_position(position_table(self.positions, inputs))
 
     def edits(self, model: Any, inputs: VLMInputs, layer: int) -> list[tuple[str, Edit]]:
         cfg = model.cfg
@@ -147,9 +148,9 @@ class MeanHeads(HeadIntervention):
 def _edit_z(inputs: VLMInputs, positions: Positions, make: Callable[[Tensor], Tensor]) -> Edit:
     table = position_table(positions, inputs).to(inputs.device)
 
-    def edit(z: Tensor, hook: Any, chosen: Chosen) -> Tensor:
+    def edit(z: Tensor, hook: Any, chosen: HeadSelection) -> Tensor:
         call = hook.ctx["attention"]
-        here = meant(table, call.k.shape[1] - z.shape[1], z.shape[1], len(z)).to(z.device)
+        here = positions_mask(table, call.k.shape[1] - z.shape[1], z.shape[1], len(z)).to(z.device)
         return torch.where((here[:, :, None] & chosen.mask[:, None])[..., None], make(z), z)
 
     return edit

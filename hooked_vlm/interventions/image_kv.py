@@ -10,8 +10,8 @@ from torch import Tensor
 
 from hooked_vlm.errors import InputError
 from hooked_vlm.inputs.vlm_inputs import VLMInputs
-from hooked_vlm.interventions.base import Positions, first_meant, meant, position_table
-from hooked_vlm.interventions.heads import Chosen, Edit, HeadIntervention
+from hooked_vlm.interventions.base import Positions, first_position, position_table, positions_mask
+from hooked_vlm.interventions.heads import Edit, HeadIntervention, HeadSelection
 from hooked_vlm.nn.attention import AttentionCall
 from hooked_vlm.nn.forward_pass import inputs_rotation
 from hooked_vlm.nn.rotary import Rotation
@@ -40,7 +40,7 @@ class ReplaceImageKV(HeadIntervention):
             with score 0), "knockout" (they are not seen at all), or `ImageMeans` of a dataset.
         before_rope: whether the mean key is taken before rotation and then rotated to each token's place
             (positions stay visible), or taken of rotated keys (one key for all). `ImageMeans` must be taken alike.
-        queries: only these of the text positions behind an image ("role", "final", positions, ...).
+        queries: only these of the text positions behind an image ("assistant_header", "final", positions, ...).
         tokens: only these image tokens are replaced; means stay those of whole images.
     """
 
@@ -53,7 +53,7 @@ class ReplaceImageKV(HeadIntervention):
     varies: ClassVar[frozenset[str]] = frozenset({"heads", "queries", "tokens"})
 
     def first_position(self, model: Any, inputs: VLMInputs) -> int:
-        return first_meant(_behind_images(self.queries, inputs))
+        return first_position(_behind_images(self.queries, inputs))
 
     def edits(self, model: Any, inputs: VLMInputs, layer: int) -> list[tuple[str, Edit]]:
         if not inputs.has_visuals:
@@ -67,11 +67,11 @@ class ReplaceImageKV(HeadIntervention):
             )
         rotate = inputs_rotation(model.cfg, inputs, model.cfg.dtype) if self.before_rope else None
 
-        def edit(z: Tensor, hook: Any, chosen: Chosen) -> Tensor:
+        def edit(z: Tensor, hook: Any, chosen: HeadSelection) -> Tensor:
             call: AttentionCall = hook.ctx["attention"]
             n = z.shape[1]
             behind = _for_runs(_behind_images, "queries", chosen, inputs)
-            here = meant(behind, call.k.shape[1] - n, n, len(z))
+            here = positions_mask(behind, call.k.shape[1] - n, n, len(z))
             rows = here.any(0).nonzero()[:, 0].to(z.device)
             if not len(rows):
                 return z
@@ -92,12 +92,12 @@ class ReplaceImageKV(HeadIntervention):
         inputs: VLMInputs,
         layer: int,
         rows: Int[Tensor, "row"],
-        chosen: Chosen,
+        chosen: HeadSelection,
         rotate: Rotation | None,
     ) -> Float[Tensor, "batch row head d_head"]:
         """z of some positions and of the chosen heads, with the baseline in place."""
         tokens = _for_runs(_image_tokens, "tokens", chosen, inputs)
-        here = meant(tokens, 0, call.k.shape[1], len(call.k)).to(call.k.device)
+        here = positions_mask(tokens, 0, call.k.shape[1], len(call.k)).to(call.k.device)
         if self.baseline == "knockout":
             return call.z(rows[None], chosen.heads, call.visible(rows[None]) & ~here[:, None, None])
         k, v = self._baseline(call, inputs, layer, rotate)
@@ -131,7 +131,7 @@ class ReplaceImageKV(HeadIntervention):
 
 
 def _for_runs(
-    table: Callable[[Positions, VLMInputs], Tensor], name: str, chosen: Chosen, inputs: VLMInputs
+    table: Callable[[Positions, VLMInputs], Tensor], name: str, chosen: HeadSelection, inputs: VLMInputs
 ) -> Bool[Tensor, "rows width_and_one"]:
     """The table of each run's positions, one run after the other; one for all where they mean the same."""
     wanted = [getattr(run, name) for run in chosen.runs]

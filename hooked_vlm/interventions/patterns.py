@@ -10,8 +10,8 @@ from torch import Tensor
 
 from hooked_vlm.errors import InputError
 from hooked_vlm.inputs.vlm_inputs import VLMInputs
-from hooked_vlm.interventions.base import Positions, first_meant, meant, position_table
-from hooked_vlm.interventions.heads import Chosen, Edit, HeadIntervention
+from hooked_vlm.interventions.base import Positions, first_position, position_table, positions_mask
+from hooked_vlm.interventions.heads import Edit, HeadIntervention, HeadSelection
 from hooked_vlm.nn.attention import AttentionCall
 
 QUERIES_AT_ONCE = 256
@@ -43,14 +43,14 @@ class EditedPattern(HeadIntervention):
         return None
 
     def first_position(self, model: Any, inputs: VLMInputs) -> int:
-        return first_meant(position_table(self.edited_positions, inputs))
+        return first_position(position_table(self.edited_positions, inputs))
 
     def edits(self, model: Any, inputs: VLMInputs, layer: int) -> list[tuple[str, Edit]]:
         table = position_table(self.edited_positions, inputs).to(inputs.device)
 
-        def edit(z: Tensor, hook: Any, chosen: Chosen) -> Tensor:
+        def edit(z: Tensor, hook: Any, chosen: HeadSelection) -> Tensor:
             call: AttentionCall = hook.ctx["attention"]
-            here = meant(table, call.n_past, z.shape[1], len(z)).to(z.device)
+            here = positions_mask(table, call.n_past, z.shape[1], len(z)).to(z.device)
             asked = here.any(0).nonzero()[:, 0]
             edited, heads = z.clone(), list(chosen.heads)
             for queries in asked.split(QUERIES_AT_ONCE):

@@ -13,8 +13,8 @@ from hooked_vlm.patching.corruption import noised as noised
 from hooked_vlm.patching.corruption import swapped as swapped
 from hooked_vlm.patching.exact import patch as patch
 from hooked_vlm.patching.knockout import answers_without as answers_without
-from hooked_vlm.patching.knockout import knock_out as knock_out
-from hooked_vlm.patching.knockout import knocked_out as knocked_out
+from hooked_vlm.patching.knockout import attention_knockout as attention_knockout
+from hooked_vlm.patching.knockout import sweep_knockout as sweep_knockout
 from hooked_vlm.patching.pairs import Pair as Pair
 from hooked_vlm.patching.pairs import Region as Region
 from hooked_vlm.patching.paths import PatchPath as PatchPath

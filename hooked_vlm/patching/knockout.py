@@ -11,7 +11,7 @@ from tqdm.auto import tqdm
 
 from hooked_vlm.errors import InputError
 from hooked_vlm.inputs.vlm_inputs import VLMInputs
-from hooked_vlm.interventions import BlockAttention, Intervention, Together
+from hooked_vlm.interventions import BlockAttention, Compose, Intervention
 from hooked_vlm.interventions.base import Positions, position_table
 from hooked_vlm.patching.exact import Metrics, swept, warn_of_bad_numbers
 from hooked_vlm.patching.pairs import Place
@@ -23,14 +23,16 @@ Edge = tuple[str, str]
 Places = Mapping[str, Place]
 
 
-def knocked_out(model: Any, inputs: VLMInputs, layers: range, edge: Edge, places: Places | None = None) -> Intervention:
+def attention_knockout(
+    model: Any, inputs: VLMInputs, layers: range, edge: Edge, places: Places | None = None
+) -> Intervention:
     """The intervention that cuts an edge in some layers, for `run_with_hooks`, `generate` or `sweep`.
 
-        cut = knocked_out(model, inputs, range(8, 17), ("final+generated", "value"), {"value": Region(box)})
+        cut = attention_knockout(model, inputs, range(8, 17), ("final+generated", "value"), {"value": Region(box)})
         model.generate(inputs, fwd_hooks=cut.hooks(model, inputs))
 
     Args:
-        places: regions and positions by names, beside the groups ("image", "question", "role", "final",
+        places: regions and positions by names, beside the groups ("image", "question", "assistant_header", "final",
             "generated", "text", "all").
 
     Raises:
@@ -38,10 +40,10 @@ def knocked_out(model: Any, inputs: VLMInputs, layers: range, edge: Edge, places
     """
     queries, keys = ([_positions(inputs, name, places or {}) for name in side.split("+")] for side in edge)
     parts = tuple(BlockAttention.in_layers(model, layers, query, key) for query in queries for key in keys)
-    return parts[0] if len(parts) == 1 else Together(parts)
+    return parts[0] if len(parts) == 1 else Compose(parts)
 
 
-def knock_out(
+def sweep_knockout(
     model: Any,
     inputs: VLMInputs | Sequence[VLMInputs],
     metric: Metrics,
@@ -60,7 +62,7 @@ def knock_out(
         inputs: every row is an example.
         metric: as for `sweep`; a list gives each of the inputs its own.
         window: so many layers; one window begins at each layer where it fits.
-        places: as for `knocked_out`; a list gives each of the inputs its own.
+        places: as for `attention_knockout`; a list gives each of the inputs its own.
 
     Raises:
         InputError: an unknown place, a side of an edge that a row has no token of, or a window that does not fit.
@@ -81,7 +83,7 @@ def knock_out(
     for batch, own_metric, own_places in zip(steps, metrics, named, strict=True):
         for edge in edges:
             _check_tokens(batch, edge, own_places)
-        cuts = [knocked_out(model, batch, layers, edge, own_places) for edge in edges for layers in windows]
+        cuts = [attention_knockout(model, batch, layers, edge, own_places) for edge in edges for layers in windows]
         found, baseline = swept(model, batch, cuts, own_metric, logits_at=logits_at, max_runs=max_runs)
         values.append(found)
         base_values.append(baseline)
@@ -119,7 +121,7 @@ def answers_without(
     rows = []
     for edge in edges:
         for layers in _windows(model, window):
-            hooks = knocked_out(model, inputs, layers, edge, places).hooks(model, inputs)
+            hooks = attention_knockout(model, inputs, layers, edge, places).hooks(model, inputs)
             for example, answer in enumerate(_texts(model, inputs, hooks, max_new_tokens)):
                 rows.append((_said(edge), _layers(layers), example, answer, uncut[example]))
     return pd.DataFrame(rows, columns=["edge", "layers", "example", "answer", "uncut"])

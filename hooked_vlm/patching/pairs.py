@@ -191,7 +191,7 @@ def _match(base: VLMInputs, source: VLMInputs, row: int, by: str) -> Int[Tensor,
 
 def _groups(inputs: VLMInputs, row: int) -> list[Tensor]:
     groups = inputs.positions
-    return [group[row] for group in (groups.question, groups.role, groups.final, groups.generated)]
+    return [group[row] for group in (groups.question, groups.assistant_header, groups.final, groups.generated)]
 
 
 def by_place(base: ImageGrid | TileGrid, source: ImageGrid | TileGrid) -> Int[np.ndarray, "token"]:

@@ -13,7 +13,7 @@ from tqdm.auto import tqdm
 from hooked_vlm.errors import InputError
 from hooked_vlm.inputs.vlm_inputs import VLMInputs
 from hooked_vlm.interventions import Head, Intervention
-from hooked_vlm.interventions.base import Hooks, first_meant, meant, position_table
+from hooked_vlm.interventions.base import Hooks, first_position, position_table, positions_mask
 from hooked_vlm.interventions.heads import check_heads
 from hooked_vlm.nn.attention import project_head
 from hooked_vlm.nn.hooks import silent_hook_points
@@ -49,13 +49,13 @@ class PatchPath(Intervention):
     change: Float[Tensor, "batch pos d_head"]
     positions: Rows | None = None
 
-    finds_positions: ClassVar[bool] = True
+    position_aware: ClassVar[bool] = True
 
     def first_layer(self, model: Any, inputs: VLMInputs) -> int:
         return self.receiver[0]
 
     def first_position(self, model: Any, inputs: VLMInputs) -> int:
-        return first_meant(position_table(self.positions, inputs))
+        return first_position(position_table(self.positions, inputs))
 
     def hooks(self, model: Any, inputs: VLMInputs) -> Hooks:
         inputs = model.as_inputs(inputs)
@@ -72,7 +72,7 @@ class PatchPath(Intervention):
             stream = stream.repeat(len(x) // len(stream), 1, 1)
             with silent_hook_points():
                 made = project_head(linear, block.ln1(stream), x.shape[2], head)
-            chosen = meant(table, first, made.shape[1], len(x))[..., None].to(x.device)
+            chosen = positions_mask(table, first, made.shape[1], len(x))[..., None].to(x.device)
             edited = x.clone()
             edited[:, : made.shape[1], head] = torch.where(chosen, made, x[:, : made.shape[1], head])
             return edited

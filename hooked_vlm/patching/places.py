@@ -17,8 +17,8 @@ from hooked_vlm.patching.pairs import Direction, Pair, Place, Region, same_colum
 
 Tower = Literal["text", "vision"]
 Where = str | int | Sequence[str | int]
-"""Names of places: groups ("image", "question", "role", "final", "text", "generated"), "all", places of the pair;
-numbers of positions of the inputs that are run (vision tower: of patches); or "each", every one of them by itself. The
+"""Names of places: groups ("image", "question", "assistant_header", "final", "text", "generated"), "all", places of the
+pair; numbers of positions of the inputs that are run (vision tower: of patches); or "each", every one of them by itself. The
 vision tower has "image" (all patches) and places that are regions."""
 Rows = tuple[tuple[int, ...], ...]
 """Positions of each row; patches of each image or tile."""
@@ -46,14 +46,14 @@ def place_names(pairs: Sequence[Pair], where: Where, tower: Tower, direction: Di
     if len(widths) > 1 or any(max(s.first) or min(s.stop) != s.shape[1] for s in sides):
         raise InputError(
             f"the examples have {' and '.join(map(str, widths))} positions, padding included: those of one length can "
-            'be patched position by position, others by groups ("image", "question", "role", "final", regions)'
+            'be patched position by position, others by groups ("image", "question", "final", regions, ...)'
         )
     for inputs in sides:
         for row in range(len(inputs)):
             if not same_columns(sides[0], 0, inputs, row):
                 raise InputError(
                     "the examples have images of several sizes, or at several positions, so that a position is not one "
-                    'place in all of them: patch groups ("image", "question", "role", "final", regions), or one example'
+                    'place in all of them: patch groups ("image", "question", "final", regions, ...), or one example'
                 )
     matched = torch.cat([pair.matches(direction) for pair in pairs]) >= 0
     return tuple(int(p) for p in matched.all(0).nonzero()[:, 0])

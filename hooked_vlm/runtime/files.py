@@ -12,7 +12,7 @@ from safetensors import SafetensorError
 from hooked_vlm.errors import OutputError
 
 
-def place(path: Path, save: Callable[[Path], Any]) -> None:
+def atomic_write(path: Path, save: Callable[[Path], Any]) -> None:
     """Write a file aside with `save(path_aside)`, and put it in place when complete.
 
     Raises:
@@ -43,6 +43,6 @@ def writable_folder(folder: Path) -> Path:
     Raises:
         OutputError: it is a file, or cannot be written.
     """
-    place(folder / ".writable", lambda aside: aside.touch())
+    atomic_write(folder / ".writable", lambda aside: aside.touch())
     (folder / ".writable").unlink(missing_ok=True)
     return folder

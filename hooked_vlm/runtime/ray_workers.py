@@ -24,7 +24,7 @@ from tqdm.auto import tqdm
 
 from hooked_vlm.errors import WorkerError
 from hooked_vlm.runtime.ray_cluster import Share, connect, n_gpus_of, share_of
-from hooked_vlm.runtime.tasks import Bench, Common, Unit, Workers
+from hooked_vlm.runtime.tasks import SharedSetup, Task, Workers, WorkerState
 
 if TYPE_CHECKING:
     from hooked_vlm.model.vlm import HookedVLM
@@ -84,11 +84,11 @@ class OnRay(Workers):
         with redirect_stdout(sys.stderr):  # where Ray's own words about lost workers belong
             return super().tables(*args, **kwargs)
 
-    def made(self, units: Sequence[Unit]) -> Generator[tuple[Unit, pd.DataFrame], None, None]:
+    def made(self, units: Sequence[Task]) -> Generator[tuple[Task, pd.DataFrame], None, None]:
         if not units:
             return  # a cluster is not asked for nothing
         self._hire(self.n - len(self._idle) - len(self._loading))
-        waiting, begun, working = deque(units), Counter[Path](), dict[Any, tuple[Any, Unit]]()
+        waiting, begun, working = deque(units), Counter[Path](), dict[Any, tuple[Any, Task]]()
         shelf = _Shelf(self._ray, units)
 
         def hand_out() -> None:
@@ -232,7 +232,7 @@ class OnRay(Workers):
         self._n_failed = 0
         self._idle.append(actor)
 
-    def _replace(self, unit: Unit, n_begun: int) -> None:
+    def _replace(self, unit: Task, n_begun: int) -> None:
         """Hire another actor for one that died."""
         self.n_lost += 1
         if n_begun >= self.attempts:
@@ -247,12 +247,12 @@ class OnRay(Workers):
 class _Shelf:
     """What several units begin with, put into Ray's store once, as long as one of them is to be done."""
 
-    def __init__(self, ray: Any, units: Sequence[Unit]) -> None:
+    def __init__(self, ray: Any, units: Sequence[Task]) -> None:
         self._ray = ray
         self._n_left = Counter(id(unit.common) for unit in units)
         self._places: dict[int, tuple[int, Any]] = {}
 
-    def place(self, unit: Unit) -> tuple[int, Any] | None:
+    def place(self, unit: Task) -> tuple[int, Any] | None:
         """A number of its own, and a reference."""
         if unit.common is None:
             return None
@@ -260,7 +260,7 @@ class _Shelf:
             self._places[id(unit.common)] = (next(_NUMBERS), self._ray.put(unit.common))
         return self._places[id(unit.common)]
 
-    def done(self, unit: Unit) -> None:
+    def done(self, unit: Task) -> None:
         self._n_left[id(unit.common)] -= 1
         if not self._n_left[id(unit.common)]:
             self._places.pop(id(unit.common), None)
@@ -269,7 +269,7 @@ class _Shelf:
 _NUMBERS = count()
 
 
-def _fetched(reference: Any) -> Common:
+def _fetched(reference: Any) -> SharedSetup:
     """What lies on the driver's shelf."""
     import ray
 
@@ -279,7 +279,7 @@ def _fetched(reference: Any) -> Common:
 class Replica:
     """What an actor is: a model, and units done on it. Exceptions are answers, and are raised where they arrive."""
 
-    bench: Bench
+    bench: WorkerState
 
     def load(
         self, kind: "type[HookedVLM]", name: str, device: str, dtype: torch.dtype, n_threads: int
@@ -288,7 +288,7 @@ class Replica:
         torch.set_num_threads(n_threads)
         try:
             model = kind.from_pretrained(name, device=device, dtype=dtype)
-            self.bench = Bench(model)
+            self.bench = WorkerState(model)
             return model.identity()
         except Exception as error:
             return _sendable(error)

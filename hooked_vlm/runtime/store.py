@@ -1,6 +1,6 @@
 """Results kept as they are made: a folder of Parquet parts, one for each unit of work.
 
-    parts = Parts(out / "parts" / "scores")
+    parts = ResultStore(out / "parts" / "scores")
     for image in images:
         table = parts.get_or_make({**settings, "image": image.id}, lambda: score(image))
 
@@ -19,12 +19,12 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from hooked_vlm.runtime.files import place
+from hooked_vlm.runtime.files import atomic_write
 
 _KEY, _FORM = b"hooked_vlm.key", b"hooked_vlm.form"
 
 
-class Parts:
+class ResultStore:
     """A folder of tables, found again by their keys."""
 
     def __init__(self, folder: Path) -> None:
@@ -55,7 +55,7 @@ class Parts:
         table = pa.Table.from_pandas(frame, preserve_index=False)
         table = table.replace_schema_metadata({**(table.schema.metadata or {}), _KEY: _canonical(key)})
         table = table.replace_schema_metadata({**(table.schema.metadata or {}), _FORM: _form(table)})
-        place(self.path(key), lambda aside: pq.write_table(table, aside, write_page_checksum=True))
+        atomic_write(self.path(key), lambda aside: pq.write_table(table, aside, write_page_checksum=True))
 
     def get_or_make(self, key: Mapping[str, Any], make: Callable[[], pd.DataFrame]) -> pd.DataFrame:
         """The part of a key, made and kept if it is not there."""

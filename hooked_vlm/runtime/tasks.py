@@ -1,7 +1,7 @@
 """Work in units: each makes one table, kept as a part under the key of what decides it.
 
     with InProcess(model) as workers:
-        units = [Unit(parts, {**settings, "image": image.id}, score, (image, settings)) for image in images]
+        units = [Task(parts, {**settings, "image": image.id}, score, (image, settings)) for image in images]
         tables = workers.tables(units, "scores")
 
 What is there already is not done again, so interrupted work goes on where it stopped. Who does the rest is left open:
@@ -23,14 +23,14 @@ import pandas as pd
 import torch
 from tqdm.auto import tqdm
 
-from hooked_vlm.runtime.store import Parts
+from hooked_vlm.runtime.store import ResultStore
 
 Some = TypeVar("Some", bound="Workers")
 """The class entered (`typing.Self`, which beartype does not know in methods)."""
 
 
 @dataclass(frozen=True, eq=False)
-class Common:
+class SharedSetup:
     """What several units begin with, such as an encoded picture.
 
     A worker makes it for the first of them and keeps it until a unit comes with another one.
@@ -42,10 +42,10 @@ class Common:
 
 
 @dataclass(frozen=True, eq=False)
-class Unit:
+class Task:
     """One table to be made, and where it is kept."""
 
-    parts: Parts
+    parts: ResultStore
     key: Mapping[str, Any]
     """All that decides the table's content, the model's weights included."""
     work: Callable[..., pd.DataFrame]
@@ -55,7 +55,7 @@ class Unit:
     """They are pickled if the work is done elsewhere."""
     size: int = 1
     """How much it counts in the throughput: its tokens, its runs."""
-    common: Common | None = None
+    common: SharedSetup | None = None
 
     @property
     def path(self) -> Path:
@@ -73,10 +73,10 @@ class Workers(ABC):
 
     def __init__(self) -> None:
         self.size, self.seconds = 0, 0.0
-        """How much was done (`Unit.size`), and how long that took."""
+        """How much was done (`Task.size`), and how long that took."""
 
     def tables(
-        self, units: Sequence[Unit], what: str, *, each: str = "unit", counted: str | None = None, quiet: bool = False
+        self, units: Sequence[Task], what: str, *, each: str = "unit", counted: str | None = None, quiet: bool = False
     ) -> list[pd.DataFrame]:
         """The tables of all units, in their order, as they are read from their parts.
 
@@ -85,7 +85,7 @@ class Workers(ABC):
         Args:
             what: what the progress bar is called.
             each: what a unit is.
-            counted: what `Unit.size` counts, if the bar is to show how many of them are done in a second.
+            counted: what `Task.size` counts, if the bar is to show how many of them are done in a second.
             quiet: no bar.
 
         Raises:
@@ -112,7 +112,7 @@ class Workers(ABC):
         return [_read(unit) if table is None else table for unit, table in zip(units, found, strict=True)]
 
     @abstractmethod
-    def made(self, units: Sequence[Unit]) -> Generator[tuple[Unit, pd.DataFrame], None, None]:
+    def made(self, units: Sequence[Task]) -> Generator[tuple[Task, pd.DataFrame], None, None]:
         """Every unit with its table, in the order in which they are finished. Closed early, the rest is left."""
 
     @property
@@ -150,15 +150,15 @@ class InProcess(Workers):
     def device(self) -> str:
         return str(self.model.cfg.device)
 
-    def made(self, units: Sequence[Unit]) -> Generator[tuple[Unit, pd.DataFrame], None, None]:
-        bench = Bench(self.model)
+    def made(self, units: Sequence[Task]) -> Generator[tuple[Task, pd.DataFrame], None, None]:
+        bench = WorkerState(self.model)
         for unit in units:
             common = unit.common
             given = () if common is None else bench.common(id(common), lambda common=common: common)
             yield unit, bench.table(unit.work, (*given, *unit.arguments))
 
 
-class Bench:
+class WorkerState:
     """A model, and what was made of it for the unit before."""
 
     def __init__(self, model: Any) -> None:
@@ -167,7 +167,7 @@ class Bench:
         self._value: Any = None
 
     @torch.no_grad()
-    def common(self, key: Any, get: Callable[[], Common]) -> tuple[Any]:
+    def common(self, key: Any, get: Callable[[], SharedSetup]) -> tuple[Any]:
         """What units of this key begin with."""
         if key != self._key:
             self._key = self._value = None  # before there are two
@@ -181,7 +181,7 @@ class Bench:
         return work(self.model, *arguments)
 
 
-def _read(unit: Unit) -> pd.DataFrame:
+def _read(unit: Task) -> pd.DataFrame:
     table = unit.parts.get(unit.key)
     assert table is not None
     return table

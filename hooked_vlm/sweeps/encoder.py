@@ -29,8 +29,8 @@ class Encoded(Intervention):
     features: Float[Tensor, "token d_model"]
 
     @property
-    def finds_positions(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
-        return self.original.finds_positions
+    def position_aware(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return self.original.position_aware
 
     def hooks(self, model: Any, inputs: VLMInputs) -> Hooks:
         spans = []

@@ -19,8 +19,8 @@ from hooked_vlm.interventions.base import ENCODER, Intervention
 from hooked_vlm.metrics import Metric
 from hooked_vlm.model.identity import weights_hash
 from hooked_vlm.runtime.digests import digest
-from hooked_vlm.runtime.store import Parts
-from hooked_vlm.runtime.tasks import Common, InProcess, Unit, Workers
+from hooked_vlm.runtime.store import ResultStore
+from hooked_vlm.runtime.tasks import InProcess, SharedSetup, Task, Workers
 from hooked_vlm.sweeps.single import sweep
 
 RUNS_PER_BLOCK = 512
@@ -74,17 +74,17 @@ def sweep_many(
     if runs_per_block < 1:
         raise InputError(f"runs_per_block must be at least 1, got {runs_per_block}")
     shared = {"weights": weights_hash(model), "version": version("hooked-vlm"), "logits_at": logits_at}
-    units: list[Unit] = []
+    units: list[Task] = []
     places: list[tuple[str, int]] = []
     for case in cases:
         inputs = case.inputs.portable()
         key = {**shared, "inputs": digest(inputs), "metric": digest(case.metric)}
-        common = Common(prepared, (inputs, _encodes(model, case)))
+        common = SharedSetup(prepared, (inputs, _encodes(model, case)))
         for first in range(0, len(case.interventions), runs_per_block):
             block = tuple(case.interventions[first : first + runs_per_block])
             arguments = (block, case.metric, logits_at, max_runs)
             own = {**key, "interventions": digest(block)}
-            units.append(Unit(Parts(folder), own, sweep_block, arguments, len(block), common))
+            units.append(Task(ResultStore(folder), own, sweep_block, arguments, len(block), common))
             places.append((case.name, first))
     tables = (workers or InProcess(model)).tables(units, "sweep", each="block", counted="runs", quiet=not progress)
     placed = []

@@ -149,7 +149,7 @@ def make_plan(
         for start in range(0, len(ordered), most):
             part = ordered[start : start + most]
             batches.append(Batch(tuple(i for _, i in part), tuple(layer for layer, _ in part), first))
-    find_positions = all(iv.finds_positions for iv in interventions)
+    find_positions = all(iv.position_aware for iv in interventions)
     narrow = logits_at == "last" and find_positions and not foreign and min(inputs.stop) == n_positions
     encodes = inputs.has_visuals and inputs.image_features is None
     return SweepPlan(tuple(batches), len(inputs), n_positions, n_layers, narrow, find_positions, encodes)

@@ -15,7 +15,7 @@ from hooked_vlm.model.hook_shapes import prompt_with_picture
 from hooked_vlm.model.identity import provenance
 from hooked_vlm.model.memory import memory_plan
 from hooked_vlm.model.vlm import HookedVLM
-from hooked_vlm.runtime.files import place, writable_folder
+from hooked_vlm.runtime.files import atomic_write, writable_folder
 from hooked_vlm.sweeps.plan import free_memory
 from hooked_vlm.verify.compare import cost, differences, equal_tokens, pixels, rounding_errors
 from hooked_vlm.verify.config import VerifyConfig
@@ -46,7 +46,9 @@ def verify(config: VerifyConfig) -> Verification:
     reference = reference_for(model, folder)
     _say(config, f"reference: {reference.description}\n")
     found = compare(model, reference, folder, config)
-    place(config.out, lambda path: path.write_text(json.dumps(found.as_dict(), indent=2) + "\n", encoding="utf-8"))
+    atomic_write(
+        config.out, lambda path: path.write_text(json.dumps(found.as_dict(), indent=2) + "\n", encoding="utf-8")
+    )
     return found
 
 

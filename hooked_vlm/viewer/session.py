@@ -12,7 +12,7 @@ from PIL import Image
 
 from hooked_vlm.errors import InputError
 from hooked_vlm.inputs.vlm_inputs import VLMInputs
-from hooked_vlm.interventions import Intervention, ScaleHeads, Together, ZeroHeads
+from hooked_vlm.interventions import Compose, Intervention, ScaleHeads, ZeroHeads
 from hooked_vlm.viewer.attention_view import Query, attention
 from hooked_vlm.viewer.view import Head
 
@@ -152,7 +152,7 @@ def intervention(factors: Sequence[tuple[Head, float | int]]) -> Intervention:
     by_factor: dict[float | int, list[Head]] = defaultdict(list)
     for head, factor in factors:
         by_factor[factor].append(head)
-    return Together(
+    return Compose(
         tuple(
             ScaleHeads(tuple(heads), float(factor)) if factor else ZeroHeads(tuple(heads))
             for factor, heads in by_factor.items()

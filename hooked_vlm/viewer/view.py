@@ -16,7 +16,7 @@ from matplotlib.colors import to_hex
 
 from hooked_vlm.analysis.pictures import DIVERGING, SEQUENTIAL
 from hooked_vlm.errors import InputError
-from hooked_vlm.runtime.files import place
+from hooked_vlm.runtime.files import atomic_write
 from hooked_vlm.viewer.quantise import CLEAR, Packed, encoded, pack
 from hooked_vlm.viewer.scene import Scene, data_url
 
@@ -74,7 +74,7 @@ class View:
         Raises:
             OutputError: it cannot be written.
         """
-        place(Path(path), lambda aside: aside.write_text(self.html, encoding="utf-8"))
+        atomic_write(Path(path), lambda aside: aside.write_text(self.html, encoding="utf-8"))
         return Path(path)
 
     def _repr_html_(self) -> str:

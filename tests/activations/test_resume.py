@@ -53,8 +53,8 @@ def test_stopped_at_any_write_it_goes_on_to_the_same_bytes(
             raise KeyboardInterrupt
         place(path, save)
 
-    place, folder = shards.place, tmp_path / "acts"
-    monkeypatch.setattr(shards, "place", stopped)
+    place, folder = shards.atomic_write, tmp_path / "acts"
+    monkeypatch.setattr(shards, "atomic_write", stopped)
     seen = []
     for _ in range(len(whole) + 1):
         try:

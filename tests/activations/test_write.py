@@ -95,7 +95,7 @@ def test_the_index_says_what_the_inputs_say(model: HookedVLM, tmp_path: Path) ->
         assert own["position"].tolist() == list(range(inputs.shape[1]))
         assert own["token_id"].tolist() == inputs.tokens[0].tolist()
         assert own["token"].tolist() == [model.to_string([i]) for i in inputs.tokens[0].tolist()]
-        for group in ("image", "question", "role", "generated"):
+        for group in ("image", "question", "assistant_header", "generated"):
             assert own["position"][own["group"] == group].tolist() == getattr(inputs.positions, group)[0].tolist()
         assert own["position"][own["final"]].tolist() == inputs.positions.final[0].tolist()
         boxes = [(box.name, inputs.tokens_in_box(box.image, box.box)) for box in sample.boxes]

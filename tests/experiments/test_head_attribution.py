@@ -66,7 +66,7 @@ from hooked_vlm.experiments.head_attribution.text_flow import (
     with_losses,
 )
 from hooked_vlm.interventions import ReplaceImageKV, mean_image_kv
-from hooked_vlm.runtime.store import Parts
+from hooked_vlm.runtime.store import ResultStore
 from hooked_vlm.runtime.tasks import InProcess
 from hooked_vlm.toys.drawings import OBJECTS
 from hooked_vlm.toys.pages import NAMING_PROMPT
@@ -537,7 +537,7 @@ def test_only_right_answers_are_studied(toy: str, tmp_path: Path) -> None:
     model = bundled(toy)
     items = toy_items(3, 0, NAMING_PROMPT)
     items[1] = Item(items[1].image, "elephant", NAMING_PROMPT)
-    answers = ask(InProcess(model), items, Parts(tmp_path), {}, quiet=True)
+    answers = ask(InProcess(model), items, ResultStore(tmp_path), {}, quiet=True)
     cases = right_cases(model, items, answers)
     assert answers["right"].tolist() == [True, False, True]
     assert [case.item.name for case in cases] == ["circle", "triangle"]

@@ -12,12 +12,12 @@ from fuzz.seeds import models, picture
 from hooked_vlm.interventions import (
     AddVector,
     BlockAttention,
+    Compose,
     PatchActivation,
     RedistributeSink,
     ReplaceImageKV,
     ReplaceImageTokens,
     ScaleHeads,
-    Together,
     UniformAttention,
     ZeroHeads,
 )
@@ -85,7 +85,7 @@ def interventions(data: bytes) -> str:
         if draws.one_in(2):
             sweep(model, inputs, runs, logit(draws.pick((5, 5, 5, draws.number()))))
         else:
-            together = Together(tuple(runs))
+            together = Compose(tuple(runs))
             model.run_with_hooks(inputs, fwd_hooks=together.hooks(model, inputs))
         return "ran"
 
@@ -139,7 +139,9 @@ def intervention(draws: Draws, model: Any, inputs: Any) -> Any:
 def positions(draws: Draws, width: int) -> Any:
     kind = draws.below(6)
     if kind < 2:
-        return draws.pick((None, "image", "text", "question", "final", "role", "video", "generated", "x", ""))
+        return draws.pick(
+            (None, "image", "text", "question", "final", "assistant_header", "video", "generated", "x", "")
+        )
     if kind == 2:
         return tuple(draws.below(width) for _ in range(draws.below(4)))
     if kind == 3:
@@ -161,7 +163,12 @@ def prompts(data: bytes) -> str:
         image = {"type": "image", "image": picture()}
         chats: list[Any] = [
             "What is the value of a1?",
-            [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "Read the text in the image"}]}],
+            [
+                {
+                    "assistant_header": "user",
+                    "content": [{"type": "image"}, {"type": "text", "text": "Read the text in the image"}],
+                }
+            ],
             [
                 {"role": "system", "content": "x"},
                 {"role": "user", "content": "a"},

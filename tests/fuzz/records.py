@@ -17,7 +17,7 @@ from hooked_vlm.experiments.head_attribution import Compare, compare
 from hooked_vlm.experiments.head_attribution.coco import coco_items
 from hooked_vlm.experiments.ocr_heads.data.store import load_or_build
 from hooked_vlm.experiments.ocr_heads.examples import Evidence, Example
-from hooked_vlm.runtime.store import Parts
+from hooked_vlm.runtime.store import ResultStore
 
 
 def records(data: bytes) -> str:
@@ -34,7 +34,7 @@ FRAME = pd.DataFrame({"head": np.arange(200) % 7, "score": np.linspace(0, 1, 200
 
 
 def damaged_part(draws: Draws, folder: Path) -> str:
-    parts, key = Parts(folder / "parts"), {"image": 1, "seed": 0}
+    parts, key = ResultStore(folder / "parts"), {"image": 1, "seed": 0}
     parts.put(key, FRAME)
     path = parts.path(key)
     whole = path.read_bytes()

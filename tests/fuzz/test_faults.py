@@ -25,7 +25,7 @@ from hooked_vlm.experiments.common.figures import new_figure, save_figure
 from hooked_vlm.experiments.common.report import Report
 from hooked_vlm.experiments.ocr_heads.data.store import load_or_build
 from hooked_vlm.experiments.ocr_heads.examples import Example
-from hooked_vlm.runtime.store import Parts
+from hooked_vlm.runtime.store import ResultStore
 from tools.toy_training import train
 from tools.toy_training.family import write_checkpoint
 
@@ -112,7 +112,7 @@ def _data_set(folder: Path) -> None:
 
 
 WRITERS: dict[str, Callable[[Path], Any]] = {
-    "part": lambda folder: Parts(folder).put({"image": 3}, FRAME),
+    "part": lambda folder: ResultStore(folder).put({"image": 3}, FRAME),
     "figure": _figure,
     "report": _report,
     "table": _table,

@@ -21,7 +21,7 @@ from hooked_vlm.experiments.ocr_heads.data.store import load_or_build
 from hooked_vlm.inputs import chat_templates
 from hooked_vlm.inputs.images import ImageProcessor, load_image
 from hooked_vlm.inputs.tiles import TileProcessor
-from hooked_vlm.interventions import AddVector, PatchActivation, ReplaceImageKV, Together, ZeroHeads
+from hooked_vlm.interventions import AddVector, Compose, PatchActivation, ReplaceImageKV, ZeroHeads
 
 QWEN, INTERNVL = "toy-qwen2-vl", "internvl qwen2"
 
@@ -144,7 +144,7 @@ def test_heads_that_are_none(heads: Any) -> None:
     model = models()[QWEN]
     inputs = model.to_inputs("a", images=[picture()])
     with pytest.raises((InputError, TypeCheckError)):
-        Together((ZeroHeads(heads), ReplaceImageKV(heads))).hooks(model, inputs)
+        Compose((ZeroHeads(heads), ReplaceImageKV(heads))).hooks(model, inputs)
 
 
 def test_truth_values_are_no_heads_and_no_positions() -> None:

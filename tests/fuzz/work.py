@@ -24,7 +24,7 @@ from hooked_vlm.experiments.ocr_heads import run as ocr_heads
 from hooked_vlm.experiments.ocr_heads.data.scored import scored_sets
 from hooked_vlm.interventions import ZeroHeads
 from hooked_vlm.metrics import logit
-from hooked_vlm.runtime.files import place
+from hooked_vlm.runtime.files import atomic_write
 from hooked_vlm.sweeps.many import SweepCase, sweep_many
 from tools.toy_training import train
 from tools.toy_training.recipes import RECIPES, Stage
@@ -92,7 +92,7 @@ def sweeps(out: Path) -> None:
         for i in range(4)
     ]
     table = sweep_many(model, cases, out / "parts", runs_per_block=3)
-    place(out / "table.parquet", table.to_parquet)
+    atomic_write(out / "table.parquet", table.to_parquet)
 
 
 WORK: dict[str, Callable[[Path], None]] = {

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from hooked_vlm import InputError
 from hooked_vlm.metrics import answered, log_prob, logit_difference
-from hooked_vlm.patching import Pair, answers_without, attribute, knock_out, knocked_out, patch, patch_paths
+from hooked_vlm.patching import Pair, answers_without, attention_knockout, attribute, patch, patch_paths, sweep_knockout
 from hooked_vlm.patching.cells import Cells
 from hooked_vlm.patching.exact import source_activations
 
@@ -169,7 +169,7 @@ def test_knock_out_equals_scores_of_minus_infinity(family: str) -> None:
     model, pair = model_and_pair(family)
     inputs = pair.clean
     edges = [("final", "image"), ("question", "here"), ("final+question", "image+here")]
-    result = knock_out(model, inputs, logit_difference(5, 9), edges=edges, window=2, places={"here": (1, 2)})
+    result = sweep_knockout(model, inputs, logit_difference(5, 9), edges=edges, window=2, places={"here": (1, 2)})
     assert result.axes["layers"] == ("0-1", "1-2") and result.source is None
     groups = {**{name: own[0] for name, own in vars(inputs.positions).items()}, "here": torch.tensor([1, 2])}
     for i, edge in enumerate(edges):
@@ -192,11 +192,11 @@ def test_knock_out_acts_at_every_step_of_generation(family: str) -> None:
     """The answer of a model that cannot look at the image is that of its whole passes, token by token."""
     model, pair = model_and_pair(family)
     inputs = pair.clean
-    cut = knocked_out(model, inputs, range(3), ("final+generated", "image"))
+    cut = attention_knockout(model, inputs, range(3), ("final+generated", "image"))
     found = model.generate(inputs, max_new_tokens=3, stop_at_eos=False, fwd_hooks=cut.hooks(model, inputs))
     grown = inputs
     for _ in range(3):
-        own = knocked_out(model, grown, range(3), ("final+generated", "image"))
+        own = attention_knockout(model, grown, range(3), ("final+generated", "image"))
         with torch.no_grad():
             logits = model.run_with_hooks(grown, fwd_hooks=own.hooks(model, grown))
         grown = grown.append(last_logits(logits, grown).argmax(-1)[:, None])
@@ -207,7 +207,7 @@ def test_answers_without_an_edge(family: str, monkeypatch: pytest.MonkeyPatch) -
     model, pair = model_and_pair(family)
     monkeypatch.setattr(model, "to_string", lambda tokens: str(tokens.tolist()))
     frame = answers_without(model, pair.clean, edges=[("final+generated", "image")], window=3, max_new_tokens=2)
-    cut = knocked_out(model, pair.clean, range(3), ("final+generated", "image"))
+    cut = attention_knockout(model, pair.clean, range(3), ("final+generated", "image"))
     tokens = model.generate(pair.clean, max_new_tokens=2, fwd_hooks=cut.hooks(model, pair.clean))
     assert frame["answer"].tolist() == [str(tokens[0, pair.clean.shape[1] :].tolist())]
     assert frame["layers"].tolist() == ["0-2"] and frame["edge"].tolist() == ["final+generated to image"]
@@ -216,9 +216,9 @@ def test_answers_without_an_edge(family: str, monkeypatch: pytest.MonkeyPatch) -
 def test_windows_and_places_that_do_not_fit_are_refused() -> None:
     model, pair = model_and_pair("qwen2-vl")
     with pytest.raises(InputError, match=r"window.*4"):
-        knock_out(model, pair.clean, METRIC, edges=[("final", "image")], window=4)
+        sweep_knockout(model, pair.clean, METRIC, edges=[("final", "image")], window=4)
     with pytest.raises(InputError, match=r"'sign'.*all, text"):
-        knock_out(model, pair.clean, METRIC, edges=[("final", "sign")], window=1)
+        sweep_knockout(model, pair.clean, METRIC, edges=[("final", "sign")], window=1)
     refused: Any = (
         (pair.clean, {"edges": []}, "1.*0 edges"),
         ([], {}, "0 inputs.*1"),
@@ -227,12 +227,12 @@ def test_windows_and_places_that_do_not_fit_are_refused() -> None:
     )
     for inputs, settings, says in refused:
         with pytest.raises(InputError, match=says):
-            knock_out(model, inputs, METRIC, **{"edges": [("final", "image")], "window": 1, **settings})
+            sweep_knockout(model, inputs, METRIC, **{"edges": [("final", "image")], "window": 1, **settings})
 
 
 def test_an_edge_that_a_row_does_not_have_is_no_effect_of_zero(family: str) -> None:
     model, pair = model_and_pair(family, "padded")
     with pytest.raises(InputError, match=r"row 1.*image.*final"):
-        knock_out(model, pair.clean, METRIC, edges=[("final", "image")], window=1)
-    found = knock_out(model, pair.clean, METRIC, edges=[("final+generated", "text")], window=3)
+        sweep_knockout(model, pair.clean, METRIC, edges=[("final", "image")], window=1)
+    found = sweep_knockout(model, pair.clean, METRIC, edges=[("final+generated", "text")], window=3)
     assert found.n_examples == 3 and np.abs(found.effects).min() > 1e-5

@@ -103,7 +103,7 @@ def test_groups_of_another_length_are_refused_and_the_others_are_not(model: Any)
         model.to_inputs(text, images=picture) for text in ("What is this?", "What is in the image, then?")
     )
     pair = Pair(clean, corrupt, by="groups")
-    for place in ("image", "role", "final"):
+    for place in ("image", "assistant_header", "final"):
         (found,) = positions_at(pair, place, "denoising", pair.matches("denoising"))
         assert list(found) == vars(corrupt.positions)[place][0].tolist()
         other = pair.matches("denoising")[0, list(found)]

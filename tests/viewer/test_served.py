@@ -15,12 +15,12 @@ import pytest
 from viewing import DESKTOP, PHONE, photograph
 
 from hooked_vlm import HookedVLM, viewer
-from hooked_vlm.interventions import ScaleHeads, Together, ZeroHeads
+from hooked_vlm.interventions import Compose, ScaleHeads, ZeroHeads
 from hooked_vlm.toys.pages import make_page
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("browser")]
 
-EDITS = Together((ZeroHeads(((2, 0), (2, 1))), ScaleHeads(((1, 3),), 0.5)))
+EDITS = Compose((ZeroHeads(((2, 0), (2, 1))), ScaleHeads(((1, 3),), 0.5)))
 
 
 @pytest.fixture(scope="module")

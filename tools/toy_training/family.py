@@ -19,7 +19,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from hooked_vlm.inputs.geometry import ImageGrid, TileGrid
-from hooked_vlm.runtime.files import place
+from hooked_vlm.runtime.files import atomic_write
 from tools.toy_training.tokenizer import build_tokenizer, save_tokenizer
 
 HFModel = Any
@@ -103,9 +103,9 @@ def write_checkpoint(
         OutputError: the folder cannot be written.
     """
     save_tokenizer(folder, special_tokens, **tokenizer_settings)
-    place(folder / "model.safetensors", lambda aside: _save_tensors(tensors, aside))
+    atomic_write(folder / "model.safetensors", lambda aside: _save_tensors(tensors, aside))
     for name, content in files.items():
-        place(folder / name, lambda aside, c=content: aside.write_text(json.dumps(c, indent=2) + "\n"))
+        atomic_write(folder / name, lambda aside, c=content: aside.write_text(json.dumps(c, indent=2) + "\n"))
 
 
 def _save_tensors(tensors: dict[str, Tensor], path: Path) -> None:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
 
-from hooked_vlm.runtime.files import place
+from hooked_vlm.runtime.files import atomic_write
 from hooked_vlm.toys.drawings import OBJECTS
 
 # The special tokens of both families; each adds those of its images.
@@ -45,7 +45,7 @@ def build_tokenizer(special_tokens: Sequence[str]) -> Tokenizer:
 def save_tokenizer(folder: Path, special_tokens: Sequence[str], **settings: str) -> None:
     """Writes ``tokenizer.json`` and ``tokenizer_config.json`` (with ``settings`` besides the usual ones)."""
     text = build_tokenizer(special_tokens).to_str(pretty=True)
-    place(folder / "tokenizer.json", lambda aside: aside.write_text(text, encoding="utf-8"))
+    atomic_write(folder / "tokenizer.json", lambda aside: aside.write_text(text, encoding="utf-8"))
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "bos_token": None,
@@ -59,4 +59,4 @@ def save_tokenizer(folder: Path, special_tokens: Sequence[str], **settings: str)
         "padding_side": "left",
     }
     written = json.dumps(config, indent=2) + "\n"
-    place(folder / "tokenizer_config.json", lambda aside: aside.write_text(written))
+    atomic_write(folder / "tokenizer_config.json", lambda aside: aside.write_text(written))

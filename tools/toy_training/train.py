@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from hooked_vlm.errors import OutputError
 from hooked_vlm.loading.checkpoints import TOY_MODELS
-from hooked_vlm.runtime.files import place, writable_folder
+from hooked_vlm.runtime.files import atomic_write, writable_folder
 from hooked_vlm.toys import pages as data
 from hooked_vlm.toys.pages import Sample
 from tools.toy_training import imitate
@@ -184,11 +184,11 @@ class Log:
         if path.exists() and start > 0:
             with path.open(newline="") as file:
                 self.rows = [row for row in csv.DictReader(file) if int(row["step"]) <= start]
-        place(path, self._save)
+        atomic_write(path, self._save)
 
     def write(self, row: dict[str, float | int]) -> None:
         self.rows.append({k: f"{v:.5g}" if isinstance(v, float) else v for k, v in row.items()})
-        place(self.path, self._save)
+        atomic_write(self.path, self._save)
 
     def _save(self, aside: Path) -> None:
         with aside.open("w", newline="") as file:
@@ -201,7 +201,7 @@ def save_state(path: Path, state: dict) -> None:
     """A killed run leaves the previous state whole."""
     content = io.BytesIO()
     torch.save(state, content)  # into a file it does not say that the disk is full
-    place(path, lambda aside: aside.write_bytes(content.getbuffer()))
+    atomic_write(path, lambda aside: aside.write_bytes(content.getbuffer()))
 
 
 def train(config: TrainConfig, recipe: Recipe) -> HFModel:

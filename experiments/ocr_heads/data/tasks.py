@@ -39,7 +39,7 @@ class Kind:
 
 
 @dataclass(frozen=True, eq=False)
-class Task:
+class QATask:
     """A data set with its metric."""
 
     data: DataSet
@@ -52,7 +52,7 @@ class Task:
 
 def load_tasks(
     folder: Path, names: Sequence[str], seed: int, n: int, lengths: Sequence[int], files: Path | None
-) -> list[Task]:
+) -> list[QATask]:
     """The tasks named.
 
     Args:
@@ -72,7 +72,7 @@ def load_tasks(
             settings["lengths"] = list(lengths)
         if files is not None:
             settings["files"] = str(files.resolve())
-        tasks.append(Task(load_or_build(folder, name, settings, lambda k=kind: k.build(seed, n, files)), kind.metric))
+        tasks.append(QATask(load_or_build(folder, name, settings, lambda k=kind: k.build(seed, n, files)), kind.metric))
     return tasks
 
 
