@@ -40,7 +40,8 @@ test-oldest:
 	out/oldest/bin/python -m pip install --quiet --constraint constraints-oldest.txt --editable . \
 	  pytest pytest-xdist hypothesis beartype peft
 	out/oldest/bin/python -m pytest --numprocesses $(JOBS) --override-ini addopts='-ra --import-mode=importlib' \
-	  tests/converters tests/experiments tests/patching tests/test_[a-p]*.py tests/viewer/test_view.py
+	  tests/analysis tests/converters tests/experiments tests/inputs tests/interventions tests/loading tests/model \
+	  tests/nn tests/patching tests/viewer/test_view.py
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check

@@ -14,7 +14,7 @@ from hooked_vlm import cli
 DOCS = ROOT / "docs"
 PAGES = sorted(DOCS.rglob("*.md"))
 RUN_ELSEWHERE = {
-    "hooks.md",  # its example goes by names that a reader has; tests/test_hooks.py runs every row of the table
+    "hooks.md",  # its example goes by names that a reader has; tests/nn/test_hooks.py runs every row of the table
     # tests/test_readme.py, which looks at results, too
     *("activations.md", "head-attribution.md", "patching.md", "sweeps.md", "viewer.md"),
 }

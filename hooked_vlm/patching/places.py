@@ -18,8 +18,8 @@ from hooked_vlm.patching.pairs import Direction, Pair, Place, Region, same_colum
 Tower = Literal["text", "vision"]
 Where = str | int | Sequence[str | int]
 """Names of places: groups ("image", "question", "assistant_header", "final", "text", "generated"), "all", places of the
-pair; numbers of positions of the inputs that are run (vision tower: of patches); or "each", every one of them by itself. The
-vision tower has "image" (all patches) and places that are regions."""
+pair; numbers of positions of the inputs that are run (vision tower: of patches); or "each", each one by itself.
+The vision tower has "image" (all patches) and places that are regions."""
 Rows = tuple[tuple[int, ...], ...]
 """Positions of each row; patches of each image or tile."""
 

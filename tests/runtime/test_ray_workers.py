@@ -174,7 +174,7 @@ def workers(model: HookedVLM) -> Iterator[OnRay]:
     """Two, hired when they are first asked; this process then computes with as many threads as one of them."""
     with pytest.MonkeyPatch.context() as patch, OnRay(model, n=2) as found:
         # the work functions below are found by workers too
-        patch.setenv("PYTHONPATH", os.pathsep.join([str(Path(__file__).parent), *sys.path]))
+        patch.setenv("PYTHONPATH", os.pathsep.join([str(Path(__file__).parents[1]), *sys.path]))
         threads = torch.get_num_threads()
         torch.set_num_threads(found.share.n_threads)
         yield found

@@ -21,7 +21,7 @@ from tools.tool_page import (
     setups,
 )
 
-PAGE = Path(__file__).parents[1] / "docs" / "transformerlens.md"
+PAGE = Path(__file__).parents[2] / "docs" / "transformerlens.md"
 
 
 @pytest.mark.slow

@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 import torch
+from every_kind import of_every_kind, some_of_the_image
 from families import ROWS, model_and_inputs
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_interventions import of_every_kind, some_of_the_image
 from torch import Tensor
 
 from hooked_vlm import HookError, InputError, sweep

@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 import torch
+from every_kind import of_every_kind, some_of_the_image
 from families import ROWS, model_and_inputs
 from tiny import PADDED, inputs, tiny_model
 from torch import Tensor
@@ -179,11 +180,6 @@ def test_image_keys_and_values_are_replaced_for_text_queries_of_one_head(
         baseline = mean_image_kv(model, [batch], before_rope)
     expected = by_hand(model, batch, literal_replacement(model, batch, (1, 2), baseline, before_rope))
     same(model, batch, ReplaceImageKV(((1, 2),), baseline, before_rope), expected)
-
-
-def some_of_the_image(batch: Any) -> tuple[tuple[int, ...], ...]:
-    """The second and every third token after it."""
-    return tuple(tuple(positions[1::3].tolist()) for positions in batch.positions.image)
 
 
 @pytest.mark.parametrize("queries", [None, "final", "question"])
@@ -413,32 +409,6 @@ def test_several_at_one_point_act_in_order() -> None:
         ScaleHeads(((1, 2),), -3.0).hooks(model, batch) + ZeroHeads(((0, 0),)).hooks(model, batch),
     )
     same(model, batch, both, expected)
-
-
-def of_every_kind(model: Any, batch: Any) -> dict[str, Intervention]:
-    """One intervention of each kind that acts on the text side."""
-    generator = torch.Generator().manual_seed(1)
-    _, cache = model.run_with_cache(batch)
-    vector = torch.randn(model.cfg.d_model, generator=generator)
-    return {
-        "zero": ZeroHeads(HEADS),
-        "scale": ScaleHeads(HEADS, 0.5, "text"),
-        "mean": MeanHeads(HEADS, mean_head_outputs(model, [batch])),
-        "image mean": ReplaceImageKV(HEADS),
-        "image mean after RoPE": ReplaceImageKV(HEADS, before_rope=False),
-        "image zero": ReplaceImageKV(HEADS, "zero"),
-        "image knocked out": ReplaceImageKV(HEADS, "knockout"),
-        "image mean of a dataset": ReplaceImageKV(HEADS, mean_image_kv(model, [batch])),
-        "some image tokens, some queries": ReplaceImageKV(HEADS, queries="text", tokens=some_of_the_image(batch)),
-        "blocked": BlockAttention(HEADS, "text", "image"),
-        "sink": RedistributeSink(HEADS, 0.3),
-        "uniform": UniformAttention(HEADS),
-        "uniform while generating": UniformAttention(HEADS, "generated"),
-        "patch": PatchActivation("blocks.1.hook_resid_mid", cache["resid_mid", 2], "question"),
-        "steering": AddVector("blocks.1.hook_resid_post", vector, positions="text"),
-        "image tokens": ReplaceImageTokens("image", "mean"),
-        "together": Compose((ZeroHeads(((2, 0),)), BlockAttention(((1, 1),), "final", "image"))),
-    }
 
 
 KINDS = tuple(of_every_kind(*model_and_inputs("qwen2-vl", "one image")))

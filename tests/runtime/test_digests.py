@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from every_kind import of_every_kind
 from families import model_and_inputs
-from test_interventions import of_every_kind
 
 from hooked_vlm import InputError
 from hooked_vlm.interventions import AddVector, Compose, CustomHooks, ImageMeans, ReplaceImageKV, ZeroHeads
