@@ -8,7 +8,7 @@ from pathlib import Path
 from hooked_vlm.analysis.text_table import markdown_table
 from hooked_vlm.commands.models import HEADER, ModelsConfig, cells, legend, model_row
 from hooked_vlm.converters import KNOWN_MODELS
-from hooked_vlm.loading.checkpoints import bundled_models
+from hooked_vlm.loading.folders import bundled_models
 
 _EXAMPLE = """\
 reference: transformers 5.23.0, Qwen2VLForConditionalGeneration, loaded by transformers from the same folder

@@ -22,7 +22,7 @@ from hooked_vlm.experiments.ocr_heads.examples import Example, batches, coarse, 
 from hooked_vlm.experiments.ocr_heads.scoring import Scores, gather, score_batch
 from hooked_vlm.experiments.ocr_heads.selection import ranked, select
 from hooked_vlm.interventions import Head
-from hooked_vlm.loading.checkpoints import TOY_MODELS
+from hooked_vlm.loading.folders import TOY_MODELS
 from hooked_vlm.model.by_name import load
 from hooked_vlm.model.identity import weights_hash
 from hooked_vlm.model.vlm import HookedVLM

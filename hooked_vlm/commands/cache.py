@@ -9,7 +9,7 @@ from tyro.conf import Suppress
 from hooked_vlm.activations.read import Activations
 from hooked_vlm.activations.samples import read_samples
 from hooked_vlm.activations.write import stream_activations
-from hooked_vlm.loading.checkpoints import as_dtype
+from hooked_vlm.loading.settings import as_dtype
 from hooked_vlm.model.by_name import load
 from hooked_vlm.runtime.files import writable_folder
 

@@ -9,7 +9,7 @@ import tyro
 from hooked_vlm.analysis.text_table import size, text_table
 from hooked_vlm.converters import KNOWN_MODELS
 from hooked_vlm.errors import InputError
-from hooked_vlm.loading.checkpoints import bundled_models
+from hooked_vlm.loading.folders import bundled_models
 from hooked_vlm.model.hook_shapes import TYPICAL_PICTURE, prompt_with_picture
 from hooked_vlm.model.memory import MemoryPlan, memory_plan, n_gpus
 from hooked_vlm.model.vlm import HookedVLM

@@ -1,10 +1,9 @@
 """`HookedVLM`: a vision-language model whose every intermediate tensor passes a named hook point."""
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -12,33 +11,27 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 from transformer_lens import HookedRootModule
-from transformer_lens.utilities import Slice, SliceInput
 
 from hooked_vlm.config import VLMConfig
 from hooked_vlm.errors import InputError
 from hooked_vlm.inputs.prompting import PromptMixin
-from hooked_vlm.inputs.vlm_inputs import Answer, VLMInputs
-from hooked_vlm.loading.checkpoints import LoadingMixin
+from hooked_vlm.inputs.vlm_inputs import VLMInputs
+from hooked_vlm.loading import checkpoints, saving
+from hooked_vlm.model import generation, hook_checks, identity, recording, switches, weights
 from hooked_vlm.model.cache import VLMCache
-from hooked_vlm.model.caching import Caching, default_filter, exchanged_patterns, runs_explicitly
-from hooked_vlm.model.generation import GenerationMixin
-from hooked_vlm.model.identity import identity
-from hooked_vlm.model.weights import WeightsMixin
+from hooked_vlm.model.weights import stacked_view
 from hooked_vlm.nn.block import run_blocks, text_blocks
-from hooked_vlm.nn.components import Embed, Norm, Unembed
-from hooked_vlm.nn.forward_pass import ForwardPass, Recorder, inputs_mask, last_of_rows, step_pass, text_pass
+from hooked_vlm.nn.components import Embed, Norm, Unembed, WithViews
+from hooked_vlm.nn.forward_pass import ForwardPass, Recorder, check_context, last_of_rows, step_pass, text_pass
 from hooked_vlm.nn.hooks import (
-    HookChecksMixin,
     HookName,
     HookPoint,
-    canonical,
     foreign_module,
     hooked_module,
     is_encoder,
     is_hooked,
     is_own,
     running,
-    shows_modules,
 )
 from hooked_vlm.nn.kv_cache import KVCache
 from hooked_vlm.nn.vision import Projector, VisionTower, image_pass
@@ -47,7 +40,7 @@ from hooked_vlm.nn.weight_access import device_of
 ReturnType = Literal["logits", "loss", "both"] | None
 
 
-class HookedVLM(LoadingMixin, PromptMixin, GenerationMixin, WeightsMixin, HookChecksMixin, HookedRootModule):
+class HookedVLM(PromptMixin, WithViews, HookedRootModule):
     """Text decoder, vision tower and projector with hooks in all three.
 
     Make one with `HookedVLM.from_pretrained(name_or_path)` or `HookedVLM.from_hf(hf_model)`; then
@@ -59,6 +52,13 @@ class HookedVLM(LoadingMixin, PromptMixin, GenerationMixin, WeightsMixin, HookCh
 
     Everything that takes tokens takes a `VLMInputs`. Hook points are listed in docs/hooks.md.
     """
+
+    cfg: VLMConfig
+    hook_dict: dict[str, Any]
+    embed: Embed
+    blocks: Any  # a ModuleList of Block
+    ln_final: Norm
+    unembed: Unembed
 
     def __init__(self, cfg: VLMConfig, tokenizer: Any = None, image_processor: Any = None) -> None:
         super().__init__()
@@ -209,7 +209,7 @@ class HookedVLM(LoadingMixin, PromptMixin, GenerationMixin, WeightsMixin, HookCh
             raise InputError("a key-value cache holds all layers: it does not go with start_at_layer or stop_at_layer")
         if past is not None and past.batch != len(inputs):
             raise InputError(f"the key-value cache has {past.batch} rows, the inputs {len(inputs)}")
-        self._check_context(inputs, 0 if past is None else past.length)
+        check_context(self.cfg, inputs, 0 if past is None else past.length)
         if resid is not None and resid.shape != (*inputs.shape, self.cfg.d_model):
             expected = (*inputs.shape, self.cfg.d_model)
             raise InputError(f"resid must be [batch, pos, d_model] = {expected}, got {tuple(resid.shape)}")
@@ -265,16 +265,6 @@ class HookedVLM(LoadingMixin, PromptMixin, GenerationMixin, WeightsMixin, HookCh
         images = image_pass(self, inputs.grids, inputs.device, context, recorder)
         return self.projector(self.vision(torch.cat(pixels), images), inputs.grids, images)
 
-    def _check_context(self, inputs: VLMInputs, n_past: int) -> None:
-        longest = max(b - a for a, b in zip(inputs.first, inputs.stop, strict=True)) + n_past
-        if longest > self.cfg.n_ctx and longest > self.cfg.n_ctx_limit:  # a scaling of positions may stretch n_ctx
-            vision = self.cfg.vision
-            bound = "max_pixels" if vision is None or vision.tile_size is None else "max_tiles"
-            lower = f", or lower {bound} in model.to_inputs(..., {bound}=)" if vision is not None else ""
-            raise InputError(
-                f"{longest} tokens do not fit the context of {self.cfg.n_ctx_limit}: shorten the prompt{lower}"
-            )
-
     def _loss(self, logits: Tensor, inputs: VLMInputs, logits_at: str) -> Float[Tensor, ""]:
         if logits_at != "all":
             raise InputError('the loss needs logits_at="all"')
@@ -286,22 +276,6 @@ class HookedVLM(LoadingMixin, PromptMixin, GenerationMixin, WeightsMixin, HookCh
         predictions = predictions.to(torch.promote_types(predictions.dtype, torch.float32))
         return F.cross_entropy(predictions, targets[counted])
 
-    def log_probs(self, inputs: VLMInputs, answer: Answer) -> Float[Tensor, "batch answer"]:
-        """Log-probability of every token of `answer` after the prompt, in one forward pass.
-
-        Where rows have answers of different lengths the shorter ones end in zeros, so that `.sum(-1)` is
-        the log-probability of each whole answer.
-        """
-        with_answer = inputs.append(answer)
-        n_new = [b - a for a, b in zip(inputs.n_generated, with_answer.n_generated, strict=True)]
-        logits = self(with_answer)
-        out = logits.new_zeros(len(inputs), max(n_new), dtype=torch.promote_types(logits.dtype, torch.float32))
-        for row, (n, stop) in enumerate(zip(n_new, with_answer.stop, strict=True)):
-            predicted = logits[row, stop - n - 1 : stop - 1].to(out.dtype).log_softmax(-1)
-            targets = with_answer.tokens[row, stop - n : stop]
-            out[row, :n] = predicted.gather(-1, targets[:, None])[:, 0]
-        return out
-
     def new_kv_cache(self, batch: int, capacity: int) -> KVCache:
         """An empty key-value cache for `batch` rows with room for `capacity` positions (it grows past that)."""
         cfg = self.cfg
@@ -310,10 +284,6 @@ class HookedVLM(LoadingMixin, PromptMixin, GenerationMixin, WeightsMixin, HookCh
         return KVCache(*sizes, cfg.device, cfg.dtype, homes)
 
     # ---------------------------------------------------------------- hooks
-
-    def identity(self) -> dict[str, str]:
-        """Return what is equal for equal models: hashes of weights, settings and code, and versions of the software."""
-        return identity(self)
 
     def add_hook(self, name: HookName, hook: Callable, *args: Any, **kwargs: Any) -> None:
         """As in TransformerLens; a hook that cannot act is refused (`HookError`)."""
@@ -375,92 +345,55 @@ class HookedVLM(LoadingMixin, PromptMixin, GenerationMixin, WeightsMixin, HookCh
         return super().run_with_hooks(inputs, *args, fwd_hooks=list(fwd_hooks), bwd_hooks=list(bwd_hooks), **kwargs)
 
     def run_with_cache(  # pyright: ignore[reportIncompatibleMethodOverride] (the input has a type here)
-        self,
-        input: VLMInputs | Int[Tensor, "batch pos"] | str | Sequence[str],
-        *args: Any,
-        names_filter: HookName | Sequence[str] | None = None,
-        pos_slice: Slice | SliceInput = None,
-        device: torch.device | str | None = None,
-        remove_batch_dim: bool = False,
-        incl_bwd: bool = False,
-        reset_hooks_end: bool = True,
-        clear_contexts: bool = False,
-        **kwargs: Any,
+        self, input: VLMInputs | Int[Tensor, "batch pos"] | str | Sequence[str], *args: Any, **kwargs: Any
     ) -> tuple[Any, VLMCache]:
-        """`forward`, and the activations it made.
+        """Run `forward` and keep its activations; arguments as of `hooked_vlm.model.recording.run_with_cache`."""
+        return recording.run_with_cache(self, input, *args, **kwargs)
 
-        Args:
-            names_filter: a hook name, a list of them or a predicate. None stores everything but the
-                [pos, pos] tensors, which `cache["pattern", layer]` derives; name them to store them.
-            pos_slice: which positions of the text side to store (image-side tensors are kept whole). Of scores
-                and patterns, named in `names_filter`, only these rows are made: `names_filter="blocks.3.attn.
-                hook_pattern", pos_slice=-1` is where the last token looks, without a [pos, pos] tensor.
-            device: where to store; by default where it is made, or with the inputs if the model is spread over devices.
-            remove_batch_dim: drop the text side's batch axis; needs a batch of one.
-            incl_bwd: also run backward from the output (use return_type="loss") and store gradients
-                under "<name>_grad".
-            reset_hooks_end: False leaves hooks that store the activations of later passes, too.
+    check_hook_name = hook_checks.check_hook_name
+    points_of = hook_checks.points_of
+    check_reachable = hook_checks.check_reachable
+    why_silent = hook_checks.why_silent
 
-        Raises:
-            HookError: a name that matches nothing, or a point switched off.
-            InputError: `remove_batch_dim` with more than one row, or `pos_slice` outside of the inputs.
-        """
-        inputs = self.as_inputs(input)
-        if remove_batch_dim and len(inputs) != 1:
-            raise InputError(f"remove_batch_dim needs a batch of one row, this one has {len(inputs)}")
-        cut = Slice.unwrap(pos_slice)
-        places = {"int": [cut.slice], "array": cut.slice}.get(cut.mode, [])
-        if any(not -inputs.shape[1] <= int(place) < inputs.shape[1] for place in places):
-            raise InputError(f"pos_slice={pos_slice} lies outside of the {inputs.shape[1]} positions of these inputs")
-        if cut.mode != "identity" and kwargs.get("logits_at") == "last":
-            raise InputError('pos_slice does not go with logits_at="last", where ln_final has one position only')
-        names = self._names_to_store(names_filter, inputs, kwargs)
-        if device is None and self.device_map:
-            device = self.cfg.device
-        explicit = partial(runs_explicitly, self)
-        touched = shows_modules(self)
-        caching = Caching(cut, device, remove_batch_dim, explicit, incl_bwd, copies=touched)
-        recorder: Recorder | None
-        recorder, fwd = caching.recorder(names)
-        others = [n for n, point in self.hook_dict.items() if not isinstance(point, HookPoint)]  # within an SAE, say
-        fwd += [(n, caching.save) for n in others if recorder.records(n) and not self.why_silent(n, inputs, kwargs)]
-        firing: list[str] = []
-        if incl_bwd or not reset_hooks_end:  # these need hooks, and hooks need names
-            wanted = default_filter(self) if names is None else names.__contains__
-            firing = [n for n in self.hook_dict if wanted(n) and not self.why_silent(n, inputs, kwargs)]
-        bwd = [(name, partial(caching.save, suffix="_grad")) for name in firing] if incl_bwd else []
-        if not reset_hooks_end:
-            fwd += [(name, caching.save) for name in firing if recorder.records(name) and name not in others]
-            recorder = None
-        with self.hooks(fwd, bwd, reset_hooks_end, clear_contexts):
-            out = self(inputs, *args, recorder=recorder, **kwargs)
-            if incl_bwd:
-                out.backward()
-        why_not = ""
-        if kwargs.get("past_kv_cache") is not None:
-            why_not = "the run continued a key-value cache, whose keys are not in this cache"
-        elif cut.mode != "identity":
-            why_not = "pos_slice cut the keys"
-        mask = inputs_mask(self.cfg, inputs, None)
-        vision_mask = None
-        if inputs.has_visuals and self.cfg.vision is not None:
-            vision_mask = image_pass(self, inputs.grids, inputs.device).patches.mask
-        cache = VLMCache(caching.store, self, not remove_batch_dim, mask, vision_mask, why_not, inputs)
-        cache.exchanged = cache.vision.exchanged = exchanged_patterns(self) if touched else frozenset()
-        if not reset_hooks_end:
-            caching.put = cache.follow
-        return out, cache
+    set_use_attn_result = switches.set_use_attn_result
+    set_use_split_qkv_input = switches.set_use_split_qkv_input
+    set_use_attn_in = switches.set_use_attn_in
+    set_use_hook_mlp_in = switches.set_use_hook_mlp_in
 
-    def _names_to_store(
-        self, names_filter: HookName | Sequence[str] | None, inputs: VLMInputs, run: Mapping[str, Any]
-    ) -> list[str] | None:
-        """The names that a cache asks for; None for all that fire."""
-        if names_filter is None:
-            return None
-        if callable(names_filter):  # a filter means: of those that fire
-            self.check_reachable([names_filter], inputs, run)
-            return [n for n in self.hook_dict if names_filter(n) and not self.why_silent(n, inputs, run)]
-        several = isinstance(names_filter, Iterable) and not isinstance(names_filter, str)
-        names: list[Any] = list(names_filter) if several else [names_filter]
-        self.check_reachable(names, inputs, run)
-        return [canonical(name, self.hook_dict) for name in names]
+    # ---------------------------------------------------------------- answers
+
+    generate = generation.generate
+    log_probs = generation.log_probs
+
+    # ---------------------------------------------------------------- weights
+
+    W_Q, W_K, W_V, W_O = (stacked_view("attn", name) for name in ("W_Q", "W_K", "W_V", "W_O"))
+    b_Q, b_K, b_V, b_O = (stacked_view("attn", name) for name in ("b_Q", "b_K", "b_V", "b_O"))
+    W_in, W_gate, W_out = (stacked_view("mlp", name) for name in ("W_in", "W_gate", "W_out"))
+    b_in, b_out = (stacked_view("mlp", name) for name in ("b_in", "b_out"))
+    W_E, W_U, b_U = weights.W_E, weights.W_U, weights.b_U
+    absent_biases = property(weights.absent_biases)
+    tl_parameters = weights.tl_parameters
+    tl_state_dict = weights.tl_state_dict
+    blocks_with = weights.blocks_with
+    accumulated_bias = weights.accumulated_bias
+    tokens_to_residual_directions = weights.tokens_to_residual_directions
+
+    # ---------------------------------------------------------------- checkpoints
+
+    from_pretrained = classmethod(checkpoints.from_pretrained)
+    without_weights = classmethod(checkpoints.without_weights)
+    from_hf = classmethod(checkpoints.from_hf)
+    to_hf_state_dict = saving.to_hf_state_dict
+    save_pretrained = saving.save_pretrained
+    identity = identity.identity
+
+    def _apply(self, fn: Callable, recurse: bool = True) -> Any:
+        # every move and cast (.to, .cuda, .half, ...) comes through here: cfg follows
+        if self.device_map:
+            raise InputError("this model is spread over devices and stays so: load it again with what you want instead")
+        if self.cfg.quantize is not None:
+            raise InputError(f"this model's weights are {self.cfg.quantize}: load it again where and as you want it")
+        moved = super()._apply(fn, recurse)
+        self.cfg = self.cfg.with_(device=self.embed.weight.device, dtype=self.embed.weight.dtype)
+        return moved

@@ -6,7 +6,6 @@ tensors made. The two paths compute the same function (tested in float32 and bfl
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -14,7 +13,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from hooked_vlm.errors import HookError
-from hooked_vlm.nn.components import AllHeadsNorm, Linear, WithViews, weight_view
+from hooked_vlm.nn.components import AllHeadsNorm, Linear, WithViews, bias_by_head, by_head, project, weight_view
 from hooked_vlm.nn.forward_pass import ForwardPass
 from hooked_vlm.nn.hooks import HookPoint, current_pass, has_context, listens
 from hooked_vlm.nn.masks import AttentionMask
@@ -160,15 +159,15 @@ class Attention(WithViews):
 
     @weight_view
     def W_Q(self) -> Float[Tensor, "head d_model d_head"]:
-        return _by_head(values_of(self.q_proj), self.n_heads)
+        return by_head(values_of(self.q_proj), self.n_heads)
 
     @weight_view
     def W_K(self) -> Float[Tensor, "kv_head d_model d_head"]:
-        return _by_head(values_of(self.k_proj), self.n_key_value_heads)
+        return by_head(values_of(self.k_proj), self.n_key_value_heads)
 
     @weight_view
     def W_V(self) -> Float[Tensor, "kv_head d_model d_head"]:
-        return _by_head(values_of(self.v_proj), self.n_key_value_heads)
+        return by_head(values_of(self.v_proj), self.n_key_value_heads)
 
     @weight_view
     def W_O(self) -> Float[Tensor, "head d_head d_model"]:
@@ -176,55 +175,20 @@ class Attention(WithViews):
 
     @weight_view
     def b_Q(self) -> Float[Tensor, "head d_head"]:
-        return _bias_by_head(self.q_proj, self.n_heads)
+        return bias_by_head(self.q_proj, self.n_heads)
 
     @weight_view
     def b_K(self) -> Float[Tensor, "kv_head d_head"]:
-        return _bias_by_head(self.k_proj, self.n_key_value_heads)
+        return bias_by_head(self.k_proj, self.n_key_value_heads)
 
     @weight_view
     def b_V(self) -> Float[Tensor, "kv_head d_head"]:
-        return _bias_by_head(self.v_proj, self.n_key_value_heads)
+        return bias_by_head(self.v_proj, self.n_key_value_heads)
 
     @weight_view
     def b_O(self) -> Float[Tensor, "d_model"]:
         o_proj = self.o_proj
         return absent_bias(o_proj, o_proj.out_features) if o_proj.bias is None else values_of(o_proj, "bias")
-
-
-def project(linear: nn.Module, x: Float[Tensor, "*dims d_model"], n_heads: int) -> Float[Tensor, "*out head d_head"]:
-    """x W by heads. `x` is [..., d_model], or [batch, pos, head, d_model] with an input of its own for each head.
-
-    What is not a plain linear layer, or is hooked, is called for each head's input.
-    """
-    if x.ndim < 4:
-        return linear(x).reshape(*x.shape[:-1], n_heads, -1)
-    if not is_plain(linear):
-        by_head = [linear(x[..., head, :]).unflatten(-1, (n_heads, -1))[..., head, :] for head in range(n_heads)]
-        return torch.stack(by_head, dim=-2)
-    out = torch.einsum("...hm,hmd->...hd", x, _by_head(values_of(linear), n_heads))
-    return out if linear.bias is None else out + _bias_by_head(linear, n_heads)
-
-
-def project_head(
-    linear: nn.Module, x: Float[Tensor, "batch pos d_model"], n_heads: int, head: int
-) -> Float[Tensor, "batch pos d_head"]:
-    """x W of one head."""
-    if not is_plain(linear):
-        return project(linear, x, n_heads)[..., head, :]
-    out = x @ _by_head(values_of(linear), n_heads)[head]
-    return out if linear.bias is None else out + _bias_by_head(linear, n_heads)[head]
-
-
-def _by_head(weight: Tensor, n_heads: int) -> Tensor:
-    """[head * d_head, d_model] seen as [head, d_model, d_head]; a view."""
-    return weight.view(n_heads, -1, weight.shape[1]).transpose(1, 2)
-
-
-def _bias_by_head(linear: Any, n_heads: int) -> Tensor:
-    if linear.bias is None:
-        return absent_bias(linear, n_heads, linear.out_features // n_heads)
-    return values_of(linear, "bias").view(n_heads, -1)
 
 
 # ---------------------------------------------------------------- scores, pattern, z

@@ -13,7 +13,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from hooked_vlm.nn.hooks import HookPoint
-from hooked_vlm.nn.weight_access import absent_bias, bias_of, values_of
+from hooked_vlm.nn.weight_access import absent_bias, bias_of, is_plain, values_of
 
 
 def quick_gelu(x: Tensor) -> Tensor:
@@ -205,3 +205,38 @@ class Unembed(WithViews, nn.Linear):
     @weight_view
     def b_U(self) -> Float[Tensor, "d_vocab"]:
         return absent_bias(self, self.out_features)
+
+
+def project(linear: nn.Module, x: Float[Tensor, "*dims d_model"], n_heads: int) -> Float[Tensor, "*out head d_head"]:
+    """x W by heads. `x` is [..., d_model], or [batch, pos, head, d_model] with an input of its own for each head.
+
+    What is not a plain linear layer, or is hooked, is called for each head's input.
+    """
+    if x.ndim < 4:
+        return linear(x).reshape(*x.shape[:-1], n_heads, -1)
+    if not is_plain(linear):
+        each = [linear(x[..., head, :]).unflatten(-1, (n_heads, -1))[..., head, :] for head in range(n_heads)]
+        return torch.stack(each, dim=-2)
+    out = torch.einsum("...hm,hmd->...hd", x, by_head(values_of(linear), n_heads))
+    return out if linear.bias is None else out + bias_by_head(linear, n_heads)
+
+
+def project_head(
+    linear: nn.Module, x: Float[Tensor, "batch pos d_model"], n_heads: int, head: int
+) -> Float[Tensor, "batch pos d_head"]:
+    """x W of one head."""
+    if not is_plain(linear):
+        return project(linear, x, n_heads)[..., head, :]
+    out = x @ by_head(values_of(linear), n_heads)[head]
+    return out if linear.bias is None else out + bias_by_head(linear, n_heads)[head]
+
+
+def by_head(weight: Tensor, n_heads: int) -> Tensor:
+    """[head * d_head, d_model] seen as [head, d_model, d_head]; a view."""
+    return weight.view(n_heads, -1, weight.shape[1]).transpose(1, 2)
+
+
+def bias_by_head(linear: Any, n_heads: int) -> Tensor:
+    if linear.bias is None:
+        return absent_bias(linear, n_heads, linear.out_features // n_heads)
+    return values_of(linear, "bias").view(n_heads, -1)

@@ -13,6 +13,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from hooked_vlm.config import VLMConfig
+from hooked_vlm.errors import InputError
 from hooked_vlm.inputs.vlm_inputs import VLMInputs
 from hooked_vlm.nn.hooks import shows_modules
 from hooked_vlm.nn.kv_cache import EarlierKeys, KVCache
@@ -202,3 +203,17 @@ def _rotation(
     cfg: VLMConfig, position_ids: Int[Tensor, "3 batch pos"], lengths: Int[Tensor, "batch"], dtype: torch.dtype
 ) -> Rotation:
     return text_rotation(position_ids, cfg.d_head, cfg.rope_theta, cfg.mrope_section, dtype, cfg.rope_scaling, lengths)
+
+
+def check_context(cfg: VLMConfig, inputs: VLMInputs, n_past: int) -> None:
+    """Refuse more tokens than the context holds, `n_past` in a key-value cache included.
+
+    Raises:
+        InputError: names the number of tokens and the context.
+    """
+    longest = max(b - a for a, b in zip(inputs.first, inputs.stop, strict=True)) + n_past
+    if longest > cfg.n_ctx and longest > cfg.n_ctx_limit:  # a scaling of positions may stretch n_ctx
+        vision = cfg.vision
+        bound = "max_pixels" if vision is None or vision.tile_size is None else "max_tiles"
+        lower = f", or lower {bound} in model.to_inputs(..., {bound}=)" if vision is not None else ""
+        raise InputError(f"{longest} tokens do not fit the context of {cfg.n_ctx_limit}: shorten the prompt{lower}")

@@ -15,7 +15,7 @@ from hooked_vlm.inputs.vlm_inputs import VLMInputs
 from hooked_vlm.interventions import Head, Intervention
 from hooked_vlm.interventions.base import Hooks, first_position, position_table, positions_mask
 from hooked_vlm.interventions.heads import check_heads
-from hooked_vlm.nn.attention import project_head
+from hooked_vlm.nn.components import project_head
 from hooked_vlm.nn.hooks import silent_hook_points
 from hooked_vlm.patching.cells import in_range
 from hooked_vlm.patching.exact import Metrics, checked, encoded_sides, swept, warn_of_bad_numbers

@@ -10,7 +10,7 @@ import torch
 
 from hooked_vlm.analysis.text_table import size
 from hooked_vlm.errors import InputError
-from hooked_vlm.loading.checkpoints import find_checkpoint
+from hooked_vlm.loading.folders import find_checkpoint
 from hooked_vlm.model.hook_shapes import prompt_with_picture
 from hooked_vlm.model.identity import provenance
 from hooked_vlm.model.memory import memory_plan

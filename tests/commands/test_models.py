@@ -9,7 +9,7 @@ import pytest
 from hooked_vlm import cli
 from hooked_vlm.commands.models import GPU_SIZES, ModelsConfig, answer, model_row
 from hooked_vlm.converters import KNOWN_MODELS
-from hooked_vlm.loading.checkpoints import TOY_MODELS
+from hooked_vlm.loading.folders import TOY_MODELS
 from tools.checkpoint_page import page
 
 PAGE = Path(__file__).resolve().parent.parent.parent / "docs" / "checkpoints.md"

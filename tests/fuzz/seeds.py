@@ -15,7 +15,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from hooked_vlm import HookedVLM
-from hooked_vlm.loading.checkpoints import TOY_MODELS
+from hooked_vlm.loading.folders import TOY_MODELS
 
 INTERNVL_KINDS = ("qwen2", "phi3", "llama-dynamic")
 

@@ -16,7 +16,7 @@ from transformers import AutoTokenizer, Qwen2VLForConditionalGeneration
 from hooked_vlm import HookedVLM
 from hooked_vlm.converters import KNOWN_MODELS, converter_for
 from hooked_vlm.errors import CheckpointError
-from hooked_vlm.loading.checkpoints import _config
+from hooked_vlm.loading.settings import model_config
 
 
 def equal(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> None:
@@ -164,7 +164,7 @@ def test_saving_never_overwrites_and_leaves_nothing_behind(tmp_path: Path, monke
     def fail(*args: Any) -> None:
         raise OSError("disk full")
 
-    monkeypatch.setattr("hooked_vlm.loading.checkpoints.save_torch_state_dict", fail)
+    monkeypatch.setattr("hooked_vlm.loading.saving.save_torch_state_dict", fail)
     with pytest.raises(CheckpointError, match="disk full"):
         tiny_model().save_pretrained(tmp_path / "new")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["full"]
@@ -191,7 +191,7 @@ def test_an_unsupported_architecture_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", KNOWN_MODELS)
 def test_published_sizes_have_the_published_number_of_parameters(name: str) -> None:
     known = KNOWN_MODELS[name]
-    cfg = _config(converter_for(known.config), known.config, {})
+    cfg = model_config(converter_for(known.config), known.config, {})
     with torch.device("meta"):
         model = HookedVLM(cfg)
     assert sum(parameter.numel() for parameter in model.parameters()) == known.n_params

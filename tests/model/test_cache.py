@@ -8,6 +8,7 @@ from transformer_lens import ActivationCache
 from transformer_lens.utilities import Slice
 
 from hooked_vlm import HookError, InputError, VLMCache
+from hooked_vlm.model.hook_checks import switched_off
 from hooked_vlm.model.hook_table import hook_table
 from hooked_vlm.nn import attention
 from hooked_vlm.nn.hooks import is_quadratic, is_vision
@@ -37,7 +38,7 @@ def all_names(cache: VLMCache) -> set[str]:
 
 def firing_names() -> set[str]:
     model = tiny.tiny_model()
-    return {n for n in model.hook_dict if not model._switched_off(n)}
+    return {n for n in model.hook_dict if not switched_off(model, n)}
 
 
 # ---- what is stored ----

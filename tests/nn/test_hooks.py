@@ -10,6 +10,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from hooked_vlm import HookedVLM, HookError, VLMInputs
+from hooked_vlm.model.hook_checks import switched_off
 from hooked_vlm.model.hook_table import HookRow, hook_table
 from hooked_vlm.nn.attention import attend
 from hooked_vlm.nn.hooks import HookPoint, is_encoder, is_quadratic, is_vision
@@ -43,7 +44,7 @@ def own_model(switched: bool, tiles: str = "", own_inputs: str = "use_split_qkv_
 
 def live_names(model: HookedVLM) -> list[str]:
     """Every hook point that is switched on."""
-    return [n for n in model.hook_dict if not model._switched_off(n)]
+    return [n for n in model.hook_dict if not switched_off(model, n)]
 
 
 @pytest.fixture(

@@ -12,7 +12,7 @@ from safetensors import safe_open
 from transformers import AutoTokenizer
 
 from hooked_vlm import HookedVLM
-from hooked_vlm.loading.checkpoints import TOY_MODELS
+from hooked_vlm.loading.folders import TOY_MODELS
 from hooked_vlm.toys import pages as data
 from hooked_vlm.toys.pages import Sample
 from tools.toy_training.batches import collate, decoder_output

@@ -13,7 +13,7 @@ from torch import nn
 
 from hooked_vlm import HookedVLM, InputError, cli
 from hooked_vlm.commands.verify import VerifyConfig
-from hooked_vlm.loading.checkpoints import TOY_MODELS
+from hooked_vlm.loading.folders import TOY_MODELS
 from hooked_vlm.model.identity import weights_hash
 from hooked_vlm.verify import run
 from hooked_vlm.verify.compare import cost, differences, equal_tokens, rounding_errors

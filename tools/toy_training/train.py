@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from hooked_vlm.errors import OutputError
-from hooked_vlm.loading.checkpoints import TOY_MODELS
+from hooked_vlm.loading.folders import TOY_MODELS
 from hooked_vlm.runtime.files import atomic_write, writable_folder
 from hooked_vlm.toys import pages as data
 from hooked_vlm.toys.pages import Sample

@@ -1,0 +1,110 @@
+"""A model's configuration, tokens and image processor from the settings in a checkpoint folder."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from hooked_vlm.config import RopeScaling, VisionConfig, VLMConfig
+from hooked_vlm.converters import DTYPES
+from hooked_vlm.converters.fields import Fields
+from hooked_vlm.errors import CheckpointError, ImageError
+from hooked_vlm.inputs.images import ImageProcessor
+from hooked_vlm.inputs.templates import template_named
+from hooked_vlm.inputs.tiles import TileProcessor
+
+
+def as_dtype(wanted: torch.dtype | str | None) -> torch.dtype | None:
+    """A dtype, also by its name; None for None and "auto".
+
+    Raises:
+        CheckpointError: no such dtype, or none that weights can have.
+    """
+    if wanted is None or wanted == "auto":
+        return None
+    dtype = DTYPES.get(wanted) if isinstance(wanted, str) else wanted
+    if dtype not in DTYPES.values():
+        raise CheckpointError(f'dtype must be "auto" or one of {", ".join(DTYPES)}, got {wanted!r}')
+    return dtype
+
+
+def as_device(wanted: torch.device | str | None) -> torch.device:
+    """A device that holds tensors; CUDA, if there is one, by default."""
+    try:
+        device = torch.device(wanted or ("cuda" if torch.cuda.is_available() else "cpu"))
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise CheckpointError(f"cannot use the device {str(wanted)!r} ({reason}): pass device=None or 'cpu'") from error
+    return device
+
+
+def model_config(converter: Any, hf_config: Mapping[str, Any], generation: Mapping[str, Any]) -> VLMConfig:
+    fields = converter.config_kwargs(hf_config)
+    vision, scaling = fields.pop("vision"), fields.pop("rope_scaling", None)
+    cfg = VLMConfig(
+        **fields,
+        vision=None if vision is None else VisionConfig(**vision),
+        rope_scaling=None if scaling is None else RopeScaling(**scaling),
+    )
+    stated = Fields(generation, where="generation_config.json")
+    pad = stated.token_id("pad_token_id")
+    return cfg.with_(
+        eos_token_ids=stated.token_ids("eos_token_id", cfg.eos_token_ids),
+        pad_token_id=pad if cfg.pad_token_id is None else cfg.pad_token_id,
+    )
+
+
+def processor_of(settings: Mapping[str, Any], cfg: VLMConfig) -> ImageProcessor | TileProcessor | None:
+    """The checkpoint's image processor, with the vision tower's sizes where the file is silent."""
+    vision = cfg.vision
+    if vision is None:
+        return None
+    sizes = {
+        "patch_size": vision.patch_size,
+        "temporal_patch_size": vision.temporal_patch_size,
+        "merge_size": vision.merge_size,
+    }
+    try:
+        if vision.tile_size is not None:
+            names = (
+                "tile_size",
+                "patch_size",
+                "merge_size",
+                "min_tiles",
+                "max_tiles",
+                "thumbnail",
+                "transposed_tokens",
+            )
+            return TileProcessor.from_dict(settings, **{name: getattr(vision, name) for name in names})
+        processor = ImageProcessor.from_dict({**sizes, **settings})
+    except ImageError as error:
+        raise CheckpointError(f"preprocessor_config.json (or what config.json says of images): {error}") from error
+    for name, size in sizes.items():
+        if getattr(processor, name) != size:
+            raise CheckpointError(
+                f"preprocessor_config.json says {name} = {getattr(processor, name)}, config.json {size}"
+            )
+    return processor
+
+
+def with_tokens(cfg: VLMConfig, tokenizer: Any) -> VLMConfig:
+    """What only the tokenizer knows of a model that tiles images: its placeholders, and where answers end."""
+    if cfg.vision is None or cfg.vision.tile_size is None or tokenizer is None:
+        return cfg
+    known = tokenizer.get_vocab()
+    names = {
+        "image_token_id": "<IMG_CONTEXT>",
+        "vision_start_token_id": "<img>",
+        "vision_end_token_id": "</img>",
+    }
+    found: dict[str, Any] = {field: known[token] for field, token in names.items() if token in known}
+    if cfg.chat_template is not None and (stop := template_named(cfg.chat_template).stop) in known:
+        found["eos_token_ids"] = (known[stop],)
+    outside = {token: i for token, i in known.items() if token in names.values() and i >= cfg.d_vocab}
+    if outside:
+        raise CheckpointError(
+            f"the tokenizer's {outside} lie outside the vocabulary of {cfg.d_vocab} that config.json states: are the "
+            "files of one checkpoint?"
+        )
+    return cfg.with_(**found)

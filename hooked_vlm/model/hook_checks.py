@@ -1,0 +1,128 @@
+"""Checks of hooks before they are set: a hook that cannot act is refused."""
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+from transformer_lens import hook_points
+
+from hooked_vlm.errors import HookError
+from hooked_vlm.inputs.vlm_inputs import VLMInputs
+from hooked_vlm.nn.hooks import HookName, canonical, is_encoder, is_vision, nearest_names
+
+if TYPE_CHECKING:
+    from hooked_vlm.model.vlm import HookedVLM
+
+_SWITCHES = (
+    (("hook_result",), "use_attn_result"),
+    (("hook_q_input", "hook_k_input", "hook_v_input"), "use_split_qkv_input"),
+    (("hook_attn_in",), "use_attn_in"),
+    (("hook_mlp_in",), "use_hook_mlp_in"),
+)
+
+
+def check_hook_name(model: "HookedVLM", name: HookName) -> None:
+    """Refuse a hook that could not act in any run.
+
+    Raises:
+        HookError: no hook point has this name (or none passes this filter), it is switched off, or another module
+            stands in its place; neither a name nor a filter.
+    """
+    points_of(model, name)
+
+
+def points_of(model: "HookedVLM", name: HookName) -> list[hook_points.HookPoint]:
+    """The hook points that a name or filter means.
+
+    Raises:
+        HookError: as `check_hook_name`.
+    """
+    matches = _matches(model, name)
+    reasons = [switched_off(model, n) for n in matches]
+    if all(reasons):
+        raise HookError(f"{matches[0]!r} {reasons[0]}")
+    return [model.hook_dict[n] for n in matches]
+
+
+def check_reachable(model: "HookedVLM", names: Sequence[HookName], inputs: VLMInputs, run: Mapping[str, Any]) -> None:
+    """Refuse hooks that would not act in this run; of a filter, if nothing it matches would.
+
+    Args:
+        run: the keyword arguments of `forward`.
+
+    Raises:
+        HookError: see `check_hook_name`; or the run does not pass the point.
+    """
+    for name in names:
+        matches = _matches(model, name)
+        reasons = [why_silent(model, n, inputs, run) for n in matches]
+        if all(reasons):
+            raise HookError(f"{matches[0]!r} is hooked but cannot act: {reasons[0]}")
+
+
+def why_silent(model: "HookedVLM", name: str, inputs: VLMInputs, run: Mapping[str, Any]) -> str:
+    """Why a hook point would not fire in a run; empty if it would."""
+    if why := switched_off(model, name):
+        return f"it {why}"
+    if is_vision(name) and not inputs.has_visuals:
+        return "there is no image in the input"
+    if is_encoder(name) and inputs.image_features is not None:
+        return "the image features in these inputs were computed before"
+    if run.get("resid") is not None and (is_vision(name) or name == "hook_embed"):
+        return "the run starts from resid"
+    start, stop = run.get("start_at_layer") or 0, run.get("stop_at_layer")
+    if stop is not None and name.startswith("ln_final"):
+        return f"the run stops before layer {stop}"
+    if name.startswith("blocks."):
+        layer, n = int(name.split(".")[1]), model.cfg.n_layers
+        if layer < (start + n if start < 0 else start):
+            return f"the run starts at layer {start}"
+        if stop is not None and layer >= (stop + n if stop < 0 else stop):
+            return f"the run stops before layer {stop}"
+    return ""
+
+
+def _matches(model: "HookedVLM", name: HookName) -> list[str]:
+    """The names of the hook points that a name or filter means."""
+    if isinstance(name, str):
+        own = canonical(name, model.hook_dict)
+        if own not in model.hook_dict:
+            stands = dict(model.named_modules()).get(own)
+            why = (
+                f" A {type(stands).__name__} stands there."
+                if stands is not None
+                else nearest_names(name, model.hook_dict)
+            )
+            raise HookError(f"there is no hook point {name!r}.{why}")
+        return [own]
+    if not callable(name):
+        raise HookError(f"a hook point is given by its name or by a filter of names, got {name!r}")
+    matches = [n for n in model.hook_dict if name(n)]
+    if not matches:
+        raise HookError("this hook filter matches none of the model's hook points (see model.hook_dict)")
+    return matches
+
+
+def switched_off(model: "HookedVLM", name: str) -> str:
+    if why := _replaced(model, name):
+        return why
+    for suffixes, flag in _SWITCHES:
+        if name.endswith(suffixes) and not getattr(model.cfg, flag):
+            return f"is switched off and would never fire: call model.set_{flag}(True) first"
+    if model.cfg.vision is not None and name.startswith("vision.blocks."):
+        n_run = model.cfg.vision.n_layers_run
+        if int(name.split(".")[2]) >= n_run:
+            return f"lies behind the last layer that this checkpoint's projector reads ({n_run - 1})"
+    return ""
+
+
+def _replaced(model: "HookedVLM", name: str) -> str:
+    """Why a hook point is no longer part of the model, if another module was put in its place."""
+    module: nn.Module | None = model
+    for part in name.split("."):
+        module = None if module is None else module._modules.get(part)
+    point = model.hook_dict[name]
+    if module is point or any(part is point for part in model.modules()):  # the second where a block was wrapped
+        return ""
+    stands = "nothing" if module is None else type(module).__name__
+    return f"is not in the model any more ({stands} stands in its place): call model.setup() after such a change"
