@@ -1,4 +1,4 @@
-"""Where a checkpoint's files are: a folder, a bundled model or the hub."""
+"""Folders of checkpoints: given, bundled with the library, or downloaded from the hub."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -26,10 +26,10 @@ def find_checkpoint(
     local_files_only: bool = False,
     files: Sequence[str] = FILES,
 ) -> Path:
-    """The folder of a checkpoint; of a hub name those of its `files` (patterns) are downloaded.
+    """Return the folder of a checkpoint; of a hub name, files that match `files` (patterns) are downloaded.
 
     Raises:
-        CheckpointError: there is none, or the hub does not give it.
+        CheckpointError: there is none, or the hub refuses it.
     """
     name, toys = str(name_or_path), bundled_models()
     if name in toys and not Path(name).exists():

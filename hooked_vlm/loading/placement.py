@@ -8,7 +8,7 @@ part may also be kept on the CPU or on disk and be loaded, matrix by matrix, whe
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate import infer_auto_device_map
@@ -20,6 +20,9 @@ from torch import Tensor, nn
 from hooked_vlm.errors import CheckpointError
 from hooked_vlm.nn.weight_access import check_unedited
 
+if TYPE_CHECKING:
+    from hooked_vlm.model.vlm import HookedVLM
+
 ENDS = ("embed", "ln_final", "unembed")
 _WHOLE = ["Block", "PatchEmbed", "TileEmbed", "Projector"]
 
@@ -30,7 +33,7 @@ a part may stand for all below it ("blocks", "" for everything)."""
 
 @dataclass(frozen=True)
 class Spread:
-    """What the user asked for."""
+    """Requested placement: device map, memory limits, folder for offloaded weights."""
 
     device_map: DeviceMap
     max_memory: Mapping[int | str, int | str] | None = None
@@ -48,11 +51,11 @@ class Placement:
         return self.devices["embed"]
 
     def of(self, name: str) -> str:
-        """Where a parameter is kept."""
+        """Device that keeps a parameter."""
         return next(device for part, device in self.devices.items() if name.startswith(f"{part}."))
 
     def home(self, name: str) -> str:
-        """Where a parameter is when it is not computing: nowhere ("meta"), if it is offloaded."""
+        """Device of a parameter between uses: "meta" if it is offloaded."""
         device = self.of(name)
         return "meta" if self.offloads(device) else device
 
@@ -61,8 +64,8 @@ class Placement:
         return device == "disk" or (device == "cpu" and self.main != "cpu")
 
 
-def planned(model: nn.Module, spread: Spread, dtype: torch.dtype) -> Placement:
-    """Where each part of a model (on the meta device) is to be.
+def planned(model: "HookedVLM", spread: Spread, dtype: torch.dtype) -> Placement:
+    """Plan a device for each part of a model on the meta device.
 
     Raises:
         CheckpointError: an unknown part or device, parts without a place, the ends of the stream not together, or not
@@ -80,8 +83,8 @@ def planned(model: nn.Module, spread: Spread, dtype: torch.dtype) -> Placement:
     return Placement(devices)
 
 
-def _parts(model: nn.Module) -> list[str]:
-    """What is placed as a whole, in the order of a pass."""
+def _parts(model: "HookedVLM") -> list[str]:
+    """Names of the parts that are placed as a whole, in the order of a pass."""
     return [name for name, module in model.named_modules() if name in ENDS or type(module).__name__ in _WHOLE]
 
 
@@ -109,7 +112,7 @@ def _device_name(device: int | str | torch.device) -> str:
     return "cuda:0" if str(found) == "cuda" else str(found)
 
 
-def _inferred(model: Any, spread: Spread, dtype: torch.dtype) -> dict[str, int | str | torch.device]:
+def _inferred(model: "HookedVLM", spread: Spread, dtype: torch.dtype) -> dict[str, int | str | torch.device]:
     """`accelerate`'s plan for the towers and the projector, on what the stream's ends leave of the first device."""
     model.to(dtype)
     memory = get_max_memory(None if spread.max_memory is None else dict(spread.max_memory))
@@ -165,7 +168,7 @@ def offloaded_weights(
     return OffloadedWeightsLoader(state_dict=kept, save_folder=folder, index=index)
 
 
-def attach(model: nn.Module, placement: Placement, offloaded: Mapping[str, Tensor]) -> None:
+def attach(model: "HookedVLM", placement: Placement, offloaded: Mapping[str, Tensor]) -> None:
     """Have every part take its inputs to its device, and its weights there if they are kept elsewhere."""
     for part, device in placement.devices.items():
         module = model.get_submodule(part)

@@ -6,7 +6,7 @@ over the range of its row (or group). `W_Q` and
 the like read as the numbers the steps stand for, and refuse edits.
 """
 
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import nn
@@ -14,12 +14,15 @@ from torch import nn
 from hooked_vlm.errors import CheckpointError
 from hooked_vlm.nn.weight_access import is_quantised
 
+if TYPE_CHECKING:
+    from hooked_vlm.model.vlm import HookedVLM
+
 QUANTISED = ("blocks.", "vision.blocks.", "projector.")
 
 Bits = Literal["int8", "int4"]
 
 
-def quantize_weights(model: Any, how: Bits | Any) -> None:
+def quantize_weights(model: "HookedVLM", how: Bits | Any) -> None:
     """Round a model's matrices, one after the other, and put it on `model.cfg.device`.
 
     Args:

@@ -89,7 +89,7 @@ def processor_of(settings: Mapping[str, Any], cfg: VLMConfig) -> ImageProcessor 
 
 
 def with_tokens(cfg: VLMConfig, tokenizer: Any) -> VLMConfig:
-    """What only the tokenizer knows of a model that tiles images: its placeholders, and where answers end."""
+    """Add the tokens that only the tokenizer knows of a model that tiles images: placeholders and stop token."""
     if cfg.vision is None or cfg.vision.tile_size is None or tokenizer is None:
         return cfg
     known = tokenizer.get_vocab()

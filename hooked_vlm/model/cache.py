@@ -1,7 +1,7 @@
 """`VLMCache`: TransformerLens' `ActivationCache` for models with images and unfolded norms."""
 
 from collections.abc import Iterable
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
@@ -16,6 +16,9 @@ from hooked_vlm.nn.attention import attention_pattern, masked_scores
 from hooked_vlm.nn.hooks import canonical, is_vision, nearest_names
 from hooked_vlm.nn.masks import AttentionMask
 
+if TYPE_CHECKING:
+    from hooked_vlm.model.vlm import HookedVLM
+
 
 class DerivingCache(ActivationCache):
     """An `ActivationCache` that need not hold scores and patterns.
@@ -28,7 +31,7 @@ class DerivingCache(ActivationCache):
     def __init__(
         self,
         cache_dict: dict[str, Tensor],
-        model: Any,
+        model: "HookedVLM",
         has_batch_dim: bool,
         n_layers: int,
         attention_mask: AttentionMask | None,
@@ -125,10 +128,12 @@ class VLMCache(DerivingCache):
     norm weights are not folded.
     """
 
+    model: "HookedVLM"  # pyright: ignore[reportIncompatibleVariableOverride] (narrower than TransformerLens')
+
     def __init__(
         self,
         cache_dict: dict[str, Tensor],
-        model: Any,
+        model: "HookedVLM",
         has_batch_dim: bool = True,
         attention_mask: AttentionMask | None = None,
         vision_mask: AttentionMask | None = None,
@@ -240,7 +245,7 @@ class VLMCache(DerivingCache):
         has_batch_dim: bool = True,
         recompute_ln: bool = False,
     ) -> Tensor:
-        """As in TransformerLens, then multiplied by the norm's learned weight (which there must be folded)."""
+        """Apply the final norm as TransformerLens does, then its learned weight (which must be folded there)."""
         out = super().apply_ln_to_stack(
             residual_stack, layer, mlp_input, pos_slice, batch_slice, has_batch_dim, recompute_ln
         )

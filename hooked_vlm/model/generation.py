@@ -38,9 +38,9 @@ def generate(
 
     Args:
         input: a `VLMInputs` (padded on the left, if at all), token ids or raw text.
-        max_new_tokens: at most so many; fewer if every row has stopped, or the context is full.
+        max_new_tokens: maximum; fewer if every row has stopped, or the context is full.
         do_sample: draw from softmax(logits / temperature) instead of taking the largest logit.
-        top_k: draw from so many likeliest tokens.
+        top_k: draw from the `top_k` likeliest tokens.
         top_p: draw from the smallest set with this probability.
         stop_at_eos: a row ends with its first stop token (generation_config.json's); what follows is
             padding.
@@ -101,7 +101,7 @@ def _texts(model: "HookedVLM", tokens: Int[Tensor, "batch new"], stops: Int[Tens
 
 
 def log_probs(model: "HookedVLM", inputs: VLMInputs, answer: Answer) -> Float[Tensor, "batch answer"]:
-    """Log-probability of every token of `answer` after the prompt, in one forward pass.
+    """Compute the log-probability of every token of `answer` after the prompt, in one forward pass.
 
     Where rows have answers of different lengths the shorter ones end in zeros, so that `.sum(-1)` is
     the log-probability of each whole answer.

@@ -32,7 +32,7 @@ def check_hook_name(model: "HookedVLM", name: HookName) -> None:
 
 
 def points_of(model: "HookedVLM", name: HookName) -> list[hook_points.HookPoint]:
-    """The hook points that a name or filter means.
+    """Return the hook points of a name or filter.
 
     Raises:
         HookError: as `check_hook_name`.
@@ -61,7 +61,7 @@ def check_reachable(model: "HookedVLM", names: Sequence[HookName], inputs: VLMIn
 
 
 def why_silent(model: "HookedVLM", name: str, inputs: VLMInputs, run: Mapping[str, Any]) -> str:
-    """Why a hook point would not fire in a run; empty if it would."""
+    """Reason why a hook point would not fire in a run; empty if it fires."""
     if why := switched_off(model, name):
         return f"it {why}"
     if is_vision(name) and not inputs.has_visuals:
@@ -83,7 +83,7 @@ def why_silent(model: "HookedVLM", name: str, inputs: VLMInputs, run: Mapping[st
 
 
 def _matches(model: "HookedVLM", name: HookName) -> list[str]:
-    """The names of the hook points that a name or filter means."""
+    """Return the names of the hook points of a name or filter."""
     if isinstance(name, str):
         own = canonical(name, model.hook_dict)
         if own not in model.hook_dict:
@@ -117,7 +117,7 @@ def switched_off(model: "HookedVLM", name: str) -> str:
 
 
 def _replaced(model: "HookedVLM", name: str) -> str:
-    """Why a hook point is no longer part of the model, if another module was put in its place."""
+    """Reason why a hook point is not part of the model any more; empty if it is."""
     module: nn.Module | None = model
     for part in name.split("."):
         module = None if module is None else module._modules.get(part)

@@ -76,7 +76,7 @@ def filled(row: HookRow, cfg: VLMConfig, prompt: PromptSize | None = None) -> tu
 
 
 def layers_of(row: HookRow, cfg: VLMConfig) -> int:
-    """How many layers have this hook point and run; 1 where it belongs to no layer."""
+    """Number of running layers with this hook point; 1 where it belongs to no layer."""
     if "{l}" not in row.name:
         return 1
     if not is_vision(row.name):

@@ -1,4 +1,4 @@
-"""What every result records of the model it came from: weights, versions, device, kernel."""
+"""Identity of a model, which every result records: weights, settings, versions, device, kernel."""
 
 import hashlib
 import platform
@@ -19,7 +19,7 @@ PACKAGES = ("hooked-vlm", "torch", "transformers", "transformer_lens", "numpy", 
 
 
 def provenance(model: "HookedVLM") -> dict[str, Any]:
-    """For run.json: the model and the software."""
+    """Record of the model and the software, for run.json."""
     cfg = model.cfg
     return {
         "model": cfg.model_name,
@@ -55,7 +55,7 @@ def weights_hash(model: "HookedVLM") -> str:
 
 
 def identity(model: "HookedVLM") -> dict[str, str]:
-    """What must be the same on all machines: weights, settings and software."""
+    """Hashes of weights, settings and code, and versions of the software: equal for equal models on any machine."""
     software = {package: version(package) for package in ("hooked-vlm", "torch", "transformers")}
     cfg = model.cfg.with_(model_name="", device=torch.device("cpu"))
     settings = digest((cfg, model.image_processor))

@@ -1,4 +1,4 @@
-"""What a model needs in memory, planned without its weights: from the shapes of a model on the meta device.
+"""Memory that a model needs, computed from the shapes of a model on the meta device.
 
 With s bytes to a number, n tokens and, on the image side, P patches of all images together:
 
@@ -51,7 +51,7 @@ class MemoryPlan:
 
 
 def memory_plan(model: "HookedVLM", prompt: PromptSize, dtype: torch.dtype) -> MemoryPlan:
-    """What a forward pass over one prompt needs; `model` may be on the meta device."""
+    """Memory of a forward pass over one prompt; `model` may be on the meta device."""
     weights = sum(parameter.numel() for parameter in model.parameters()) * dtype.itemsize
     stored = sum(_cached_bytes(row, model, prompt, dtype) for row in cached_rows(model))
     copies = sum(_cached_bytes(row, model, prompt, dtype) for row in cached_rows(model) if _is_shared(row))
@@ -71,7 +71,7 @@ def cached_rows(model: "HookedVLM") -> list[HookRow]:
 
 
 def _cached_bytes(row: HookRow, model: "HookedVLM", prompt: PromptSize, dtype: torch.dtype) -> int:
-    """Of all layers together. Denominators of norms, and what a LayerNorm's weight multiplies, are float32 at least."""
+    """Bytes in all layers together. Denominators of norms, and the input of a LayerNorm's weight, are float32 at least."""
     in_float32 = row.name.endswith("hook_scale") or (row.name.endswith("hook_normalized") and _centered(row, model))
     stored = torch.promote_types(dtype, torch.float32) if in_float32 else dtype
     shape = [int(size) for size in filled(row, model.cfg, prompt)]
@@ -121,7 +121,7 @@ def n_gpus(
     full_cache: bool = False,
     gradients: bool = False,
 ) -> int | None:
-    """How many GPUs of one size hold the model, layer after layer, with what one prompt needs; None: no number does.
+    """Number of GPUs of one size that hold the model, layer after layer, and one prompt; None if no number does.
 
     A layer with its share of the caches stays on one GPU; each GPU has room for the activations of a pass besides.
     """
@@ -132,7 +132,7 @@ def n_gpus(
 def _layer_bytes(
     model: "HookedVLM", prompt: PromptSize, dtype: torch.dtype, full_cache: bool, gradients: bool
 ) -> list[int]:
-    """What stays in memory for each block and for each part around them, in the order of the forward pass."""
+    """Bytes kept for each block and for each part around them, in the order of the forward pass."""
     parts: dict[str, int] = {}
     copies = 2 if gradients else 1
     for name, parameter in model.named_parameters():

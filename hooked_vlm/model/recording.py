@@ -151,8 +151,8 @@ def _cache(model: "HookedVLM", recording: "Recording", inputs: VLMInputs, run: M
 
 
 def runs_explicitly(model: "HookedVLM", name: str) -> bool:
-    """Whether the layer of a hook point for scores or patterns makes them for a hook, or for another module in such a
-    point's place.
+    """Whether the layer of a hook point for scores or patterns computes them for a hook, or for another module in such
+    a point's place.
 
     An edit may have changed them then: what is derived from queries and keys would be wrong.
     """
@@ -174,13 +174,13 @@ def exchanged_patterns(model: "HookedVLM") -> frozenset[str]:
 
 
 class Recording:
-    """A store of activations by hook name, and what fills it.
+    """Store of activations by hook name, and the functions that fill it.
 
     Args:
         positions: which positions of the text side are kept.
         explicit: whether a layer makes all of its scores and patterns anyway, asked by the name of such a point.
         incl_bwd: whether gradients are stored, too.
-        copies: whether copies are stored, because modules of someone else's may write into what they are given.
+        copies: whether copies are stored, because foreign modules may write into what they are given.
     """
 
     def __init__(
@@ -198,8 +198,8 @@ class Recording:
         self.explicit, self.incl_bwd, self.copies = explicit, incl_bwd, copies
 
     def recorder(self, names: Sequence[str] | None) -> tuple[Recorder, Hooks]:
-        """What records `names` (None: all that fire), and hooks for scores and patterns of which only some rows are
-        made: those cut to some positions, unless something else has the layer make all of them."""
+        """Return the recorder of `names` (None: all that fire), and hooks for scores and patterns that are computed for
+        some rows alone: those cut to some positions, unless the layer computes all of them anyway."""
         if names is None:
             return Recorder(self.record), []
         rows = {name for name in names if self._by_rows(name)}

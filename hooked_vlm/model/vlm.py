@@ -143,7 +143,7 @@ class HookedVLM(PromptMixin, WithViews, HookedRootModule):
         return loss if return_type == "loss" else (logits, loss)
 
     def as_inputs(self, input: Any) -> VLMInputs:
-        """`input` itself if it is a `VLMInputs`; raw text and bare token ids become one, on the model's device.
+        """Return `input` as a `VLMInputs` on the model's device, from raw text or token ids if need be.
 
         Bare ids of several rows, some of which begin with the model's or the tokenizer's padding token, are
         taken as padded on the left: so `to_tokens` and tokenizers make them.
@@ -163,10 +163,10 @@ class HookedVLM(PromptMixin, WithViews, HookedRootModule):
         stop: int,
         n_out: int | None = None,
     ) -> Float[Tensor, "*out d_model"]:
-        """The stream through the decoder's blocks `first` to `stop` - 1 in a pass (`hooked_vlm.nn.forward_pass`).
+        """Run the stream through the decoder's blocks `first` to `stop` - 1 in a pass (`hooked_vlm.nn.forward_pass`).
 
-        `n_out`: of the model's last block only so many positions at the end are wanted, so that queries and all that
-        follows them are made for these alone.
+        `n_out`: number of last positions wanted of the model's last block, which then computes queries, and all that
+        follows, for these alone.
         """
         narrow = n_out is not None and first < stop == self.cfg.n_layers
         with running(here):
@@ -177,14 +177,14 @@ class HookedVLM(PromptMixin, WithViews, HookedRootModule):
         return stream
 
     def _may_narrow(self, inputs: VLMInputs, here: ForwardPass) -> bool:
-        """Whether nobody would notice that the last block makes queries of the last position only."""
+        """Whether the last block may compute queries of the last position alone: nothing else of it is observed."""
         block = self.blocks[-1]
         recorded = here.recorder is not None and here.recorder.touches(f"blocks.{self.cfg.n_layers - 1}.")
         together = here.packing is None and min(inputs.stop) == inputs.shape[1]
         return together and not recorded and is_own(block) and not hooked_module(block) and not foreign_module(block)
 
     def next_logits(self, token: Int[Tensor, "batch"], past_kv_cache: KVCache) -> Float[Tensor, "batch d_vocab"]:
-        """Logits after one more token in every row, which joins the cache."""
+        """Append one token to every row of the cache and return the logits after it."""
         with running(step_pass(self.cfg, past_kv_cache)):
             stream = self.hook_embed(self.embed(token[:, None]))  # [batch, 1, d_model]
             stream = run_blocks(self.blocks, stream).to(token.device)
@@ -227,7 +227,7 @@ class HookedVLM(PromptMixin, WithViews, HookedRootModule):
         return first, last
 
     def _embed(self, inputs: VLMInputs, here: ForwardPass) -> Float[Tensor, "*dims d_model"]:
-        """What enters block 0: token embeddings with image features in the placeholders' places."""
+        """Token embeddings with image features at the placeholders: the input of block 0."""
         x = self.embed(inputs.tokens)
         if inputs.has_visuals:
             features = self._features(inputs, here, x)
@@ -235,7 +235,7 @@ class HookedVLM(PromptMixin, WithViews, HookedRootModule):
         return self.hook_embed(here.pack(x))  # [batch, pos, d_model]
 
     def _features(self, inputs: VLMInputs, here: ForwardPass, like: Tensor) -> Float[Tensor, "token d_model"]:
-        """What the decoder receives of the images, encoded now or given with the inputs, on `like`'s device."""
+        """Image features, encoded now or given with the inputs, on `like`'s device."""
         here = here.without_positions()
         features = inputs.image_features
         if features is None:
@@ -248,7 +248,7 @@ class HookedVLM(PromptMixin, WithViews, HookedRootModule):
             return self.hook_image_features(features.to(like))  # [image token of the batch, d_model]
 
     def encode_images(self, inputs: VLMInputs) -> Float[Tensor, "token d_model"]:
-        """What the projector hands over for every image token, images first, then videos.
+        """Encode images: the projector's output for every image token, images first, then videos.
 
         `inputs.with_image_features(model.encode_images(inputs))` runs without the vision tower.
         """
@@ -277,7 +277,7 @@ class HookedVLM(PromptMixin, WithViews, HookedRootModule):
         return F.cross_entropy(predictions, targets[counted])
 
     def new_kv_cache(self, batch: int, capacity: int) -> KVCache:
-        """An empty key-value cache for `batch` rows with room for `capacity` positions (it grows past that)."""
+        """Return an empty key-value cache for `batch` rows with room for `capacity` positions (it grows past that)."""
         cfg = self.cfg
         homes = [device_of(block) for block in self.blocks] if self.device_map else None
         sizes = (cfg.n_layers, batch, capacity, cfg.n_key_value_heads, cfg.d_head)
@@ -286,7 +286,11 @@ class HookedVLM(PromptMixin, WithViews, HookedRootModule):
     # ---------------------------------------------------------------- hooks
 
     def add_hook(self, name: HookName, hook: Callable, *args: Any, **kwargs: Any) -> None:
-        """As in TransformerLens; a hook that cannot act is refused (`HookError`)."""
+        """Add a hook as in TransformerLens.
+
+        Raises:
+            HookError: a hook that cannot act.
+        """
         for point in self.points_of(name):
             point.add_hook(hook, *args, **kwargs)
 
@@ -298,7 +302,7 @@ class HookedVLM(PromptMixin, WithViews, HookedRootModule):
         reset_hooks_end: bool = True,
         clear_contexts: bool = False,
     ) -> Iterator["HookedVLM"]:
-        """Hooks for the length of a `with` block; as in TransformerLens, but a hook that cannot act is an error.
+        """Set hooks for the length of a `with` block, as in TransformerLens; a hook that cannot act is an error.
 
         Raises:
             HookError: an unknown name (the nearest ones are named), a filter that matches nothing, or a hook
@@ -335,7 +339,7 @@ class HookedVLM(PromptMixin, WithViews, HookedRootModule):
         bwd_hooks: Sequence = (),
         **kwargs: Any,
     ) -> Any:
-        """`forward` with temporary hooks: (name or filter, function(tensor, hook) -> tensor or None).
+        """Run `forward` with temporary hooks: (name or filter, function(tensor, hook) -> tensor or None).
 
         Raises:
             HookError: a hook that cannot act, or that this run does not pass (no image to encode, a layer left out).

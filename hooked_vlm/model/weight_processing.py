@@ -11,7 +11,7 @@ Each replaces parameters by new ones (a `transformers` model that shared them ke
 `model.cfg.processed`. `HookedVLM.from_pretrained` gives the published weights back.
 """
 
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from jaxtyping import Float
@@ -20,8 +20,11 @@ from torch import Tensor, nn
 from hooked_vlm.errors import InputError
 from hooked_vlm.nn.weight_access import why_closed
 
+if TYPE_CHECKING:
+    from hooked_vlm.model.vlm import HookedVLM
 
-def fold_ln(model: Any) -> None:
+
+def fold_ln(model: "HookedVLM") -> None:
     """The weights of the decoder's norms, folded into the matrices that read behind them: W_Q, W_K, W_V, W_in, W_gate
     and W_U. The norms' own weights are then 1. Exact up to rounding.
 
@@ -47,7 +50,7 @@ def fold_ln(model: Any) -> None:
     _note(model, "fold_ln")
 
 
-def center_unembed(model: Any) -> None:
+def center_unembed(model: "HookedVLM") -> None:
     """`W_U` without the mean of its columns over the vocabulary. Every logit of a position falls by the same number,
     so that log-probabilities and differences of logits stay. A tied model is untied first.
 
@@ -66,7 +69,7 @@ def center_unembed(model: Any) -> None:
     _note(model, "center_unembed")
 
 
-def fold_value_biases(model: Any) -> None:
+def fold_value_biases(model: "HookedVLM") -> None:
     """Value biases folded into the output bias of their layer: b_O = sum over query heads of b_V W_O, b_V = 0. Exact up
     to rounding, because every pattern sums to 1.
 
@@ -95,14 +98,14 @@ def fold_value_biases(model: Any) -> None:
     _note(model, "fold_value_biases")
 
 
-def untie(model: Any) -> None:
+def untie(model: "HookedVLM") -> None:
     """Give the unembedding a matrix of its own where it shares the embedding's; otherwise nothing to do."""
     if model.unembed.weight is model.embed.weight:
         _set_weight(model.unembed, model.unembed.weight.clone())
         model.cfg = model.cfg.with_(tie_word_embeddings=False)
 
 
-def _check_open(model: Any) -> None:
+def _check_open(model: "HookedVLM") -> None:
     if why := why_closed(model):
         raise InputError(f"the weights of this model cannot be rewritten: {why}")
 
@@ -115,5 +118,5 @@ def _parameter(value: Tensor, like: Tensor) -> nn.Parameter:
     return nn.Parameter(value.detach(), requires_grad=like.requires_grad)
 
 
-def _note(model: Any, what: str) -> None:
+def _note(model: "HookedVLM", what: str) -> None:
     model.cfg = model.cfg.with_(processed=(*model.cfg.processed, what))

@@ -72,8 +72,10 @@ class Attention(WithViews):
         k_input: Float[Tensor, "*key_dims d_model"] | None = None,
         v_input: Float[Tensor, "*key_dims d_model"] | None = None,
     ) -> Float[Tensor, "*out d_model"]:
-        """What attention adds to the stream. Queries are made from `x`; keys and values from it too, or from inputs of
-        their own: of more positions, of which `x` has the last, or [batch, pos, head, d_model] with one for every head.
+        """Return what attention adds to the stream.
+
+        Queries are computed from `x`; keys and values from `x`, too, or from inputs of their own: those of more
+        positions, of which `x` has the last, or [batch, pos, head, d_model] with one for each head.
         """
         here = current_pass().on(x.device)
         k_input, v_input = x if k_input is None else k_input, x if v_input is None else v_input
@@ -119,12 +121,12 @@ class Attention(WithViews):
     # ---------------------------------------------------------------- each head's own output
 
     def head_results(self, z: Float[Tensor, "*dims head d_head"]) -> Float[Tensor, "*dims head d_model"]:
-        """What every head writes into the stream, z W_O, without the output bias.
+        """Each head's output to the stream, z W_O, without the output bias.
 
         Where `o_proj` is hooked, or is not a plain linear layer (an adapter), it is called for each head alone.
 
         Raises:
-            HookError: what `o_proj` makes of all heads is then not the sum of what it makes of each.
+            HookError: the output of all heads is not the sum of the outputs of each.
         """
         if is_plain(self.o_proj):
             return torch.einsum("...hd,hdm->...hm", z, self.W_O.to(z.device))
@@ -135,14 +137,14 @@ class Attention(WithViews):
         terms = (result.abs().sum(-2) + self.n_heads * bias.abs() + whole.abs()).detach().amax(-1, keepdim=True)
         if not (off <= 8 * torch.finfo(z.dtype).eps * terms).all():
             raise HookError(
-                f"o_proj of layer {self.layer} is hooked or replaced by something not linear, so that what single "
-                "heads write is not defined: remove the hook, merge the adapter (or call model.eval(), if it "
+                f"o_proj of layer {self.layer} is hooked or replaced by something not linear, so that the output of a "
+                "single head is not defined: remove the hook, merge the adapter (or call model.eval(), if it "
                 "has dropout), or call set_use_attn_result(False)"
             )
         return result
 
     def head_result(self, z: Float[Tensor, "*dims d_head"], head: int) -> Float[Tensor, "*dims d_model"]:
-        """What one head writes into the stream, z W_O, without the output bias."""
+        """One head's output to the stream, z W_O, without the output bias."""
         if is_plain(self.o_proj):
             return z @ self.W_O[head].to(z.device)
         alone = z.new_zeros(*z.shape[:-1], self.n_heads, self.d_head)
@@ -150,11 +152,11 @@ class Attention(WithViews):
         return self.o_proj(alone.flatten(-2)) - self.o_proj(torch.zeros_like(alone.flatten(-2)))
 
     def output_bias(self) -> Float[Tensor, "d_model"] | None:
-        """What `o_proj` adds whatever z is; None for nothing."""
+        """Output bias of `o_proj`; None if it has none."""
         return bias_of(self.o_proj, self.n_heads * self.d_head)
 
     def _output_bias_at(self, z: Float[Tensor, "*dims head d_head"]) -> Float[Tensor, "*#dims d_model"] | None:
-        """The same at every position of z, where a hook on `o_proj` may add something of its own."""
+        """Output bias at every position of z: a hook on `o_proj` may make it differ between positions."""
         return self.output_bias() if is_plain(self.o_proj) else self.o_proj(torch.zeros_like(z.flatten(-2)))
 
     @weight_view
@@ -309,7 +311,7 @@ def grouped_attention(q: Tensor, k: Tensor, v: Tensor, packing: Packing, causal:
 
 @dataclass(eq=False, slots=True)
 class AttentionCall:
-    """What a layer's z was made from; a hook on `hook_z` finds it as `hook.ctx["attention"]`.
+    """Queries, keys and values of one layer's pass; a hook on `hook_z` finds them as `hook.ctx["attention"]`.
 
     Scores, patterns or another z for a few queries or heads are made from it without a [pos, pos] tensor,
     also under a key-value cache, where `k` and `v` hold all positions so far.
@@ -358,7 +360,7 @@ class AttentionCall:
         return _sdpa(q, k, v, self.visible(queries) if visible is None else visible, causal=False)
 
     def visible(self, queries: Int[Tensor, "#batch row"]) -> Bool[Tensor, "#batch 1 row key"]:
-        """Which keys some queries see."""
+        """Mask of the keys that these queries see."""
         return self.mask.visible(queries + self.n_past, self.k.shape[1])
 
     def _of(self, queries: Int[Tensor, "#batch row"], heads: Sequence[int] | None) -> tuple[Tensor, Tensor, Tensor]:
@@ -374,7 +376,7 @@ class AttentionCall:
         return q, k, v
 
     def rows(self, first: int, stop: int) -> "AttentionCall":
-        """The same of some rows of the batch."""
+        """Select rows `first` to `stop` - 1 of the batch."""
         valid, padding = self.mask.key_valid, self.mask.uncached_left_padding
         mask = replace(
             self.mask,

@@ -61,7 +61,7 @@ class Block(Part):
         return self.hook_resid_post(resid_mid + mlp_out)  # [batch, pos, d_model]
 
     def _attention_inputs(self, resid_pre: Tensor, here: ForwardPass) -> tuple[Tensor, ...]:
-        """What queries, keys and values read: the normalised stream, one for all; or, with a switch on, a copy of the
+        """Inputs of queries, keys and values: the normalised stream, one for all; or, with a switch on, a copy of the
         stream for every head, each normalised on its own."""
         attn, cfg = self.attn, here.cfg
         if not (self.split_inputs and (cfg.use_split_qkv_input or cfg.use_attn_in)):

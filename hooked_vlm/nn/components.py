@@ -152,7 +152,7 @@ class MLP(WithViews):
         return self.out_proj(self.hook_post(post))
 
     def output_bias(self) -> Float[Tensor, "d_model"] | None:
-        """What `out_proj` adds whatever it reads; None for nothing."""
+        """Output bias of `out_proj`; None if it has none."""
         return bias_of(self.out_proj, self.d_mlp)
 
     @weight_view

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, eq=False)
 class Recorder:
-    """What is recorded of a pass: `keep` is called with the name and the tensor of hook points as they fire."""
+    """Recorder of a pass: calls `keep` with the name and the tensor of each hook point as it fires."""
 
     keep: Callable[[str, Tensor], None]
     names: Collection[str] | None = None
@@ -72,7 +72,7 @@ class ForwardPass:
     _elsewhere: "dict[torch.device, ForwardPass]" = field(init=False, repr=False, default_factory=dict)
 
     def on(self, device: torch.device) -> "ForwardPass":
-        """The same for layers on another device, made once. (Earlier keys lie with their layers already.)"""
+        """Return this pass for layers on another device (cached). Earlier keys are on their layers' devices already."""
         if device == self.device:
             return self
         if device not in self._elsewhere:
@@ -87,11 +87,11 @@ class ForwardPass:
         return self._elsewhere[device]
 
     def pack(self, padded: Float[Tensor, "batch pos *rest"]) -> Float[Tensor, "..."]:
-        """As layers see it."""
+        """Drop padding: the form that layers compute on."""
         return padded if self.packing is None else self.packing.to(padded.device).pack(padded)
 
     def pad(self, x: Float[Tensor, "..."]) -> Float[Tensor, "batch pos *rest"]:
-        """As hooks see it: zero where a row has no position."""
+        """Restore padding as zeros: the form that hooks see."""
         return x if self.packing is None else self.packing.to(x.device).pad(x)
 
     def wanted(self, x: Float[Tensor, "batch pos *rest"]) -> Float[Tensor, "batch query *rest"]:
@@ -113,7 +113,7 @@ class ForwardPass:
         return {**context, "positions": positions[-n:], "first_position": first}
 
     def without_positions(self) -> "ForwardPass":
-        """The same for a tensor that has no positions, or rows of a batch at different ones."""
+        """Return this pass for tensors without text positions, or with rows at different ones."""
         return replace(self, context={name: self.context[name] for name in self.context if name == "step"})
 
 

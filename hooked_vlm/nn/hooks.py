@@ -169,7 +169,7 @@ class HookPoint(hook_points.HookPoint):
 
 
 def checked(point: hook_points.HookPoint, seen: Tensor, out: Any) -> Tensor:
-    """What hooks on a point made of the tensor they were given.
+    """Check the tensor that hooks on a point return.
 
     Raises:
         HookError: something else than a tensor of its shape and dtype.
@@ -211,15 +211,15 @@ def has_context(point: nn.Module) -> bool:
     return isinstance(point, HookPoint) and is_hooked(point)
 
 
-# ---------------------------------------------------------------- what others do to modules
+# ---------------------------------------------------------------- modules that users hook or replace
 
 _OURS = (nn.Linear, nn.Embedding, nn.ModuleList)
-"""Classes of PyTorch's that a model is built of."""
+"""PyTorch's classes that a model is built of."""
 _OWN_HOOKS: set[Callable] = set()
 
 
 def own_hook(fn: Callable) -> Callable:
-    """Mark a plain hook that the library sets for its own use: it does not count as someone's."""
+    """Mark a plain hook that the library sets for its own use, which does not count as a user's."""
     _OWN_HOOKS.add(fn)
     return fn
 
@@ -262,14 +262,14 @@ def hooked_module(model: nn.Module) -> str:
 
 
 def foreign_module(model: nn.Module) -> str:
-    """The name of a module of someone else's within a model: an adapter, or one in a hook point's place; empty if there
-    is none."""
+    """Name of the first foreign module in a model: an adapter, or a module in a hook point's place; empty if there is
+    none."""
     return next((name for name, module, is_point in _modules(model) if _is_foreign(name, module, is_point)), "")
 
 
 def shows_modules(model: nn.Module) -> bool:
-    """Whether someone looks at modules that are no hook points, or put modules of their own in: such a pass keeps every
-    tensor `[batch, pos, ...]`, as they expect it."""
+    """Whether a user hooks modules that are no hook points, or put in modules of their own: such a pass keeps every
+    tensor `[batch, pos, ...]`, as users expect it."""
     return hooks_everywhere() or any(
         _is_foreign(name, module, is_point) or (not isinstance(module, HookPoint) and is_touched(module))
         for name, module, is_point in _modules(model)

@@ -10,10 +10,10 @@ from torch import Tensor
 
 @runtime_checkable
 class EarlierKeys(Protocol):
-    """Where a pass finds the keys and values of positions before its own."""
+    """Keys and values of the positions before a pass."""
 
     n_shared: int
-    """So many of them are the same for all runs that share a batch."""
+    """Number of leading keys shared by all runs for all runs that share a batch."""
 
     def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """One layer's new keys and values behind the earlier ones."""
@@ -81,7 +81,7 @@ class KVCache:
         return self.keys[layer].narrow(1, 0, end), self.values[layer].narrow(1, 0, end)
 
     def valid_with(self, n_new: int, new_valid: Bool[Tensor, "batch new"] | None) -> Bool[Tensor, "batch key"] | None:
-        """Which of the filled positions and of `n_new` more are not padding; None if all are.
+        """Mask of the positions that are not padding, filled ones and `n_new` more; None if all are real.
 
         `new_valid` is None where none of the new ones is padding.
         """

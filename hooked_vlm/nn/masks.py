@@ -1,4 +1,4 @@
-"""Who sees whom: the attention mask as a rule, written out only for the queries that ask."""
+"""Who sees whom: the attention mask as a rule, materialised only for requested queries."""
 
 from dataclasses import dataclass
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 @dataclass(frozen=True, eq=False)
 class AttentionMask:
-    """Which keys a query may see, without ever being a [pos, pos] tensor unless a pattern is hooked.
+    """Mask of the keys that queries see; no [pos, pos] tensor is built unless a pattern is hooked.
 
     The queries are the last `n_queries` of the keys. Real keys of a row are one contiguous run
     (padding at either end or none); `key_valid` is None when nothing is padded.

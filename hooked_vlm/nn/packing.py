@@ -21,7 +21,7 @@ SIMILAR = 0.8
 
 @dataclass(frozen=True, eq=False)
 class Packing:
-    """Where the positions of packed rows lie among those of padded ones, [row, width, ...]."""
+    """Index between packed positions, [position, ...], and padded rows, [row, width, ...]."""
 
     lengths: tuple[int, ...]
     width: int

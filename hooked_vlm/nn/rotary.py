@@ -70,7 +70,7 @@ class Rotation:
         return Rotation(self.cos.repeat(n, 1, 1), self.sin.repeat(n, 1, 1))
 
     def inverse(self) -> "Rotation":
-        """What undoes it; cosines and sines that carry a factor are divided by its square."""
+        """Return the inverse rotation; cosines and sines that carry a factor are divided by its square."""
         scale = self.cos.square() + self.sin.square()
         return Rotation(self.cos / scale, -self.sin / scale)
 

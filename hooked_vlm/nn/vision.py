@@ -110,7 +110,7 @@ class PatchEmbed(nn.Module):
 
 
 class TileEmbed(nn.Module):
-    """What makes a tile's patches a sequence: the class token before them, and learned positions."""
+    """Class token and learned positions of a tile's patches."""
 
     def __init__(self, cfg: VisionConfig) -> None:
         super().__init__()

@@ -51,7 +51,7 @@ class AbsentBias(ClosedTensor):
 
 
 class WeightCopy(ClosedTensor):
-    """What a weight's numbers are, where the weight itself is kept elsewhere or in another form."""
+    """Copy of a weight that is kept elsewhere or in another form."""
 
     why = (
         "this weight is offloaded, quantised or parametrised: what is read is a copy, and an edit of it would be lost. "
@@ -71,7 +71,7 @@ _INPLACE_OPERATORS = {f"__i{op}__" for op in ("add", "sub", "mul", "truediv", "f
 
 @own_hook
 def check_unedited(module: nn.Module, _inputs: Any = None) -> None:
-    """Between uses an offloaded parameter is an empty tensor; only its version says that someone wrote into it.
+    """Refuse a parameter that was edited while it was offloaded: it is an empty tensor then, and the edit is lost.
 
     Raises:
         RuntimeError: an edit in place of a parameter itself, which is lost.
@@ -88,7 +88,7 @@ def is_plain(linear: nn.Module) -> bool:
 
 
 def bias_of(linear: nn.Module, d_in: int) -> Tensor | None:
-    """What a linear layer of `d_in` inputs gives for zeros; None for nothing. What is hooked or wrapped is called."""
+    """Bias of a linear layer of `d_in` inputs; None if it has none. A hooked or wrapped layer is called on zeros."""
     if not is_plain(linear):
         own = next(linear.parameters())
         return linear(torch.zeros(1, 1, d_in, dtype=own.dtype, device=device_of(linear)))[0, 0]
@@ -138,7 +138,7 @@ def is_quantised(weight: Tensor) -> bool:
 
 
 def device_of(module: nn.Module) -> torch.device:
-    """Where a module computes."""
+    """Device on which a module computes."""
     hook = getattr(module, "_hf_hook", None)
     if hook is not None and hook.execution_device is not None:
         return torch.device(hook.execution_device)
@@ -146,7 +146,7 @@ def device_of(module: nn.Module) -> torch.device:
 
 
 def why_closed(model: nn.Module) -> str:
-    """Why a model's weights can be neither written, nor moved, nor edited; empty if they can."""
+    """Reason why a model's weights can be neither written, nor moved, nor edited; empty if they can."""
     if foreign := foreign_module(model):
         return f"another module stands at {foreign}; merge adapters into plain layers first"
     kept_elsewhere = any(has_offloaded_params(module) for module in model.modules())
