@@ -71,7 +71,7 @@ def cached_rows(model: "HookedVLM") -> list[HookRow]:
 
 
 def _cached_bytes(row: HookRow, model: "HookedVLM", prompt: PromptSize, dtype: torch.dtype) -> int:
-    """Bytes in all layers together. Denominators of norms, and the input of a LayerNorm's weight, are float32 at least."""
+    """Bytes in all layers together. Denominators of norms, and inputs of a LayerNorm's weight, are float32 at least."""
     in_float32 = row.name.endswith("hook_scale") or (row.name.endswith("hook_normalized") and _centered(row, model))
     stored = torch.promote_types(dtype, torch.float32) if in_float32 else dtype
     shape = [int(size) for size in filled(row, model.cfg, prompt)]
