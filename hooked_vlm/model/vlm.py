@@ -16,7 +16,9 @@ from transformer_lens.utilities import Slice, SliceInput
 
 from hooked_vlm.config import VLMConfig
 from hooked_vlm.errors import InputError
-from hooked_vlm.inputs.prompting import PromptMixin
+from hooked_vlm.inputs.builder import InputBuilder
+from hooked_vlm.inputs.messages import Messages
+from hooked_vlm.inputs.token_layout import InputSpec
 from hooked_vlm.inputs.vlm_inputs import Answer, VLMInputs
 from hooked_vlm.loading.checkpoints import LoadingMixin
 from hooked_vlm.model.cache import VLMCache
@@ -47,7 +49,7 @@ from hooked_vlm.nn.weight_access import device_of
 ReturnType = Literal["logits", "loss", "both"] | None
 
 
-class HookedVLM(LoadingMixin, PromptMixin, GenerationMixin, WeightsMixin, HookChecksMixin, HookedRootModule):
+class HookedVLM(LoadingMixin, GenerationMixin, WeightsMixin, HookChecksMixin, HookedRootModule):
     """Text decoder, vision tower and projector with hooks in all three.
 
     Make one with `HookedVLM.from_pretrained(name_or_path)` or `HookedVLM.from_hf(hf_model)`; then
@@ -83,6 +85,107 @@ class HookedVLM(LoadingMixin, PromptMixin, GenerationMixin, WeightsMixin, HookCh
         if cfg.tie_word_embeddings:
             self.unembed.weight = self.embed.weight
         self.setup()
+
+    # ---------------------------------------------------------------- inputs
+
+    @property
+    def input_builder(self) -> InputBuilder:
+        """The builder of this model's inputs, with its present tokenizer and image processor."""
+        return InputBuilder(self.cfg, self.tokenizer, self.image_processor)
+
+    def input_spec(self) -> InputSpec:
+        """The model's placeholders, patches, chat turns and processors, which `VLMInputs` carry."""
+        return self.input_builder.input_spec()
+
+    def to_inputs(
+        self,
+        prompt: str | Messages | Sequence[str] | Sequence[Messages],
+        images: Any = None,
+        videos: Any = None,
+        *,
+        min_pixels: int | None = None,
+        max_pixels: int | None = None,
+        max_tiles: int | None = None,
+        chat: bool = True,
+    ) -> VLMInputs:
+        """Inputs from a prompt with its pictures, or from a list of prompts (padded on the left).
+
+        Args:
+            prompt: a text (becomes the user's turn, pictures before it), or chat messages. A list of either
+                makes a batch.
+            images: pictures (paths, PIL images, uint8 arrays) for the prompt: one or a list, in the order
+                of their placeholders. For a list of prompts: a list with an entry for each. Messages may
+                also carry them: {"type": "image", "image": ...}.
+            videos: the same for videos; a video is a list of frames.
+            min_pixels: the least area of the resized image, in pixels; the checkpoint's by default. (Qwen2-VL)
+            max_pixels: the largest. A token covers `cfg.vision.pixels_per_token` squared pixels. (Qwen2-VL)
+            max_tiles: the largest number of tiles that an image is cut into, without its thumbnail. (InternVL)
+            chat: apply the checkpoint's chat template. Without it the text is taken as it stands, and
+                pictures whose placeholders it lacks are put in front.
+
+        Raises:
+            InputError: placeholders and pictures that disagree, a prompt longer than the context (with the
+                `max_pixels` that would fit), no tokenizer.
+            ImageError: a picture that cannot be read.
+        """
+        return self.input_builder.to_inputs(
+            prompt, images, videos, min_pixels=min_pixels, max_pixels=max_pixels, max_tiles=max_tiles, chat=chat
+        )
+
+    def inputs_from_hf(self, batch: Mapping[str, Any]) -> VLMInputs:
+        """Inputs from the output of a Hugging Face processor.
+
+        Reads `input_ids`, `attention_mask`, `pixel_values`, `image_grid_thw`, `pixel_values_videos` and
+        `video_grid_thw`; for models that tile images `pixel_values` [tile, 3, height, width] and `num_tiles`
+        [image], the number of tiles of each image with its thumbnail (without it, every run of placeholders is
+        one image). Other keys (`mm_token_type_ids`, ...) are ignored, since positions are computed here.
+
+        Raises:
+            InputError: images and placeholders disagree, or token ids outside the vocabulary.
+        """
+        return self.input_builder.inputs_from_hf(batch)
+
+    def to_tokens(self, input: Any, prepend_bos: bool | None = None) -> Any:
+        """Token ids [batch, pos] of raw text (no chat template), padded on the left; a `VLMInputs` unchanged.
+
+        Raises:
+            InputError: `prepend_bos=True` for a tokenizer without such a token, or text with placeholders.
+        """
+        return self.input_builder.to_tokens(input, prepend_bos)
+
+    def to_string(self, tokens: Any) -> str | list[str]:
+        """The text of token ids [pos] or [batch, pos] (then a list), special tokens included."""
+        return self.input_builder.text.to_string(tokens)
+
+    def to_str_tokens(self, input: Any, prepend_bos: bool | None = None) -> list[str]:
+        """Every token of one text, [pos] ids or a batch of one, as a string."""
+        return self.input_builder.to_str_tokens(input, prepend_bos)
+
+    def to_single_token(self, string: str) -> int:
+        """The id of a text that is one token.
+
+        Raises:
+            InputError: it is none or several, which are shown.
+        """
+        return self.input_builder.text.to_single_token(string)
+
+    def chat_text(self, prompt: str | Messages) -> str:
+        """Render a prompt without pictures in the checkpoint's chat template.
+
+        Raises:
+            InputError: the tokenizer has no chat template.
+        """
+        return self.input_builder.chat_text(prompt)
+
+    @property
+    def image_token(self) -> str:
+        """The text of an image's placeholder."""
+        return self.input_builder.text.image_token
+
+    @property
+    def video_token(self) -> str:
+        """The text of a video's placeholder."""
+        return self.input_builder.text.video_token
 
     # ---------------------------------------------------------------- forward
 
@@ -152,7 +255,7 @@ class HookedVLM(LoadingMixin, PromptMixin, GenerationMixin, WeightsMixin, HookCh
             InputError: bare token ids with image placeholders, ids outside the vocabulary, no tokens at all.
         """
         if not isinstance(input, VLMInputs):
-            return self.inputs_of(input)
+            return self.input_builder.from_text_or_ids(input)
         return input if input.device == self.cfg.device else input.to(self.cfg.device)
 
     def run_layers(
