@@ -223,7 +223,7 @@ class ImageProcessor:
             rows_of_clip = packed[start : start + n].reshape(-1, rows * cols, *packed.shape[1:])
             for number, frame in enumerate(clip):
                 t, within = divmod(number, self.temporal_patch_size)
-                # the last frame also fills what is left of its temporal patch
+                # the last frame also fills the rest of its temporal patch
                 slots = slice(within, None if number == len(clip) - 1 else within + 1)
                 frame = frame.reshape(rows * cols, 3, 1, side, side)
                 for colour, table in enumerate(tables):

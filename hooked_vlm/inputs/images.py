@@ -78,12 +78,12 @@ def _from_file(source: str | os.PathLike[str]) -> Image.Image:
         raise ImageError(f"expected the path of an image file, got {name}: download it first")
     # os.path, unlike pathlib, answers False to a string that cannot be a path (base64 data, say)
     if not os.path.isfile(path):
-        what = (
+        state = (
             "is a folder" if os.path.isdir(path)
             else "is not a regular file" if os.path.exists(path)
             else "does not exist"
         )  # fmt: skip
-        raise ImageError(f"expected the path of an image file, but {name} {what}: check the path")
+        raise ImageError(f"expected the path of an image file, but {name} {state}: check the path")
     if os.path.getsize(path) == 0:
         raise ImageError(_empty(name))
     return _opened(path, name)
@@ -187,12 +187,12 @@ def _too_large(name: str, error: Exception) -> str:
     return f"{name} has too many pixels ({error}): make it smaller, or raise PIL.Image.MAX_IMAGE_PIXELS if you trust it"
 
 
-def checked_images(images: Sequence[Any], what: str) -> Sequence[Any]:
+def checked_images(images: Sequence[Any], name: str) -> Sequence[Any]:
     """Check that `images` is a list, and return it.
 
     Raises:
         ImageError: it is something else.
     """
     if not isinstance(images, list | tuple):
-        raise ImageError(f"expected a list of {what}, got {type(images).__name__}: put a single one in a list")
+        raise ImageError(f"expected a list of {name}, got {type(images).__name__}: put a single one in a list")
     return images
