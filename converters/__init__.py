@@ -1,6 +1,6 @@
-"""Checkpoint families, one module each: HF configuration to ours, HF tensors to ours and back.
+"""Checkpoint families, one module each: Hugging Face configurations to ours, Hugging Face tensors to ours and back.
 
-Converters take and return plain dicts and tensors and import nothing of the model. A family module has
+Converters take and return plain dicts and tensors, and import no module of the model. A family module has
 `ARCHITECTURES`, `MODEL_TYPES`, `config_kwargs`, `dtype`, `published_config`, `from_hf` and `to_hf`.
 """
 
@@ -22,7 +22,7 @@ FAMILIES: tuple[ModuleType, ...] = (qwen2_vl, internvl, language_models)
 def converter_for(hf_config: Mapping[str, Any]) -> ModuleType:
     """The family module for a checkpoint, by its `architectures` or, where it has none, its `model_type`.
 
-    `auto_map` (remote code) is not looked at.
+    `auto_map` (remote code) is ignored.
 
     Raises:
         CheckpointError: the architecture is not supported; the supported ones are listed.
@@ -35,6 +35,6 @@ def converter_for(hf_config: Mapping[str, Any]) -> ModuleType:
             return family
         if not architectures and model_type in family.MODEL_TYPES:
             return family
-    found = f"architecture {', '.join(map(str, architectures))}" if architectures else f"model_type {model_type!r}"
+    name = f"architecture {', '.join(map(str, architectures))}" if architectures else f"model_type {model_type!r}"
     supported = ", ".join(name for family in FAMILIES for name in family.ARCHITECTURES)
-    raise CheckpointError(f"{found} is not supported; supported are {supported}")
+    raise CheckpointError(f"{name} is not supported; supported are {supported}")

@@ -1,6 +1,6 @@
 """Reading a Hugging Face checkpoint folder: JSON files and memory-mapped safetensors.
 
-Nothing here executes or unpickles anything: a folder is `config.json` plus `*.safetensors`, or it is refused.
+Nothing is executed or unpickled: a folder must hold `config.json` and `*.safetensors`, or it is refused.
 """
 
 import json
@@ -19,7 +19,7 @@ PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
 
 
 def read_config(folder: str | Path) -> dict[str, Any]:
-    """The checkpoint's `config.json`.
+    """Read the checkpoint's `config.json`.
 
     Raises:
         CheckpointError: no such folder, no `config.json` in it, or not a JSON object.
@@ -35,7 +35,7 @@ def read_config(folder: str | Path) -> dict[str, Any]:
 
 
 def read_json(folder: str | Path, name: str, default: Any) -> Any:
-    """The JSON object in `folder/name`, or `default` where there is no such file.
+    """Read the JSON object in `folder/name`; `default` if there is no such file.
 
     Raises:
         CheckpointError: the file cannot be read or does not hold a JSON object.
@@ -55,11 +55,11 @@ def read_json(folder: str | Path, name: str, default: Any) -> Any:
 
 
 def open_tensors(folder: str | Path) -> dict[str, Tensor]:
-    """Every tensor of the checkpoint by its name in the files, on the CPU, memory-mapped.
+    """Map every tensor of the checkpoint into memory, by its name in the files, on the CPU.
 
-    Nothing is read before a tensor is used. The mapping is private (copy on write): a tensor may be edited in
-    place, which costs memory for the pages touched and never reaches the file. The files may be replaced or
-    removed meanwhile, but must not be rewritten in place.
+    Tensors are read when used. The mapping is private (copy on write): a tensor may be edited in place, which
+    costs memory for the pages touched and never reaches the file. The files may be replaced or removed
+    meanwhile, but must not be rewritten in place.
 
     Raises:
         CheckpointError: no safetensors (pickle files are refused), a file that is missing, truncated or
@@ -84,7 +84,7 @@ def _existing(folder: str | Path) -> Path:
 
 
 def _open_file(path: Path) -> dict[str, Tensor]:
-    if not path.is_file():  # also what is neither file nor folder: opening a named pipe would wait for ever
+    if not path.is_file():  # neither is a named pipe, which would block when opened
         raise CheckpointError(f"{path} is not a file")
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
@@ -95,14 +95,14 @@ def _open_file(path: Path) -> dict[str, Tensor]:
 
 
 def _file_of_tensor(folder: Path, index: Mapping[str, Any]) -> dict[str, str]:
-    """The index's `weight_map` {tensor name: file name}, once its file names are known to be harmless."""
+    """The index's `weight_map` {tensor name: file name}, after a check that its file names are harmless."""
     weight_map = index.get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{folder / INDEX_FILE} has no weight_map from tensor names to files")
     for tensor, name in weight_map.items():
-        # By name alone. Where the name leads is not looked at, because in the Hugging Face cache every file
-        # of a snapshot is a symbolic link to ../../blobs, outside the folder; whoever could plant another
-        # link there could as well have replaced the file.
+        # Only the name is checked. Links are followed, because in the Hugging Face cache every file of a
+        # snapshot is a symbolic link to ../../blobs, outside the folder; anyone who could plant another link
+        # there could also have replaced the file.
         plain = isinstance(name, str) and name.isprintable() and not set(name) & set("/\\:")
         if not plain or ".." in name or not name.endswith(".safetensors"):
             raise CheckpointError(
@@ -117,14 +117,14 @@ def _open_shards(folder: Path, file_of: Mapping[str, str]) -> dict[str, Tensor]:
     if missing := [name for name in files if not (folder / name).exists()]:
         raise CheckpointError(f"{folder} lacks {listed(missing)}, named in {INDEX_FILE}; finish the download")
     tensors: dict[str, Tensor] = {}
-    found_in: dict[str, str] = {}
+    holder: dict[str, str] = {}
     for file in files:
         shard = _open_file(folder / file)
         if twice := sorted(set(shard) & set(tensors)):
-            raise CheckpointError(f"{folder}: {twice[0]} is both in {found_in[twice[0]]} and in {file}")
+            raise CheckpointError(f"{folder}: {twice[0]} is both in {holder[twice[0]]} and in {file}")
         tensors.update(shard)
-        found_in.update(dict.fromkeys(shard, file))
-    if misplaced := sorted(name for name, file in file_of.items() if found_in.get(name) != file):
+        holder.update(dict.fromkeys(shard, file))
+    if misplaced := sorted(name for name, file in file_of.items() if holder.get(name) != file):
         raise CheckpointError(
             f"{folder / INDEX_FILE} does not match the files: "
             + listed([f"{name} is not in {file_of[name]}" for name in misplaced])
@@ -137,16 +137,16 @@ def _why_no_safetensors(folder: Path) -> str:
     if pickles := [name for name in names if name.endswith(PICKLE_SUFFIXES)]:
         return (
             f"{folder} holds pickle files ({listed(pickles, most=3)}) and no {SINGLE_FILE}; pickle "
-            "checkpoints are refused because loading one can run any code: if you trust it, convert it by "
-            "loading it with transformers and writing it again with save_pretrained"
+            "checkpoints are refused because loading one can run any code: if you trust it, load it with "
+            "transformers and write it again with save_pretrained"
         )
     others = [name for name in names if name.endswith(".safetensors")]
-    found = f"; it has {listed(others, most=3)}" if others else ""
-    return f"{folder} has neither {SINGLE_FILE} nor {INDEX_FILE}{found}"
+    hint = f"; it has {listed(others, most=3)}" if others else ""
+    return f"{folder} has neither {SINGLE_FILE} nor {INDEX_FILE}{hint}"
 
 
 def _lfs_hint(path: Path) -> str:
-    """A clone without Git LFS leaves a three-line text in place of each large file."""
+    """Advice for a Git LFS pointer: a clone without LFS leaves a three-line text in place of each large file."""
     try:
         with path.open("rb") as file:
             is_pointer = file.read(40).startswith(b"version https://git-lfs")
@@ -156,6 +156,6 @@ def _lfs_hint(path: Path) -> str:
 
 
 def listed(items: list[str], most: int = 20) -> str:
-    """`a, b, c and 4 more`."""
+    """Join items as in `a, b, c and 4 more`."""
     more = f" and {len(items) - most} more" if len(items) > most else ""
     return ", ".join(items[:most]) + more

@@ -1,4 +1,4 @@
-"""Reading single values out of a `config.json`, each with an error that names the field."""
+"""Typed access to the fields of a `config.json`, with errors that name the field."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -18,9 +18,10 @@ DTYPES = {
 
 
 class Fields:
-    """The values of one section, looked up in the first of `sources` that has the key with a value.
+    """The fields of one section; each is read from the first of `sources` that has a value for it.
 
-    A null counts as absent, as it does in transformers. `where` names the section in errors.
+    A null counts as absent, as it does in transformers. `where` is the section's name in error messages. Methods
+    raise `CheckpointError` on a value of the wrong kind.
     """
 
     def __init__(self, *sources: Mapping[str, Any], where: str = "config.json") -> None:
@@ -32,7 +33,7 @@ class Fields:
         return next((source[name] for source in self.sources if source.get(name) is not None), default)
 
     def states(self, name: str) -> bool:
-        """Whether the key is there, be it null."""
+        """Whether the key is present, even if null."""
         return any(name in source for source in self.sources)
 
     def section(self, name: str) -> Mapping[str, Any]:
@@ -55,7 +56,7 @@ class Fields:
         return int(item)
 
     def number(self, name: str, default: Any = REQUIRED) -> float:
-        """A positive number, within reason."""
+        """A positive number below 1e18."""
         value = self.get(name, default)
         if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1e18:
             raise self.error(name, "a positive number", value)
@@ -104,22 +105,22 @@ class Fields:
         return value // parts
 
     def error(self, name: str, expected: str, value: Any) -> CheckpointError:
-        """The error for a field that is absent or holds the wrong thing."""
+        """The error for a field that is absent or has a value of the wrong kind."""
         if value is REQUIRED:
             return CheckpointError(f"{self.where}: {name} is missing; expected {expected}")
         return CheckpointError(f"{self.where}: {name} must be {expected}, got {_short(value)}")
 
 
 def read_dtype(fields: Fields) -> torch.dtype | None:
-    """The dtype the checkpoint states (`dtype` since transformers 5, `torch_dtype` before), if any."""
+    """The dtype stated in a configuration (`dtype` since transformers 5, `torch_dtype` before), or None."""
     name = "dtype" if fields.get("dtype") is not None else "torch_dtype"
     value = fields.get(name)
     if value is None or value == "auto":
         return None
-    found = DTYPES.get(value.removeprefix("torch.")) if isinstance(value, str) else None
-    if found is None:
+    dtype = DTYPES.get(value.removeprefix("torch.")) if isinstance(value, str) else None
+    if dtype is None:
         raise fields.error(name, "one of " + ", ".join(DTYPES), value)
-    return found
+    return dtype
 
 
 def _is_int(value: Any) -> bool:

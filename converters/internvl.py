@@ -6,8 +6,8 @@
   `multi_modal_projector.*`, `language_model.model.*`, `language_model.lm_head.*`, or that class's names in memory
   (`model.vision_tower.*`, ...).
 
-Which vision tower it is follows from `norm_type`, `qk_normalization` and `qkv_bias`: `model_type` says
-"intern_vit_6b" for the small one, too. Defaults are those of the published configuration classes and of
+`norm_type`, `qk_normalization` and `qkv_bias` tell the two vision towers apart; `model_type` is "intern_vit_6b" for
+the small one, too. Defaults are those of the published configuration classes and of
 `InternVLConfig` in transformers 5.23.0.
 """
 
@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from hooked_vlm.converters.fields import Fields, read_dtype
+from hooked_vlm.converters.internvl_vision import hf_vision, original_vision
 from hooked_vlm.converters.language_models import (
     INTERNLM2,
     LLAMA,
@@ -27,7 +28,7 @@ from hooked_vlm.converters.language_models import (
     decoder_kwargs,
     dialect_of,
 )
-from hooked_vlm.converters.renaming import Rename, affine, tied_to_ours, tied_to_theirs
+from hooked_vlm.converters.renaming import Rename, tied_to_ours, tied_to_theirs
 from hooked_vlm.errors import CheckpointError
 
 ORIGINAL, HF = "InternVLChatModel", "InternVLForConditionalGeneration"
@@ -43,7 +44,7 @@ IMAGE_TOKEN_FROM_END = 7
 
 
 def layout_of(hf_config: Mapping[str, Any]) -> Layout:
-    """Which of the two layouts a configuration belongs to."""
+    """The layout of a configuration."""
     stated = hf_config.get("architectures") or []
     named = stated if isinstance(stated, list) else [stated]
     return "hf" if HF in named or (not named and hf_config.get("model_type") == "internvl") else "original"
@@ -61,7 +62,7 @@ def config_kwargs(hf_config: Mapping[str, Any]) -> dict[str, Any]:
     name = _text_section(hf_config)
     section = root.section(name)
     text = decoder_kwargs(section, _dialect(hf_config), where=name)
-    # of transformers' class the root says it, if it does
+    # transformers' class reads it at the root first
     tied = text["tie_word_embeddings"]
     if layout_of(hf_config) == "hf":
         tied = root.flag("tie_word_embeddings", tied)
@@ -144,13 +145,13 @@ def _refuse_unsupported_vision(vision: Fields, root: Fields, original: bool) -> 
             if vision.flag(name, expected) is not expected:
                 raise vision.error(name, f"{str(expected).lower()} (not supported otherwise)", not expected)
         if not vision.flag("use_mean_pooling", True):
-            raise vision.error("use_mean_pooling", "true (a norm behind the tower is not supported)", False)
+            raise vision.error("use_mean_pooling", "true (a norm after the tower is not supported)", False)
         root.one_of("projector_hidden_act", ("gelu",), default="gelu")
         root.one_of("vision_feature_select_strategy", ("default",), default="default")
 
 
 def _merge_size(root: Fields) -> int:
-    """How many patches in a row become one token."""
+    """Number of patches along the side of a token."""
     ratio = root.number("downsample_ratio", default=0.5)
     merge = round(1 / ratio)
     if merge < 1 or abs(merge * ratio - 1) > 1e-6:
@@ -168,7 +169,7 @@ def _layers_used(root: Fields, name: str, n_layers: int) -> int | None:
 
 
 def dtype(hf_config: Mapping[str, Any]) -> torch.dtype | None:
-    """The dtype that the configuration states; None where it states none (then the tensors say).
+    """The dtype stated in the configuration, or None (then the tensors' own is used).
 
     Raises:
         CheckpointError: it names no floating-point dtype.
@@ -185,10 +186,10 @@ def published_config(
 ) -> dict[str, Any]:
     """The configuration in a layout (its own by default), without references to remote code.
 
-    `stored_as` and `image_token_id` replace what it says of the dtype and of the token that stands for images.
+    `stored_as` and `image_token_id` replace its dtype and the id of its image placeholder.
 
     Raises:
-        CheckpointError: as `config_kwargs`; or the layout cannot say what this one says.
+        CheckpointError: as `config_kwargs`; or the layout cannot express this configuration.
     """
     layout = layout_of(hf_config) if layout is None else layout
     cfg = config_kwargs(hf_config)
@@ -320,8 +321,7 @@ def to_hf(
     """
     if names not in ("published", *LAYOUTS, "in_memory"):
         raise ValueError(f"names must be 'published', 'original', 'hf' or 'in_memory', got {names!r}")
-    own = layout_of(config)
-    layout: Layout = own if names == "published" else "original" if names == "original" else "hf"
+    layout: Layout = layout_of(config) if names == "published" else "original" if names == "original" else "hf"
     cfg, dialect = config_kwargs(config), _dialect(config)
     if layout == "hf" and dialect is INTERNLM2:
         dialect = LLAMA
@@ -333,98 +333,13 @@ def to_hf(
 
 
 def _table(cfg: Mapping[str, Any], dialect: Dialect, layout: Layout) -> list[Rename]:
-    vision = _original_vision(cfg["vision"]) if layout == "original" else _hf_vision(cfg["vision"])
+    """Every tensor of a model with these settings, by its name in the layout's files."""
+    vision = original_vision(cfg["vision"]) if layout == "original" else hf_vision(cfg["vision"])
     return [*dialect.table(cfg, prefix="language_model."), *vision]
 
 
-def _original_vision(cfg: Mapping[str, Any]) -> list[Rename]:
-    width = cfg["d_model"]
-    table = _embeddings(
-        cfg,
-        ("vision_model.embeddings.class_embedding", "vision_model.embeddings.position_embedding"),
-        "vision_model.embeddings.patch_embedding",
-    )
-    for layer in range(cfg["n_layers"]):
-        theirs, ours = f"vision_model.encoder.layers.{layer}", f"vision.blocks.{layer}"
-        qkv = tuple(f"{ours}.attn.{part}_proj" for part in "qkv")
-        fused = affine(f"{theirs}.attn.qkv", qkv, (3 * width, width))
-        table += [
-            *_norm(cfg, f"{theirs}.norm1", f"{ours}.ln1"),
-            *(fused if cfg["qkv_bias"] else fused[:1]),
-            *_qk_norms(cfg, f"{theirs}.attn", f"{ours}.attn"),
-            *affine(f"{theirs}.attn.proj", (f"{ours}.attn.o_proj",), (width, width)),
-            *_norm(cfg, f"{theirs}.norm2", f"{ours}.ln2"),
-            *_mlp_and_scales(cfg, theirs, ours, ("ls1", "ls2")),
-        ]
-    return table + _projector(cfg, ("mlp1.0", "mlp1.1", "mlp1.3"))
-
-
-def _hf_vision(cfg: Mapping[str, Any]) -> list[Rename]:
-    width = cfg["d_model"]
-    table = _embeddings(
-        cfg,
-        ("vision_tower.embeddings.cls_token", "vision_tower.embeddings.position_embeddings"),
-        "vision_tower.embeddings.patch_embeddings.projection",
-    )
-    for layer in range(cfg["n_layers"]):
-        theirs, ours = f"vision_tower.encoder.layer.{layer}", f"vision.blocks.{layer}"
-        for part in "qkv":
-            both = affine(f"{theirs}.attention.{part}_proj", (f"{ours}.attn.{part}_proj",), (width, width))
-            table += both if cfg["qkv_bias"] else both[:1]
-        table += [
-            *_norm(cfg, f"{theirs}.layernorm_before", f"{ours}.ln1"),
-            *_qk_norms(cfg, f"{theirs}.attention", f"{ours}.attn"),
-            *affine(f"{theirs}.attention.projection_layer", (f"{ours}.attn.o_proj",), (width, width)),
-            *_norm(cfg, f"{theirs}.layernorm_after", f"{ours}.ln2"),
-            *_mlp_and_scales(cfg, theirs, ours, ("lambda_1", "lambda_2")),
-        ]
-    projector = "multi_modal_projector"
-    return table + _projector(cfg, (f"{projector}.layer_norm", f"{projector}.linear_1", f"{projector}.linear_2"))
-
-
-def _embeddings(cfg: Mapping[str, Any], tokens: tuple[str, str], patches: str) -> list[Rename]:
-    width, side = cfg["d_model"], cfg["patch_size"]
-    ours = "vision.patch_embed.proj"
-    return [
-        Rename(tokens[0], ("vision.tile_embed.class_token",), (1, 1, width)),
-        Rename(tokens[1], ("vision.tile_embed.positions",), (1, 1 + cfg["n_positions"], width)),
-        Rename(f"{patches}.weight", (f"{ours}.weight",), (width, cfg["in_channels"], side, side), flat=True),
-        Rename(f"{patches}.bias", (f"{ours}.bias",), (width,)),
-    ]
-
-
-def _mlp_and_scales(cfg: Mapping[str, Any], theirs: str, ours: str, scales: tuple[str, str]) -> list[Rename]:
-    width, d_mlp = cfg["d_model"], cfg["d_mlp"]
-    return [
-        *affine(f"{theirs}.mlp.fc1", (f"{ours}.mlp.in_proj",), (d_mlp, width)),
-        *affine(f"{theirs}.mlp.fc2", (f"{ours}.mlp.out_proj",), (width, d_mlp)),
-        Rename(f"{theirs}.{scales[0]}", (f"{ours}.scale_attn",), (width,)),
-        Rename(f"{theirs}.{scales[1]}", (f"{ours}.scale_mlp",), (width,)),
-    ]
-
-
-def _norm(cfg: Mapping[str, Any], theirs: str, ours: str) -> list[Rename]:
-    """LayerNorm has a bias, RMSNorm has none."""
-    both = affine(theirs, (ours,), (cfg["d_model"],))
-    return both if cfg["normalization_type"] == "LN" else both[:1]
-
-
-def _qk_norms(cfg: Mapping[str, Any], theirs: str, ours: str) -> list[Rename]:
-    parts = ("q_norm", "k_norm") if cfg["qk_norm"] else ()
-    return [Rename(f"{theirs}.{part}.weight", (f"{ours}.{part}.weight",), (cfg["d_model"],)) for part in parts]
-
-
-def _projector(cfg: Mapping[str, Any], names: tuple[str, str, str]) -> list[Rename]:
-    merged, width = cfg["d_model"] * cfg["merge_size"] ** 2, cfg["d_out"]
-    return [
-        *affine(names[0], ("projector.ln",), (merged,)),
-        *affine(names[1], ("projector.in_proj",), (width, merged)),
-        *affine(names[2], ("projector.out_proj",), (width, width)),
-    ]
-
-
 def _hf_name(name: str) -> str:
-    """From transformers' names in memory to those in its files."""
+    """The name in transformers' files of a tensor, given its name in memory or in files."""
     if name.startswith("model.language_model."):
         return "language_model.model." + name.removeprefix("model.language_model.")
     if name == "lm_head.weight":
@@ -433,6 +348,7 @@ def _hf_name(name: str) -> str:
 
 
 def _in_memory_name(name: str) -> str:
+    """The name in memory of a tensor, given its name in transformers' files."""
     if name.startswith("language_model.model."):
         return "model.language_model." + name.removeprefix("language_model.model.")
     if name == "language_model.lm_head.weight":

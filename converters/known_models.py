@@ -1,4 +1,4 @@
-"""Published models as data: their configuration and size, without a download."""
+"""Configurations and sizes of published models, to use without a download."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -11,9 +11,9 @@ class KnownModel:
     config: dict[str, Any]
     """Its `config.json`."""
     n_params: int
-    """Parameters, a tied matrix counted once."""
+    """Number of parameters; a tied matrix counts once."""
     certainty: str = "values seen in published config.json files"
-    """How the values are known."""
+    """The source of the values, and what is not verified."""
 
 
 def _qwen2_vl(
@@ -26,7 +26,7 @@ def _qwen2_vl(
     vocab_size: int,
     tied: bool,
 ) -> dict[str, Any]:
-    """The published `config.json`: the three sizes differ in these values only."""
+    """The published `config.json`; the three sizes differ only in these values."""
     return {
         "architectures": ["Qwen2VLForConditionalGeneration"],
         "attention_dropout": 0.0,
@@ -91,7 +91,7 @@ _SHORT_FACTORS = (
 
 
 def _internvl2(template: str, llm: dict[str, Any], *, large_vit: bool = False) -> dict[str, Any]:
-    """The published `config.json`, as far as it says anything about the model."""
+    """The published `config.json`, reduced to the fields that describe the model."""
     vision = {
         "architectures": ["InternVisionModel"],
         "model_type": "intern_vit_6b",

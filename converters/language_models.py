@@ -1,6 +1,6 @@
-"""The language models of both families as one decoder: their settings, and their tensors' names.
+"""The language models of both families as one decoder: their settings, and the names of their tensors.
 
-Also a checkpoint family of its own: text-only checkpoints of these language models. Four dialects:
+Text-only checkpoints of these language models are a family, too. Four dialects:
 
 - Qwen2 (`Qwen2ForCausalLM`) and Llama, Yi included (`LlamaForCausalLM`): separate projections;
 - Phi-3 (`Phi3ForCausalLM`): q, k, v fused, and gate and up;
@@ -26,7 +26,7 @@ MOST_LAYERS = 10_000
 
 @dataclass(frozen=True)
 class Dialect:
-    """How one architecture spells a decoder."""
+    """An architecture's names for the tensors of a decoder, and its default settings."""
 
     architecture: str
     model_type: str
@@ -39,7 +39,7 @@ class Dialect:
     eps: float = 1e-6
 
     def table(self, cfg: Mapping[str, Any], prefix: str = "") -> list[Rename]:
-        """Every tensor of a decoder with these settings, by its published name behind `prefix`."""
+        """Every tensor of a decoder with these settings, by `prefix` and its published name."""
         d_model, d_vocab = cfg["d_model"], cfg["d_vocab"]
         table = [Rename(prefix + self.embed, (EMBED,), (d_vocab, d_model))]
         for layer in range(cfg["n_layers"]):
@@ -54,7 +54,7 @@ class Dialect:
 
 
 def llama_block(cfg: Mapping[str, Any], theirs: str, ours: str) -> list[Rename]:
-    """Llama's names, which Qwen2 shares (it has biases on q, k and v)."""
+    """A block in Llama's names, which Qwen2 shares (with biases on q, k and v)."""
     d_model, d_mlp = cfg["d_model"], cfg["d_mlp"]
     d_query, d_key = _widths(cfg)
     shapes: dict[tuple[str, str], tuple[int, ...]] = {
@@ -73,7 +73,7 @@ def llama_block(cfg: Mapping[str, Any], theirs: str, ours: str) -> list[Rename]:
 
 
 def phi3_block(cfg: Mapping[str, Any], theirs: str, ours: str) -> list[Rename]:
-    """[q | k | v] and [gate | up], one after the other."""
+    """A block in Phi-3's names: [q | k | v] and [gate | up] are fused."""
     d_model, d_mlp = cfg["d_model"], cfg["d_mlp"]
     d_query, d_key = _widths(cfg)
     widths = (d_query, d_key, d_key)
@@ -90,7 +90,7 @@ def phi3_block(cfg: Mapping[str, Any], theirs: str, ours: str) -> list[Rename]:
 
 
 def internlm2_block(cfg: Mapping[str, Any], theirs: str, ours: str) -> list[Rename]:
-    """`wqkv` holds, for each key-value head, its query heads, then its key, then its value."""
+    """A block in InternLM2's names: `wqkv` has, for each key-value head, its query heads, then its key and value."""
     d_model, d_mlp, d_head, groups = cfg["d_model"], cfg["d_mlp"], cfg["d_head"], cfg["n_key_value_heads"]
     d_query, d_key = _widths(cfg)
     qkv = tuple(f"{ours}.attn.{part}_proj.weight" for part in "qkv")
@@ -107,7 +107,7 @@ def internlm2_block(cfg: Mapping[str, Any], theirs: str, ours: str) -> list[Rena
 
 
 def _widths(cfg: Mapping[str, Any]) -> tuple[int, int]:
-    """Of all query heads, and of all key heads."""
+    """Widths of all query heads together, and of all key heads."""
     return cfg["n_heads"] * cfg["d_head"], cfg["n_key_value_heads"] * cfg["d_head"]
 
 
@@ -135,7 +135,7 @@ MODEL_TYPES = tuple(d.model_type for d in DIALECTS)
 
 
 def dialect_of(config: Mapping[str, Any], where: str = "config.json") -> Dialect:
-    """By `architectures` or, where there are none, by `model_type`.
+    """The dialect of a configuration, by its `architectures` or, where it has none, its `model_type`.
 
     Raises:
         CheckpointError: another language model; the supported ones are listed.
@@ -145,9 +145,9 @@ def dialect_of(config: Mapping[str, Any], where: str = "config.json") -> Dialect
     for dialect in DIALECTS:
         if dialect.architecture in named or (not named and config.get("model_type") == dialect.model_type):
             return dialect
-    found = ", ".join(map(str, named)) or f"model_type {config.get('model_type')!r}"
+    name = ", ".join(map(str, named)) or f"model_type {config.get('model_type')!r}"
     raise CheckpointError(
-        f"{where}: the language model {found} is not supported; supported are {', '.join(ARCHITECTURES)}"
+        f"{where}: the language model {name} is not supported; supported are {', '.join(ARCHITECTURES)}"
     )
 
 
@@ -185,10 +185,9 @@ def decoder_kwargs(section: Mapping[str, Any], dialect: Dialect, where: str = "c
 
 
 def head_sizes(text: Fields, kv_may_be_absent: bool) -> dict[str, int]:
-    """Widths of the stream and of heads, and how many heads there are.
+    """Widths of the residual stream and of a head, and numbers of heads.
 
-    Where the number of key-value heads is absent, `kv_may_be_absent` says whether that means as many as query
-    heads (a null always does).
+    With `kv_may_be_absent`, an absent number of key-value heads means as many as query heads (a null always does).
 
     Raises:
         CheckpointError: sizes that do not divide each other.
@@ -211,7 +210,7 @@ def _refuse_unsupported(text: Fields, dialect: Dialect) -> None:
         raise CheckpointError(f"{text.where} has a quantization_config; quantized checkpoints are not supported")
     if dialect is QWEN2 and text.flag("use_sliding_window", False):
         raise text.error("use_sliding_window", "false (not supported for Qwen2)", True)
-    # InternLM2's class default is true, but every published checkpoint says false
+    # InternLM2's class default is true, but every published checkpoint sets false
     for name in {LLAMA: ("attention_bias", "mlp_bias"), INTERNLM2: ("bias",)}.get(dialect, ()):
         if text.flag(name, default=dialect is INTERNLM2):
             raise text.error(name, "false (biases are not supported in this language model)", True)
@@ -222,9 +221,9 @@ def _refuse_unsupported(text: Fields, dialect: Dialect) -> None:
 
 
 def _rope(text: Fields, dialect: Dialect, d_head: int, n_ctx: int) -> dict[str, Any]:
-    """The base and, if any, the scaling.
+    """The base of the rotary frequencies and their scaling, if any.
 
-    They are in `rope_theta` and `rope_scaling` or, since transformers 5, both in `rope_parameters`.
+    Both are in `rope_theta` and `rope_scaling` or, since transformers 5, both in `rope_parameters`.
     """
     key = "rope_scaling" if text.get("rope_scaling") else "rope_parameters"
     rope = Fields(text.section(key), where=f"{text.where}: {key}")
@@ -243,7 +242,7 @@ def _scaling(rope: Fields, text: Fields, d_head: int, n_ctx: int) -> dict[str, A
     if kind == "linear":
         return {"kind": "linear", "factor": rope.number("factor")}
     if kind == "dynamic":
-        # as in transformers, whatever `original_max_position_embeddings` says
+        # as in transformers, which ignores `original_max_position_embeddings` here
         return {"kind": "dynamic", "factor": rope.number("factor"), "n_ctx_trained": n_ctx}
     if kind not in ("longrope", "su"):
         raise rope.error("type", "'default', 'linear', 'dynamic' or 'longrope' (others are not supported)", kind)
@@ -269,7 +268,7 @@ def _factors(rope: Fields, name: str, n: int) -> tuple[float, ...]:
 
 
 def decoder_config(cfg: Mapping[str, Any], dialect: Dialect) -> dict[str, Any]:
-    """The `config.json` section of a decoder in a dialect's spelling (`transformers`' own, both of 4 and 5)."""
+    """The `config.json` section of a decoder in a dialect, as transformers 4 and 5 read it."""
     scaling = cfg["rope_scaling"]
     rope: dict[str, Any] | None = None
     if scaling is not None:
@@ -325,7 +324,7 @@ def config_kwargs(hf_config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def dtype(hf_config: Mapping[str, Any]) -> torch.dtype | None:
-    """The dtype that the configuration states; None where it states none (then the tensors say)."""
+    """The dtype stated in the configuration, or None (then the tensors' own is used)."""
     return read_dtype(Fields(hf_config))
 
 

@@ -1,9 +1,9 @@
 """Qwen2-VL: `config.json` to our configuration, and Hugging Face tensors to ours and back.
 
-Two things vary independently between files in circulation, and any combination is read:
+Two things vary independently between checkpoints, and any combination is read:
 
-- the configuration is flat (as published), nested in `text_config` (transformers 4.52 and later), or keeps in
-  `vision_config` only what differs from the class defaults (written by transformers 4.45 to 4.47);
+- the configuration is flat (as published), nested in `text_config` (transformers 4.52 and later), or has in
+  `vision_config` only the values that differ from the class defaults (written by transformers 4.45 to 4.47);
 - tensors have the published names (`visual.*`, `model.*`) or those of transformers 5 in memory
   (`model.visual.*`, `model.language_model.*`).
 
@@ -38,10 +38,10 @@ def config_kwargs(hf_config: Mapping[str, Any]) -> dict[str, Any]:
         CheckpointError: a field is missing, absurd, contradicts another or asks for something not supported.
     """
     root = Fields(hf_config)
-    # What a nested file repeats at its root is decoration to transformers; what it lacks may be there.
+    # transformers ignores what a nested file repeats at its root; fields missing in text_config may be there.
     text = Fields(root.section("text_config"), hf_config)
     _refuse_unsupported(root, text)
-    # Null means as many key-value heads as query heads; where the key is absent, nobody knows.
+    # Null means as many key-value heads as query heads; an absent key means nothing.
     sizes = head_sizes(text, kv_may_be_absent=False)
     return {
         "n_layers": text.size("num_hidden_layers", most=MOST_LAYERS),
@@ -55,7 +55,7 @@ def config_kwargs(hf_config: Mapping[str, Any]) -> dict[str, Any]:
         "normalization_type": "RMS",
         "gated_mlp": True,
         "qkv_bias": True,
-        # transformers 5 writes it at the root, some before only inside text_config; either one ties.
+        # transformers 5 writes it at the root, some earlier versions only in text_config; either one ties.
         "tie_word_embeddings": any(fields.flag("tie_word_embeddings", False) for fields in (root, text)),
         "image_token_id": root.token_id("image_token_id", default=151655),
         "video_token_id": root.token_id("video_token_id", default=151656),
@@ -69,7 +69,7 @@ def config_kwargs(hf_config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def dtype(hf_config: Mapping[str, Any]) -> torch.dtype | None:
-    """The dtype that the configuration states; None where it states none (then the tensors say).
+    """The dtype stated in the configuration, or None (then the tensors' own is used).
 
     Raises:
         CheckpointError: it names no floating-point dtype.
@@ -153,8 +153,9 @@ def _refuse_unsupported(root: Fields, text: Fields) -> None:
 
 
 def _rope(text: Fields, d_head: int) -> dict[str, Any]:
-    """M-RoPE is recognised by `mrope_section`: its `type` is 'mrope', 'default' or absent, by writer.
+    """The base of the rotary frequencies and the sections of M-RoPE.
 
+    M-RoPE is recognised by `mrope_section`: its `type` is 'mrope', 'default' or absent, depending on the writer.
     The settings are in `rope_scaling` (beside `rope_theta`) or, since transformers 5, in `rope_parameters`.
     """
     key = "rope_scaling" if text.get("rope_scaling") else "rope_parameters"
@@ -174,7 +175,7 @@ def _rope(text: Fields, d_head: int) -> dict[str, Any]:
 
 
 def _vision_kwargs(section: Mapping[str, Any], text_width: int) -> dict[str, Any]:
-    """`in_chans` and `spatial_patch_size` are decoration: transformers builds the tower without them."""
+    """Keyword arguments for `VisionConfig`; like transformers, ignores `in_chans` and `spatial_patch_size`."""
     vision = Fields(section, where="vision_config")
     width = vision.size("embed_dim", default=1280)
     n_heads = vision.size("num_heads", default=16)
@@ -182,7 +183,7 @@ def _vision_kwargs(section: Mapping[str, Any], text_width: int) -> dict[str, Any
     if d_head % 4:
         raise vision.error("embed_dim", "a multiple of 4 * num_heads (rotary positions in two axes)", width)
     # Dropped from re-saved files where it equals the class default, 3584. Only the width of the language
-    # model can work there, whatever the default says, so an absent value means that one.
+    # model can work here, so an absent value means that one.
     d_out = vision.size("hidden_size", default=text_width)
     if d_out != text_width:
         raise vision.error("hidden_size", f"the width of the language model, {text_width}", d_out)
@@ -209,9 +210,9 @@ def _vision_kwargs(section: Mapping[str, Any], text_width: int) -> dict[str, Any
 
 
 def from_hf(tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Our tensors from a checkpoint's (or from the state dict of a transformers model), as views of them.
+    """Our tensors from a checkpoint's (or from the state dict of a transformers model), as views.
 
-    Projections keep the layout [out, in]; the fused q, k, v of the vision tower is cut into three; the patch
+    Projections keep the layout [out, in]; the fused q, k, v of the vision tower is split into three; the patch
     convolution [d_vision, channels, frames, height, width] becomes a matrix. Where the embeddings are tied,
     `unembed.weight` and `embed.weight` are the same object.
 
@@ -274,6 +275,7 @@ def _vision_table(cfg: Mapping[str, Any]) -> list[Rename]:
 
 
 def _published_name(name: str) -> str:
+    """The published name of a tensor, given that name or its name in memory."""
     if name.startswith("model.visual."):
         return name.removeprefix("model.")
     if name.startswith("model.language_model."):
@@ -282,6 +284,7 @@ def _published_name(name: str) -> str:
 
 
 def _in_memory_name(name: str) -> str:
+    """The name in transformers 5's memory of a tensor, given its published name."""
     if name.startswith("visual."):
         return "model." + name
     if name.startswith("model."):

@@ -1,4 +1,4 @@
-"""Renaming a checkpoint's tensors to the model's names and back, by a table, as views wherever possible."""
+"""Rename a checkpoint's tensors to the model's names and back, by a table, as views wherever possible."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,25 +18,25 @@ EMBED, UNEMBED = "embed.weight", "unembed.weight"
 
 @dataclass(frozen=True)
 class Rename:
-    """One tensor of the checkpoint and what it becomes.
+    """One tensor of the checkpoint and its counterparts in the model.
 
-    With several names in `ours`, the first axis is cut into them (fused projections): into equal parts, or into
+    With several names in `ours`, the first axis is split among them (fused projections): into equal parts, or into
     `parts` rows each. Where the checkpoint interleaves them, it does so `groups` times, and `parts` are the
-    rows of one group. `flat` makes a matrix of a convolution kernel whose stride is its size: [out, in, ...]
+    rows of one group. `flat` turns a convolution kernel whose stride is its size into a matrix: [out, in, ...]
     becomes [out, in * ...].
     """
 
     theirs: str
     ours: tuple[str, ...]
     shape: tuple[int, ...]
-    """In the checkpoint."""
+    """The shape in the checkpoint."""
     flat: bool = False
     parts: tuple[int, ...] = ()
     groups: int = 1
 
     @property
     def our_shapes(self) -> dict[str, tuple[int, ...]]:
-        """Of each tensor in `ours`."""
+        """The shape in the model of each tensor in `ours`."""
         rest = [prod(self.shape[1:])] if self.flat else list(self.shape[1:])
         return {name: (self.groups * n, *rest) for name, n in zip(self.ours, self._rows, strict=True)}
 
@@ -46,9 +46,9 @@ class Rename:
         return self.parts or (self.shape[0] // len(self.ours),) * len(self.ours)
 
     def forward(self, tensor: Shaped[Tensor, "out *rest"]) -> tuple[Tensor, ...]:
-        """[out, ...] in the checkpoint to one tensor for each name in `ours`.
+        """Split the checkpoint's tensor [out, ...] into one for each name in `ours`.
 
-        Views of a contiguous tensor; copies where parts are interleaved.
+        The parts are views of a contiguous tensor, or copies where they are interleaved.
         """
         matrix = tensor.flatten(1) if self.flat else tensor
         if len(self.ours) == 1:
@@ -67,7 +67,7 @@ class Rename:
 
 
 def to_ours(tensors: Mapping[str, Tensor], table: Iterable[Rename], problems: "Problems") -> dict[str, Tensor]:
-    """The model's tensors. What does not fit the table is added to `problems` and left out."""
+    """The model's tensors from the checkpoint's; misfits are added to `problems` and left out."""
     table = list(table)
     problems.check(tensors, {entry.theirs: entry.shape for entry in table})
     return {
@@ -81,7 +81,7 @@ def to_ours(tensors: Mapping[str, Tensor], table: Iterable[Rename], problems: "P
 def to_theirs(
     tensors: Mapping[str, Tensor], table: Iterable[Rename], problems: "Problems", rename: Callable[[str], str]
 ) -> dict[str, Tensor]:
-    """The checkpoint's tensors, under `rename` of the names in the table."""
+    """The checkpoint's tensors from the model's, with `rename` applied to the names in the table."""
     table = list(table)
     problems.check(tensors, {name: shape for entry in table for name, shape in entry.our_shapes.items()})
     return {
@@ -98,7 +98,7 @@ def tied_to_ours(
     embed_and_head: tuple[str, str],
     rename: Callable[[str], str] = str,
 ) -> dict[str, Tensor]:
-    """`to_ours`; where the output matrix is tied, `unembed.weight` is the very tensor `embed.weight`.
+    """`to_ours`; where the output matrix is tied, `unembed.weight` is the same object as `embed.weight`.
 
     Args:
         embed_and_head: the checkpoint's names of the two matrices.
@@ -111,9 +111,9 @@ def tied_to_ours(
     theirs: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
         if name.endswith(("rotary_emb.inv_freq", "rotary_pos_emb.inv_freq")):
-            continue  # a buffer that old files carry; it follows from the configuration
+            continue  # a buffer in old files that follows from the configuration
         if (renamed := rename(name)) in theirs:
-            problems.others.append(f"{renamed} is there under two names")
+            problems.others.append(f"{renamed} appears under two names")
         theirs[renamed] = tensor
     hf_embed, hf_head = embed_and_head
     head = theirs.pop(hf_head, None) if cfg["tie_word_embeddings"] else None
@@ -150,7 +150,7 @@ def tied_to_theirs(
 
 
 def affine(theirs: str, ours: tuple[str, ...], shape: tuple[int, ...]) -> list[Rename]:
-    """A weight and its bias, one number for each row."""
+    """A weight and its bias, one number per row."""
     return [
         Rename(f"{theirs}.weight", tuple(f"{name}.weight" for name in ours), shape),
         Rename(f"{theirs}.bias", tuple(f"{name}.bias" for name in ours), shape[:1]),
@@ -158,7 +158,7 @@ def affine(theirs: str, ours: tuple[str, ...], shape: tuple[int, ...]) -> list[R
 
 
 def _same(first: Tensor, second: Tensor) -> bool:
-    """The same numbers; on the meta device there are none to compare."""
+    """Whether two tensors are equal; on the meta device only shapes and dtypes are compared."""
     if first.shape != second.shape or first.dtype != second.dtype or first.device != second.device:
         return False
     return first.is_meta or first.data_ptr() == second.data_ptr() or torch.equal(first, second)
@@ -171,7 +171,7 @@ def _explain_missing_head(problems: "Problems", name: str, cfg: Mapping[str, Any
 
 
 class Problems:
-    """Collects everything wrong with a set of tensors, to be raised as one error."""
+    """A collection of everything wrong with a set of tensors, raised as one error."""
 
     def __init__(self) -> None:
         self.missing: list[str] = []
@@ -182,7 +182,7 @@ class Problems:
         """Every expected name that is missing or misshapen."""
 
     def check(self, tensors: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]]) -> None:
-        """Compares names, shapes and dtypes with what is expected."""
+        """Compare names, shapes and dtypes with the expected ones."""
         self.missing += [name for name in shapes if name not in tensors]
         self.unexpected += [name for name in tensors if name not in shapes]
         self.names.update(self.missing)
@@ -197,10 +197,11 @@ class Problems:
                 self.misshapen.append(f"{name} (expected one of {', '.join(DTYPES)}, got {tensor.dtype})")
                 self.names.add(name)
 
-    def raise_any(self, what: str) -> None:
-        """
+    def raise_any(self, summary: str) -> None:
+        """Raise one error that begins with `summary` if there are problems.
+
         Raises:
-            CheckpointError: if anything was found; it lists all of it (at most 20 names of each kind).
+            CheckpointError: all problems (at most 20 names of each kind).
         """
         kinds = {
             "missing": self.missing,
@@ -208,6 +209,6 @@ class Problems:
             "wrong shape or dtype": self.misshapen,
             "contradictory": self.others,
         }
-        found = [f"{kind}: {listed(items)}" for kind, items in kinds.items() if items]
-        if found:
-            raise CheckpointError(f"{what}; " + "; ".join(found))
+        problems = [f"{kind}: {listed(items)}" for kind, items in kinds.items() if items]
+        if problems:
+            raise CheckpointError(f"{summary}; " + "; ".join(problems))

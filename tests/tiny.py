@@ -13,7 +13,7 @@ import torch
 from transformers import AutoTokenizer, Qwen2VLConfig, Qwen2VLForConditionalGeneration
 
 from hooked_vlm import HookedVLM
-from hooked_vlm.inputs.images import ImageProcessor
+from hooked_vlm.inputs.image_processor import ImageProcessor
 from tools.toy_training import qwen2_vl as toy
 from tools.toy_training.tokenizer import END_OF_TEXT, IM_END, save_tokenizer
 

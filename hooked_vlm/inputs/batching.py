@@ -1,13 +1,17 @@
-"""Taking a batch of inputs apart into rows, each with its images, and joining rows to a batch."""
+"""Splitting a batch of inputs into rows, each with its images, and joining rows into a batch."""
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
+from jaxtyping import Int
 from torch import Tensor
 
 from hooked_vlm.errors import InputError
 from hooked_vlm.inputs.token_layout import InputSpec, Kind
+
+if TYPE_CHECKING:
+    from hooked_vlm.inputs.vlm_inputs import VLMInputs
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,47 +32,48 @@ class Row:
     tokens: Tensor
     mask: Tensor
     n_generated: int
-    pieces: list[ImageSlice]
+    slices: list[ImageSlice]
 
 
-def rows_of(inputs: Any) -> list[Row]:
+def rows_of(inputs: "VLMInputs") -> list[Row]:
     """The rows of `VLMInputs`."""
-    pieces = _pieces(inputs)
+    slices = _image_slices(inputs)
     return [
         Row(
             inputs.tokens[r],
             inputs.attention_mask[r],
             inputs.n_generated[r],
-            [pieces[v.kind, v.index] for v in inputs.visuals if v.row == r],
+            [slices[v.kind, v.index] for v in inputs.visuals if v.row == r],
         )
         for r in range(len(inputs))
     ]
 
 
-def _pieces(inputs: Any) -> dict[tuple[str, int], ImageSlice]:
-    pieces = {}
+def _image_slices(inputs: "VLMInputs") -> dict[tuple[str, int], ImageSlice]:
+    """Every image and video by its kind and number."""
+    slices = {}
     feature_start = 0
     patch_start = {"image": 0, "video": 0}
     pixels = {"image": inputs.pixel_values, "video": inputs.pixel_values_videos}
     grids = {"image": inputs.image_grid_thw, "video": inputs.video_grid_thw}
     for v in inputs.in_feature_order:
         a, b = patch_start[v.kind], patch_start[v.kind] + inputs.spec.n_pixel_rows(v.grid)
-        own, all_grids, features = pixels[v.kind], grids[v.kind], inputs.image_features
+        all_pixels, all_grids, features = pixels[v.kind], grids[v.kind], inputs.image_features
         assert all_grids is not None
-        pieces[v.kind, v.index] = ImageSlice(
+        slices[v.kind, v.index] = ImageSlice(
             v.kind,
             all_grids[v.index],
-            None if own is None else own[a:b],
+            None if all_pixels is None else all_pixels[a:b],
             inputs.image_sizes[v.index] if v.kind == "image" and inputs.image_sizes is not None else None,
             None if features is None else features[feature_start : feature_start + v.n_tokens],
         )
         patch_start[v.kind] = b
         feature_start += v.n_tokens
-    return pieces
+    return slices
 
 
 def join(rows: list[Row], spec: InputSpec) -> dict[str, Any]:
-    """What rows make together, padded on the left to the longest: the arguments of `VLMInputs`.
+    """Join rows, padded on the left to the longest; returns the arguments of `VLMInputs`.
 
     Raises:
         InputError: no rows, or images whose pixels cannot share a tensor.
@@ -76,19 +81,18 @@ def join(rows: list[Row], spec: InputSpec) -> dict[str, Any]:
     if not rows:
         raise InputError("no rows are left: a batch needs at least one")
     tokens, mask = left_pad([r.tokens for r in rows], [r.mask for r in rows], spec.pad_token_id)
-    pieces = [p for r in rows for p in r.pieces]
-    images = [p for p in pieces if p.kind == "image"]
-    videos = [p for p in pieces if p.kind == "video"]
-    sizes = tuple(p.size for p in images if p.size is not None)
-    features = [p.features for p in (*images, *videos) if p.features is not None]
+    images = [s for r in rows for s in r.slices if s.kind == "image"]
+    videos = [s for r in rows for s in r.slices if s.kind == "video"]
+    sizes = tuple(s.size for s in images if s.size is not None)
+    features = [s.features for s in (*images, *videos) if s.features is not None]
     return {
         "tokens": tokens,
         "spec": spec,
         "attention_mask": mask,
-        "pixel_values": _cat([p.pixels for p in images]),
-        "image_grid_thw": torch.stack([p.grid_thw for p in images]) if images else None,
-        "pixel_values_videos": _cat([p.pixels for p in videos]),
-        "video_grid_thw": torch.stack([p.grid_thw for p in videos]) if videos else None,
+        "pixel_values": _cat([s.pixels for s in images]),
+        "image_grid_thw": torch.stack([s.grid_thw for s in images]) if images else None,
+        "pixel_values_videos": _cat([s.pixels for s in videos]),
+        "video_grid_thw": torch.stack([s.grid_thw for s in videos]) if videos else None,
         "image_sizes": sizes if images and len(sizes) == len(images) else None,
         "image_features": torch.cat(features) if features else None,
         "n_generated": tuple(r.n_generated for r in rows),
@@ -103,7 +107,7 @@ def _cat(tensors: list[Tensor | None]) -> Tensor | None:
 
 
 def left_pad(rows: list[Tensor], masks: list[Tensor], pad_token_id: int) -> tuple[Tensor, Tensor]:
-    """Token ids [pos] and their masks as [batch, pos] of the longest."""
+    """Pad token ids [pos] and their masks on the left, to [batch, pos] of the longest."""
     width = max(len(row) for row in rows)
     tokens = rows[0].new_full((len(rows), width), pad_token_id)
     mask = masks[0].new_zeros(len(rows), width)
@@ -111,3 +115,14 @@ def left_pad(rows: list[Tensor], masks: list[Tensor], pad_token_id: int) -> tupl
         tokens[r, width - len(row) :] = row
         mask[r, width - len(row) :] = row_mask
     return tokens, mask
+
+
+def left_padding_mask(tokens: Int[Tensor, "batch pos"], pad_ids: list[int]) -> Int[Tensor, "batch pos"]:
+    """The attention mask of rows padded on the left.
+
+    All ones if no row, or every row, begins with padding: then the padding token is text.
+    """
+    padding = torch.isin(tokens, torch.tensor(pad_ids, device=tokens.device)).long().cumprod(dim=1)
+    if padding[:, 0].all():
+        return torch.ones_like(tokens)
+    return 1 - padding * (1 - padding.amin(dim=1, keepdim=True))

@@ -1,6 +1,6 @@
-"""Where the tokens of an image lie: from pixels of the original image to patches and tokens, and back.
+"""Image geometry: from pixels of the original image to patches and tokens, and back.
 
-Coordinates are pixels of the image as it is seen (after EXIF orientation, before resizing), x to the right
+Coordinates are pixels of the displayed image (after EXIF orientation, before resizing), x to the right
 and y down; boxes are half-open, `(x0, y0, x1, y1)` covers x0 <= x < x1 and y0 <= y < y1.
 """
 
@@ -110,19 +110,19 @@ class ImageGrid:
     def overlaps(
         self, box: Box, of: Literal["box", "token"] = "box", truncate: bool = False
     ) -> Float[np.ndarray, "tokens"]:
-        """How much of the box lies in each token: area of the intersection / area of the box.
+        """The share of the box that lies in each token: area of the intersection / area of the box.
 
         Args:
-            box: half-open, in pixels of the original image. What sticks out of the image is cut off first,
-                so the overlaps of a frame sum to 1.
-            of: "token" divides by the token's area instead (how much of the token lies in the box).
+            box: half-open, in pixels of the original image. It is first clipped to the image, so the overlaps
+                of a frame sum to 1.
+            of: "token" divides by the token's area instead (the share of the token that lies in the box).
             truncate: exactly as the code published with the OCR-heads paper (arXiv 2505.15865;
                 `return_weights` and `compute_tile_weights`): the box is scaled to the resized image and its
-                corners truncated to whole pixels; nothing is cut off at the image's border; a box that is
-                thus left without area overlaps nothing. (That code then multiplies by 100.)
+                corners truncated to whole pixels; it is not clipped to the image; a box left without area
+                overlaps nothing. (That code then multiplies by 100.)
 
         Raises:
-            GeometryError: the box is empty, reversed, not finite, or wholly outside of the image.
+            GeometryError: the box is empty, reversed, not finite, or entirely outside the image.
         """
         if of not in ("box", "token"):
             raise GeometryError(f'overlap is measured of="box" or of="token", got of={of!r}')
@@ -177,7 +177,7 @@ class ImageGrid:
     def to_image(
         self, values: Shaped[np.ndarray | torch.Tensor, "*lead tokens"]
     ) -> Shaped[np.ndarray, "*lead frames rows cols"]:
-        """One value per token, laid out as the picture (a tensor comes to the CPU, bfloat16 as float32)."""
+        """Lay one value per token out as the picture (a tensor is moved to the CPU, bfloat16 as float32)."""
         if isinstance(values, torch.Tensor):
             values = values.detach().cpu()
             values = (values.float() if values.dtype == torch.bfloat16 else values).numpy()
@@ -191,7 +191,7 @@ class ImageGrid:
     def _edges(
         self, size: tuple[int, int]
     ) -> tuple[Float[np.ndarray, "cols_plus_1"], Float[np.ndarray, "rows_plus_1"]]:
-        """x of the columns' edges and y of the rows' edges in an image of this (width, height)."""
+        """x of the column edges and y of the row edges in an image of this (width, height)."""
         return (
             np.arange(self.cols + 1) * size[0] / self.cols,
             np.arange(self.rows + 1) * size[1] / self.rows,
@@ -211,7 +211,7 @@ class ImageGrid:
         width, height = self.image_size
         if x0 >= width or y0 >= height or x1 <= 0 or y1 <= 0:
             raise GeometryError(
-                f"the box {shown} lies outside of the image, which is {width} x {height} pixels "
+                f"the box {shown} lies outside the image, which is {width} x {height} pixels "
                 "(width x height, original size after EXIF orientation)"
             )
         return corners
@@ -223,7 +223,7 @@ def _check_share(min_overlap: float | int, of: str) -> None:
 
 
 Part = Literal["all", "tiles", "thumbnail"]
-"""Which tokens of a tiled image: those of its tiles, those of its thumbnail, or both."""
+"""A part of a tiled image: the tokens of its tiles, those of its thumbnail, or both."""
 
 
 @dataclass(frozen=True)
@@ -233,7 +233,7 @@ class TileGrid:
     The processor stretches the image to `layout` square tiles; each becomes a square of tokens. Tokens are
     numbered tile by tile (tiles row by row), in a tile row by row, and those of the thumbnail, a small copy
     of the whole image, come last. A box of the image lies both in tokens of tiles and in tokens of the
-    thumbnail: `part` says which are meant.
+    thumbnail: `part` chooses between them.
     """
 
     image_size: tuple[int, int]
@@ -245,13 +245,13 @@ class TileGrid:
     """Side of a patch in pixels of a tile."""
     merge_size: int = 2
     tile_size: int = 448
-    """Side of a tile in its own pixels."""
+    """Side of a tile in pixels."""
     transposed_tokens: bool = False
     """The tokens of a tile are numbered column by column (pixel shuffle "v1")."""
 
     @property
     def n_tiles(self) -> int:
-        """With the thumbnail."""
+        """Number of tiles, with the thumbnail."""
         return self.layout[0] * self.layout[1] + self.thumbnail
 
     @property
@@ -261,12 +261,12 @@ class TileGrid:
 
     @property
     def rows(self) -> int:
-        """Rows of tokens in the picture that the tiles make together."""
+        """Rows of tokens in all tiles put together."""
         return self.layout[1] * self.tile_side
 
     @property
     def cols(self) -> int:
-        """Columns of tokens in the picture that the tiles make together."""
+        """Columns of tokens in all tiles put together."""
         return self.layout[0] * self.tile_side
 
     @property
@@ -305,7 +305,7 @@ class TileGrid:
         return index // self.tile_side**2
 
     def box_of(self, index: int) -> tuple[float, float, float, float]:
-        """The pixels a token covers. Those of the tiles tile the image, those of the thumbnail tile it again."""
+        """The pixels a token covers; tokens of the tiles cover the image once, those of the thumbnail again."""
         if self.is_thumbnail(index):
             return self.overview.box_of(int(self._raster_of_thumbnail()[index - self.rows * self.cols]))
         return self.whole.box_of(int(self._raster_of_tiles()[index]))
@@ -340,7 +340,7 @@ class TileGrid:
     def to_image(
         self, values: Shaped[np.ndarray | torch.Tensor, "*lead tokens"], part: Literal["tiles", "thumbnail"] = "tiles"
     ) -> Shaped[np.ndarray, "*lead 1 rows cols"]:
-        """One value per token of the image, laid out as the picture of a part."""
+        """Lay one value per token of the image out as the picture of a part."""
         if values.shape[-1] != self.n_tokens:
             raise GeometryError(
                 f"expected one value for each of the image's {self.n_tokens} tokens ({self.n_tiles} tiles of "
@@ -356,12 +356,12 @@ class TileGrid:
         return ImageGrid(self.image_size, (1, rows * side, cols * side), self.patch_size, self.merge_size)
 
     def _raster_of_thumbnail(self) -> Int[np.ndarray, "tokens"]:
-        """Place in raster order of each of the thumbnail's tokens."""
+        """Raster index of each token of the thumbnail."""
         places = np.arange(self.tile_side**2).reshape(self.tile_side, self.tile_side)
         return (places.T if self.transposed_tokens else places).ravel()
 
     def _raster_of_tiles(self) -> Int[np.ndarray, "tokens"]:
-        """Place in raster order, in the picture of all tiles, of each of the tiles' tokens."""
+        """Raster index, in all tiles put together, of each token of the tiles."""
         (cols, rows), side = self.layout, self.tile_side
         places = np.arange(self.rows * self.cols).reshape(rows, side, cols, side).swapaxes(1, 2)
         return (places.swapaxes(2, 3) if self.transposed_tokens else places).ravel()

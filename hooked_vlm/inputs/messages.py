@@ -1,6 +1,6 @@
 """Prompts as users give them: lists of pictures, chat messages with pictures inside."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +14,27 @@ Messages = Sequence[Mapping[str, Any]]
 """A chat as Hugging Face's templates take it: [{"role": "user", "content": [{"type": "image"}, ...]}]."""
 
 
-def per_prompt(given: Any, n: int, batched: bool, name: str, as_list: Any) -> list[list]:
-    """A list of pictures for each of the `n` prompts."""
+def as_prompts(prompt: Any) -> tuple[list[Any], bool]:
+    """A list of prompts, and whether a list was given.
+
+    Raises:
+        InputError: the list is empty, or something is neither a text nor chat messages.
+    """
+    if isinstance(prompt, str):
+        return [prompt], False
+    if not isinstance(prompt, list | tuple) or not all(isinstance(p, str | Mapping | list | tuple) for p in prompt):
+        raise InputError(f"a prompt is a text, a list of chat messages, or a list of such prompts, got {prompt!r}")
+    if not prompt:
+        raise InputError("there are no prompts: the list is empty")
+    return ([prompt], False) if isinstance(prompt[0], Mapping) else (list(prompt), True)
+
+
+def per_prompt(given: Any, n: int, batched: bool, name: str, as_list: Callable[[Any], list]) -> list[list]:
+    """A list of pictures for each of the `n` prompts.
+
+    Raises:
+        InputError: not one entry for each prompt.
+    """
     if given is None:
         return [[] for _ in range(n)]
     if not batched:
@@ -31,47 +50,61 @@ def _is_picture(x: Any) -> bool:
 
 
 def as_images(given: Any) -> list:
+    """A list of pictures; one picture is a list of one.
+
+    Raises:
+        InputError: neither of these.
+    """
     if not _is_picture(given) and not isinstance(given, Iterable):
         raise InputError(f"images must be a picture or a list of pictures, got {given!r}")
     return [given] if _is_picture(given) else list(given)
 
 
 def as_videos(given: Any) -> list:
-    """A list of videos; a flat list of frames is one video."""
+    """A list of videos; a flat list of frames is one video.
+
+    Raises:
+        InputError: neither of these.
+    """
     if not isinstance(given, Iterable):
         raise InputError(f"videos must be a list of frames, or a list of such lists, got {given!r}")
     given = list(given)
     return [given] if given and _is_picture(given[0]) else [list(video) for video in given]
 
 
-def _is_part(part: Any) -> bool:
-    return isinstance(part, Mapping) and (part.get("type") != "text" or isinstance(part.get("text"), str))
-
-
 def take_pictures(messages: Messages) -> tuple[list[dict], list, list]:
-    """The messages with bare placeholders, and the pictures they carried."""
-    out, images, videos = [], [], []
+    """The messages with bare placeholders, and the images and videos that they carried.
+
+    Raises:
+        InputError: something is not a chat message.
+    """
+    pictures: dict[str, list] = {"image": [], "video": []}
+    bare = []
     for message in messages:
-        if not isinstance(message, Mapping):
-            raise InputError(f'a chat message is {{"role": ..., "content": ...}}, got {message!r}')
-        if not isinstance(message.get("role"), str) or "content" not in message:
-            raise InputError(f"a chat message needs 'role' and 'content', got {sorted(map(str, message))}")
-        content = message["content"]
+        content = _checked(message)["content"]
         if not isinstance(content, str):
-            if not isinstance(content, Sequence) or not all(_is_part(part) for part in content):
-                raise InputError(
-                    'a message\'s content is a text or a list of {"type": "text", "text": ...} and {"type": "image"}, '
-                    f"got {content!r}"
-                )
-            parts = []
             for part in content:
                 kind = part.get("type")
-                if kind in ("image", "video"):
-                    picture = part.get(kind)
-                    if picture is not None:
-                        (images if kind == "image" else videos).append(picture)
-                    part = {"type": kind}
-                parts.append(part)
-            content = parts
-        out.append({**message, "content": content})
-    return out, images, videos
+                if kind in ("image", "video") and part.get(kind) is not None:
+                    pictures[kind].append(part[kind])
+            content = [{"type": p["type"]} if p.get("type") in ("image", "video") else p for p in content]
+        bare.append({**message, "content": content})
+    return bare, pictures["image"], pictures["video"]
+
+
+def _checked(message: Any) -> Mapping[str, Any]:
+    if not isinstance(message, Mapping):
+        raise InputError(f'a chat message is {{"role": ..., "content": ...}}, got {message!r}')
+    if not isinstance(message.get("role"), str) or "content" not in message:
+        raise InputError(f"a chat message needs 'role' and 'content', got {sorted(map(str, message))}")
+    content = message["content"]
+    if not isinstance(content, Sequence) or not (isinstance(content, str) or all(map(_is_part, content))):
+        raise InputError(
+            'a message\'s content is a text or a list of {"type": "text", "text": ...} and {"type": "image"}, '
+            f"got {content!r}"
+        )
+    return message
+
+
+def _is_part(part: Any) -> bool:
+    return isinstance(part, Mapping) and (part.get("type") != "text" or isinstance(part.get("text"), str))

@@ -1,4 +1,4 @@
-"""Positions in the token stream: the three M-RoPE axes, and which tokens play which part."""
+"""Positions in the token stream: the three M-RoPE axes, and groups of tokens by their role in the prompt."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,9 +18,9 @@ def mrope_positions(
     """Temporal, height and width positions; padding gets 0.
 
     Text counts up on all three axes. An image or video starts where the text stopped and counts its
-    own grid; the text after it continues one past the largest position used on any axis. (So did the
-    published code and `transformers` up to 4.57; release 5 ignores the temporal axis there, which makes
-    the text after a long video overlap the video. The model was trained with the former.)
+    own grid; the text after it continues one past the largest position used on any axis. (As in the
+    published code, with which the model was trained, and in `transformers` up to 4.57; release 5 ignores the
+    temporal axis there, which makes the text after a long video overlap the video.)
     """
     positions = np.zeros((3, *shape), dtype=np.int64)
     for row, (begin, end) in enumerate(zip(first, stop, strict=True)):
@@ -38,11 +38,11 @@ def mrope_positions(
 
 @dataclass(frozen=True, eq=False)
 class TokenGroups:
-    """Positions by the part they play; every field has one int64 tensor per row of the batch.
+    """Positions by their role in the prompt; every field has one int64 tensor per row of the batch.
 
     The template's own tokens (turn markers, vision start and end) before the question belong to no
     group. Without chat markers the question is all text after the last image (or all text), and the
-    assistant_header is empty.
+    assistant header is empty.
     """
 
     image: tuple[Tensor, ...]
@@ -73,7 +73,7 @@ def prompt_groups(
     Args:
         first, stop: the row's real tokens lie at first <= pos < stop; the last `n_generated` were appended.
         visuals: (kind, start, stop) of the row's images and videos in order.
-        turn: the tokens that open a chat turn, the one that closes it, and how many tokens open a user's.
+        turn: the tokens that open a chat turn, the one that closes it, and the number of tokens that open a user's.
         markers: placeholders and the token that closes an image: never part of the question.
     """
     prompt_stop = stop - n_generated
@@ -81,20 +81,20 @@ def prompt_groups(
     ends = [p for p in range(first, prompt_stop) if tokens[p] == turn_end]
     starts = [p for p in range(first, prompt_stop) if tokens[p] in turn_starts]
     is_chat = bool(ends and starts) and starts[-1] > ends[-1]
-    role_start = ends[-1] if is_chat else prompt_stop
-    opening = [p for p in starts if p < role_start]
+    header_start = ends[-1] if is_chat else prompt_stop
+    opening = [p for p in starts if p < header_start]
     user_start = opening[-1] + user_header if is_chat and opening else first
-    last_visual = max((end for _, _, end in visuals if end <= role_start), default=user_start)
-    text = range(max(last_visual, user_start), role_start)
+    last_visual = max((end for _, _, end in visuals if end <= header_start), default=user_start)
+    text = range(max(last_visual, user_start), header_start)
     question = [p for p in text if tokens[p] not in markers]
-    if not question:  # the image closes the turn: the question stands before it
+    if not question:  # the image closes the turn: the question comes before it
         before = [start for _, start, _ in visuals if start > user_start]
         question = list(range(user_start, min(before) - 1)) if before else []
     return {
         "image": [p for kind, a, b in visuals if kind == "image" for p in range(a, b)],
         "video": [p for kind, a, b in visuals if kind == "video" for p in range(a, b)],
         "question": question,
-        "assistant_header": list(range(role_start, prompt_stop)),
+        "assistant_header": list(range(header_start, prompt_stop)),
         "final": [prompt_stop - 1],
         "generated": list(range(prompt_stop, stop)),
     }

@@ -1,15 +1,18 @@
-"""Conversation templates of checkpoints that do not carry one: InternVL's published layout names it only.
+"""Chat templates: a checkpoint's own, rendered by `transformers`, and InternVL's conversation templates.
 
-The texts are those of the published conversation code (`internvl/conversation.py`); where a checkpoint brings a
-chat template of its own, `transformers` applies it and this file is not used.
+InternVL's published layout only names its template; the texts here are those of the published conversation code
+(`internvl/conversation.py`).
 """
 
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from hooked_vlm.errors import InputError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 IMAGE_SLOT = "<image>"
 """Stands for an image in a text."""
@@ -24,7 +27,7 @@ _SYSTEM_2_5 = (
 
 @dataclass(frozen=True)
 class ChatTemplate:
-    """A turn is its role's header, the message and the separator."""
+    """A conversation template: each turn is the header of its role, the message and the separator."""
 
     system_header: str
     user_header: str
@@ -48,10 +51,10 @@ class ChatTemplate:
         Args:
             messages: a chat; a content is a text, or a list of {"type": "text", "text": ...} and
                 {"type": "image"}. A system message in front replaces the template's.
-            system_message: in place of the template's own.
+            system_message: replaces the template's own.
 
         Raises:
-            InputError: a role or a part that the template does not know.
+            InputError: a role or a part that the template does not support.
         """
         system = self.system_message if system_message is None else system_message
         if messages and messages[0]["role"] == "system":
@@ -60,12 +63,12 @@ class ChatTemplate:
         prompt = self.system_header + system + self.separator
         for message in messages:
             if message["role"] not in headers:
-                raise InputError(f"this template knows the roles user and assistant, got {message['role']!r}")
+                raise InputError(f"this template has the roles user and assistant, got {message['role']!r}")
             prompt += headers[message["role"]] + _text(message) + self.separator
         return prompt + self.assistant_header
 
     def jinja(self, system_message: str | None = None) -> str:
-        """The same template for `transformers`, with `<IMG_CONTEXT>` where an image stands."""
+        """The same template for `transformers`, with `<IMG_CONTEXT>` for an image."""
         system = self.system_message if system_message is None else system_message
         turn = (
             "{% if message['content'] is string %}{{ message['content'] }}{% else %}"
@@ -123,12 +126,30 @@ TEMPLATES: dict[str, ChatTemplate] = {
 
 
 def template_named(name: str) -> ChatTemplate:
-    """
+    """Look a conversation template up.
+
     Raises:
         InputError: no template has this name; the known ones are listed.
     """
     if name not in TEMPLATES:
-        raise InputError(
-            f"config.json names the template {name!r}, which is not known; known are {', '.join(TEMPLATES)}"
-        )
+        raise InputError(f"config.json names the template {name!r}; supported are {', '.join(TEMPLATES)}")
     return TEMPLATES[name]
+
+
+def render_with_tokenizer(tokenizer: "PreTrainedTokenizerBase", messages: list[Any]) -> str:
+    """Render a chat in the tokenizer's own template, up to the header of the answer.
+
+    Such templates are programs by strangers. `transformers` runs them in Jinja's immutable sandbox, which keeps them
+    from Python's internals and from files, and limits `range`; how long they compute is not bounded.
+
+    Raises:
+        InputError: the template cannot be parsed, refuses the messages, or does something that the sandbox forbids.
+    """
+    try:
+        return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+    except Exception as error:  # templates raise whatever they compute
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise InputError(
+            f"the checkpoint's chat template fails on these messages ({reason}): change them, or pass chat=False "
+            "and the text as it should stand"
+        ) from error

@@ -1,7 +1,7 @@
 """InternVL2's image preparation: an image as square tiles and a thumbnail, with Pillow and numpy only.
 
 Equal to the published `dynamic_preprocess` with its bicubic resizing and ImageNet normalisation, tile for
-tile. What is read and how (orientation, transparency, 16-bit greyscale) is `hooked_vlm.inputs.images`' business.
+tile. `hooked_vlm.inputs.images` reads the pictures (orientation, transparency, 16-bit greyscale).
 """
 
 import math
@@ -17,25 +17,18 @@ from PIL import Image
 
 from hooked_vlm.errors import ImageError
 from hooked_vlm.inputs.geometry import ImageSize, TileGrid
-from hooked_vlm.inputs.images import (
-    checked_images,
-    colours,
-    common_settings,
-    load_image,
-    normalisation_tables,
-    processor_settings,
-    whole,
-)
+from hooked_vlm.inputs.image_settings import colours, common_settings, normalisation_tables, processor_settings, whole
+from hooked_vlm.inputs.images import checked_images, load_image
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 MOST_TILES, MOST_PIXELS = 256, 2**26
-"""Of one image; published checkpoints cut it into 40 tiles of 448 x 448 pixels at most."""
+"""Limits for one image; published checkpoints cut it into at most 40 tiles of 448 x 448 pixels."""
 
 
 @dataclass(frozen=True)
 class TileProcessor:
-    """Images to `pixel_values` [tile, 3, tile_size, tile_size]; the defaults are the published checkpoints'."""
+    """Turn images into `pixel_values` [tile, 3, tile_size, tile_size]; the defaults are the published checkpoints'."""
 
     tile_size: int = 448
     """Side of a tile in pixels."""
@@ -43,9 +36,9 @@ class TileProcessor:
     merge_size: int = 2
     min_tiles: int = 1
     max_tiles: int = 12
-    """Tiles of an image, its thumbnail not counted; 1: every image is one tile."""
+    """Largest number of tiles of an image, without its thumbnail; 1: every image is one tile."""
     thumbnail: bool = True
-    """Whether the whole image, as one more tile, follows the tiles of an image that has several."""
+    """Whether a thumbnail of the whole image follows the tiles of an image that has several."""
     transposed_tokens: bool = False
     """The tokens of a tile are numbered column by column (pixel shuffle "v1")."""
     image_mean: tuple[float, float, float] = IMAGENET_MEAN
@@ -61,7 +54,7 @@ class TileProcessor:
             )
         if self.max_tiles > MOST_TILES or self.max_tiles * self.tile_size**2 > MOST_PIXELS:
             raise ImageError(
-                f"an image is cut into {MOST_TILES} tiles and {MOST_PIXELS} pixels at most, got "
+                f"an image may have at most {MOST_TILES} tiles and {MOST_PIXELS} pixels of tiles, got "
                 f"max_tiles={self.max_tiles} of {self.tile_size} x {self.tile_size}"
             )
         if self.min_tiles > self.max_tiles:
@@ -83,8 +76,8 @@ class TileProcessor:
     def layout(self, width: int, height: int) -> tuple[int, int]:
         """Columns and rows of tiles for an image of these pixels.
 
-        Of all grids with `min_tiles` to `max_tiles` tiles the one whose aspect ratio is closest to the image's;
-        of two equally close, the one with more tiles if the image has more than half of that one's pixels.
+        The grid of `min_tiles` to `max_tiles` tiles with the aspect ratio closest to the image's; of two equally
+        close, the one with more tiles if the image has more than half of that one's pixels.
         """
         best, least = (1, 1), math.inf
         for cols, rows in _grids(self.min_tiles, self.max_tiles):
@@ -130,10 +123,9 @@ class TileProcessor:
                 rgb = load_image(image)
             except ImageError as error:
                 raise ImageError(f"image {i}: {error}") from error
-            own = self._cut(rgb)
+            tiles.append(self._cut(rgb))
             sizes.append(ImageSize(*rgb.size))
-            tiles.append(own)
-            counts.append(len(own))
+            counts.append(len(tiles[-1]))
         side = self.tile_size // self.patch_size
         grids = torch.tensor([[n, side, side] for n in counts], dtype=torch.int64).reshape(-1, 3)
         pixels = np.concatenate(tiles) if tiles else np.zeros((0, self.tile_size, self.tile_size, 3), np.uint8)
@@ -155,13 +147,13 @@ class TileProcessor:
 
     @classmethod
     def from_dict(cls, config: Mapping[str, Any], **defaults: Any) -> "TileProcessor":
-        """From `preprocessor_config.json` of either layout, on top of what the model's configuration says.
+        """From `preprocessor_config.json` of either layout, over `defaults` from the model's configuration.
 
         The published repositories keep tiling in config.json (`defaults`); those for transformers' own classes
         name it `min_patches`, `max_patches` and `crop_to_patches` here.
 
         Raises:
-            ImageError: a setting that this processor does not have.
+            ImageError: a setting that is not supported.
         """
         config = processor_settings(config)
         fields = {**defaults, **common_settings(config)}
@@ -188,7 +180,7 @@ class TileProcessor:
 
 @lru_cache(maxsize=32)
 def _grids(least: int, most: int) -> tuple[tuple[int, int], ...]:
-    """Every (columns, rows) with so many tiles, by rising number of tiles.
+    """Every (columns, rows) with `least` to `most` tiles, by rising number of tiles.
 
     Grids with equally many tiles stay in the order of a set built as the published code builds it, because
     that order decides between two that are equally close.

@@ -1,4 +1,4 @@
-"""Where images and videos lie in the token stream, and what a model says about its placeholders."""
+"""Positions of images and videos in the token stream, and the model's placeholders."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,17 +10,17 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from hooked_vlm.errors import InputError
-from hooked_vlm.inputs.images import ImageProcessor
+from hooked_vlm.inputs.image_processor import ImageProcessor
 from hooked_vlm.inputs.tiles import TileProcessor
 
 Grid = tuple[int, int, int]
-"""Patches: of an image or video (temporal patches, rows, columns), of a tiled image (tiles, rows, columns)."""
+"""Numbers of patches: (temporal patches, rows, columns), or for a tiled image (tiles, rows, columns)."""
 Kind = Literal["image", "video"]
 
 
 @dataclass(frozen=True, eq=False)
 class InputSpec:
-    """What inputs need to know of the model they are for."""
+    """The properties of a model that its inputs depend on."""
 
     image_token_id: int | None
     video_token_id: int | None
@@ -33,11 +33,11 @@ class InputSpec:
     turn_end_id: int | None = None
     """The token that closes a chat turn (`<|im_end|>`)."""
     user_header: int = 3
-    """Tokens that open a user's turn, the opening one included: `<|im_start|> user \\n`."""
+    """Number of tokens that open a user's turn: `<|im_start|> user \\n`."""
     tokenizer: Any = None
     image_processor: ImageProcessor | TileProcessor | None = None
     mrope: bool = True
-    """Whether images turn on three position axes; otherwise every token counts one position."""
+    """Whether positions have three axes (M-RoPE); otherwise every token counts one position."""
     tile_size: int | None = None
     """Side in pixels of the tiles that images are cut into; None: each image is seen whole."""
 
@@ -46,12 +46,12 @@ class InputSpec:
         return tuple(i for i in (self.image_token_id, self.video_token_id) if i is not None)
 
     def n_tokens(self, grid: Grid) -> int:
-        """Placeholders that stand for an image or video of `grid` patches."""
+        """Number of placeholders of an image or video of `grid` patches."""
         t, h, w = grid
         return t * h * w // self.merge_size**2
 
     def n_pixel_rows(self, grid: Grid) -> int:
-        """Rows of the pixel tensor that hold an image or video of `grid`: patches, or whole tiles."""
+        """Number of rows of the pixel tensor for an image or video of `grid`: patches, or whole tiles."""
         t, h, w = grid
         return t * h * w if self.tile_size is None else t
 
@@ -76,7 +76,11 @@ class Visual:
 
 
 def real_span(mask: Tensor) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """First real position of each row and one past the last; refuses holes and empty rows."""
+    """First real position of each row and one past the last.
+
+    Raises:
+        InputError: a row without real tokens, or with padding between them.
+    """
     host = mask.to(torch.bool).cpu()
     counts = host.sum(1)
     first = host.int().argmax(1)
@@ -95,7 +99,7 @@ def tile_grids(
     num_tiles: Int[Tensor, "image"] | None,
     spec: InputSpec,
 ) -> Int[Tensor, "image 3"]:
-    """(tiles, rows, columns) of patches of every image of a model that tiles them.
+    """Grids of the images of a model that tiles them: (tiles, rows, columns) of patches.
 
     Without `num_tiles`, every run of placeholders is one image.
 
@@ -123,8 +127,8 @@ def tile_grids(
             raise InputError(f"num_tiles must be whole numbers, got {num_tiles.dtype}")
         counts = [int(n) for n in num_tiles.reshape(-1).tolist()]
     if sum(counts) != len(pixels) or min(counts, default=1) < 1:
-        said = "num_tiles says" if num_tiles is not None else "the runs of placeholders say"
-        raise InputError(f"{len(pixels)} tiles came, but {said} {counts}")
+        source = "num_tiles" if num_tiles is not None else "the runs of placeholders"
+        raise InputError(f"got {len(pixels)} tiles, but {source} count {counts} for the images")
     return torch.tensor([[n, side, side] for n in counts], device=tokens.device).reshape(-1, 3)
 
 
@@ -146,7 +150,7 @@ def locate_visuals(
     first: Sequence[int],
     stop: Sequence[int],
 ) -> tuple[Visual, ...]:
-    """Every image and video with its run of placeholders, in order of appearance.
+    """Find the run of placeholders of every image and video, in order of appearance.
 
     Raises:
         InputError: placeholders that do not match the grids.

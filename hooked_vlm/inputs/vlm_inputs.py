@@ -3,7 +3,7 @@
 It behaves like its token tensor where tools look (`shape`, `ndim`, `device`, `len`, row indexing, ...),
 so that everything that takes tokens takes a `VLMInputs`. Row indexing carries the row's images along.
 
-What is derived once and kept is made outside of `torch.inference_mode`: inputs may be trained on later.
+Cached tensors are made outside of `torch.inference_mode`, so that inputs can also be trained on.
 """
 
 from collections.abc import Sequence
@@ -18,14 +18,12 @@ from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
 from hooked_vlm.errors import GeometryError, InputError
-from hooked_vlm.inputs.batching import join, left_pad, rows_of
+from hooked_vlm.inputs.batching import join, rows_of
+from hooked_vlm.inputs.edits import Answer, append_answer, replace_image
 from hooked_vlm.inputs.geometry import Box, ImageGrid, Part, TileGrid
 from hooked_vlm.inputs.positions import TokenGroups, mrope_positions, prompt_groups
 from hooked_vlm.inputs.tiles import TileProcessor
 from hooked_vlm.inputs.token_layout import Grid, InputSpec, Kind, Visual, locate_visuals, real_span
-
-Answer = str | Sequence[str] | Int[Tensor, "..."] | Sequence[int] | Sequence[Sequence[int]] | Sequence[Tensor]
-"""Text or token ids: one for all rows, or one for each."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,7 +36,7 @@ class VLMInputs:
     must lie at the ends of a row.
 
     Raises:
-        InputError: if images and placeholders disagree, or the mask has holes.
+        InputError: images and placeholders disagree, or the mask has holes.
     """
 
     tokens: Int[Tensor, "batch pos"]
@@ -53,9 +51,9 @@ class VLMInputs:
     image_sizes: tuple[tuple[int, int], ...] | None = None
     """(width, height) of the original images in pixels, after EXIF orientation; None if not known."""
     image_features: Float[Tensor, "token d_model"] | None = None
-    """What the projector hands over, images first, then videos; see `with_image_features`."""
+    """The projector's output, images first, then videos; see `with_image_features`."""
     n_generated: tuple[int, ...] = ()
-    """How many tokens at the end of each row were appended to the prompt."""
+    """Number of tokens appended to the prompt at the end of each row."""
 
     visuals: tuple[Visual, ...] = field(init=False)
     first: tuple[int, ...] = field(init=False)
@@ -81,7 +79,7 @@ class VLMInputs:
         set_(self, "stop", stop)
         grids = (self.image_grid_thw, self.video_grid_thw)
         set_(self, "visuals", locate_visuals(self.tokens, self.spec, *grids, first, stop))
-        _check_pixels(self)
+        self._check_pixels()
         positions = mrope_positions(
             self.tokens.shape,
             first,
@@ -90,6 +88,22 @@ class VLMInputs:
             self.spec.merge_size,
         )
         set_(self, "position_ids", positions.to(self.tokens.device))
+
+    def _check_pixels(self) -> None:
+        for kind, pixels, grid_thw in (
+            ("image", self.pixel_values, self.image_grid_thw),
+            ("video", self.pixel_values_videos, self.video_grid_thw),
+        ):
+            if pixels is None and grid_thw is not None and self.image_features is None:
+                raise InputError(f"{kind} grids without pixels: pass the {kind}'s pixel values or its features")
+            if pixels is None:
+                continue
+            n = sum(self.spec.n_pixel_rows(tuple(g)) for g in ([] if grid_thw is None else grid_thw.tolist()))
+            n_pixels, unit = len(pixels) if pixels.ndim else 0, "patches" if self.spec.tile_size is None else "tiles"
+            if not pixels.ndim or n_pixels != n:
+                raise InputError(f"got {n_pixels} {kind} {unit}, but the grids describe {n}")
+        if self.image_sizes is not None and len(self.image_sizes) != self.n_images:
+            raise InputError(f"got {len(self.image_sizes)} image sizes for {self.n_images} images")
 
     @cached_property
     @torch.inference_mode(False)
@@ -130,7 +144,7 @@ class VLMInputs:
         """Some rows, each with its images; an int gives a batch of one."""
         if isinstance(rows, tuple):
             raise InputError(
-                "VLMInputs are indexed by rows only: positions hang together with images. "
+                "VLMInputs are indexed by rows only, because positions belong to images. "
                 "Use inputs.tokens[...] for token ids, inputs.append(...) to continue a prompt."
             )
         everything = range(len(self))
@@ -159,12 +173,12 @@ class VLMInputs:
         return self.to("cpu")
 
     def portable(self) -> "VLMInputs":
-        """To be sent or kept: on the CPU, without the tokenizer that the model has, and without pixels once encoded."""
+        """A copy to send or store: on the CPU, without the tokenizer, and without pixels if the images are encoded."""
         pixels = {} if self.image_features is None else {"pixel_values": None, "pixel_values_videos": None}
         return replace(self.cpu(), spec=replace(self.spec, tokenizer=None), **pixels)
 
     def repeat(self, *sizes: int) -> Int[Tensor, "..."]:
-        """The token ids repeated, a plain tensor (what TransformerLens' head detector asks for)."""
+        """The token ids repeated, as a plain tensor (TransformerLens' head detector calls it)."""
         return self.tokens.repeat(*sizes)
 
     # ---------------------------------------------------------------- images and geometry
@@ -194,45 +208,50 @@ class VLMInputs:
         """Images, then videos, by number."""
         return sorted(self.visuals, key=lambda v: (v.kind == "video", v.index))
 
-    def _visual(self, kind: Kind, i: int) -> Visual:
-        found = [v for v in self.visuals if v.kind == kind and v.index == i]
-        if not found:
-            n = sum(v.kind == kind for v in self.visuals)
-            raise InputError(f"there is no {kind} {i}: this batch has {n}, numbered from 0")
-        return found[0]
+    def visual(self, kind: Kind, i: int) -> Visual:
+        """Image or video number `i` in the token stream.
+
+        Raises:
+            InputError: there is no such image or video.
+        """
+        same_kind = [v for v in self.visuals if v.kind == kind]
+        for visual in same_kind:
+            if visual.index == i:
+                return visual
+        raise InputError(f"there is no {kind} {i}: this batch has {len(same_kind)}, numbered from 0")
 
     def row_of_image(self, i: int) -> int:
         """The row of the batch that image `i` appears in."""
-        return self._visual("image", i).row
+        return self.visual("image", i).row
 
     def image_tokens(self, i: int) -> Int[Tensor, "token"]:
         """Positions of image `i`'s tokens in its row, in the grid's raster order."""
-        visual = self._visual("image", i)
+        visual = self.visual("image", i)
         return torch.arange(visual.start, visual.stop)
 
     def video_tokens(self, i: int) -> Int[Tensor, "token"]:
         """Positions of video `i`'s tokens in its row: frame by frame, each in raster order."""
-        visual = self._visual("video", i)
+        visual = self.visual("video", i)
         return torch.arange(visual.start, visual.stop)
 
     def image_grid(self, i: int) -> ImageGrid | TileGrid:
         """The geometry of image `i`: its tokens, rows, columns and their boxes in original pixels.
 
-        Inputs made from a Hugging Face batch do not know the original size; their pixels are those of
-        the resized image.
+        Inputs made from a Hugging Face batch do not have the original size; their boxes are in pixels of the
+        resized image.
 
         Raises:
-            InputError: the image has several tiles, and its original size, which says how they lie, is not known.
+            InputError: the image has several tiles, whose layout follows from its original size, and that is not known.
         """
-        spec, (n_tiles, h, w) = self.spec, self._visual("image", i).grid
+        spec, (n_tiles, h, w) = self.spec, self.visual("image", i).grid
         size = None if self.image_sizes is None else self.image_sizes[i]
         if spec.tile_size is None:
             resized = (w * spec.patch_size, h * spec.patch_size)
             return ImageGrid(resized if size is None else size, (n_tiles, h, w), spec.patch_size, spec.merge_size)
         if size is None and n_tiles > 1:
             raise InputError(
-                f"how the {n_tiles} tiles of image {i} lie follows from its size, which a Hugging Face batch does "
-                "not carry: make the inputs with model.to_inputs(...)"
+                f"the layout of the {n_tiles} tiles of image {i} follows from its size, which a Hugging Face batch "
+                "does not carry: make the inputs with model.to_inputs(...)"
             )
         processor = spec.image_processor
         if not isinstance(processor, TileProcessor):
@@ -255,9 +274,9 @@ class VLMInputs:
         Args:
             box: half-open (x0, y0, x1, y1) in pixels of the original image.
             min_overlap: a token counts if more than this share of the box's area lies in it.
-            part: of a tiled image, tokens of its "tiles", of its "thumbnail", or "all".
+            part: for a tiled image, the tokens of its "tiles", of its "thumbnail", or "all".
         """
-        start, grid = self._visual("image", image).start, self.image_grid(image)
+        start, grid = self.visual("image", image).start, self.image_grid(image)
         if isinstance(grid, TileGrid):
             return [start + i for i in grid.tokens_in_box(box, min_overlap, part=part)]
         if part == "thumbnail":
@@ -265,7 +284,7 @@ class VLMInputs:
         return [start + i for i in grid.tokens_in_box(box, min_overlap)]
 
     def image_of_token(self, pos: int, row: int = 0) -> int:
-        """The number of the image whose token stands at `pos`."""
+        """The number of the image that the token at `pos` belongs to."""
         for visual in self.visuals:
             if visual.kind == "image" and visual.row == row and visual.start <= pos < visual.stop:
                 return visual.index
@@ -274,7 +293,7 @@ class VLMInputs:
     def box_of_token(self, pos: int, row: int = 0) -> tuple[float, float, float, float]:
         """The box (x0, y0, x1, y1), in pixels of the original image, that the image token at `pos` covers."""
         image = self.image_of_token(pos, row)
-        return self.image_grid(image).box_of(pos - self._visual("image", image).start)
+        return self.image_grid(image).box_of(pos - self.visual("image", image).start)
 
     def on_image(
         self,
@@ -282,13 +301,13 @@ class VLMInputs:
         values: Shaped[Tensor | np.ndarray, "*lead token"],
         part: Literal["tiles", "thumbnail"] = "tiles",
     ) -> Shaped[np.ndarray, "*lead row col"]:
-        """One value for each token of `image`, laid out as the picture.
+        """Lay one value for each token of `image` out as the picture.
 
         Args:
-            part: of a tiled image, whether the tokens of its tiles, put together, or those of its thumbnail are shown.
+            part: for a tiled image, show the tokens of its tiles, put together, or those of its thumbnail.
 
         Raises:
-            GeometryError: another number of values, or a thumbnail is asked for where there is none.
+            GeometryError: another number of values, or a thumbnail where there is none.
         """
         grid = self.image_grid(image)
         if isinstance(grid, TileGrid):
@@ -300,7 +319,7 @@ class VLMInputs:
     @cached_property
     @torch.inference_mode(False)
     def positions(self) -> TokenGroups:
-        """Which positions are image, question, role, final and generated tokens, row by row."""
+        """Positions of the image, question, assistant header, final and generated tokens, row by row."""
         spec = self.spec
         rows = [
             prompt_groups(
@@ -319,93 +338,33 @@ class VLMInputs:
     # ---------------------------------------------------------------- new inputs from these
 
     def append(self, answer: Answer) -> "VLMInputs":
-        """The rows continued by `answer`: one text or list of token ids for all rows, or one per row.
+        """Continue the rows by `answer`: one text or list of token ids for all rows, or one per row.
 
         Existing positions stay where they are; shorter rows are padded at the end.
 
         Raises:
-            InputError: if the answer holds image placeholders, or their number is not that of the rows.
+            InputError: an answer holds image placeholders, or there are neither one nor as many answers as rows.
         """
-        answers = self._answers(answer)
-        real = [self.tokens[r, a:b] for r, (a, b) in enumerate(zip(self.first, self.stop, strict=True))]
-        rows = [torch.cat((row, new)) for row, new in zip(real, answers, strict=True)]
-        width = max(a + len(row) for a, row in zip(self.first, rows, strict=True))
-        tokens = self.tokens.new_full((len(self), width), self.spec.pad_token_id)
-        mask = torch.zeros_like(tokens)
-        for r, (a, row) in enumerate(zip(self.first, rows, strict=True)):
-            tokens[r, a : a + len(row)] = row
-            mask[r, a : a + len(row)] = 1
-        generated = tuple(n + len(new) for n, new in zip(self.n_generated, answers, strict=True))
-        return replace(self, tokens=tokens, attention_mask=mask, n_generated=generated)
-
-    def _answers(self, answer: Any) -> list[Tensor]:
-        if isinstance(answer, str):
-            answer = [answer] * len(self)
-        elif not isinstance(answer, Tensor) and len(answer) and isinstance(answer[0], int):
-            answer = torch.tensor(answer)
-        if isinstance(answer, Tensor) and answer.ndim == 1:
-            answer = answer.expand(len(self), -1)
-        rows = []
-        for one in answer:
-            if isinstance(one, str):
-                if self.spec.tokenizer is None:
-                    raise InputError("these inputs have no tokenizer: append token ids, not text")
-                one = self.spec.tokenizer.encode(one, add_special_tokens=False)
-            rows.append(torch.as_tensor(one, dtype=self.tokens.dtype, device=self.device).reshape(-1))
-        if len(rows) != len(self):
-            raise InputError(f"{len(rows)} answers for {len(self)} rows: give one for all, or one per row")
-        if any(int(t) in self.spec.placeholder_ids for row in rows for t in row):
-            raise InputError("an appended answer cannot hold image placeholders")
-        return rows
+        return append_answer(self, answer)
 
     def with_image(self, i: int, image: Any) -> "VLMInputs":
         """The same prompt with another picture as image `i` (its number of tokens may change)."""
-        if self.spec.image_processor is None:
-            raise InputError("these inputs have no image processor: make them with model.to_inputs(...)")
-        visual = self._visual("image", i)
-        pixels, grid_thw, sizes = self.spec.image_processor([image])
-        assert self.image_grid_thw is not None and self.pixel_values is not None
-        grids = self.image_grid_thw.clone()
-        grids[i] = grid_thw[0].to(grids)
-        rows_of = [self.spec.n_pixel_rows(tuple(grid)) for grid in self.image_grid_thw.tolist()]
-        pieces = list(self.pixel_values.split(rows_of))
-        pieces[i] = pixels.to(self.pixel_values)
-        new_grid = tuple(int(n) for n in grid_thw[0])
-        n_new = self.spec.n_tokens(new_grid)  # type: ignore[arg-type]
-        rows, masks = [], []
-        for r, (row, mask) in enumerate(zip(self.tokens, self.attention_mask, strict=True)):
-            if r == visual.row:
-                placeholders = row.new_full((n_new,), int(row[visual.start]))
-                row = torch.cat((row[: visual.start], placeholders, row[visual.stop :]))
-                mask = torch.cat((mask[: visual.start], mask.new_ones(n_new), mask[visual.stop :]))
-            rows.append(row)
-            masks.append(mask)
-        tokens, attention_mask = left_pad(rows, masks, self.spec.pad_token_id)
-        known = self.image_sizes
-        return replace(
-            self,
-            tokens=tokens,
-            attention_mask=attention_mask,
-            pixel_values=torch.cat(pieces),
-            image_grid_thw=grids,
-            image_sizes=None if known is None else (*known[:i], tuple(sizes[0]), *known[i + 1 :]),
-            image_features=None,
-        )
+        return replace_image(self, i, image)
 
     def with_image_features(self, features: Float[Tensor, "token d_model"] | None) -> "VLMInputs":
         """The same inputs with their images already encoded (`model.encode_images`), or None to encode again."""
         n = sum(v.n_tokens for v in self.visuals)
         if features is not None and features.shape[0] != n:
-            raise InputError(f"these inputs have {n} image tokens, but {features.shape[0]} features came")
-        new = copy(self)  # which checks and locates nothing anew: no other field depends on the features
+            raise InputError(f"these inputs have {n} image tokens, got {features.shape[0]} features")
+        new = copy(self)  # skips the checks of __post_init__: no other field depends on the features
         object.__setattr__(new, "image_features", features)
         if features is None:
-            _check_pixels(new)
+            new._check_pixels()
         return new
 
     @staticmethod
     def concat(batches: "Sequence[VLMInputs]") -> "VLMInputs":
-        """All rows of several inputs as one batch, padded on the left to the longest."""
+        """Join several inputs into one batch, padded on the left to the longest row."""
         if not batches:
             raise InputError("nothing to concatenate")
         with_features = [b.image_features is not None for b in batches if b.visuals]
@@ -417,22 +376,3 @@ class VLMInputs:
     def _take_rows(self, rows: list[int]) -> "VLMInputs":
         parts = rows_of(self)
         return VLMInputs(**join([parts[r] for r in rows], self.spec))
-
-
-def _check_pixels(inputs: VLMInputs) -> None:
-    for kind, pixels, grid_thw in (
-        ("image", inputs.pixel_values, inputs.image_grid_thw),
-        ("video", inputs.pixel_values_videos, inputs.video_grid_thw),
-    ):
-        if pixels is None and grid_thw is not None and inputs.image_features is None:
-            raise InputError(f"{kind} grids without pixels: pass the {kind}'s pixel values or its features")
-        if pixels is None:
-            continue
-        grids = [] if grid_thw is None else grid_thw.tolist()
-        n, what = sum(inputs.spec.n_pixel_rows(tuple(g)) for g in grids), "patches"
-        if inputs.spec.tile_size is not None:
-            what = "tiles"
-        if not pixels.ndim or len(pixels) != n:
-            raise InputError(f"{pixels.shape[0] if pixels.ndim else 0} {kind} {what} came, but the grids describe {n}")
-    if inputs.image_sizes is not None and len(inputs.image_sizes) != inputs.n_images:
-        raise InputError(f"{len(inputs.image_sizes)} image sizes for {inputs.n_images} images")

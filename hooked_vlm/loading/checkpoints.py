@@ -14,7 +14,7 @@ from torch.overrides import TorchFunctionMode
 from hooked_vlm.config import VLMConfig
 from hooked_vlm.converters import KNOWN_MODELS, converter_for, open_tensors, read_config, read_json
 from hooked_vlm.errors import CheckpointError
-from hooked_vlm.inputs.images import ImageProcessor
+from hooked_vlm.inputs.image_processor import ImageProcessor
 from hooked_vlm.inputs.tiles import TileProcessor
 from hooked_vlm.inputs.tokenization import load_tokenizer
 from hooked_vlm.loading.folders import CONFIG_FILES, find_checkpoint

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from hooked_vlm.converters import converter_for
 from hooked_vlm.errors import CheckpointError
-from hooked_vlm.inputs.images import ImageProcessor
+from hooked_vlm.inputs.image_processor import ImageProcessor
 from hooked_vlm.inputs.templates import template_named
 from hooked_vlm.inputs.tiles import TileProcessor
 from hooked_vlm.nn.weight_access import why_closed

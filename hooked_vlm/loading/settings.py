@@ -9,7 +9,7 @@ from hooked_vlm.config import RopeScaling, VisionConfig, VLMConfig
 from hooked_vlm.converters import DTYPES
 from hooked_vlm.converters.fields import Fields
 from hooked_vlm.errors import CheckpointError, ImageError
-from hooked_vlm.inputs.images import ImageProcessor
+from hooked_vlm.inputs.image_processor import ImageProcessor
 from hooked_vlm.inputs.templates import template_named
 from hooked_vlm.inputs.tiles import TileProcessor
 

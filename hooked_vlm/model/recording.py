@@ -29,7 +29,7 @@ from hooked_vlm.nn.vision import image_pass
 if TYPE_CHECKING:
     from hooked_vlm.model.vlm import HookedVLM
 
-Hooks = list[tuple[str, Callable]]
+Hooks = list[tuple[HookName, Callable]]
 
 
 def run_with_cache(

@@ -1,10 +1,10 @@
 """`HookedVLM`: a vision-language model whose every intermediate tensor passes a named hook point."""
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, Literal
+from functools import wraps
+from typing import Any, Concatenate, Literal, ParamSpec, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -14,15 +14,23 @@ from transformer_lens import HookedRootModule
 
 from hooked_vlm.config import VLMConfig
 from hooked_vlm.errors import InputError
-from hooked_vlm.inputs.prompting import PromptMixin
+from hooked_vlm.inputs.builder import InputBuilder
 from hooked_vlm.inputs.vlm_inputs import VLMInputs
 from hooked_vlm.loading import checkpoints, saving
-from hooked_vlm.model import generation, hook_checks, identity, recording, switches, weights
+from hooked_vlm.model import generation, hooking, identity, recording, switches, weights
 from hooked_vlm.model.cache import VLMCache
 from hooked_vlm.model.weights import stacked_view
 from hooked_vlm.nn.block import run_blocks, text_blocks
 from hooked_vlm.nn.components import Embed, Norm, Unembed, WithViews
-from hooked_vlm.nn.forward_pass import ForwardPass, Recorder, check_context, last_of_rows, step_pass, text_pass
+from hooked_vlm.nn.forward_pass import (
+    ForwardPass,
+    Recorder,
+    check_call,
+    last_of_rows,
+    layer_range,
+    step_pass,
+    text_pass,
+)
 from hooked_vlm.nn.hooks import (
     HookName,
     HookPoint,
@@ -37,10 +45,22 @@ from hooked_vlm.nn.kv_cache import KVCache
 from hooked_vlm.nn.vision import Projector, VisionTower, image_pass
 from hooked_vlm.nn.weight_access import device_of
 
+P = ParamSpec("P")
+R = TypeVar("R")
 ReturnType = Literal["logits", "loss", "both"] | None
 
 
-class HookedVLM(PromptMixin, WithViews, HookedRootModule):
+def _of_builder(method: Callable[Concatenate[InputBuilder, P], R]) -> Callable[Concatenate["HookedVLM", P], R]:
+    """Make a method of the input builder one of the model."""
+
+    @wraps(method)
+    def call(model: "HookedVLM", *args: P.args, **kwargs: P.kwargs) -> R:
+        return method(model.input_builder, *args, **kwargs)
+
+    return call
+
+
+class HookedVLM(WithViews, HookedRootModule):
     """Text decoder, vision tower and projector with hooks in all three.
 
     Make one with `HookedVLM.from_pretrained(name_or_path)` or `HookedVLM.from_hf(hf_model)`; then
@@ -84,6 +104,42 @@ class HookedVLM(PromptMixin, WithViews, HookedRootModule):
             self.unembed.weight = self.embed.weight
         self.setup()
 
+    # ---------------------------------------------------------------- inputs
+
+    @property
+    def input_builder(self) -> InputBuilder:
+        """The builder of this model's inputs, with its present tokenizer and image processor."""
+        return InputBuilder(self.cfg, self.tokenizer, self.image_processor)
+
+    input_spec = _of_builder(InputBuilder.input_spec)
+    to_inputs = _of_builder(InputBuilder.to_inputs)
+    inputs_from_hf = _of_builder(InputBuilder.inputs_from_hf)
+    chat_text = _of_builder(InputBuilder.chat_text)
+    to_tokens = _of_builder(InputBuilder.to_tokens)
+    to_str_tokens = _of_builder(InputBuilder.to_str_tokens)
+
+    def to_string(self, tokens: Any) -> str | list[str]:
+        """Decode token ids [pos], or [batch, pos] into a list, special tokens included."""
+        return self.input_builder.text.to_string(tokens)
+
+    def to_single_token(self, string: str) -> int:
+        """Return the id of a text that is one token.
+
+        Raises:
+            InputError: it is no token or several, which are shown.
+        """
+        return self.input_builder.text.to_single_token(string)
+
+    @property
+    def image_token(self) -> str:
+        """Text of an image's placeholder."""
+        return self.input_builder.text.image_token
+
+    @property
+    def video_token(self) -> str:
+        """Text of a video's placeholder."""
+        return self.input_builder.text.video_token
+
     # ---------------------------------------------------------------- forward
 
     def forward(
@@ -115,10 +171,10 @@ class HookedVLM(PromptMixin, WithViews, HookedRootModule):
             InputError: inputs that do not fit the model or each other.
         """
         inputs = self.as_inputs(input)
-        first, last = self._layer_range(start_at_layer, stop_at_layer)
+        first, last = layer_range(self.cfg, start_at_layer, stop_at_layer)
         if return_type not in ("logits", "loss", "both", None):
             raise InputError(f'return_type must be "logits", "loss", "both" or None, got {return_type!r}')
-        self._check_call(inputs, first, last, resid, past_kv_cache, logits_at)
+        check_call(self.cfg, inputs, first, last, resid, past_kv_cache, logits_at)
         here = text_pass(self, inputs, past_kv_cache, None if resid is None else resid.dtype, recorder)
         with running(here):
             stream = self._embed(inputs, here) if resid is None else here.pack(resid.to(inputs.device))
@@ -152,7 +208,7 @@ class HookedVLM(PromptMixin, WithViews, HookedRootModule):
             InputError: bare token ids with image placeholders, ids outside the vocabulary, no tokens at all.
         """
         if not isinstance(input, VLMInputs):
-            return self.inputs_of(input)
+            return self.input_builder.from_text_or_ids(input)
         return input if input.device == self.cfg.device else input.to(self.cfg.device)
 
     def run_layers(
@@ -191,40 +247,6 @@ class HookedVLM(PromptMixin, WithViews, HookedRootModule):
             logits = self.unembed(self.ln_final(stream))[:, 0]
         past_kv_cache.advance(1, 1)
         return logits
-
-    def _check_call(
-        self,
-        inputs: VLMInputs,
-        first: int,
-        last: int,
-        resid: Tensor | None,
-        past: KVCache | None,
-        logits_at: str,
-    ) -> None:
-        if logits_at not in ("all", "last"):
-            raise InputError(f'logits_at must be "all" or "last", got {logits_at!r}')
-        if first and resid is None:
-            raise InputError(f"start_at_layer={first} needs resid, what enters that block")
-        if past is not None and (first, last) != (0, self.cfg.n_layers):
-            raise InputError("a key-value cache holds all layers: it does not go with start_at_layer or stop_at_layer")
-        if past is not None and past.batch != len(inputs):
-            raise InputError(f"the key-value cache has {past.batch} rows, the inputs {len(inputs)}")
-        check_context(self.cfg, inputs, 0 if past is None else past.length)
-        if resid is not None and resid.shape != (*inputs.shape, self.cfg.d_model):
-            expected = (*inputs.shape, self.cfg.d_model)
-            raise InputError(f"resid must be [batch, pos, d_model] = {expected}, got {tuple(resid.shape)}")
-
-    def _layer_range(self, start_at_layer: int, stop_at_layer: int | None) -> tuple[int, int]:
-        n = self.cfg.n_layers
-        for name, layer, top in (
-            ("start_at_layer", start_at_layer, n - 1),
-            ("stop_at_layer", stop_at_layer, n),
-        ):
-            if layer is not None and not -n <= layer <= top:
-                raise InputError(f"{name}={layer} is out of range: the model has layers 0 to {n - 1}")
-        first = start_at_layer % n
-        last = n if stop_at_layer is None else stop_at_layer if stop_at_layer >= 0 else stop_at_layer + n
-        return first, last
 
     def _embed(self, inputs: VLMInputs, here: ForwardPass) -> Float[Tensor, "*dims d_model"]:
         """Token embeddings with image features at the placeholders: the input of block 0."""
@@ -294,42 +316,7 @@ class HookedVLM(PromptMixin, WithViews, HookedRootModule):
         for point in self.points_of(name):
             point.add_hook(hook, *args, **kwargs)
 
-    @contextmanager
-    def hooks(
-        self,
-        fwd_hooks: Sequence[tuple[HookName, Callable]] = (),
-        bwd_hooks: Sequence[tuple[HookName, Callable]] = (),
-        reset_hooks_end: bool = True,
-        clear_contexts: bool = False,
-    ) -> Iterator["HookedVLM"]:
-        """Set hooks for the length of a `with` block, as in TransformerLens; a hook that cannot act is an error.
-
-        Raises:
-            HookError: an unknown name (the nearest ones are named), a filter that matches nothing, or a hook
-                point that is switched off.
-        """
-        fwd = [(self.points_of(name), fn) for name, fn in fwd_hooks]
-        bwd = [(self.points_of(name), fn) for name, fn in bwd_hooks]
-        self.context_level += 1
-        level = self.context_level
-        try:
-            for points, fn in fwd:
-                self._hooked_at[level].update(points)
-                for point in points:
-                    point.add_hook(fn, level=level)
-            for points, fn in bwd:
-                self._hooked_at[level].update(points)
-                for point in points:
-                    point.add_hook(fn, dir="bwd", level=level)
-            yield self
-        finally:
-            if reset_hooks_end:
-                # with those that an earlier block of this depth left behind
-                for point in self._hooked_at.pop(level, ()):
-                    point.remove_hooks("both", level=level)
-                if clear_contexts:
-                    self.clear_contexts()
-            self.context_level -= 1
+    hooks = hooking.hooks  # pyright: ignore[reportAssignmentType] (yields a HookedVLM)
 
     def run_with_hooks(
         self,
@@ -354,10 +341,10 @@ class HookedVLM(PromptMixin, WithViews, HookedRootModule):
         """Run `forward` and keep its activations; arguments as of `hooked_vlm.model.recording.run_with_cache`."""
         return recording.run_with_cache(self, input, *args, **kwargs)
 
-    check_hook_name = hook_checks.check_hook_name
-    points_of = hook_checks.points_of
-    check_reachable = hook_checks.check_reachable
-    why_silent = hook_checks.why_silent
+    check_hook_name = hooking.check_hook_name
+    points_of = hooking.points_of
+    check_reachable = hooking.check_reachable
+    why_silent = hooking.why_silent
 
     set_use_attn_result = switches.set_use_attn_result
     set_use_split_qkv_input = switches.set_use_split_qkv_input

@@ -217,3 +217,49 @@ def check_context(cfg: VLMConfig, inputs: VLMInputs, n_past: int) -> None:
         bound = "max_pixels" if vision is None or vision.tile_size is None else "max_tiles"
         lower = f", or lower {bound} in model.to_inputs(..., {bound}=)" if vision is not None else ""
         raise InputError(f"{longest} tokens do not fit the context of {cfg.n_ctx_limit}: shorten the prompt{lower}")
+
+
+def layer_range(cfg: VLMConfig, start_at_layer: int, stop_at_layer: int | None) -> tuple[int, int]:
+    """Return the first layer to run and one past the last; negative numbers count from the end.
+
+    Raises:
+        InputError: a layer out of range.
+    """
+    n = cfg.n_layers
+    for name, layer, top in (
+        ("start_at_layer", start_at_layer, n - 1),
+        ("stop_at_layer", stop_at_layer, n),
+    ):
+        if layer is not None and not -n <= layer <= top:
+            raise InputError(f"{name}={layer} is out of range: the model has layers 0 to {n - 1}")
+    first = start_at_layer % n
+    last = n if stop_at_layer is None else stop_at_layer if stop_at_layer >= 0 else stop_at_layer + n
+    return first, last
+
+
+def check_call(
+    cfg: VLMConfig,
+    inputs: VLMInputs,
+    first: int,
+    last: int,
+    resid: Tensor | None,
+    past: KVCache | None,
+    logits_at: str,
+) -> None:
+    """Refuse arguments of `forward` that do not fit the inputs or each other.
+
+    Raises:
+        InputError: names the argument.
+    """
+    if logits_at not in ("all", "last"):
+        raise InputError(f'logits_at must be "all" or "last", got {logits_at!r}')
+    if first and resid is None:
+        raise InputError(f"start_at_layer={first} needs resid, what enters that block")
+    if past is not None and (first, last) != (0, cfg.n_layers):
+        raise InputError("a key-value cache holds all layers: it does not go with start_at_layer or stop_at_layer")
+    if past is not None and past.batch != len(inputs):
+        raise InputError(f"the key-value cache has {past.batch} rows, the inputs {len(inputs)}")
+    check_context(cfg, inputs, 0 if past is None else past.length)
+    if resid is not None and resid.shape != (*inputs.shape, cfg.d_model):
+        expected = (*inputs.shape, cfg.d_model)
+        raise InputError(f"resid must be [batch, pos, d_model] = {expected}, got {tuple(resid.shape)}")

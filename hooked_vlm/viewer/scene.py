@@ -13,7 +13,8 @@ from PIL import Image
 
 from hooked_vlm.errors import InputError
 from hooked_vlm.inputs.geometry import Box, ImageGrid, TileGrid
-from hooked_vlm.inputs.images import ImageProcessor, load_image
+from hooked_vlm.inputs.image_processor import ImageProcessor
+from hooked_vlm.inputs.images import load_image
 from hooked_vlm.inputs.tiles import TileProcessor
 from hooked_vlm.inputs.vlm_inputs import VLMInputs
 

@@ -13,7 +13,8 @@ from fuzz.laws import held
 from fuzz.seeds import checkpoints, internlm2_tokenizer, models, picture, pictures
 from hooked_vlm import CheckpointError, HookedVLM
 from hooked_vlm.errors import ImageError
-from hooked_vlm.inputs.images import ImageProcessor, load_image
+from hooked_vlm.inputs.image_processor import ImageProcessor
+from hooked_vlm.inputs.images import load_image
 from hooked_vlm.inputs.tiles import TileProcessor
 from hooked_vlm.inputs.tokenization import load_tokenizer
 
@@ -207,9 +208,7 @@ TEMPLATES = (
     "{% for m in messages %}{{ m.append(1) }}{% endfor %}",
     "{{ messages.append(1) }}{{ undefined.x }}",
     "{% for a in range(10**9) %}{% endfor %}",
-    "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}",
     "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
-    "{% macro f(n) %}{% if n %}{{ f(n-1) }}{{ f(n-1) }}{% endif %}{% endmacro %}{{ f(60) }}",
     "{% for", "{{ raise_exception('no') }}", "{{ 1/0 }}", "{{ {}['x']['y'] }}", "{% include '/etc/passwd' %}",
     "{{ 'x' * 10**3 }}", "{{ messages | tojson }}", "{{ strftime_now('%Y') }}", "\0", "{{ [] | first }}",
 )  # fmt: skip

@@ -18,8 +18,8 @@ from hooked_vlm import CheckpointError, HookedVLM
 from hooked_vlm.errors import HookError, ImageError, InputError, StudyError
 from hooked_vlm.experiments.head_attribution.coco import coco_items
 from hooked_vlm.experiments.ocr_heads.data.store import load_or_build
-from hooked_vlm.inputs import chat_templates
-from hooked_vlm.inputs.images import ImageProcessor, load_image
+from hooked_vlm.inputs.image_processor import ImageProcessor
+from hooked_vlm.inputs.images import load_image
 from hooked_vlm.inputs.tiles import TileProcessor
 from hooked_vlm.interventions import AddVector, Compose, PatchActivation, ReplaceImageKV, ZeroHeads
 
@@ -88,7 +88,6 @@ def with_template(monkeypatch: pytest.MonkeyPatch) -> Any:
         monkeypatch.setattr(model.tokenizer, "chat_template", template)
         return model.chat_text("What?")
 
-    monkeypatch.setattr(chat_templates, "SECONDS", 0.3)
     return ask
 
 

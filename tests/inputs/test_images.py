@@ -19,7 +19,8 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_res
 
 from hooked_vlm.errors import ImageError
 from hooked_vlm.inputs.geometry import ImageGrid
-from hooked_vlm.inputs.images import CLIP_MEAN, CLIP_STD, ImageProcessor, load_image, load_image_bytes, smart_resize
+from hooked_vlm.inputs.image_processor import CLIP_MEAN, CLIP_STD, ImageProcessor, smart_resize
+from hooked_vlm.inputs.images import load_image, load_image_bytes
 
 SMALL: dict[str, Any] = {"min_pixels": 56 * 56, "max_pixels": 28 * 28 * 40}
 

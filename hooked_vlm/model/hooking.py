@@ -1,6 +1,7 @@
-"""Checks of hooks before they are set: a hook that cannot act is refused."""
+"""Temporary hooks, and the checks before they are set: a hook that cannot act is refused."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
@@ -19,6 +20,44 @@ _SWITCHES = (
     (("hook_attn_in",), "use_attn_in"),
     (("hook_mlp_in",), "use_hook_mlp_in"),
 )
+
+
+@contextmanager
+def hooks(
+    model: "HookedVLM",
+    fwd_hooks: Sequence[tuple[HookName, Callable]] = (),
+    bwd_hooks: Sequence[tuple[HookName, Callable]] = (),
+    reset_hooks_end: bool = True,
+    clear_contexts: bool = False,
+) -> Iterator["HookedVLM"]:
+    """Set hooks for the length of a `with` block, as in TransformerLens; a hook that cannot act is an error.
+
+    Raises:
+        HookError: an unknown name (the nearest ones are named), a filter that matches nothing, or a hook
+            point that is switched off.
+    """
+    fwd = [(points_of(model, name), fn) for name, fn in fwd_hooks]
+    bwd = [(points_of(model, name), fn) for name, fn in bwd_hooks]
+    model.context_level += 1
+    level = model.context_level
+    try:
+        for points, fn in fwd:
+            model._hooked_at[level].update(points)
+            for point in points:
+                point.add_hook(fn, level=level)
+        for points, fn in bwd:
+            model._hooked_at[level].update(points)
+            for point in points:
+                point.add_hook(fn, dir="bwd", level=level)
+        yield model
+    finally:
+        if reset_hooks_end:
+            # with those that an earlier block of this depth left behind
+            for point in model._hooked_at.pop(level, ()):
+                point.remove_hooks("both", level=level)
+            if clear_contexts:
+                model.clear_contexts()
+        model.context_level -= 1
 
 
 def check_hook_name(model: "HookedVLM", name: HookName) -> None:

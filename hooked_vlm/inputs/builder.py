@@ -1,0 +1,263 @@
+"""From text, chat messages, pictures and Hugging Face batches to `VLMInputs`."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from hooked_vlm.config import VLMConfig
+from hooked_vlm.errors import InputError
+from hooked_vlm.inputs.batching import left_pad, left_padding_mask
+from hooked_vlm.inputs.context_length import too_long_message
+from hooked_vlm.inputs.image_processor import ImageProcessor
+from hooked_vlm.inputs.messages import Messages, as_images, as_prompts, as_videos, per_prompt
+from hooked_vlm.inputs.pictures import Pictures, bound_pixels, prepare_pictures
+from hooked_vlm.inputs.prompts import Prompt, check_placeholders, expand_placeholders, read_prompt
+from hooked_vlm.inputs.templates import template_named
+from hooked_vlm.inputs.text import TextCodec, check_ids
+from hooked_vlm.inputs.tiles import TileProcessor
+from hooked_vlm.inputs.token_layout import InputSpec, tile_grids
+from hooked_vlm.inputs.vlm_inputs import VLMInputs
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True, eq=False)
+class InputBuilder:
+    """Make inputs for a model: `HookedVLM` delegates to one, and documents the methods."""
+
+    cfg: VLMConfig
+    tokenizer: "PreTrainedTokenizerBase | None"
+    image_processor: ImageProcessor | TileProcessor | None
+
+    @property
+    def text(self) -> TextCodec:
+        """Encoding and decoding of text."""
+        return TextCodec(self.cfg, self.tokenizer)
+
+    def input_spec(self) -> InputSpec:
+        """The model's placeholders, patches, chat turns and processors, which its inputs carry."""
+        cfg, vision = self.cfg, self.cfg.vision
+        return InputSpec(
+            image_token_id=cfg.image_token_id if vision else None,
+            video_token_id=cfg.video_token_id if vision else None,
+            vision_end_token_id=cfg.vision_end_token_id,
+            patch_size=vision.patch_size if vision else 1,
+            merge_size=vision.merge_size if vision else 1,
+            mrope=cfg.mrope_section is not None,
+            tile_size=vision.tile_size if vision else None,
+            pad_token_id=self.text.pad_ids[0],
+            **self._turns(),
+            tokenizer=self.tokenizer,
+            image_processor=self.image_processor,
+        )
+
+    def _turns(self) -> dict[str, Any]:
+        """The tokens that open and close a chat turn; empty if the vocabulary has none that opens one."""
+        starts, stop, header = ("<|im_start|>",), "<|im_end|>", "<|im_start|>user\n"
+        if self.cfg.chat_template is not None:
+            template = template_named(self.cfg.chat_template)
+            starts, stop, header = template.turn_starts, template.stop, template.user_header
+        ids = [self.text.special_id(start) for start in dict.fromkeys(starts)]
+        opening = tuple(i for i in ids if i is not None)
+        if not opening:
+            return {}
+        length = len(self.text.encode(header))
+        return {"turn_start_ids": opening, "turn_end_id": self.text.special_id(stop), "user_header": length}
+
+    # ---------------------------------------------------------------- prompts with pictures
+
+    def to_inputs(
+        self,
+        prompt: str | Messages | Sequence[str] | Sequence[Messages],
+        images: Any = None,
+        videos: Any = None,
+        *,
+        min_pixels: int | None = None,
+        max_pixels: int | None = None,
+        max_tiles: int | None = None,
+        chat: bool = True,
+    ) -> VLMInputs:
+        """Inputs from a prompt with its pictures, or from a list of prompts; arguments as in `HookedVLM.to_inputs`.
+
+        The steps: read the prompts as text with one placeholder per picture, prepare the pixels, tokenize, repeat
+        each placeholder to the tokens of its picture, check the length, pad on the left.
+
+        Raises:
+            InputError: placeholders and pictures that disagree, a prompt longer than the context, no tokenizer.
+            ImageError: a picture that cannot be read.
+        """
+        prompts = self._read(prompt, images, videos, chat)
+        processor = self.image_processor
+        if processor is not None:
+            processor = bound_pixels(processor, min_pixels, max_pixels, max_tiles)
+        spec = replace(self.input_spec(), image_processor=processor)  # for with_image, too
+        pictures = prepare_pictures(prompts, processor)
+        # published InternVL tokenizes the rendered template as any text, beginning-of-text token included
+        rows = self._tokenize(prompts, pictures, spec, special=chat and self.cfg.chat_template is not None)
+        if max(map(len, rows)) > self.cfg.n_ctx_limit:
+            raise InputError(too_long_message(rows, pictures.by_prompt(prompts), processor, max_pixels, self.cfg))
+        ids = [torch.tensor(row) for row in rows]
+        tokens, mask = left_pad(ids, [torch.ones_like(row) for row in ids], spec.pad_token_id)
+        inputs = VLMInputs(
+            tokens,
+            spec,
+            mask,
+            pixel_values=pictures.pixels,
+            image_grid_thw=pictures.grids,
+            pixel_values_videos=pictures.video_pixels,
+            video_grid_thw=pictures.video_grids,
+            image_sizes=tuple((int(w), int(h)) for w, h in pictures.sizes) or None,
+        )
+        return inputs.to(self.cfg.device)
+
+    def _read(self, prompt: Any, images: Any, videos: Any, chat: bool) -> list[Prompt]:
+        """Every prompt as text with its own pictures."""
+        prompts, batched = as_prompts(prompt)
+        image_lists = per_prompt(images, len(prompts), batched, "images", as_images)
+        video_lists = per_prompt(videos, len(prompts), batched, "videos", as_videos)
+        self._check_sight(any([*image_lists, *video_lists]))
+        given = zip(prompts, image_lists, video_lists, strict=True)
+        read = [read_prompt(one, its_images, its_videos, self.text, chat) for one, its_images, its_videos in given]
+        self._check_sight(any(one.images or one.videos for one in read))
+        return read
+
+    def _tokenize(self, prompts: list[Prompt], pictures: Pictures, spec: InputSpec, special: bool) -> list[list[int]]:
+        """Token ids of every prompt, each placeholder repeated to the tokens of its picture."""
+        grids = {
+            token_id: iter([] if all_grids is None else [(t, h, w) for t, h, w in all_grids.tolist()])
+            for token_id, all_grids in (
+                (spec.image_token_id, pictures.grids),
+                (spec.video_token_id, pictures.video_grids),
+            )
+        }
+        marks = (self.cfg.vision_start_token_id, self.cfg.vision_end_token_id)
+        rows = []
+        for row, prompt in enumerate(prompts):
+            ids = self.text.encode(prompt.text, special)
+            check_ids(torch.tensor([ids], dtype=torch.long), self.cfg.d_vocab)
+            check_placeholders(ids, row, len(prompt.images), len(prompt.videos), spec)
+            rows.append(list(expand_placeholders(ids, grids, spec, marks)))
+        return rows
+
+    def _check_sight(self, pictures: bool) -> None:
+        if pictures and self.cfg.vision is None:
+            raise InputError(f"{self.cfg.model_name or 'this model'} takes no images: it has no vision tower")
+
+    # ---------------------------------------------------------------- tokens
+
+    def from_text_or_ids(self, input: Any) -> VLMInputs:
+        """Inputs on the model's device from raw text or bare token ids.
+
+        Raises:
+            InputError: something else, ids outside the vocabulary, no tokens at all.
+        """
+        if not isinstance(input, Tensor):
+            return self.to_inputs(input, chat=False)
+        tokens = input[None] if input.ndim == 1 else input
+        if tokens.ndim != 2 or tokens.dtype.is_floating_point:
+            raise InputError(
+                f"expected token ids [batch, pos], got {tuple(input.shape)} of {input.dtype} "
+                "(to start from a residual stream pass the inputs and start_at_layer=, resid=)"
+            )
+        check_ids(tokens, self.cfg.d_vocab)
+        tokens = tokens.to(self.cfg.device)
+        mask = torch.ones_like(tokens) if self.tokenizer is None else left_padding_mask(tokens, self.text.pad_ids)
+        return VLMInputs(tokens, self.input_spec(), mask)
+
+    def to_tokens(self, input: Any, prepend_bos: bool | None = None) -> Any:
+        """Token ids [batch, pos] of raw text, padded on the left; `VLMInputs` and tensors unchanged.
+
+        Raises:
+            InputError: `prepend_bos=True` for a tokenizer without such a token, or text with placeholders.
+        """
+        if isinstance(input, VLMInputs | Tensor):
+            return input
+        inputs = self.to_inputs(input, chat=False)
+        if not prepend_bos:
+            return inputs.tokens
+        bos_id: int | None = self.text.require_tokenizer().bos_token_id
+        if bos_id is None:
+            raise InputError("this tokenizer has no beginning-of-text token to prepend")
+        tokens = torch.cat((inputs.tokens[:, :1], inputs.tokens), dim=1)
+        for row, first in enumerate(inputs.first):
+            tokens[row, first] = bos_id
+        return tokens
+
+    def to_str_tokens(self, input: Any, prepend_bos: bool | None = None) -> list[str]:
+        """Every token of one text, [pos] ids or a batch of one, as a string.
+
+        Raises:
+            InputError: a batch of several.
+        """
+        tokens = self.to_tokens(input, prepend_bos)
+        ids = tokens.tokens if isinstance(tokens, VLMInputs) else tokens
+        if ids.ndim == 2 and len(ids) != 1:
+            raise InputError(f"to_str_tokens takes one text, got a batch of {len(ids)}")
+        return [str(self.text.to_string([i])) for i in ids.reshape(-1).tolist()]
+
+    def chat_text(self, prompt: str | Messages) -> str:
+        """Render a prompt without pictures in the checkpoint's chat template.
+
+        Raises:
+            InputError: there is no chat template.
+        """
+        return read_prompt(prompt, [], [], self.text, chat=True).text
+
+    # ---------------------------------------------------------------- Hugging Face batches
+
+    def inputs_from_hf(self, batch: Mapping[str, Any]) -> VLMInputs:
+        """Inputs from the output of a Hugging Face processor; keys as in `HookedVLM.inputs_from_hf`.
+
+        Raises:
+            InputError: images and placeholders disagree, or token ids outside the vocabulary.
+        """
+        tokens, spec = self._input_ids(batch), self.input_spec()
+        mask = self._tensor(batch, "attention_mask")
+        if mask is not None and mask.numel() != tokens.numel():
+            raise InputError(f"attention_mask is {tuple(mask.shape)}, input_ids are {tuple(tokens.shape)}")
+        pixels, grids = self._tensor(batch, "pixel_values"), self._tensor(batch, "image_grid_thw")
+        self._check_pixel_width(pixels)
+        if spec.tile_size is not None and pixels is not None:
+            grids = tile_grids(tokens, pixels, self._tensor(batch, "num_tiles"), spec)
+        videos = (self._tensor(batch, "pixel_values_videos"), self._tensor(batch, "video_grid_thw"))
+        mask = torch.ones_like(tokens) if mask is None else mask.reshape(tokens.shape)
+        return VLMInputs(tokens, spec, mask, pixels, grids, *videos)
+
+    def _input_ids(self, batch: Mapping[str, Any]) -> Tensor:
+        tokens = self._tensor(batch, "input_ids")
+        if tokens is None:
+            raise InputError(f"a batch needs input_ids, got the keys {sorted(batch)}")
+        tokens = tokens[None] if tokens.ndim == 1 else tokens
+        if tokens.ndim != 2 or tokens.dtype.is_floating_point or tokens.dtype == torch.bool:
+            raise InputError(f"input_ids must be token ids [batch, pos], got {tuple(tokens.shape)} of {tokens.dtype}")
+        check_ids(tokens, self.cfg.d_vocab)
+        return tokens
+
+    def _tensor(self, batch: Mapping[str, Any], name: str) -> Tensor | None:
+        value = batch.get(name)
+        try:
+            return None if value is None else torch.as_tensor(value).to(self.cfg.device)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise InputError(
+                f"{name} must be a tensor ({error}): call the processor with return_tensors='pt', padding=True"
+            ) from error
+
+    def _check_pixel_width(self, pixels: Tensor | None) -> None:
+        self._check_sight(pixels is not None)
+        vision = self.cfg.vision
+        if pixels is None or vision is None:
+            return
+        if not pixels.ndim:
+            raise InputError("pixel_values must be a tensor of pixels, got a single number")
+        if vision.tile_size is None:
+            width, layout, expected = pixels.shape[-1], "[patch, d_patch]", f"d_patch = {vision.d_patch}"
+            fits = width == vision.d_patch
+        else:
+            width, layout = pixels.shape[min(1, pixels.ndim - 1)], "[tile, channel, height, width]"
+            fits, expected = width == vision.in_channels, f"{vision.in_channels} channels"
+        if not fits:
+            raise InputError(f"pixel_values must be {layout} with {expected}, got {tuple(pixels.shape)}")

@@ -1,0 +1,261 @@
+"""Qwen2-VL's image processor: images and videos as the vision tower's patches, with Pillow and numpy only.
+
+Pixel values equal those of `transformers`' `Qwen2VLImageProcessorPil` bit for bit (its torchvision processors
+differ by up to one grey level). That class is not used itself because importing it takes seconds (it loads
+`transformers.modeling_utils`, SciPy and SymPy). One difference on purpose: bounds on the pixels that contradict
+each other are refused (`transformers` obeys one of them).
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int, UInt8
+from PIL import Image
+
+from hooked_vlm.errors import ImageError
+from hooked_vlm.inputs.geometry import ImageSize
+from hooked_vlm.inputs.image_settings import colours, common_settings, normalisation_tables, processor_settings, whole
+from hooked_vlm.inputs.images import checked_images, load_image
+
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+
+MAX_ASPECT_RATIO = 200  # as in the reference's smart_resize
+MOST_ENLARGED = 2**24
+"""Largest area in pixels to which a small image is enlarged; a little above the published `max_pixels`."""
+
+
+def smart_resize(height: int, width: int, factor: int, min_pixels: int, max_pixels: int) -> tuple[int, int]:
+    """The (height, width) to resize an image to: multiples of `factor`, an area within bounds, about the same
+    aspect ratio.
+
+    As in `transformers` (models/qwen2_vl/image_processing_pil_qwen2_vl.py), banker's rounding included; an
+    extreme aspect ratio can exceed `max_pixels`, since no side gets shorter than `factor`.
+
+    Raises:
+        ImageError: a side is 0, or the aspect ratio exceeds 200.
+    """
+    if min(height, width) < 1:
+        raise ImageError(f"an image needs at least 1 x 1 pixels, got {width} x {height} (width x height)")
+    if max(height, width) / min(height, width) > MAX_ASPECT_RATIO:
+        raise ImageError(
+            f"an image of {width} x {height} pixels (width x height) is too narrow: one side may be at most "
+            f"{MAX_ASPECT_RATIO} times the other; crop or pad it"
+        )
+    new_height = round(height / factor) * factor
+    new_width = round(width / factor) * factor
+    if new_height * new_width > max_pixels:
+        shrink = math.sqrt((height * width) / max_pixels)
+        new_height = max(factor, math.floor(height / shrink / factor) * factor)
+        new_width = max(factor, math.floor(width / shrink / factor) * factor)
+    elif new_height * new_width < min_pixels:
+        grow = math.sqrt(min_pixels / (height * width))
+        new_height = math.ceil(height * grow / factor) * factor
+        new_width = math.ceil(width * grow / factor) * factor
+    return new_height, new_width
+
+
+@dataclass(frozen=True)
+class ImageProcessor:
+    """Turn images and videos into the rows of `pixel_values`; the defaults are the published checkpoints'."""
+
+    patch_size: int = 14
+    temporal_patch_size: int = 2
+    merge_size: int = 2
+    min_pixels: int = 56 * 56
+    """Smaller images are enlarged to about this area (in pixels; a token covers `pixels_per_token`**2)."""
+    max_pixels: int = 12845056
+    """Larger images are reduced to this area at most."""
+    image_mean: tuple[float, float, float] = CLIP_MEAN
+    image_std: tuple[float, float, float] = CLIP_STD
+
+    def __post_init__(self) -> None:
+        for name in ("patch_size", "temporal_patch_size", "merge_size", "min_pixels", "max_pixels"):
+            whole(name, getattr(self, name))
+        if self.min_pixels > self.max_pixels:
+            raise ImageError(
+                f"expected 1 <= min_pixels <= max_pixels, got min_pixels={self.min_pixels} "
+                f"and max_pixels={self.max_pixels}: set both"
+            )
+        if self.max_pixels < self.pixels_per_token**2:
+            raise ImageError(f"max_pixels={self.max_pixels} is less than one token's {self.pixels_per_token**2} pixels")
+        if max(self.min_pixels, self.pixels_per_token**2) > MOST_ENLARGED:
+            raise ImageError(
+                f"min_pixels={self.min_pixels} and tokens of {self.pixels_per_token**2} pixels would enlarge every "
+                f"image to more than {MOST_ENLARGED} pixels: lower them"
+            )
+        colours("image_mean", self.image_mean)
+        colours("image_std", self.image_std)
+
+    @property
+    def pixels_per_token(self) -> int:
+        """Side of the square of resized pixels that one token covers."""
+        return self.patch_size * self.merge_size
+
+    def n_tokens(self, size: tuple[int, int]) -> int:
+        """Image tokens of an image of (width, height) pixels."""
+        height, width = smart_resize(size[1], size[0], self.pixels_per_token, self.min_pixels, self.max_pixels)
+        return height * width // self.pixels_per_token**2
+
+    @classmethod
+    def from_dict(cls, config: Mapping[str, Any]) -> "ImageProcessor":
+        """From the contents of `preprocessor_config.json` (or of `processor_config.json`, as saved by 5.x).
+
+        The bounds may be given as `min_pixels` and `max_pixels` (as published), as `size` with
+        `shortest_edge` and `longest_edge` (4.57 and 5.x; areas, despite their names) or `min_pixels` and
+        `max_pixels` (4.45), or several times if all agree. Absent settings have their published values.
+
+        Raises:
+            ImageError: bounds that contradict each other, or a setting that is not supported.
+        """
+        config = processor_settings(config)
+        fields: dict[str, Any] = {**_bounds(config), **common_settings(config)}
+        for key in ("patch_size", "temporal_patch_size", "merge_size"):
+            if config.get(key) is not None:
+                fields[key] = whole(key, config[key])
+        return cls(**fields)
+
+    def __call__(
+        self, images: Sequence[Any], min_pixels: int | None = None, max_pixels: int | None = None
+    ) -> tuple[Float[torch.Tensor, "patches d_patch"], Int[torch.Tensor, "images 3"], list[ImageSize]]:
+        """Prepare images (anything `load_image` takes).
+
+        Args:
+            images: a list of images; sizes may differ.
+            min_pixels, max_pixels: bounds on the area of each resized image, in place of this processor's.
+
+        Returns:
+            pixel_values: float32, the patches of all images one after the other, in each image in merge-block
+                order (`ImageGrid.patch_order`); a patch is (channel, frame, y, x) flattened, a still image being
+                repeated for all `temporal_patch_size` frames.
+            image_grid_thw: int64, (1, rows, columns) of patches per image.
+            sizes: width and height of each original image (after EXIF orientation).
+
+        Raises:
+            ImageError: see `load_image` and `smart_resize`; the message starts with the number of the image.
+        """
+        bounded = self.bounded(min_pixels, max_pixels)
+        prepared = [bounded._prepare(image, f"image {i}") for i, image in enumerate(checked_images(images, "images"))]
+        pixel_values, grid_thw = bounded._pack([[patches] for _, patches in prepared])
+        return pixel_values, grid_thw, [size for size, _ in prepared]
+
+    def video(
+        self, frames: Sequence[Any], min_pixels: int | None = None, max_pixels: int | None = None
+    ) -> tuple[Float[torch.Tensor, "patches d_patch"], Int[torch.Tensor, "1 3"], list[ImageSize]]:
+        """Prepare one video.
+
+        All frames are used, none is sampled; if their number is no multiple of `temporal_patch_size`, the
+        last one is repeated. The bounds hold for each frame, as in `transformers` (4.x, and 5.x unless its
+        `cap_pixels_per_frame` is set); the budget over all frames that `qwen-vl-utils` adds is not applied, so
+        long videos need a smaller `max_pixels`.
+
+        Args:
+            frames: a list of images of one size, in order.
+            min_pixels, max_pixels: bounds on the area of each resized frame, in place of this processor's.
+
+        Returns:
+            As for images: `pixel_values_videos`, `video_grid_thw` (one row: temporal patches, rows, columns)
+            and the list of the one original frame size.
+
+        Raises:
+            ImageError: no frames, frames of different sizes, or as for images.
+        """
+        bounded = self.bounded(min_pixels, max_pixels)
+        prepared = [bounded._prepare(frame, f"frame {i}") for i, frame in enumerate(checked_images(frames, "frames"))]
+        if not prepared:
+            raise ImageError("a video needs at least one frame, got none")
+        first = prepared[0][0]
+        for i, (size, _) in enumerate(prepared):
+            if size != first:
+                raise ImageError(
+                    f"all frames of a video must have one size, but frame {i} is {size.width} x "
+                    f"{size.height} and frame 0 is {first.width} x {first.height}: resize or pad them first"
+                )
+        pixel_values, grid_thw = bounded._pack([[patches for _, patches in prepared]])
+        return pixel_values, grid_thw, [first]
+
+    def bounded(self, min_pixels: int | None, max_pixels: int | None) -> "ImageProcessor":
+        """The same processor with other bounds; None keeps one."""
+        return replace(
+            self,
+            min_pixels=self.min_pixels if min_pixels is None else min_pixels,
+            max_pixels=self.max_pixels if max_pixels is None else max_pixels,
+        )
+
+    def _prepare(
+        self, image: object, name: str
+    ) -> tuple[ImageSize, UInt8[np.ndarray, "rows cols merge merge 3 side side"]]:
+        """The image's size, and its resized pixels cut into patches, block by block."""
+        try:
+            rgb = load_image(image)
+            height, width = smart_resize(rgb.height, rgb.width, self.pixels_per_token, self.min_pixels, self.max_pixels)
+        except ImageError as error:
+            raise ImageError(f"{name}: {error}") from error
+        size = ImageSize(*rgb.size)
+        if size != (width, height):
+            rgb = rgb.resize((width, height), Image.Resampling.BICUBIC)
+        blocks = np.asarray(rgb).reshape(
+            height // self.pixels_per_token, self.merge_size, self.patch_size,
+            width // self.pixels_per_token, self.merge_size, self.patch_size,
+            3,
+        )  # fmt: skip
+        return size, np.ascontiguousarray(blocks.transpose(0, 3, 1, 4, 6, 2, 5))
+
+    def _pack(
+        self, clips: list[list[np.ndarray]]
+    ) -> tuple[Float[torch.Tensor, "patches d_patch"], Int[torch.Tensor, "clips 3"]]:
+        """Normalise the patches of clips (lists of prepared frames; an image is a clip of one), in one pass."""
+        tables = normalisation_tables(self.image_mean, self.image_std)
+        side, merge = self.patch_size, self.merge_size
+        grid_thw = [
+            (-(-len(clip) // self.temporal_patch_size), clip[0].shape[0] * merge, clip[0].shape[1] * merge)
+            for clip in clips
+        ]
+        n_patches = [math.prod(grid) for grid in grid_thw]
+        # [patch, channel, frame, y, x]
+        packed = np.empty((sum(n_patches), 3, self.temporal_patch_size, side, side), dtype=np.float32)
+        start = 0
+        for clip, (_, rows, cols), n in zip(clips, grid_thw, n_patches, strict=True):
+            rows_of_clip = packed[start : start + n].reshape(-1, rows * cols, *packed.shape[1:])
+            for number, frame in enumerate(clip):
+                t, within = divmod(number, self.temporal_patch_size)
+                # the last frame also fills the rest of its temporal patch
+                slots = slice(within, None if number == len(clip) - 1 else within + 1)
+                frame = frame.reshape(rows * cols, 3, 1, side, side)
+                for colour, table in enumerate(tables):
+                    rows_of_clip[t, :, colour, slots] = table.take(frame[:, colour])
+            start += n
+        pixel_values = torch.from_numpy(packed.reshape(len(packed), 3 * self.temporal_patch_size * side**2))
+        return pixel_values, torch.tensor(grid_thw, dtype=torch.int64).reshape(-1, 3)
+
+
+def _bounds(config: Mapping[str, Any]) -> dict[str, int]:
+    """`min_pixels` and `max_pixels` from the keys that versions of transformers have used for them."""
+    size = config.get("size") or {}
+    if not isinstance(size, Mapping) or set(size) - {
+        "shortest_edge",
+        "longest_edge",
+        "min_pixels",
+        "max_pixels",
+    }:
+        raise ImageError(
+            "unsupported image processor: expected a `size` of shortest_edge and longest_edge (areas in "
+            f"pixels), got {size!r}"
+        )
+    bounds = {}
+    for bound, edge in (("min_pixels", "shortest_edge"), ("max_pixels", "longest_edge")):
+        places = {
+            bound: config.get(bound),
+            f"size.{edge}": size.get(edge),
+            f"size.{bound}": size.get(bound),
+        }
+        given = {place: value for place, value in places.items() if value is not None}
+        if any(value != other for value in given.values() for other in given.values()):
+            raise ImageError(f"the image processor's settings contradict each other: {given}; make them agree")
+        if given:
+            bounds[bound] = whole(bound, next(iter(given.values())))
+    return bounds

@@ -1,0 +1,115 @@
+"""Text to token ids and back, with the checkpoint's tokenizer."""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from hooked_vlm.config import VLMConfig
+from hooked_vlm.errors import InputError
+from hooked_vlm.inputs.vlm_inputs import VLMInputs
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True, eq=False)
+class TextCodec:
+    """Encode and decode text with a model's tokenizer.
+
+    Raises:
+        InputError: (methods that need a tokenizer) the model has none.
+    """
+
+    cfg: VLMConfig
+    tokenizer: "PreTrainedTokenizerBase | None"
+
+    def require_tokenizer(self) -> Any:
+        """The tokenizer, which must be there."""
+        if self.tokenizer is None:
+            raise InputError("this model has no tokenizer: pass token ids, or set model.tokenizer")
+        return self.tokenizer
+
+    def encode(self, text: str, special: bool = False) -> list[int]:
+        """Token ids of `text`; `special` adds the tokenizer's own (beginning of text, say).
+
+        Raises:
+            InputError: the tokenizer fails on this text.
+        """
+        tokenizer = self.require_tokenizer()
+        try:
+            return tokenizer.encode(text, add_special_tokens=special)
+        except Exception as error:  # the tokenizers library has no error class of its own
+            raise InputError(f"the checkpoint's tokenizer cannot read {text[:80]!r}: {error}") from error
+
+    def to_string(self, tokens: Any) -> str | list[str]:
+        """Decode token ids [pos] to a text, or [batch, pos] to a list; special tokens are kept."""
+        ids = tokens.tokens if isinstance(tokens, VLMInputs) else torch.as_tensor(tokens)
+        if ids.ndim <= 1:
+            return self._decode(ids.reshape(-1))
+        return [self._decode(row) for row in ids]
+
+    def _decode(self, ids: Int[Tensor, "pos"]) -> str:
+        return self.require_tokenizer().decode(ids.tolist(), clean_up_tokenization_spaces=False)
+
+    def to_single_token(self, string: str) -> int:
+        """The id of a text that is one token.
+
+        Raises:
+            InputError: it is none or several, which are shown.
+        """
+        ids = self.encode(string)
+        if len(ids) != 1:
+            raise InputError(f"{string!r} is {len(ids)} tokens, not one: {[self.to_string([i]) for i in ids]}")
+        return ids[0]
+
+    # ---------------------------------------------------------------- special tokens
+
+    @property
+    def pad_ids(self) -> list[int]:
+        """Padding tokens: the configuration's first, then the tokenizer's if it is another."""
+        ids = [self.cfg.pad_token_id, getattr(self.tokenizer, "pad_token_id", None)]
+        known = [i for i in ids if i is not None and i < self.cfg.d_vocab]
+        return list(dict.fromkeys(known)) or [*self.cfg.eos_token_ids, 0][:1]
+
+    @property
+    def image_token(self) -> str:
+        """The text of an image's placeholder."""
+        return self._token_text(self.cfg.image_token_id)
+
+    @property
+    def video_token(self) -> str:
+        """The text of a video's placeholder."""
+        return self._token_text(self.cfg.video_token_id)
+
+    def marked(self, placeholder: str) -> str:
+        """A placeholder between the tokens that open and close a picture."""
+        start, end = self._token_text(self.cfg.vision_start_token_id), self._token_text(self.cfg.vision_end_token_id)
+        return f"{start}{placeholder}{end}"
+
+    def _token_text(self, token_id: int | None) -> str:
+        return "\0" if token_id is None else self.require_tokenizer().convert_ids_to_tokens(token_id)
+
+    def special_id(self, token: str) -> int | None:
+        """The id of a special token; None if the vocabulary does not have it."""
+        if self.tokenizer is None:
+            return None
+        tokenizer = self.require_tokenizer()
+        token_id = tokenizer.convert_tokens_to_ids(token)  # the unknown token's id if there is no such token
+        known = token_id is not None and tokenizer.convert_ids_to_tokens(token_id) == token
+        return token_id if known else None
+
+
+def check_ids(tokens: Int[Tensor, "batch pos"], d_vocab: int) -> None:
+    """Refuse an empty batch and ids outside the vocabulary.
+
+    Raises:
+        InputError: either of these.
+    """
+    if tokens.numel() == 0:
+        raise InputError("there are no tokens: the prompt is empty")
+    low, high = int(tokens.min()), int(tokens.max())
+    if low < 0 or high >= d_vocab:
+        raise InputError(f"token id {low if low < 0 else high} is outside the vocabulary of {d_vocab}")
