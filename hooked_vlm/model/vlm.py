@@ -21,8 +21,8 @@ from hooked_vlm.inputs.vlm_inputs import Answer, VLMInputs
 from hooked_vlm.loading.checkpoints import LoadingMixin
 from hooked_vlm.model.cache import VLMCache
 from hooked_vlm.model.caching import Caching, default_filter, exchanged_patterns, runs_explicitly
+from hooked_vlm.model.fingerprints import identity
 from hooked_vlm.model.generation import GenerationMixin
-from hooked_vlm.model.identity import identity
 from hooked_vlm.model.weights import WeightsMixin
 from hooked_vlm.nn.block import run_blocks, text_blocks
 from hooked_vlm.nn.components import Embed, Norm, Unembed
