@@ -5,25 +5,10 @@ from typing import TYPE_CHECKING
 from hooked_vlm._lazy import lazy_names
 
 if TYPE_CHECKING:
-    from hooked_vlm import (
-        activations,
-        analysis,
-        converters,
-        experiments,
-        inputs,
-        interventions,
-        lens,
-        loading,
-        metrics,
-        model,
-        nn,
-        patching,
-        runtime,
-        sweeps,
-        toys,
-        verify,
-        viewer,
-    )
+    from hooked_vlm import (  # isort: skip
+        activations, analysis, converters, experiments, inputs, interventions, lens, loading, metrics, model, nn,
+        patching, runtime, sweeps, toys, verify, viewer,
+    )  # fmt: skip
     from hooked_vlm.config import VisionConfig, VLMConfig
     from hooked_vlm.errors import CheckpointError, GeometryError, HookedVLMError, HookError, ImageError, InputError
     from hooked_vlm.inputs.geometry import ImageGrid
@@ -34,38 +19,9 @@ if TYPE_CHECKING:
     from hooked_vlm.sweeps.single import SweepResult, sweep
 
 __all__ = [
-    "CheckpointError",
-    "GeometryError",
-    "HookError",
-    "HookedVLM",
-    "HookedVLMError",
-    "ImageError",
-    "ImageGrid",
-    "InputError",
-    "SweepCase",
-    "SweepResult",
-    "VLMCache",
-    "VLMConfig",
-    "VLMInputs",
-    "VisionConfig",
-    "activations",
-    "analysis",
-    "converters",
-    "experiments",
-    "inputs",
-    "interventions",
-    "lens",
-    "loading",
-    "metrics",
-    "model",
-    "nn",
-    "patching",
-    "runtime",
-    "sweep",
-    "sweep_many",
-    "sweeps",
-    "toys",
-    "verify",
-    "viewer",
-]
+    "CheckpointError", "GeometryError", "HookError", "HookedVLM", "HookedVLMError", "ImageError", "ImageGrid",
+    "InputError", "SweepCase", "SweepResult", "VLMCache", "VLMConfig", "VLMInputs", "VisionConfig", "activations",
+    "analysis", "converters", "experiments", "inputs", "interventions", "lens", "loading", "metrics", "model", "nn",
+    "patching", "runtime", "sweep", "sweep_many", "sweeps", "toys", "verify", "viewer",
+]  # fmt: skip
 __getattr__, __dir__ = lazy_names(__name__)

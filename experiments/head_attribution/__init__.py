@@ -24,17 +24,7 @@ if TYPE_CHECKING:
     from hooked_vlm.experiments.head_attribution.study import HeadAttributionResult, run
 
 __all__ = [
-    "All",
-    "Attribute",
-    "Compare",
-    "Curves",
-    "HeadAttributionConfig",
-    "HeadAttributionResult",
-    "Tokens",
-    "Where",
-    "compare",
-    "heads_page",
-    "run",
-    "tokens_page",
-]
+    "All", "Attribute", "Compare", "Curves", "HeadAttributionConfig", "HeadAttributionResult", "Tokens", "Where",
+    "compare", "heads_page", "run", "tokens_page",
+]  # fmt: skip
 __getattr__, __dir__ = lazy_names(__name__)

@@ -24,17 +24,7 @@ if TYPE_CHECKING:
     from hooked_vlm.experiments.ocr_heads.pipeline import OcrHeadsResult, run
 
 __all__ = [
-    "OFFICIAL_CODE",
-    "CaseConfig",
-    "CompareConfig",
-    "MaskConfig",
-    "OcrHeadsConfig",
-    "OcrHeadsResult",
-    "Protocol",
-    "ScoreConfig",
-    "SelectConfig",
-    "SinkConfig",
-    "ThoughtConfig",
-    "run",
-]
+    "OFFICIAL_CODE", "CaseConfig", "CompareConfig", "MaskConfig", "OcrHeadsConfig", "OcrHeadsResult", "Protocol",
+    "ScoreConfig", "SelectConfig", "SinkConfig", "ThoughtConfig", "run",
+]  # fmt: skip
 __getattr__, __dir__ = lazy_names(__name__)

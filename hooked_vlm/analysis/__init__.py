@@ -20,18 +20,7 @@ if TYPE_CHECKING:
     )
 
 __all__ = [
-    "Estimate",
-    "attention_rows",
-    "bootstrap",
-    "bootstrap_mean",
-    "bootstrap_means",
-    "bootstrap_ratios",
-    "generate_with_rows",
-    "heatmap",
-    "overlay",
-    "paired_p",
-    "permutation_p",
-    "ratio_of_means",
-    "share",
-]
+    "Estimate", "attention_rows", "bootstrap", "bootstrap_mean", "bootstrap_means", "bootstrap_ratios",
+    "generate_with_rows", "heatmap", "overlay", "paired_p", "permutation_p", "ratio_of_means", "share",
+]  # fmt: skip
 __getattr__, __dir__ = lazy_names(__name__)

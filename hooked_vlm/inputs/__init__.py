@@ -13,15 +13,7 @@ if TYPE_CHECKING:
     from hooked_vlm.inputs.vlm_inputs import VLMInputs
 
 __all__ = [
-    "TEMPLATES",
-    "Box",
-    "ChatTemplate",
-    "ImageGrid",
-    "ImageProcessor",
-    "TileGrid",
-    "TileProcessor",
-    "VLMInputs",
-    "load_image",
-    "load_tokenizer",
-]
+    "TEMPLATES", "Box", "ChatTemplate", "ImageGrid", "ImageProcessor", "TileGrid", "TileProcessor", "VLMInputs",
+    "load_image", "load_tokenizer",
+]  # fmt: skip
 __getattr__, __dir__ = lazy_names(__name__)

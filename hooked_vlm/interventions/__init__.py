@@ -22,25 +22,8 @@ if TYPE_CHECKING:
     from hooked_vlm.interventions.patterns import RedistributeSink, UniformAttention
 
 __all__ = [
-    "AddVector",
-    "BlockAttention",
-    "Compose",
-    "CustomHooks",
-    "Head",
-    "Hooks",
-    "ImageMeans",
-    "Intervention",
-    "MeanHeads",
-    "PatchActivation",
-    "Positions",
-    "RedistributeSink",
-    "ReplaceImageKV",
-    "ReplaceImageTokens",
-    "ScaleHeads",
-    "UniformAttention",
-    "ZeroHeads",
-    "all_heads",
-    "mean_head_outputs",
-    "mean_image_kv",
-]
+    "AddVector", "BlockAttention", "Compose", "CustomHooks", "Head", "Hooks", "ImageMeans", "Intervention",
+    "MeanHeads", "PatchActivation", "Positions", "RedistributeSink", "ReplaceImageKV", "ReplaceImageTokens",
+    "ScaleHeads", "UniformAttention", "ZeroHeads", "all_heads", "mean_head_outputs", "mean_image_kv",
+]  # fmt: skip
 __getattr__, __dir__ = lazy_names(__name__)

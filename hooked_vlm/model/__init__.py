@@ -14,19 +14,7 @@ if TYPE_CHECKING:
     from hooked_vlm.model.weight_processing import center_unembed, fold_ln, fold_value_biases, untie
 
 __all__ = [
-    "HookRow",
-    "HookedVLM",
-    "MemoryPlan",
-    "VLMCache",
-    "center_unembed",
-    "fold_ln",
-    "fold_value_biases",
-    "hook_table",
-    "load",
-    "memory_plan",
-    "n_gpus",
-    "provenance",
-    "untie",
-    "weights_hash",
-]
+    "HookRow", "HookedVLM", "MemoryPlan", "VLMCache", "center_unembed", "fold_ln", "fold_value_biases",
+    "hook_table", "load", "memory_plan", "n_gpus", "provenance", "untie", "weights_hash",
+]  # fmt: skip
 __getattr__, __dir__ = lazy_names(__name__)

@@ -21,19 +21,7 @@ if TYPE_CHECKING:
     from hooked_vlm.patching.result import Agreement, PatchingResult
 
 __all__ = [
-    "Agreement",
-    "Pair",
-    "PatchPath",
-    "PatchingResult",
-    "Region",
-    "answers_without",
-    "attention_knockout",
-    "attribute",
-    "masked",
-    "noised",
-    "patch",
-    "patch_paths",
-    "swapped",
-    "sweep_knockout",
-]
+    "Agreement", "Pair", "PatchPath", "PatchingResult", "Region", "answers_without", "attention_knockout",
+    "attribute", "masked", "noised", "patch", "patch_paths", "swapped", "sweep_knockout",
+]  # fmt: skip
 __getattr__, __dir__ = lazy_names(__name__)
