@@ -19,7 +19,7 @@ from interleaved import PeakMemory, read_settings, save
 
 from hooked_vlm import HookedVLM
 from hooked_vlm.activations import Activations, NamedBox, Sample, stream_activations
-from hooked_vlm.toys.pages import make_page
+from hooked_vlm.toys import make_page
 
 MODEL = "toy-qwen2-vl"
 BYTES = 10**9

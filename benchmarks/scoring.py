@@ -13,7 +13,7 @@ from live import LiveTensors
 from models import MODELS, batch_of
 
 from hooked_vlm import HookedVLM
-from hooked_vlm.analysis.rows import attention_rows, generate_with_rows
+from hooked_vlm.analysis import attention_rows, generate_with_rows
 
 NEW = 32
 

@@ -11,8 +11,7 @@ from interleaved import Settings, measure, read_settings, save, show
 from models import MODELS, batch_of
 
 from hooked_vlm import HookedVLM, sweep
-from hooked_vlm.interventions import Intervention, ReplaceImageKV, ZeroHeads
-from hooked_vlm.interventions.attention import all_heads
+from hooked_vlm.interventions import Intervention, ReplaceImageKV, ZeroHeads, all_heads
 from hooked_vlm.metrics import logit
 from hooked_vlm.sweeps.plan import make_plan
 

@@ -9,12 +9,12 @@ from types import ModuleType
 from typing import Any
 
 from hooked_vlm.converters import internvl, language_models, qwen2_vl
-from hooked_vlm.converters.checkpoint import open_tensors as open_tensors
-from hooked_vlm.converters.checkpoint import read_config as read_config
-from hooked_vlm.converters.checkpoint import read_json as read_json
-from hooked_vlm.converters.fields import DTYPES as DTYPES
-from hooked_vlm.converters.known_models import KNOWN_MODELS as KNOWN_MODELS
+from hooked_vlm.converters.checkpoint import open_tensors, read_config, read_json
+from hooked_vlm.converters.fields import DTYPES
+from hooked_vlm.converters.known_models import KNOWN_MODELS
 from hooked_vlm.errors import CheckpointError
+
+__all__ = ["DTYPES", "FAMILIES", "KNOWN_MODELS", "converter_for", "open_tensors", "read_config", "read_json"]
 
 FAMILIES: tuple[ModuleType, ...] = (qwen2_vl, internvl, language_models)
 

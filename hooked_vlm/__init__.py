@@ -1,18 +1,27 @@
 """Qwen2-VL and InternVL2 with a hook on every intermediate tensor, in both towers."""
 
-from hooked_vlm.config import VisionConfig as VisionConfig
-from hooked_vlm.config import VLMConfig as VLMConfig
-from hooked_vlm.errors import CheckpointError as CheckpointError
-from hooked_vlm.errors import GeometryError as GeometryError
-from hooked_vlm.errors import HookedVLMError as HookedVLMError
-from hooked_vlm.errors import HookError as HookError
-from hooked_vlm.errors import ImageError as ImageError
-from hooked_vlm.errors import InputError as InputError
-from hooked_vlm.inputs.geometry import ImageGrid as ImageGrid
-from hooked_vlm.inputs.vlm_inputs import VLMInputs as VLMInputs
-from hooked_vlm.model.cache import VLMCache as VLMCache
-from hooked_vlm.model.vlm import HookedVLM as HookedVLM
-from hooked_vlm.sweeps.many import SweepCase as SweepCase
-from hooked_vlm.sweeps.many import sweep_many as sweep_many
-from hooked_vlm.sweeps.single import SweepResult as SweepResult
-from hooked_vlm.sweeps.single import sweep as sweep
+from typing import TYPE_CHECKING
+
+from hooked_vlm._lazy import lazy_names
+
+if TYPE_CHECKING:
+    from hooked_vlm import (  # isort: skip
+        activations, analysis, converters, experiments, inputs, interventions, lens, loading, metrics, model, nn,
+        patching, runtime, sweeps, toys, verify, viewer,
+    )  # fmt: skip
+    from hooked_vlm.config import VisionConfig, VLMConfig
+    from hooked_vlm.errors import CheckpointError, GeometryError, HookedVLMError, HookError, ImageError, InputError
+    from hooked_vlm.inputs.geometry import ImageGrid
+    from hooked_vlm.inputs.vlm_inputs import VLMInputs
+    from hooked_vlm.model.cache import VLMCache
+    from hooked_vlm.model.vlm import HookedVLM
+    from hooked_vlm.sweeps.many import SweepCase, sweep_many
+    from hooked_vlm.sweeps.single import SweepResult, sweep
+
+__all__ = [
+    "CheckpointError", "GeometryError", "HookError", "HookedVLM", "HookedVLMError", "ImageError", "ImageGrid",
+    "InputError", "SweepCase", "SweepResult", "VLMCache", "VLMConfig", "VLMInputs", "VisionConfig", "activations",
+    "analysis", "converters", "experiments", "inputs", "interventions", "lens", "loading", "metrics", "model", "nn",
+    "patching", "runtime", "sweep", "sweep_many", "sweeps", "toys", "verify", "viewer",
+]  # fmt: skip
+__getattr__, __dir__ = lazy_names(__name__)

@@ -3,23 +3,17 @@
 import json
 import os
 import sys
-from collections.abc import Callable
 from dataclasses import dataclass, replace
+from importlib import import_module
 from typing import Any, Literal
 
-import numpy as np
 import tyro
-from PIL import Image
 
-from hooked_vlm.commands import hooks as hooks_command
-from hooked_vlm.commands import models as models_command
-from hooked_vlm.commands import verify as verify_command
-from hooked_vlm.commands.cache import CacheConfig, cache, summary
-from hooked_vlm.commands.view import ViewConfig, serve_page, write_page
+from hooked_vlm.commands.config import CacheConfig, HooksConfig, ModelsConfig, ViewConfig
 from hooked_vlm.errors import HookedVLMError
-from hooked_vlm.experiments.head_attribution import commands as head_attribution_commands
-from hooked_vlm.experiments.ocr_heads import commands as ocr_heads_commands
-from hooked_vlm.toys.pages import make_page
+from hooked_vlm.experiments.head_attribution import config as head_attribution_config
+from hooked_vlm.experiments.ocr_heads import config as ocr_heads_config
+from hooked_vlm.verify.config import VerifyConfig
 
 app = tyro.extras.SubcommandApp()
 
@@ -38,59 +32,47 @@ Shared = tyro.conf.OmitArgPrefixes[Output]
 
 
 @app.command(name="models")
-def models(config: tyro.conf.OmitArgPrefixes[models_command.ModelsConfig], output: Shared) -> None:
+def models(config: tyro.conf.OmitArgPrefixes[ModelsConfig], output: Shared) -> None:
     """List known checkpoints: sizes, memory, and how many GPUs they need."""
-    _say(lambda: models_command.answer(config), output)
+    _run("commands.models", config, output)
 
 
 @app.command(name="hooks")
-def hooks(config: tyro.conf.OmitArgPrefixes[hooks_command.HooksConfig], output: Shared) -> None:
+def hooks(config: tyro.conf.OmitArgPrefixes[HooksConfig], output: Shared) -> None:
     """List the hook points of a model, with its numbers."""
-    _say(lambda: hooks_command.answer(config), output)
+    _run("commands.hooks", config, output)
 
 
 @app.command(name="verify")
-def verify(config: tyro.conf.OmitArgPrefixes[verify_command.VerifyConfig], output: Shared) -> None:
+def verify(config: tyro.conf.OmitArgPrefixes[VerifyConfig], output: Shared) -> None:
     """Compare a checkpoint here and in transformers, side by side: exit status 0 if they agree, 1 if not."""
-    found = _say(lambda: verify_command.answer(replace(config, quiet=output.quiet or output.json)), output)
+    found = _run("commands.verify", replace(config, quiet=output.quiet or output.json), output)
     sys.exit(0 if found["passed"] else 1)
 
 
 @app.command(name="view")
 def view(config: tyro.conf.OmitArgPrefixes[ViewConfig], output: Shared) -> None:
     """See where a model looks: the attention of each answer token on the picture, as a page."""
-
-    def answer() -> tuple[str, dict[str, Any]]:
-        if config.serve:
-            serve_page(config, _example)
-            return "", {}
-        page = write_page(config)
-        return f"page: {page}", {"page": str(page)}
-
-    _say(answer, output)
+    _run("commands.view", config, output)
 
 
 @app.command(name="cache")
-def cache_activations(config: tyro.conf.OmitArgPrefixes[CacheConfig], output: Shared) -> None:
+def cache(config: tyro.conf.OmitArgPrefixes[CacheConfig], output: Shared) -> None:
     """Write activations of a data set to a folder, with an index of their tokens, patches and boxes."""
-
-    def answer() -> tuple[str, dict[str, Any]]:
-        found = cache(replace(config, quiet=output.quiet))
-        return summary(found), {"folder": str(found.folder), "samples": found.n_samples, "rows": found.n_rows}
-
-    _say(answer, output)
+    _run("commands.cache", replace(config, quiet=output.quiet), output)
 
 
 @app.command(name="ocr-heads")
-def ocr_heads(experiment: tyro.conf.OmitArgPrefixes[ocr_heads_commands.Command], output: Shared) -> None:
+def ocr_heads(experiment: tyro.conf.OmitArgPrefixes[ocr_heads_config.Command], output: Shared) -> None:
     """Study: which attention heads read text in images (arXiv 2505.15865)."""
-    _say(lambda: ocr_heads_commands.answer(replace(experiment, quiet=output.quiet)), output)
+    _run("experiments.ocr_heads.commands", replace(experiment, quiet=output.quiet), output)
 
 
 @app.command(name="head-attribution")
-def head_attribution(command: tyro.conf.OmitArgPrefixes[head_attribution_commands.Command], output: Shared) -> None:
+def head_attribution(command: tyro.conf.OmitArgPrefixes[head_attribution_config.Command], output: Shared) -> None:
     """Study: which attention heads carry information from image to text (arXiv 2509.17588)."""
-    _say(lambda: head_attribution_commands.answer(command, output.quiet), output)
+    asked = command if isinstance(command, head_attribution_config.Compare) else replace(command, quiet=output.quiet)
+    _run("experiments.head_attribution.commands", asked, output)
 
 
 @app.command(name="completion")
@@ -99,16 +81,13 @@ def completion(shell: tyro.conf.Positional[Literal["bash", "zsh"]]) -> None:
     _parse(["--tyro-print-completion", shell])
 
 
-def _example() -> tuple[Image.Image, str]:
-    """A picture and a question for the toy models to begin with."""
-    page = make_page(np.random.default_rng(7), n_lines=4)
-    return page.image, page.question(2)
+def _run(module: str, config: Any, output: Output) -> Any:
+    """Print what a command's module answers, as text or as JSON; the latter is returned.
 
-
-def _say(answer: Callable[[], tuple[str, Any]], output: Output) -> Any:
-    """Print what a command answers, as text or as JSON; the latter is returned."""
+    The module is imported here and not above: parsing, help and completion need neither torch nor transformers.
+    """
     try:
-        text, data = answer()
+        text, data = import_module(f"hooked_vlm.{module}").answer(config)
     except HookedVLMError as error:
         if not output.json:
             raise

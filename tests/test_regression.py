@@ -30,7 +30,7 @@ from hooked_vlm.interventions import ReplaceImageKV, ZeroHeads
 from hooked_vlm.interventions.attention import all_heads
 from hooked_vlm.lens import logit_lens
 from hooked_vlm.metrics import log_prob
-from hooked_vlm.model.identity import weights_hash
+from hooked_vlm.model.fingerprints import weights_hash
 from hooked_vlm.patching import Pair, Region, attribute, masked, patch
 from hooked_vlm.toys.pages import Page, make_page
 

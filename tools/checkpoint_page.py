@@ -5,7 +5,7 @@
 
 from pathlib import Path
 
-from hooked_vlm.analysis.text_table import markdown_table
+from hooked_vlm.analysis.text_tables import markdown_table
 from hooked_vlm.commands.models import HEADER, ModelsConfig, cells, legend, model_row
 from hooked_vlm.converters import KNOWN_MODELS
 from hooked_vlm.loading.folders import bundled_models

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from hooked_vlm import HookedVLM
 from hooked_vlm.config import VisionConfig, VLMConfig
-from hooked_vlm.model.hook_table import HookRow, hook_table
+from hooked_vlm.model.hook_catalogue import HookRow, hook_table
 from hooked_vlm.nn.hooks import is_vision
 
 _HEAD = """\

@@ -10,9 +10,9 @@ from pathlib import Path
 import numpy as np
 
 from hooked_vlm import HookedVLM
-from hooked_vlm.analysis.pictures import heatmap, overlay
+from hooked_vlm.analysis import heatmap, overlay
 from hooked_vlm.lens import head_lens, logit_lens
-from hooked_vlm.toys.pages import make_page
+from hooked_vlm.toys import make_page
 
 pictures = Path("out/notebooks")
 pictures.mkdir(parents=True, exist_ok=True)

@@ -14,7 +14,7 @@ from hooked_vlm import HookedVLM
 from hooked_vlm.interventions import PatchActivation
 from hooked_vlm.metrics import logit_difference
 from hooked_vlm.patching import Pair, Region, attribute, patch
-from hooked_vlm.toys.pages import make_page, random_lines
+from hooked_vlm.toys import make_page, random_lines
 
 pictures = Path("out/notebooks")
 pictures.mkdir(parents=True, exist_ok=True)

@@ -10,10 +10,10 @@ from pathlib import Path
 import numpy as np
 
 from hooked_vlm import HookedVLM, sweep
-from hooked_vlm.analysis.pictures import heatmap
+from hooked_vlm.analysis import heatmap
 from hooked_vlm.interventions import AddVector, ZeroHeads
 from hooked_vlm.metrics import log_prob
-from hooked_vlm.toys.pages import NAMING_PROMPT, make_page, naming_sample
+from hooked_vlm.toys import NAMING_PROMPT, make_page, naming_sample
 
 pictures = Path("out/notebooks")
 pictures.mkdir(parents=True, exist_ok=True)

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from hooked_vlm import HookedVLM
-from hooked_vlm.analysis.pictures import heatmap
+from hooked_vlm.analysis import heatmap
 from hooked_vlm.lens import head_lens
 from hooked_vlm.metrics import logit_difference
 from hooked_vlm.patching import Pair, Region, attribute, masked, patch, sweep_knockout

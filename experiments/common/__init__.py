@@ -1,1 +1,3 @@
 """What the studies share: figures, the report page, what a run records about itself."""
+
+__all__: list[str] = []

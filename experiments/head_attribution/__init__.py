@@ -5,12 +5,26 @@ the ranking by faithfulness and completeness, and follows the flow from image to
 `hooked-vlm head-attribution all` is the same from the command line.
 """
 
-from hooked_vlm.experiments.head_attribution.compare import compare as compare
-from hooked_vlm.experiments.head_attribution.config import All as All
-from hooked_vlm.experiments.head_attribution.config import Attribute as Attribute
-from hooked_vlm.experiments.head_attribution.config import Compare as Compare
-from hooked_vlm.experiments.head_attribution.config import Curves as Curves
-from hooked_vlm.experiments.head_attribution.config import Tokens as Tokens
-from hooked_vlm.experiments.head_attribution.config import Where as Where
-from hooked_vlm.experiments.head_attribution.study import HeadAttributionResult as HeadAttributionResult
-from hooked_vlm.experiments.head_attribution.study import run as run
+from typing import TYPE_CHECKING
+
+from hooked_vlm._lazy import lazy_names
+
+if TYPE_CHECKING:
+    from hooked_vlm.experiments.head_attribution.comparison import compare
+    from hooked_vlm.experiments.head_attribution.config import (
+        All,
+        Attribute,
+        Compare,
+        Curves,
+        HeadAttributionConfig,
+        Tokens,
+        Where,
+    )
+    from hooked_vlm.experiments.head_attribution.pages import heads_page, tokens_page
+    from hooked_vlm.experiments.head_attribution.study import HeadAttributionResult, run
+
+__all__ = [
+    "All", "Attribute", "Compare", "Curves", "HeadAttributionConfig", "HeadAttributionResult", "Tokens", "Where",
+    "compare", "heads_page", "run", "tokens_page",
+]  # fmt: skip
+__getattr__, __dir__ = lazy_names(__name__)

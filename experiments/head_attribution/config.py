@@ -2,17 +2,18 @@
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
-from tyro.conf import Suppress
+from tyro.conf import Suppress, subcommand
 
 from hooked_vlm.errors import StudyError
 from hooked_vlm.experiments.common.workers import NOT_RECORDED, WorkersConfig
-from hooked_vlm.experiments.head_attribution.masks import FEWEST, n_held_out
 
 Target = Literal["logit", "log_prob", "margin", "difference"]
 Regression = Literal["ols", "ridge", "lasso"]
 Section = Literal["attribution", "curves", "where", "tokens"]
+MASKS_PER_UNIT, FEWEST = 5, 320
+"""Random masks by default: for each coefficient to be found, and at least."""
 FEWEST_SEEN = 10
 """Masks a regression is made from, at least."""
 
@@ -182,6 +183,26 @@ class Compare:
     """Folders that `all` or `curves` wrote."""
     out: Path = Path("head-attribution-compared")
     """Where the report goes."""
+
+
+Command = (
+    Annotated[All, subcommand("all")]
+    | Annotated[Attribute, subcommand("attribute")]
+    | Annotated[Curves, subcommand("curves")]
+    | Annotated[Where, subcommand("where")]
+    | Annotated[Tokens, subcommand("tokens")]
+    | Annotated[Compare, subcommand("compare")]
+)
+
+
+def n_masks(asked: int | None, n_units: int) -> int:
+    """As asked, or five for each coefficient to be found, and 320 at least."""
+    return asked or max(FEWEST, MASKS_PER_UNIT * n_units)
+
+
+def n_held_out(n: int, share: float) -> int:
+    """How many of the masks a regression does not see: two at least, for a correlation."""
+    return max(2, round(share * n))
 
 
 def _option(name: str) -> str:

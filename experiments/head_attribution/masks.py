@@ -6,18 +6,6 @@ import numpy as np
 import pandas as pd
 from jaxtyping import Bool, Float
 
-MASKS_PER_UNIT, FEWEST = 5, 320
-
-
-def n_masks(asked: int | None, n_units: int) -> int:
-    """As asked, or five for each coefficient to be found, and 320 at least."""
-    return asked or max(FEWEST, MASKS_PER_UNIT * n_units)
-
-
-def n_held_out(n: int, share: float) -> int:
-    """How many of the masks a regression does not see: two at least, for a correlation."""
-    return max(2, round(share * n))
-
 
 def random_masks(n: int, n_units: int, keep: float, seed: list[int]) -> Bool[np.ndarray, "mask unit"]:
     """Each unit is kept with probability `keep`, independently."""

@@ -6,7 +6,7 @@ import numpy as np
 
 from hooked_vlm import viewer
 from hooked_vlm.errors import StudyError
-from hooked_vlm.experiments.head_attribution.measure import Measured
+from hooked_vlm.experiments.head_attribution.measurements import Measured
 from hooked_vlm.viewer import View
 
 

@@ -11,8 +11,7 @@ import pandas as pd
 from jaxtyping import Bool, Float
 from sklearn.linear_model import Lasso, LassoCV, LinearRegression, Ridge, RidgeCV
 
-from hooked_vlm.experiments.head_attribution.config import Regression
-from hooked_vlm.experiments.head_attribution.masks import n_held_out
+from hooked_vlm.experiments.head_attribution.config import Regression, n_held_out
 
 PENALTIES = np.logspace(-3, 3, 13)
 RELIABLE = 0.95

@@ -12,7 +12,7 @@ from hooked_vlm.experiments.head_attribution import plots
 from hooked_vlm.experiments.head_attribution.ablation import chosen
 from hooked_vlm.experiments.head_attribution.config import HeadAttributionConfig
 from hooked_vlm.experiments.head_attribution.findings import Findings, band
-from hooked_vlm.experiments.head_attribution.measure import Measured
+from hooked_vlm.experiments.head_attribution.measurements import Measured
 from hooked_vlm.experiments.head_attribution.regression import RELIABLE, Fit, convergence, settled_at
 from hooked_vlm.sweeps.plan import make_plan
 

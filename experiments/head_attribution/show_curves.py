@@ -11,7 +11,7 @@ from hooked_vlm.experiments.head_attribution import plots
 from hooked_vlm.experiments.head_attribution.config import HeadAttributionConfig
 from hooked_vlm.experiments.head_attribution.curves import LEVELS, MIN_GAP, mean_curve, measures_of_all, shares, sizes
 from hooked_vlm.experiments.head_attribution.findings import Findings, band, row
-from hooked_vlm.experiments.head_attribution.measure import Measured
+from hooked_vlm.experiments.head_attribution.measurements import Measured
 from hooked_vlm.experiments.head_attribution.rankings import RANKINGS
 
 KINDS = ("faithfulness", "completeness")

@@ -12,7 +12,7 @@ from hooked_vlm.experiments.head_attribution import plots
 from hooked_vlm.experiments.head_attribution.agreement import causes_of, explained, mean_of_pairs, similarities
 from hooked_vlm.experiments.head_attribution.config import HeadAttributionConfig
 from hooked_vlm.experiments.head_attribution.findings import Findings, band, row
-from hooked_vlm.experiments.head_attribution.measure import Measured
+from hooked_vlm.experiments.head_attribution.measurements import Measured
 from hooked_vlm.experiments.head_attribution.rankings import RANKINGS
 
 SCORES = ("attention", "attention_final", "value_weighted", "gradient", "single", "alone")

@@ -10,13 +10,13 @@ from hooked_vlm.experiments.common.report import Report
 from hooked_vlm.experiments.common.workers import workers_of
 from hooked_vlm.experiments.head_attribution.config import HeadAttributionConfig
 from hooked_vlm.experiments.head_attribution.findings import Findings, as_table
-from hooked_vlm.experiments.head_attribution.measure import Measured, measure
+from hooked_vlm.experiments.head_attribution.measurements import Measured, measure
 from hooked_vlm.experiments.head_attribution.show_attribution import attribution, task
 from hooked_vlm.experiments.head_attribution.show_curves import curves
 from hooked_vlm.experiments.head_attribution.show_tokens import tokens
 from hooked_vlm.experiments.head_attribution.show_where import where
 from hooked_vlm.model.by_name import load
-from hooked_vlm.model.identity import provenance
+from hooked_vlm.model.fingerprints import provenance
 from hooked_vlm.model.vlm import HookedVLM
 from hooked_vlm.runtime.files import writable_folder
 

@@ -4,14 +4,27 @@
 run one. `hooked-vlm ocr-heads` is the same from the command line.
 """
 
-from hooked_vlm.experiments.ocr_heads.config import CaseConfig as CaseConfig
-from hooked_vlm.experiments.ocr_heads.config import CompareConfig as CompareConfig
-from hooked_vlm.experiments.ocr_heads.config import MaskConfig as MaskConfig
-from hooked_vlm.experiments.ocr_heads.config import OcrHeadsConfig as OcrHeadsConfig
-from hooked_vlm.experiments.ocr_heads.config import Protocol as Protocol
-from hooked_vlm.experiments.ocr_heads.config import ScoreConfig as ScoreConfig
-from hooked_vlm.experiments.ocr_heads.config import SelectConfig as SelectConfig
-from hooked_vlm.experiments.ocr_heads.config import SinkConfig as SinkConfig
-from hooked_vlm.experiments.ocr_heads.config import ThoughtConfig as ThoughtConfig
-from hooked_vlm.experiments.ocr_heads.run import OcrHeadsResult as OcrHeadsResult
-from hooked_vlm.experiments.ocr_heads.run import run as run
+from typing import TYPE_CHECKING
+
+from hooked_vlm._lazy import lazy_names
+
+if TYPE_CHECKING:
+    from hooked_vlm.experiments.ocr_heads.config import (
+        OFFICIAL_CODE,
+        CaseConfig,
+        CompareConfig,
+        MaskConfig,
+        OcrHeadsConfig,
+        Protocol,
+        ScoreConfig,
+        SelectConfig,
+        SinkConfig,
+        ThoughtConfig,
+    )
+    from hooked_vlm.experiments.ocr_heads.pipeline import OcrHeadsResult, run
+
+__all__ = [
+    "OFFICIAL_CODE", "CaseConfig", "CompareConfig", "MaskConfig", "OcrHeadsConfig", "OcrHeadsResult", "Protocol",
+    "ScoreConfig", "SelectConfig", "SinkConfig", "ThoughtConfig", "run",
+]  # fmt: skip
+__getattr__, __dir__ = lazy_names(__name__)

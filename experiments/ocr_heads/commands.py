@@ -1,33 +1,11 @@
 """The study's commands: `hooked-vlm ocr-heads score|select|mask|sink|thought|case|compare|all`."""
 
-from typing import Annotated, Any
-
-import tyro
+from typing import Any
 
 from hooked_vlm.experiments.common.report import files_of
-from hooked_vlm.experiments.ocr_heads.config import (
-    CaseConfig,
-    CompareConfig,
-    MaskConfig,
-    OcrHeadsConfig,
-    ScoreConfig,
-    SelectConfig,
-    SinkConfig,
-    ThoughtConfig,
-)
-from hooked_vlm.experiments.ocr_heads.run import run
+from hooked_vlm.experiments.ocr_heads.config import Command
+from hooked_vlm.experiments.ocr_heads.pipeline import run
 from hooked_vlm.experiments.ocr_heads.selection import ranked
-
-Command = (
-    Annotated[OcrHeadsConfig, tyro.conf.subcommand("all")]
-    | Annotated[ScoreConfig, tyro.conf.subcommand("score")]
-    | Annotated[SelectConfig, tyro.conf.subcommand("select")]
-    | Annotated[MaskConfig, tyro.conf.subcommand("mask")]
-    | Annotated[SinkConfig, tyro.conf.subcommand("sink")]
-    | Annotated[ThoughtConfig, tyro.conf.subcommand("thought")]
-    | Annotated[CaseConfig, tyro.conf.subcommand("case")]
-    | Annotated[CompareConfig, tyro.conf.subcommand("compare")]
-)
 
 
 def answer(command: Command) -> tuple[str, dict[str, Any]]:

@@ -2,9 +2,9 @@
 
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from tyro.conf import Suppress
+from tyro.conf import Suppress, subcommand
 
 from hooked_vlm.errors import StudyError
 from hooked_vlm.experiments.common.workers import NOT_RECORDED, WorkersConfig
@@ -206,3 +206,15 @@ class CompareConfig(ScoreConfig):
 @dataclass(frozen=True)
 class OcrHeadsConfig(SelectConfig, MaskConfig, SinkConfig, ThoughtConfig, CaseConfig, CompareConfig):
     """All experiments, in one report."""
+
+
+Command = (
+    Annotated[OcrHeadsConfig, subcommand("all")]
+    | Annotated[ScoreConfig, subcommand("score")]
+    | Annotated[SelectConfig, subcommand("select")]
+    | Annotated[MaskConfig, subcommand("mask")]
+    | Annotated[SinkConfig, subcommand("sink")]
+    | Annotated[ThoughtConfig, subcommand("thought")]
+    | Annotated[CaseConfig, subcommand("case")]
+    | Annotated[CompareConfig, subcommand("compare")]
+)

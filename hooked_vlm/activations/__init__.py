@@ -1,8 +1,13 @@
 """Activations of whole data sets on disk: streamed in bounded memory, resumable, read back by row."""
 
-from hooked_vlm.activations.read import Activations as Activations
-from hooked_vlm.activations.read import Batch as Batch
-from hooked_vlm.activations.samples import NamedBox as NamedBox
-from hooked_vlm.activations.samples import Sample as Sample
-from hooked_vlm.activations.samples import read_samples as read_samples
-from hooked_vlm.activations.write import stream_activations as stream_activations
+from typing import TYPE_CHECKING
+
+from hooked_vlm._lazy import lazy_names
+
+if TYPE_CHECKING:
+    from hooked_vlm.activations.read import Activations, Batch
+    from hooked_vlm.activations.samples import NamedBox, Sample, read_samples
+    from hooked_vlm.activations.write import stream_activations
+
+__all__ = ["Activations", "Batch", "NamedBox", "Sample", "read_samples", "stream_activations"]
+__getattr__, __dir__ = lazy_names(__name__)

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from hooked_vlm.config import VLMConfig
 from hooked_vlm.errors import HookError
-from hooked_vlm.model.hook_table import hook_table
+from hooked_vlm.model.hook_catalogue import hook_table
 from hooked_vlm.nn.hooks import is_quadratic, is_vision
 
 Kind = Literal["tokens", "patches", "image_tokens"]

@@ -37,7 +37,7 @@ from hooked_vlm.activations.shards import (
 from hooked_vlm.errors import ActivationsError, InputError
 from hooked_vlm.inputs.vlm_inputs import VLMInputs
 from hooked_vlm.interventions.base import layer_of
-from hooked_vlm.model.identity import provenance
+from hooked_vlm.model.fingerprints import provenance
 from hooked_vlm.nn.hooks import HookPoint, hooked_module
 from hooked_vlm.runtime.files import writable_folder
 

@@ -1,1 +1,3 @@
-"""Commands that tell about models: their sizes and memory, and their hook points."""
+"""The commands of the command line, one module each; `config` holds their options."""
+
+__all__: list[str] = []

@@ -1,57 +1,23 @@
 """`hooked-vlm cache`: activations of a data set, written to a folder. Repeat an interrupted command to go on."""
 
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Literal
-
-from tyro.conf import Suppress
+from typing import Any
 
 from hooked_vlm.activations.read import Activations
 from hooked_vlm.activations.samples import read_samples
 from hooked_vlm.activations.write import stream_activations
+from hooked_vlm.commands.config import CacheConfig
 from hooked_vlm.loading.settings import as_dtype
 from hooked_vlm.model.by_name import load
 from hooked_vlm.runtime.files import writable_folder
 
 
-@dataclass(frozen=True)
-class CacheConfig:
-    """A data set, and what to keep of it."""
-
-    data: Path
-    """JSON lines (id, prompt, images, boxes, answer), or a folder of pictures (then --prompt)."""
-    names: tuple[str, ...]
-    """Hook points, wildcards allowed: --names 'blocks.*.hook_resid_post' hook_image_features"""
-    out: Path
-    """The folder; the same command goes on where it stopped."""
-    model: str = "toy-qwen2-vl"
-    """A bundled toy model, a checkpoint folder or a hub name such as Qwen/Qwen2-VL-2B-Instruct."""
-    prompt: str | None = None
-    """Asked about every picture of a folder, and where a line has no prompt."""
-    tokens: tuple[str, ...] = ("all",)
-    """Tokens of the language model to keep: all, text, image, question, role, generated, final, evidence, or
-    positions in the sample (--tokens=-1 is its last)."""
-    tokens_per_batch: int = 2048
-    """So many tokens run together at most."""
-    shard_megabytes: int = 64
-    """Size of a file; memory grows with it."""
-    min_overlap: float = 0.0
-    """A token lies in a box if more than this share of the box lies in it."""
-    max_pixels: int | None = None
-    """Bound on the area of a resized picture (Qwen2-VL); the checkpoint's by default."""
-    max_tiles: int | None = None
-    """How many tiles a picture is cut into at most (InternVL); the checkpoint's by default."""
-    keep_as: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """What is written; the model's own by default."""
-    device: str | None = None
-    """CUDA if present by default; "auto" spreads the model over what there is."""
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """The checkpoint's own by default."""
-    quiet: Suppress[bool] = False
-    """No progress bar."""
+def answer(config: CacheConfig) -> tuple[str, dict[str, Any]]:
+    """Write the activations; what `hooked-vlm cache` prints, and the same as data."""
+    found = written(config)
+    return summary(found), {"folder": str(found.folder), "samples": found.n_samples, "rows": found.n_rows}
 
 
-def cache(config: CacheConfig) -> Activations:
+def written(config: CacheConfig) -> Activations:
     """Write the activations.
 
     Raises:

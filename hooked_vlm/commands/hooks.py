@@ -2,33 +2,18 @@
 
 import re
 from dataclasses import asdict, dataclass
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
-import tyro
-
-from hooked_vlm.analysis.text_table import text_table
+from hooked_vlm.analysis.text_tables import text_table
+from hooked_vlm.commands.config import HooksConfig
 from hooked_vlm.config import VLMConfig
 from hooked_vlm.errors import InputError
+from hooked_vlm.model.hook_catalogue import HookRow, hook_table
 from hooked_vlm.model.hook_shapes import filled
-from hooked_vlm.model.hook_table import HookRow, hook_table
 from hooked_vlm.model.vlm import HookedVLM
 from hooked_vlm.nn.hooks import is_vision
 
 Tower = Literal["text", "vision", "projector"]
-
-
-@dataclass(frozen=True)
-class HooksConfig:
-    """Names, shapes, when they fire and what they are; of known models without a download."""
-
-    model: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="MODEL")]
-    """A bundled toy model, a checkpoint folder or a hub name such as Qwen/Qwen2-VL-72B-Instruct."""
-    tower: Literal["all", "text", "vision", "projector"] = "all"
-    """Which part of the model."""
-    grep: str | None = None
-    """Only hook points whose name or description has this in it (a regular expression, case ignored)."""
-    layers: bool = False
-    """A line for each layer instead of one with {l} for all of them."""
 
 
 @dataclass(frozen=True)

@@ -1,12 +1,12 @@
 """`hooked-vlm models`: the known checkpoints, what they need in memory, and how many GPUs hold them."""
 
 from dataclasses import asdict, dataclass
-from typing import Annotated, Any, Literal
+from typing import Any
 
 import torch
-import tyro
 
-from hooked_vlm.analysis.text_table import size, text_table
+from hooked_vlm.analysis.text_tables import size, text_table
+from hooked_vlm.commands.config import ModelsConfig
 from hooked_vlm.converters import KNOWN_MODELS
 from hooked_vlm.errors import InputError
 from hooked_vlm.loading.folders import bundled_models
@@ -16,22 +16,6 @@ from hooked_vlm.model.vlm import HookedVLM
 
 GPU_SIZES = (24, 40, 80, 141)
 """Gigabytes, 1e9 bytes each."""
-
-
-@dataclass(frozen=True)
-class ModelsConfig:
-    """Sizes, memory and GPUs, planned from config.json alone: nothing is loaded, known models need no download."""
-
-    model: Annotated[tyro.conf.Positional[str | None], tyro.conf.arg(metavar="MODEL")] = None
-    """One model in detail: a known name, a checkpoint folder or a hub name; all known ones by default."""
-    tokens: int = 4096
-    """Length of the prompt, a picture of 1024 x 768 (or what fits of it) included; a shorter context bounds it."""
-    dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
-    """What the GPUs hold the model in."""
-    full_cache: bool = False
-    """Room for run_with_cache of everything, too."""
-    gradients: bool = False
-    """Room for run_with_cache(incl_bwd=True): the full cache, its gradients and those of the weights."""
 
 
 @dataclass(frozen=True)

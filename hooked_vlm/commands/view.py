@@ -1,18 +1,19 @@
 """`hooked-vlm view`: where a model looks in a picture, written as a page and opened, or served and asked again."""
 
 import webbrowser
-from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import fields
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from PIL import Image
+import numpy as np
 
+from hooked_vlm.commands.config import ViewConfig
 from hooked_vlm.errors import InputError
 from hooked_vlm.inputs.images import load_image
 from hooked_vlm.model.by_name import load
 from hooked_vlm.runtime.files import writable_folder
+from hooked_vlm.toys.pages import make_page
 from hooked_vlm.viewer.attention_view import attention
 from hooked_vlm.viewer.session import Asked, Picture, Session
 from hooked_vlm.viewer.view import Head, View
@@ -22,44 +23,13 @@ ONLY_WRITTEN = ("out", "answer", "box", "tower")
 """Settings of the written page that the served one does not have."""
 
 
-@dataclass(frozen=True)
-class ViewConfig:
-    """One prompt with its pictures, and what to show of it."""
-
-    image: tuple[Path, ...] = ()
-    """Picture files, in the order of the prompt; with --serve one, or none, to begin with."""
-    prompt: str = ""
-    """With --serve what stands in the page at first."""
-    model: str = "toy-qwen2-vl"
-    """A bundled toy model, a checkpoint folder or a hub name such as Qwen/Qwen2-VL-2B-Instruct."""
-    out: Path = Path("attention.html")
-    """The page."""
-    answer: str | None = None
-    """Text whose tokens are shown; by default the model's greedy answer."""
-    heads: tuple[str, ...] = ()
-    """Heads to step through, best first, as LAYER.HEAD: --heads 2.1 2.0"""
-    box: tuple[float, ...] = ()
-    """Evidence boxes in the first picture, x0 y0 x1 y1 each, in its pixels."""
-    query: Literal["producing", "token"] = "producing"
-    """A token shows the attention of the position that predicted it, or its own."""
-    tower: Literal["language", "vision"] = "language"
-    """vision: which patches of the first picture look at which, in the vision tower."""
-    max_new_tokens: int = 32
-    """How long the answer may get."""
-    max_pixels: int | None = None
-    """Bound on the area of the resized picture (Qwen2-VL); the checkpoint's by default."""
-    max_tiles: int | None = None
-    """How many tiles a picture is cut into at most (InternVL); the checkpoint's by default."""
-    serve: bool = False
-    """Instead of writing a page, serve one on 127.0.0.1 in which picture, prompt and heads can be changed."""
-    port: int = 0
-    """Where the page is served; 0 takes any free port."""
-    open: bool = True
-    """Show the page in the browser."""
-    device: str | None = None
-    """CUDA if present by default; "auto" spreads the model over what there is."""
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """The checkpoint's own by default."""
+def answer(config: ViewConfig) -> tuple[str, dict[str, Any]]:
+    """Write or serve the page; what `hooked-vlm view` prints, and the same as data."""
+    if config.serve:
+        serve_page(config)
+        return "", {}
+    page = write_page(config)
+    return f"page: {page}", {"page": str(page)}
 
 
 def write_page(config: ViewConfig) -> Path:
@@ -82,11 +52,8 @@ def write_page(config: ViewConfig) -> Path:
     return config.out
 
 
-def serve_page(config: ViewConfig, example: Callable[[], tuple[Image.Image, str]]) -> None:
-    """Serve the page until interrupted.
-
-    Args:
-        example: makes a picture and a question, which a toy model begins with where no picture is named.
+def serve_page(config: ViewConfig) -> None:
+    """Serve the page until interrupted. A toy model begins with a page of its own kind where no picture is named.
 
     Raises:
         InputError, ImageError, CheckpointError: what a user can mend.
@@ -103,9 +70,9 @@ def serve_page(config: ViewConfig, example: Callable[[], tuple[Image.Image, str]
     if config.image:
         picture = Picture(config.image[0].name, load_image(config.image[0]))
     elif config.model.startswith("toy-"):
-        image, question = example()
-        picture, prompt = Picture("example", image), config.prompt or question
-    from hooked_vlm.viewer.serve import serve  # NiceGUI is an extra
+        page = make_page(np.random.default_rng(7), n_lines=4)
+        picture, prompt = Picture("example", page.image), config.prompt or page.question(2)
+    from hooked_vlm.viewer.server import serve  # NiceGUI is an extra
 
     model = load(config.model, config.device, config.dtype)
     session = Session(model, max_pixels=config.max_pixels, max_tiles=config.max_tiles, ranked=heads, query=config.query)

@@ -9,20 +9,21 @@ Positions are absolute: columns of `inputs.tokens`, and past their end in genera
 same hooks act on what is new and see what is old.
 """
 
-from hooked_vlm.interventions.activations import AddVector as AddVector
-from hooked_vlm.interventions.activations import PatchActivation as PatchActivation
-from hooked_vlm.interventions.activations import ReplaceImageTokens as ReplaceImageTokens
-from hooked_vlm.interventions.attention import BlockAttention as BlockAttention
-from hooked_vlm.interventions.base import Compose as Compose
-from hooked_vlm.interventions.base import CustomHooks as CustomHooks
-from hooked_vlm.interventions.base import Intervention as Intervention
-from hooked_vlm.interventions.heads import Head as Head
-from hooked_vlm.interventions.heads import MeanHeads as MeanHeads
-from hooked_vlm.interventions.heads import ScaleHeads as ScaleHeads
-from hooked_vlm.interventions.heads import ZeroHeads as ZeroHeads
-from hooked_vlm.interventions.heads import mean_head_outputs as mean_head_outputs
-from hooked_vlm.interventions.image_kv import ImageMeans as ImageMeans
-from hooked_vlm.interventions.image_kv import ReplaceImageKV as ReplaceImageKV
-from hooked_vlm.interventions.image_kv import mean_image_kv as mean_image_kv
-from hooked_vlm.interventions.patterns import RedistributeSink as RedistributeSink
-from hooked_vlm.interventions.patterns import UniformAttention as UniformAttention
+from typing import TYPE_CHECKING
+
+from hooked_vlm._lazy import lazy_names
+
+if TYPE_CHECKING:
+    from hooked_vlm.interventions.activations import AddVector, PatchActivation, ReplaceImageTokens
+    from hooked_vlm.interventions.attention import BlockAttention, all_heads
+    from hooked_vlm.interventions.base import Compose, CustomHooks, Hooks, Intervention, Positions
+    from hooked_vlm.interventions.heads import Head, MeanHeads, ScaleHeads, ZeroHeads, mean_head_outputs
+    from hooked_vlm.interventions.image_kv import ImageMeans, ReplaceImageKV, mean_image_kv
+    from hooked_vlm.interventions.patterns import RedistributeSink, UniformAttention
+
+__all__ = [
+    "AddVector", "BlockAttention", "Compose", "CustomHooks", "Head", "Hooks", "ImageMeans", "Intervention",
+    "MeanHeads", "PatchActivation", "Positions", "RedistributeSink", "ReplaceImageKV", "ReplaceImageTokens",
+    "ScaleHeads", "UniformAttention", "ZeroHeads", "all_heads", "mean_head_outputs", "mean_image_kv",
+]  # fmt: skip
+__getattr__, __dir__ = lazy_names(__name__)

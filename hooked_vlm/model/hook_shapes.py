@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 from hooked_vlm.config import VLMConfig
 from hooked_vlm.inputs.tiles import TileProcessor
-from hooked_vlm.model.hook_table import HookRow
+from hooked_vlm.model.hook_catalogue import HookRow
 from hooked_vlm.nn.hooks import is_vision
 
 if TYPE_CHECKING:

@@ -23,8 +23,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from hooked_vlm.model.hook_catalogue import HookRow, hook_table
 from hooked_vlm.model.hook_shapes import PromptSize, filled, layers_of
-from hooked_vlm.model.hook_table import HookRow, hook_table
 from hooked_vlm.nn.hooks import is_quadratic
 
 if TYPE_CHECKING:

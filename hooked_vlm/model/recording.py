@@ -130,7 +130,9 @@ def _hooks(
         return recorder, fwd, []
     wanted = default_filter(model) if names is None else names.__contains__
     firing = [n for n in model.hook_dict if wanted(n) and not model.why_silent(n, inputs, run)]
-    bwd: Hooks = [(name, partial(recording.save, suffix="_grad")) for name in firing] if recording.incl_bwd else []
+    bwd: Hooks = []
+    if recording.incl_bwd:
+        bwd += [(name, partial(recording.save, suffix="_grad")) for name in firing]
     if not later:
         return recorder, fwd, bwd
     fwd += [(name, recording.save) for name in firing if recorder.records(name) and name not in others]
@@ -203,7 +205,9 @@ class Recording:
         if names is None:
             return Recorder(self.record), []
         rows = {name for name in names if self._by_rows(name)}
-        hooks = [(f"{name.rsplit('.', 1)[0]}.hook_z", partial(self._save_rows, name=name)) for name in sorted(rows)]
+        hooks: Hooks = [
+            (f"{name.rsplit('.', 1)[0]}.hook_z", partial(self._save_rows, name=name)) for name in sorted(rows)
+        ]
         return Recorder(self.record, frozenset(names) - rows), hooks
 
     def record(self, name: str, tensor: Tensor) -> None:

@@ -17,7 +17,7 @@ from hooked_vlm.errors import InputError
 from hooked_vlm.inputs.builder import InputBuilder
 from hooked_vlm.inputs.vlm_inputs import VLMInputs
 from hooked_vlm.loading import checkpoints, saving
-from hooked_vlm.model import generation, hooking, identity, recording, switches, weights
+from hooked_vlm.model import fingerprints, generation, hooking, recording, switches, weights
 from hooked_vlm.model.cache import VLMCache
 from hooked_vlm.model.weights import stacked_view
 from hooked_vlm.nn.block import run_blocks, text_blocks
@@ -377,7 +377,7 @@ class HookedVLM(WithViews, HookedRootModule):
     from_hf = classmethod(checkpoints.from_hf)
     to_hf_state_dict = saving.to_hf_state_dict
     save_pretrained = saving.save_pretrained
-    identity = identity.identity
+    identity = fingerprints.identity
 
     def _apply(self, fn: Callable, recurse: bool = True) -> Any:
         # every move and cast (.to, .cuda, .half, ...) comes through here: cfg follows

@@ -7,17 +7,21 @@
 Exact patches run on the sweep engine; `attribute` estimates all of them from one backward pass a pair.
 """
 
-from hooked_vlm.patching.attribution import attribute as attribute
-from hooked_vlm.patching.corruption import masked as masked
-from hooked_vlm.patching.corruption import noised as noised
-from hooked_vlm.patching.corruption import swapped as swapped
-from hooked_vlm.patching.exact import patch as patch
-from hooked_vlm.patching.knockout import answers_without as answers_without
-from hooked_vlm.patching.knockout import attention_knockout as attention_knockout
-from hooked_vlm.patching.knockout import sweep_knockout as sweep_knockout
-from hooked_vlm.patching.pairs import Pair as Pair
-from hooked_vlm.patching.pairs import Region as Region
-from hooked_vlm.patching.paths import PatchPath as PatchPath
-from hooked_vlm.patching.paths import patch_paths as patch_paths
-from hooked_vlm.patching.result import Agreement as Agreement
-from hooked_vlm.patching.result import PatchingResult as PatchingResult
+from typing import TYPE_CHECKING
+
+from hooked_vlm._lazy import lazy_names
+
+if TYPE_CHECKING:
+    from hooked_vlm.patching.attribution import attribute
+    from hooked_vlm.patching.corruption import masked, noised, swapped
+    from hooked_vlm.patching.exact import patch
+    from hooked_vlm.patching.knockout import answers_without, attention_knockout, sweep_knockout
+    from hooked_vlm.patching.pairs import Pair, Region
+    from hooked_vlm.patching.paths import PatchPath, patch_paths
+    from hooked_vlm.patching.result import Agreement, PatchingResult
+
+__all__ = [
+    "Agreement", "Pair", "PatchPath", "PatchingResult", "Region", "answers_without", "attention_knockout",
+    "attribute", "masked", "noised", "patch", "patch_paths", "swapped", "sweep_knockout",
+]  # fmt: skip
+__getattr__, __dir__ = lazy_names(__name__)

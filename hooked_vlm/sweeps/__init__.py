@@ -1,1 +1,12 @@
 """Many interventions at the cost of a few forwards."""
+
+from typing import TYPE_CHECKING
+
+from hooked_vlm._lazy import lazy_names
+
+if TYPE_CHECKING:
+    from hooked_vlm.sweeps.many import SweepCase, sweep_many
+    from hooked_vlm.sweeps.single import SweepResult, sweep
+
+__all__ = ["SweepCase", "SweepResult", "sweep", "sweep_many"]
+__getattr__, __dir__ = lazy_names(__name__)

@@ -17,7 +17,7 @@ from hooked_vlm.errors import InputError
 from hooked_vlm.inputs.vlm_inputs import VLMInputs
 from hooked_vlm.interventions.base import ENCODER, Intervention
 from hooked_vlm.metrics import Metric
-from hooked_vlm.model.identity import weights_hash
+from hooked_vlm.model.fingerprints import weights_hash
 from hooked_vlm.runtime.digests import digest
 from hooked_vlm.runtime.store import ResultStore
 from hooked_vlm.runtime.tasks import InProcess, SharedSetup, Task, Workers

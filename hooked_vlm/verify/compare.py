@@ -11,7 +11,7 @@ from transformers import GenerationConfig
 
 from hooked_vlm.inputs.vlm_inputs import VLMInputs
 from hooked_vlm.verify.allocation import Allocations
-from hooked_vlm.verify.prompts import Prompt
+from hooked_vlm.verify.prompt_suite import Prompt
 from hooked_vlm.verify.reference import Reference
 from hooked_vlm.verify.result import Row
 

@@ -4,7 +4,7 @@ import math
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-from hooked_vlm.analysis.text_table import text_table
+from hooked_vlm.analysis.text_tables import text_table
 
 
 @dataclass(frozen=True)

@@ -8,18 +8,18 @@ from typing import Any
 
 import torch
 
-from hooked_vlm.analysis.text_table import size
+from hooked_vlm.analysis.text_tables import size
 from hooked_vlm.errors import InputError
 from hooked_vlm.loading.folders import find_checkpoint
+from hooked_vlm.model.fingerprints import provenance
 from hooked_vlm.model.hook_shapes import prompt_with_picture
-from hooked_vlm.model.identity import provenance
 from hooked_vlm.model.memory import memory_plan
 from hooked_vlm.model.vlm import HookedVLM
 from hooked_vlm.runtime.files import atomic_write, writable_folder
 from hooked_vlm.sweeps.plan import free_memory
 from hooked_vlm.verify.compare import cost, differences, equal_tokens, pixels, rounding_errors
 from hooked_vlm.verify.config import VerifyConfig
-from hooked_vlm.verify.prompts import inputs_for, prompts
+from hooked_vlm.verify.prompt_suite import inputs_for, prompts
 from hooked_vlm.verify.reference import Reference, reference_for, reference_processor
 from hooked_vlm.verify.result import Row, Verification
 

@@ -7,9 +7,15 @@
 In a notebook a `View` shows itself.
 """
 
-from hooked_vlm.viewer.attention_view import attention as attention
-from hooked_vlm.viewer.values_view import lens as lens
-from hooked_vlm.viewer.values_view import patching as patching
-from hooked_vlm.viewer.values_view import values as values
-from hooked_vlm.viewer.view import View as View
-from hooked_vlm.viewer.vision_view import vision_attention as vision_attention
+from typing import TYPE_CHECKING
+
+from hooked_vlm._lazy import lazy_names
+
+if TYPE_CHECKING:
+    from hooked_vlm.viewer.attention_view import attention
+    from hooked_vlm.viewer.values_view import lens, patching, values
+    from hooked_vlm.viewer.view import Chip, View
+    from hooked_vlm.viewer.vision_view import vision_attention
+
+__all__ = ["Chip", "View", "attention", "lens", "patching", "values", "vision_attention"]
+__getattr__, __dir__ = lazy_names(__name__)

@@ -17,7 +17,7 @@ from matplotlib.colors import to_hex
 from hooked_vlm.analysis.pictures import DIVERGING, SEQUENTIAL
 from hooked_vlm.errors import InputError
 from hooked_vlm.runtime.files import atomic_write
-from hooked_vlm.viewer.quantise import CLEAR, Packed, encoded, pack
+from hooked_vlm.viewer.quantisation import CLEAR, Packed, encoded, pack
 from hooked_vlm.viewer.scene import Scene, data_url
 
 Head = tuple[int, int]

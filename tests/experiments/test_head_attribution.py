@@ -21,7 +21,7 @@ from sklearn.metrics import roc_auc_score
 from hooked_vlm import HookedVLM, cli
 from hooked_vlm.errors import StudyError
 from hooked_vlm.experiments.head_attribution import All, Attribute, Compare, Curves, Tokens, compare, run
-from hooked_vlm.experiments.head_attribution import measure as measure_module
+from hooked_vlm.experiments.head_attribution import measurements as measure_module
 from hooked_vlm.experiments.head_attribution.ablation import Probe, make_probes, metric_of
 from hooked_vlm.experiments.head_attribution.agreement import (
     cosine,
@@ -32,6 +32,7 @@ from hooked_vlm.experiments.head_attribution.agreement import (
     spearman,
 )
 from hooked_vlm.experiments.head_attribution.coco import object_mask
+from hooked_vlm.experiments.head_attribution.config import n_masks
 from hooked_vlm.experiments.head_attribution.curves import (
     area,
     first_at,
@@ -44,7 +45,7 @@ from hooked_vlm.experiments.head_attribution.curves import (
 )
 from hooked_vlm.experiments.head_attribution.image_flow import attention_to_tokens, coverage, inside
 from hooked_vlm.experiments.head_attribution.items import Item
-from hooked_vlm.experiments.head_attribution.masks import as_frame, from_frame, n_masks, random_masks
+from hooked_vlm.experiments.head_attribution.masks import as_frame, from_frame, random_masks
 from hooked_vlm.experiments.head_attribution.pages import heads_page, tokens_page
 from hooked_vlm.experiments.head_attribution.rankings import attention_scores_of, gradients, other_rankings
 from hooked_vlm.experiments.head_attribution.regression import chosen, convergence, fit, least_squares, settled_at
@@ -70,7 +71,7 @@ from hooked_vlm.runtime.store import ResultStore
 from hooked_vlm.runtime.tasks import InProcess
 from hooked_vlm.toys.drawings import OBJECTS
 from hooked_vlm.toys.pages import NAMING_PROMPT
-from hooked_vlm.viewer.quantise import decoded
+from hooked_vlm.viewer.quantisation import decoded
 from tools.toy_training.families import FAMILIES
 
 SMALL: dict[str, Any] = {

@@ -11,7 +11,7 @@ import torch
 from hooked_vlm import HookedVLM
 from hooked_vlm.experiments.common.figures import new_figure
 from hooked_vlm.experiments.common.report import Report
-from hooked_vlm.model.identity import provenance, weights_hash
+from hooked_vlm.model.fingerprints import provenance, weights_hash
 
 
 def write(out: Path) -> str:

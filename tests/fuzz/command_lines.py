@@ -90,5 +90,5 @@ def outcome_of(arguments: list[str], folder: Path) -> str:
     return "ended"
 
 
-WORK = ("hooked_vlm.experiments.ocr_heads.run.Study", "hooked_vlm.experiments.head_attribution.study.measure",
+WORK = ("hooked_vlm.experiments.ocr_heads.pipeline.Study", "hooked_vlm.experiments.head_attribution.study.measure",
         "hooked_vlm.model.vlm.HookedVLM.generate")  # fmt: skip

@@ -33,7 +33,7 @@ from hooked_vlm.interventions import (
 )
 from hooked_vlm.lens import head_lens, logit_attribution, logit_lens
 from hooked_vlm.metrics import log_prob
-from hooked_vlm.model.identity import weights_hash
+from hooked_vlm.model.fingerprints import weights_hash
 from hooked_vlm.model.weight_processing import fold_ln
 from hooked_vlm.patching import Pair, attribute, patch, patch_paths
 

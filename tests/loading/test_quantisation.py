@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from hooked_vlm import HookedVLM
 from hooked_vlm.errors import CheckpointError, InputError
 from hooked_vlm.loading.quantisation import QUANTISED
-from hooked_vlm.model.identity import weights_hash
+from hooked_vlm.model.fingerprints import weights_hash
 from hooked_vlm.model.weight_processing import center_unembed, fold_ln, fold_value_biases
 from hooked_vlm.nn.weight_access import is_quantised, values_of
 

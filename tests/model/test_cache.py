@@ -8,7 +8,7 @@ from transformer_lens import ActivationCache
 from transformer_lens.utilities import Slice
 
 from hooked_vlm import HookError, InputError, VLMCache
-from hooked_vlm.model.hook_table import hook_table
+from hooked_vlm.model.hook_catalogue import hook_table
 from hooked_vlm.model.hooking import switched_off
 from hooked_vlm.nn import attention
 from hooked_vlm.nn.hooks import is_quadratic, is_vision

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from hooked_vlm import HookedVLM
 from hooked_vlm.converters import KNOWN_MODELS
+from hooked_vlm.model.hook_catalogue import hook_table
 from hooked_vlm.model.hook_shapes import PromptSize, filled, prompt_with_picture
-from hooked_vlm.model.hook_table import hook_table
 from hooked_vlm.model.memory import memory_plan, n_gpus
 from hooked_vlm.verify.allocation import Allocations
 

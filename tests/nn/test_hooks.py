@@ -10,7 +10,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from hooked_vlm import HookedVLM, HookError, VLMInputs
-from hooked_vlm.model.hook_table import HookRow, hook_table
+from hooked_vlm.model.hook_catalogue import HookRow, hook_table
 from hooked_vlm.model.hooking import switched_off
 from hooked_vlm.nn.attention import attend
 from hooked_vlm.nn.hooks import HookPoint, is_encoder, is_quadratic, is_vision

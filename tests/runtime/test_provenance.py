@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 
 from hooked_vlm import HookedVLM
-from hooked_vlm.model.identity import provenance, weights_hash
+from hooked_vlm.model.fingerprints import provenance, weights_hash
 from hooked_vlm.runtime.provenance import code_hash
 
 

@@ -14,10 +14,10 @@ from torch import nn
 from hooked_vlm import HookedVLM, InputError, cli
 from hooked_vlm.commands.verify import VerifyConfig
 from hooked_vlm.loading.folders import TOY_MODELS
-from hooked_vlm.model.identity import weights_hash
+from hooked_vlm.model.fingerprints import weights_hash
 from hooked_vlm.verify import run
 from hooked_vlm.verify.compare import cost, differences, equal_tokens, rounding_errors
-from hooked_vlm.verify.prompts import inputs_for, prompts
+from hooked_vlm.verify.prompt_suite import inputs_for, prompts
 from hooked_vlm.verify.reference import Reference, reference_for
 from hooked_vlm.verify.result import Row, Verification
 from hooked_vlm.verify.run import verify

@@ -192,7 +192,7 @@ def test_others_may_not(headers: dict[str, str], status: int) -> None:
 
 
 def test_the_command_begins_with_what_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    serve = pytest.importorskip("hooked_vlm.viewer.serve", reason="NiceGUI is not installed")
+    serve = pytest.importorskip("hooked_vlm.viewer.server", reason="NiceGUI is not installed")
     served: list[Any] = []
     monkeypatch.setattr(serve, "serve", lambda *arguments: served.append(arguments))
 
@@ -222,7 +222,7 @@ def test_the_command_begins_with_what_is_named(monkeypatch: pytest.MonkeyPatch, 
 
 
 def test_a_port_that_is_taken_is_named() -> None:
-    serve = pytest.importorskip("hooked_vlm.viewer.serve", reason="NiceGUI is not installed")
+    serve = pytest.importorskip("hooked_vlm.viewer.server", reason="NiceGUI is not installed")
     with serve._listening(0) as listener:
         address, port = listener.getsockname()
         assert address == "127.0.0.1"
@@ -233,7 +233,7 @@ def test_a_port_that_is_taken_is_named() -> None:
 
 
 def test_an_answer_cannot_break_out_of_the_page() -> None:
-    serve = pytest.importorskip("hooked_vlm.viewer.serve", reason="NiceGUI is not installed")
+    serve = pytest.importorskip("hooked_vlm.viewer.server", reason="NiceGUI is not installed")
     model = SimpleNamespace(cfg=SimpleNamespace(eos_token_ids=()), to_string=lambda ids: bytes(ids).decode())
     evil, plain = b"<img src=x onerror=alert(1)>", b"<img>"
     found = [serve.marked(said) for said in compared(model, [*evil], [*plain])]

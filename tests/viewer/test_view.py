@@ -21,7 +21,7 @@ from hooked_vlm.lens import logit_lens
 from hooked_vlm.metrics import log_prob
 from hooked_vlm.patching import Pair, masked, patch
 from hooked_vlm.toys.pages import make_page
-from hooked_vlm.viewer.quantise import decoded
+from hooked_vlm.viewer.quantisation import decoded
 
 FAMILIES = ["toy-qwen2-vl", "toy-internvl2"]
 

@@ -29,9 +29,9 @@ from hooked_vlm.experiments.ocr_heads import changed as changed_module
 from hooked_vlm.experiments.ocr_heads.changed import UNCHANGED, Condition, answer_all, summarize, tasks_of
 from hooked_vlm.experiments.ocr_heads.data.scored import PAPER_PIXELS, passkey_pages, toy_pages
 from hooked_vlm.experiments.ocr_heads.examples import prompt_length, to_inputs
+from hooked_vlm.experiments.ocr_heads.head_profile import against_chance, measures
 from hooked_vlm.experiments.ocr_heads.masking import masking_conditions
-from hooked_vlm.experiments.ocr_heads.profile import against_chance, measures
-from hooked_vlm.experiments.ocr_heads.sink_attention import PLACES, QUERIES, first_token_shares
+from hooked_vlm.experiments.ocr_heads.sink_shares import PLACES, QUERIES, first_token_shares
 from hooked_vlm.experiments.ocr_heads.study import Study
 
 SMALL: dict[str, Any] = {"samples": 6, "quiet": True, "device": "cpu", "max_new_tokens": 6}

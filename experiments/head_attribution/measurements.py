@@ -10,15 +10,15 @@ import numpy as np
 import pandas as pd
 
 from hooked_vlm.experiments.head_attribution.ablation import Probe, make_probes
-from hooked_vlm.experiments.head_attribution.config import HeadAttributionConfig, Regression
+from hooked_vlm.experiments.head_attribution.config import HeadAttributionConfig, Regression, n_masks
 from hooked_vlm.experiments.head_attribution.curves import measure_curves, orders
 from hooked_vlm.experiments.head_attribution.image_flow import attention_to_tokens, coverage
-from hooked_vlm.experiments.head_attribution.masks import from_frame, measured, n_masks
+from hooked_vlm.experiments.head_attribution.masks import from_frame, measured
 from hooked_vlm.experiments.head_attribution.rankings import other_rankings
 from hooked_vlm.experiments.head_attribution.regression import Fit, fit
 from hooked_vlm.experiments.head_attribution.tasks import Case, ask, items_of, right_cases
 from hooked_vlm.experiments.head_attribution.text_flow import blocked_edges, receivers
-from hooked_vlm.model.identity import weights_hash
+from hooked_vlm.model.fingerprints import weights_hash
 from hooked_vlm.runtime.store import ResultStore
 from hooked_vlm.runtime.tasks import SharedSetup, Task, Workers
 

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from hooked_vlm import InputError
-from hooked_vlm.viewer.quantise import BUDGET, STEPS, decoded, pack, quantise
+from hooked_vlm.viewer.quantisation import BUDGET, STEPS, decoded, pack, quantise
 
 numbers = st.floats(-1e3, 1e3, width=32) | st.just(float("nan"))
 

@@ -113,7 +113,7 @@ def hook_table(model: "HookedVLM") -> list[HookRow]:
     }
     present = {re.sub(r"blocks\.\d+\.", "blocks.{l}.", name) for name in model.hook_dict}
     if unknown := present - set(described):
-        raise KeyError(f"hook points without a description in hook_table.py: {sorted(unknown)}")
+        raise KeyError(f"hook points without a description in hook_catalogue.py: {sorted(unknown)}")
     return [row for name, row in described.items() if name in present]
 
 

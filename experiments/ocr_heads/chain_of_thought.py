@@ -17,8 +17,8 @@ from hooked_vlm.experiments.ocr_heads.config import ThoughtConfig
 from hooked_vlm.experiments.ocr_heads.data.store import DataSet, load_or_build
 from hooked_vlm.experiments.ocr_heads.data.tasks import QATask
 from hooked_vlm.experiments.ocr_heads.examples import Example
+from hooked_vlm.experiments.ocr_heads.head_profile import RESAMPLES, measures
 from hooked_vlm.experiments.ocr_heads.masking import masked
-from hooked_vlm.experiments.ocr_heads.profile import RESAMPLES, measures
 from hooked_vlm.experiments.ocr_heads.study import Finding, Study, head_table
 
 STEPS = "\nThink step by step: first say where in the image the answer is written, then read it out."

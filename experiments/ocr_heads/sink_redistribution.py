@@ -17,7 +17,7 @@ from hooked_vlm.experiments.ocr_heads.changed import (
 )
 from hooked_vlm.experiments.ocr_heads.config import SinkConfig
 from hooked_vlm.experiments.ocr_heads.masking import check_counts
-from hooked_vlm.experiments.ocr_heads.sink_attention import PLACES, QUERIES, share_of, sink_attention, sink_table
+from hooked_vlm.experiments.ocr_heads.sink_shares import PLACES, QUERIES, share_of, sink_attention, sink_table
 from hooked_vlm.experiments.ocr_heads.study import Finding, Study, head_names
 from hooked_vlm.interventions import Head, RedistributeSink
 

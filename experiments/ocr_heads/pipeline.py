@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from hooked_vlm.experiments.common.report import Report
+from hooked_vlm.experiments.ocr_heads.chain_of_thought import thought
 from hooked_vlm.experiments.ocr_heads.characters import case
 from hooked_vlm.experiments.ocr_heads.config import (
     CaseConfig,
@@ -16,15 +17,14 @@ from hooked_vlm.experiments.ocr_heads.config import (
     SinkConfig,
     ThoughtConfig,
 )
+from hooked_vlm.experiments.ocr_heads.head_profile import profile
+from hooked_vlm.experiments.ocr_heads.head_scores import protocol_name, score
 from hooked_vlm.experiments.ocr_heads.masking import mask
-from hooked_vlm.experiments.ocr_heads.profile import profile
 from hooked_vlm.experiments.ocr_heads.published import compare
-from hooked_vlm.experiments.ocr_heads.score import protocol_name, score
 from hooked_vlm.experiments.ocr_heads.scoring import Scores
-from hooked_vlm.experiments.ocr_heads.sink import sink
+from hooked_vlm.experiments.ocr_heads.sink_redistribution import sink
 from hooked_vlm.experiments.ocr_heads.study import Finding, Study
-from hooked_vlm.experiments.ocr_heads.thought import thought
-from hooked_vlm.model.identity import provenance
+from hooked_vlm.model.fingerprints import provenance
 from hooked_vlm.model.vlm import HookedVLM
 from hooked_vlm.runtime.files import writable_folder
 
