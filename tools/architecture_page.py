@@ -71,8 +71,8 @@ A package imports packages below it only. The last column is computed from the i
    padding layout, and the context that hooks receive in `hook.ctx`. Nothing of it is passed from call to call.
 4. One loop runs the blocks. `Block.forward` (`nn/`) reads as the formulas:
    `resid_mid = resid_pre + attn_out`, `resid_post = resid_mid + mlp_out`, each through its hook point.
-5. `Attention.forward` (`nn/`) computes `q`, `k`, `v`, rotates `q` and `k`, and attends: in the fused kernel, or explicitly
-   if something listens to `hook_attn_scores` or `hook_pattern`.
+5. `Attention.forward` (`nn/`) computes `q`, `k`, `v`, rotates `q` and `k`, and attends: in the fused kernel, or
+   explicitly if something listens to `hook_attn_scores` or `hook_pattern`.
 6. Final norm and unembedding give the logits `[batch, pos, d_vocab]`.
 
 `HookPoint` (`nn/`) is an identity module that calls its hooks; the current `ForwardPass` decides how a packed tensor is
