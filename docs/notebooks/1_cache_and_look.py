@@ -1,7 +1,7 @@
 # %% [markdown]
 # # Cache a run and look at attention
 #
-# One forward pass caches every activation of both towers. Where does each head attend when the model is about to answer?
+# One forward pass caches every activation of both towers. Where does each head attend just before the answer?
 # Run this file, or open it in an editor that supports cells (`# %%`).
 
 # %%

@@ -1,8 +1,8 @@
 # %% [markdown]
 # # Patch an image region and flip the answer
 #
-# Two pages differ in one value. Patching the clean residual stream into the corrupt run, only at the tokens that show the
-# value, flips the answer.
+# Two pages differ in one value. Patching the clean residual stream into the corrupt run, only at the tokens that show
+# the value, flips the answer.
 
 # %%
 from dataclasses import replace

@@ -49,7 +49,7 @@ named = model.generate(square, max_new_tokens=8, fwd_hooks=blind.hooks(model, sq
 print(named)
 
 # %% [markdown]
-# A steering vector from squares to circles: the difference of the mean residual streams at the last token, after layer 2.
+# A steering vector from squares to circles: the difference of mean residual streams at the last token, after layer 2.
 
 
 # %%

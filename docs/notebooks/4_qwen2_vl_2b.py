@@ -1,8 +1,8 @@
 # %% [markdown]
 # # The same on Qwen2-VL-2B
 #
-# Needs the published checkpoint and preferably a GPU. `sign.jpg` is a photograph that contains a word, `box` the word's box
-# in pixels.
+# Needs the published checkpoint and preferably a GPU. `sign.jpg` is a photograph that contains a word, `box` the word's
+# box in pixels.
 
 # %%
 from pathlib import Path

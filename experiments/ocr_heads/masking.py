@@ -3,19 +3,7 @@
 from functools import partial
 
 from hooked_vlm.errors import StudyError
-from hooked_vlm.experiments.ocr_heads import plots
-from hooked_vlm.experiments.ocr_heads.changed import (
-    UNCHANGED,
-    Condition,
-    against_random,
-    answer_all,
-    headline,
-    metric_tables,
-    summarize,
-    summary_lines,
-    tasks_of,
-    top_heads,
-)
+from hooked_vlm.experiments.ocr_heads import changed, plots
 from hooked_vlm.experiments.ocr_heads.config import MaskConfig
 from hooked_vlm.experiments.ocr_heads.study import Finding, Study, head_names
 from hooked_vlm.interventions import Head, Intervention, UniformAttention, ZeroHeads
@@ -26,19 +14,21 @@ def mask(study: Study, config: MaskConfig) -> Finding:
     counts = config.mask_heads or study.default_counts()
     check_counts(study, counts, "mask-heads")
     conditions = masking_conditions(study, config, counts)
-    answers = answer_all(study, tasks_of(study, config), conditions, "masking")
-    summary = summarize(answers, conditions, config.seed)
+    answers = changed.answer_all(study, changed.tasks_of(study, config), conditions, "masking")
+    summary = changed.summarize(answers, conditions, config.seed)
     notes = [note for k in counts for note in _masked_heads(study, config, k, conditions)]
     figures = {
         "masking": (plots.bars(summary.loc[summary["chosen"]]), "Tasks with heads masked; 95% intervals over samples")
     }
-    tables = {**metric_tables("masking", summary), "masking-answers": (answers, "All replies", 0)}
-    return Finding("Masking", [headline(summary), *notes, "", *summary_lines(summary)], notes, figures, tables)
+    tables = {**changed.metric_tables("masking", summary), "masking-answers": (answers, "All replies", 0)}
+    return Finding(
+        "Masking", [changed.headline(summary), *notes, "", *changed.summary_lines(summary)], notes, figures, tables
+    )
 
 
-def _masked_heads(study: Study, config: MaskConfig, k: int, conditions: list[Condition]) -> list[str]:
+def _masked_heads(study: Study, config: MaskConfig, k: int, conditions: list[changed.Condition]) -> list[str]:
     """Lines that name the top heads and the random control."""
-    tops = top_heads(study, k)
+    tops = changed.top_heads(study, k)
     lines = [f"top {k} {kind} heads: {head_names(heads)}" for kind, heads in tops.items()]
     for source in config.random_from:
         n = len(study.candidates(source, [*tops["OCR"], *tops["retrieval"]]))
@@ -49,14 +39,14 @@ def _masked_heads(study: Study, config: MaskConfig, k: int, conditions: list[Con
     return lines
 
 
-def masking_conditions(study: Study, config: MaskConfig, counts: tuple[int, ...]) -> list[Condition]:
+def masking_conditions(study: Study, config: MaskConfig, counts: tuple[int, ...]) -> list[changed.Condition]:
     """Unchanged first; then, for every number of heads and mode, the top heads of both kinds, and random sets."""
-    conditions = [UNCHANGED]
+    conditions = [changed.UNCHANGED]
     for k in counts:
         sources = {f"random {k} {source}": source for source in config.random_from}
         for mode in config.modes:
             label = "" if mode == "zero" else f", {mode}"
-            conditions += against_random(study, k, sources, config.draws, partial(masked, mode=mode), label)
+            conditions += changed.against_random(study, k, sources, config.draws, partial(masked, mode=mode), label)
     return conditions
 
 

@@ -27,16 +27,16 @@ def score(study: Study) -> Finding:
         named["retrieval in the text model"] = sibling
     tables = {}
     for name, scores in named.items():
-        tables[f"{_slug(name)}-scores"] = (
+        tables[f"{name.lower().replace(' ', '-')}-scores"] = (
             score_table(study, scores),
-            f"{_title(name)} score of every head, 95% bootstrap intervals over "
+            f"{name[0].upper() + name[1:]} score of every head, 95% bootstrap intervals over "
             f"{len(scores.instances)} {scores.granularity}s",
             20,
         )
     figures = {
-        f"{_slug(name)}-heatmap": (
+        f"{name.lower().replace(' ', '-')}-heatmap": (
             plots.heatmap(scores.mean, study.selected(scores), f"{name} score"),
-            f"{_title(name)} score by layer and head, {len(scores.instances)} {scores.granularity}s; "
+            f"{name[0].upper() + name[1:]} score by layer and head, {len(scores.instances)} {scores.granularity}s; "
             "selected heads are framed",
         )
         for name, scores in named.items()
@@ -78,14 +78,6 @@ def protocol_name(protocol: Protocol) -> str:
     if protocol == OFFICIAL_CODE:
         return "the paper's code (compat)"
     return "a custom protocol (see the configuration)"
-
-
-def _slug(name: str) -> str:
-    return name.lower().replace(" ", "-")
-
-
-def _title(name: str) -> str:
-    return name[0].upper() + name[1:]
 
 
 def _sets(study: Study) -> list:

@@ -6,19 +6,7 @@ from functools import partial
 import numpy as np
 from jaxtyping import Float
 
-from hooked_vlm.experiments.ocr_heads import plots
-from hooked_vlm.experiments.ocr_heads.changed import (
-    UNCHANGED,
-    Condition,
-    against_random,
-    answer_all,
-    headline,
-    metric_tables,
-    summarize,
-    summary_lines,
-    tasks_of,
-    top_heads,
-)
+from hooked_vlm.experiments.ocr_heads import changed, plots
 from hooked_vlm.experiments.ocr_heads.config import SinkConfig
 from hooked_vlm.experiments.ocr_heads.masking import check_counts
 from hooked_vlm.experiments.ocr_heads.sink_attention import PLACES, QUERIES, share_of, sink_attention, sink_table
@@ -30,14 +18,14 @@ def sink(study: Study, config: SinkConfig) -> Finding:
     """Answer every task unchanged, and with the sink scaled by every beta in OCR, retrieval and random heads."""
     check_counts(study, config.sink_heads, "sink-heads")
     conditions = sink_conditions(study, config)
-    tasks = tasks_of(study, config)
+    tasks = changed.tasks_of(study, config)
     shares = sink_attention(study, tasks)
-    answers = answer_all(study, tasks, conditions, "sink")
-    summary = summarize(answers, conditions, config.seed)
+    answers = changed.answer_all(study, tasks, conditions, "sink")
+    summary = changed.summarize(answers, conditions, config.seed)
     notes = [
         _sink_line(f"top {k} {kind} heads", heads, shares, config.seed)
         for k in config.sink_heads
-        for kind, heads in top_heads(study, k).items()
+        for kind, heads in changed.top_heads(study, k).items()
     ]
     by_head = sink_table(shares, config.seed)
     most = by_head.iloc[0]
@@ -52,7 +40,7 @@ def sink(study: Study, config: SinkConfig) -> Finding:
     ]
     caption = "Change of each task's metric against the unchanged model, by beta"
     tables = {
-        **metric_tables("sink", summary),
+        **changed.metric_tables("sink", summary),
         "sink-attention": (
             by_head,
             f"Share of each head's attention on the first token, unchanged model; 95% intervals over {len(shares)} "
@@ -61,17 +49,19 @@ def sink(study: Study, config: SinkConfig) -> Finding:
         ),
     }
     figures = {"sink": (plots.over_beta(summary.loc[summary["chosen"]]), caption)}
-    lines = [headline(summary), *notes, "", *summary_lines(summary)]
+    lines = [changed.headline(summary), *notes, "", *changed.summary_lines(summary)]
     return Finding("Sink redistribution", lines, about, figures, tables)
 
 
-def sink_conditions(study: Study, config: SinkConfig) -> list[Condition]:
+def sink_conditions(study: Study, config: SinkConfig) -> list[changed.Condition]:
     """Unchanged first; then, for every number of heads and beta, the top heads of both kinds, and random sets."""
-    conditions = [UNCHANGED]
+    conditions = [changed.UNCHANGED]
     for k in config.sink_heads:
         for beta in config.betas:
             change = partial(RedistributeSink, beta=float(beta))
-            conditions += against_random(study, k, {f"random {k}": "others"}, config.draws, change, f", beta {beta:g}")
+            conditions += changed.against_random(
+                study, k, {f"random {k}": "others"}, config.draws, change, f", beta {beta:g}"
+            )
     return conditions
 
 

@@ -12,15 +12,7 @@ from functools import partial
 import pandas as pd
 
 from hooked_vlm.analysis.statistics import bootstrap
-from hooked_vlm.experiments.ocr_heads import plots
-from hooked_vlm.experiments.ocr_heads.changed import (
-    UNCHANGED,
-    against_random,
-    answer_all,
-    headline,
-    summarize,
-    summary_lines,
-)
+from hooked_vlm.experiments.ocr_heads import changed, plots
 from hooked_vlm.experiments.ocr_heads.config import ThoughtConfig
 from hooked_vlm.experiments.ocr_heads.data.store import DataSet, load_or_build
 from hooked_vlm.experiments.ocr_heads.data.tasks import QATask
@@ -44,23 +36,29 @@ def thought(study: Study, config: ThoughtConfig) -> Finding:
     }
     k = study.default_counts()[0]
     zero = partial(masked, mode="zero")
-    conditions = [UNCHANGED, *against_random(study, k, {f"random {k}": "live"}, config.draws, zero)]
+    conditions = [changed.UNCHANGED, *changed.against_random(study, k, {f"random {k}": "live"}, config.draws, zero)]
     sets = study.sets(False, config.seed + 1, config.task_samples * len(direct))  # heads were not scored on these
     tasks = [QATask(data, "contains") for data in sets]
     tasks_with_steps = [QATask(_with_steps(study, data), "contains") for data in sets]
     answers = pd.concat(
         [
-            answer_all(study, tasks, conditions, "direct"),
-            answer_all(long, tasks_with_steps, conditions, "with steps"),
+            changed.answer_all(study, tasks, conditions, "direct"),
+            changed.answer_all(long, tasks_with_steps, conditions, "with steps"),
         ],
         ignore_index=True,
     )
-    summary = summarize(answers, conditions, config.seed)
+    summary = changed.summarize(answers, conditions, config.seed)
     chosen = summary.loc[summary["chosen"]]
     heads = head_table({name: s.mean for name, s in scores.items()})
     heads = heads.sort_values("direct", ascending=False, ignore_index=True)
     a, b = (s.mean.ravel() for s in scores.values())
-    lines = [headline(summary), "", *summary_lines(summary), "", "  OCR scores of all heads, direct against with steps"]
+    lines = [
+        changed.headline(summary),
+        "",
+        *changed.summary_lines(summary),
+        "",
+        "  OCR scores of all heads, direct against with steps",
+    ]
     rows = []
     for name, measure, _ in measures(config.threshold)[:2]:
         found = bootstrap(measure, a, b, seed=config.seed, draws=RESAMPLES)

@@ -1,6 +1,6 @@
 """Tasks for masking: documents, passages, passkeys, and the toy models' tasks.
 
-Documents and passages are the paper's data sets if available, and otherwise synthetic with the same fields; a run records
+Documents and passages are the paper's data sets if available, otherwise synthetic with the same fields; a run records
 which.
 """
 
