@@ -18,7 +18,7 @@ help:
 	@echo "make format      let ruff rewrite what it can"
 	@echo "make bench       timings and memory, side by side with transformers (half an hour)"
 	@echo "make docs        the documentation as a site, in out/site"
-	@echo "make docs-hooks  regenerate docs/hooks.md, docs/checkpoints.md and docs/transformerlens.md"
+	@echo "make docs-hooks  regenerate the generated pages (hooks, checkpoints, transformerlens, architecture)"
 	@echo "make setup       everything a developer needs, pre-commit hooks included"
 	@echo "make clean       remove .venv and all that was built"
 
@@ -63,6 +63,7 @@ docs-hooks: $(VENV)/.installed-dev
 	$(BIN)/python -m tools.hook_page
 	$(BIN)/python -m tools.tool_page
 	$(BIN)/python -m tools.checkpoint_page
+	$(BIN)/python -m tools.architecture_page
 
 setup: $(VENV)/.installed-dev
 	$(BIN)/pre-commit install

@@ -1,4 +1,4 @@
-"""Times and memory of several ways of doing the same work in one process, in turns; ratios are medians over rounds."""
+"""Time and memory of several methods for the same work, interleaved in one process; ratios are medians over rounds."""
 
 import argparse
 import json
@@ -20,7 +20,7 @@ RESULTS = Path(__file__).parent / "results"
 
 @dataclass(frozen=True)
 class Settings:
-    """What a benchmark was asked for."""
+    """Settings of a benchmark."""
 
     device: str
     dtype: str
@@ -43,13 +43,13 @@ def read_settings(description: str | None, rounds: int = 7) -> Settings:
 
 @dataclass(frozen=True)
 class Timing:
-    """Of one way: medians over the rounds."""
+    """Medians of one method over the rounds."""
 
     seconds: float
     extra_bytes: int
-    """Peak memory beyond what was in use before."""
+    """Peak memory beyond that in use before."""
     ratio: float = 1.0
-    """To the first way's time in the same round."""
+    """Ratio to the first method's time in the same round."""
 
 
 def measure(
@@ -84,7 +84,7 @@ def measure(
 
 
 class PeakMemory:
-    """The most memory in use within a `with` block, beyond that before it."""
+    """Peak memory within a `with` block, beyond that before it."""
 
     def __init__(self, device: str) -> None:
         self.device, self.extra_bytes = device, 0

@@ -1,4 +1,4 @@
-"""The most memory that tensors hold at once, counted tensor by tensor: a process' size on a CPU says too little."""
+"""Peak memory of tensors, counted tensor by tensor, because the size of a CPU process is too coarse."""
 
 import weakref
 from typing import Any

@@ -1,4 +1,4 @@
-"""Random models of a useful size, and inputs as a Hugging Face processor returns them."""
+"""Random models for benchmarks, and inputs as a Hugging Face processor returns them."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""What hooks cost where Python is the time and not arithmetic: 28 layers of width 64, beside `transformers`.
+"""Overhead of hooks where Python dominates the time: 28 layers of width 64, against `transformers`.
 
 python benchmarks/overhead.py [--device cuda] [--dtype bfloat16] [--rounds 41]
 

@@ -57,7 +57,7 @@ def main() -> None:
 
 
 def prehook_loop(hf: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-    """What is done without a library: a head's slice of what o_proj reads is zeroed."""
+    """Baseline without a library: zero a head's slice of the input of o_proj."""
     o_proj, values = hf.model.language_model.layers[LAYER].self_attn.o_proj, []
     d_head = o_proj.in_features // 8
     for head in range(8):

@@ -1,4 +1,4 @@
-"""Where every head looks at every generated token: ours, and `generate(output_attentions=True)` in eager attention.
+"""Attention of every head at every generated token: ours, and `generate(output_attentions=True)` with eager attention.
 
 python benchmarks/scoring.py [--device cuda] [--dtype bfloat16] [--model 2b] [--rounds 7]
 """
@@ -42,7 +42,7 @@ def main() -> None:
     answer = ours.generate(inputs, NEW, stop_at_eos=False)[:, n:]
 
     def expected() -> torch.Tensor:
-        """As the study does where the model says what is expected: one pass over prompt and answer."""
+        """One pass over prompt and answer, as in the study if the model gives the expected answer."""
         predicted = []
 
         def predict(x: torch.Tensor, hook: Any) -> None:
@@ -78,7 +78,7 @@ def main() -> None:
 
 
 def live_bytes(run: Callable[[], Any]) -> int:
-    """What the tensors made on the way hold together at most."""
+    """Peak memory of the tensors."""
     with LiveTensors() as alive:
         run()
     return alive.peak

@@ -19,13 +19,13 @@ METRIC = logit(5)
 
 
 def naive(model: Any, inputs: Any, interventions: list[Intervention]) -> torch.Tensor:
-    """A forward pass for each intervention, as everybody writes it first."""
+    """One forward pass per intervention."""
     values = [model.run_with_hooks(inputs, fwd_hooks=iv.hooks(model, inputs))[:, -1] for iv in interventions]
     return torch.stack([METRIC(value) for value in values])
 
 
 def random_masks(model: Any, n: int, seed: int = 0) -> list[Intervention]:
-    """Half of all heads, drawn anew for each run (arXiv 2509.17588)."""
+    """A new random half of all heads for each run (arXiv 2509.17588)."""
     generator = torch.Generator().manual_seed(seed)
     heads = all_heads(model)
     return [

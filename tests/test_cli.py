@@ -81,7 +81,7 @@ def test_json_is_all_that_is_printed(
     printed = capsys.readouterr()
     assert "ablating" in printed.err  # bars go where they do not mix with the answer
     found = json.loads(printed.out)["findings"]
-    assert set(found["held-out Pearson"]) == {"value", "low", "high", "n"} and found["answered rightly"]["n"] == 2
+    assert set(found["held-out Pearson"]) == {"value", "low", "high", "n"} and found["answered correctly"]["n"] == 2
     with pytest.raises(SystemExit) as stopped:
         call(monkeypatch, "ocr-heads", "score", "--samples", "0", "--out", str(out), "--json")
     assert stopped.value.code == 1

@@ -24,33 +24,31 @@ model.run_with_hooks(inputs, fwd_hooks=[("blocks.3.attn.hook_z", zero_head_5)])
 _, cache = model.run_with_cache(inputs, names_filter=["blocks.3.attn.hook_z", "vision.hook_embed"])
 ```
 
-What holds for every hook point (tested for all of them):
+Every hook point keeps these rules (tested for all of them):
 
 1. It fires once per forward pass, or as the table says.
-2. An edit that changes nothing changes nothing: the output is equal bit for bit. Only scores and patterns, whose
-   hook makes the layer compute attention explicitly instead of in the fused kernel, may differ by rounding.
+2. An identity edit leaves the output equal bit for bit. Exception: a hook on scores or pattern makes the layer compute
+   attention explicitly instead of in the fused kernel, which changes rounding.
 3. A real edit changes the output.
-4. Its shape is the one below, and what a hook returns has the shape and dtype it was given (`HookError` otherwise).
-5. An edit in place, by any means (`x[...] =`, `x.data`, `x.numpy()`), is as good as a returned one and stays within its
-   run: model, inputs, encoded images and caches are as before, and so is what another hook recorded earlier in the
-   same run.
-
-Hooks set through plain PyTorch (`point.register_forward_hook`) and backward hooks count like any other. A hook point
-is called in every pass, so that a module put in its place takes part (an SAE, say; call `model.setup()` after the
-exchange); scores and pattern are called if something listens there or another module stands there. An unknown name, a
-filter that matches nothing, a hook point that is switched off or was exchanged, and an image-side hook where no image
-is encoded raise `HookError`. (Hooks on all modules of the process, `register_module_forward_hook`, do not count as
-listening to scores and patterns.)
+4. Its shape is the one below, and a hook must return the shape and dtype of its input (`HookError` otherwise).
+5. An edit in place, by any means (`x[...] =`, `x.data`, `x.numpy()`), is equivalent to a returned tensor and has no
+   other effect: model, inputs, encoded images, caches, and tensors recorded by hooks earlier in the same run do not
+change. 
+Plain PyTorch hooks (`point.register_forward_hook`) and backward hooks work, too. A hook point is called in every pass,
+so a module in its place takes effect (an SAE, for example; call `model.setup()` after the exchange). Scores and pattern
+are called if they have a hook or were exchanged. `HookError` is raised for an unknown name, a filter that matches
+nothing, a hook point that is switched off or was exchanged, and an image-side hook in a pass without image encoding.
+(Global hooks, `register_module_forward_hook`, do not count as hooks on scores and patterns.)
 
 Plain PyTorch hooks on other modules (`model.blocks[3]`, `attn.o_proj`, `mlp`, norms) see `[batch, pos, ...]`, or
-`[image, patch, ...]` in the vision tower's blocks (its patch embedding and what the projector returns have all images
-in a row). A pass over such hooks, or over modules of someone else's (a LoRA adapter, an SAE), does not pack padded
-rows; it takes longer and gives the same numbers up to rounding. `sweep`, `sweep_many` and `stream_activations` refuse
-a model with hooks of any kind; over modules of someone else's a sweep runs whole rows.
+`[image, patch, ...]` in the vision tower's blocks (in its patch embedding and the projector's output, all images are
+concatenated). A pass with such hooks, or with foreign modules (a LoRA adapter, an SAE), does not pack padded rows; it
+takes longer and gives the same numbers up to rounding. `sweep`, `sweep_many` and `stream_activations` refuse a model
+with hooks of any kind; with foreign modules a sweep runs whole rows.
 
 Switches: `model.set_use_attn_result(True)`, `model.set_use_split_qkv_input(True)` or `model.set_use_attn_in(True)` (not
-both), `model.set_use_hook_mlp_in(True)`. What they switch on costs memory and a little time, and may move results by
-rounding. Where a projection is hooked or wrapped they call it for each head on its own, at as many times its cost.
+both), `model.set_use_hook_mlp_in(True)`. They cost memory and a little time, and may change rounding. A hooked or
+wrapped projection is then called once per head.
 
 Names as TransformerLens' `get_act_name` gives them are accepted: `blocks.3.hook_q_input` (`k`, `v`) for
 `blocks.3.attn.hook_q_input`, and likewise `hook_q_normed`, `hook_k_normed`, `hook_attn_in`.
@@ -60,14 +58,14 @@ stored queries and keys. Tensors are stored as they are, not copied: `resid_pre`
 one before it. Padding: rows of a pattern that belong to padding are zero; other tensors hold unused
 numbers there.
 
-While it is called, a text-side hook finds `hook.ctx["positions"]`, the absolute positions that its tensor holds, and
-the first of them as a plain number, `hook.ctx["first_position"]`; a hook on `hook_z` also finds
-`hook.ctx["attention"]`, what z was made from: scores, patterns or another z of a few queries and heads can be had
-from it at linear cost. During `model.generate(...)` there is `hook.ctx["step"]`, too (0 is the pass over the prompt);
-after the first step `pos` and `query` are 1 and `key` is all positions so far. Image-side hooks fire at step 0 only.
+During its call, a text-side hook has `hook.ctx["positions"]`, the absolute positions of its tensor, and
+`hook.ctx["first_position"]`, the first of them as a number. A hook on `hook_z` also has `hook.ctx["attention"]`, from
+which scores, patterns or z of selected queries and heads can be computed at linear cost. During `model.generate(...)`,
+`hook.ctx["step"]` is the step (0 is the pass over the prompt); after it, `pos` and `query` are 1 and `key` covers all
+positions so far. Image-side hooks fire at step 0 only.
 
-With `logits_at="last"` the last block computes queries, and all that follows them, for the last position alone,
-unless one of its modules is hooked; results may then move by rounding.
+With `logits_at="last"` the last block computes queries and everything after them for the last position only, unless
+one of its modules is hooked; this may change rounding.
 """
 
 _SECTIONS = (
@@ -101,9 +99,9 @@ _TILES = """\
 ## Where InternVL2 differs
 
 `image` counts tiles: those of the first image, its thumbnail, those of the next. `patch` starts with the class token
-of the tile, its patches follow in raster order; tiles of one size need no padding. `hook_attn_out` and `hook_mlp_out`
+of the tile, then its patches in raster order; tiles of one size need no padding. `hook_attn_out` and `hook_mlp_out`
 are what is added to the stream, after layer scale (`attn.hook_result` is before it). InternViT-6B has a norm of queries
-and keys: `attn.hook_q` and `attn.hook_k` come before it, `attn.hook_q_normed` and `attn.hook_k_normed` behind it. The
+and keys: `attn.hook_q` and `attn.hook_k` come before it, `attn.hook_q_normed` and `attn.hook_k_normed` after it. The
 norm is over all heads together, so that an edit of one head's `hook_q` moves the others' `hook_q_normed`; both are
 `[image, patch, head, d_head]`, where TransformerLens' norm of single heads has `[batch, head, pos, d_head]`. Positions
 are learned and enter with `vision.hook_embed`, so queries and keys are not rotated and these points do not exist:

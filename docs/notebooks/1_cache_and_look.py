@@ -1,8 +1,8 @@
 # %% [markdown]
-# # Cache a run, and look
+# # Cache a run and look at attention
 #
-# One forward pass keeps every activation of both towers. Where does each head look when the model is about to answer?
-# Cells are those of a notebook (`# %%`): run the file, or open it in an editor that knows them.
+# One forward pass caches every activation of both towers. Where does each head attend just before the answer?
+# Run this file, or open it in an editor that supports cells (`# %%`).
 
 # %%
 from pathlib import Path
@@ -23,14 +23,14 @@ inputs = model.to_inputs(page.question(1), images=page.image)
 print(inputs, model.generate(inputs, max_new_tokens=8, return_type="str"))
 
 # %% [markdown]
-# The cache has TransformerLens' names. `cache.vision` is the vision tower's side; patterns are derived when asked for.
+# The cache has TransformerLens' names. `cache.vision` has the vision tower's; patterns are computed on demand.
 
 # %%
 logits, cache = model.run_with_cache(inputs)
 print(cache["resid_post", -1].shape, cache.vision["resid_post", 1].shape, cache["pattern", 2].shape)
 
 # %% [markdown]
-# The last token's attention in layer 2, laid out on the image. Two heads read.
+# The last token's attention in layer 2, on the image. Two heads attend to the value.
 
 # %%
 attention = cache.on_image(2)
@@ -38,8 +38,8 @@ figure = overlay(page.image, attention.numpy(), [f"head 2.{h}" for h in range(4)
 figure.savefig(pictures / "attention.png")
 
 # %% [markdown]
-# How much of each head's attention lies on the value that is asked for, against what the head writes: the probability
-# of the answer's first character in its output alone, through the final norm and the unembedding.
+# Each head's attention on the value, and its output through the head lens: the probability of the answer's first
+# character from that head's output alone, through the final norm and the unembedding.
 
 # %%
 value = inputs.tokens_in_box(0, page.lines[1].value_box)
@@ -54,7 +54,7 @@ reading = sorted(zip(*np.unravel_index(np.argsort(mass, axis=None)[-2:], mass.sh
 print("heads that look at the value most:", [f"{layer}.{head}" for layer, head in reading])
 
 # %% [markdown]
-# The logit lens: from which layer on does the last token say the answer?
+# The logit lens: from which layer on does the last token predict the answer?
 
 # %%
 lens = logit_lens(model, inputs, "final", targets=[answer])

@@ -1,8 +1,8 @@
 # %% [markdown]
-# # Patch an image region, and watch the answer flip
+# # Patch an image region and flip the answer
 #
-# Two pages differ in one value. The stream of the clean run, put into the corrupt run at the tokens that show the value
-# and nowhere else, turns the answer round.
+# Two pages differ in one value. Patching the clean residual stream into the corrupt run, only at the tokens that show
+# the value, flips the answer.
 
 # %%
 from dataclasses import replace
@@ -24,7 +24,7 @@ ASKED, OTHER = 1, "7h2k"
 
 
 def two_pages(seed):
-    """A page, and the same with another value on the line that is asked for."""
+    """A page, and the same page with another value on the line of the question."""
     lines = random_lines(np.random.default_rng(seed), 3)
     changed = [replace(line, value=OTHER) if i == ASKED else line for i, line in enumerate(lines)]
     return [make_page(np.random.default_rng(seed), lines=own, font_size=14) for own in (lines, changed)]
@@ -44,7 +44,7 @@ flipped = model.generate(corrupt, max_new_tokens=8, fwd_hooks=flip.hooks(model, 
 print(f"the page says {OTHER}, the model now says {flipped}")
 
 # %% [markdown]
-# Where does the answer travel? Layer by layer and place by place, on eight pairs of pages.
+# Where is the information about the answer? Effects by layer and place, on eight pairs of pages.
 
 # %%
 pairs, metrics = [], []
@@ -61,8 +61,8 @@ print(result.estimate(layer=0, place="value"))
 print(result.estimate(layer=3, place="final"))
 
 # %% [markdown]
-# Token by token, on the picture of the last pair; and the heads that carry it to the last token, patched for real and
-# estimated from one backward pass a pair.
+# Effects by token, on the picture of the last pair; and the heads that move it to the last token, patched exactly and
+# estimated from one backward pass per pair (attribution patching).
 
 # %%
 each = patch(model, pairs[-1], "resid_pre", metrics[-1], where="each", layers=(0, 1, 2))

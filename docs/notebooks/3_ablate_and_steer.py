@@ -1,8 +1,8 @@
 # %% [markdown]
 # # Ablate and steer during generation
 #
-# An intervention acts at the prompt and at every step of generation. Two heads are silenced, and the model can no
-# longer read; a vector is added, and it names another object.
+# An intervention applies to the prompt and to every step of generation. With two heads zero-ablated the model can no
+# longer read; with a steering vector it names another object.
 
 # %%
 from pathlib import Path
@@ -23,7 +23,7 @@ page = make_page(np.random.default_rng(7), n_lines=4)
 inputs = model.to_inputs(page.question(2), images=page.image)
 
 # %% [markdown]
-# Each head alone, on the sweep engine.
+# Zero-ablate each head in turn, in one sweep.
 
 # %%
 heads = [(layer, head) for layer in range(4) for head in range(4)]
@@ -40,7 +40,7 @@ without = model.generate(inputs, max_new_tokens=8, fwd_hooks=blind.hooks(model, 
 print(f"the page says {page.lines[2].value}; read: {before}; without heads 2.0 and 2.1: {without}")
 
 # %% [markdown]
-# Reading is gone, naming is not.
+# The model no longer reads, but still names objects.
 
 # %%
 drawing = naming_sample(np.random.default_rng(5), name="square").image
@@ -49,12 +49,12 @@ named = model.generate(square, max_new_tokens=8, fwd_hooks=blind.hooks(model, sq
 print(named)
 
 # %% [markdown]
-# A direction from squares to circles: the difference of the mean streams at the last token, after layer 2.
+# A steering vector from squares to circles: the difference of mean residual streams at the last token, after layer 2.
 
 
 # %%
 def mean_stream(name):
-    """Over eight drawings of an object."""
+    """Mean residual stream over eight drawings of an object."""
     rng = np.random.default_rng(0)
     drawings = model.to_inputs([NAMING_PROMPT] * 8, images=[[naming_sample(rng, name=name).image] for _ in range(8)])
     _, cache = model.run_with_cache(drawings, names_filter="blocks.2.hook_resid_post", pos_slice=-1)

@@ -1,8 +1,8 @@
 # %% [markdown]
 # # The same on Qwen2-VL-2B
 #
-# Needs the published checkpoint and, for comfort, a GPU. `sign.jpg` is a photograph with a word in it, `box` the word's
-# box in its pixels.
+# Needs the published checkpoint and preferably a GPU. `sign.jpg` is a photograph that contains a word, `box` the word's
+# box in pixels.
 
 # %%
 from pathlib import Path
@@ -29,7 +29,7 @@ metric = logit_difference(right, wrong)
 print(model.generate(clean, max_new_tokens=8, return_type="str"))
 
 # %% [markdown]
-# The stream by layer and place; the vision tower by layer and region.
+# Patch the residual stream by layer and place, and the vision tower by layer and region.
 
 # %%
 places = ("sign", "image", "question", "assistant_header", "final")
@@ -39,7 +39,7 @@ patch(model, pair, "resid_post", metric, where=("sign", "image"), tower="vision"
 )
 
 # %% [markdown]
-# All heads from one backward pass, 64 of them checked for real; then the flow of attention in windows of five layers.
+# Estimate all heads from one backward pass, with 64 exact checks; then block attention in windows of five layers.
 
 # %%
 heads = attribute(model, pair, "z", metric, where="final", check=64)

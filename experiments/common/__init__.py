@@ -1,3 +1,3 @@
-"""What the studies share: figures, the report page, what a run records about itself."""
+"""Shared by the studies: figures, the report page, workers, row-wise access to tables."""
 
 __all__: list[str] = []

@@ -1,4 +1,4 @@
-"""Tables read row by row, with the types that pandas leaves open."""
+"""Typed row-wise access to pandas tables."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -7,5 +7,5 @@ import pandas as pd
 
 
 def each_row(frame: pd.DataFrame) -> Iterator[Any]:
-    """The rows as named tuples, whose fields are the columns that are words: `row.low`."""
+    """Iterate over rows as named tuples: `row.low` is the column "low"."""
     return iter(frame.itertuples(index=False))

@@ -1,15 +1,14 @@
-"""The model a study asks."""
-
-from typing import Any
+"""Check a study's model."""
 
 from hooked_vlm.errors import StudyError
+from hooked_vlm.model.vlm import HookedVLM
 
 
-def check_asks_about_images(model: Any, name: str) -> None:
-    """Refuse a model that cannot be asked about images.
+def check_takes_images(model: HookedVLM, name: str) -> None:
+    """Refuse a model that cannot answer questions about images.
 
     Raises:
-        StudyError: it has no vision tower or no tokenizer.
+        StudyError: the model has no vision tower or no tokenizer.
     """
     if model.cfg.vision is None or model.tokenizer is None:
         lacks = "vision tower" if model.cfg.vision is None else "tokenizer"

@@ -1,7 +1,7 @@
-"""The page a study leaves behind: one self-contained HTML file beside its figures and tables.
+"""Report of a study: one self-contained HTML page beside its figures and tables.
 
 report = Report("OCR heads of toy-qwen2-vl")
-report.section("Scores", "One head of eight reads.")
+report.section("Scores", "One of eight heads is an OCR head.")
 report.figure("heatmap", figure, "OCR score of every head")
 report.table("scores", frame, "Every head's score", shown=20)
 report.write(out, record)
@@ -25,7 +25,7 @@ from hooked_vlm.runtime.files import atomic_write
 from hooked_vlm.viewer.view import page_file
 
 CHECKED: dict[str, Any] = {"write_page_checksum": True}
-"""Tables are read again by comparisons of runs: a bit that flips meanwhile must not pass for a number."""
+"""Checksums, because `compare` reads the tables again: a flipped bit must raise, not change a number."""
 
 
 @dataclass
@@ -35,7 +35,7 @@ class _Section:
 
 
 class Report:
-    """Sections of text, figures and tables, in the order they are added."""
+    """Collects sections of text, figures and tables, in the order they are added."""
 
     def __init__(self, title: str, lead: str = "") -> None:
         self.title, self.lead = title, lead
@@ -44,7 +44,7 @@ class Report:
         self._tables: dict[str, pd.DataFrame] = {}
 
     def section(self, heading: str, *paragraphs: str) -> None:
-        """Begin a section."""
+        """Begin a section with paragraphs of plain text."""
         self._sections.append(_Section(heading))
         self.text(*paragraphs)
 
@@ -53,16 +53,16 @@ class Report:
         self._sections[-1].parts += [{"kind": "text", "text": text} for text in paragraphs]
 
     def lines(self, lines: Sequence[str]) -> None:
-        """Add lines in a fixed width, as a terminal shows them."""
+        """Add lines in a fixed-width font, as in a terminal."""
         self._sections[-1].parts.append({"kind": "lines", "text": "\n".join(lines)})
 
     def figure(self, name: str, figure: Figure, caption: str) -> None:
-        """Add a figure, kept as figures/`name`.png and .svg too."""
+        """Add a figure; `write` also saves it as figures/`name`.png and .svg."""
         self._figures[name] = figure
         self._sections[-1].parts.append({"kind": "figure", "name": name, "caption": caption})
 
     def table(self, name: str, frame: pd.DataFrame, caption: str, shown: int | None = None) -> None:
-        """Add a table that sorts by a click, kept whole as tables/`name`.parquet; the first `shown` rows are shown."""
+        """Add a sortable table of the first `shown` rows; `write` saves all rows as tables/`name`.parquet."""
         self._tables[name] = frame
         visible = frame if shown is None else frame.head(shown)
         more = f" ({len(visible)} of {len(frame)} rows)" if len(visible) < len(frame) else ""
@@ -80,7 +80,7 @@ class Report:
         """Write report.html, figures/, tables/ and run.json (`record`: configuration, versions, counts).
 
         Returns:
-            The page's path.
+            Path of report.html.
 
         Raises:
             OutputError: the folder cannot be written.
@@ -111,13 +111,13 @@ class Report:
 
 
 def files_of(page: Path) -> dict[str, Any]:
-    """Where a written report and what lies beside it are, for programs."""
+    """Paths of a written report, its run.json and its tables, for --json."""
     tables = {path.stem: str(path) for path in sorted((page.parent / "tables").glob("*.parquet"))}
     return {"report": str(page), "run": str(page.parent / "run.json"), "tables": tables}
 
 
 def _cell(value: Any) -> dict[str, Any]:
-    """What is shown, and what is sorted by."""
+    """Displayed text and sort key of a table cell."""
     if isinstance(value, bool | np.bool_):
         return {"shown": "yes" if value else "", "key": int(value)}
     if isinstance(value, int | np.integer):

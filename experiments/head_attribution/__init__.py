@@ -1,8 +1,8 @@
 """Head attribution (arXiv 2509.17588): which attention heads carry information from the image to the text.
 
-`run(All(...))` names objects in pictures, ablates random sets of heads, regresses the answer's logit on them, checks
-the ranking by faithfulness and completeness, and follows the flow from image tokens to text tokens;
-`hooked-vlm head-attribution all` is the same from the command line.
+`run(All(...))` asks for the name of the object in each picture, ablates random sets of heads, regresses the answer's
+logit on the sets, checks the ranking by faithfulness and completeness, and measures the flow from image tokens to text
+tokens. `hooked-vlm head-attribution all` does the same from the command line.
 """
 
 from typing import TYPE_CHECKING

@@ -1,4 +1,4 @@
-"""The target of one picture under ablations of what heads see of it (arXiv 2509.17588, head ablation)."""
+"""Head ablation: the target when heads do not see the image (arXiv 2509.17588)."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -12,19 +12,22 @@ from jaxtyping import Bool, Float
 from hooked_vlm.errors import StudyError
 from hooked_vlm.experiments.head_attribution.config import HeadAttributionConfig, Target
 from hooked_vlm.experiments.head_attribution.tasks import Case
-from hooked_vlm.inputs.vlm_inputs import VLMInputs
 from hooked_vlm.interventions import Head, ImageMeans, Intervention, ReplaceImageKV, mean_image_kv
 from hooked_vlm.interventions.attention import all_heads
 from hooked_vlm.interventions.base import Positions
 from hooked_vlm.metrics import Metric, log_prob, logit, logit_difference, margin
+from hooked_vlm.model.vlm import HookedVLM
 from hooked_vlm.sweeps.single import sweep
+
+Baseline = Literal["mean", "zero", "knockout"] | ImageMeans
+"""What an ablated head sees in place of the image's keys and values."""
 
 
 def metric_of(case: Case, target: Target) -> Metric:
-    """What is measured of the answer's first token.
+    """Metric of the answer's first token.
 
     Raises:
-        StudyError: a difference is asked for and there is no other answer to compare with.
+        StudyError: `target` is "difference" and there is no other answer to compare with.
     """
     if target == "difference":
         if case.foil is None:
@@ -35,76 +38,79 @@ def metric_of(case: Case, target: Target) -> Metric:
 
 @dataclass(frozen=True, eq=False)
 class Probe:
-    """One picture, and what its target becomes when heads lose sight of it.
+    """One picture, and its target when heads do not see the image.
 
-    Heads are numbered layer by layer; sets of them are masks over these numbers, True for kept.
+    Heads are numbered layer by layer; a set of heads is a mask over these numbers, True for kept.
     """
 
-    model: Any
+    model: HookedVLM
     case: Case
     metric: Metric
-    baseline: Literal["mean", "zero", "knockout"] | ImageMeans = "mean"
+    baseline: Baseline = "mean"
     before_rope: bool = True
 
-    def portable(self) -> "Probe":
-        """To be sent: on the CPU and without the model, which `on` puts in its place again."""
-        return self._moved(None, self.case.inputs.portable(), "cpu")
-
-    def on(self, model: Any) -> "Probe":
-        """On a replica of the model."""
-        return self._moved(model, model.as_inputs(self.case.inputs), model.cfg.device)
-
-    def _moved(self, model: Any, inputs: VLMInputs, device: torch.device | str) -> "Probe":
-        baseline = self.baseline
-        if isinstance(baseline, ImageMeans):
-            baseline = replace(baseline, keys=baseline.keys.to(device), values=baseline.values.to(device))
-        return replace(self, model=model, case=replace(self.case, inputs=inputs), baseline=baseline)
+    def portable(self) -> tuple[Case, Metric, Baseline, bool]:
+        """All but the model, on the CPU: arguments of `probe_on`."""
+        case = replace(self.case, inputs=self.case.inputs.portable())
+        return case, self.metric, _to(self.baseline, "cpu"), self.before_rope
 
     @cached_property
     def heads(self) -> tuple[Head, ...]:
         return all_heads(self.model)
 
     def measure(self, runs: Sequence[Intervention]) -> Float[np.ndarray, "run"]:
-        """The target of every run, in one sweep."""
+        """Target under each intervention, in one sweep."""
         result = sweep(self.model, self.case.inputs, runs, self.metric)
         return result.values[:, 0].double().numpy()
 
     @cached_property
     def ends(self) -> tuple[float, float]:
-        """The target with every head in place, and with all of them ablated for all text."""
+        """Target with all heads, and with all heads ablated for all text."""
         full, none = self.measure([self.ablated(()), self.ablated(self.heads)])
         return float(full), float(none)
 
     @cached_property
     def image(self) -> tuple[int, ...]:
-        """Positions of the picture's tokens."""
+        """Positions of the image tokens."""
         return tuple(self.case.inputs.positions.image[0].tolist())
 
     @cached_property
     def text(self) -> tuple[int, ...]:
-        """Positions of the text that sees the picture."""
+        """Positions of the text behind the image."""
         return tuple(range(max(self.image) + 1, self.case.inputs.stop[0]))
 
     def ablated(self, heads: Sequence[Head], queries: Positions = None, tokens: Positions = None) -> ReplaceImageKV:
-        """These heads do not see the picture, or some queries or some of its tokens only."""
+        """Ablate the image for some heads, optionally for some queries or image tokens only."""
         return ReplaceImageKV(tuple(heads), self.baseline, self.before_rope, queries, tokens)
 
     def over_heads(self, kept: Bool[np.ndarray, "mask head"]) -> Float[np.ndarray, "mask"]:
-        """The target with only some heads kept; the others see the baseline."""
+        """Target with only some heads kept; the others see the baseline."""
         return self.measure([self.ablated(chosen(self.heads, ~own)) for own in kept])
 
     def over_tokens(self, kept: Bool[np.ndarray, "mask token"]) -> Float[np.ndarray, "mask"]:
-        """The target with only some of the picture's tokens kept; for every head the others are the baseline."""
+        """Target with only some image tokens kept; every head sees the baseline in place of the others."""
         return self.measure([self.ablated(self.heads, tokens=chosen(self.image, ~own)) for own in kept])
 
 
+def probe_on(model: HookedVLM, case: Case, metric: Metric, baseline: Baseline, before_rope: bool) -> Probe:
+    """Rebuild a probe on a worker's replica of the model, from `Probe.portable`."""
+    case = replace(case, inputs=model.as_inputs(case.inputs))
+    return Probe(model, case, metric, _to(baseline, model.cfg.device), before_rope)
+
+
+def _to(baseline: Baseline, device: torch.device | str) -> Baseline:
+    if not isinstance(baseline, ImageMeans):
+        return baseline
+    return replace(baseline, keys=baseline.keys.to(device), values=baseline.values.to(device))
+
+
 def chosen(units: Sequence[Any], mask: Bool[np.ndarray, "unit"]) -> tuple[Any, ...]:
-    """Those where the mask is True."""
+    """Select the units where the mask is True."""
     return tuple(unit for unit, here in zip(units, mask, strict=True) if here)
 
 
-def make_probes(model: Any, cases: Sequence[Case], config: HeadAttributionConfig) -> list[Probe]:
-    """One probe for each picture, with the baseline that is asked for."""
+def make_probes(model: HookedVLM, cases: Sequence[Case], config: HeadAttributionConfig) -> list[Probe]:
+    """One probe per picture, with the configured baseline."""
     before = config.rope == "before"
     baseline = config.baseline
     if baseline == "dataset":

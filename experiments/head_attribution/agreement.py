@@ -1,7 +1,6 @@
-"""Do pictures agree on the heads that matter; is it what they show or how they look (arXiv 2509.17588, section 4)?"""
+"""Agreement between pictures on the important heads, by name and by appearance (arXiv 2509.17588, section 4)."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -9,13 +8,15 @@ from jaxtyping import Bool, Float, Int
 from scipy import stats
 
 from hooked_vlm.analysis.statistics import DRAWS, Estimate, permutation_p
+from hooked_vlm.experiments.head_attribution.tasks import Case
+from hooked_vlm.model.vlm import HookedVLM
 
 Square = Float[np.ndarray, "image image"]
 Vectors = Float[np.ndarray, "image d"]
 
 
 def cosine(vectors: Vectors) -> Square:
-    """Between rows; 0 with a row of zeros."""
+    """Cosine similarity between rows; 0 with a row of zeros."""
     unit = vectors / np.linalg.norm(vectors, axis=1, keepdims=True).clip(min=1e-12)
     return unit @ unit.T
 
@@ -27,7 +28,7 @@ def spearman(vectors: Vectors) -> Square:
 
 
 def jaccard(vectors: Vectors, top: int) -> Square:
-    """Of the `top` largest entries of each row."""
+    """Jaccard index of the `top` largest entries between rows."""
     largest = np.zeros(vectors.shape)
     np.put_along_axis(largest, np.argsort(-vectors, axis=1, kind="stable")[:, :top], 1.0, axis=1)
     shared = largest @ largest.T
@@ -35,7 +36,7 @@ def jaccard(vectors: Vectors, top: int) -> Square:
 
 
 def similarities(vectors: Vectors, top: int) -> dict[str, Square]:
-    """Of the coefficient vectors, in every sense."""
+    """Similarity matrices of the coefficient vectors, by measure."""
     found = {"cosine": cosine(vectors), "Spearman": spearman(vectors)}
     return found | {f"top-{top} Jaccard": jaccard(vectors, top)}
 
@@ -43,7 +44,7 @@ def similarities(vectors: Vectors, top: int) -> dict[str, Square]:
 def mean_of_pairs(
     similarity: Square, pairs: Bool[np.ndarray, "image image"], seed: int, draws: int = DRAWS
 ) -> Estimate:
-    """Mean over some pairs of pictures, its interval by drawing pictures (not pairs) again; n counts pairs."""
+    """Mean over selected pairs of pictures; the interval resamples pictures (not pairs), n counts pairs."""
     n = len(similarity)
     pairs = np.triu(pairs, 1)
     if not pairs.any():
@@ -58,9 +59,10 @@ def mean_of_pairs(
 def partial_correlation(
     similarity: Square, cause: Square, fixed: Sequence[Square], counts: Int[np.ndarray, "image"] | None = None
 ) -> float:
-    """Of the pairs' similarity with a cause, others held fixed; pictures may count several times.
+    """Partial correlation over pairs of the similarity with a cause, controlling for `fixed`.
 
-    From the inverse of the correlation matrix. NaN where something is constant or follows from the rest.
+    Computed from the inverse of the correlation matrix; `counts` weights pictures. NaN where a column is constant or
+    follows from the others.
     """
     n = len(similarity)
     i, j = np.triu_indices(n, 1)
@@ -79,16 +81,16 @@ def partial_correlation(
     return float(-precision[0, 1] / np.sqrt(precision[0, 0] * precision[1, 1]))
 
 
-SAME, NAMES, PICTURES = "same name", "names alike", "pictures alike"
+SAME, NAMES, PICTURES = "same name", "name similarity", "picture similarity"
 QUESTIONS = ((SAME, (PICTURES,)), (NAMES, (PICTURES,)), (NAMES, (SAME, PICTURES)), (PICTURES, (SAME, NAMES)))
-"""Each cause, and what is held fixed: semantics beyond appearance, appearance beyond semantics."""
+"""Each cause and its controls: semantics beyond appearance, appearance beyond semantics."""
 
 
 def explained(similarity: Square, causes: Mapping[str, Square], seed: int, draws: int = DRAWS) -> pd.DataFrame:
-    """One row for each of `QUESTIONS`: the cause's correlation with the similarity, alone and others held fixed.
+    """Correlation of the similarity with each cause of `QUESTIONS`, alone and with controls, one row each.
 
-    Intervals draw pictures again; p is one-sided, with the coefficient vectors exchanged between pictures (Mantel's
-    test, with the partial correlation as its statistic).
+    Intervals resample pictures; p is one-sided and permutes the coefficient vectors between pictures (Mantel's test
+    with the partial correlation as its statistic).
     """
     n = len(similarity)
     rng = np.random.default_rng([seed, 14])
@@ -110,7 +112,7 @@ def explained(similarity: Square, causes: Mapping[str, Square], seed: int, draws
             )
         alone = partial_correlation(similarity, cause, [])
         rows.append((name, ", ".join(controls), alone, partial, low, high, p, n * (n - 1) // 2, n))
-    columns = ["cause", "held fixed", "correlation", "partial", "low", "high", "p", "pairs", "images"]
+    columns = ["cause", "controlled for", "correlation", "partial", "low", "high", "p", "pairs", "images"]
     return pd.DataFrame(rows, columns=columns)
 
 
@@ -118,14 +120,15 @@ def _exchanged(similarity: Square, order: Int[np.ndarray, "image"]) -> Square:
     return similarity[np.ix_(order, order)]
 
 
-def causes_of(cases: Sequence[Any], model: Any) -> dict[str, Square]:
-    """What could explain that two pictures need the same heads: the same name, names alike, pictures alike.
+def causes_of(cases: Sequence[Case], model: HookedVLM) -> dict[str, Square]:
+    """Possible causes for two pictures needing the same heads: same name, name similarity, picture similarity.
 
-    Names are compared by the mean embedding of their tokens, pictures by the mean of what the projector hands
-    over; both are centred first, so that what all have in common counts for nothing.
+    Names are compared by the mean embedding of their tokens, pictures by the mean of their image features; both are
+    centred first, which removes what all have in common.
     """
     names = np.array([case.item.name for case in cases])
-    pictures = np.stack([case.inputs.image_features.float().mean(0).cpu().numpy() for case in cases]).astype(float)
+    features = [case.inputs.image_features for case in cases]
+    pictures = np.stack([f.float().mean(0).cpu().numpy() for f in features if f is not None]).astype(float)
     words = {name: model.W_E[model.to_tokens(name)[0]].float().mean(0).detach().cpu().numpy() for name in set(names)}
     texts = np.stack([words[name] for name in names]).astype(float)
     return {

@@ -1,4 +1,4 @@
-"""Pictures of COCO with a single annotated object of a fair size: an annotation file and a folder of pictures."""
+"""COCO pictures with a single annotated object, from an annotation file and a folder of pictures."""
 
 import json
 from collections import defaultdict
@@ -15,15 +15,18 @@ from hooked_vlm.experiments.head_attribution.items import Item
 from hooked_vlm.inputs.images import load_image
 
 MALFORMED = (OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError)
-"""What reading JSON raises that holds something else than expected."""
+"""Exceptions raised by reading JSON of an unexpected structure."""
 
 
 def single_objects(
     content: Mapping[str, Any], min_object: float, max_object: float
 ) -> list[tuple[Mapping[str, Any], Mapping[str, Any], str]]:
-    """(image, annotation, name) of pictures with one annotation only, whose object covers a fair share of the area.
+    """Select pictures with one annotation whose object covers `min_object` to `max_object` of the area.
 
-    A crowd is more than one object.
+    A crowd counts as several objects.
+
+    Returns:
+        (image, annotation, name) of each picture.
     """
     names = {category["id"]: category["name"] for category in content["categories"]}
     by_image: dict[int, list[Mapping[str, Any]]] = defaultdict(list)
@@ -42,17 +45,17 @@ def single_objects(
 def coco_items(
     annotations: Path, images: Path, question: str, n: int, seed: int, min_object: float, max_object: float
 ) -> list[Item]:
-    """`n` pictures drawn from those that fit, or all if there are fewer; objects without outline have no mask.
+    """Draw `n` of the pictures that fit, or all if there are fewer; an object without an outline has no mask.
 
     Raises:
-        StudyError: the file is no annotation file, not that of these pictures, or no picture fits.
+        StudyError: not an annotation file, not the annotations of these pictures, or no picture fits.
         ImageError: a picture is missing or corrupt.
     """
     try:
         content = json.loads(annotations.read_text(encoding="utf-8"))
         chosen = single_objects(content, min_object, max_object)
     except MALFORMED as error:
-        raise StudyError(f"{annotations} is no COCO annotation file (instances_*.json): {error!r}") from error
+        raise StudyError(f"{annotations} is not a COCO annotation file (instances_*.json): {error!r}") from error
     if not chosen:
         raise StudyError(
             f"no picture in {annotations} has a single object that covers {min_object:.0%} to {max_object:.0%} of it"
@@ -73,15 +76,15 @@ def _item(images: Path, image: Mapping[str, Any], annotation: Mapping[str, Any],
         )
     outline = annotation.get("segmentation")
     try:
-        # run lengths are for crowds; some files have boxes only
+        # run-length masks are for crowds; some files have boxes only
         mask = object_mask(outline, picture.size) if outline and isinstance(outline, list) else None
     except MALFORMED as error:
-        raise StudyError(f"the outline of the object in {file} is no list of polygons: {error!r}") from error
+        raise StudyError(f"the outline of the object in {file} is not a list of polygons: {error!r}") from error
     return Item(picture, name, question, mask)
 
 
 def object_mask(polygons: Sequence[Sequence[int | float]], size: tuple[int, int]) -> Bool[np.ndarray, "height width"]:
-    """The pixels inside of any of the polygons, each a list x, y, x, y, ..."""
+    """Pixels inside any of the polygons, each a list x, y, x, y, ..."""
     mask = Image.new("1", size)
     draw = ImageDraw.Draw(mask)
     for polygon in polygons:

@@ -1,4 +1,4 @@
-"""Several models' runs side by side, from the tables they left."""
+"""Compare finished runs of several models, from their tables."""
 
 import json
 from dataclasses import dataclass
@@ -17,13 +17,13 @@ from hooked_vlm.runtime.files import writable_folder
 
 
 def compare(config: Compare) -> Path:
-    """Write a report with the findings of finished runs, one column a model.
+    """Write a report with the findings of finished runs, one column per model.
 
     Returns:
-        The page's path.
+        Path of report.html.
 
     Raises:
-        StudyError: no folders, or one that holds no finished run.
+        StudyError: no folders given, or one without a finished run.
         OutputError: the output folder cannot be written.
     """
     if not config.runs:
@@ -33,28 +33,29 @@ def compare(config: Compare) -> Path:
     labels = _labels([run.name for run in finished])
     tables = [run.summary for run in finished]
     report = Report("Head attribution across models", f"{len(labels)} runs: {', '.join(labels)}.")
-    report.section("Findings", "Each with its 95% interval and n; what is counted as n is said in each run's report.")
+    report.section("Findings", "Each with its 95% interval and n; each run's report says what n counts.")
     measures = list(dict.fromkeys(name for table in tables for name in table["measure"]))
     columns = {label: _by_name(table) for label, table in zip(labels, tables, strict=True)}
     rows = [
         {"measure": m} | {label: str(own[m]) if m in own else "–" for label, own in columns.items()} for m in measures
     ]
-    report.table("findings", pd.DataFrame(rows), "What every run found")
+    report.table("findings", pd.DataFrame(rows), "Findings of every run")
     long = [table.assign(model=label) for label, table in zip(labels, tables, strict=True)]
-    report.table("findings_long", pd.concat(long, ignore_index=True), "The same, one number a row", shown=1)
-    wanted = {name: f"k both at 0.8, {name}" for name in RANKINGS.values()}
+    report.table("findings_long", pd.concat(long, ignore_index=True), "The same, one number per row", shown=1)
+    wanted = {name: f"heads needed for 0.8 of both, {name}" for name in RANKINGS.values()}
     if all(measure in own for own in columns.values() for measure in wanted.values()):
         bars = {name: {label: own[measure] for label, own in columns.items()} for name, measure in wanted.items()}
         report.section("Heads needed")
-        figure = plots.bars(bars, "heads for 0.8 of both")
-        report.figure("heads_needed", figure, "Mean number of heads over pictures, 95% intervals")
+        figure = plots.bars(bars, "heads needed for 0.8 of both")
+        caption = "Heads needed for 0.8 of both faithfulness and completeness; means over pictures, 95% intervals"
+        report.figure("heads_needed", figure, caption)
     _layers(report, finished, labels)
     return report.write(config.out, {"runs": [run.record for run in finished]})
 
 
 @dataclass(frozen=True, eq=False)
 class _Finished:
-    """What a run left."""
+    """Name, record and tables of a finished run."""
 
     name: str
     record: dict[str, Any]
@@ -79,11 +80,11 @@ def _finished(folder: Path) -> _Finished:
             table("layers", layer=int, share=float, low=float, high=float) if has_layers else None,
         )
     except Exception as error:  # readers of damaged files raise whatever they meet
-        raise StudyError(f"{folder} holds no finished run of head-attribution: give folders that it wrote") from error
+        raise StudyError(f"{folder} has no finished run of head-attribution: give folders that it wrote") from error
 
 
 def _labels(names: list[str]) -> list[str]:
-    """Names of the runs, numbered where a model occurs twice."""
+    """Label runs by model name, numbered where a model occurs twice."""
     return [name if names.count(name) == 1 else f"{name} ({i + 1})" for i, name in enumerate(names)]
 
 
@@ -92,7 +93,7 @@ def _by_name(table: pd.DataFrame) -> dict[str, Estimate]:
 
 
 def _layers(report: Report, finished: list[_Finished], labels: list[str]) -> None:
-    """Importance over relative depth, where all runs have it."""
+    """Add importance over relative depth, if all runs have it."""
     tables = [run.layers for run in finished if run.layers is not None]
     if len(tables) < len(finished):
         return

@@ -1,4 +1,4 @@
-"""Faithfulness and completeness: how much of the target the top heads carry, and how much goes with them.
+"""Faithfulness and completeness: how much of the target the top heads recover, and how much is lost without them.
 
 faithfulness(k) = (only the top k kept - all ablated) / (all kept - all ablated)
 completeness(k) = (all kept - the top k ablated) / (all kept - all ablated)
@@ -12,9 +12,9 @@ from jaxtyping import Bool, Float, Int
 
 LEVELS = (0.8, 0.9)
 FEW = 33
-"""Up to so many sizes k are measured; all of them where there are no more heads."""
+"""Largest number of sizes k that are measured; models with fewer heads are measured at every k."""
 MIN_GAP = 0.5
-"""Pictures whose target loses less than this without any head are left out: shares of so little say nothing."""
+"""Pictures whose target drops by less than this without any head are left out: shares of a small gap are noise."""
 
 Curve = Float[np.ndarray, "k"]
 Order = Int[np.ndarray, "unit"]
@@ -22,7 +22,7 @@ Measure = Callable[[Bool[np.ndarray, "mask unit"]], Float[np.ndarray, "mask"]]
 
 
 def sizes(n_units: int) -> Int[np.ndarray, "k"]:
-    """0 to all heads (or image tokens); where these are many, denser at the beginning."""
+    """Sizes k to measure, from 0 to all heads (or image tokens); denser at the beginning where there are many."""
     if n_units < FEW:
         return np.arange(n_units + 1)
     return np.unique(np.concatenate(([0], np.geomspace(1, n_units, FEW - 1).round())).astype(int))
@@ -31,7 +31,11 @@ def sizes(n_units: int) -> Int[np.ndarray, "k"]:
 def orders(
     scores: Mapping[str, Float[np.ndarray, "unit"]], n_random: int, seed: list[int]
 ) -> dict[tuple[str, int], Order]:
-    """Heads (or image tokens) by every ranking, best first, ties in their own order, and random; by (ranking, draw)."""
+    """Order heads (or image tokens) by every ranking, best first with stable ties, and at random.
+
+    Returns:
+        {(ranking, draw): order}.
+    """
     found = {(name, 0): np.argsort(-values, kind="stable") for name, values in scores.items()}
     rng = np.random.default_rng(seed)
     n_units = len(next(iter(scores.values())))
@@ -39,9 +43,12 @@ def orders(
 
 
 def measure_curves(measure: Measure, ranked: Mapping[tuple[str, int], Order]) -> pd.DataFrame:
-    """The target with only the top k kept, and with these ablated: `ranking`, `draw`, `k`, `kept`, `ablated`.
+    """Measure the target with only the top k kept, and with the top k ablated.
 
     `measure` gives the target for masks, True for kept. Sets that several rankings share are measured once.
+
+    Returns:
+        Table with `ranking`, `draw`, `k`, `kept`, `ablated`.
     """
     n_units = len(next(iter(ranked.values())))
     wanted: dict[bytes, np.ndarray] = {}
@@ -60,9 +67,9 @@ def measure_curves(measure: Measure, ranked: Mapping[tuple[str, int], Order]) ->
 
 
 def shares(curves: pd.DataFrame) -> pd.DataFrame:
-    """One picture's curves with `faithfulness` and `completeness`.
+    """Add `faithfulness` and `completeness` to one picture's curves.
 
-    Not a number where the target loses less than `MIN_GAP` without any head.
+    NaN where the target drops by less than `MIN_GAP` without any head.
     """
     none, full = curves.query("k == 0")[["kept", "ablated"]].to_numpy()[0]
     gap = full - none if full - none >= MIN_GAP else np.nan
@@ -73,45 +80,45 @@ def shares(curves: pd.DataFrame) -> pd.DataFrame:
 
 
 def mean_curve(shares: pd.DataFrame, ranking: str, kind: str) -> Curve:
-    """One picture's faithfulness or completeness by one ranking, a mean over draws where it is random."""
+    """Faithfulness or completeness of one picture by one ranking, averaged over draws if random."""
     own = shares.loc[shares["ranking"] == ranking]
     return own.groupby("k")[kind].mean().to_numpy()
 
 
 def area(k: Int[np.ndarray, "k"], curve: Curve) -> float:
-    """Under a curve over the share of heads, by trapezoids: 1 if one head does it all, 0.5 for the diagonal."""
+    """Area under a curve over the share of heads (trapezoidal): 1 if one head suffices, 0.5 for the diagonal."""
     return float(np.trapezoid(curve, k / k[-1]))
 
 
 def first_at(k: Int[np.ndarray, "k"], level: float, *curves: Curve) -> float:
-    """The smallest k (of those measured) at which all of the curves reach a level; NaN if none does."""
+    """Smallest measured k at which all curves reach a level; NaN if there is none."""
     reached = np.all([curve >= level for curve in curves], axis=0)
     return float(k[np.argmax(reached)]) if reached.any() else np.nan
 
 
-def measures(curves: pd.DataFrame) -> dict[str, float]:
-    """Of one picture and one order of heads: areas under both curves, and the number of heads at each level."""
+def measures(curves: pd.DataFrame, units: str = "heads") -> dict[str, float]:
+    """Areas under both curves and units needed for each level, for one picture and one order."""
     k = curves["k"].to_numpy()
     faithful, complete = curves["faithfulness"].to_numpy(), curves["completeness"].to_numpy()
     found = {"faithfulness area": area(k, faithful), "completeness area": area(k, complete)}
     for level in LEVELS:
         found |= {
-            f"k faithful at {level:g}": first_at(k, level, faithful),
-            f"k complete at {level:g}": first_at(k, level, complete),
-            f"k both at {level:g}": first_at(k, level, faithful, complete),
+            f"{units} needed for {level:g} of faithfulness": first_at(k, level, faithful),
+            f"{units} needed for {level:g} of completeness": first_at(k, level, complete),
+            f"{units} needed for {level:g} of both": first_at(k, level, faithful, complete),
         }
     return found
 
 
-def measures_of_all(curves: Mapping[str, pd.DataFrame], rankings: Sequence[str]) -> pd.DataFrame:
-    """One row per picture and ranking; the curves are `shares` of each picture.
+def measures_of_all(curves: Mapping[str, pd.DataFrame], rankings: Sequence[str], units: str = "heads") -> pd.DataFrame:
+    """`measures` of every picture and ranking, one row each; `curves` holds each picture's `shares`.
 
-    Random orders are measured one by one, and the mean is taken of what they come to: the k at which a mean of curves
-    reaches a level is not the mean k.
+    Measures of random orders are averaged, not their curves: the k at which a mean curve reaches a level is not the
+    mean k.
     """
     rows = []
     for image, own in curves.items():
         for ranking in rankings:
-            draws = [measures(draw) for _, draw in own.query(f"ranking == '{ranking}'").groupby("draw")]
+            draws = [measures(draw, units) for _, draw in own.query(f"ranking == '{ranking}'").groupby("draw")]
             rows.append({"image": image, "ranking": ranking, **pd.DataFrame(draws).mean()})
     return pd.DataFrame(rows)

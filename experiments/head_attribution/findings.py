@@ -1,4 +1,4 @@
-"""Numbers a section of the report ends with, kept for comparing models."""
+"""Findings: the main numbers of a report, used to compare models."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -10,21 +10,21 @@ from jaxtyping import Float
 from hooked_vlm.analysis.statistics import Estimate, bootstrap_means
 
 Findings = dict[str, Estimate]
-"""By name."""
+"""Estimates by name."""
 
 
 def as_table(findings: Mapping[str, Estimate]) -> pd.DataFrame:
-    """One row each: `measure`, `value`, `low`, `high`, `n`."""
+    """Table of findings, one row each: `measure`, `value`, `low`, `high`, `n`."""
     return pd.DataFrame([row(e, measure=name) for name, e in findings.items()])
 
 
 def row(estimate: Estimate, **labels: Any) -> dict[str, Any]:
-    """A table's row: labels, then the number with its interval and n."""
+    """Table row: labels, then the value with its interval and n."""
     return labels | {"value": estimate.value, "low": estimate.low, "high": estimate.high, "n": estimate.n}
 
 
 def band(values: Sequence[Any] | Float[np.ndarray, "image x"], seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Mean over images with its interval, point by point; images that are not numbers are left out."""
+    """Pointwise mean over images with its interval; images with NaN are left out."""
     stacked = np.asarray(values, dtype=float)
     stacked = stacked[~np.isnan(stacked).any(1)]
     if not len(stacked):

@@ -1,4 +1,4 @@
-"""Which image tokens matter: the regression over them, against the object's place (arXiv 2509.17588, section 5.2)."""
+"""Importance of image tokens and the object's location (arXiv 2509.17588, section 5.2)."""
 
 import math
 from typing import Any
@@ -12,11 +12,11 @@ from hooked_vlm.analysis.rows import attention_rows
 from hooked_vlm.experiments.head_attribution.ablation import Probe
 
 TOP_SHARE = 0.1
-"""The top tokens are this share of all."""
+"""Share of all tokens that counts as the top tokens."""
 
 
 def coverage(probe: Probe) -> Float[np.ndarray, "token"] | None:
-    """The share of each image token's pixels that belongs to the object; None where its place is not known."""
+    """Share of each image token's pixels that belongs to the object; None if its location is unknown."""
     mask = probe.case.item.object_mask
     if mask is None:
         return None
@@ -29,7 +29,7 @@ def coverage(probe: Probe) -> Float[np.ndarray, "token"] | None:
 
 
 def attention_to_tokens(probe: Probe) -> Float[np.ndarray, "token"]:
-    """What the final token pays each image token, summed over all heads."""
+    """Attention from the final token to each image token, summed over all heads."""
     inputs = probe.case.inputs
     last = torch.tensor([[inputs.stop[0] - 1]])
     rows = attention_rows(probe.model, inputs, last, reduce=lambda rows: rows[0, :, 0].sum(0))
@@ -37,11 +37,11 @@ def attention_to_tokens(probe: Probe) -> Float[np.ndarray, "token"]:
 
 
 def inside(coefficients: Float[np.ndarray, "token"], on_object: Bool[np.ndarray, "token"]) -> dict[str, Any]:
-    """How far coefficients keep to the object.
+    """Measure how much of the coefficients falls on the object.
 
     Returns:
         The object's share of all tokens, of the top tokens and of all positive coefficients, and the probability
-        that a token of the object has a larger coefficient than one of the background (AUC; ties count half).
+        that an object token has a larger coefficient than a background token (AUC; ties count half).
     """
     n_top = max(1, round(TOP_SHARE * len(coefficients)))
     top = np.argsort(-coefficients, kind="stable")[:n_top]

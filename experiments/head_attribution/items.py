@@ -1,4 +1,4 @@
-"""A picture with one main object, its name, and where the object lies."""
+"""Pictures with one main object: its name and location."""
 
 import hashlib
 from dataclasses import dataclass
@@ -11,19 +11,19 @@ from PIL import Image
 
 @dataclass(frozen=True, eq=False)
 class Item:
-    """A picture to ask about."""
+    """A picture, its question and the expected name."""
 
     image: Image.Image
     """RGB."""
     name: str
-    """Of its main object."""
+    """Name of the main object."""
     question: str
     object_mask: Bool[np.ndarray, "height width"] | None = None
-    """Where the object lies, in pixels of the picture; None if it is not known."""
+    """Location of the object in pixels of the picture; None if unknown."""
 
     @cached_property
     def id(self) -> str:
-        """Sixteen digits made from the picture, the question and the name."""
+        """Digest of picture, question, name and mask (16 hexadecimal digits)."""
         digest = hashlib.sha256(f"{self.image.size} {self.question} {self.name}".encode())
         digest.update(np.asarray(self.image).tobytes())
         if self.object_mask is not None:

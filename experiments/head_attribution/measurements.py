@@ -1,4 +1,4 @@
-"""Everything that needs the model, picture by picture, kept in parts as it is made."""
+"""Measurements that need the model, picture by picture; every table is stored when it is finished."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -9,7 +9,7 @@ from typing import Any, Literal
 import numpy as np
 import pandas as pd
 
-from hooked_vlm.experiments.head_attribution.ablation import Probe, make_probes
+from hooked_vlm.experiments.head_attribution.ablation import Probe, make_probes, probe_on
 from hooked_vlm.experiments.head_attribution.config import HeadAttributionConfig, Regression, n_masks
 from hooked_vlm.experiments.head_attribution.curves import measure_curves, orders
 from hooked_vlm.experiments.head_attribution.image_flow import attention_to_tokens, coverage
@@ -19,13 +19,14 @@ from hooked_vlm.experiments.head_attribution.regression import Fit, fit
 from hooked_vlm.experiments.head_attribution.tasks import Case, ask, items_of, right_cases
 from hooked_vlm.experiments.head_attribution.text_flow import blocked_edges, receivers
 from hooked_vlm.model.fingerprints import weights_hash
+from hooked_vlm.model.vlm import HookedVLM
 from hooked_vlm.runtime.store import ResultStore
 from hooked_vlm.runtime.tasks import SharedSetup, Task, Workers
 
 
 @dataclass(frozen=True, eq=False)
 class Regressed:
-    """Random masks over heads or image tokens of one picture, and what the regression made of them."""
+    """Random masks over heads or image tokens of one picture, their targets, and the regression."""
 
     kept: np.ndarray
     values: np.ndarray
@@ -34,10 +35,10 @@ class Regressed:
 
 @dataclass(eq=False)
 class Measured:
-    """What was measured of every picture, in the pictures' order; lists of sections not asked for are empty."""
+    """Measurements of every picture, in order; lists of sections that were not requested are empty."""
 
     answers: pd.DataFrame
-    """Of all pictures, those answered wrongly included."""
+    """Answers to all pictures, wrong ones included."""
     probes: list[Probe]
     ends: list[tuple[float, float]]
     heads: list[Regressed] = field(default_factory=list)
@@ -62,19 +63,19 @@ class Measured:
 
     @property
     def coefficients(self) -> np.ndarray:
-        """[image, head], heads layer by layer."""
+        """Coefficients [image, head], heads layer by layer."""
         return np.stack([one.fit.coefficients for one in self.heads])
 
     @property
     def gaps(self) -> np.ndarray:
-        """What the image adds to each target: with all heads in place, less with all ablated. [image]"""
+        """Contribution of the image to each target [image]: all heads in place minus all heads ablated."""
         return np.array([full - none for full, none in self.ends])
 
 
-def measure(model: Any, config: HeadAttributionConfig, workers: Workers) -> Measured:
-    """All that the configured sections need; what is in the parts already is taken from there.
+def measure(model: HookedVLM, config: HeadAttributionConfig, workers: Workers) -> Measured:
+    """Measure everything that the configured sections need; finished tables are read from the result store.
 
-    This process encodes the pictures; the rest is done by `workers`, on replicas of the model.
+    This process encodes the pictures; `workers` do the rest on replicas of the model.
 
     Raises:
         StudyError, ImageError: see `items_of` and `right_cases`.
@@ -91,8 +92,8 @@ def measure(model: Any, config: HeadAttributionConfig, workers: Workers) -> Meas
     pictures = [_Picture(config, key, index, probe) for index, probe in enumerate(probes)]
     stages = {"ablating": _Picture.ablations, "regressing": _Picture.regressions, "ranking": _Picture.curves}
     for what, stage in stages.items():  # each needs the tables of those before it
-        wanted = [(picture.tables, name, unit) for picture in pictures for name, unit in stage(picture).items()]
-        made = workers.tables([unit for *_, unit in wanted], what, each="table", quiet=config.quiet or not wanted)
+        wanted = [(picture.tables, name, task) for picture in pictures for name, task in stage(picture).items()]
+        made = workers.tables([task for *_, task in wanted], what, each="table", quiet=config.quiet or not wanted)
         for (tables, name, _), table in zip(wanted, made, strict=True):
             tables[name] = table
     return _gathered(answers, pictures)
@@ -100,14 +101,14 @@ def measure(model: Any, config: HeadAttributionConfig, workers: Workers) -> Meas
 
 Units = Literal["heads", "tokens"]
 UNITS: tuple[Units, ...] = ("heads", "tokens")
-"""What random masks are over: heads, or image tokens."""
+"""Units that random masks keep or ablate: heads, or image tokens."""
 SCORED = ("keep", "held_out", "regression")
 """Settings that coefficients depend on, besides the masks."""
 
 
 @dataclass(frozen=True, eq=False)
 class _Picture:
-    """What is measured of one picture, as units of work, and their tables by the folder they are kept in."""
+    """One picture's tasks, and their tables by the folder they are stored in."""
 
     config: HeadAttributionConfig
     shared: Mapping[str, Any]
@@ -115,10 +116,10 @@ class _Picture:
     probe: Probe
     tables: dict[str, pd.DataFrame] = field(default_factory=dict)
 
-    def unit(
+    def task(
         self, folder: str, work: Callable[..., pd.DataFrame], arguments: tuple, *settings: str, on_probe: bool = True
     ) -> Task:
-        """A unit whose table also depends on some settings; its work is given the probe, if it needs one."""
+        """Task whose table depends on `settings`, too; with `on_probe` its work receives the probe."""
         case, config = self.probe.case, self.config
         key = {**self.shared, "image": case.item.id, "index": self.index}
         key |= {"foil": case.foil} if config.target == "difference" else {}
@@ -129,24 +130,24 @@ class _Picture:
     @cached_property
     def placed(self) -> SharedSetup:
         """The probe on a worker's replica of the model."""
-        return SharedSetup(placed, (self.probe.portable(),))
+        return SharedSetup(probe_on, self.probe.portable())
 
     def ablations(self) -> dict[str, Task]:
-        """What needs nothing but the picture."""
+        """Tasks that need only the picture."""
         config, wanted = self.config, self.config.sections
-        found = {"ends": self.unit("ends", ends_of, ())}
+        found = {"ends": self.task("ends", ends_of, ())}
         if "attribution" in wanted:
-            found["heads_masks"] = self.unit("heads_masks", over_heads, self._masks("heads"), "keep", "masks")
+            found["heads_masks"] = self.task("heads_masks", over_heads, self._masks("heads"), "keep", "masks")
         if "curves" in wanted or "where" in wanted:
-            found["rankings"] = self.unit("rankings", rankings_of, ())
+            found["rankings"] = self.task("rankings", rankings_of, ())
         if "tokens" in wanted:
-            found["receivers"] = self.unit("receivers", receivers_of, (config.window,), "window")
-            found["edges"] = self.unit("edges", edges_of, (config.window,), "window")
-            found["tokens_masks"] = self.unit("tokens_masks", over_tokens, self._masks("tokens"), "keep", "token_masks")
+            found["receivers"] = self.task("receivers", receivers_of, (config.window,), "window")
+            found["edges"] = self.task("edges", edges_of, (config.window,), "window")
+            found["tokens_masks"] = self.task("tokens_masks", over_tokens, self._masks("tokens"), "keep", "token_masks")
         return found
 
     def _masks(self, units: Units) -> tuple[int, float, list[int]]:
-        """How many masks over heads or image tokens, the share they keep, and their seed."""
+        """Number of masks over heads or image tokens, the share they keep, and their seed."""
         asked, number = (self.config.masks, 20) if units == "heads" else (self.config.token_masks, 21)
         return n_masks(asked, self.n_units(units)), self.config.keep, [self.config.seed, number, self.index]
 
@@ -154,7 +155,7 @@ class _Picture:
         return len(self.probe.heads if units == "heads" else self.probe.image)
 
     def regressions(self) -> dict[str, Task]:
-        """What is made of random masks."""
+        """Regressions on random masks."""
         config, found = self.config, {}
         for units in UNITS:
             asked = "masks" if units == "heads" else "token_masks"
@@ -162,11 +163,11 @@ class _Picture:
                 arguments = (self.tables[f"{units}_masks"], self.n_units(units), config.regression, config.held_out)
                 arguments = (*arguments, config.bootstrap, config.seed)
                 name, settings = f"{units}_coefficients", (*SCORED, asked, "bootstrap")
-                found[name] = self.unit(name, regression_of, arguments, *settings, on_probe=False)
+                found[name] = self.task(name, regression_of, arguments, *settings, on_probe=False)
         return found
 
     def curves(self) -> dict[str, Task]:
-        """What follows the ranking by attribution, and others."""
+        """Curves over the ranking by attribution, and over others."""
         config, found = self.config, {}
         settings = (*SCORED, "masks", "random_rankings")
         if "curves" in config.sections:
@@ -174,11 +175,11 @@ class _Picture:
             scores = {"attribution": self.regressed("heads").fit.coefficients}
             scores |= {name: others[name].to_numpy() for name in others}
             ranked = orders(scores, config.random_rankings, [config.seed, 22, self.index])
-            found["curves"] = self.unit("curves", curves_of, (ranked,), *settings)
+            found["curves"] = self.task("curves", curves_of, (ranked,), *settings)
         if "tokens" in config.sections:
             seed = [config.seed, 23, self.index]
             arguments = (self.regressed("tokens").fit.coefficients, config.random_rankings, seed)
-            found["token_curves"] = self.unit("token_curves", token_curves_of, arguments, *settings, "token_masks")
+            found["token_curves"] = self.task("token_curves", token_curves_of, arguments, *settings, "token_masks")
         return found
 
     def regressed(self, units: Units) -> Regressed:
@@ -200,55 +201,58 @@ def _gathered(answers: pd.DataFrame, pictures: Sequence[_Picture]) -> Measured:
 # ---------------------------------------------------------------- the work: functions of a replica of the model
 
 
-def placed(model: Any, probe: Probe) -> Probe:
-    """What all but the regressions begin with."""
-    return probe.on(model)
-
-
-def ends_of(model: Any, probe: Probe) -> pd.DataFrame:
-    """`full` and `none`: see `Probe.ends`."""
+def ends_of(model: HookedVLM, probe: Probe) -> pd.DataFrame:
+    """`Probe.ends` as columns `full` and `none`."""
     return pd.DataFrame([probe.ends], columns=["full", "none"])
 
 
-def over_heads(model: Any, probe: Probe, n: int, keep: float, seed: list[int]) -> pd.DataFrame:
-    """The target under random masks over heads."""
+def over_heads(model: HookedVLM, probe: Probe, n: int, keep: float, seed: list[int]) -> pd.DataFrame:
+    """Target under random masks over heads."""
     return measured(probe.over_heads, n, len(probe.heads), keep, seed)
 
 
-def over_tokens(model: Any, probe: Probe, n: int, keep: float, seed: list[int]) -> pd.DataFrame:
-    """The target under random masks over image tokens."""
+def over_tokens(model: HookedVLM, probe: Probe, n: int, keep: float, seed: list[int]) -> pd.DataFrame:
+    """Target under random masks over image tokens."""
     return measured(probe.over_tokens, n, len(probe.image), keep, seed)
 
 
-def rankings_of(model: Any, probe: Probe) -> pd.DataFrame:
-    """See `other_rankings`."""
+def rankings_of(model: HookedVLM, probe: Probe) -> pd.DataFrame:
+    """Rankings of heads other than attribution: `other_rankings`."""
     return other_rankings(probe)
 
 
-def receivers_of(model: Any, probe: Probe, width: int | None) -> pd.DataFrame:
-    """See `receivers`."""
+def receivers_of(model: HookedVLM, probe: Probe, width: int | None) -> pd.DataFrame:
+    """Losses by text tokens: `receivers`."""
     return receivers(probe, width)
 
 
-def edges_of(model: Any, probe: Probe, width: int | None) -> pd.DataFrame:
-    """See `blocked_edges`."""
+def edges_of(model: HookedVLM, probe: Probe, width: int | None) -> pd.DataFrame:
+    """Losses by blocked edges: `blocked_edges`."""
     return blocked_edges(probe, width)
 
 
 def regression_of(
-    model: Any, masks: pd.DataFrame, n_units: int, regression: Regression, held_out: float, bootstrap: int, seed: int
+    model: HookedVLM,
+    masks: pd.DataFrame,
+    n_units: int,
+    regression: Regression,
+    held_out: float,
+    bootstrap: int,
+    seed: int,
 ) -> pd.DataFrame:
-    """The fit of random masks, which needs no model."""
+    """Fit of the random masks; does not use the model."""
     return as_row(fit(*from_frame(masks, n_units), regression, held_out, bootstrap, seed))
 
 
-def curves_of(model: Any, probe: Probe, ranked: Mapping[tuple[str, int], np.ndarray]) -> pd.DataFrame:
+def curves_of(model: HookedVLM, probe: Probe, ranked: Mapping[tuple[str, int], np.ndarray]) -> pd.DataFrame:
     """Curves over heads."""
     return measure_curves(probe.over_heads, ranked)
 
 
-def token_curves_of(model: Any, probe: Probe, attribution: np.ndarray, n_random: int, seed: list[int]) -> pd.DataFrame:
-    """Curves over image tokens, by attribution, by attention and by how much of the object they cover."""
+def token_curves_of(
+    model: HookedVLM, probe: Probe, attribution: np.ndarray, n_random: int, seed: list[int]
+) -> pd.DataFrame:
+    """Curves over image tokens, ranked by attribution, by attention and by their share of the object."""
     scores = {"attribution": attribution, "attention": attention_to_tokens(probe)}
     covered = coverage(probe)
     scores |= {} if covered is None else {"object": covered}
@@ -259,12 +263,12 @@ def token_curves_of(model: Any, probe: Probe, attribution: np.ndarray, n_random:
 
 
 def as_row(fit: Fit) -> pd.DataFrame:
-    """A fit as one row of lists and numbers."""
+    """Store a fit as one row of lists and numbers."""
     return pd.DataFrame([{name: _plain(value) for name, value in vars(fit).items()}])
 
 
 def from_row(frame: pd.DataFrame) -> Fit:
-    """What `as_row` was made from."""
+    """Read the fit that `as_row` stored."""
     (row,) = frame.to_dict("records")
     values: dict[str, Any] = {name: np.array(v) if isinstance(v, list) else v for name, v in row.items()}
     return Fit(**values)

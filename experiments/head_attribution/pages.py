@@ -1,4 +1,4 @@
-"""A picture of the study as a page to look at (`hooked_vlm.viewer`)."""
+"""Viewer pages of the study's pictures (`hooked_vlm.viewer`)."""
 
 from typing import Any
 
@@ -6,16 +6,16 @@ import numpy as np
 
 from hooked_vlm import viewer
 from hooked_vlm.errors import StudyError
+from hooked_vlm.experiments.head_attribution.items import Item
 from hooked_vlm.experiments.head_attribution.measurements import Measured
 from hooked_vlm.viewer import View
 
 
 def heads_page(measured: Measured, picture: int = 0) -> View:
-    """Where the heads that carry a picture look in it: attention of the token that gives the name, heads from the
-    largest coefficient to the smallest.
+    """Page with each head's attention at the token that predicts the name, heads by descending coefficient.
 
     Raises:
-        StudyError: no such picture, or heads were not regressed.
+        StudyError: no such picture, or the run has no regression over heads.
     """
     probe = measured.probes[_place(picture, measured.heads, "heads")]
     order = np.argsort(-measured.heads[picture].fit.coefficients, kind="stable")
@@ -30,10 +30,10 @@ def heads_page(measured: Measured, picture: int = 0) -> View:
 
 
 def tokens_page(measured: Measured, picture: int = 0) -> View:
-    """What each image token adds to the answer: the coefficients of the regression over image tokens.
+    """Page with the coefficient of each image token.
 
     Raises:
-        StudyError: no such picture, or image tokens were not regressed.
+        StudyError: no such picture, or the run has no regression over image tokens.
     """
     probe = measured.probes[_place(picture, measured.tokens, "image tokens")]
     return viewer.values(
@@ -41,22 +41,20 @@ def tokens_page(measured: Measured, picture: int = 0) -> View:
         measured.tokens[picture].fit.coefficients,
         quantity="coefficient",
         title=f"Image tokens that carry the {probe.case.item.name}",
-        note="What keeping an image token in sight of the text adds to the target, by regression over random sets.",
+        note="A coefficient is what the image token adds to the target when the text sees it (regression).",
         **_shown(probe.case.item),
     )
 
 
 def _place(picture: int, regressed: list, what: str) -> int:
     if not 0 <= picture < len(regressed):
-        counted = (
-            f"{len(regressed)} pictures were" if regressed else "none was in this run: it is another section's work"
-        )
-        raise StudyError(f"there is no picture {picture} whose {what} were regressed: {counted}")
+        counted = f"has {len(regressed)} pictures" if regressed else "did not include that section"
+        raise StudyError(f"there is no picture {picture} with a regression over {what}: this run {counted}")
     return picture
 
 
-def _shown(item: Any) -> dict[str, Any]:
-    """The picture itself, and a box around the object where its place is known."""
+def _shown(item: Item) -> dict[str, Any]:
+    """The picture, and a box around the object if its location is known."""
     if item.object_mask is None or not item.object_mask.any():
         return {"images": item.image}
     rows, columns = (np.flatnonzero(item.object_mask.any(axis)) for axis in (1, 0))

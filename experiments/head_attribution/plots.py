@@ -1,4 +1,4 @@
-"""The study's figures."""
+"""Figures of the study."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -26,9 +26,9 @@ def matrix(
     labels: tuple[str, str, str],
     signed: bool = True,
 ) -> Figure:
-    """Numbers as colours; written out where they are few. `labels`: of the rows, the columns and the colours.
+    """Draw a matrix as colours, with the numbers in the cells where they are few.
 
-    Rows and columns named "" have no tick.
+    `labels` are those of rows, columns and colours. Rows and columns named "" have no tick.
     """
     height, width = values.shape
     figure = new_figure(min(9, 2.6 + 0.5 * width), min(8, 1.5 + 0.42 * height))
@@ -54,13 +54,15 @@ def matrix(
     return figure
 
 
-def foretold(panels: Sequence[tuple[str, Float[np.ndarray, "mask"], Float[np.ndarray, "mask"]]], target: str) -> Figure:
-    """Measured against foretold values of held-out masks: (title, foretold, measured) of some pictures."""
+def predicted(
+    panels: Sequence[tuple[str, Float[np.ndarray, "mask"], Float[np.ndarray, "mask"]]], target: str
+) -> Figure:
+    """Scatter measured against predicted values of held-out masks; panels are (title, predicted, measured)."""
     figure = new_figure(2.9 * len(panels), 3.1)
     for axes, (title, x, y) in zip(np.atleast_1d(figure.subplots(1, len(panels))), panels, strict=True):
         axes.axline((float(y.mean()), float(y.mean())), slope=1, color=COLOURS[-1], linewidth=1)
         axes.plot(x, y, ".", color=COLOURS[0], markersize=6, alpha=0.7)
-        axes.set(title=title, xlabel=f"foretold {target}", ylabel=f"measured {target}")
+        axes.set(title=title, xlabel=f"predicted {target}", ylabel=f"measured {target}")
     return figure
 
 
@@ -70,7 +72,7 @@ def bands(
     x_label: str,
     levels: Mapping[str, float] | None = None,
 ) -> Figure:
-    """Lines with their intervals, one panel for each measure; all panels have the same lines. `levels` are marked."""
+    """Draw lines with their intervals, one panel per measure, the same lines in each; `levels` are marked."""
     figure = new_figure(4.6 * len(panels) + 1.4, 3.6)
     all_axes = np.atleast_1d(figure.subplots(1, len(panels)))
     for axes, (title, lines) in zip(all_axes, panels.items(), strict=True):
@@ -89,7 +91,7 @@ def bands(
 
 
 def over_depth(lines: Mapping[str, tuple[np.ndarray, ...]], y_label: str) -> Figure:
-    """Models with different numbers of layers: (relative depth, mean, low, high) of each."""
+    """Draw (relative depth, mean, low, high) of models with different numbers of layers."""
     figure = new_figure(5.2, 3.6)
     axes = figure.subplots()
     for colour, (name, (x, mean, low, high)) in zip(COLOURS * len(lines), lines.items(), strict=False):
@@ -101,7 +103,7 @@ def over_depth(lines: Mapping[str, tuple[np.ndarray, ...]], y_label: str) -> Fig
 
 
 def bars(groups: Mapping[str, Mapping[str, Estimate]], y_label: str) -> Figure:
-    """Bars with intervals: one cluster per key, one colour per inner key."""
+    """Draw bars with intervals: one cluster per key, one colour per inner key."""
     kinds = list(dict.fromkeys(kind for own in groups.values() for kind in own))
     figure = new_figure(2.2 + max(0.55, 0.42 * len(kinds)) * len(groups), 4.2)
     axes = figure.subplots()
@@ -124,7 +126,7 @@ def bars(groups: Mapping[str, Mapping[str, Estimate]], y_label: str) -> Figure:
 def scatter(
     x: Float[np.ndarray, "head"], y: Float[np.ndarray, "head"], layers: Int[np.ndarray, "head"], labels: tuple[str, str]
 ) -> Figure:
-    """One point a head, coloured by layer."""
+    """Scatter one point per head, coloured by layer."""
     figure = new_figure(4.6, 3.6)
     axes = figure.subplots()
     points = axes.scatter(x, y, c=layers, cmap=SEQUENTIAL, s=26, edgecolor=INK, linewidth=0.4)
@@ -135,7 +137,7 @@ def scatter(
 
 
 def pictures(shown: Sequence[tuple[str, Image.Image, Sequence[tuple[tuple[float, ...], float]]]], label: str) -> Figure:
-    """Pictures with boxes coloured by a number: (title, picture, [(box, number)])."""
+    """Draw pictures with boxes coloured by a number: (title, picture, [(box, number)])."""
     columns = min(4, len(shown))
     rows = -(-len(shown) // columns)
     figure = new_figure(2.7 * columns + 0.8, 2.6 * rows)

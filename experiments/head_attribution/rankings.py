@@ -1,4 +1,4 @@
-"""Other ways to rank heads, which attribution is compared with."""
+"""Rankings of heads that attribution is compared with."""
 
 from typing import Any
 
@@ -21,14 +21,14 @@ RANKINGS = {
     "gradient": "attribution patching",
     "random": "random",
 }
-"""Column in the tables, name in the figures."""
+"""Name of each ranking: column in the tables -> label in the figures."""
 
 
 Scores = Float[np.ndarray, "layer head"]
 
 
 def other_rankings(probe: Probe) -> pd.DataFrame:
-    """One row a head, by layer and head: the scores of every ranking that needs no masks."""
+    """Scores of every ranking that needs no random masks, one row per head."""
     mass, of_final, weighted = attention_scores_of(probe)
     full, none = probe.ends
     each = np.eye(len(probe.heads), dtype=bool)
@@ -47,9 +47,9 @@ def other_rankings(probe: Probe) -> pd.DataFrame:
 
 @torch.no_grad()
 def attention_scores_of(probe: Probe) -> tuple[Scores, Scores, Scores]:
-    """Attention to the image: all text's, the final token's, and all text's weighted by what the head writes.
+    """Attention to the image: from all text, from the final token, and from all text weighted by values.
 
-    sum_j a_j, or sum_j a_j ||v_j W_O|| (Kobayashi et al. 2020), over image tokens j; all text's is the mean over the
+    sum_j a_j, or sum_j a_j ||v_j W_O|| (Kobayashi et al. 2020), over image tokens j. "All text" is the mean over the
     positions behind the image.
     """
     model, inputs = probe.model, probe.case.inputs
@@ -71,10 +71,10 @@ def attention_scores_of(probe: Probe) -> tuple[Scores, Scores, Scores]:
 
 
 def gradients(probe: Probe) -> Float[np.ndarray, "layer head"]:
-    """Attribution patching: the target's derivative by how much of each head's view of the image is kept.
+    """Attribution patching: derivative of the target by how much of the image each head sees.
 
     A head's z is z~ + m (z - z~), where z~ is its z under the ablation; the derivative by m at 1 is a first-order
-    estimate of what ablating the head takes away (Nanda 2023), for all heads in one pass forward and back.
+    estimate of the effect of ablating the head (Nanda 2023), for all heads in one forward and backward pass.
     """
     model, inputs = probe.model, probe.case.inputs
     kept = torch.ones(model.cfg.n_layers, model.cfg.n_heads, device=inputs.device, requires_grad=True)

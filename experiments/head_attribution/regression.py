@@ -1,6 +1,6 @@
-"""The target regressed on the mask: what each head (or image token) adds (arXiv 2509.17588, head attribution).
+"""Regression of the target on the mask: the contribution of each head or image token (arXiv 2509.17588).
 
-value(mask) = intercept + sum over kept parts of their coefficients
+value(mask) = intercept + sum of the coefficients of the parts that are kept
 """
 
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ from hooked_vlm.experiments.head_attribution.config import Regression, n_held_ou
 
 PENALTIES = np.logspace(-3, 3, 13)
 RELIABLE = 0.95
-"""Coefficients have settled where those of two disjoint sets of masks correlate this much."""
+"""Coefficients count as reliable where those of two disjoint sets of masks correlate by at least this."""
 
 Masks = Bool[np.ndarray, "mask part"]
 Values = Float[np.ndarray, "mask"]
@@ -24,7 +24,7 @@ Coefficients = Float[np.ndarray, "part"]
 
 @dataclass(frozen=True, eq=False)
 class Fit:
-    """A regression and how well it foretells masks that it did not see."""
+    """Regression coefficients, and the accuracy of predictions for held-out masks."""
 
     coefficients: Coefficients
     low: Coefficients
@@ -32,26 +32,26 @@ class Fit:
     """95% bootstrap interval over masks."""
     intercept: float
     pearson: float
-    """Between foretold and measured values of held-out masks; NaN where these are constant."""
+    """Pearson correlation of predicted and measured values of held-out masks; NaN where these are constant."""
     r2: float
     n_train: int
     n_held_out: int
 
 
 def fit(kept: Masks, values: Values, kind: Regression, held_out: float, draws: int, seed: int) -> Fit:
-    """Regress on all but the last masks, and foretell these."""
+    """Fit all but the last masks, and predict those."""
     n_held = n_held_out(len(values), held_out)
     train, test = slice(None, -n_held), slice(-n_held, None)
     x, y = kept[train].astype(float), values[train]
     model = chosen(kind, x, y)
     found = model.fit(x, y)
     low, high = bootstrap(model, x, y, draws, seed)
-    pearson, r2 = foretold(found.predict(kept[test].astype(float)), values[test])
+    pearson, r2 = accuracy(found.predict(kept[test].astype(float)), values[test])
     return Fit(found.coef_, low, high, float(found.intercept_), pearson, r2, len(y), n_held)
 
 
 def chosen(kind: Regression, x: Float[np.ndarray, "mask part"], y: Values) -> Any:
-    """The regression of this kind; a penalty is chosen by cross-validation on these masks."""
+    """Regression model of a kind; the penalty is chosen by cross-validation on these masks."""
     if kind == "ols":
         return LinearRegression()
     if kind == "ridge":
@@ -61,8 +61,8 @@ def chosen(kind: Regression, x: Float[np.ndarray, "mask part"], y: Values) -> An
     return Lasso(alpha=float(by_validation.alpha_), max_iter=10000)
 
 
-def foretold(predicted: Values, measured: Values) -> tuple[float, float]:
-    """Pearson correlation and R2; NaN where the measured values are constant."""
+def accuracy(predicted: Values, measured: Values) -> tuple[float, float]:
+    """Pearson correlation and R² of predictions; NaN where the measured values are constant."""
     spread = measured - measured.mean()
     if not spread.any():
         return np.nan, np.nan
@@ -73,7 +73,7 @@ def foretold(predicted: Values, measured: Values) -> tuple[float, float]:
 def bootstrap(
     model: Any, x: Float[np.ndarray, "mask part"], y: Values, draws: int, seed: int
 ) -> tuple[Coefficients, Coefficients]:
-    """95% percentile intervals of the coefficients when masks are drawn again with replacement."""
+    """95% percentile bootstrap intervals of the coefficients, resampling masks."""
     rng = np.random.default_rng([seed, 12])
     n = len(y)
     counts = rng.multinomial(n, np.full(n, 1 / n), size=draws).astype(float)
@@ -87,8 +87,10 @@ def bootstrap(
 
 
 def least_squares(x: Float[np.ndarray, "mask part"], y: Values, weights: Values, penalty: float) -> Coefficients:
-    """Weighted, with an intercept that is not penalised: scikit-learn's without its checks, which take most of the
-    time where thousands of small regressions are made."""
+    """Weighted least squares with an unpenalised intercept.
+
+    Equals scikit-learn's, without its input checks, which dominate the time of thousands of small regressions.
+    """
     with_intercept = np.column_stack((x, np.ones(len(x))))
     gram = with_intercept.T @ (weights[:, None] * with_intercept)
     gram[np.arange(x.shape[1]), np.arange(x.shape[1])] += penalty
@@ -96,10 +98,10 @@ def least_squares(x: Float[np.ndarray, "mask part"], y: Values, weights: Values,
 
 
 def convergence(kept: Masks, values: Values, kind: Regression, held_out: float, steps: int = 8) -> pd.DataFrame:
-    """How far the coefficients have settled after so many masks.
+    """Reliability of the coefficients by number of masks.
 
-    One row for each number of masks `n`, up to half of those there are: `reliability`, the correlation between
-    coefficients from `n` masks and from `n` others, and held-out `r2` and `pearson` after `n`.
+    One row per number of masks `n`, up to half of all: `reliability`, the correlation between coefficients from `n`
+    masks and from `n` others, and held-out `r2` and `pearson` after `n`.
     """
     n_held = n_held_out(len(values), held_out)
     x, y = kept[:-n_held].astype(float), values[:-n_held]
@@ -112,13 +114,13 @@ def convergence(kept: Masks, values: Values, kind: Regression, held_out: float, 
         second = chosen(kind, x[n : 2 * n], y[n : 2 * n]).fit(x[n : 2 * n], y[n : 2 * n])
         both = np.stack([first.coef_, second.coef_])
         reliability = float(np.corrcoef(both)[0, 1]) if (both.std(1) > 0).all() else np.nan
-        pearson, r2 = foretold(first.predict(kept[-n_held:].astype(float)), values[-n_held:])
+        pearson, r2 = accuracy(first.predict(kept[-n_held:].astype(float)), values[-n_held:])
         rows.append({"n": n, "reliability": reliability, "pearson": pearson, "r2": r2})
     return pd.DataFrame(rows)
 
 
 def settled_at(curve: pd.DataFrame) -> float:
-    """The number of masks from which on the coefficients are reliable; NaN if they are not yet."""
+    """Number of masks from which on the coefficients are reliable; NaN if there are too few masks."""
     reliable = (curve["reliability"] >= RELIABLE).to_numpy()
     if not reliable[-1]:
         return np.nan

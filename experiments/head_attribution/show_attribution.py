@@ -1,4 +1,4 @@
-"""The report's sections on the task and on the regression."""
+"""Report sections on the task and on the regression."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -22,7 +22,7 @@ SHOWN = 4
 
 
 def task(report: Report, found: Measured, config: HeadAttributionConfig) -> Findings:
-    """What was asked, how many were answered rightly, and what the image adds to the target."""
+    """Report the question, how many answers are correct, and what the image adds to the target."""
     answers = found.answers
     right = share(len(found.cases), len(answers))
     full, none = (bootstrap_mean(np.array(ends), config.seed) for ends in zip(*found.ends, strict=True))
@@ -30,33 +30,34 @@ def task(report: Report, found: Measured, config: HeadAttributionConfig) -> Find
     target = TARGETS[config.target]
     report.section(
         "Task",
-        f"“{found.cases[0].item.question}” about {len(answers)} pictures. {len(found.cases)} were "
-        f"answered rightly ({right.value:.1%}, 95% interval {right.low:.1%} to {right.high:.1%}); the rest of this "
-        "report is about these. Intervals of means are bootstrap intervals over pictures.",
-        f"The target is the {target} of the answer's first token: {full} with every head in place, {none} where no "
-        f"head of any text token sees the image (baseline: {config.baseline}, {config.rope} RoPE). The image thus "
-        f"adds {gap}, counted as 1 below.",
+        f"The model answers “{found.cases[0].item.question}” correctly for {len(found.cases)} of {len(answers)} "
+        f"pictures ({right.value:.1%}, 95% interval {right.low:.1%} to {right.high:.1%}); the rest of this report is "
+        "about these. Intervals of means are bootstrap intervals over pictures.",
+        f"The image adds {gap} to the target, the {target} of the answer's first token: {full} with all heads, {none} "
+        f"when no head of any text token sees the image (baseline: {config.baseline}, {config.rope} RoPE). Shares "
+        "below are shares of this difference.",
     )
     table = answers.groupby("name", sort=True)["right"].agg(["size", "sum"]).reset_index()
-    report.table("names", table.set_axis(["name", "asked", "right"], axis=1), "Pictures by name")
-    report.table("answers", answers, "Every answer", shown=10)
-    return {"answered rightly": right, f"{target}, all heads": full, f"{target}, no head": none}
+    report.table("names", table.set_axis(["name", "pictures", "correct"], axis=1), "Correct answers by name")
+    report.table("answers", answers, "All answers", shown=10)
+    return {"answered correctly": right, f"{target}, all heads": full, f"{target}, no head": none}
 
 
 def attribution(report: Report, found: Measured, config: HeadAttributionConfig) -> Findings:
-    """Coefficients of all heads, how well they foretell, and when they have settled."""
+    """Report the coefficients of all heads, how well they predict held-out masks, and how reliable they are."""
     fits = [one.fit for one in found.heads]
     pearson, r2 = held_out(fits, config.seed)
     n_masks = len(found.heads[0].values)
     n_heads, target = found.coefficients.shape[1], TARGETS[config.target]
     report.section(
         "Head attribution",
-        f"{n_masks} random masks per picture, each keeping a head with probability {config.keep:g}; the {target} is "
-        f"regressed on the mask ({config.regression}, {fits[0].n_train} masks) and foretold for the other "
-        f"{fits[0].n_held_out}. Held-out Pearson correlation {pearson}, R² {r2} (means over pictures). A head's "
-        "coefficient is what keeping it adds to the target, on average over what else is kept.",
+        f"The regression predicts held-out masks with Pearson correlation {pearson}, R² {r2} (means over pictures). A "
+        "head's coefficient is what keeping it adds to the target, averaged over which other heads are kept. "
+        f"{n_masks} random masks per picture, each keeping a head with probability {config.keep:g}: the {target} is "
+        f"regressed on {fits[0].n_train} masks ({config.regression}) and predicted for the other "
+        f"{fits[0].n_held_out}.",
     )
-    report.figure("foretold", _foretold(found, target), f"Held-out masks of {min(SHOWN, len(fits))} pictures")
+    report.figure("predicted", _predicted(found, target), f"Held-out masks of {min(SHOWN, len(fits))} pictures")
     table = heads_table(found, config)
     shape = (found.probes[0].model.cfg.n_layers, -1)
     means = found.coefficients.mean(0).reshape(shape)
@@ -75,11 +76,11 @@ def attribution(report: Report, found: Measured, config: HeadAttributionConfig) 
             "held_out": [f.n_held_out for f in fits],
         }
     )
-    report.table("fits", per_image, "The regression of every picture", shown=10)
+    report.table("fits", per_image, "Regression of every picture", shown=10)
     report.table(
         "coefficients",
         _all_coefficients(found),
-        f"Every coefficient, 95% interval over {fits[0].n_train} masks",
+        f"All coefficients, 95% intervals over {fits[0].n_train} masks",
         shown=10,
     )
     settled = _convergence(report, found, config)
@@ -88,13 +89,14 @@ def attribution(report: Report, found: Measured, config: HeadAttributionConfig) 
 
 
 def held_out(fits: Sequence[Fit], seed: int) -> tuple[Estimate, Estimate]:
-    """Pearson correlation and R2 on masks the regressions did not see, means over pictures."""
+    """Pearson correlation and R² on held-out masks, means over pictures."""
     pearson, r2 = (bootstrap_mean(np.array([getattr(fit, name) for fit in fits]), seed) for name in ("pearson", "r2"))
     return pearson, r2
 
 
 def heads_table(found: Measured, config: HeadAttributionConfig) -> pd.DataFrame:
-    """One row a head, largest first: mean over images, its interval, and on how many images its own is above 0."""
+    """One row per head, largest first: mean over images, its interval, and the number of images with an interval
+    above 0."""
     mean, low, high = band(found.coefficients, config.seed)
     above = (np.stack([one.fit.low for one in found.heads]) > 0).sum(0)
     heads = pd.DataFrame(found.probes[0].heads, columns=["layer", "head"])
@@ -103,13 +105,13 @@ def heads_table(found: Measured, config: HeadAttributionConfig) -> pd.DataFrame:
     return heads.sort_values("coefficient", ascending=False, kind="stable", ignore_index=True)
 
 
-def _foretold(found: Measured, target: str) -> Any:
+def _predicted(found: Measured, target: str) -> Any:
     panels = []
     for one, name in list(zip(found.heads, found.names, strict=True))[:SHOWN]:
         held = slice(-one.fit.n_held_out, None)
         expected = one.fit.intercept + one.kept[held] @ one.fit.coefficients
         panels.append((f"{name}: r = {one.fit.pearson:.3f}, n = {one.fit.n_held_out}", expected, one.values[held]))
-    return plots.foretold(panels, target)
+    return plots.predicted(panels, target)
 
 
 def _all_coefficients(found: Measured) -> pd.DataFrame:
@@ -134,21 +136,21 @@ def _convergence(report: Report, found: Measured, config: HeadAttributionConfig)
     value, low, high = (2 * r / (1 + r) for r in (half.value, half.low, half.high))
     whole = Estimate(value, low, high, half.n)
     settled = bootstrap_mean(needed, config.seed)
-    enough = f"On none of {len(curves)} pictures a correlation of {RELIABLE} is reached yet: take more --masks."
+    enough = f"The correlation stays above {RELIABLE} on none of {len(curves)} pictures: use more --masks."
     if settled.n:
         enough = (
-            f"On {settled.n} of {len(curves)} pictures a correlation of {RELIABLE} is reached for good, after "
-            f"{settled} masks: more change little."
+            f"The correlation stays above {RELIABLE} on {settled.n} of {len(curves)} pictures, after {settled} masks."
         )
     report.text(
-        f"Two disjoint sets of {sizes[-1]} masks give coefficients that correlate by {half}; all "
-        f"{found.heads[0].fit.n_train} masks together thus reach about {whole} (Spearman–Brown). {enough}"
+        f"Coefficients from two disjoint sets of {sizes[-1]} masks correlate by {half}; the estimate for all "
+        f"{found.heads[0].fit.n_train} masks is {whole} (Spearman–Brown). {enough}"
     )
     figure = plots.bands(sizes, panels, "masks", {next(iter(panels)): RELIABLE})
-    report.figure("convergence", figure, f"Coefficients and foretelling by number of masks, {len(curves)} pictures")
+    caption = f"Reliability and prediction by number of masks, {len(curves)} pictures"
+    report.figure("convergence", figure, caption)
     frames = [curve.assign(image=image) for image, curve in zip(found.images, curves, strict=True)]
     report.table("convergence", pd.concat(frames, ignore_index=True), "Convergence of every picture", shown=8)
-    return {"reliability of half the masks": half, "masks until reliable": settled}
+    return {"reliability of half the masks": half, "masks needed for reliable coefficients": settled}
 
 
 def _cost(report: Report, found: Measured, config: HeadAttributionConfig, n_heads: int) -> None:
@@ -158,8 +160,8 @@ def _cost(report: Report, found: Measured, config: HeadAttributionConfig, n_head
     plan = make_plan(probe.model, inputs, runs, "last")
     passes = plan.work / (plan.n_layers * plan.n_positions)
     report.text(
-        f"Cost of one picture's masks: {plan.n_runs} runs over {n_heads} heads on {plan.n_positions} tokens "
-        f"({len(probe.image)} of the image, {len(probe.text)} behind it) compute {plan.work:,} positions x layers, as "
-        f"many as {passes:.1f} plain passes; a loop computes {plan.naive_work:,}, {plan.naive_work / plan.work:.1f} "
-        "times as many, and encodes the picture once for each."
+        f"The masks of one picture cost {passes:.1f} plain forward passes: {plan.n_runs} runs over {n_heads} heads on "
+        f"{plan.n_positions} tokens ({len(probe.image)} of the image, {len(probe.text)} behind it) compute "
+        f"{plan.work:,} positions x layers. A loop computes {plan.naive_work:,}, "
+        f"{plan.naive_work / plan.work:.1f} times as many, and encodes the picture for every mask."
     )

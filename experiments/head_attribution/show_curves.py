@@ -1,11 +1,11 @@
-"""The report's section on faithfulness and completeness."""
+"""Report section on faithfulness and completeness."""
 
 from collections.abc import Mapping
 
 import numpy as np
 import pandas as pd
 
-from hooked_vlm.analysis.statistics import bootstrap_mean, paired_p
+from hooked_vlm.analysis.statistics import Estimate, bootstrap_mean, paired_p
 from hooked_vlm.experiments.common.report import Report
 from hooked_vlm.experiments.head_attribution import plots
 from hooked_vlm.experiments.head_attribution.config import HeadAttributionConfig
@@ -18,7 +18,7 @@ KINDS = ("faithfulness", "completeness")
 
 
 def curves(report: Report, found: Measured, config: HeadAttributionConfig) -> Findings:
-    """Curves of all rankings, what they come to, and attribution against each other ranking."""
+    """Report the curves of all rankings, their measures, and attribution against each other ranking."""
     own = {image: shares(frame) for image, frame in zip(found.images, found.curves, strict=True)}
     rankings = list(dict.fromkeys(found.curves[0]["ranking"]))
     table = measures_of_all(own, rankings)
@@ -26,11 +26,11 @@ def curves(report: Report, found: Measured, config: HeadAttributionConfig) -> Fi
     n_heads = found.coefficients.shape[1]
     report.section(
         "Faithfulness and completeness",
-        "Faithfulness: the share of what the image adds to the target that is there with the top k heads alone. "
-        "Completeness: the share that is lost when these k are ablated. Rankings are made anew for each picture, from "
-        f"it alone; random ones are means over {config.random_rankings} draws. Areas are over the share of the "
-        f"{n_heads} heads. Pictures to which the image adds less than {MIN_GAP} do not count; {n_used} of {len(own)} "
-        "do.",
+        _answer(table, rankings, n_heads, config.seed),
+        "Faithfulness is the share of the image's effect on the target that the top k heads recover alone; "
+        "completeness is the share that is lost when these k are ablated. Each picture has its own rankings; random "
+        f"ones are means over {config.random_rankings} draws. Areas are over the share of the {n_heads} heads. "
+        f"{n_used} of {len(own)} pictures count: those to which the image adds at least {MIN_GAP}.",
     )
     ks = sizes(n_heads)
     panels = {kind: {RANKINGS[name]: _band(own, name, kind, config.seed) for name in rankings} for kind in KINDS}
@@ -40,19 +40,28 @@ def curves(report: Report, found: Measured, config: HeadAttributionConfig) -> Fi
         f"Means over {n_used} pictures, 95% intervals",
     )
     summary = _summary(table, rankings, config.seed)
-    report.table("curve_measures", summary, f"Means over pictures; k is counted in heads of {n_heads}")
+    report.table("curve_measures", summary, f"Means over pictures; {n_heads} heads in all")
     report.table("curve_differences", _differences(table, rankings, config.seed), _DIFFERENCES)
-    report.table("curve_images", table, "Every picture", shown=8)
-    report.table("curve_points", _points(panels, ks, n_used), "The curves' means", shown=8)
-    findings = {}
-    for name in rankings:
-        for measure in (f"k both at {LEVELS[0]:g}", "faithfulness area", "completeness area"):
-            values = table.loc[table["ranking"] == name, measure].to_numpy()
-            findings[f"{measure}, {RANKINGS[name]}"] = bootstrap_mean(values, config.seed)
-    return findings
+    report.table("curve_images", table, "Measures of every picture", shown=8)
+    report.table("curve_points", _points(panels, ks, n_used), "Mean curves", shown=8)
+    return {
+        f"{measure}, {RANKINGS[name]}": _mean(table, name, measure, config.seed)
+        for name in rankings
+        for measure in MAIN
+    }
 
 
-_DIFFERENCES = "Attribution less each other ranking, pictures paired; p by exchanging signs, two-sided"
+MAIN = (f"heads needed for {LEVELS[0]:g} of both", "faithfulness area", "completeness area")
+_DIFFERENCES = "Attribution minus each other ranking, paired over pictures; p from sign flips, two-sided"
+
+
+def _mean(table: pd.DataFrame, ranking: str, measure: str, seed: int) -> Estimate:
+    return bootstrap_mean(table.loc[table["ranking"] == ranking, measure].to_numpy(), seed)
+
+
+def _answer(table: pd.DataFrame, rankings: list[str], n_heads: int, seed: int) -> str:
+    needed = [f"{RANKINGS[name]} {_mean(table, name, MAIN[0], seed)}" for name in rankings]
+    return f"Heads needed, of {n_heads}, for {LEVELS[0]:g} of both faithfulness and completeness: {', '.join(needed)}."
 
 
 def _band(own: Mapping[str, pd.DataFrame], ranking: str, kind: str, seed: int) -> plots.Band:
@@ -73,7 +82,7 @@ def _differences(table: pd.DataFrame, rankings: list[str], seed: int) -> pd.Data
     wide = {name: table.query(f"ranking == '{name}'") for name in rankings}
     rows = []
     for name in rankings[1:]:
-        for measure in (f"k both at {LEVELS[0]:g}", "faithfulness area", "completeness area"):
+        for measure in MAIN:
             a, b = (wide[ranking][measure].to_numpy(dtype=float) for ranking in ("attribution", name))
             estimate = bootstrap_mean(a - b, seed)
             p = paired_p(a, b, seed) if estimate.n else np.nan

@@ -1,4 +1,4 @@
-"""The report's section on token flow: which text receives, in what order, and which image tokens matter."""
+"""Report sections on token flow (which text receives image information, in what order) and on image tokens."""
 
 from collections.abc import Sequence
 
@@ -22,20 +22,22 @@ TOKEN_RANKINGS = {
     "object": "share of the object",
     "random": "random",
 }
-ABLATED, ALONE = "loses sight of the image", "alone sees the image (what is kept)"
+ABLATED, ALONE = "lost when it does not see the image", "kept when it alone sees the image"
+LOST = "share lost if this does not see the image: "
+"""Findings about a group of text begin with this."""
 OVERLAPS = (0.1, 0.25, 0.5)
-"""Shares of a token's area from which on it may be said to belong to the object."""
+"""Shares of a token's area above which it counts as part of the object."""
 SHOWN = 8
-"""Pictures with their token coefficients."""
+"""Pictures drawn with their token coefficients."""
 
 
 def tokens(report: Report, found: Measured, config: HeadAttributionConfig) -> Findings:
-    """Which text receives, in what order, and which image tokens matter."""
+    """Report which text receives image information, in what order, and which image tokens matter."""
     usable = found.gaps >= MIN_GAP
     report.section(
         "Token flow",
-        "Losses are shares of what the image adds to the target (1: as if no text saw the image). "
-        f"Pictures to which the image adds less than {MIN_GAP} do not count; {int(usable.sum())} of {len(usable)} do.",
+        "A loss is a share of the image's effect on the target (1: as if no text saw the image). "
+        f"{int(usable.sum())} of {len(usable)} pictures count: those to which the image adds at least {MIN_GAP}.",
     )
     if not usable.any():
         return {}
@@ -50,7 +52,7 @@ def _losses(frames: Sequence[pd.DataFrame], found: Measured, usable: np.ndarray)
 
 
 def _estimates(frames: Sequence[pd.DataFrame], keys: list[str], seed: int) -> pd.DataFrame:
-    """Mean loss over pictures of every run they have in common, as rows with intervals."""
+    """Mean loss over pictures, with its interval, for every value of `keys`."""
     together = pd.concat(frames, ignore_index=True)
     rows = []
     for key, own in together.groupby(keys, sort=False):
@@ -74,12 +76,13 @@ def _receivers(report: Report, found: Measured, config: HeadAttributionConfig, u
         else:
             groups.setdefault(own["text"], {})[ALONE] = _kept(lost)
     report.text(
-        "Which text receives: one group of tokens loses sight of the image for all heads, or it alone keeps it; then "
-        "single tokens. (What a group does not see itself it may still be told by another.)"
+        "Which text receives image information: for all heads, one group of tokens does not see the image, or it alone "
+        "does; then single tokens. (A group that does not see the image may still receive its information from another "
+        "group.)"
     )
-    caption = f"Share of the image's effect lost, or kept; {int(usable.sum())} pictures, 95% intervals"
+    caption = f"Share of the image's effect that is lost or kept; {int(usable.sum())} pictures, 95% intervals"
     report.figure("receivers", plots.bars(groups, "share of the image's effect"), caption)
-    caption = f"Share lost when one token loses sight of the image; {int(usable.sum())} pictures, 95% intervals"
+    caption = f"Share lost when one token does not see the image; {int(usable.sum())} pictures, 95% intervals"
     report.figure("single_tokens", plots.bars(each, "share lost"), caption)
     sliding = table.query(f"stop - first < {n_layers}")
     if len(sliding):
@@ -89,8 +92,8 @@ def _receivers(report: Report, found: Measured, config: HeadAttributionConfig, u
         caption = f"Share lost by group and window of layers; means over {int(usable.sum())} pictures"
         report.figure("receivers_by_layer", figure, caption)
     report.table("receivers", table, "Loss by text tokens and layers (first to stop - 1)", shown=24)
-    lost = {f"lost without: {name}": own[ABLATED] for name, own in groups.items()}
-    return lost | {f"kept by alone: {name}": own[ALONE] for name, own in groups.items()}
+    lost = {f"{LOST}{name}": own[ABLATED] for name, own in groups.items()}
+    return lost | {f"share kept if only this sees the image: {name}": own[ALONE] for name, own in groups.items()}
 
 
 def _edges(report: Report, found: Measured, config: HeadAttributionConfig, usable: np.ndarray) -> Findings:
@@ -105,34 +108,32 @@ def _edges(report: Report, found: Measured, config: HeadAttributionConfig, usabl
     }
     sliding = table.query(f"stop - first < {n_layers}")
     report.text(
-        "Order of the flow: attention from one group to another is cut in a window of layers. An edge's mean layer is "
-        "the middle of the windows, weighted by what cutting there costs; pictures on which all windows together cost "
-        f"less than {MIN_LOSS:.0%} of the image's effect have none. Edges are cut outright, whatever the baseline."
+        "Order of the flow: attention from one group to another is blocked in a window of layers. An edge's mean layer "
+        "is the mean centre of the windows, weighted by the loss; a picture on which all windows together lose less "
+        f"than {MIN_LOSS:.0%} of the image's effect has none. Blocked scores are minus infinity, for any baseline."
     )
     if len(sliding):
         grid = sliding.pivot_table(index="edge", columns="first", values="value", sort=False)
         figure = plots.matrix(grid.to_numpy(), list(grid.index), _windows(sliding), ("", "layers", "share lost"))
-        caption = f"Share lost by cut edge and window of layers; means over {len(frames)} pictures"
+        caption = f"Share lost by blocked edge and window of layers; means over {len(frames)} pictures"
         report.figure("edges", figure, caption)
-    report.table("edges", table, "Loss by cut edge and layers (first to stop - 1)", shown=30)
+    report.table("edges", table, "Loss by blocked edge and layers (first to stop - 1)", shown=30)
     means = {edge: bootstrap_mean(values, config.seed) for edge, values in centres.items()}
     rows = [row(estimate, edge=edge) for edge, estimate in means.items()]
-    report.table("edge_layers", pd.DataFrame(rows), "Mean layer of every edge; n counts pictures that have one")
+    report.table("edge_layers", pd.DataFrame(rows), "Mean layer of every edge; n counts the pictures that have one")
     findings = {f"mean layer: {edge}": estimate for edge, estimate in means.items()}
-    early, late = "question → role", "image → role"
+    early, late = "question → assistant header", "image → assistant header"
     if early in centres and late in centres:
         difference = bootstrap_mean(centres[late] - centres[early], config.seed)
-        order = (
-            "No picture has both a layer of question → role and one of image → role, whose order the paper compares."
-        )
+        order = f"The paper compares the order of {early} and {late}; no picture has a mean layer for both."
         if difference.n:
             p = paired_p(centres[late], centres[early], config.seed)
             order = (
-                f"Image → role is {difference} layers behind question → role (pictures paired, p = {p:.3g}; the paper "
-                "finds that role tokens are told by the text first and receive the image's information then)."
+                f"{late} comes {difference} layers after {early} (paired over pictures, p = {p:.3g}). In the paper, "
+                "these tokens receive information from the question first and from the image later."
             )
         report.text(order)
-        findings["layers from question → role to image → role"] = difference
+        findings[f"layers from {early} to {late}"] = difference
     return findings
 
 
@@ -142,9 +143,9 @@ def _image(report: Report, found: Measured, config: HeadAttributionConfig) -> Fi
     pearson, r2 = held_out(fits, config.seed)
     report.section(
         "Image tokens",
-        f"The same regression over image tokens ({n_tokens} of the first picture): {len(found.tokens[0].values)} "
-        f"masks per picture; a token that is not kept is the baseline to every head of all text. Held-out Pearson "
-        f"correlation {pearson}, R² {r2}, over {fits[0].n_held_out} masks a picture.",
+        f"The same regression over image tokens predicts held-out masks with Pearson correlation {pearson}, R² {r2} "
+        f"({fits[0].n_held_out} of {len(found.tokens[0].values)} masks per picture; {n_tokens} tokens in the first "
+        "picture). For every head of all text, the baseline replaces a token that is not kept.",
     )
     shown = []
     for probe, one in list(zip(found.probes, found.tokens, strict=True))[:SHOWN]:
@@ -167,7 +168,7 @@ def _inside(report: Report, found: Measured, config: HeadAttributionConfig) -> F
         if (covered := coverage(probe)) is not None
     ]
     if not placed:
-        report.text("Where the object lies is not known for these pictures, so tokens are not compared with it.")
+        report.text("The object's location is unknown for these pictures, so tokens are not compared with it.")
         return {}
     rows, findings = [], {}
     for overlap in sorted({config.object_overlap, *OVERLAPS}):
@@ -176,18 +177,18 @@ def _inside(report: Report, found: Measured, config: HeadAttributionConfig) -> F
             estimate = bootstrap_mean(each[name].to_numpy(), config.seed)
             rows.append(row(estimate, **{"object covers more than": overlap, "measure": name}))
             if overlap == config.object_overlap:
-                findings[f"tokens of the object: {name}"] = estimate
+                findings[f"object tokens: {name}"] = estimate
     report.text(
-        f"A token belongs to the object if more than {config.object_overlap:.0%} of its area does (other shares in the "
-        f"table). The top tokens are the {TOP_SHARE:.0%} with the largest coefficients. AUC: the probability that a "
-        "token of the object has a larger coefficient than one of the background (0.5 if they are alike)."
+        f"A token belongs to the object if more than {config.object_overlap:.0%} of its area does (the table has other "
+        f"shares). The top tokens are the {TOP_SHARE:.0%} with the largest coefficients. AUC is the probability that "
+        "an object token has a larger coefficient than a background token (chance: 0.5)."
     )
-    report.table("inside", pd.DataFrame(rows), "The object's share of the tokens that matter; means over pictures")
+    report.table("inside", pd.DataFrame(rows), "The object's share of the important tokens; means over pictures")
     return findings
 
 
 def _keep_only(report: Report, found: Measured, config: HeadAttributionConfig) -> Findings:
-    """Curves over the number of tokens kept, for pictures with as many tokens as most."""
+    """Report curves over the number of tokens kept, for pictures with the most common number of tokens."""
     counts = [len(probe.image) for probe in found.probes]
     n_tokens = max(set(counts), key=counts.count)
     alike = zip(found.images, found.token_curves, counts, strict=True)
@@ -205,17 +206,15 @@ def _keep_only(report: Report, found: Measured, config: HeadAttributionConfig) -
     n_used = sum(frame["faithfulness"].notna().all() for frame in own.values())
     caption = f"Only the top m of {n_tokens} tokens kept, or these replaced; means over {n_used} pictures"
     report.figure("keep_only", plots.bands(ms, panels, "m (image tokens)", dict.fromkeys(panels, LEVELS[0])), caption)
-    table = measures_of_all(own, rankings)
+    table = measures_of_all(own, rankings, "tokens")
     rows, findings = [], {}
     for name in rankings:
         for level in LEVELS:
-            needed = table.loc[table["ranking"] == name, f"k faithful at {level:g}"]
-            needed = bootstrap_mean(needed.to_numpy(), config.seed)
+            measure = f"tokens needed for {level:g} of faithfulness"
+            needed = bootstrap_mean(table.loc[table["ranking"] == name, measure].to_numpy(), config.seed)
             rows.append(row(needed, ranking=TOKEN_RANKINGS[name], level=level, of=n_tokens))
-            findings[f"m at {level:g}, {TOKEN_RANKINGS[name]}"] = needed
-    report.table(
-        "keep_only", pd.DataFrame(rows), "Tokens that must be kept (smallest m measured) for so much of the effect"
-    )
+            findings[f"{measure}, {TOKEN_RANKINGS[name]}"] = needed
+    report.table("keep_only", pd.DataFrame(rows), "Tokens to keep (smallest m measured) for each level of faithfulness")
     return findings
 
 
@@ -224,6 +223,6 @@ def _kept(lost: Estimate) -> Estimate:
 
 
 def _windows(table: pd.DataFrame) -> list[str]:
-    """Names of the windows: "3", or "3-6"."""
+    """Name windows of layers: "3", or "3-6"."""
     ends = table[["first", "stop"]].drop_duplicates().itertuples(index=False)
     return [str(first) if stop == first + 1 else f"{first}-{stop - 1}" for first, stop in ends]

@@ -1,4 +1,4 @@
-"""The report's section on where the heads lie and why pictures agree on them."""
+"""Report section on the layers of important heads and on the agreement between pictures."""
 
 from typing import Any
 
@@ -19,8 +19,8 @@ SCORES = ("attention", "attention_final", "value_weighted", "gradient", "single"
 
 
 def where(report: Report, found: Measured, config: HeadAttributionConfig) -> Findings:
-    """Importance by layer, attention against importance, agreement between pictures and what explains it."""
-    report.section("Where and why")
+    """Report importance by layer, attention against importance, agreement between pictures and its causes."""
+    report.section("Layers, attention, agreement")
     findings = _layers(report, found, config)
     findings |= _attention(report, found, config)
     findings |= _agreement(report, found, config)
@@ -36,8 +36,8 @@ def _layers(report: Report, found: Measured, config: HeadAttributionConfig) -> F
     table = pd.DataFrame({"layer": range(n_layers), "share": mean, "low": low, "high": high, "n": len(by_layer)})
     centre = bootstrap_mean(by_layer @ np.arange(n_layers), config.seed)
     report.text(
-        f"By layer: each layer's share of the sum of all positive coefficients, a mean over {len(by_layer)} pictures. "
-        f"The mean layer, weighted by these, is {centre} of 0 to {n_layers - 1}."
+        f"The mean layer of importance is {centre}, of layers 0 to {n_layers - 1}. A layer's importance is its share "
+        f"of the sum of all positive coefficients, averaged over {len(by_layer)} pictures."
     )
     figure = plots.bands(np.arange(n_layers), {"share of positive coefficients": {"": (mean, low, high)}}, "layer")
     report.figure("layers", figure, f"Importance by layer, {len(by_layer)} pictures, 95% intervals")
@@ -59,7 +59,7 @@ def _attention(report: Report, found: Measured, config: HeadAttributionConfig) -
     attention = np.stack([frame["attention"].to_numpy() for frame in found.rankings]).mean(0)
     layers = np.array([layer for layer, _ in found.probes[0].heads])
     label = ("attention to the image (mean over text behind it)", "coefficient")
-    caption = f"One point a head ({len(means)} heads), means over {len(found.heads)} pictures"
+    caption = f"One point per head ({len(means)} heads), means over {len(found.heads)} pictures"
     report.figure("attention", plots.scatter(attention, means, layers, label), caption)
     caption = "Rank correlation of coefficients with other scores; intervals over pictures, or over heads"
     report.table("attention", pd.DataFrame(rows), caption)
@@ -69,7 +69,7 @@ def _attention(report: Report, found: Measured, config: HeadAttributionConfig) -
 def _agreement(report: Report, found: Measured, config: HeadAttributionConfig) -> Findings:
     vectors, n = found.coefficients, len(found.heads)
     if n < 3:
-        report.text(f"Agreement between pictures needs three at least; there are {n}.")
+        report.text(f"Agreement between pictures needs at least three; there are {n}.")
         return {}
     top = config.top or max(1, vectors.shape[1] // 8)
     names = np.array(found.names)
@@ -82,8 +82,8 @@ def _agreement(report: Report, found: Measured, config: HeadAttributionConfig) -
             rows.append(row(estimate, similarity=kind, pairs=label))
             findings[f"{kind} between pictures, {label}"] = estimate
     report.text(
-        f"Agreement of the coefficient vectors of {n} pictures with {len(set(names))} names; n counts pairs, intervals "
-        "draw pictures again."
+        f"Similarity of the coefficient vectors of {n} pictures with {len(set(names))} names; n counts pairs, "
+        "intervals resample pictures."
     )
     report.table("agreement", pd.DataFrame(rows), "Similarity between pictures")
     order = np.argsort(names, kind="stable")
@@ -98,16 +98,16 @@ def _agreement(report: Report, found: Measured, config: HeadAttributionConfig) -
     report.table(
         "explained",
         table,
-        "What goes with similar coefficients: correlation over pairs, alone and with other causes held fixed "
-        "(interval of the latter; one-sided permutation p). Names are compared by the mean embedding of their tokens, "
-        "pictures by the mean of their image tokens as they enter the decoder, both centred",
+        "Possible causes of similar coefficients: correlation over pairs, alone and controlled for the other causes "
+        "(interval and one-sided permutation p of the latter). Names are compared by the mean embedding of their "
+        "tokens, pictures by their mean image features, both centred",
     )
     return findings | _partial_findings(frames[0])
 
 
 def _partial_findings(table: pd.DataFrame) -> Findings:
     return {
-        f"cosine with {own['cause']}, fixed: {own['held fixed']}": Estimate(
+        f"cosine with {own['cause']}, controlled for {own['controlled for']}": Estimate(
             own["partial"], own["low"], own["high"], 0 if np.isnan(own["partial"]) else own["images"]
         )
         for own in table.to_dict("records")
@@ -115,7 +115,7 @@ def _partial_findings(table: pd.DataFrame) -> Findings:
 
 
 def _spearman(a: Any, b: Any) -> float:
-    """NaN where one of them is constant."""
+    """Rank correlation; NaN where one of them is constant."""
     if np.ptp(a) == 0 or np.ptp(b) == 0:
         return np.nan
     return float(np.corrcoef(stats.rankdata(a), stats.rankdata(b))[0, 1])

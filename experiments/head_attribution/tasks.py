@@ -1,4 +1,4 @@
-"""Pictures to ask about, and those the model answers rightly."""
+"""Pictures of the study, and those the model answers correctly."""
 
 import re
 from collections.abc import Sequence
@@ -17,6 +17,7 @@ from hooked_vlm.experiments.head_attribution.config import HeadAttributionConfig
 from hooked_vlm.experiments.head_attribution.items import Item
 from hooked_vlm.inputs.images import load_image
 from hooked_vlm.inputs.vlm_inputs import VLMInputs
+from hooked_vlm.model.vlm import HookedVLM
 from hooked_vlm.runtime.store import ResultStore
 from hooked_vlm.runtime.tasks import Task, Workers
 from hooked_vlm.toys.drawings import OBJECTS
@@ -28,23 +29,23 @@ ANSWER_TOKENS = 8
 
 @dataclass(frozen=True, eq=False)
 class Case:
-    """A picture whose object the model names rightly."""
+    """A picture whose object the model names correctly."""
 
     item: Item
     inputs: VLMInputs
-    """One row, its picture encoded."""
+    """One row, with its image features."""
     target: int
-    """The first token of the model's answer."""
+    """First token of the model's answer."""
     foil: int | None
-    """The answer token it would rather give of those to the other pictures; None if all answers are the same."""
+    """Among the first tokens of answers to other pictures, the one with the largest logit; None if there is none."""
 
 
 def items_of(config: HeadAttributionConfig) -> list[Item]:
-    """As many pictures as asked for, or all there are; the same picture twice counts once.
+    """Pictures of the configured source, without duplicates.
 
     Raises:
         StudyError: no pictures.
-        ImageError: one is corrupt.
+        ImageError: a picture is corrupt.
     """
     return list({item.id: item for item in _drawn_items(config)}.values())
 
@@ -62,7 +63,7 @@ def _drawn_items(config: HeadAttributionConfig) -> list[Item]:
 
 
 def toy_items(n: int, seed: int, question: str) -> list[Item]:
-    """Drawn objects, all names equally often."""
+    """Draw `n` objects, all names equally often."""
     rng = np.random.default_rng([seed, 11])
     items = []
     for i in range(n):
@@ -73,23 +74,25 @@ def toy_items(n: int, seed: int, question: str) -> list[Item]:
 
 
 def folder_items(folder: Path, question: str, n: int, seed: int) -> list[Item]:
-    """`n` pictures drawn from a folder that holds one folder of pictures per name, or all if there are fewer.
+    """Draw `n` pictures from a folder with one folder of pictures per name, or all if there are fewer.
 
     Raises:
         StudyError: there are none.
-        ImageError: one is corrupt.
+        ImageError: a picture is corrupt.
     """
     known = Image.registered_extensions()
     files = sorted(file for file in folder.glob("*/*") if file.suffix.lower() in known)
     if not files:
-        raise StudyError(f"--images {folder} holds no pictures in folders named after their objects")
+        raise StudyError(
+            f"--images {folder} has no pictures in folders named after their objects: expected NAME/picture.jpg"
+        )
     order = np.random.default_rng([seed, 1]).permutation(len(files))[:n]
     named = [(files[i], files[i].parent.name.replace("_", " ")) for i in order]
     return [Item(load_image(file), name, question) for file, name in named]
 
 
 def is_right(reply: str, name: str) -> bool:
-    """Whether a reply is the name; case and marks around it do not count."""
+    """Whether a reply is the name, up to case and punctuation."""
     return _bare(reply) == _bare(name)
 
 
@@ -98,13 +101,17 @@ def _bare(text: str) -> str:
 
 
 def ask(workers: Workers, items: Sequence[Item], parts: ResultStore, key: dict[str, Any], quiet: bool) -> pd.DataFrame:
-    """What the model answers: `image`, `name`, `reply`, `right`, and `token`, the answer's first."""
-    units = [Task(parts, key | {"image": item.id}, answer_of, (item,)) for item in items]
-    return pd.concat(workers.tables(units, "asking", each="image", quiet=quiet), ignore_index=True)
+    """Ask about every picture.
+
+    Returns:
+        Table with `image`, `name`, `reply`, `token` (the reply's first) and `right`.
+    """
+    tasks = [Task(parts, key | {"image": item.id}, answer_of, (item,)) for item in items]
+    return pd.concat(workers.tables(tasks, "answering", each="image", quiet=quiet), ignore_index=True)
 
 
-def answer_of(model: Any, item: Item) -> pd.DataFrame:
-    """What the model answers to one item."""
+def answer_of(model: HookedVLM, item: Item) -> pd.DataFrame:
+    """Answer one item: one row of `ask`."""
     inputs = to_inputs(model, item)
     tokens = model.generate(inputs, ANSWER_TOKENS)[0, inputs.shape[1] :].tolist()
     end = next((i for i, token in enumerate(tokens) if token in model.cfg.eos_token_ids), len(tokens))
@@ -113,13 +120,13 @@ def answer_of(model: Any, item: Item) -> pd.DataFrame:
     return pd.DataFrame([row | {"right": is_right(reply, item.name)}])
 
 
-def to_inputs(model: Any, item: Item) -> VLMInputs:
+def to_inputs(model: HookedVLM, item: Item) -> VLMInputs:
     return model.to_inputs(item.question, images=item.image)
 
 
 @torch.no_grad()
-def right_cases(model: Any, items: Sequence[Item], answers: pd.DataFrame) -> list[Case]:
-    """Those answered rightly, with their pictures encoded.
+def right_cases(model: HookedVLM, items: Sequence[Item], answers: pd.DataFrame) -> list[Case]:
+    """Cases of the items answered correctly, with their image features.
 
     Raises:
         StudyError: there are none.
@@ -128,7 +135,7 @@ def right_cases(model: Any, items: Sequence[Item], answers: pd.DataFrame) -> lis
     if not right.any():
         first = answers.head(3).to_dict("records")
         shown = ", ".join(f"{answer['reply']!r} for {answer['name']!r}" for answer in first)
-        raise StudyError(f"none of {len(items)} pictures was answered rightly ({shown}): another --question may help")
+        raise StudyError(f"none of {len(items)} pictures was answered correctly ({shown}): try another --question")
     spoken = sorted(set(answers["token"][right]))
     cases = []
     for item, token in zip(np.array(items, dtype=object)[right], answers["token"][right], strict=True):

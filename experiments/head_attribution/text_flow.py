@@ -1,4 +1,4 @@
-"""Which text tokens receive what the image tells, and in what order it goes on (arXiv 2509.17588, section 5.1)."""
+"""Flow of image information through text tokens, and its order (arXiv 2509.17588, section 5.1)."""
 
 from collections.abc import Mapping
 
@@ -13,32 +13,32 @@ Window = tuple[int, int]
 """The first layer and one past the last."""
 
 MIN_LOSS = 0.01
-"""Of the image's effect: edges that cost less have no layer of their own."""
+"""Smallest share of the image's effect for which an edge has a mean layer."""
 
 EDGES = (
     ("image", "question"),
-    ("image", "role"),
+    ("image", "assistant header"),
     ("image", "final"),
-    ("question", "role"),
+    ("question", "assistant header"),
     ("question", "final"),
-    ("role", "final"),
+    ("assistant header", "final"),
 )
-"""Where information comes from and where it goes."""
+"""(source, receiver) of information."""
 
 
 def text_groups(probe: Probe) -> Groups:
-    """The text behind the image: closing marks, question, role tokens but the last, and the final token.
+    """Groups of the text behind the image: closing marks, question, assistant header (but its last token), final token.
 
     Groups without tokens are left out.
     """
     inputs, text = probe.case.inputs, set(probe.text)
-    (question,), (role,), (final,) = (
+    (question,), (header,), (final,) = (
         [tuple(int(p) for p in row) for row in group]
         for group in (inputs.positions.question, inputs.positions.assistant_header, inputs.positions.final)
     )
     named = {
         "question": tuple(p for p in question if p in text and p not in final),
-        "role": tuple(p for p in role if p in text and p not in final),
+        "assistant header": tuple(p for p in header if p in text and p not in final),
         "final": final,
     }
     taken = {p for members in named.values() for p in members}
@@ -47,17 +47,18 @@ def text_groups(probe: Probe) -> Groups:
 
 
 def windows(n_layers: int, width: int | None) -> list[Window]:
-    """All layers, then every window of so many, a quarter of them by default."""
+    """All layers, then every window of `width` layers (default: a quarter of them)."""
     width = min(n_layers, width or max(1, n_layers // 4))
     sliding = [(first, first + width) for first in range(n_layers - width + 1)]
     return [(0, n_layers), *(window for window in sliding if window != (0, n_layers))]
 
 
 def receivers(probe: Probe, width: int | None) -> pd.DataFrame:
-    """The target when only some text loses sight of the image, or only it keeps it.
+    """Target when some text does not see the image, or when it alone sees it.
 
-    One row a run: `text` (a group, or a token behind its number), `change` ("ablated", "kept alone" or "one token
-    ablated"), `first` and `stop` of the layers whose heads are ablated, `value`.
+    Returns:
+        One row per run: `text` (a group, or the number and text of a token), `change` ("ablated", "kept alone" or
+        "one token ablated"), `first` and `stop` of the layers whose heads are ablated, `value`.
     """
     groups, model = text_groups(probe), probe.model
     everything = (0, model.cfg.n_layers)
@@ -78,10 +79,12 @@ def receivers(probe: Probe, width: int | None) -> pd.DataFrame:
 
 
 def blocked_edges(probe: Probe, width: int | None) -> pd.DataFrame:
-    """The target when one group of tokens cannot attend to another in a window of layers.
+    """Target when one group of tokens cannot attend to another in a window of layers.
 
-    One row a run: `source`, `receiver`, `first` and `stop` of the layers, `value`. Edges are cut (scores of minus
-    infinity), whatever baseline ablations have.
+    Blocked scores are minus infinity, for any baseline of ablations.
+
+    Returns:
+        One row per run: `source`, `receiver`, `first` and `stop` of the layers, `value`.
     """
     groups = {"image": probe.image, **text_groups(probe)}
     rows: list[tuple[str, str, Window]] = []
@@ -102,14 +105,14 @@ def _frame(names: list[str], rows: list[tuple[str, str, Window]], values: object
 
 
 def with_losses(frame: pd.DataFrame, full: float, gap: float) -> pd.DataFrame:
-    """With `loss`, the share of what the image adds to the target that a run takes away."""
+    """Add `loss`: the share of the image's effect on the target that a run removes."""
     return frame.assign(loss=(full - frame["value"]) / gap)
 
 
 def mean_layer(edge: pd.DataFrame, n_layers: int) -> float:
-    """The middle of the windows in which cutting an edge costs, weighted by the loss.
+    """Mean centre of the windows, weighted by the loss when an edge is blocked there.
 
-    Windows that cost nothing count nothing; NaN where all together cost less than `MIN_LOSS`.
+    Negative losses count as 0; NaN where all together are less than `MIN_LOSS`.
     """
     first, stop, loss = edge.query(f"stop - first < {n_layers}")[["first", "stop", "loss"]].to_numpy().T
     loss = loss.clip(0)

@@ -1,4 +1,4 @@
-"""How replies are judged: exact, SQuAD's EM and F1, ANLS, and whether the answer occurs (papers 1.10)."""
+"""Metrics of a reply: exact match, SQuAD's EM and F1, ANLS, containment (papers 1.10)."""
 
 import re
 import string
@@ -11,12 +11,12 @@ METRICS = ("exact", "em", "f1", "anls", "contains")
 
 
 def judge(example: Example, reply: str) -> dict[str, float]:
-    """Every metric of a reply: the best over the right answers, between 0 and 1."""
+    """Every metric of a reply, in [0, 1]: the best over the accepted answers."""
     return {metric: max(_MEASURES[metric](answer, reply) for answer in example.answers) for metric in METRICS}
 
 
 def is_right(example: Example, reply: str, metric: str) -> bool:
-    """Whether a reply is right by a metric that says yes or no."""
+    """Whether a reply is correct by a binary metric."""
     return any(_MEASURES[metric](answer, reply) == 1 for answer in example.answers)
 
 
@@ -29,12 +29,12 @@ def _contains(answer: str, reply: str) -> float:
 
 
 def exact_match(answer: str, reply: str) -> float:
-    """SQuAD's: equal without case, punctuation and articles."""
+    """SQuAD's EM: equal up to case, punctuation and articles."""
     return float(_normalized(answer) == _normalized(reply))
 
 
 def f1(answer: str, reply: str) -> float:
-    """SQuAD's: the harmonic mean of precision and recall over words."""
+    """SQuAD's F1: harmonic mean of precision and recall over words."""
     expected, found = _normalized(answer).split(), _normalized(reply).split()
     shared = sum((Counter(expected) & Counter(found)).values())
     if not shared:
@@ -44,7 +44,7 @@ def f1(answer: str, reply: str) -> float:
 
 
 def anls(answer: str, reply: str) -> float:
-    """1 - Levenshtein distance / length of the longer, without case; 0 where it is below 0.5 (Biten et al. 2019)."""
+    """1 - Levenshtein distance / length of the longer text, ignoring case; 0 if below 0.5 (Biten et al. 2019)."""
     a, b = answer.strip().lower(), reply.strip().lower()
     if not a and not b:
         return 1.0
@@ -53,7 +53,7 @@ def anls(answer: str, reply: str) -> float:
 
 
 def edit_distance(a: Sequence, b: Sequence) -> int:
-    """Insertions, deletions and replacements that turn one into the other (Levenshtein 1966)."""
+    """Fewest insertions, deletions and replacements that turn `a` into `b` (Levenshtein 1966)."""
     row = list(range(len(b) + 1))
     for i, x in enumerate(a, 1):
         diagonal, row[0] = row[0], i
@@ -63,7 +63,7 @@ def edit_distance(a: Sequence, b: Sequence) -> int:
 
 
 def rouge_1_recall(answer: str, reply: str) -> float:
-    """The share of the answer's words that the reply has, each as often as there (Lin 2004)."""
+    """Share of the answer's words that occur in the reply, with multiplicity (Lin 2004)."""
     expected, found = (Counter(re.findall(r"[a-z0-9]+", text.lower())) for text in (answer, reply))
     return sum((expected & found).values()) / sum(expected.values()) if expected else 0.0
 

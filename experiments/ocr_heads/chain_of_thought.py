@@ -1,18 +1,18 @@
-"""Experiment: answers with the steps written out first. The paper names it without a protocol; this one is ours.
+"""Experiment: chain of thought.
 
-Every question is asked twice, for the answer alone and with its steps written out ("step by step"; the toy models,
-which know no instructions, are asked for the whole line, which they were trained to spell from its key on). Reported:
-how often the answer occurs in the reply, with and without OCR, retrieval and random heads masked, and the OCR score of
-every head on either kind of reply.
+The paper mentions chain of thought without a protocol; this protocol is ours. Every question is asked directly and with
+steps ("step by step"; the toy models follow no instructions, so they are asked for the whole line, which they were
+trained to write from its key on). Reported: the share of replies that contain the answer, with OCR, retrieval, random
+or no heads masked, and every head's OCR score on either kind of reply.
 """
 
 from dataclasses import replace
+from functools import partial
 
 import pandas as pd
 
 from hooked_vlm.analysis.statistics import bootstrap
-from hooked_vlm.experiments.ocr_heads import plots
-from hooked_vlm.experiments.ocr_heads.changed import UNCHANGED, Condition, answer_all, summarize, summary_lines
+from hooked_vlm.experiments.ocr_heads import changed, plots
 from hooked_vlm.experiments.ocr_heads.config import ThoughtConfig
 from hooked_vlm.experiments.ocr_heads.data.store import DataSet, load_or_build
 from hooked_vlm.experiments.ocr_heads.data.tasks import QATask
@@ -26,7 +26,7 @@ TOY_QUESTION, TOY_STEPS = "What is the value of ", "What is the text of "
 
 
 def thought(study: Study, config: ThoughtConfig) -> Finding:
-    """Accuracy and OCR scores, asked directly and with steps."""
+    """Measure accuracy and OCR scores, asked directly and with steps."""
     direct = study.scored(as_text=False)
     steps = [_with_steps(study, data) for data in direct]
     long = Study(replace(study.config, max_new_tokens=4 * study.config.new_tokens), study.model, study.workers)
@@ -35,28 +35,30 @@ def thought(study: Study, config: ThoughtConfig) -> Finding:
         "with steps": long.score("ocr", steps, study.model, study.weights),
     }
     k = study.default_counts()[0]
-    tops = {"OCR": study.top(study.ocr, k), "retrieval": study.top(study.retrieval, k)}
-    randoms = study.random_sets("live", [*tops["OCR"], *tops["retrieval"]], k, config.draws)
-    conditions = [UNCHANGED]
-    control = f"random {k}" if randoms else ""
-    conditions += [Condition(f"top {k} {kind}", h, masked(h, "zero"), control=control) for kind, h in tops.items()]
-    conditions += [Condition(control, heads, masked(heads, "zero"), draw) for draw, heads in enumerate(randoms)]
-    asked = study.sets(False, config.seed + 1, config.task_samples * len(direct))  # heads were not scored on these
-    tasks = [QATask(data, "contains") for data in asked]
-    tasks_with_steps = [QATask(_with_steps(study, data), "contains") for data in asked]
+    zero = partial(masked, mode="zero")
+    conditions = [changed.UNCHANGED, *changed.against_random(study, k, {f"random {k}": "live"}, config.draws, zero)]
+    sets = study.sets(False, config.seed + 1, config.task_samples * len(direct))  # heads were not scored on these
+    tasks = [QATask(data, "contains") for data in sets]
+    tasks_with_steps = [QATask(_with_steps(study, data), "contains") for data in sets]
     answers = pd.concat(
         [
-            answer_all(study, tasks, conditions, "direct"),
-            answer_all(long, tasks_with_steps, conditions, "with steps"),
+            changed.answer_all(study, tasks, conditions, "direct"),
+            changed.answer_all(long, tasks_with_steps, conditions, "with steps"),
         ],
         ignore_index=True,
     )
-    summary = summarize(answers, conditions, config.seed)
+    summary = changed.summarize(answers, conditions, config.seed)
     chosen = summary.loc[summary["chosen"]]
     heads = head_table({name: s.mean for name, s in scores.items()})
     heads = heads.sort_values("direct", ascending=False, ignore_index=True)
     a, b = (s.mean.ravel() for s in scores.values())
-    lines = [*summary_lines(summary), "", "  OCR scores of all heads, direct against with steps"]
+    lines = [
+        changed.headline(summary),
+        "",
+        *changed.summary_lines(summary),
+        "",
+        "  OCR scores of all heads, direct against with steps",
+    ]
     rows = []
     for name, measure, _ in measures(config.threshold)[:2]:
         found = bootstrap(measure, a, b, seed=config.seed, draws=RESAMPLES)
@@ -64,12 +66,12 @@ def thought(study: Study, config: ThoughtConfig) -> Finding:
         lines.append(f"    {name:24s} {found.value:.3f} ({found.low:.3f} to {found.high:.3f}, {found.n} heads)")
     similarity = pd.DataFrame(rows, columns=["measure", "value", "low", "high", "n heads"])
     tables = {
-        "thought": (chosen.drop(columns="chosen"), "Share of replies with the answer in them", None),
-        "thought-heads": (heads, "OCR score of every head on either kind of reply", 20),
+        "thought": (chosen.drop(columns="chosen"), "Share of replies that contain the answer", None),
+        "thought-heads": (heads, "OCR score of every head, asked directly and with steps", 20),
         "thought-similarity": (similarity, "OCR scores, direct against with steps", None),
     }
-    figures = {"thought": (plots.bars(chosen), "Replies with the answer in them; 95% intervals over samples")}
-    return Finding("Steps written out (chain of thought)", lines, [_protocol()], figures, tables)
+    figures = {"thought": (plots.bars(chosen), "Share of replies that contain the answer; 95% intervals over samples")}
+    return Finding("Chain of thought", lines, [_protocol()], figures, tables)
 
 
 def _protocol() -> str:
@@ -84,7 +86,7 @@ def _with_steps(study: Study, data: DataSet) -> DataSet:
 
 
 def stepwise(question: str) -> str:
-    """The question with its steps asked for."""
+    """Ask for steps before the answer."""
     if question.startswith(TOY_QUESTION):
         return question.replace(TOY_QUESTION, TOY_STEPS)
     return question + STEPS

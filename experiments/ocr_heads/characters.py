@@ -1,4 +1,4 @@
-"""Experiment: which heads read which character (papers 1.12)."""
+"""Experiment: OCR scores by character (papers 1.12)."""
 
 import numpy as np
 import pandas as pd
@@ -17,48 +17,45 @@ from hooked_vlm.toys import pages as toy
 
 TOP = 5
 LENGTH = 1024
-"""Of the paper's pages, in tokens."""
+"""Length of the paper's pages, in tokens."""
 
 
 def case(study: Study, config: CaseConfig) -> Finding:
-    """OCR score of every head for every character, from pages where it is (part of) the answer."""
+    """Score every head for every character, on pages where it is (part of) the answer."""
     if not config.characters or set(config.characters) - set(toy.CHARACTERS):
-        raise StudyError(f"--characters are digits and small letters, at least one, got {config.characters!r}")
+        raise StudyError(f"--characters takes digits and lower-case letters, at least one; got {config.characters!r}")
     characters = tuple(dict.fromkeys(config.characters))
     rows, means = [], []
     for character in characters:
         scores = study.score("ocr", [character_pages(study, config, character)], study.model, study.weights)
         means.append(scores.mean)
-        for place, (layer, head) in enumerate(ranked(scores.mean)[:TOP], 1):
+        for rank, (layer, head) in enumerate(ranked(scores.mean)[:TOP], 1):
             found = bootstrap_mean(scores.instances[:, layer, head], config.seed)
-            rows.append(
-                (character, place, f"{layer}.{head}", found.value, found.low, found.high, found.n, scores.right)
-            )
-    table = pd.DataFrame(rows, columns=["character", "place", "head", "score", "low", "high", "n", "answered rightly"])
+            rows.append((character, rank, f"{layer}.{head}", found.value, found.low, found.high, found.n, scores.right))
+    table = pd.DataFrame(rows, columns=["character", "rank", "head", "score", "low", "high", "n", "answered correctly"])
     stacked = np.stack(means)
     shown = ranked(stacked.max(0))[: min(20, study.n_heads)]
     matrix = np.stack([stacked[:, layer, head] for layer, head in shown], axis=1)
     counts = table["head"][table["score"] > config.threshold].value_counts()
-    lines = ["  character  top heads (score)"]
+    shared = ", ".join(f"{head} ({n} of {len(characters)})" for head, n in counts.head(10).items())
+    lines = [f"heads in the top {TOP} of most characters: {shared or 'none'}", "", "  character  top heads (score)"]
     for character in characters:
         own = table.loc[table["character"] == character]
         best = "  ".join(f"{r.head} {r.score:.2f}" for r in each_row(own) if r.score > config.threshold)
         lines.append(f"  {character:9s}  {best or 'none above the threshold'}")
-    shared = ", ".join(f"{head} ({n} of {len(characters)})" for head, n in counts.head(10).items())
-    lines.append(f"  heads among the top {TOP} of most characters: {shared or 'none'}")
     labels = [f"{layer}.{head}" for layer, head in shown]
     figures = {
         "characters": (
             plots.grid(matrix, characters, labels, "OCR score"),
-            f"OCR score of the strongest heads for each character, {config.case_samples} pages each",
+            f"OCR score of the top heads for each character, {config.case_samples} pages each",
         )
     }
-    tables = {"characters": (table, f"The top {TOP} heads for each character, 95% bootstrap intervals", 40)}
+    tables = {"characters": (table, f"Top {TOP} heads for each character, 95% bootstrap intervals", 40)}
     return Finding("Single characters", lines, [], figures, tables)
 
 
 def character_pages(study: Study, config: CaseConfig, character: str) -> DataSet:
-    """Pages whose answer is (the paper's) or holds (the toy models') one character, with a box around that one."""
+    """Pages whose answer is (paper) or contains (toy models) one character, with a box around that character."""
     settings = {"seed": config.seed + 2, "n": config.case_samples, "character": character}
     if study.config.data == "toy":
         return load_or_build(
@@ -72,7 +69,7 @@ def character_pages(study: Study, config: CaseConfig, character: str) -> DataSet
 
 
 def toy_pages_with(seed: int, n: int, character: str) -> list[Example]:
-    """Toy pages whose answer holds a character; evidence is for that character alone."""
+    """Toy pages whose answer contains a character; the evidence is the box of that character alone."""
     rng = np.random.default_rng([seed, 16, ord(character)])
     examples = []
     while len(examples) < n:

@@ -1,4 +1,4 @@
-"""Questions about pictures or texts, and where each part of the answer is written."""
+"""Questions about pictures or texts, and the location of each part of the answer."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -9,9 +9,11 @@ from PIL import Image
 
 from hooked_vlm.inputs.images import load_image
 from hooked_vlm.inputs.tiles import TileProcessor
+from hooked_vlm.inputs.vlm_inputs import VLMInputs
+from hooked_vlm.model.vlm import HookedVLM
 
 MARKS = 3
-"""Tokens around a picture at most: its two marks and a line break."""
+"""Most tokens around a picture: its two marks and a line break."""
 Box = tuple[int | float, int | float, int | float, int | float]
 """Half-open (x0, y0, x1, y1) in pixels of the picture."""
 Picture = Image.Image | Path
@@ -19,13 +21,13 @@ Picture = Image.Image | Path
 
 @dataclass(frozen=True, eq=False)
 class Evidence:
-    """A part of the answer, and where it is written."""
+    """A part of the answer and its location."""
 
     start: int
     """The part is answer[start:stop]."""
     stop: int
     image: int
-    """Which of the example's pictures."""
+    """Index into the example's pictures."""
     box: Box
 
 
@@ -35,16 +37,16 @@ class Example:
 
     question: str
     answers: tuple[str, ...]
-    """Any of them is right; the first is the one that evidence is for."""
+    """Accepted answers; `evidence` locates the first."""
     images: tuple[Picture, ...] = ()
     evidence: tuple[Evidence, ...] = ()
     context: str = ""
     """Text in front of the question."""
     answer_at: int | None = None
-    """Where in the context the answer stands, if it is to be looked for there."""
+    """Start of the answer in `context`; None for answers in pictures."""
 
     def __getstate__(self) -> dict[str, Any]:
-        """Sent to another machine, which may not have the files, it carries its pictures along."""
+        """Pickle with the pictures, because another machine may not have their files."""
         return vars(self) | {"images": tuple(load_image(image) for image in self.images)}
 
     @property
@@ -57,7 +59,7 @@ class Example:
 
 
 def coarse(example: Example) -> Example:
-    """The same question with one box around all of the answer, on the page where it starts."""
+    """Replace the evidence by one box around the whole answer, on the page where it starts."""
     if not example.evidence:
         return example
     page = example.evidence[0].image
@@ -67,28 +69,29 @@ def coarse(example: Example) -> Example:
     return replace(example, evidence=(Evidence(0, len(example.answer), page, whole),))
 
 
-def to_inputs(model: Any, examples: Sequence[Example], pixels: int | None) -> Any:
-    """The examples as one batch.
+def to_inputs(model: HookedVLM, examples: Sequence[Example], pixels: int | None) -> VLMInputs:
+    """Batch the examples.
 
-    `pixels` fixes the area of every resized picture; a model that tiles pictures then sees each as one tile,
-    as the paper has it.
+    `pixels` fixes the area of every resized picture; a model that tiles pictures then sees each as one tile, as in the
+    paper.
     """
     prompts = [e.prompt for e in examples]
-    if not any(e.images for e in examples):  # a text-only model can be asked, too
+    if not any(e.images for e in examples):  # works with text-only models, too
         return model.to_inputs(prompts)
     if isinstance(model.image_processor, TileProcessor):
-        bounds = {"max_tiles": None if pixels is None else 1}
+        bounds: dict[str, Any] = {"max_tiles": None if pixels is None else 1}
     else:
         bounds = {"min_pixels": pixels, "max_pixels": pixels}
     return model.to_inputs(prompts, [list(e.images) for e in examples], **bounds)
 
 
-def prompt_length(model: Any, example: Example, pixels: int | None) -> int:
-    """How many tokens the example's prompt has, a few more at most, without preparing its pictures."""
+def prompt_length(model: HookedVLM, example: Example, pixels: int | None) -> int:
+    """Upper bound of the number of tokens of the example's prompt, within a few, without preparing its pictures."""
     text = model.to_inputs(example.prompt).shape[1]
     if not example.images:
         return text
     processor = model.image_processor
+    assert processor is not None  # `check_takes_images`
     if isinstance(processor, TileProcessor) and pixels is not None:
         processor = processor.bounded(1, 1)
     elif pixels is not None:
@@ -104,7 +107,7 @@ def _size(picture: Picture) -> tuple[int, int]:
 
 
 def batches(n_tokens: Sequence[int], tokens_per_batch: int) -> list[list[int]]:
-    """Indices grouped into batches of at most so many tokens, padding counted; rows of like length together."""
+    """Group indices by length into batches of at most `tokens_per_batch` tokens, padding included."""
     groups: list[list[int]] = []
     for i in sorted(range(len(n_tokens)), key=lambda i: n_tokens[i]):
         if not groups or n_tokens[i] * (len(groups[-1]) + 1) > tokens_per_batch:

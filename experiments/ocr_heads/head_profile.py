@@ -1,8 +1,8 @@
-"""Experiment: how sparse OCR heads are, how they differ from retrieval heads, and how steadily they act.
+"""Experiment: sparsity of OCR heads, difference from retrieval heads, activation frequency.
 
 The paper's three findings (papers 1.7 to 1.9): OCR heads are less sparse, qualitatively distinct, and statically
-activated. Both kinds of head are measured with the same granularity, or the third is true by definition: scores of
-single tokens are 0 or 1, so that a head's frequency is its mean.
+activated. Both kinds of head are measured at the same granularity; otherwise the third holds by definition, because
+scores of single tokens are 0 or 1, so that a head's frequency equals its mean.
 """
 
 from collections.abc import Callable
@@ -26,13 +26,13 @@ from hooked_vlm.experiments.ocr_heads.similarity import jaccard, spearman
 from hooked_vlm.experiments.ocr_heads.study import Finding, Study, head_names, head_table
 
 RESAMPLES = 500
-"""Of heads or instances, for intervals."""
+"""Bootstrap resamples of heads or instances."""
 GRANULARITIES: tuple[Granularity, ...] = ("sample", "token")
 RULES: tuple[Literal["active", "inverted"], ...] = ("active", "inverted")
 
 
 def profile(study: Study, config: SelectConfig) -> Finding:
-    """Selection, sparsity, similarity and activation of OCR and retrieval heads."""
+    """Compare OCR and retrieval heads: selection, sparsity, similarity, activation."""
     ocr, retrieval = study.ocr, study.retrieval
     chosen = {"ocr": study.selected(ocr), "retrieval": study.selected(retrieval)}
     both = chosen["ocr"] & chosen["retrieval"]
@@ -49,10 +49,11 @@ def profile(study: Study, config: SelectConfig) -> Finding:
     lines = []
     for kind, where in chosen.items():
         found = [(int(a), int(b)) for a, b in np.argwhere(where)]
-        lines.append(f"{kind} heads: {len(found)} of {where.size}: {head_names(found) or 'none'}")
-    lines.append(f"both: {head_names([(int(a), int(b)) for a, b in np.argwhere(both)]) or 'none'}")
+        name = "OCR" if kind == "ocr" else kind
+        lines.append(f"{name} heads: {len(found)} of {where.size}: {head_names(found) or 'none'}")
+    lines.append(f"both kinds: {head_names([(int(a), int(b)) for a, b in np.argwhere(both)]) or 'none'}")
     width = max(42, similarity["measure"].str.len().max())
-    title = f"similarity of the two kinds ({len(heads)} heads)"
+    title = f"OCR against retrieval scores ({len(heads)} heads)"
     lines += ["", f"  {title:{width}s} value   95% interval     chance  p"]
     for row in each_row(similarity):
         interval = f"{row.low:.3f} to {row.high:.3f}"
@@ -62,26 +63,27 @@ def profile(study: Study, config: SelectConfig) -> Finding:
         name = f"{row.heads}, by {row.granularity}"
         lines.append(f"  {name:32s} {row.pearson:6.3f}  {row.low:.3f} to {row.high:.3f}")
     figures = {
-        "sparsity": (plots.shares(sparsity), "Share of heads in each of the paper's score ranges"),
+        "sparsity": (plots.shares(sparsity), "Share of heads per score range of the paper"),
         "ocr-against-retrieval": (
             plots.scatter(ocr.mean, retrieval.mean, config.threshold),
-            f"Every head's two scores, {len(ocr.instances)} and {len(retrieval.instances)} {ocr.granularity}s",
+            f"Both scores of every head, {len(ocr.instances)} and {len(retrieval.instances)} {ocr.granularity}s",
         ),
         "activation": (
             plots.activation({"OCR": ocr, "retrieval": retrieval}, config.threshold),
-            "Heads by activation frequency (line), with their mean scores (bars), at the same granularity",
+            "Heads by activation frequency (line) with mean scores (bars), at the same granularity",
         ),
     }
     tables = {
-        "heads": (heads, "Both scores of every head", 30),
-        "sparsity": (sparsity, "Heads per score range; published shares beside ours", None),
+        "heads": (heads, "OCR and retrieval score of every head", 30),
+        "sparsity": (sparsity, "Heads per score range, here and published", None),
         "similarity": (similarity, _similarity_caption(config), None),
         "activation": (activation, "Correlation of activation frequency and mean score over heads", None),
     }
     about = [
-        "Chance is the mean over random exchanges: one kind's scores are dealt to other heads or, for the Wasserstein "
-        "distance, to which heads do not matter, the two scores of each head are swapped. p is one-sided: as similar "
-        "(for distances: as different) by chance. Intervals resample heads.",
+        "Chance is the mean over random permutations: one kind's scores are permuted over heads or, for the "
+        "Wasserstein distance, which ignores head identity, the two scores of each head are swapped at random. p is "
+        "one-sided: the share of permutations that are at least as similar (for distances: at least as different). "
+        "Intervals resample heads.",
     ]
     return Finding("Selection, sparsity, difference, activation", lines, about, figures, tables)
 
@@ -90,7 +92,7 @@ def profile(study: Study, config: SelectConfig) -> Finding:
 
 
 def sparsity_table(study: Study) -> pd.DataFrame:
-    """Heads, and their share, in each of the paper's score ranges; the interval of a share resamples instances."""
+    """Number and share of heads per score range of the paper; intervals of shares resample instances."""
     sets = {"OCR": study.ocr, "retrieval": study.retrieval}
     if study.sibling is not None:
         sets["retrieval, text model"] = study.sibling
@@ -116,16 +118,16 @@ def sparsity_table(study: Study) -> pd.DataFrame:
 
 
 def similarity_table(study: Study, config: SelectConfig) -> pd.DataFrame:
-    """Jaccard, rank correlation and distribution distances of OCR and retrieval heads, against chance."""
+    """Jaccard index, rank correlation and distribution distances of OCR and retrieval heads, against chance."""
     pairs = {"": (study.ocr, study.retrieval)}
     if study.sibling is not None and study.sibling.mean.shape == study.ocr.mean.shape:
         pairs[" (text model)"] = (study.ocr, study.sibling)
     rows = []
     for label, (a, b) in pairs.items():
         means = (a.mean.ravel(), b.mean.ravel())
-        asked = [(name, measure, by_head, means) for name, measure, by_head in measures(config.threshold)]
-        asked += [(f"Jaccard, selected ({rule})", jaccard, True, _selected(study, a, b, rule)) for rule in RULES]
-        for name, measure, by_head, (x, y) in asked:
+        compared = [(name, measure, by_head, means) for name, measure, by_head in measures(config.threshold)]
+        compared += [(f"Jaccard, selected ({rule})", jaccard, True, _selected(study, a, b, rule)) for rule in RULES]
+        for name, measure, by_head, (x, y) in compared:
             found = bootstrap(measure, x, y, seed=config.seed, draws=RESAMPLES)
             chance, p = against_chance(measure, x, y, by_head, config.seed, config.permutations)
             rows.append((name + label, found.value, found.low, found.high, chance, p, len(x)))
@@ -136,7 +138,7 @@ Measure = Callable[[np.ndarray, np.ndarray], float]
 
 
 def measures(threshold: float) -> list[tuple[str, Measure, bool]]:
-    """(name, function of the heads' two scores, whether it matters to it which head has which score)."""
+    """List (name, function of the heads' two scores, whether it depends on head identity)."""
 
     def shannon(a: np.ndarray, b: np.ndarray) -> float:
         if not a.sum() or not b.sum():
@@ -155,10 +157,13 @@ def measures(threshold: float) -> list[tuple[str, Measure, bool]]:
 def against_chance(
     measure: Measure, a: np.ndarray, b: np.ndarray, by_head: bool, seed: int, draws: int
 ) -> tuple[float, float]:
-    """(mean, p) of a measure by chance: one kind's scores are dealt to other heads (`by_head`); where only the
-    distributions matter, the two scores of each head are swapped at random.
+    """Permutation mean and p of a measure.
 
-    For a similarity, p is how often chance is at least as similar; for a distance, at least as different.
+    With `by_head`, one kind's scores are permuted over heads; otherwise the two scores of each head are swapped at
+    random. p is the share of permutations with at least the observed similarity (or distance).
+
+    Returns:
+        (mean, p); NaN where the measure is undefined.
     """
     rng = np.random.default_rng([seed, 15])
     observed, found = measure(a, b), []
@@ -186,7 +191,7 @@ def _selected(
 
 
 def activation_table(study: Study) -> pd.DataFrame:
-    """Pearson correlation of activation frequency and mean score over the heads that score at all."""
+    """Pearson correlation of activation frequency and mean score over the heads that score above 0."""
     rows = []
     for name, scores in (("OCR", study.ocr), ("retrieval", study.retrieval)):
         for granularity in GRANULARITIES:
@@ -209,4 +214,4 @@ def _pearson(a: np.ndarray, b: np.ndarray) -> float:
 
 
 def _similarity_caption(config: SelectConfig) -> str:
-    return f"OCR against retrieval scores over all heads; chance from {config.permutations:,} random exchanges"
+    return f"OCR against retrieval scores over all heads; chance from {config.permutations:,} permutations"

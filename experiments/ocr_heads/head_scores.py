@@ -1,4 +1,4 @@
-"""Experiment: every head's OCR score and text retrieval score."""
+"""Experiment: OCR score and text retrieval score of every head."""
 
 import numpy as np
 import pandas as pd
@@ -19,42 +19,43 @@ PAGES_SHOWN = 6
 
 
 def score(study: Study) -> Finding:
-    """The table of all heads, the heatmap, and pages with what the best head looks at."""
-    sibling = study.sibling  # first: hours of scoring should not end at a folder that holds no such model
+    """Report scores as tables and heatmaps, and pages with the tokens the top head attends to."""
+    sibling = study.sibling  # first: a wrong --text-model should fail before hours of scoring
     config, ocr, retrieval = study.config, study.ocr, study.retrieval
-    named = {"ocr": ocr, "retrieval": retrieval}
+    named = {"OCR": ocr, "retrieval": retrieval}
     if sibling is not None:
         named["retrieval in the text model"] = sibling
     tables = {}
     for name, scores in named.items():
-        tables[f"{name} scores".replace(" ", "-")] = (
+        tables[f"{name.lower().replace(' ', '-')}-scores"] = (
             score_table(study, scores),
-            f"{name.capitalize()} score of every head, 95% bootstrap intervals over "
+            f"{name[0].upper() + name[1:]} score of every head, 95% bootstrap intervals over "
             f"{len(scores.instances)} {scores.granularity}s",
             20,
         )
     figures = {
-        f"{name}-heatmap".replace(" ", "-"): (
+        f"{name.lower().replace(' ', '-')}-heatmap": (
             plots.heatmap(scores.mean, study.selected(scores), f"{name} score"),
-            f"{name.capitalize()} score by layer and head, {len(scores.instances)} {scores.granularity}s; "
+            f"{name[0].upper() + name[1:]} score by layer and head, {len(scores.instances)} {scores.granularity}s; "
             "selected heads are framed",
         )
         for name, scores in named.items()
     }
     figures["pages"] = (
         looks(study),
-        "Pages with the boxes of the answer's characters, and the tokens the top head looks at while it reads",
+        "Pages with the boxes of the answer's characters and the tokens the top head attends to most while the model "
+        "reads them",
     )
-    lines = [_asked(study, "ocr", ocr), *_top_lines(study, ocr)]
+    lines = [_answered(study, "OCR", ocr), *_top_lines(study, ocr)]
     for name, scores in list(named.items())[1:]:
-        lines += ["", _asked(study, name, scores), *_top_lines(study, scores, 5)]
+        lines += ["", _answered(study, name, scores), *_top_lines(study, scores, 5)]
     about = [f"Measured by {protocol_name(config.measured_by)}."]
     about += [f"{data.name}: {data.source}, {len(data.examples)} examples." for data in _sets(study)]
     return Finding("Scores", lines, about, figures, tables)
 
 
 def score_table(study: Study, scores: Scores) -> pd.DataFrame:
-    """One row per head: score, interval, activation frequency, output norm, selected; the best first."""
+    """One row per head, top head first: score, interval, activation frequency, output norm, selected."""
     low, high = bootstrap_means(scores.instances, study.config.seed)
     table = head_table(
         {
@@ -71,24 +72,24 @@ def score_table(study: Study, scores: Scores) -> pd.DataFrame:
 
 
 def protocol_name(protocol: Protocol) -> str:
-    """In words."""
+    """Name of a protocol, in words."""
     if protocol == Protocol():
         return "the paper's definition"
     if protocol == OFFICIAL_CODE:
         return "the paper's code (compat)"
-    return "a protocol of its own: see the configuration"
+    return "a custom protocol (see the configuration)"
 
 
 def _sets(study: Study) -> list:
     return [*study.scored(as_text=False), *study.scored(as_text=True)]
 
 
-def _asked(study: Study, name: str, scores: Scores) -> str:
+def _answered(study: Study, name: str, scores: Scores) -> str:
     right = share(scores.right, scores.n_asked)
     what = "pages" if scores.kind == "ocr" else "texts"
     return (
-        f"{name} scores: {scores.n_asked} {what} ({study.config.data}), {right.value:.1%} answered rightly "
-        f"({right.low:.1%} to {right.high:.1%}); {len(scores.instances)} {scores.granularity}s count"
+        f"{name} scores: {scores.n_asked} {what} ({study.config.data}), {right.value:.1%} answered correctly "
+        f"({right.low:.1%} to {right.high:.1%}), {len(scores.instances)} {scores.granularity}s scored"
     )
 
 
@@ -103,16 +104,16 @@ def _top_lines(study: Study, scores: Scores, most: int = 10) -> list[str]:
         mark = f"   {kind} head" if chosen[at] else ""
         name = f"{at[0]}.{at[1]}"
         lines.append(f"  {name:6s}  {mean[at]:.3f}  {low[at]:.3f} to {high[at]:.3f}   {frequency[at]:6.1%}{mark}")
-    rule = f"above it in at least {study.config.min_frequency:.0%} of the {scores.granularity}s"
+    rule = f"score > {threshold:g} in at least {study.config.min_frequency:.0%} of the {scores.granularity}s"
     if study.config.measured_by.frequency_rule == "inverted":
         rule = f"zero in more than {study.config.min_frequency:.0%} of the {scores.granularity}s (the code's rule)"
-    lines.append(f"  {n_chosen} of {mean.size} heads are {kind} heads: mean > {threshold:g}, {rule}")
-    return lines
+    count = f"  {n_chosen} of {mean.size} heads are {kind} heads: mean score > {threshold:g} and {rule}"
+    return [count, *lines]
 
 
 @torch.no_grad()
 def looks(study: Study) -> Figure:
-    """For some pages, the boxes of the tokens the best head looks at while it reads the answer."""
+    """Draw some pages with the boxes of the tokens the top head attends to most while the model reads the answer."""
     model, config = study.model, study.config
     layer, head = ranked(study.ocr.mean)[0]
     shown: list[tuple[Example, list[Box], str]] = []

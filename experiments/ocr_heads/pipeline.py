@@ -1,4 +1,4 @@
-"""From a configuration to a report."""
+"""Run configured experiments and write the report."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -22,8 +22,9 @@ from hooked_vlm.experiments.ocr_heads.head_scores import protocol_name, score
 from hooked_vlm.experiments.ocr_heads.masking import mask
 from hooked_vlm.experiments.ocr_heads.published import compare
 from hooked_vlm.experiments.ocr_heads.scoring import Scores
+from hooked_vlm.experiments.ocr_heads.selection import ranked, select
 from hooked_vlm.experiments.ocr_heads.sink_redistribution import sink
-from hooked_vlm.experiments.ocr_heads.study import Finding, Study
+from hooked_vlm.experiments.ocr_heads.study import Finding, Study, head_names
 from hooked_vlm.model.fingerprints import provenance
 from hooked_vlm.model.vlm import HookedVLM
 from hooked_vlm.runtime.files import writable_folder
@@ -37,12 +38,12 @@ EXPERIMENTS: tuple[tuple[type[ScoreConfig], Callable[[Study, Any], Finding]], ..
     (CaseConfig, case),
     (CompareConfig, compare),
 )
-"""A configuration runs every experiment whose settings it has."""
+"""(configuration, experiment): a run includes every experiment whose configuration it inherits from."""
 
 
 @dataclass(frozen=True, eq=False)
 class OcrHeadsResult:
-    """What a run found, as in its report."""
+    """Scores, findings and report of a run."""
 
     config: ScoreConfig
     scores: dict[str, Scores]
@@ -50,16 +51,16 @@ class OcrHeadsResult:
     findings: Sequence[Finding]
     report: Path
     tokens_per_second: float | None
-    """Of prompts and answers, by all workers; None if all parts were there already."""
+    """Tokens of prompts and answers, all workers together; None if every result was already stored."""
 
     def table(self, name: str) -> Any:
-        """One of the report's tables, whole."""
+        """A table of the report, with all rows."""
         return next(f.tables[name][0] for f in self.findings if name in f.tables)
 
     @property
     def summary(self) -> str:
-        """What the terminal shows."""
-        lines = [f"OCR heads of {self.config.model}, measured by {protocol_name(self.config.measured_by)}"]
+        """Text for the terminal: the answer, then every experiment's lines."""
+        lines = [answer(self.config, self.scores["ocr"])]
         for finding in self.findings:
             lines += ["", finding.heading, *finding.lines]
         speed = "" if self.tokens_per_second is None else f" ({self.tokens_per_second:,.0f} tokens a second)"
@@ -67,31 +68,30 @@ class OcrHeadsResult:
 
 
 def run(config: ScoreConfig, model: HookedVLM | None = None) -> OcrHeadsResult:
-    """Run the experiments that `config` has settings for, and write report.html, figures and tables to `config.out`.
+    """Run the experiments of `config`, and write report.html, figures and tables to `config.out`.
 
-    A run that was interrupted goes on where it stopped.
+    An interrupted run resumes where it stopped.
 
     Args:
         model: a loaded model to use instead of loading `config.model`.
 
     Raises:
-        StudyError: a setting out of range, a data set that is not what it should be, a model that cannot be asked.
+        StudyError: a setting out of range, an unusable data set, or a model without vision tower or tokenizer.
         OutputError: the output folder cannot be written.
-        WorkerError: with --ray, no cluster or workers that keep dying.
+        WorkerError: with --ray, no cluster, or workers that keep dying.
         CheckpointError, InputError, ImageError: see `HookedVLM.from_pretrained` and `to_inputs`.
     """
     config.check()
     writable_folder(config.out)
     study = Study(config, model)
-    config = study.config  # with what "auto" stands for
+    config = study.config  # with "auto" resolved
     with study.workers as workers:
         findings = [experiment(study, config) for kind, experiment in EXPERIMENTS if isinstance(config, kind)]
         scores = {"ocr": study.ocr, "retrieval": study.retrieval}
         device = workers.device
     page = Report(
         f"OCR heads of {config.model}",
-        "Which attention heads read text in images (arXiv 2505.15865); measured by "
-        f"{protocol_name(config.measured_by)}.",
+        f"{answer(config, scores['ocr'])}. Which attention heads read text in images (arXiv 2505.15865)?",
     )
     for finding in findings:
         page.section(finding.heading, *finding.paragraphs)
@@ -104,6 +104,17 @@ def run(config: ScoreConfig, model: HookedVLM | None = None) -> OcrHeadsResult:
     written = page.write(config.out, record)
     speed = workers.size / workers.seconds if workers.seconds else None
     return OcrHeadsResult(config, scores, findings, written, speed)
+
+
+def answer(config: ScoreConfig, ocr: Scores) -> str:
+    """One sentence: the number of OCR heads and the names of the first ten, top head first."""
+    chosen = select(ocr, config.threshold, config.min_frequency, config.measured_by.frequency_rule)
+    heads = [head for head in ranked(ocr.mean) if chosen[head]]
+    names = head_names(heads[:10]) + (", ..." if len(heads) > 10 else "")
+    found = (
+        f"{len(heads)} of {chosen.size} heads of {config.model} are OCR heads by {protocol_name(config.measured_by)}"
+    )
+    return f"{found}: {names}" if heads else found
 
 
 def _data_record(study: Study) -> list[dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""The study's pictures."""
+"""Figures of the study."""
 
 from collections.abc import Mapping, Sequence
 
@@ -18,7 +18,7 @@ INK, PAPER, EVIDENCE, LOOKS = "#222222", "#ffffff", COLOURS[0], COLOURS[1]
 
 
 def heatmap(scores: Float[np.ndarray, "layer head"], selected: Bool[np.ndarray, "layer head"], label: str) -> Figure:
-    """Score of every head; the selected ones are framed."""
+    """Draw the score of every head, selected heads framed."""
     n_layers, n_heads = scores.shape
     figure = new_figure(min(12, 2.6 + 0.42 * n_heads), min(12, 1.6 + 0.36 * n_layers))
     axes = figure.subplots()
@@ -45,7 +45,7 @@ def heatmap(scores: Float[np.ndarray, "layer head"], selected: Bool[np.ndarray, 
 
 
 def sample_pages(examples: Sequence[Example], looks: Sequence[Sequence[Box]], titles: Sequence[str]) -> Figure:
-    """Pages with the evidence boxes, and with the boxes of the tokens the best head looks at."""
+    """Draw pages with the evidence boxes and the boxes of the tokens the top head attends to."""
     columns = min(3, len(examples))
     rows = -(-len(examples) // columns)
     figure = new_figure(4.2 * columns, 4.0 * rows)
@@ -61,12 +61,12 @@ def sample_pages(examples: Sequence[Example], looks: Sequence[Sequence[Box]], ti
             _frame(axes, box, LOOKS, "--")
         axes.set_title(title, fontsize=9)
         axes.set_axis_off()
-    figure.supxlabel("blue: where the answer is written · orange, dashed: where the top head looks", fontsize=9)
+    figure.supxlabel("blue: the answer · orange, dashed: argmax of the top head's attention", fontsize=9)
     return figure
 
 
 def shares(table: pd.DataFrame) -> Figure:
-    """Share of heads per score range, one group of bars for each set of heads (a `sparsity_table`)."""
+    """Draw the share of heads per score range, one bar for each set of heads (a `sparsity_table`)."""
     sets, ranges = list(dict.fromkeys(table["heads"])), list(dict.fromkeys(table["score range"]))
     figure = new_figure(9, 1.2 + 0.4 * len(sets))
     axes = figure.subplots()
@@ -84,7 +84,7 @@ def shares(table: pd.DataFrame) -> Figure:
 def scatter(
     ocr: Float[np.ndarray, "layer head"], retrieval: Float[np.ndarray, "layer head"], threshold: float
 ) -> Figure:
-    """Both scores of every head; those above the threshold in either are named."""
+    """Scatter both scores of every head; heads above the threshold in either are named."""
     figure = new_figure(5, 4.4)
     axes = figure.subplots()
     axes.scatter(ocr, retrieval, s=18, color=COLOURS[0], alpha=0.7)
@@ -100,7 +100,7 @@ def scatter(
 
 
 def activation(kinds: Mapping[str, Scores], threshold: float, most: int = 100) -> Figure:
-    """Heads by activation frequency: the frequency as a line, the mean score as bars."""
+    """Draw heads by activation frequency: frequency as a line, mean score as bars."""
     figure = new_figure(5 * len(kinds), 3.2)
     for axes, (name, scores) in zip(figure.subplots(1, len(kinds), squeeze=False)[0], kinds.items(), strict=True):
         frequency, mean = scores.frequency(threshold).ravel(), scores.mean.ravel()
@@ -115,7 +115,7 @@ def activation(kinds: Mapping[str, Scores], threshold: float, most: int = 100) -
 
 
 def bars(summary: pd.DataFrame) -> Figure:
-    """One panel per task: every condition's metric with its interval (`summarize`)."""
+    """Draw every condition's metric with its interval, one panel per task (`summarize`)."""
     tasks = list(dict.fromkeys(summary["task"]))
     conditions = list(dict.fromkeys(summary["condition"]))
     figure = new_figure(2.2 + 2.4 * len(tasks), 1.2 + 0.32 * len(conditions))
@@ -131,7 +131,7 @@ def bars(summary: pd.DataFrame) -> Figure:
 
 
 def over_beta(summary: pd.DataFrame) -> Figure:
-    """One panel per task: the change against the unmodified model, sample by sample, for every kind of heads."""
+    """Draw the change against the unmodified model by beta, one panel per task, one line per kind of heads."""
     tasks = list(dict.fromkeys(summary["task"]))
     figure = new_figure(1.0 + 3.0 * len(tasks), 3.2)
     panels = figure.subplots(1, len(tasks), squeeze=False)[0]
@@ -145,13 +145,13 @@ def over_beta(summary: pd.DataFrame) -> Figure:
             axes.plot(betas, part["change"], marker="o", markersize=3, color=_colour(kind), label=kind)
         axes.axhline(0, color=INK, linewidth=0.8)
         metric, n = own["metric"].iloc[0], own["n"].iloc[0]
-        axes.set(title=f"{task}, n = {n}", xlabel="beta: what the sink keeps", ylabel=f"change of {metric}")
+        axes.set(title=f"{task}, n = {n}", xlabel="beta: share the sink keeps", ylabel=f"change of {metric}")
     panels[0].legend(fontsize=8)
     return figure
 
 
 def grid(values: Float[np.ndarray, "row column"], rows: Sequence[str], columns: Sequence[str], label: str) -> Figure:
-    """A table of numbers as colours."""
+    """Draw a matrix as colours."""
     figure = new_figure(2.0 + 0.4 * len(columns), 1.4 + 0.22 * len(rows))
     axes = figure.subplots()
     image = axes.imshow(values, vmin=0, vmax=max(1e-9, float(values.max())), cmap=SEQUENTIAL, aspect="auto")

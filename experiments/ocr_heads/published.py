@@ -1,6 +1,6 @@
-"""The head lists and the sparsity table published with the paper, and how a run's heads compare with them.
+"""Head lists and sparsity table published with the paper, and their comparison with a run's heads.
 
-`published.json` names its source. Lists are decoded from figures, so a head's score is known by its range only.
+`published.json` names its source. The lists are decoded from figures, so only the range of a head's score is known.
 """
 
 import json
@@ -21,31 +21,31 @@ from hooked_vlm.experiments.ocr_heads.similarity import jaccard, spearman
 from hooked_vlm.experiments.ocr_heads.study import Finding, Study
 
 RANGES = ("[0, 0.01)", "[0.01, 0.1]", "(0.1, 0.3]", "(0.3, 0.5]", "(0.5, 1]")
-"""The paper's score ranges."""
+"""Score ranges of the paper."""
 _UPPER = np.array([0.01, 0.1, 0.3, 0.5, 1.0])
 
 
 def published_models() -> dict[str, dict[str, Any]]:
-    """The published record of each of the paper's models."""
+    """Published records by model name."""
     text = resources.files(str(__package__)).joinpath("published.json").read_text(encoding="utf-8")
     return json.loads(text)["models"]
 
 
 def published_for(model_name: str) -> dict[str, Any] | None:
-    """The record of a model, by the last part of its name or path; None if there is none."""
+    """Published record of a model, by the last part of its name or path; None if there is none."""
     wanted = PurePosixPath(model_name.replace("\\", "/")).name.lower()
     found = published_models().items()
     return next((m | {"name": name} for name, m in found if name.split("/")[1].lower() == wanted), None)
 
 
 def per_range(scores: Float[np.ndarray, "layer head"]) -> dict[str, int]:
-    """Heads in each of the paper's score ranges."""
+    """Number of heads per score range of the paper."""
     at = np.where(scores < 0.01, 0, np.searchsorted(_UPPER, scores.clip(0.01, 1.0), side="left").clip(1))
     return {name: int((at == i).sum()) for i, name in enumerate(RANGES)}
 
 
 def compare(study: Study, config: CompareConfig) -> Finding:
-    """Overlap, rank correlation and counts per range, for OCR and retrieval heads; the published table otherwise."""
+    """Compare OCR and retrieval heads with the published lists, or with the published table if there is no list."""
     record = published_for(config.model)
     shape = study.ocr.mean.shape
     if record is None or shape != (record["n_layers"], record["n_heads"]):
@@ -60,7 +60,7 @@ def compare(study: Study, config: CompareConfig) -> Finding:
     count_table = pd.DataFrame(counts, columns=["heads", "score range", "published", "here"])
     overlap_table = pd.DataFrame(overlap, columns=["heads", "measure", "value", "low", "high", "n"])
     lines = [
-        f"against the heads published for {record['name']}",
+        f"comparison with the heads published for {record['name']}",
         "  heads       measure                                  value  95% interval    n",
     ]
     lines += [
@@ -70,18 +70,22 @@ def compare(study: Study, config: CompareConfig) -> Finding:
     lines += ["  heads       score range    published   here"]
     lines += [f"  {r[1]:10s}  {r[2]:12s}  {r[3]:9d}  {r[4]:5d}" for r in count_table.itertuples()]
     tables = {
-        "published-overlap": (overlap_table, "Our heads against the published lists", None),
+        "published-overlap": (overlap_table, "Agreement with the published lists", None),
         "published-counts": (count_table, "Heads per score range, published and here", None),
     }
-    about = ["Published scores are known by their range only; ranks are those of ranges. The published retrieval "
-             "heads were found with the code's protocol (--compat)."]  # fmt: skip
+    about = ["Only the ranges of published scores are known, so published ranks are ranks of ranges. The published "
+             "retrieval heads were found with the code's protocol (--compat)."]  # fmt: skip
     return Finding("Comparison with the published heads", lines, about, {}, tables)
 
 
 def overlap_rows(
     scores: Scores, groups: dict[str, list[list[int]]], seed: int
 ) -> list[tuple[str, float, float, float, int]]:
-    """(measure, value, low, high, n) of scores against published lists {score range: heads}."""
+    """Compare scores with published lists {score range: heads}.
+
+    Returns:
+        (measure, value, low, high, n) rows.
+    """
     theirs = np.zeros(scores.mean.shape)
     for name, heads in groups.items():
         for layer, head in heads:
@@ -102,17 +106,17 @@ def overlap_rows(
 
 
 def _only_published(study: Study, config: CompareConfig) -> Finding:
-    """For a model the paper does not have: its own shares beside the published ones."""
+    """Compare shares per score range with the paper's models, for a model that is not among them."""
     here = per_range(study.ocr.mean)
     rows = [(config.model, "OCR", *(here[name] / study.ocr.mean.size * 100 for name in RANGES))]
     for name, record in published_models().items():
         for kind, label in (("ocr", "OCR"), ("retrieval_text_model", f"retrieval, {record['text_model']}")):
             rows.append((name, label, *record["percent_per_range"][kind]))
     table = pd.DataFrame(rows, columns=["model", "heads", *RANGES])
-    lines = [f"no heads are published for {config.model}; percent of heads per score range beside the paper's models"]
+    lines = [f"no heads are published for {config.model}; percent of heads per score range, with the paper's models:"]
     lines += ["  " + f"{'model':28s} {'heads':38s}" + "".join(f"{name:>12s}" for name in RANGES)]
     lines += [
         f"  {row[0].split('/')[-1]:28s} {row[1]:38s}" + "".join(f"{value:12.2f}" for value in row[2:]) for row in rows
     ]
-    caption = "Percent of heads in each score range; all but the first row as published"
+    caption = "Percent of heads per score range; all rows but the first as published"
     return Finding("Comparison with the published heads", lines, [], {}, {"published": (table, caption, None)})

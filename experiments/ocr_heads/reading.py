@@ -1,8 +1,8 @@
-"""Reading: what a model answers, and where its heads look while it does.
+"""Replies of a model, and the argmax of its heads' attention while it generates them.
 
-A model that knows the answer says it and stops. So the answer is put behind the prompt first: where greedy decoding
-would have given just that, this one pass stands for generation and for reading the attention rows. Only the other
-examples are generated token by token. Nothing of size tokens x tokens is made.
+A model that knows the answer generates it and stops. So the expected answer is appended to the prompt first: where
+greedy decoding predicts exactly this answer, the one pass replaces generation and gives the attention rows. Only the
+other examples are generated token by token. No tensor of size tokens x tokens is made.
 """
 
 from collections.abc import Callable, Sequence
@@ -17,52 +17,53 @@ from torch import Tensor
 from hooked_vlm.analysis.rows import attention_rows
 from hooked_vlm.experiments.ocr_heads.examples import Example, to_inputs
 from hooked_vlm.inputs.vlm_inputs import VLMInputs
+from hooked_vlm.model.vlm import HookedVLM
 from hooked_vlm.nn.attention import Attention
 from hooked_vlm.nn.weight_access import is_plain
 
 
 @dataclass(frozen=True, eq=False)
 class Copy:
-    """One token to look at."""
+    """A token that a head may have copied."""
 
     position: int | None
-    """Whose attention row counts; None if the token was not generated."""
+    """Position of the attention row; None if the token was not generated."""
     weight: float
-    """What a hit counts."""
+    """Weight of a hit."""
     evidence: tuple[int, ...]
-    """Positions of the tokens it may be read from."""
+    """Positions of the tokens it may be copied from."""
     token: bool = True
-    """Whether it stands for a token of the answer (one of the instances of a score by token)."""
+    """Whether it is a token of the answer (an instance of a score by token)."""
 
 
 Ask = Callable[[VLMInputs, int, Example, list[int]], list[Copy]]
-"""(prompts and replies, row, example, reply) -> what to look at. The reply begins at `stop[row] - len(reply)`."""
+"""(prompts and replies, row, example, reply) -> tokens to score. The reply begins at `stop[row] - len(reply)`."""
 
 
 @dataclass(frozen=True, eq=False)
 class Reading:
-    """What was found of one example."""
+    """Reply to one example, and the heads' hits."""
 
     reply: list[int]
     copies: list[Copy]
     hits: Bool[np.ndarray, "copy layer head"]
-    """Whether a head's strongest attention lies on the evidence."""
+    """Whether the argmax of a head's attention is on the evidence."""
     norms: Float[np.ndarray, "layer head"]
-    """Mean norm of what a head adds to the residual stream, over the prompt's real positions."""
+    """Mean norm of a head's output in the residual stream, over the prompt's positions without padding."""
 
 
 def read(
-    model: Any,
+    model: HookedVLM,
     examples: Sequence[Example],
     ask: Ask,
     pixels: int | None,
     new_tokens: int,
     keys: Literal["all", "prompt"] = "all",
 ) -> list[Reading]:
-    """Answer a batch of examples and look where `ask` says.
+    """Answer a batch of examples and score the tokens that `ask` selects.
 
     Args:
-        keys: where the argmax is taken: over all keys, or over the prompt but its last token.
+        keys: keys of the argmax: all, or the prompt without its last token.
     """
     inputs = to_inputs(model, examples, pixels)
     if inputs.has_visuals:
@@ -79,9 +80,9 @@ def read(
 
 
 def _expected(
-    model: Any, inputs: VLMInputs, examples: Sequence[Example], ask: Ask, new_tokens: int, keys: str
+    model: HookedVLM, inputs: VLMInputs, examples: Sequence[Example], ask: Ask, new_tokens: int, keys: str
 ) -> list[Reading | None]:
-    """What generation would have found where it would have said the answer and stopped; None elsewhere."""
+    """Readings of the examples whose greedy reply is exactly the expected answer; None for the others."""
     stops = list(model.cfg.eos_token_ids)
     answers = [model.tokenizer(e.answer, add_special_tokens=False)["input_ids"] for e in examples]
     longest = max(map(len, answers))
@@ -90,22 +91,22 @@ def _expected(
     found = _look(model, inputs, examples, [[*answer, stops[0]] for answer in answers], ask, keys)
     readings: list[Reading | None] = []
     for answer, (reading, predicted) in zip(answers, found, strict=True):
-        said = predicted[:-1] == answer and predicted[-1] in stops
-        readings.append(Reading(answer, reading.copies, reading.hits, reading.norms) if said else None)
+        as_expected = predicted[:-1] == answer and predicted[-1] in stops
+        readings.append(Reading(answer, reading.copies, reading.hits, reading.norms) if as_expected else None)
     return readings
 
 
 def _look(
-    model: Any, inputs: VLMInputs, examples: Sequence[Example], replies: list[list[int]], ask: Ask, keys: str
+    model: HookedVLM, inputs: VLMInputs, examples: Sequence[Example], replies: list[list[int]], ask: Ask, keys: str
 ) -> list[tuple[Reading, list[int]]]:
-    """One pass over prompts and replies; with each reading, what greedy decoding gives in the reply's place."""
+    """Run one pass over prompts and replies: each example's reading, and the greedy prediction of its reply."""
     continued = inputs.append([torch.tensor(reply, dtype=torch.long) for reply in replies])
     copies = [ask(continued, row, example, replies[row]) for row, example in enumerate(examples)]
     hits, norms, predicted = _hits(model, continued, inputs.shape[1], copies, [len(r) for r in replies], keys)
     return [(Reading(replies[row], copies[row], hits[row], norms[row]), predicted[row]) for row in range(len(examples))]
 
 
-def reply_tokens(model: Any, row: Tensor) -> list[int]:
+def reply_tokens(model: HookedVLM, row: Tensor) -> list[int]:
     """Generated ids up to the first stop token."""
     stops = set(model.cfg.eos_token_ids)
     ids = row.tolist()
@@ -113,20 +114,19 @@ def reply_tokens(model: Any, row: Tensor) -> list[int]:
 
 
 def _hits(
-    model: Any,
+    model: HookedVLM,
     inputs: VLMInputs,
     n_prompt: int,
     copies: list[list[Copy]],
     n_reply: list[int],
     keys: str,
 ) -> tuple[list[Bool[np.ndarray, "copy layer head"]], Float[np.ndarray, "row layer head"], list[list[int]]]:
-    """For every copy, which heads' argmax lies in its evidence; the heads' output norms on the prompts; the likeliest
-    token where each token of a reply was produced."""
-    asked = [[copy.position for copy in own if copy.position is not None] for own in copies]
-    width = max(1, *map(len, asked))
-    # spare columns hold a harmless query
+    """Hits of every copy (heads whose argmax is in its evidence), output norms on the prompts, greedy predictions."""
+    queries = [[copy.position for copy in own if copy.position is not None] for own in copies]
+    width = max(1, *map(len, queries))
+    # the last position fills unused columns
     positions = torch.tensor(
-        [own + [stop - 1] * (width - len(own)) for own, stop in zip(asked, inputs.stop, strict=True)]
+        [own + [stop - 1] * (width - len(own)) for own, stop in zip(queries, inputs.stop, strict=True)]
     )
     last_key = n_prompt - 1 if keys == "prompt" else inputs.shape[1]
     norms: dict[int, Tensor] = {}
@@ -164,8 +164,10 @@ def _hits(
 
 
 def _output_norm(z: Tensor, attn: Attention, where: Int[Tensor, "batch pos"]) -> Float[Tensor, "batch head"]:
-    """Mean over the positions marked in `where` of the norm of z W_O per head, made without [pos, head, d_model] where
-    the output matrix can be read."""
+    """Mean norm of z W_O per head over the positions marked in `where`.
+
+    Makes no [pos, head, d_model] tensor if the output projection is a plain linear layer.
+    """
     if is_plain(attn.o_proj):
         gram = torch.einsum("hdm,hem->hde", attn.W_O.float(), attn.W_O.float())
         norms = torch.einsum("bphd,hde,bphe->bph", z.float(), gram, z.float()).clamp_min(0).sqrt()

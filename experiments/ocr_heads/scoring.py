@@ -1,14 +1,14 @@
-"""Two scores of every head: does it look at what is being read, in an image (OCR) or in a text (retrieval)?
+"""OCR score and text retrieval score of every head.
 
-OCR score (papers 1.3 to 1.6): the share of the answer's tokens at which the head's strongest attention lies on an image
-token that holds the character. Text retrieval score (Wu et al., arXiv 2404.15574; papers part 3): the share of the
-needle's tokens that are generated while the head's strongest attention lies on that token in the needle.
+OCR score (papers 1.3 to 1.6): share of the answer's tokens at which the argmax of the head's attention is an image
+token that contains the character. Text retrieval score (Wu et al., arXiv 2404.15574; papers part 3): share of the
+needle's tokens that are generated while the argmax of the head's attention is that token in the needle.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import pandas as pd
@@ -17,29 +17,30 @@ from jaxtyping import Float
 from hooked_vlm.errors import StudyError
 from hooked_vlm.experiments.ocr_heads.answers import is_right, rouge_1_recall
 from hooked_vlm.experiments.ocr_heads.config import Granularity, Protocol
-from hooked_vlm.experiments.ocr_heads.examples import Example
+from hooked_vlm.experiments.ocr_heads.examples import Evidence, Example
 from hooked_vlm.experiments.ocr_heads.reading import Copy, Reading, read
 from hooked_vlm.inputs.vlm_inputs import VLMInputs
+from hooked_vlm.model.vlm import HookedVLM
 
 MIN_ROUGE = 0.5
-"""A retrieval counts if the reply holds more than this share of the answer's words (Wu et al.)."""
+"""A retrieval counts if the reply contains more than this share of the answer's words (Wu et al.)."""
 
 
 @dataclass(frozen=True, eq=False)
 class Scores:
-    """Every head's score in every sample and at every answer token."""
+    """Scores of every head, by sample and by answer token."""
 
     kind: Literal["ocr", "retrieval"]
     samples: Float[np.ndarray, "sample layer head"]
     tokens: Float[np.ndarray, "token layer head"]
     output_norm: Float[np.ndarray, "layer head"]
-    """Mean norm of what a head adds to the residual stream, over the prompts' real positions."""
+    """Mean norm of a head's output in the residual stream, over the prompts' positions without padding."""
     right: int
-    """How many examples the model answered rightly ..."""
+    """Number of examples answered correctly."""
     n_asked: int
-    """... of so many."""
+    """Number of examples."""
     granularity: Granularity = "sample"
-    """What `mean` and `frequency` are taken over."""
+    """Instances of `mean` and `frequency`."""
 
     @property
     def instances(self) -> Float[np.ndarray, "instance layer head"]:
@@ -55,7 +56,7 @@ class Scores:
 
 
 def score_batch(
-    model: Any,
+    model: HookedVLM,
     kind: Literal["ocr", "retrieval"],
     examples: Sequence[Example],
     protocol: Protocol,
@@ -63,8 +64,12 @@ def score_batch(
     new_tokens: int,
     exact: bool,
 ) -> pd.DataFrame:
-    """One row per example: reply, right, its score (`sample`, empty where it does not count), those of its tokens
-    (`tokens`), and the heads' output norms; arrays are flattened [.., layer, head]."""
+    """Score a batch of examples.
+
+    Returns:
+        One row per example: `reply`, `right`, `sample` (the example's scores, empty if it does not count), `tokens`
+        (scores of its tokens), `norms` (the heads' output norms); arrays are flattened [.., layer, head].
+    """
     if kind == "ocr":
         ask = partial(find_copies, model, protocol=protocol)
     elif protocol.retrieval == "same_token":
@@ -93,7 +98,7 @@ def score_batch(
 def gather(
     kind: Literal["ocr", "retrieval"], table: pd.DataFrame, shape: tuple[int, int], granularity: Granularity
 ) -> Scores:
-    """The scores of all examples."""
+    """Collect the scores of all examples, given as rows of `score_batch`."""
 
     def stacked(column: str) -> np.ndarray:
         return np.concatenate([np.asarray(v, dtype=np.float64) for v in table[column]]).reshape(-1, *shape)
@@ -112,7 +117,7 @@ def gather(
 def _values(
     reading: Reading, kind: str, protocol: Protocol
 ) -> tuple[Float[np.ndarray, "layer head"] | None, Float[np.ndarray, "token layer head"]]:
-    """An example's own score, and those of its answer's tokens."""
+    """Scores of an example, and scores of its answer's tokens."""
     weights = np.array([copy.weight for copy in reading.copies])
     values = reading.hits * weights[:, None, None]
     if kind == "retrieval":
@@ -122,13 +127,13 @@ def _values(
     return (values[counted].mean(0) if any(counted) else None), values[counted]
 
 
-# ---------------------------------------------------------------- where to look: images
+# ---------------------------------------------------------------- evidence in images
 
 
 def find_copies(
-    model: Any, inputs: VLMInputs, row: int, example: Example, reply: list[int], *, protocol: Protocol
+    model: HookedVLM, inputs: VLMInputs, row: int, example: Example, reply: list[int], *, protocol: Protocol
 ) -> list[Copy]:
-    """The answer's tokens in the reply, each with its evidence.
+    """Find the answer's tokens in the reply, each with its evidence.
 
     `inputs` are prompt and reply; the reply starts at `inputs.stop[row] - len(reply)`.
     """
@@ -142,9 +147,9 @@ def find_copies(
     coarse = len(boxes) == 1 and (boxes[0][0].start, boxes[0][0].stop) == (0, len(example.answer))
     if protocol.matching == "in_order":
         places = [n for n, token in enumerate(reply) if token in set(answer)]
-        asked = min((e.start for e, _ in boxes), default=0)
-        places = places[sum(b <= asked for _, b in spans) :]  # the first box is that of the first of them
-        if coarse:  # one box around everything: every place is held against it
+        first = min((e.start for e, _ in boxes), default=0)
+        places = places[sum(b <= first for _, b in spans) :]  # so that the first box belongs to the first of them
+        if coarse:  # one box around the whole answer serves every place
             boxes = boxes * max(1, len(places))
         return [
             Copy(start + places[i] + shift if i < len(places) else None, weight, evidence)
@@ -154,8 +159,8 @@ def find_copies(
     for i, (a, b) in enumerate(spans):
         own = [tokens for e, tokens in boxes if e.start < b and a < e.stop]
         if not own:
-            continue  # white space, or a character that is not asked about
-        evidence = {t for tokens in own for t in tokens}  # none where no token holds enough of a large box
+            continue  # white space, or a character without a box
+        evidence = {t for tokens in own for t in tokens}  # empty if no token contains enough of a large box
         generated = in_answer <= i < in_answer + run
         position = start + in_reply + i - in_answer + shift if generated else None
         copies.append(Copy(position, weight, tuple(sorted(evidence))))
@@ -163,7 +168,7 @@ def find_copies(
 
 
 def longest_run(a: Sequence[int], b: Sequence[int]) -> tuple[int, int, int]:
-    """The longest run of equal tokens in both: where it starts in `a` and in `b`, and its length."""
+    """Longest common run of tokens: its start in `a`, its start in `b`, its length."""
     best = (0, 0, 0)
     lengths = [0] * (len(b) + 1)
     for i, token in enumerate(a):
@@ -177,8 +182,8 @@ def longest_run(a: Sequence[int], b: Sequence[int]) -> tuple[int, int, int]:
     return best
 
 
-def _tokens_of(inputs: VLMInputs, row: int, evidence: Any, protocol: Protocol) -> tuple[int, ...]:
-    """Positions of the image tokens that hold enough of an evidence box."""
+def _tokens_of(inputs: VLMInputs, row: int, evidence: Evidence, protocol: Protocol) -> tuple[int, ...]:
+    """Positions of the image tokens that contain enough of an evidence box."""
     images = [v for v in inputs.visuals if v.row == row]
     visual = images[evidence.image]
     grid = inputs.image_grid(visual.index)
@@ -186,14 +191,14 @@ def _tokens_of(inputs: VLMInputs, row: int, evidence: Any, protocol: Protocol) -
     return tuple(visual.start + i for i in found)
 
 
-# ---------------------------------------------------------------- where to look: text
+# ---------------------------------------------------------------- evidence in text
 
 
-def find_retrievals(model: Any, inputs: VLMInputs, row: int, example: Example, reply: list[int]) -> list[Copy]:
-    """Every generated token that stands in the needle: a head copies it if it looks at it there.
+def find_retrievals(model: HookedVLM, inputs: VLMInputs, row: int, example: Example, reply: list[int]) -> list[Copy]:
+    """Find the generated tokens that occur in the needle, where a head may copy them from.
 
-    Each counts one over the needle's length. Instances by token are the needle's: those of the longest run that the
-    reply shares with it, and the others as not copied.
+    Each has the weight one over the needle's length. Instances by token are the needle's tokens: those of the longest
+    run that the reply shares with it; the others count as not copied.
     """
     needle = needle_positions(model, inputs, row, example, len(reply))
     tokens = inputs.tokens[row].tolist()
@@ -209,30 +214,32 @@ def find_retrievals(model: Any, inputs: VLMInputs, row: int, example: Example, r
     return copies
 
 
-def same_tokens(model: Any, inputs: VLMInputs, row: int, example: Example, reply: list[int]) -> list[Copy]:
-    """As the published code has it: every token, of prompt or reply, whose id is one of the answer's; a head scores if
-    it looks at the same id anywhere in the prompt."""
+def same_tokens(model: HookedVLM, inputs: VLMInputs, row: int, example: Example, reply: list[int]) -> list[Copy]:
+    """Find every token of prompt or reply whose id is one of the answer's, as the published code does.
+
+    A head scores if it attends most to the same id anywhere in the prompt.
+    """
     answer = set(model.tokenizer(example.answer, add_special_tokens=False)["input_ids"])
     tokens, first, stop = inputs.tokens[row].tolist(), inputs.first[row], inputs.stop[row]
     prompt = range(first, stop - len(reply) - 1)
-    asked = [i for i in range(first, stop) if tokens[i] in answer]
-    return [Copy(i, 1 / len(asked), tuple(j for j in prompt if tokens[j] == tokens[i])) for i in asked]
+    queries = [i for i in range(first, stop) if tokens[i] in answer]
+    return [Copy(i, 1 / len(queries), tuple(j for j in prompt if tokens[j] == tokens[i])) for i in queries]
 
 
-def needle_positions(model: Any, inputs: VLMInputs, row: int, example: Example, n_reply: int) -> list[int]:
-    """Positions of the tokens in which the answer stands in the text.
+def needle_positions(model: HookedVLM, inputs: VLMInputs, row: int, example: Example, n_reply: int) -> list[int]:
+    """Positions of the answer's tokens in the text.
 
     Raises:
-        StudyError: the answer's place is not known, or its text is not where it should be.
+        StudyError: the answer's position is unknown, or the tokenizer reports no offsets.
     """
     if example.answer_at is None:
-        raise StudyError("a text without the place of its answer has no retrieval score")
+        raise StudyError("a retrieval score needs `answer_at`, the answer's position in the context; got None")
     text = model.chat_text(example.prompt)
     encoded = model.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
     first, stop = inputs.first[row], inputs.stop[row] - n_reply
     if encoded["input_ids"] != inputs.tokens[row, first:stop].tolist():
         raise StudyError(
-            f"this tokenizer does not say where the words of a prompt lie: {type(model.tokenizer).__name__}"
+            f"retrieval scores need a tokenizer that reports offsets; {type(model.tokenizer).__name__} does not"
         )
     begin = text.index(example.prompt) + example.answer_at
     end = begin + len(example.answer)

@@ -1,4 +1,4 @@
-"""Which heads are OCR or retrieval heads: the mean score and the activation frequency (papers 1.6)."""
+"""Selection of OCR and retrieval heads by mean score and activation frequency (papers 1.6)."""
 
 from collections.abc import Sequence
 from typing import Literal
@@ -13,11 +13,10 @@ from hooked_vlm.interventions import Head
 def select(
     scores: Scores, threshold: float, min_frequency: float, rule: Literal["active", "inverted"]
 ) -> Bool[np.ndarray, "layer head"]:
-    """Heads whose mean score passes the threshold and that are active often enough.
+    """Select heads whose mean score is above the threshold and that are active often enough.
 
-    "active": the score is above the threshold in at least `min_frequency` of the instances, as the paper
-    says. "inverted": as its code does, heads that are non-zero in at least 1 - `min_frequency` of the
-    instances are dropped, and nothing else is asked.
+    "active" (the paper): the score is above the threshold in at least `min_frequency` of the instances. "inverted" (its
+    code): heads that are non-zero in at least 1 - `min_frequency` of the instances are dropped.
     """
     above = scores.mean > threshold
     if rule == "inverted":
@@ -26,6 +25,6 @@ def select(
 
 
 def ranked(scores: Float[np.ndarray, "layer head"]) -> list[Head]:
-    """Heads from the highest score to the lowest; ties in order of layer and head."""
+    """Heads by descending score; ties in order of layer and head."""
     order: Sequence[int] = np.argsort(-scores, axis=None, kind="stable").tolist()
     return [divmod(i, scores.shape[1]) for i in order]

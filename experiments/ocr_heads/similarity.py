@@ -1,4 +1,4 @@
-"""How alike two sets or two scorings of the same heads are; NaN where that has no answer."""
+"""Similarity of two sets or two scorings of the same heads; NaN where it is undefined."""
 
 from typing import Any
 
@@ -7,7 +7,7 @@ from scipy import stats
 
 
 def jaccard(a: np.ndarray, b: np.ndarray) -> float:
-    """Shared members of two sets, given as True and False for each head, as a share of all members."""
+    """Jaccard index of two sets, given as one boolean per head."""
     together = (a | b).sum()
     return float((a & b).sum() / together) if together else np.nan
 

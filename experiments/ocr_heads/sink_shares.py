@@ -1,7 +1,6 @@
-"""How much attention the first token gets: what sink redistribution has to give away."""
+"""Attention on the first token: the amount that sink redistribution can redistribute."""
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -15,16 +14,17 @@ from hooked_vlm.experiments.ocr_heads.data.tasks import QATask
 from hooked_vlm.experiments.ocr_heads.examples import Example, to_inputs
 from hooked_vlm.experiments.ocr_heads.study import Study, head_table
 from hooked_vlm.interventions import Head
+from hooked_vlm.model.vlm import HookedVLM
 
 QUERIES = 64
-"""Positions of a prompt whose attention is read, evenly spread, the last one included and the first left out: it sees
-nothing but itself."""
+"""Positions of a prompt whose attention is measured: evenly spread, with the last, without the first, which only sees
+itself."""
 PLACES = ("where the answer begins", "over the prompt")
-"""The last position alone, and the mean over all `QUERIES`, of which early ones see few tokens but the first."""
+"""The last position alone, and the mean over all `QUERIES` (early ones see few other tokens than the first)."""
 
 
 def sink_attention(study: Study, tasks: Sequence[QATask]) -> Float[np.ndarray, "sample place layer head"]:
-    """The share of its attention that every head gives the first token, for each sample of the tasks, in `PLACES`."""
+    """Share of each head's attention on the first token, for each sample of the tasks, in `PLACES`."""
     model, found = study.model, []
     for task in tasks:
         units = []
@@ -44,15 +44,15 @@ def sink_attention(study: Study, tasks: Sequence[QATask]) -> Float[np.ndarray, "
     return np.stack([np.asarray(s, dtype=np.float64) for s in pd.concat(found)["shares"]]).reshape(shape)
 
 
-def shares_of(model: Any, examples: Sequence[Example], pixels: int | None) -> pd.DataFrame:
+def shares_of(model: HookedVLM, examples: Sequence[Example], pixels: int | None) -> pd.DataFrame:
     """`first_token_shares` as a column."""
     return pd.DataFrame({"shares": [shares.ravel() for shares in first_token_shares(model, examples, pixels)]})
 
 
 def first_token_shares(
-    model: Any, examples: Sequence[Example], pixels: int | None
+    model: HookedVLM, examples: Sequence[Example], pixels: int | None
 ) -> Float[np.ndarray, "sample place layer head"]:
-    """The attention on each prompt's first token, in `PLACES`."""
+    """Attention on each prompt's first token, in `PLACES`."""
     inputs = to_inputs(model, examples, pixels)
     spans = list(zip(inputs.first, inputs.stop, strict=True))
     positions = np.stack([np.linspace(first + 1, stop - 1, QUERIES).round().astype(int) for first, stop in spans])
@@ -66,7 +66,7 @@ def first_token_shares(
 
 
 def sink_table(shares: Float[np.ndarray, "sample place layer head"], seed: int) -> pd.DataFrame:
-    """One row per head: mean share of its attention on the first token, 95% interval over samples; the most first."""
+    """One row per head, largest first: mean share of its attention on the first token, 95% interval over samples."""
     low, high = bootstrap_means(shares, seed)
     values = {}
     for i, place in enumerate(PLACES):
@@ -78,6 +78,6 @@ def sink_table(shares: Float[np.ndarray, "sample place layer head"], seed: int) 
 def share_of(
     heads: Sequence[Head], shares: Float[np.ndarray, "sample place layer head"], place: str, seed: int
 ) -> Estimate:
-    """The mean over some heads, with its interval over samples."""
+    """Mean over some heads, with its interval over samples."""
     here = shares[:, PLACES.index(place)]
     return bootstrap_mean(np.mean([here[:, layer, head] for layer, head in heads], axis=0), seed)

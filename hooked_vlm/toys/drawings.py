@@ -71,10 +71,12 @@ def _colour(rng: np.random.Generator, low: int, high: int) -> tuple[int, int, in
 
 
 def draw_object(rng: np.random.Generator, name: str, size: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
-    """One object, filled or outlined, of any colour, size, place and tilt, as uint8 [height, width, 3].
+    """Draw one object, filled or outlined, of random colour, size, position and tilt, on clutter.
 
-    The clutter behind it is thin strokes, dots, a few characters and grain: never another object. Also where the
-    object lies, bool [height, width], the inside of an outline included.
+    The clutter is thin strokes, dots, a few characters and grain, never another object.
+
+    Returns:
+        (pixels, mask): uint8 [height, width, 3], and bool [height, width], True on the object and inside its outline.
     """
     width, height = size
     light = rng.random() < 0.7

@@ -1,7 +1,7 @@
-"""Synthetic pages, texts and drawings that the toy models learn from and are measured on.
+"""Synthetic pages, texts and drawings for training and evaluating the toy models.
 
-Everything is drawn from the generator that is passed in: no global state, no files, and no import
-heavier than numpy and Pillow, so that experiments and tests can make pages without loading a model.
+All randomness comes from the generator argument; nothing heavier than numpy and Pillow is imported, so experiments and
+tests can make pages without loading a model.
 Boxes are half-open pixel boxes ``(x0, y0, x1, y1)`` around a character's ink.
 """
 
@@ -44,7 +44,7 @@ def question_for(key: str) -> str:
 
 
 def line_question_for(key: str) -> str:
-    """Training only: the answer repeats the key before the value, which makes the line easier to find."""
+    """Question for a whole line (training only); its answer repeats the key, which makes the line easier to find."""
     return f"What is the text of {key}?"
 
 
@@ -63,7 +63,7 @@ class Line:
 
     @property
     def value_box(self) -> Box:
-        """The smallest box around the whole value (the 'word' box)."""
+        """Smallest box around the value."""
         return union(self.value_boxes)
 
 
@@ -144,7 +144,7 @@ def text_width(text: str, size: int, tracking: int) -> int:
 
 
 def draw_text(coverage: np.ndarray, x: int, baseline: int, text: str, size: int, tracking: int) -> list[Box]:
-    """Adds ``text`` to the coverage [height, width]; returns one ink box per character (spaces too)."""
+    """Draw ``text`` into the coverage [height, width] and return one ink box per character, spaces included."""
     boxes = []
     for char in text:
         ink, dx, dy, advance = glyph(char, size)
@@ -158,7 +158,7 @@ def draw_text(coverage: np.ndarray, x: int, baseline: int, text: str, size: int,
 
 
 def paint(rng: np.random.Generator, coverage: np.ndarray) -> np.ndarray:
-    """Coverage to uint8 pixels [height, width, 3]: dark ink on light paper, shades and grain vary."""
+    """Turn coverage into uint8 pixels [height, width, 3]: dark ink on light paper, with random shades and grain."""
     paper = rng.integers(175, 256) + rng.integers(-15, 16, size=3)
     ink = rng.integers(0, 90) + rng.integers(-20, 21, size=3)
     pixels = paper + (ink - paper) * coverage[..., None]
@@ -183,7 +183,7 @@ def random_lines(
     value_length: int = VALUE_LENGTH,
     decoys: float = 0.0,
 ) -> tuple[Line, ...]:
-    """Lines with distinct two-letter keys and random values.
+    """Make lines with distinct two-letter keys and random values.
 
     A share ``decoys`` of the lines has a character, not its last, from the start of another line's value: who goes
     on from the answer's first character alone then reads the wrong line (training only).
@@ -211,7 +211,7 @@ def make_page(
     lines: Sequence[Line] | None = None,
     font_size: int | None = None,
 ) -> Page:
-    """A page of ``size`` (width, height) with 1 to 6 lines; font, spacing, place and shades vary.
+    """Render a page of ``size`` (width, height) with 1 to 6 lines; font size, spacing, position and shades are random.
 
     ``lines`` renders given keys and values instead of random ones.
     """
@@ -242,7 +242,7 @@ def make_page(
 def make_strip(
     rng: np.random.Generator, text: str | None = None, size: tuple[int, int] = PAGE_SIZE
 ) -> tuple[np.ndarray, str, tuple[Box, ...]]:
-    """One short line of random characters anywhere on a page: pixels, text, character boxes."""
+    """Render one short line of random characters anywhere on a page: pixels, text, character boxes."""
     width, height = size
     if text is None:
         longest = min(8, (width - 6) // 11)
@@ -264,7 +264,7 @@ def make_strip(
 def dialogue(
     rng: np.random.Generator, lines: Sequence[Line], asked: Sequence[int], echo: float, separator: str
 ) -> Turns:
-    """Questions for the ``asked`` lines; a share ``echo`` of them for the whole line."""
+    """Make questions for the ``asked`` lines; a share ``echo`` of them asks for the whole line."""
     turns = []
     for index in asked:
         line = lines[index]
@@ -327,7 +327,7 @@ def transcription_sample(rng: np.random.Generator, size: tuple[int, int] = PAGE_
 
 
 def full_page_sample(rng: np.random.Generator, n_lines: int, size: tuple[int, int] = PAGE_SIZE) -> Sample:
-    """Transcription of a whole page: the densest supervision of reading there is (training only)."""
+    """Make a transcription of a whole page, the densest supervision of reading (training only)."""
     page = make_page(rng, n_lines, size)
     return Sample("transcription", ((TRANSCRIPTION_PROMPT, page.text),), page.pixels, page)
 

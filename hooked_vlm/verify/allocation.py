@@ -1,4 +1,4 @@
-"""How many bytes of tensors are alive while some code runs, on any device, the meta device included."""
+"""Bytes of tensors that are alive while code runs, on any device including the meta device."""
 
 import weakref
 from typing import Any
@@ -9,7 +9,7 @@ from torch.utils._pytree import tree_map_only
 
 
 class Allocations(TorchDispatchMode):
-    """Counts the storages that operations make, and when they are freed.
+    """Count the storages that operations allocate and free.
 
         with Allocations() as made:
             model(inputs)
@@ -22,7 +22,7 @@ class Allocations(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.alive = 0
-        """Bytes of storages made and not yet freed."""
+        """Bytes of storages allocated and not yet freed."""
         self.peak = 0
         """Bytes, the largest `alive`."""
         self._made: set[int] = set()

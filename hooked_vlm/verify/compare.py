@@ -1,4 +1,4 @@
-"""Forward passes of both models over the same inputs, and how far they lie apart."""
+"""Forward passes of both models over the same inputs, and their differences."""
 
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -20,11 +20,11 @@ TOLERANCE = 1e-4
 PATTERN_TOLERANCE = 2e-5
 PIXEL_TOLERANCE = 1e-6
 RATIO = 1.1
-"""In low precision: our error may be so many times the reference's own."""
+"""Largest accepted ratio of our error to the reference's, in low precision."""
 REPEATS = 3
 
 Key = tuple[str, int | None]
-"""What is compared, and in which layer."""
+"""Compared quantity and layer."""
 
 
 def our_tensors(model: Any, inputs: VLMInputs) -> Iterator[tuple[Key, Tensor]]:
@@ -75,7 +75,7 @@ def their_tensors(reference: Reference, inputs: VLMInputs, attentions: bool) -> 
 
 @torch.no_grad()
 def differences(model: Any, reference: Reference, asked: Sequence[VLMInputs]) -> list[Row]:
-    """The largest absolute difference of each tensor over all inputs, in the order of the forward pass."""
+    """Largest absolute difference of each tensor over all inputs, in the order of the forward pass."""
     worst: dict[Key, tuple[float, float]] = {}
     for inputs in asked:
         theirs = their_tensors(reference, inputs, attentions=True)
@@ -160,7 +160,7 @@ def pixels(model: Any, processor: Callable[[Any], Any], asked: Sequence[Prompt])
 
 @contextmanager
 def attention(reference: Reference, kernel: str) -> Iterator[None]:
-    """The reference with another attention for the length of a `with` block."""
+    """Switch the reference's attention implementation within a `with` block."""
     reference.model.set_attn_implementation(kernel)
     try:
         yield
@@ -170,7 +170,7 @@ def attention(reference: Reference, kernel: str) -> Iterator[None]:
 
 @torch.no_grad()
 def cost(model: Any, reference: Reference, inputs: VLMInputs) -> list[Row]:
-    """Time (the best of three) and peak memory beyond the weights of a forward pass, fused kernels in both."""
+    """Time (best of three) and peak memory beyond the weights of a forward pass, fused kernels in both."""
     batch = reference.batch(inputs)
 
     def ours() -> Tensor:

@@ -1,4 +1,4 @@
-"""What both libraries are asked: a few prompts with pictures that are drawn here."""
+"""Prompts and drawn pictures for comparing both libraries."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -9,9 +9,9 @@ from PIL import Image, ImageDraw, ImageFont
 from hooked_vlm.inputs.vlm_inputs import VLMInputs
 
 MOST_TOKENS = 256
-"""Of a picture that is seen whole; passes are to be short, even on a CPU."""
+"""Largest area of a picture that is not tiled; small, so that passes are short on a CPU."""
 MOST_TILES = 2
-"""Of a picture that is cut into tiles, its thumbnail not counted."""
+"""Most tiles of a picture, without its thumbnail."""
 LINES = ("INVOICE 20417", "paper   12.50", "ink     31.99", "total   44.49")
 
 
@@ -25,7 +25,7 @@ class Prompt:
 
 
 def prompts(seed: int = 0) -> list[Prompt]:
-    """Text alone, a page of text, a wide picture, a transparent one, and two pictures of different sizes."""
+    """Prompts: text alone, a page of text, a wide picture, a transparent one, and two pictures of different sizes."""
     page, wide, transparent = page_of_text(), wide_picture(seed), transparent_picture()
     return [
         Prompt("text only", "Name three colours of the rainbow."),
@@ -37,7 +37,7 @@ def prompts(seed: int = 0) -> list[Prompt]:
 
 
 def page_of_text() -> Image.Image:
-    """A receipt in black on white, 240 x 200 pixels."""
+    """Draw a receipt in black on white, 240 x 200 pixels."""
     page = Image.new("RGB", (240, 200), "white")
     for row, line in enumerate(LINES):
         ImageDraw.Draw(page).text((16, 16 + 44 * row), line, fill="black", font=ImageFont.load_default(26))
@@ -45,20 +45,20 @@ def page_of_text() -> Image.Image:
 
 
 def wide_picture(seed: int) -> Image.Image:
-    """Blocks of random colours, 420 x 90 pixels."""
+    """Draw blocks of random colours, 420 x 90 pixels."""
     colours = np.random.default_rng(seed).integers(0, 256, (3, 14, 3), dtype=np.uint8)
     return Image.fromarray(colours.repeat(30, axis=0).repeat(30, axis=1))
 
 
 def transparent_picture() -> Image.Image:
-    """A half transparent ring on nothing, 150 x 150 pixels."""
+    """Draw a half-transparent ring on a transparent background, 150 x 150 pixels."""
     picture = Image.new("RGBA", (150, 150), (0, 0, 0, 0))
     ImageDraw.Draw(picture).ellipse((20, 20, 130, 130), fill=(200, 30, 60, 128), outline=(0, 0, 120, 255), width=12)
     return picture
 
 
 def inputs_for(model: Any, prompt: Prompt) -> VLMInputs:
-    """A prompt as the model takes it, its pictures bounded; a model without a conversation template gets bare text."""
+    """Inputs of a prompt, with bounded pictures; a model without a conversation template gets bare text."""
     tokenizer, processor = model.tokenizer, model.image_processor
     chat = bool(getattr(tokenizer, "chat_template", None)) or model.cfg.chat_template is not None
     bounds: dict[str, Any] = {}

@@ -1,4 +1,4 @@
-"""A checkpoint here and in `transformers`: what is loaded, compared and recorded."""
+"""Load a checkpoint here and in `transformers`, compare, and record the result."""
 
 import copy
 import json
@@ -24,7 +24,7 @@ from hooked_vlm.verify.reference import Reference, reference_for, reference_proc
 from hooked_vlm.verify.result import Row, Verification
 
 LONGEST_PROMPT = 2048
-"""Tokens, for the memory that is asked for before anything is loaded."""
+"""Tokens assumed for the memory estimate before loading."""
 
 
 def verify(config: VerifyConfig) -> Verification:
@@ -42,7 +42,7 @@ def verify(config: VerifyConfig) -> Verification:
     dtype: torch.dtype = getattr(torch, config.dtype)
     model = HookedVLM.from_pretrained(config.model, device=config.device, dtype=dtype)
     if model.tokenizer is None:
-        raise InputError(f"{config.model} has no tokenizer, so it cannot be asked anything")
+        raise InputError(f"{config.model} has no tokenizer, which the prompts need: verify a folder with a tokenizer")
     reference = reference_for(model, folder)
     _say(config, f"reference: {reference.description}\n")
     found = compare(model, reference, folder, config)
@@ -53,7 +53,7 @@ def verify(config: VerifyConfig) -> Verification:
 
 
 def compare(model: Any, reference: Reference, folder: Path, config: VerifyConfig) -> Verification:
-    """All comparisons of two loaded models; `folder` holds the checkpoint's image settings."""
+    """Run all comparisons of two loaded models; `folder` has the checkpoint's image settings."""
     asked = prompts(config.seed)
     if model.cfg.vision is None:
         asked = [prompt for prompt in asked if not prompt.pictures]
@@ -83,7 +83,7 @@ def compare(model: Any, reference: Reference, folder: Path, config: VerifyConfig
 
 
 def room_for_both(config: VerifyConfig) -> str:
-    """What both models will need, said before anything is loaded.
+    """Memory that both models need, reported before loading.
 
     Raises:
         InputError: it is more than is free.
@@ -106,7 +106,7 @@ def room_for_both(config: VerifyConfig) -> str:
 
 
 def _exact_dtype(model: Any) -> torch.dtype:
-    """The best precision that a third copy of the model fits in."""
+    """Highest precision in which a third copy of the model fits."""
     fits = 1.2 * _bytes_in(model, torch.float64) < free_memory(model.cfg.device)
     return torch.float64 if fits else torch.float32
 

@@ -247,7 +247,7 @@ def test_random_orders_are_measured_one_by_one() -> None:
     ranked = {("attribution", 0): np.array([0, 1]), ("random", 0): np.array([0, 1]), ("random", 1): np.array([1, 0])}
     frame = shares(measure_curves(lambda kept: kept[:, 0].astype(float), ranked))
     table = measures_of_all({"a": frame}, ["attribution", "random"]).set_index("ranking")
-    assert table["k both at 0.8"].to_dict() == {"attribution": 1.0, "random": 1.5}
+    assert table["heads needed for 0.8 of both"].to_dict() == {"attribution": 1.0, "random": 1.5}
     assert table["faithfulness area"].to_dict() == {"attribution": 0.75, "random": 0.5}
     assert mean_curve(frame, "random", "faithfulness").tolist() == [0.0, 0.5, 1.0]
 
@@ -299,7 +299,7 @@ def test_single_heads_are_ablated_and_kept_one_by_one(toy: str) -> None:
 def test_text_behind_the_image_is_shared_out_between_the_groups(toy: str) -> None:
     probe = probe_of(toy)
     groups = text_groups(probe)
-    assert set(groups) == {"closing marks", "question", "role", "final"}
+    assert set(groups) == {"closing marks", "question", "assistant header", "final"}
     assert sorted(p for members in groups.values() for p in members) == list(probe.text)
     asked = [probe.case.inputs.tokens[0, p].item() for p in groups["question"]]
     assert str(probe.model.to_string(asked)).strip() == NAMING_PROMPT
@@ -407,22 +407,22 @@ def pair_causes(rng: np.random.Generator, n: int = 24) -> dict[str, np.ndarray]:
     names = np.arange(n) % 4
     words, looks = rng.normal(size=(4, 3))[names], rng.normal(size=(n, 6))
     same = (names[:, None] == names[None]).astype(float)
-    return {"same name": same, "names alike": cosine(words), "pictures alike": cosine(looks)}
+    return {"same name": same, "name similarity": cosine(words), "picture similarity": cosine(looks)}
 
 
 def test_partial_correlations_are_those_of_residuals() -> None:
     rng = np.random.default_rng(5)
     causes = pair_causes(rng)
-    similarity = 0.5 * causes["same name"] + 0.2 * causes["pictures alike"]
+    similarity = 0.5 * causes["same name"] + 0.2 * causes["picture similarity"]
     noise = rng.normal(size=similarity.shape)
     similarity = similarity + 0.3 * (noise + noise.T)
     upper = np.triu_indices(len(similarity), 1)
-    y, a, b = (square[upper] for square in (similarity, causes["same name"], causes["pictures alike"]))
+    y, a, b = (square[upper] for square in (similarity, causes["same name"], causes["picture similarity"]))
     residuals = [v - LinearRegression().fit(b[:, None], v).predict(b[:, None]) for v in (y, a)]
-    found = partial_correlation(similarity, causes["same name"], [causes["pictures alike"]])
+    found = partial_correlation(similarity, causes["same name"], [causes["picture similarity"]])
     assert found == pytest.approx(np.corrcoef(*residuals)[0, 1])
     assert partial_correlation(similarity, causes["same name"], []) == pytest.approx(np.corrcoef(y, a)[0, 1])
-    assert np.isnan(partial_correlation(similarity, np.ones_like(similarity), [causes["pictures alike"]]))
+    assert np.isnan(partial_correlation(similarity, np.ones_like(similarity), [causes["picture similarity"]]))
     twice = np.full(len(similarity), 2)
     assert partial_correlation(similarity, causes["same name"], [], twice) == pytest.approx(np.corrcoef(y, a)[0, 1])
 
@@ -433,8 +433,8 @@ def test_the_planted_cause_is_found_and_the_other_is_not() -> None:
     centres = rng.normal(size=(4, 16))
     vectors = centres[np.arange(24) % 4] + 0.5 * rng.normal(size=(24, 16))
     table = explained(cosine(vectors), causes, seed=0, draws=200)
-    by_cause: Any = table.set_index(["cause", "held fixed"])
-    same, looks = ("same name", "pictures alike"), ("pictures alike", "same name, names alike")
+    by_cause: Any = table.set_index(["cause", "controlled for"])
+    same, looks = ("same name", "picture similarity"), ("picture similarity", "same name, name similarity")
     assert by_cause["p"][same] == pytest.approx(1 / 201) and by_cause["low"][same] > 0.5
     assert by_cause["p"][looks] > 0.05
     assert set(table["images"]) == {24} and set(table["pairs"]) == {276}
@@ -613,9 +613,13 @@ def test_attribution_foretells_and_needs_fewer_heads_than_other_rankings(name: s
     config = Curves(out=tmp_path, samples=8, held_out=0.25, bootstrap=20, random_rankings=1, quiet=True)
     result = run(config, bundled(name))
     found = result.findings
-    assert found["answered rightly"].value >= 0.8
+    assert found["answered correctly"].value >= 0.8
     assert found["held-out Pearson"].low >= 0.9
-    needed = {key.split(", ")[1]: value.value for key, value in found.items() if key.startswith("k both at 0.8")}
+    needed = {
+        key.split(", ")[1]: value.value
+        for key, value in found.items()
+        if key.startswith("heads needed for 0.8 of both")
+    }
     assert needed["head attribution"] < needed["single-head ablation"]
     assert needed["head attribution"] < needed["attention to the image"]
     assert needed["head attribution"] < needed["random"]

@@ -136,7 +136,7 @@ def evaluate(config: EvaluationConfig) -> dict:
 LABELS = {f"page{n}": f"pages of {n} line{'s' * (n > 1)}" for n in range(1, data.MAX_LINES + 1)} | {
     "page": "pages of 1 to 6 lines, mean",
     "wide": "wide pages (two tiles and a thumbnail)",
-    "text": "the same as text",
+    "text": "pages as text",
     "transcription": "transcription of a line",
     "naming": "naming the object",
 }

@@ -1,3 +1,3 @@
-"""What the study asks: pages and texts with an answer in them, and the tasks that masking is measured on."""
+"""Data of the study: pages and texts that contain an answer, and the tasks for masking."""
 
 __all__: list[str] = []

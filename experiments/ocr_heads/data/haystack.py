@@ -1,6 +1,6 @@
-"""Passkeys and needles in haystacks: the paper's data sets where the hub can be reached, ours otherwise.
+"""Passkeys and needles in haystacks: the paper's data sets from the hub, or synthetic ones where it is unreachable.
 
-Both give the same kind of item; a run's config.json says which it used.
+Both give the same kind of item; a run's run.json records which it used.
 """
 
 import socket
@@ -23,7 +23,7 @@ HUB, SYNTHETIC = "the paper's data set, from the hub", "synthetic (the hub canno
 
 @dataclass(frozen=True)
 class HaystackItem:
-    """A context with the answer in it, and the question."""
+    """A context that contains the answer, and the question."""
 
     context: str
     question: str
@@ -32,7 +32,14 @@ class HaystackItem:
 
 
 def passkey_items(seed: int, n: int, lengths: Sequence[int]) -> tuple[list[HaystackItem], str]:
-    """`n` contexts of about the given numbers of tokens, each with one pass key of five digits."""
+    """Make `n` contexts of about the given numbers of tokens, each with one pass key of five digits.
+
+    Returns:
+        (items, source in words).
+
+    Raises:
+        StudyError: the hub's data set has no contexts of these lengths.
+    """
     rows = from_hub(PASSKEY_DATASET, None, "train")
     if rows is None:
         rng = np.random.default_rng([seed, 2])
@@ -52,7 +59,14 @@ def passkey_items(seed: int, n: int, lengths: Sequence[int]) -> tuple[list[Hayst
 
 
 def niah_items(seed: int, n: int, lengths: Sequence[int]) -> tuple[list[HaystackItem], str]:
-    """`n` contexts of the given numbers of characters with one sentence hidden at a random place."""
+    """Make `n` contexts of the given numbers of characters with one sentence hidden at a random position.
+
+    Returns:
+        (items, source in words).
+
+    Raises:
+        StudyError: the hub's data set has no English needles.
+    """
     texts = from_hub(NEEDLE_DATASET, "en_haystack_texts", "test")
     needles = from_hub(NEEDLE_DATASET, "retrieval_needles", "test")
     rng = np.random.default_rng([seed, 3])
@@ -63,8 +77,8 @@ def niah_items(seed: int, n: int, lengths: Sequence[int]) -> tuple[list[Haystack
         # the English needles are the rows from 191 on (the paper's code)
         rows = [needles[int(i)] for i in np.sort(rng.permutation(np.arange(191, len(needles)))[:n])]
         if not rows:
-            raise StudyError(f"{NEEDLE_DATASET} has {len(needles)} needles, English ones from 191 on are expected")
-        # there are fewer than 200: like the paper, larger sets hide them again, in other texts
+            raise StudyError(f"{NEEDLE_DATASET} has {len(needles)} needles; English ones are expected from row 191 on")
+        # fewer than 200: as in the paper, larger sets hide them again in other texts
         made = [
             (row["needle"], row["retrieval_question"], row["arg2"]) for row in (rows[i % len(rows)] for i in range(n))
         ]
@@ -83,11 +97,11 @@ def niah_items(seed: int, n: int, lengths: Sequence[int]) -> tuple[list[Haystack
 
 
 def from_hub(name: str, subset: str | None, split: str) -> Any:
-    """A data set's split, from the hub or from its local cache; None where neither has it."""
+    """Load a split of a data set from the hub or its local cache; None if neither has it."""
     from datasets import config, load_dataset  # slow to import, and needed by this function only
 
     was_offline = config.HF_HUB_OFFLINE
-    # without a network the client would knock again and again for most of a minute
+    # without a network the client would retry for most of a minute
     config.HF_HUB_OFFLINE = was_offline or not _has_network()
     try:
         return load_dataset(name, subset, split=split)

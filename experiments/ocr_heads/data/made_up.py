@@ -1,4 +1,4 @@
-"""Documents and passages made up here, with the fields of the data sets they stand in for."""
+"""Synthetic documents and passages, with the fields of the data sets they replace."""
 
 import numpy as np
 
@@ -23,7 +23,7 @@ PEOPLE = ("Anna Berg", "Tomas Reyl", "Ida Morn", "Peter Vask", "Lena Holt", "Jon
 
 
 def documents(seed: int, n: int, pages: int) -> list[Example]:
-    """Forms of five lines `field: value` among prose, one a page; one field of one page is asked for."""
+    """Make forms with lines `field: value` between sentences, one per page; the question is about one field."""
     rng = np.random.default_rng([seed, 11, pages])
     examples = []
     for _ in range(n):
@@ -54,7 +54,7 @@ def _value(rng: np.random.Generator, field: str) -> str:
 
 
 def single_facts(seed: int, n: int, distractors: int) -> list[Example]:
-    """Passages about towns; one holds the answer (the fields of open-domain question answering)."""
+    """Make passages about towns, one of which contains the answer (as in open-domain question answering)."""
     rng = np.random.default_rng([seed, 12])
     examples = []
     for _ in range(n):
@@ -71,7 +71,7 @@ def single_facts(seed: int, n: int, distractors: int) -> list[Example]:
 
 
 def two_facts(seed: int, n: int, distractors: int) -> list[Example]:
-    """Passages of which two together hold the answer: who somebody is, and where that one comes from."""
+    """Make passages of which two together contain the answer: a town's mayor, and that person's birthplace."""
     rng = np.random.default_rng([seed, 13])
     examples = []
     for _ in range(n):

@@ -1,4 +1,4 @@
-"""Text rendered as the pages of the OCR-heads paper, with the box of every character span asked for.
+"""Render text as the pages of the OCR-heads paper, with boxes of character spans.
 
 As published (arXiv 2505.15865 and its code): lines of at most 50 characters, 15 lines a page, a margin of 15
 pixels, black on white in Pillow's built-in font, each page as wide as its widest line, stored as JPEG. A box
@@ -19,14 +19,14 @@ CHARACTERS_PER_LINE, LINES_PER_PAGE, MARGIN = 50, 15, 15
 
 @dataclass(frozen=True)
 class PageLine:
-    """A line as drawn, and where its first character stands in the text."""
+    """A line as drawn, and the position of its first character in the text."""
 
     text: str
     start: int
 
 
 def wrap(text: str) -> list[PageLine]:
-    """The text in lines; `text[line.start:]` begins with `line.text` (white space counts as spaces)."""
+    """Break text into lines; `text[line.start:]` begins with `line.text` (white space counts as spaces)."""
     lines = []
     offset = 0
     for raw in text.split("\n"):
@@ -41,7 +41,7 @@ def wrap(text: str) -> list[PageLine]:
 
 
 def render(lines: Sequence[PageLine]) -> list[Image.Image]:
-    """The pages, one image for every 15 lines."""
+    """Render pages, one image for every 15 lines."""
     font = ImageFont.load_default()
     pages = []
     for at in range(0, len(lines), LINES_PER_PAGE):
@@ -58,7 +58,7 @@ def render(lines: Sequence[PageLine]) -> list[Image.Image]:
 
 
 def evidence_of(lines: Sequence[PageLine], answer_start: int, parts: Sequence[tuple[int, int]]) -> tuple[Evidence, ...]:
-    """The boxes of parts of an answer that stands in the text at `answer_start`.
+    """Find the boxes of parts of an answer that starts in the text at `answer_start`.
 
     A part broken over two lines gets a box on each.
     """

@@ -20,5 +20,5 @@ def about_passages(passages: Sequence[str], question: str, answers: Sequence[str
 
 
 def shuffled(rng: np.random.Generator, passages: Sequence[str]) -> list[str]:
-    """The passages in another order."""
+    """Shuffle the passages."""
     return [passages[int(i)] for i in rng.permutation(len(passages))]

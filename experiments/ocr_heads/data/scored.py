@@ -1,4 +1,4 @@
-"""The pages heads are scored on, and the same content as text: toy pages, passkeys, needles in haystacks."""
+"""Pages that heads are scored on, and the same content as text: toy pages, passkeys, needles in haystacks."""
 
 import re
 from collections.abc import Sequence
@@ -22,7 +22,7 @@ PASSKEY_QUESTION = "What is the pass key?"
 def scored_sets(
     folder: Path, names: Sequence[str], as_text: bool, seed: int, n: int, lengths: Sequence[int]
 ) -> list[DataSet]:
-    """Data sets with `n` examples together: as pages, or with the same content as text."""
+    """Load or build data sets with `n` examples in total, as pages or as text."""
     sets = []
     for position, name in enumerate(names):
         share = max(1, n // len(names) + (position < n % len(names)))
@@ -38,7 +38,7 @@ def scored_sets(
 
 
 def toy_pages(seed: int, n: int, as_text: bool = False) -> list[Example]:
-    """Pages of one to six lines `key = value`, with a question for one value; or the same lines as text."""
+    """Make pages of one to six lines `key = value` with a question about one value, or the same lines as text."""
     rng = np.random.default_rng([seed, 0])
     examples = []
     for _ in range(n):
@@ -57,11 +57,15 @@ def toy_pages(seed: int, n: int, as_text: bool = False) -> list[Example]:
 
 
 def passkey_pages(seed: int, n: int, lengths: Sequence[int], as_text: bool = False) -> tuple[list[Example], str]:
-    """The paper's image passkey: "The pass key is N." somewhere in filler text. Also says where it came from."""
+    """Make the paper's image passkeys ("The pass key is N." in filler text).
+
+    Returns:
+        (examples, source in words).
+    """
     items, source = passkey_items(seed, n, lengths)
     examples = []
     for item in items:
-        # the needle's second statement is deleted, so that the number stands on the page once
+        # the needle's second statement is deleted, so that the number occurs once
         text = item.context.replace(f"{item.answer} is the pass key.", "")
         digits = [(i, i + 1) for i in range(len(item.answer))]
         examples.append(_example(PASSKEY_QUESTION, item.answer, text, digits, as_text))
@@ -69,7 +73,7 @@ def passkey_pages(seed: int, n: int, lengths: Sequence[int], as_text: bool = Fal
 
 
 def single_characters(seed: int, n: int, characters: Sequence[str], length: int) -> tuple[list[Example], str]:
-    """The paper's case study: passkey pages whose key is one character, `n` for each character."""
+    """Make the paper's case study: passkey pages whose key is one character, `n` per character."""
     items, source = passkey_items(seed, n, (length,))
     examples = []
     for character in characters:
@@ -83,7 +87,7 @@ def single_characters(seed: int, n: int, characters: Sequence[str], length: int)
 
 
 def niah_pages(seed: int, n: int, lengths: Sequence[int], as_text: bool = False) -> tuple[list[Example], str]:
-    """The paper's image needle in a haystack: a fact somewhere in unrelated prose."""
+    """Make the paper's image needles in a haystack: a fact in unrelated prose."""
     items, source = niah_items(seed, n, lengths)
     examples = []
     for item in items:
@@ -99,7 +103,7 @@ def _example(
     if at is None:
         at = text.find(answer)
     if at < 0:
-        raise StudyError(f"the answer {answer!r} is not in the text of its page: the data set is not what is expected")
+        raise StudyError(f"the answer {answer!r} does not occur on its page: expected a passkey or needle data set")
     if as_text:
         return Example(f"Question: {question}", (answer,), context=f"{text}\n", answer_at=at)
     lines = wrap(text)

@@ -1,6 +1,6 @@
-"""Data sets built once into a folder, with a manifest that says what they are, and read from there.
+"""Data sets that are built once into a folder with a manifest, and read from there.
 
-<folder>/<name>-<hash of what it was built from>/manifest.json, examples.jsonl, images/00000-0.png ...
+<folder>/<name>-<hash of the settings>/manifest.json, examples.jsonl, images/00000-0.png ...
 """
 
 import hashlib
@@ -20,32 +20,32 @@ from hooked_vlm.experiments.ocr_heads.examples import Evidence, Example
 from hooked_vlm.runtime.files import why
 
 FORMAT = 1
-"""Raised when the same settings would give other examples."""
+"""To be incremented when the same settings give other examples."""
 
 
 @dataclass(frozen=True, eq=False)
 class DataSet:
-    """Examples, and where they come from."""
+    """Examples and their source."""
 
     name: str
     examples: list[Example]
     source: str
     """In words: a hub data set, or synthetic."""
     digest: str
-    """Stands for the content."""
+    """Hash of the content."""
 
 
 def load_or_build(
     folder: Path, name: str, settings: Mapping[str, Any], build: Callable[[], tuple[Sequence[Example], str]]
 ) -> DataSet:
-    """The data set of these settings from the folder, built into it if it is not there.
+    """Read the data set of these settings from the folder, or build it there.
 
     Args:
-        settings: all that decides the content: seed, number, lengths.
-        build: the examples, and their source in words.
+        settings: everything the content depends on: seed, number, lengths.
+        build: returns the examples and their source in words.
 
     Raises:
-        StudyError: files of a data set that were changed since.
+        StudyError: files of the data set were changed or damaged.
         OutputError: the folder cannot be written.
     """
     key = json.dumps({"name": name, "format": FORMAT, **settings}, sort_keys=True)
@@ -77,7 +77,7 @@ def _write(place: Path, name: str, settings: dict[str, Any], examples: Sequence[
             (made / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
             if (place / "manifest.json").exists():
                 return  # another process was faster, and may be reading it
-            if place.exists():  # without a manifest: not ours to keep
+            if place.exists():  # without a manifest: incomplete
                 shutil.rmtree(place)
             made.rename(place)
     except OSError as error:
@@ -106,14 +106,14 @@ def _read(place: Path, name: str) -> DataSet:
     try:
         manifest = json.loads((place / "manifest.json").read_text(encoding="utf-8"))
         hashes, source = manifest["sha256"], manifest["source"]
-        # no name leads out of the folder, and nothing that examples are made of goes without its hash
+        # no name may lead out of the folder, and every file of the examples needs a hash
         if missing := sorted({"examples.jsonl", *hashes} - {str(f.relative_to(place)) for f in place.rglob("*")}):
             raise ValueError(f"{missing[0]} is not in the folder")
         changed = [file for file, digest in hashes.items() if _hash(place / file) != digest]
         records = [json.loads(line) for line in (place / "examples.jsonl").read_text(encoding="utf-8").splitlines()]
         examples = [_example(place, record, hashes) for record in records]
         if "examples.jsonl" not in hashes or not isinstance(source, str):
-            raise ValueError("the manifest does not say what examples.jsonl was, or where it came from")
+            raise ValueError("the manifest lacks the hash of examples.jsonl or the source")
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise StudyError(
             f"the data set in {place} is damaged ({error}): delete the folder to build it again"
@@ -135,7 +135,7 @@ def _example(place: Path, record: Mapping[str, Any], hashes: Mapping[str, str]) 
     if not all(isinstance(n, int | float) for n in numbers) or any(len(e["box"]) != 4 for e in record["evidence"]):
         raise TypeError("evidence is a span of characters and a box in a picture")
     if at is not None and not isinstance(at, int):
-        raise TypeError("answer_at is a place in the context")
+        raise TypeError("answer_at is a position in the context")
     return Example(
         record["question"],
         tuple(record["answers"]),

@@ -1,7 +1,7 @@
-"""What masking is measured on: documents, passages, passkeys, and the toy models' own tasks.
+"""Tasks for masking: documents, passages, passkeys, and the toy models' tasks.
 
-Documents and passages are the paper's data sets where they can be had, and otherwise made up here with the same
-fields; a run says which.
+Documents and passages are the paper's data sets if available, otherwise synthetic with the same fields; a run records
+which.
 """
 
 import ast
@@ -23,16 +23,16 @@ from hooked_vlm.experiments.ocr_heads.examples import Example
 from hooked_vlm.toys import pages as toy
 
 MOST_PAGES = 8
-"""Documents with more pages are left out, as the paper does."""
+"""Documents with more pages are left out, as in the paper."""
 DISTRACTORS = 5
 
 
 @dataclass(frozen=True)
 class Kind:
-    """A task: how its answers are judged, and whether it is about pictures."""
+    """A kind of task: its metric, its modality, its builder."""
 
     metric: str
-    """The first of its metrics: "exact", "em", "f1", "anls" or "contains"."""
+    """The metric it reports: "exact", "em", "f1", "anls" or "contains"."""
     reads_images: bool
     build: Callable[[int, int, Path | None], tuple[list[Example], str]]
     """(seed, n, folder of downloaded files) -> examples and their source."""
@@ -53,13 +53,13 @@ class QATask:
 def load_tasks(
     folder: Path, names: Sequence[str], seed: int, n: int, lengths: Sequence[int], files: Path | None
 ) -> list[QATask]:
-    """The tasks named.
+    """Load tasks by name.
 
     Args:
-        files: where "biencoder-nq-dev.json" and "hotpot_dev_distractor_v1.json" lie, if they were downloaded.
+        files: folder with "biencoder-nq-dev.json" and "hotpot_dev_distractor_v1.json", if they were downloaded.
 
     Raises:
-        StudyError: an unknown name, or a data set without the fields it should have.
+        StudyError: an unknown name, or a data set without the expected fields.
     """
     kinds = all_kinds(lengths)
     tasks = []
@@ -77,7 +77,7 @@ def load_tasks(
 
 
 def all_kinds(lengths: Sequence[int]) -> dict[str, Kind]:
-    """Every task by its name."""
+    """Kinds of tasks by name."""
     return {
         "page": Kind("exact", True, lambda seed, n, files: (toy_pages(seed, n), SYNTHETIC_TOY)),
         "text": Kind("exact", False, lambda seed, n, files: (toy_pages(seed, n, as_text=True), SYNTHETIC_TOY)),

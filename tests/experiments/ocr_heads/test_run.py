@@ -105,7 +105,7 @@ def test_summary_by_hand() -> None:
     assert chosen["change"].to_dict() == pytest.approx({"unchanged": 0.0, "top": -1.0, "random": -0.1})
     assert chosen.loc["top", "p"] == pytest.approx(2 / 2**10)  # all ten differ: only the two ends are as far
     assert chosen.loc["random", ["lowest", "highest", "draws", "n"]].tolist() == [0.9, 0.9, 2, 10]
-    assert chosen.loc["top", ["control", "draws as low"]].tolist() == ["random", 0.0]  # both draws leave 0.9
+    assert chosen.loc["top", ["control", "rank among random draws"]].tolist() == ["random", 0.0]  # both draws leave 0.9
     assert len(table) == 15
 
 
