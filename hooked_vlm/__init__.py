@@ -12,7 +12,7 @@ from hooked_vlm.inputs.geometry import ImageGrid as ImageGrid
 from hooked_vlm.inputs.vlm_inputs import VLMInputs as VLMInputs
 from hooked_vlm.model.cache import VLMCache as VLMCache
 from hooked_vlm.model.vlm import HookedVLM as HookedVLM
+from hooked_vlm.sweeps.engine import SweepResult as SweepResult
+from hooked_vlm.sweeps.engine import sweep as sweep
 from hooked_vlm.sweeps.many import SweepCase as SweepCase
 from hooked_vlm.sweeps.many import sweep_many as sweep_many
-from hooked_vlm.sweeps.single import SweepResult as SweepResult
-from hooked_vlm.sweeps.single import sweep as sweep

@@ -17,7 +17,7 @@ from hooked_vlm.interventions import Head, ImageMeans, Intervention, ReplaceImag
 from hooked_vlm.interventions.attention import all_heads
 from hooked_vlm.interventions.base import Positions
 from hooked_vlm.metrics import Metric, log_prob, logit, logit_difference, margin
-from hooked_vlm.sweeps.single import sweep
+from hooked_vlm.sweeps.engine import sweep
 
 
 def metric_of(case: Case, target: Target) -> Metric:

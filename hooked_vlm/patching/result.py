@@ -1,4 +1,4 @@
-"""What a patching experiment gives: the metric of every cell on every example, with what it says on the whole."""
+"""Result of a patching experiment: the metric of every cell on every example, with means, intervals and p values."""
 
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -47,14 +47,14 @@ class PatchingResult:
     base: Float[np.ndarray, "example"]
     """The metric of the run that is edited, without an edit."""
     source: Float[np.ndarray, "example"] | None
-    """That of the run the patches come from; None where nothing is patched in (knock-out)."""
+    """The metric of the run the patches come from; None where nothing is patched in (knock-out)."""
     direction: Direction | None
     seed: int = 0
-    """Of the bootstrap and the permutations."""
+    """Seed of the bootstrap and the permutations."""
     estimated: bool = False
     """Whether effects are estimates from gradients instead of real runs."""
     agreement: Agreement | None = None
-    """Of estimates with real patches of some cells."""
+    """Agreement of estimates with real patches of some cells."""
 
     @property
     def n_examples(self) -> int:
@@ -72,7 +72,7 @@ class PatchingResult:
 
     @property
     def effects(self) -> Float[np.ndarray, "*cells example"]:
-        """What each edit adds to the metric."""
+        """Change of the metric by each edit."""
         with np.errstate(invalid="ignore"):  # infinite metrics
             return self.values - self.base
 
@@ -240,11 +240,11 @@ class PatchingResult:
 
     @property
     def title(self) -> str:
-        """What was done, for figures."""
+        """Title of figures."""
         return f"{self.what}, {self.direction}" if self.direction else self.what
 
     @property
     def label(self) -> str:
-        """What the means are, for figures."""
+        """Name of the means in figures."""
         what = "effect" if self.source is None else "normalised effect"
         return f"{what}, estimated" if self.estimated else what

@@ -1,10 +1,10 @@
-"""The runs of a sweep: the plain one, and batches that begin where they part from it."""
+"""The runs of a sweep: the plain one, and batches that begin where they diverge from it."""
 
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Float
@@ -14,16 +14,19 @@ from hooked_vlm.inputs.vlm_inputs import VLMInputs
 from hooked_vlm.interventions.base import EMBEDDING, Hooks, Intervention
 from hooked_vlm.interventions.heads import HeadIntervention, layer_hooks
 from hooked_vlm.nn.forward_pass import ForwardPass, inputs_mask, inputs_rotation, last_of_rows
-from hooked_vlm.nn.hooks import checked, running
+from hooked_vlm.nn.hooks import HookPoint, checked, running
 from hooked_vlm.nn.kv_cache import KVCache, SharedPrefix
 from hooked_vlm.nn.masks import AttentionMask
 from hooked_vlm.nn.rotary import Rotation
 from hooked_vlm.sweeps.plan import Batch, SweepPlan
 
+if TYPE_CHECKING:
+    from hooked_vlm.model.vlm import HookedVLM
+
 
 @dataclass(frozen=True, eq=False)
 class PlainRun:
-    """The run without any intervention, and what the others take from it."""
+    """The run without any intervention, with the tensors that other runs reuse."""
 
     inputs: VLMInputs
     logits: Float[Tensor, "batch out d_vocab"]
@@ -34,7 +37,7 @@ class PlainRun:
     rotate: Rotation
 
     @classmethod
-    def of(cls, model: Any, inputs: VLMInputs, plan: SweepPlan, logits_at: str) -> "PlainRun":
+    def of(cls, model: "HookedVLM", inputs: VLMInputs, plan: SweepPlan, logits_at: str) -> "PlainRun":
         streams: dict[int, Tensor] = {}
         n_layers = model.cfg.n_layers
         wanted = {layer for batch in plan.batches for layer in batch.layers}
@@ -54,7 +57,7 @@ class PlainRun:
         rotate = inputs_rotation(model.cfg, inputs, model.cfg.dtype)
         return cls(inputs, logits, streams, cache, inputs_mask(model.cfg, inputs, None), rotate)
 
-    def pass_over(self, model: Any, first: int, n: int) -> ForwardPass:
+    def pass_over(self, model: "HookedVLM", first: int, n: int) -> ForwardPass:
         """A pass of `n` runs over the positions from `first` on."""
         mask, n_positions = self.mask, self.inputs.shape[1]
         valid = None if mask.key_valid is None else mask.key_valid.repeat(n, 1)
@@ -71,7 +74,7 @@ class PlainRun:
 
 
 def batch_logits(
-    model: Any, plain: PlainRun, batch: Batch, runs: Sequence[Intervention], plan: SweepPlan, logits_at: str
+    model: "HookedVLM", plain: PlainRun, batch: Batch, runs: Sequence[Intervention], plan: SweepPlan, logits_at: str
 ) -> Float[Tensor, "run batch out d_vocab"]:
     """Logits of a batch's `runs`, of each row's last position or of those the batch computes."""
     first, n_layers, n_rows = batch.first_position, model.cfg.n_layers, len(plain.inputs)
@@ -111,7 +114,7 @@ Edits = list[tuple[int, int, Callable]]
 """(first run, one past the last, hook)."""
 
 
-def batch_hooks(model: Any, inputs: VLMInputs, runs: Sequence[Intervention]) -> Hooks:
+def batch_hooks(model: "HookedVLM", inputs: VLMInputs, runs: Sequence[Intervention]) -> Hooks:
     """One hook for each point that any of the runs touches; each run's edits see its own rows only.
 
     Interventions on heads that can be edited together (`HeadIntervention.kind`) become one edit with a mask.
@@ -143,7 +146,7 @@ def batch_hooks(model: Any, inputs: VLMInputs, runs: Sequence[Intervention]) -> 
 def on_own_rows(edits: Edits, n_rows: int) -> Callable[[Tensor, Any], Tensor]:
     """A hook for a batch of runs with `n_rows` rows each."""
 
-    def apply(x: Tensor, hook: Any) -> Tensor:
+    def apply(x: Tensor, hook: HookPoint) -> Tensor:
         call = hook.ctx.get("attention")
         for lo, hi, fn in edits:
             rows = slice(lo * n_rows, hi * n_rows)

@@ -3,16 +3,15 @@
     result = sweep(model, inputs, [ZeroHeads(((layer, head),)) for layer, head in heads], log_prob(answer))
     result.to_dataframe()
 
-The numbers are those of a loop over `run_with_hooks`. What is saved: the vision tower runs once; a run begins at
-the first layer it touches, and where it leaves earlier positions as they were, with their keys and values in place;
-many runs share a batch; behind the last block's keys only the last position is computed, if that is all the metric
-reads. `result.plan.describe()` tells what was done.
+The numbers are those of a loop over `run_with_hooks`. The vision tower runs once; a run begins at the first layer it
+changes, and reuses keys and values of the positions before its first change; many runs share a batch; the last block
+computes queries of the last position only, if the metric reads nothing else. `result.plan.describe()` prints the plan.
 """
 
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import pandas as pd
 import torch
@@ -25,9 +24,12 @@ from hooked_vlm.inputs.vlm_inputs import VLMInputs
 from hooked_vlm.interventions.base import Intervention
 from hooked_vlm.metrics import Metric
 from hooked_vlm.nn.hooks import hooked_module
-from hooked_vlm.sweeps.encoder import PlainEncoding, encoded
+from hooked_vlm.sweeps.encoder import PlainEncoding, encoded, with_features
 from hooked_vlm.sweeps.plan import Batch, SweepPlan, first_vision_layer, make_plan
 from hooked_vlm.sweeps.run import PlainRun, batch_logits
+
+if TYPE_CHECKING:
+    from hooked_vlm.model.vlm import HookedVLM
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,7 +38,7 @@ class SweepResult:
 
     values: Float[Tensor, "run batch"]
     baseline: Float[Tensor, "batch"]
-    """Without intervention."""
+    """The metric without intervention."""
     interventions: tuple[Intervention, ...]
     plan: SweepPlan
 
@@ -62,7 +64,7 @@ class SweepResult:
 
 @torch.no_grad()
 def sweep(
-    model: Any,
+    model: "HookedVLM",
     inputs: VLMInputs | Any,
     interventions: Sequence[Intervention],
     metric: Metric,
@@ -71,15 +73,15 @@ def sweep(
     max_runs: int | None = None,
     progress: bool = False,
 ) -> SweepResult:
-    """The metric under every intervention, and without any.
+    """Measure the metric under every intervention, and without any.
 
     Args:
         inputs: as for `forward`; all rows go through every run. For many images call it once per image (or for a
-            few at a time): what is shared is shared within the call.
+            few at a time): work is shared within a call only.
         metric: given logits [batch, d_vocab] of each row's last token, one number per row (`hooked_vlm.metrics`);
             with `logits_at="all"` it is given [batch, pos, d_vocab].
-        max_runs: how many runs share a batch at most. By default it is found from free memory; a batch that does
-            not fit after all is halved.
+        max_runs: largest number of runs in a batch. By default chosen from free memory; a batch that does not fit
+            after all is halved.
         progress: show a bar.
 
     Raises:
@@ -101,8 +103,8 @@ def sweep(
         layers = {first_vision_layer(interventions[i], model, inputs) for i in plan.encoder_runs}
         encoding = PlainEncoding.of(model, inputs, layers)
         inputs = inputs.with_image_features(encoding.features)
-    elif inputs.has_visuals and inputs.image_features is None:
-        inputs = inputs.with_image_features(model.encode_images(inputs))
+    else:
+        inputs = with_features(model, inputs)
     plain = PlainRun.of(model, inputs, plan, logits_at)
     baseline = measure(metric, plain.logits, logits_at).cpu()
     values = baseline.new_full((len(interventions), len(inputs)), torch.nan)
@@ -115,13 +117,13 @@ def sweep(
                 if batch.encodes and encoding is not None:
                     runs = encoded(model, given, encoding, runs)
                 logits = batch_logits(model, plain, batch, runs, plan, logits_at)
-                found = [measure(metric, _with_prefix(own, plain, logits_at), logits_at) for own in logits]
+                rows = [measure(metric, _with_prefix(own, plain, logits_at), logits_at) for own in logits]
             except (RuntimeError, MemoryError) as error:
                 if not _out_of_memory(error) or len(batch.runs) == 1:
                     raise
                 waiting += _halves(batch)
                 continue
-            values[list(batch.runs)] = torch.stack(found).cpu()
+            values[list(batch.runs)] = torch.stack(rows).cpu()
             bar.update(len(batch.runs))
     if (n_bad := int(values.isnan().sum())) > 0:
         warnings.warn(f"{n_bad} of {values.numel()} values are not numbers (NaN); they are kept as such", stacklevel=2)
@@ -131,14 +133,14 @@ def sweep(
 def _with_prefix(
     own: Float[Tensor, "batch out d_vocab"], plain: PlainRun, logits_at: str
 ) -> Float[Tensor, "batch pos d_vocab"]:
-    """Of all positions, if they are wanted: those before a run's own are the plain run's."""
+    """Logits of all positions, if the metric reads them: those before the run's own come from the plain run."""
     if logits_at == "last" or own.shape == plain.logits.shape:
         return own
     return torch.cat((plain.logits[:, : plain.logits.shape[1] - own.shape[1]], own), dim=1)
 
 
 def measure(metric: Metric, logits: Float[Tensor, "batch out d_vocab"], logits_at: str) -> Float[Tensor, "batch"]:
-    """A metric's values, in float32 at least.
+    """Values of a metric, in float32 at least.
 
     Raises:
         InputError: not one number for each row.
@@ -151,7 +153,7 @@ def measure(metric: Metric, logits: Float[Tensor, "batch out d_vocab"], logits_a
 
 
 def _out_of_memory(error: BaseException) -> bool:
-    """On an accelerator, in C++'s or Python's own allocator, in torch's for the CPU (which has no class of its own)."""
+    """Whether an accelerator, C++, Python or torch's CPU allocator (which has no error class) ran out of memory."""
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
 
 
