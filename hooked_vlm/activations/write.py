@@ -12,7 +12,7 @@ from collections.abc import Iterable, Sized
 from dataclasses import dataclass
 from functools import cached_property, lru_cache, partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 import torch
@@ -41,11 +41,14 @@ from hooked_vlm.model.identity import provenance
 from hooked_vlm.nn.hooks import HookPoint, hooked_module
 from hooked_vlm.runtime.files import writable_folder
 
+if TYPE_CHECKING:
+    from hooked_vlm.model.vlm import HookedVLM
+
 _SWITCHES = ("use_attn_result", "use_split_qkv_input", "use_hook_mlp_in")
 
 
 def stream_activations(
-    model: Any,
+    model: "HookedVLM",
     samples: Iterable[Sample],
     names_filter: NamesFilter,
     folder: str | Path,
@@ -123,7 +126,7 @@ def stream_activations(
 
 
 def _kept(path: Path, queue: "_Queue") -> Shard | None:
-    """A shard that is there whole; its samples are passed over."""
+    """Skip the samples of a shard that is complete."""
     try:
         shard = read_shard(path)
     except (FileNotFoundError, ActivationsError):
@@ -166,7 +169,7 @@ def _together(digests: list[str]) -> str:
 
 @dataclass(frozen=True, eq=False)
 class _Turn:
-    """A sample whose turn has come."""
+    """A sample being processed."""
 
     sample: Sample
     plan: "_Plan"
@@ -190,7 +193,7 @@ class _Turn:
 
 
 class _Queue:
-    """The samples that are yet to come, of which only the next is known."""
+    """The remaining samples, read one ahead."""
 
     def __init__(self, samples: Iterable[Sample], plan: "_Plan") -> None:
         self._samples, self._plan = iter(samples), plan
@@ -220,9 +223,9 @@ class _Queue:
 
 @dataclass(frozen=True, eq=False)
 class _Plan:
-    """What is done with every batch."""
+    """Runs batches and collects their rows."""
 
-    model: Any
+    model: "HookedVLM"
     names: tuple[str, ...]
     choice: tuple[str | int, ...]
     dtype: torch.dtype
@@ -232,7 +235,7 @@ class _Plan:
     bounds: dict[str, int | None]
 
     def record(self) -> dict[str, Any]:
-        """Everything that decides the activations but the samples, for `activations.json`."""
+        """Everything that decides the activations except the samples, for `activations.json`."""
         cfg = self.model.cfg
         return {
             **provenance(self.model),
@@ -258,7 +261,7 @@ class _Plan:
 
     @cached_property
     def row_bytes(self) -> dict[Kind, int]:
-        """How much a row of each kind is, all names together."""
+        """Bytes of a row of each kind, summed over names."""
         sizes = dict.fromkeys(self.kinds, 0)
         for name, shape in self.row_shapes.items():
             sizes[kind_of(name, self.model.cfg)] += math.prod(shape) * self.dtype.itemsize
@@ -288,7 +291,7 @@ class _Plan:
         return kept
 
     def _stop_at_layer(self, names: list[str]) -> int | None:
-        """The layer behind the last that is asked for; None: all, and the final norm."""
+        """The layer after the last requested one; None for all layers and the final norm."""
         n = self.model.cfg.n_layers
         last = max(layer_of(name, n) for name in names)
         return None if last == n else max(last + 1, 0)

@@ -1,4 +1,4 @@
-"""The served page: picture, prompt and heads are changed, and the model is asked again. On loopback alone."""
+"""The served page: edit picture, prompt and heads, and run the model again. On loopback only."""
 
 import asyncio
 import html
@@ -27,7 +27,7 @@ from hooked_vlm.viewer.view import Head, page_file
 MOST_BYTES = 64 * 2**20
 """The largest file that can be chosen."""
 MENDABLE = (GeometryError, HookError, ImageError, InputError)
-"""What a user can cause and mend: a line in the page."""
+"""Errors that a user can correct, shown as a line in the page."""
 
 _log = logging.getLogger(__name__)
 
@@ -115,7 +115,7 @@ class ServedPage:
 
     @property
     def asked(self) -> Asked:
-        """The settings as they stand."""
+        """The current settings."""
         n_tokens = self.n_tokens.value
         whole = None if n_tokens is None else int(n_tokens)
         return Asked(self.picture, self.prompt.value or "", whole, tuple(sorted(self.factors.items())))
@@ -199,7 +199,7 @@ class ServedPage:
         self._say(f"a picture may have {MOST_BYTES // 2**20} MB at most: choose an image file that is smaller")
 
     def _choose(self, layer: int, head: int | None) -> None:
-        """Give a head the factor, or take it back; a layer's heads alike."""
+        """Toggle the factor of a head, or of all heads of a layer."""
         factor = self.factor.value
         if factor is None or not math.isfinite(factor):
             self._say("the factor must be a number: 0 masks a head, 0.5 halves what it writes")
@@ -262,7 +262,7 @@ class ServedPage:
         self._compare()
 
     def _compare(self) -> None:
-        """Say so if what is shown is not of the settings as they stand."""
+        """Mark the result as outdated if the settings have changed."""
         if self.shown is None:
             return
         old = self.asked != self.shown.asked
