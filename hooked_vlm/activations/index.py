@@ -21,7 +21,7 @@ GROUPS = ("image", "question", "assistant_header", "generated")
 """The groups of `inputs.positions` that share no token; "final" has a column of its own."""
 NAMED = ("all", "text", *GROUPS, "final", "evidence")
 TokenChoice = str | int | Sequence[str | int]
-"""Which tokens: "all", a group of `inputs.positions`, "text" (all but images), "evidence" (tokens in a named box),
+"""Selection of tokens: "all", a group of `inputs.positions`, "text" (all but images), "evidence" (in a named box),
 positions in the sample (negative ones count from its end), or several of these together."""
 
 _TYPES = {

@@ -73,10 +73,10 @@ def stream_activations(
         names_filter: of wildcards and predicates, what fires and has no [pos, pos] plane.
         tokens: which tokens of the language model to keep (`TokenChoice`). Of images all patches and image tokens
             are kept, if image-side names are asked for.
-        tokens_per_batch: so many, with padding, run together at most; a longer sample runs alone. 1: every sample
-            runs alone, which gives the numbers of `run_with_cache` bit for bit; in batches they differ by rounding.
+        tokens_per_batch: largest number of tokens, padding included, in a batch; a longer sample runs alone. 1: every
+            sample runs alone, with the numbers of `run_with_cache` bit for bit; batches differ by rounding.
         dtype: what is written; the model's own by default.
-        shard_bytes: a shard holds so much at most (a sample that gives more has one of its own).
+        shard_bytes: largest size of a shard in bytes; a larger sample has its own shard.
         min_overlap: a token or patch lies in a named box if more than this share of the box lies in it.
         max_pixels, max_tiles: bounds on pictures, as in `model.to_inputs`.
         progress: show a bar.
@@ -143,7 +143,7 @@ def _kept(path: Path, queue: "_Queue") -> Shard | None:
 
 
 def _make(path: Path, key: str, start: int, queue: "_Queue", plan: "_Plan") -> Shard:
-    """A shard of the next samples: as many batches as fit, or the one sample that does not."""
+    """Write the shard of the next samples: all batches that fit, or one sample that does not fit."""
     pieces: dict[str, list[Tensor]] = defaultdict(list)
     tables: dict[Kind, list[pa.Table]] = {kind: [] for kind in plan.kinds}
     digests: list[str] = []
@@ -184,7 +184,7 @@ class _Turn:
 
     @cached_property
     def n_bytes(self) -> int:
-        """What is kept of it."""
+        """Bytes of its rows."""
         return sum(len(table) * self.plan.row_bytes[kind] for kind, table in self.tables.items())
 
     @cached_property
@@ -209,7 +209,7 @@ class _Queue:
         return taken
 
     def take_batch(self, n_bytes: int, may_exceed: bool) -> list[_Turn]:
-        """As many samples as may run together and give no more than `n_bytes`; a first one that does if it may."""
+        """Take samples for one batch whose rows fit into `n_bytes`; the first may exceed them if `may_exceed`."""
         batch: list[_Turn] = []
         longest = 0
         while self.next is not None:

@@ -78,7 +78,7 @@ class Pair:
             if kinds[0] != kinds[1]:
                 raise InputError(
                     f"row {row} has {len(kinds[0])} images in clean and {len(kinds[1])} in corrupt, which cannot "
-                    "correspond: give both as many"
+                    "correspond: give both the same number"
                 )
 
     def __len__(self) -> int:

@@ -199,8 +199,10 @@ def _of_all_rows(inputs: VLMInputs, place: str, patches: Rows) -> Rows:
 def patches_in_box(inputs: VLMInputs, region: Region) -> list[tuple[int, int]]:
     """(image or tile, patch) of the patches under a box, as the vision tower's tensors count them."""
     grid, where = _patches(inputs, region.image, region.part)
-    part = {"part": region.part} if isinstance(grid, TileGrid) else {}
-    chosen = grid.tokens_in_box(region.box, region.min_overlap, **part)
+    if isinstance(grid, TileGrid):
+        chosen = grid.tokens_in_box(region.box, region.min_overlap, part=region.part)
+    else:
+        chosen = grid.tokens_in_box(region.box, region.min_overlap)
     return [(int(image), int(patch)) for image, patch in where[chosen]]
 
 

@@ -24,7 +24,7 @@ ROUNDING = 1e-5
 
 @dataclass(frozen=True)
 class Agreement:
-    """How well attribution patching predicts real patches: correlations of effects over cells and examples."""
+    """Correlations of estimated and real effects over cells and examples: the quality of attribution patching."""
 
     pearson: float
     spearman: float
@@ -95,7 +95,7 @@ class PatchingResult:
 
     @property
     def counted(self) -> Bool[np.ndarray, "*cells example"]:
-        """Where the metric of the cell and those of both runs are finite numbers."""
+        """Whether the metrics of the cell and of both runs are finite."""
         return np.isfinite(self.effects) & np.isfinite(self._gap)
 
     @cached_property

@@ -44,7 +44,7 @@ class SweepResult:
 
     @property
     def effects(self) -> Float[Tensor, "run batch"]:
-        """What each intervention adds to the metric."""
+        """Change of the metric by each intervention."""
         return self.values - self.baseline
 
     def to_dataframe(self) -> pd.DataFrame:

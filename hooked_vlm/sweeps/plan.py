@@ -211,10 +211,7 @@ def runs_that_fit(model: "HookedVLM", inputs: VLMInputs, width: int, logits_at: 
     keys = 6 * n_keys * cfg.n_key_value_heads * cfg.d_head * size
     scores = 3 * cfg.n_heads * width * n_keys * 4
     logits = cfg.d_vocab * 4 * (1 if logits_at == "last" else 2 * width)
-    per_run = len(inputs) * (activations + keys + scores + logits)
-    by_memory = int(MEMORY_SHARE * free_memory(cfg.device)) // per_run
-    by_speed = TOKENS_PER_BATCH.get(cfg.device.type, TOKENS_PER_BATCH["cpu"]) // (len(inputs) * width)
-    return max(1, min(by_memory, max(by_speed, 1)))
+    return _batch_size(len(inputs) * (activations + keys + scores + logits), len(inputs) * width, cfg.device)
 
 
 def _runs_that_encode(model: "HookedVLM", inputs: VLMInputs) -> int:
@@ -223,10 +220,15 @@ def _runs_that_encode(model: "HookedVLM", inputs: VLMInputs) -> int:
     assert cfg is not None  # some runs change the vision tower
     n_patches = sum(t * h * w for t, h, w in inputs.grids)
     size = torch.finfo(model.cfg.dtype).bits // 8
-    per_run = n_patches * (8 * cfg.d_model + 3 * cfg.d_mlp + 4 * cfg.n_heads * cfg.d_head) * size
-    by_memory = int(MEMORY_SHARE * free_memory(model.cfg.device)) // per_run
-    by_speed = TOKENS_PER_BATCH.get(model.cfg.device.type, TOKENS_PER_BATCH["cpu"]) // n_patches
-    return max(1, min(by_memory, max(by_speed, 1)))
+    per_patch = (8 * cfg.d_model + 3 * cfg.d_mlp + 4 * cfg.n_heads * cfg.d_head) * size
+    return _batch_size(n_patches * per_patch, n_patches, model.cfg.device)
+
+
+def _batch_size(n_bytes: int, n_tokens: int, device: torch.device) -> int:
+    """Number of runs in a batch, from the bytes and tokens of one run."""
+    by_memory = int(MEMORY_SHARE * free_memory(device)) // n_bytes
+    by_speed = TOKENS_PER_BATCH.get(device.type, TOKENS_PER_BATCH["cpu"]) // n_tokens
+    return max(1, min(by_memory, by_speed))
 
 
 def free_memory(device: torch.device) -> int:

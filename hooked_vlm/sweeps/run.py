@@ -31,7 +31,7 @@ class PlainRun:
     inputs: VLMInputs
     logits: Float[Tensor, "batch out d_vocab"]
     streams: dict[int, Float[Tensor, "batch pos d_model"]]
-    """What enters a layer; also `EMBEDDING` (what enters block 0, before `hook_embed`) and the final norm."""
+    """Inputs of layers, of `EMBEDDING` (block 0 before `hook_embed`) and of the final norm (number of layers)."""
     cache: KVCache
     mask: AttentionMask
     rotate: Rotation

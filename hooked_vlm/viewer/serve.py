@@ -21,7 +21,7 @@ from hooked_vlm.errors import GeometryError, HookError, ImageError, InputError
 from hooked_vlm.inputs.images import load_image_bytes
 from hooked_vlm.viewer.guard import Guard
 from hooked_vlm.viewer.scene import data_url
-from hooked_vlm.viewer.session import MOST_TOKENS, Asked, Picture, Said, Session, Shown
+from hooked_vlm.viewer.session import MOST_TOKENS, Answer, Asked, Picture, Session, Shown
 from hooked_vlm.viewer.view import Head, page_file
 
 MOST_BYTES = 64 * 2**20
@@ -270,15 +270,15 @@ class ServedPage:
         self.result.classes(add="old" if old else "", remove="" if old else "old")
 
 
-def _answer(heading: str, said: Said) -> None:
+def _answer(heading: str, answer: Answer) -> None:
     with ui.element("div").classes("answer"):
         ui.label(heading).classes("soft")
-        ui.html(marked(said), tag="div").classes("answer-text")
-        if not said.ended:
-            ui.label(f"cut off after {len(said.pieces)} tokens").classes("soft")
+        ui.html(marked(answer), tag="div").classes("answer-text")
+        if not answer.ended:
+            ui.label(f"cut off after {len(answer.pieces)} tokens").classes("soft")
 
 
-def marked(said: Said) -> str:
+def marked(answer: Answer) -> str:
     """An answer as HTML, the tokens that are not in the other one marked."""
-    texts = ((html.escape(piece.text), piece.changed) for piece in said.pieces)
+    texts = ((html.escape(piece.text), piece.changed) for piece in answer.pieces)
     return "".join(f"<mark>{text}</mark>" if changed else text for text, changed in texts)

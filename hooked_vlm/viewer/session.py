@@ -64,7 +64,7 @@ class Piece:
 
 
 @dataclass(frozen=True)
-class Said:
+class Answer:
     """An answer."""
 
     pieces: tuple[Piece, ...]
@@ -81,8 +81,8 @@ class Shown:
     """A result and its settings."""
 
     asked: Asked
-    unedited: Said
-    edited: Said
+    unedited: Answer
+    edited: Answer
     page: str
     """The attention of the edited run, HTML."""
 
@@ -134,20 +134,20 @@ class Session:
         return self.model.generate(inputs, n_tokens, fwd_hooks=hooks)[0, inputs.shape[1] :].tolist()
 
 
-def compared(model: "HookedVLM", first: list[int], second: list[int]) -> tuple[Said, Said]:
+def compared(model: "HookedVLM", first: list[int], second: list[int]) -> tuple[Answer, Answer]:
     """Two answers, each with the tokens marked that are not in both; the token that ends one is not shown."""
     stops = model.cfg.eos_token_ids
     words = [[token for token in ids if token not in stops] for ids in (first, second)]
     blocks = SequenceMatcher(None, *words, autojunk=False).get_matching_blocks()
     of_first = {block.a + i for block in blocks for i in range(block.size)}
     of_second = {block.b + i for block in blocks for i in range(block.size)}
-    return _said(model, first, of_first), _said(model, second, of_second)
+    return _answer(model, first, of_first), _answer(model, second, of_second)
 
 
-def _said(model: "HookedVLM", ids: list[int], kept: set[int]) -> Said:
+def _answer(model: "HookedVLM", ids: list[int], kept: set[int]) -> Answer:
     stops = model.cfg.eos_token_ids
     texts = _texts(model, [token for token in ids if token not in stops])
-    return Said(tuple(Piece(text, at not in kept) for at, text in enumerate(texts)), bool(ids) and ids[-1] in stops)
+    return Answer(tuple(Piece(text, at not in kept) for at, text in enumerate(texts)), bool(ids) and ids[-1] in stops)
 
 
 def intervention(factors: Sequence[tuple[Head, float | int]]) -> Intervention:

@@ -112,7 +112,7 @@ def _asked(n_patches: int, n_maps: int, patches: Sequence[int] | None) -> list[i
 def _rows(
     call: Any, first: int, order: Int[np.ndarray, "tile patch"], asked: Sequence[int], has_class_token: bool
 ) -> tuple[Float[np.ndarray, "row head image_patch"], Float[np.ndarray, "row head"]]:
-    """Attention of the patches asked for, by number of the patch, and to the class token."""
+    """Attention of the selected patches, by number of the patch, and to the class token."""
     values = np.full((len(asked), call.q.shape[2], order.size), np.nan, np.float32)
     to_class = np.zeros(values.shape[:2], np.float32)
     for tile, numbers in enumerate(order):

@@ -95,7 +95,7 @@ def test_what_units_begin_with_is_made_once_for_those_that_follow_each_other(tmp
 
 
 def cases_of(family: str) -> tuple[Any, list[SweepCase]]:
-    """Of one image and of three rows, with interventions that are told apart by tensors alone."""
+    """Cases of one image and of three rows, with interventions that differ in their tensors only."""
     cases = []
     generator = torch.Generator().manual_seed(3)
     for rows in ("one image", "padded"):
