@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from hooked_vlm.model.cache import VLMCache
     from hooked_vlm.model.vlm import HookedVLM
     from hooked_vlm.sweeps.many import SweepCase, sweep_many
-    from hooked_vlm.sweeps.single import SweepResult, sweep
+    from hooked_vlm.sweeps.run import SweepResult, sweep
 
 __all__ = [
     "CheckpointError", "GeometryError", "HookError", "HookedVLM", "HookedVLMError", "ImageError", "ImageGrid",

@@ -1,8 +1,8 @@
-"""What streams, heads and MLPs say in the vocabulary: logit lens, head lens, direct logit attribution.
+"""Logit lens, head lens and direct logit attribution: streams, heads and MLPs read in the vocabulary.
 
     lens = logit_lens(model, inputs, "image", targets=[answer])
-    lens.on_image(inputs, picture)            # where the stream already spells the answer, layer by layer
-    head_lens(model, inputs, [answer])        # what each head writes at the last token
+    lens.on_image(inputs, picture)            # probability of the answer, layer by layer
+    head_lens(model, inputs, [answer])        # output of each head at the last token
     logit_attribution(model, inputs, answer)  # parts whose sum is the logit
 
 Nothing of size positions x vocabulary is kept.
@@ -10,7 +10,7 @@ Nothing of size positions x vocabulary is kept.
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import pandas as pd
@@ -24,30 +24,33 @@ from hooked_vlm.errors import InputError
 from hooked_vlm.inputs.vlm_inputs import VLMInputs
 from hooked_vlm.interventions.base import Positions, position_table
 from hooked_vlm.metrics import Tokens, tokens_of_rows
-from hooked_vlm.nn.hooks import silent_hook_points
+from hooked_vlm.nn.hooks import HookPoint, silent_hook_points
+
+if TYPE_CHECKING:
+    from hooked_vlm.model.vlm import HookedVLM
 
 CHUNK = 256
-"""Positions whose logits are made at a time."""
+"""Number of positions whose logits are computed at a time."""
 
 
 @dataclass(frozen=True, eq=False)
 class LogitLens:
-    """What the stream says at some positions, layer by layer, through the final norm and the unembedding."""
+    """Predictions from the stream at some positions, layer by layer, through the final norm and the unembedding."""
 
     layers: tuple[int, ...]
-    """l stands for the stream that enters layer l; the number of layers for what leaves the last."""
+    """l is the stream that enters layer l; the number of layers is the output of the last one."""
     rows: Int[np.ndarray, "entry"]
     positions: Int[np.ndarray, "entry"]
     """Position and row of each entry."""
     top_tokens: Int[np.ndarray, "layer entry top"]
-    """The likeliest tokens, best first."""
+    """Most likely tokens, best first."""
     top_probs: Float[np.ndarray, "layer entry top"]
     targets: tuple[int, ...]
     target_log_probs: Float[np.ndarray, "layer entry target"]
     target_ranks: Int[np.ndarray, "layer entry target"]
-    """How many tokens are likelier than the target."""
+    """Number of tokens more likely than the target."""
 
-    def to_dataframe(self, model: Any) -> pd.DataFrame:
+    def to_dataframe(self, model: "HookedVLM") -> pd.DataFrame:
         """A line for each layer, position and rank: `layer`, `row`, `position`, `rank`, `token`, `text`, `prob`."""
         n_layers, n_entries, top = self.top_tokens.shape
         tokens = self.top_tokens.reshape(-1)
@@ -102,7 +105,7 @@ class LogitLens:
 
 @torch.no_grad()
 def logit_lens(
-    model: Any,
+    model: "HookedVLM",
     inputs: VLMInputs,
     positions: Positions = None,
     *,
@@ -110,13 +113,13 @@ def logit_lens(
     layers: Sequence[int] | None = None,
     top: int = 5,
 ) -> LogitLens:
-    """The logit lens (nostalgebraist 2020) at image and text positions, in one forward pass.
+    """Compute the logit lens (nostalgebraist 2020) at image and text positions, in one forward pass.
 
     Args:
         positions: a group ("image", "question", "final", ...), positions, or all.
         targets: token ids whose probabilities are wanted, at every position.
         layers: as in `LogitLens.layers`; all by default.
-        top: how many of the likeliest tokens to keep.
+        top: number of most likely tokens to keep.
 
     Raises:
         InputError: positions, layers or tokens that do not exist.
@@ -157,7 +160,9 @@ def _stream(layer: int, n_layers: int) -> str:
     return f"blocks.{n_layers - 1}.hook_resid_post" if layer == n_layers else f"blocks.{layer}.hook_resid_pre"
 
 
-def _read(model: Any, stream: Float[Tensor, "entry d_model"], targets: Tensor, top: int) -> tuple[np.ndarray, ...]:
+def _read(
+    model: "HookedVLM", stream: Float[Tensor, "entry d_model"], targets: Tensor, top: int
+) -> tuple[np.ndarray, ...]:
     parts = []
     for part in stream.split(CHUNK):
         log_probs = vocabulary(model, part)
@@ -168,8 +173,8 @@ def _read(model: Any, stream: Float[Tensor, "entry d_model"], targets: Tensor, t
     return tuple(torch.cat(column).cpu().numpy() for column in zip(*parts, strict=True))
 
 
-def vocabulary(model: Any, written: Float[Tensor, "*dims d_model"]) -> Float[Tensor, "*dims d_vocab"]:
-    """Log-probabilities that something written into the stream has by itself: final norm, unembedding, softmax."""
+def vocabulary(model: "HookedVLM", written: Float[Tensor, "*dims d_model"]) -> Float[Tensor, "*dims d_vocab"]:
+    """Log-probabilities of a vector in the stream by itself: final norm, unembedding, softmax."""
     with silent_hook_points():  # its hooks belong to runs
         logits = model.unembed(model.ln_final(written))
     return logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
@@ -180,9 +185,9 @@ def vocabulary(model: Any, written: Float[Tensor, "*dims d_model"]) -> Float[Ten
 
 @torch.no_grad()
 def head_lens(
-    model: Any, inputs: VLMInputs, targets: Tokens, positions: Positions = "final"
+    model: "HookedVLM", inputs: VLMInputs, targets: Tokens, positions: Positions = "final"
 ) -> Float[np.ndarray, "batch layer head"]:
-    """The probability of a token in what each head writes: softmax(W_U norm(W_O z)), the mean over positions.
+    """The probability of a token in the output of each head: softmax(W_U norm(W_O z)), averaged over positions.
 
     Averaged over images and the first tokens of their words, this is the score of the "OCR lens" (arXiv 2609.18823).
 
@@ -201,7 +206,7 @@ def head_lens(
     rows, columns = table.to(inputs.device).nonzero().unbind(1)
     found: dict[int, Tensor] = {}
 
-    def read(z: Tensor, hook: Any) -> None:
+    def read(z: Tensor, hook: HookPoint) -> None:
         z = z[rows.to(z.device), columns.to(z.device)]
         written = model.blocks[hook.layer()].attn.head_results(z).to(inputs.device)
         index = wanted[rows, None, None].expand(-1, written.shape[1], 1)
@@ -216,7 +221,9 @@ def head_lens(
     return torch.stack([found[layer] for layer in range(model.cfg.n_layers)], 1).cpu().double().numpy()
 
 
-def ocr_lens(model: Any, inputs: Iterable[VLMInputs], targets: Iterable[Tokens]) -> Float[np.ndarray, "layer head"]:
+def ocr_lens(
+    model: "HookedVLM", inputs: Iterable[VLMInputs], targets: Iterable[Tokens]
+) -> Float[np.ndarray, "layer head"]:
     """`head_lens` averaged over many inputs, each with the first token of the word its image shows."""
     scores = [head_lens(model, one, target) for one, target in zip(inputs, targets, strict=True)]
     if not scores:
@@ -227,7 +234,7 @@ def ocr_lens(model: Any, inputs: Iterable[VLMInputs], targets: Iterable[Tokens])
 # ---------------------------------------------------------------- direct logit attribution
 
 Unit = Literal["layer", "component", "head"]
-"""What a logit is divided among: layers; attention and MLP of each; or heads and MLPs."""
+"""Parts that a logit is decomposed into: layers; attention and MLP of each; or heads and MLPs."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -238,7 +245,7 @@ class LogitAttribution:
     """"embed", then "L2", "L2 attn", "L2 mlp" or "L2H0"."""
     values: Float[np.ndarray, "part row"]
     logit: Float[np.ndarray, "row"]
-    """As the model gives it; the sum of the parts, up to rounding."""
+    """The model's logit; equal to the sum of the parts up to rounding."""
 
     def to_dataframe(self) -> pd.DataFrame:
         """A line for each part and row: `part`, `row`, `value`."""
@@ -249,7 +256,7 @@ class LogitAttribution:
 
 @torch.no_grad()
 def logit_attribution(
-    model: Any,
+    model: "HookedVLM",
     inputs: VLMInputs,
     right: Tokens,
     wrong: Tokens | None = None,
@@ -275,7 +282,7 @@ def logit_attribution(
     asked = [(tokens_of_rows(t, len(rows), model.cfg.d_vocab, inputs.device), sign) for t, sign in signed]
     found: dict[str, Tensor] = {}
 
-    def keep(x: Tensor, hook: Any) -> None:
+    def keep(x: Tensor, hook: HookPoint) -> None:
         # the final norm sees each row's last token only
         x = x.to(inputs.device)
         found[str(hook.name)] = x[:, 0] if hook.name == "ln_final.hook_scale" else x[rows, last]

@@ -17,7 +17,7 @@ from hooked_vlm.interventions.attention import all_heads
 from hooked_vlm.interventions.base import Positions
 from hooked_vlm.metrics import Metric, log_prob, logit, logit_difference, margin
 from hooked_vlm.model.vlm import HookedVLM
-from hooked_vlm.sweeps.single import sweep
+from hooked_vlm.sweeps.run import sweep
 
 Baseline = Literal["mean", "zero", "knockout"] | ImageMeans
 """What an ablated head sees in place of the image's keys and values."""

@@ -125,7 +125,7 @@ class _Picture:
         key |= {"foil": case.foil} if config.target == "difference" else {}
         key |= {name: getattr(config, name) for name in settings}
         common = self.placed if on_probe else None
-        return Task(ResultStore(config.out / "parts" / folder), key, work, arguments, common=common)
+        return Task(ResultStore(config.out / "parts" / folder), key, work, arguments, setup=common)
 
     @cached_property
     def placed(self) -> SharedSetup:

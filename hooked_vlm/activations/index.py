@@ -21,7 +21,7 @@ GROUPS = ("image", "question", "assistant_header", "generated")
 """The groups of `inputs.positions` that share no token; "final" has a column of its own."""
 NAMED = ("all", "text", *GROUPS, "final", "evidence")
 TokenChoice = str | int | Sequence[str | int]
-"""Which tokens: "all", a group of `inputs.positions`, "text" (all but images), "evidence" (tokens in a named box),
+"""Selection of tokens: "all", a group of `inputs.positions`, "text" (all but images), "evidence" (in a named box),
 positions in the sample (negative ones count from its end), or several of these together."""
 
 _TYPES = {
@@ -66,19 +66,19 @@ def checked_choice(tokens: TokenChoice) -> list[str | int]:
 
 @dataclass(frozen=True, eq=False)
 class Indexer:
-    """Makes the index of samples, one by one."""
+    """Builds the index of samples, one by one."""
 
     cfg: VLMConfig
     kinds: tuple[Kind, ...]
     choice: tuple[str | int, ...]
-    """Which tokens of the language model; of images all patches and image tokens are kept."""
+    """Tokens of the language model to keep; all patches and image tokens of images are kept."""
     min_overlap: float | int
     """A token or patch lies in a named box if more than this share of the box lies in it."""
     text_of: Callable[[int], str]
     """The text of a token id."""
 
     def tables(self, sample: Sample, inputs: VLMInputs) -> dict[Kind, pa.Table]:
-        """The rows that a sample gives to every kind of activations; `inputs` hold it alone.
+        """The rows of a sample in every kind of activations; `inputs` hold this sample only.
 
         Raises:
             GeometryError: a box that does not lie in its image.
@@ -87,7 +87,7 @@ class Indexer:
         return {kind: makers[kind](sample, inputs) for kind in self.kinds}
 
     def slots(self, kind: Kind, tables: Sequence[pa.Table], batch: VLMInputs) -> Int[Tensor, "row"]:
-        """Where the rows of a batch's samples lie among the first two axes of a hook point's tensor, taken as one."""
+        """Indices of the rows of a batch's samples in a hook point's tensor with its first two axes flattened."""
         if kind == "tokens":
             at = [
                 row * batch.shape[1] + batch.first[row] + table["position"].to_numpy()
@@ -150,7 +150,7 @@ class Indexer:
         return pa.concat_tables([SCHEMA.empty_table(), *tables])
 
     def _described(self, places: Places, sample: Sample, image: int) -> dict[str, np.ndarray]:
-        """What the index says of the places of one image."""
+        """Index columns of the tokens or patches of one image."""
         try:
             names = places.evidence([box for box in sample.boxes if box.image == image], self.min_overlap)
         except GeometryError as error:

@@ -1,23 +1,26 @@
-"""Which hook points can be kept row by row, what their rows are, and how wide."""
+"""Hook points whose activations can be stored row by row, with the kind and shape of their rows."""
 
 from collections.abc import Callable
 from fnmatch import fnmatchcase
 from functools import partial
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 from hooked_vlm.config import VLMConfig
 from hooked_vlm.errors import HookError
 from hooked_vlm.model.hook_catalogue import hook_table
 from hooked_vlm.nn.hooks import is_quadratic, is_vision
 
+if TYPE_CHECKING:
+    from hooked_vlm.model.vlm import HookedVLM
+
 Kind = Literal["tokens", "patches", "image_tokens"]
-"""Rows of the language model, of the vision tower, of the projector and what it hands over."""
+"""Rows of the language model, of the vision tower, and of the projector and its output."""
 NamesFilter = str | list[str] | tuple[str, ...] | Callable[[str], bool]
 """Hook names, names with wildcards ("blocks.*.hook_resid_post"), or a predicate."""
 
 
 def kind_of(name: str, cfg: VLMConfig) -> Kind:
-    """What the rows of a hook point's activations are."""
+    """The kind of rows of a hook point's activations."""
     if not is_vision(name):
         return "tokens"
     of_patches = name.startswith("vision.") or (
@@ -26,8 +29,8 @@ def kind_of(name: str, cfg: VLMConfig) -> Kind:
     return "patches" if of_patches else "image_tokens"
 
 
-def resolve_names(model: Any, names_filter: NamesFilter) -> list[str]:
-    """The hook points that are meant, in the order of `model.hook_dict`; of wildcards and predicates those that can
+def resolve_names(model: "HookedVLM", names_filter: NamesFilter) -> list[str]:
+    """The selected hook points, in the order of `model.hook_dict`; of wildcards and predicates those that can
     be kept.
 
     Raises:
@@ -53,7 +56,7 @@ def resolve_names(model: Any, names_filter: NamesFilter) -> list[str]:
     return [name for name in model.hook_dict if name in wanted]
 
 
-def row_shapes(model: Any, names: list[str]) -> dict[str, tuple[int, ...]]:
+def row_shapes(model: "HookedVLM", names: list[str]) -> dict[str, tuple[int, ...]]:
     """The shape of one row of each hook point."""
     axes = {row.name: row.shape for row in hook_table(model)}
     return {name: _row_shape(axes[_in_table(name)], name, model.cfg) for name in names}
@@ -85,7 +88,7 @@ def _matches(pattern: str, name: str) -> bool:
     return fnmatchcase(name, pattern)
 
 
-def _why_not(model: Any, name: str) -> str:
+def _why_not(model: "HookedVLM", name: str) -> str:
     if is_quadratic(name):
         return "it has a [pos, pos] plane and no rows of one width; keep queries and keys instead"
     if model.cfg.use_split_qkv_input and ".ln1." in name and not is_vision(name):

@@ -1,4 +1,4 @@
-"""Where the tokens or patches of one image lie, in the order of the activations."""
+"""Boxes of the tokens or patches of one image, in the order of the activations."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -18,7 +18,7 @@ class Places:
     grid: ImageGrid | TileGrid
     """Numbers them in an order of its own."""
     number: Int[np.ndarray, "place"]
-    """Each one's number in `grid`; -1 for class tokens, which lie nowhere."""
+    """Number of each in `grid`; -1 for class tokens, which have no box."""
     boxes: Float[np.ndarray, "place 4"]
     """x0, y0, x1, y1 in pixels of the original image."""
     tile: Int[np.ndarray, "place"]

@@ -1,4 +1,4 @@
-"""Reading stored activations, row by row, without ever holding more than what is asked for.
+"""Stored activations, read row by row without loading more than the requested rows.
 
 acts = Activations("out/activations")
 rows = acts.index.query("group == 'image'").index
@@ -31,7 +31,7 @@ _DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch
 
 
 class Activations:
-    """A folder that `stream_activations` wrote or is writing: the shards that were whole when it was opened.
+    """A folder that `stream_activations` wrote or is writing: the shards that were complete when it was opened.
 
     Raises:
         ActivationsError: it is no such folder, or one of its files is damaged (which is named).
@@ -48,12 +48,12 @@ class Activations:
 
     @property
     def names(self) -> list[str]:
-        """The hook points, those included that no sample passed."""
+        """The hook points, including those without rows."""
         return list(self.manifest["made"]["names"])
 
     @property
     def finished(self) -> bool:
-        """Whether the stream came to its end."""
+        """Whether all samples were written."""
         return self.manifest["finished"]
 
     @property
@@ -62,7 +62,7 @@ class Activations:
 
     @property
     def n_rows(self) -> dict[Kind, int]:
-        """How many rows there are of each kind."""
+        """Number of rows of each kind."""
         return {kind: sum(shard.rows.get(kind, 0) for shard in self.shards) for kind in COLUMNS}
 
     @property
@@ -96,7 +96,7 @@ class Activations:
         return Rows(self, name)
 
     def summary(self) -> dict[str, Any]:
-        """What the stream came to, for `activations.json`."""
+        """Totals of the stream, for `activations.json`."""
         return {"samples": self.n_samples, "shards": len(self.shards), "rows": self.n_rows}
 
     def __repr__(self) -> str:
@@ -112,7 +112,7 @@ class Batch(NamedTuple):
 
 
 class Rows(Dataset):
-    """The rows of one activation, read when they are asked for: by number, numbers, slice or mask.
+    """The rows of one activation, read on access: by number, numbers, slice or mask.
 
     It is a `torch.utils.data.Dataset`; for a `DataLoader` of single rows `batches` is the quicker way.
     """
@@ -132,16 +132,16 @@ class Rows(Dataset):
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """(rows, ...) of the whole."""
+        """Shape (rows, ...) of all rows together."""
         return (len(self), *self.activations.manifest["made"]["names"][self.name]["shape"])
 
     @property
     def index(self) -> pd.DataFrame:
-        """What each row is."""
+        """The kind of rows."""
         return self.activations.table(self.kind)
 
     def __getitem__(self, rows: Any) -> Float[Tensor, "..."]:
-        """Some rows as one tensor, in the order asked for; an int gives one without the row axis.
+        """Some rows as one tensor, in the requested order; an int gives one without the row axis.
 
         Args:
             rows: a number, a slice, numbers in any order, or a boolean mask over all rows (arrays, tensors, lists,
@@ -204,7 +204,7 @@ class Rows(Dataset):
     def _read(
         self, shard: Shard, rows: Int[np.ndarray, "row"], out: Float[Tensor, "all *rest"], to: Int[np.ndarray, "row"]
     ) -> None:
-        """Copy rising rows of a shard to places of `out`, run by run."""
+        """Copy increasing rows of a shard into `out`, run by run."""
         source = _slice_of(shard, self.name)
         starts = np.flatnonzero(np.diff(rows, prepend=-2) > 1)
         for start, stop in zip(starts, [*starts[1:], len(rows)], strict=True):
@@ -237,5 +237,5 @@ def _slice_of(shard: Shard, name: str) -> Any:
 
 @lru_cache(maxsize=64)
 def _opened(path: Path, size: int, changed: int) -> Any:
-    """A shard's tensors, opened once; `size` and `changed` tell whether it is still the same file."""
+    """A shard's tensors, opened once; `size` and `changed` detect a replaced file."""
     return open_data(path)

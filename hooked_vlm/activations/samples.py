@@ -1,4 +1,4 @@
-"""What is streamed: prompts with their pictures and, if known, the boxes that hold the evidence."""
+"""Samples: prompts with their pictures and, if known, the boxes that hold the evidence."""
 
 import hashlib
 import json
@@ -6,19 +6,22 @@ import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from hooked_vlm.errors import ImageError, InputError
 from hooked_vlm.inputs.images import load_image
 from hooked_vlm.inputs.messages import Messages, take_pictures
 from hooked_vlm.inputs.vlm_inputs import VLMInputs
 
+if TYPE_CHECKING:
+    from hooked_vlm.model.vlm import HookedVLM
+
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 _FIELDS = ("id", "prompt", "images", "boxes", "answer")
 
 
 class NamedBox(NamedTuple):
-    """Where something lies in a picture, under a name that the index keeps: "value", "face"."""
+    """A box in a picture, with a name that the index keeps: "value", "face"."""
 
     name: str
     box: tuple[float, ...]
@@ -29,7 +32,7 @@ class NamedBox(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Sample:
-    """One prompt. A path in `images` is opened only when its turn comes."""
+    """One prompt. A path in `images` is opened only when the sample is processed."""
 
     id: str
     prompt: str | Messages
@@ -39,8 +42,8 @@ class Sample:
     answer: str | None = None
     """Text that follows the prompt: the group "generated"."""
 
-    def inputs(self, model: Any, **bounds: int | None) -> VLMInputs:
-        """The sample alone, as the model takes it.
+    def inputs(self, model: "HookedVLM", **bounds: Any) -> VLMInputs:
+        """Inputs of this sample alone.
 
         Raises:
             InputError: a picture that cannot be read, a prompt that does not fit; a video.
@@ -60,7 +63,7 @@ class Sample:
         return inputs
 
     def digest(self) -> str:
-        """Stands for all that decides the sample's activations; pictures are read for it, files not decoded.
+        """Digest of everything that decides the sample's activations; picture files are read but not decoded.
 
         Raises:
             InputError: a picture that cannot be read.

@@ -1,4 +1,4 @@
-"""A folder of stored activations: what it is of, and its shards.
+"""A folder of stored activations: its manifest and its shards.
 
     activations.json                   model, weights, settings, versions: written first
     shards/000000000-<key>.safetensors activations, one tensor [row, ...] for each hook point
@@ -23,6 +23,7 @@ from torch import Tensor
 
 from hooked_vlm.errors import ActivationsError, InputError, OutputError
 from hooked_vlm.runtime.files import atomic_write
+from hooked_vlm.runtime.store import canonical
 
 MANIFEST = "activations.json"
 FORMAT = 1
@@ -31,10 +32,10 @@ _EXTENT = b"hooked_vlm.shard"
 
 @dataclass(frozen=True)
 class Shard:
-    """A run of samples whose activations lie in one pair of files."""
+    """Consecutive samples whose activations lie in one pair of files."""
 
     path: Path
-    """Without suffix."""
+    """Path of both files, without suffix."""
     key: str
     start: int
     """Number of its first sample."""
@@ -42,7 +43,7 @@ class Shard:
     samples: str
     """Digest of its samples."""
     rows: Mapping[str, int]
-    """How many rows of each kind."""
+    """Number of rows of each kind."""
 
     @property
     def data(self) -> Path:
@@ -53,13 +54,8 @@ class Shard:
         return self.path.with_suffix(".parquet")
 
 
-def canonical(value: Any) -> str:
-    """JSON that is the same for equal values."""
-    return json.dumps(value, sort_keys=True, separators=(",", ":"))
-
-
 def shard_path(folder: Path, key: str, start: int) -> Path:
-    """Where the shard that begins with this sample lies, without suffix."""
+    """Path of the shard that begins with this sample, without suffix."""
     name = hashlib.sha256(f"{key} {start}".encode()).hexdigest()[:16]
     return folder / "shards" / f"{start:09d}-{name}"
 
@@ -91,14 +87,14 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
 
 
 def write_manifest(folder: Path, made: Mapping[str, Any], result: Mapping[str, Any] | None) -> None:
-    """`result`: what the stream came to, once it has ended."""
+    """Write `activations.json`; `result` holds the totals of a finished stream."""
     manifest = {"format": FORMAT, "key": key_of(made), "finished": result is not None, "made": made}
     text = json.dumps({**manifest, **(result or {})}, indent=2) + "\n"
     atomic_write(folder / MANIFEST, lambda aside: aside.write_text(text, encoding="utf-8"))
 
 
 def key_of(made: Mapping[str, Any]) -> str:
-    """Stands for everything that decides the activations but the samples."""
+    """Hash of everything that decides the activations except the samples."""
     return hashlib.sha256(canonical(made).encode()).hexdigest()[:16]
 
 
@@ -133,7 +129,7 @@ def _extent(shard: Shard) -> dict[str, Any]:
 
 
 def read_shard(path: Path) -> Shard:
-    """A shard by its path without suffix, if both its files are whole as far as their headers tell.
+    """A shard by its path without suffix, if the headers of both files are intact.
 
     Raises:
         ActivationsError: the file that is damaged.
@@ -169,7 +165,7 @@ def damaged(path: Path, error: object) -> ActivationsError:
 
 
 def clear_leftovers(folder: Path) -> None:
-    """Remove what a writer that was killed left aside (safetensors writes files of its own there).
+    """Remove temporary files of a writer that was killed (safetensors writes files of its own there).
 
     Raises:
         OutputError: it cannot be removed.
@@ -182,7 +178,7 @@ def clear_leftovers(folder: Path) -> None:
 
 
 def claim(folder: Path, made: Mapping[str, Any]) -> None:
-    """Make a folder the place of these activations, or be sure that it is already.
+    """Create the folder of these activations, or check that it holds them already.
 
     Raises:
         InputError: it holds others, or other files.

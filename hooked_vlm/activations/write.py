@@ -12,7 +12,7 @@ from collections.abc import Iterable, Sized
 from dataclasses import dataclass
 from functools import cached_property, lru_cache, partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 import torch
@@ -41,11 +41,14 @@ from hooked_vlm.model.fingerprints import provenance
 from hooked_vlm.nn.hooks import HookPoint, hooked_module
 from hooked_vlm.runtime.files import writable_folder
 
+if TYPE_CHECKING:
+    from hooked_vlm.model.vlm import HookedVLM
+
 _SWITCHES = ("use_attn_result", "use_split_qkv_input", "use_hook_mlp_in")
 
 
 def stream_activations(
-    model: Any,
+    model: "HookedVLM",
     samples: Iterable[Sample],
     names_filter: NamesFilter,
     folder: str | Path,
@@ -70,10 +73,10 @@ def stream_activations(
         names_filter: of wildcards and predicates, what fires and has no [pos, pos] plane.
         tokens: which tokens of the language model to keep (`TokenChoice`). Of images all patches and image tokens
             are kept, if image-side names are asked for.
-        tokens_per_batch: so many, with padding, run together at most; a longer sample runs alone. 1: every sample
-            runs alone, which gives the numbers of `run_with_cache` bit for bit; in batches they differ by rounding.
+        tokens_per_batch: largest number of tokens, padding included, in a batch; a longer sample runs alone. 1: every
+            sample runs alone, with the numbers of `run_with_cache` bit for bit; batches differ by rounding.
         dtype: what is written; the model's own by default.
-        shard_bytes: a shard holds so much at most (a sample that gives more has one of its own).
+        shard_bytes: largest size of a shard in bytes; a larger sample has its own shard.
         min_overlap: a token or patch lies in a named box if more than this share of the box lies in it.
         max_pixels, max_tiles: bounds on pictures, as in `model.to_inputs`.
         progress: show a bar.
@@ -123,7 +126,7 @@ def stream_activations(
 
 
 def _kept(path: Path, queue: "_Queue") -> Shard | None:
-    """A shard that is there whole; its samples are passed over."""
+    """Skip the samples of a shard that is complete."""
     try:
         shard = read_shard(path)
     except (FileNotFoundError, ActivationsError):
@@ -140,7 +143,7 @@ def _kept(path: Path, queue: "_Queue") -> Shard | None:
 
 
 def _make(path: Path, key: str, start: int, queue: "_Queue", plan: "_Plan") -> Shard:
-    """A shard of the next samples: as many batches as fit, or the one sample that does not."""
+    """Write the shard of the next samples: all batches that fit, or one sample that does not fit."""
     pieces: dict[str, list[Tensor]] = defaultdict(list)
     tables: dict[Kind, list[pa.Table]] = {kind: [] for kind in plan.kinds}
     digests: list[str] = []
@@ -166,7 +169,7 @@ def _together(digests: list[str]) -> str:
 
 @dataclass(frozen=True, eq=False)
 class _Turn:
-    """A sample whose turn has come."""
+    """A sample being processed."""
 
     sample: Sample
     plan: "_Plan"
@@ -181,7 +184,7 @@ class _Turn:
 
     @cached_property
     def n_bytes(self) -> int:
-        """What is kept of it."""
+        """Bytes of its rows."""
         return sum(len(table) * self.plan.row_bytes[kind] for kind, table in self.tables.items())
 
     @cached_property
@@ -190,7 +193,7 @@ class _Turn:
 
 
 class _Queue:
-    """The samples that are yet to come, of which only the next is known."""
+    """The remaining samples, read one ahead."""
 
     def __init__(self, samples: Iterable[Sample], plan: "_Plan") -> None:
         self._samples, self._plan = iter(samples), plan
@@ -206,7 +209,7 @@ class _Queue:
         return taken
 
     def take_batch(self, n_bytes: int, may_exceed: bool) -> list[_Turn]:
-        """As many samples as may run together and give no more than `n_bytes`; a first one that does if it may."""
+        """Take samples for one batch whose rows fit into `n_bytes`; the first may exceed them if `may_exceed`."""
         batch: list[_Turn] = []
         longest = 0
         while self.next is not None:
@@ -220,9 +223,9 @@ class _Queue:
 
 @dataclass(frozen=True, eq=False)
 class _Plan:
-    """What is done with every batch."""
+    """Runs batches and collects their rows."""
 
-    model: Any
+    model: "HookedVLM"
     names: tuple[str, ...]
     choice: tuple[str | int, ...]
     dtype: torch.dtype
@@ -232,7 +235,7 @@ class _Plan:
     bounds: dict[str, int | None]
 
     def record(self) -> dict[str, Any]:
-        """Everything that decides the activations but the samples, for `activations.json`."""
+        """Everything that decides the activations except the samples, for `activations.json`."""
         cfg = self.model.cfg
         return {
             **provenance(self.model),
@@ -258,7 +261,7 @@ class _Plan:
 
     @cached_property
     def row_bytes(self) -> dict[Kind, int]:
-        """How much a row of each kind is, all names together."""
+        """Bytes of a row of each kind, summed over names."""
         sizes = dict.fromkeys(self.kinds, 0)
         for name, shape in self.row_shapes.items():
             sizes[kind_of(name, self.model.cfg)] += math.prod(shape) * self.dtype.itemsize
@@ -288,7 +291,7 @@ class _Plan:
         return kept
 
     def _stop_at_layer(self, names: list[str]) -> int | None:
-        """The layer behind the last that is asked for; None: all, and the final norm."""
+        """The layer after the last requested one; None for all layers and the final norm."""
         n = self.model.cfg.n_layers
         last = max(layer_of(name, n) for name in names)
         return None if last == n else max(last + 1, 0)

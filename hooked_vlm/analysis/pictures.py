@@ -1,4 +1,4 @@
-"""Figures that results draw of themselves: heatmaps, and values of image tokens laid over the picture.
+"""Figures of results: heatmaps, and values of image tokens laid over the picture.
 
 They return matplotlib figures (`figure.savefig("page.png")`); a notebook shows them.
 """
@@ -15,7 +15,7 @@ from hooked_vlm.inputs.images import load_image
 
 SEQUENTIAL, DIVERGING = "viridis", "RdBu_r"
 WRITTEN = 80
-"""Heatmaps of at most so many cells have their numbers written in."""
+"""Heatmaps of at most this number of cells show their values as text."""
 
 
 def heatmap(
@@ -26,7 +26,7 @@ def heatmap(
     label: str,
     title: str = "",
 ) -> Figure:
-    """Values as colours, white or dark where nothing happens: zero is the middle if any value is negative."""
+    """Draw values as colours; zero is the middle of the scale if any value is negative."""
     n_rows, n_columns = values.shape
     figure = Figure(figsize=(min(14, 2.8 + 0.5 * n_columns), min(12, 1.7 + 0.38 * n_rows)), layout="constrained")
     axes = figure.subplots()
@@ -49,11 +49,11 @@ def heatmap(
 
 
 def overlay(picture: Any, panels: Float[np.ndarray, "panel row col"], titles: Sequence[str], label: str) -> Figure:
-    """Each panel of values over the picture, stretched to it. NaN stays clear.
+    """Draw each panel of values over the picture, stretched to its size. NaN is transparent.
 
     Args:
         picture: the original image, as for `model.to_inputs`.
-        panels: what `inputs.on_image` or `cache.on_image` gives.
+        panels: values as returned by `inputs.on_image` or `cache.on_image`.
     """
     shown = load_image(picture)
     columns = min(5, len(panels))

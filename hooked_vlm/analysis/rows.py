@@ -1,11 +1,11 @@
-"""Attention of chosen queries only: what "where does each answer token look?" needs, at linear cost.
+"""Attention of chosen queries only, such as those of the answer tokens, at linear cost.
 
 The pattern of every head for a handful of query positions, computed beside the fused kernel from the rotated
-queries and keys that pass the hook points. No [pos, pos] tensor is made.
+queries and keys that pass the hook points. No [pos, pos] tensor is allocated.
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -14,13 +14,18 @@ from torch import Tensor
 
 from hooked_vlm.errors import InputError
 from hooked_vlm.inputs.vlm_inputs import VLMInputs
+from hooked_vlm.interventions.base import in_range
+from hooked_vlm.nn.hooks import HookPoint
+
+if TYPE_CHECKING:
+    from hooked_vlm.model.vlm import HookedVLM
 
 Rows = Float[Tensor, "batch head row key"]
 
 
 @torch.no_grad()
 def attention_rows(
-    model: Any,
+    model: "HookedVLM",
     inputs: VLMInputs,
     positions: Int[Tensor, "batch row"],
     layers: Sequence[int] | None = None,
@@ -45,12 +50,12 @@ def attention_rows(
     Raises:
         InputError: a position outside the inputs or under their padding, or a layer out of range.
     """
-    chosen = _check_layers(model, layers)
+    chosen = in_range(layers, model.cfg.n_layers, "layer")
     positions = positions.to(inputs.device)
     _check_positions(inputs, positions)
     found: dict[int, Tensor] = {}
 
-    def watch(z: Tensor, hook: Any) -> None:
+    def watch(z: Tensor, hook: HookPoint) -> None:
         rows = hook.ctx["attention"].pattern(positions.to(z.device))
         found[hook.layer()] = rows if reduce is None else reduce(rows)
 
@@ -61,16 +66,16 @@ def attention_rows(
 
 @torch.no_grad()
 def generate_with_rows(
-    model: Any,
+    model: "HookedVLM",
     inputs: VLMInputs,
     max_new_tokens: int,
     layers: Sequence[int] | None = None,
     reduce: Callable[[Rows], Tensor] | None = None,
     **settings: Any,
 ) -> tuple[Int[Tensor, "batch pos"], Shaped[Tensor, "layer batch head token ..."]]:
-    """Tokens, and for each generated one the attention row at whose end it was chosen.
+    """Generate tokens, with the attention row of the query that predicted each of them.
 
-    The rows are made at the steps of generation, from one query each; in the prompt's pass, too, no pattern is made.
+    The rows are computed during generation, from one query each; the pass over the prompt computes no pattern either.
 
     Args:
         reduce: applied to each layer's row [batch, head, 1, key] at once. Without it, rows are as long as the whole
@@ -84,10 +89,10 @@ def generate_with_rows(
     Raises:
         InputError: a layer out of range.
     """
-    chosen = _check_layers(model, layers)
+    chosen = in_range(layers, model.cfg.n_layers, "layer")
     steps: dict[int, list[Tensor]] = {layer: [] for layer in chosen}
 
-    def watch(z: Tensor, hook: Any) -> None:
+    def watch(z: Tensor, hook: HookPoint) -> None:
         last = torch.full((1, 1), z.shape[1] - 1, device=z.device)
         row = hook.ctx["attention"].pattern(last)
         steps[hook.layer()].append(row if reduce is None else reduce(row))
@@ -98,15 +103,6 @@ def generate_with_rows(
         n_keys = max(row.shape[-1] for rows in steps.values() for row in rows)
         steps = {layer: [F.pad(row, (0, n_keys - row.shape[-1])) for row in rows] for layer, rows in steps.items()}
     return tokens, torch.stack([torch.cat(steps[layer], dim=2).to(tokens.device) for layer in chosen])
-
-
-def _check_layers(model: Any, layers: Sequence[int] | None) -> Sequence[int]:
-    n_layers = model.cfg.n_layers
-    chosen = range(n_layers) if layers is None else layers
-    for layer in chosen:
-        if not 0 <= layer < n_layers:
-            raise InputError(f"layer {layer} is out of range: the model has layers 0 to {n_layers - 1}")
-    return chosen
 
 
 def _check_positions(inputs: VLMInputs, positions: Int[Tensor, "batch row"]) -> None:

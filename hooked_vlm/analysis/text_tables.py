@@ -17,13 +17,13 @@ def text_table(header: Sequence[str], rows: Sequence[Sequence[str]], left: int =
 
 
 def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """As Markdown has it."""
+    """A table in Markdown."""
     lines = [header, ["---"] * len(header), *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
 
 
 def size(n_bytes: int) -> str:
-    """In units of a thousand: 4.4 GB."""
+    """A number of bytes in decimal units: 4.4 GB."""
     for unit, one in (("GB", 10**9), ("MB", 10**6)):
         if n_bytes >= one:
             return f"{n_bytes / one:,.1f} {unit}"

@@ -1,8 +1,8 @@
-"""Interventions on any named activation: patched from another run, steered, image tokens replaced."""
+"""Interventions on any named activation: patching from another run, steering, replacing image tokens."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 from jaxtyping import Bool, Float
@@ -15,17 +15,21 @@ from hooked_vlm.interventions.base import (
     Intervention,
     Positions,
     first_position,
+    image_tokens,
     layer_of,
     position_table,
     positions_mask,
     whole_numbers,
 )
-from hooked_vlm.nn.hooks import is_quadratic, is_vision
+from hooked_vlm.nn.hooks import HookPoint, is_quadratic, is_vision
+
+if TYPE_CHECKING:
+    from hooked_vlm.model.vlm import HookedVLM
 
 
 @dataclass(frozen=True, eq=False)
 class PatchActivation(Intervention):
-    """An activation takes the values it had in another run.
+    """An activation is replaced by its values from another run.
 
     Args:
         name: the hook point.
@@ -42,13 +46,13 @@ class PatchActivation(Intervention):
 
     position_aware: ClassVar[bool] = True
 
-    def first_layer(self, model: Any, inputs: VLMInputs) -> int:
+    def first_layer(self, model: "HookedVLM", inputs: VLMInputs) -> int:
         return layer_of(self.name, model.cfg.n_layers)
 
-    def first_position(self, model: Any, inputs: VLMInputs) -> int:
+    def first_position(self, model: "HookedVLM", inputs: VLMInputs) -> int:
         return 0 if is_vision(self.name) else first_position(position_table(self.positions, inputs))
 
-    def hooks(self, model: Any, inputs: VLMInputs) -> Hooks:
+    def hooks(self, model: "HookedVLM", inputs: VLMInputs) -> Hooks:
         inputs = model.as_inputs(inputs)
         head_axis = _head_axis(self.name)
         if self.heads is not None and head_axis is None:
@@ -61,7 +65,7 @@ class PatchActivation(Intervention):
                 "the same"
             )
 
-        def patch(x: Tensor, hook: Any) -> Tensor:
+        def patch(x: Tensor, hook: HookPoint) -> Tensor:
             source, axis = self.source, where.axis
             if where.table is not None:  # cut to this pass's positions
                 first = where.first_position(hook)
@@ -91,7 +95,7 @@ class PatchActivation(Intervention):
 
     def __str__(self) -> str:
         heads = "" if self.heads is None else f" heads {','.join(map(str, self.heads))}"
-        return f"PatchActivation {self.name}{heads} at {_said(self.positions)}"
+        return f"PatchActivation {self.name}{heads} at {_label(self.positions)}"
 
 
 @dataclass(frozen=True, eq=False)
@@ -111,14 +115,14 @@ class AddVector(Intervention):
 
     position_aware: ClassVar[bool] = True
 
-    def first_position(self, model: Any, inputs: VLMInputs) -> int:
+    def first_position(self, model: "HookedVLM", inputs: VLMInputs) -> int:
         return 0 if is_vision(self.name) else first_position(position_table(self.positions, inputs))
 
-    def hooks(self, model: Any, inputs: VLMInputs) -> Hooks:
+    def hooks(self, model: "HookedVLM", inputs: VLMInputs) -> Hooks:
         inputs = model.as_inputs(inputs)
         where = _Where(self.name, self.positions, inputs)
 
-        def add(x: Tensor, hook: Any) -> Tensor:
+        def add(x: Tensor, hook: HookPoint) -> Tensor:
             if x.shape[-self.vector.ndim :] != self.vector.shape:
                 shape = tuple(self.vector.shape)
                 raise InputError(f"a vector of {shape} cannot be added to {self.name}, which is {tuple(x.shape)}")
@@ -127,15 +131,15 @@ class AddVector(Intervention):
         return [(self.name, add)]
 
     def __str__(self) -> str:
-        return f"AddVector {self.scale:g} at {self.name}, {_said(self.positions)}"
+        return f"AddVector {self.scale:g} at {self.name}, {_label(self.positions)}"
 
 
 @dataclass(frozen=True, eq=False)
 class ReplaceImageTokens(Intervention):
-    """Image tokens enter the decoder as something else.
+    """Embeddings of image tokens are replaced where they enter the decoder.
 
     Args:
-        tokens: which positions, all of them image tokens ("image" for all; `inputs.tokens_in_box` for a region).
+        tokens: which image tokens ("image" for all; `inputs.tokens_in_box` for a region).
         values: "mean" over the tokens of the same image, "zero", or a vector [d_model].
     """
 
@@ -144,23 +148,18 @@ class ReplaceImageTokens(Intervention):
 
     position_aware: ClassVar[bool] = True
 
-    def first_position(self, model: Any, inputs: VLMInputs) -> int:
-        table = position_table(self.tokens, inputs)
+    def first_position(self, model: "HookedVLM", inputs: VLMInputs) -> int:
+        table = image_tokens(self.tokens, inputs)
         touched = [v.start for v in inputs.visuals if table[v.row, v.start : v.stop].any()]
         return min(touched, default=inputs.shape[1])  # a mean needs the whole image
 
-    def hooks(self, model: Any, inputs: VLMInputs) -> Hooks:
+    def hooks(self, model: "HookedVLM", inputs: VLMInputs) -> Hooks:
         inputs = model.as_inputs(inputs)
-        table = position_table(self.tokens, inputs)
-        text = position_table("text", inputs)
+        table = image_tokens(self.tokens, inputs).to(inputs.device)
         if not isinstance(self.values, Tensor) and self.values not in ("mean", "zero"):
             raise InputError(f'values must be "mean", "zero" or a vector, got {self.values!r}')
-        if (table & text).any():
-            row, position = (table & text).nonzero()[0].tolist()
-            raise InputError(f"position {position} of row {row} is not an image token")
-        table = table.to(inputs.device)
 
-        def replace(x: Tensor, hook: Any) -> Tensor:
+        def replace(x: Tensor, hook: HookPoint) -> Tensor:
             first = hook.ctx["first_position"]
             new = torch.zeros_like(x)
             if isinstance(self.values, Tensor):
@@ -175,11 +174,11 @@ class ReplaceImageTokens(Intervention):
 
     def __str__(self) -> str:
         values = self.values if isinstance(self.values, str) else "a vector"
-        return f"ReplaceImageTokens {_said(self.tokens)} by {values}"
+        return f"ReplaceImageTokens {_label(self.tokens)} by {values}"
 
 
 class _Where:
-    """Where in a hook point's tensor some positions lie."""
+    """The axis and mask of some positions in a hook point's tensor."""
 
     def __init__(self, name: str, positions: Positions, inputs: VLMInputs) -> None:
         self.name, self.positions = name, positions
@@ -188,13 +187,13 @@ class _Where:
         if is_vision(name) and isinstance(positions, str):
             raise InputError(f"{name} is on the image side: its patches have numbers, not groups like {positions!r}")
 
-    def first_position(self, hook: Any) -> int:
+    def first_position(self, hook: HookPoint) -> int:
         if "first_position" not in hook.ctx:
             raise InputError(f'rows end at different positions, so {self.name} holds no one of them: logits_at="all"')
         return hook.ctx["first_position"]
 
-    def mask(self, x: Tensor, hook: Any) -> Bool[Tensor, "..."]:
-        """True where meant; broadcasts against `x`."""
+    def mask(self, x: Tensor, hook: HookPoint) -> Bool[Tensor, "..."]:
+        """True at the selected positions; broadcasts against `x`."""
         if self.table is None:
             here = self._patches(x)
         else:
@@ -206,7 +205,7 @@ class _Where:
         return here.view(shape)
 
     def _patches(self, x: Tensor) -> Bool[Tensor, "images patch"]:
-        """Patches of every image alike, or of each image its own."""
+        """The same patches of every image, or different ones for each image."""
         chosen: Any = () if self.positions is None else self.positions
         per_image = self.axis > 0 and len(chosen) > 0 and isinstance(chosen[0], tuple)
         if per_image and len(chosen) != len(x):
@@ -230,5 +229,5 @@ def _head_axis(name: str) -> int | None:
     return 2 if name.endswith(per_head) else None
 
 
-def _said(positions: Positions) -> str:
+def _label(positions: Positions) -> str:
     return "all positions" if positions is None else positions if isinstance(positions, str) else f"{positions}"

@@ -1,7 +1,7 @@
-"""Interventions on who attends to whom."""
+"""Interventions on edges of attention."""
 
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -9,6 +9,10 @@ from torch import Tensor
 from hooked_vlm.inputs.vlm_inputs import VLMInputs
 from hooked_vlm.interventions.base import Positions, first_position, position_table, positions_mask
 from hooked_vlm.interventions.heads import Edit, Head, HeadIntervention, HeadSelection
+from hooked_vlm.nn.hooks import HookPoint
+
+if TYPE_CHECKING:
+    from hooked_vlm.model.vlm import HookedVLM
 
 
 @dataclass(frozen=True)
@@ -22,26 +26,26 @@ class BlockAttention(HeadIntervention):
     query: Positions = None
     key: Positions = None
 
-    attention: ClassVar[Literal["edited", "made again", ""]] = "edited"
+    attention: ClassVar[Literal["edited", "recomputed", ""]] = "edited"
 
     @classmethod
     def in_layers(
-        cls, model: Any, layers: range | tuple[int, ...], query: Positions = None, key: Positions = None
+        cls, model: "HookedVLM", layers: range | tuple[int, ...], query: Positions = None, key: Positions = None
     ) -> "BlockAttention":
         """For all heads of some layers."""
         return cls(all_heads(model, layers), query, key)
 
-    def first_position(self, model: Any, inputs: VLMInputs) -> int:
+    def first_position(self, model: "HookedVLM", inputs: VLMInputs) -> int:
         query, key = position_table(self.query, inputs), position_table(self.key, inputs)
         return max(first_position(query), first_position(key))
 
-    def edits(self, model: Any, inputs: VLMInputs, layer: int) -> list[tuple[str, Edit]]:
+    def edits(self, model: "HookedVLM", inputs: VLMInputs, layer: int) -> list[tuple[str, Edit]]:
         query = position_table(self.query, inputs).to(inputs.device)
         key = position_table(self.key, inputs).to(inputs.device)
 
         empty: list[Tensor] = []  # queries with no key left; from the scores to the pattern of the same pass
 
-        def block(scores: Tensor, hook: Any, chosen: HeadSelection) -> Tensor:
+        def block(scores: Tensor, hook: HookPoint, chosen: HeadSelection) -> Tensor:
             rows, _, n, n_keys = scores.shape
             edges = (
                 positions_mask(query, n_keys - n, n, rows)[:, :, None] & positions_mask(key, 0, n_keys, rows)[:, None]
@@ -51,13 +55,13 @@ class BlockAttention(HeadIntervention):
             empty.append(blocked.isneginf().all(-1, keepdim=True))
             return blocked
 
-        def nothing_left(pattern: Tensor, hook: Any, chosen: HeadSelection) -> Tensor:
+        def nothing_left(pattern: Tensor, hook: HookPoint, chosen: HeadSelection) -> Tensor:
             return pattern.masked_fill(empty.pop(), 0.0)  # the softmax of a row of minus infinities is not a number
 
         return [("hook_attn_scores", block), ("hook_pattern", nothing_left)]
 
 
-def all_heads(model: Any, layers: range | tuple[int, ...] | None = None) -> tuple[Head, ...]:
+def all_heads(model: "HookedVLM", layers: range | tuple[int, ...] | None = None) -> tuple[Head, ...]:
     """Every head of some layers, or of all."""
     chosen = range(model.cfg.n_layers) if layers is None else layers
     return tuple((layer, head) for layer in chosen for head in range(model.cfg.n_heads))

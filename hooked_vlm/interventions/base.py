@@ -1,11 +1,11 @@
-"""What an intervention is, and which positions it acts on."""
+"""Base classes of interventions, and tables of the positions they act on."""
 
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from numbers import Integral
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 from jaxtyping import Bool
@@ -13,48 +13,54 @@ from torch import Tensor
 
 from hooked_vlm.errors import InputError
 from hooked_vlm.inputs.vlm_inputs import VLMInputs
-from hooked_vlm.nn.hooks import HookName, is_encoder, is_vision
+from hooked_vlm.nn.hooks import HookName, HookPoint, checked, is_encoder, is_vision
+
+if TYPE_CHECKING:
+    from hooked_vlm.model.vlm import HookedVLM
 
 Hooks = list[tuple[str, Callable]]
 
+Edits = list[tuple[int, int, Callable]]
+"""(first run, one past the last, hook)."""
+
 Positions = str | tuple[int, ...] | tuple[tuple[int, ...], ...] | None
-"""Which positions: None for all; a group of `inputs.positions` ("image", "video", "question", "assistant_header",
+"""None for all positions; a group of `inputs.positions` ("image", "video", "question", "assistant_header",
 "final", "generated") or "text" (all but images and videos); absolute positions, for all rows or a tuple per row."""
 
 EMBEDDING = -1
 """The "layer" of `hook_embed`."""
 ENCODER = -2
-"""The "layer" of everything before it: the vision tower, the projector, the features they hand over."""
+"""The "layer" of everything before `hook_embed`: the vision tower, the projector, and their output features."""
 
 
 class Intervention(ABC):
     """A change to a forward pass."""
 
     position_aware: ClassVar[bool] = False
-    """Whether its hooks go by `hook.ctx["positions"]`, so that a pass may leave out positions nobody asks for."""
-    attention: ClassVar[Literal["edited", "made again", ""]] = ""
-    """Whether it edits a head's scores or pattern, or makes z again from queries and keys."""
+    """Whether its hooks read `hook.ctx["positions"]`, so that a pass may leave out positions that are not needed."""
+    attention: ClassVar[Literal["edited", "recomputed", ""]] = ""
+    """Whether it edits a head's scores or pattern, or recomputes z from queries and keys."""
 
     @abstractmethod
-    def hooks(self, model: Any, inputs: VLMInputs) -> Hooks:
+    def hooks(self, model: "HookedVLM", inputs: VLMInputs) -> Hooks:
         """Pairs for `run_with_hooks(inputs, ...)` and `generate(inputs, ...)`.
 
         Raises:
             InputError: layers, heads or positions that this model or these inputs do not have.
         """
 
-    def first_layer(self, model: Any, inputs: VLMInputs) -> int:
-        """The first layer it touches; `EMBEDDING`, `ENCODER` or the number of layers (final norm) outside."""
+    def first_layer(self, model: "HookedVLM", inputs: VLMInputs) -> int:
+        """The first layer that changes; `EMBEDDING`, `ENCODER` or the number of layers (final norm) outside blocks."""
         return min((layer_of(name, model.cfg.n_layers) for name, _ in self.hooks(model, inputs)), default=0)
 
-    def first_position(self, model: Any, inputs: VLMInputs) -> int:
-        """Positions before this one are as they would be without it."""
+    def first_position(self, model: "HookedVLM", inputs: VLMInputs) -> int:
+        """The first position that changes."""
         return 0
 
 
 @dataclass(frozen=True)
 class Compose(Intervention):
-    """Several interventions in one run, in this order where they meet at one hook point."""
+    """Several interventions in one run, applied in this order where they share a hook point."""
 
     parts: tuple[Intervention, ...]
 
@@ -62,28 +68,28 @@ class Compose(Intervention):
     def position_aware(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
         return all(part.position_aware for part in self.parts)
 
-    def hooks(self, model: Any, inputs: VLMInputs) -> Hooks:
+    def hooks(self, model: "HookedVLM", inputs: VLMInputs) -> Hooks:
         pairs = [pair for part in self.parts for pair in part.hooks(model, inputs)]
-        again, edited = self._heads("made again"), self._heads("edited")
-        if both := sorted(head for head in again if again[head] > 1 or edited[head]):
+        recomputed, edited = self._heads("recomputed"), self._heads("edited")
+        if both := sorted(head for head in recomputed if recomputed[head] > 1 or edited[head]):
             layer, head = both[0]
             raise InputError(
-                f"head {layer}.{head} has its z made again from queries and keys, which would undo what another part "
+                f"head {layer}.{head} has its z recomputed from queries and keys, which would undo what another part "
                 "does to its attention: put them on different heads, or block attention (BlockAttention) in both"
             )
         return pairs
 
     def _heads(self, kind: str) -> Counter[tuple[int, int]]:
-        """How many parts change the attention of a head in this way."""
-        found: Counter[tuple[int, int]] = Counter()
+        """Number of parts that change the attention of each head in this way."""
+        counts: Counter[tuple[int, int]] = Counter()
         for part in self.parts:
             if isinstance(part, Compose):
-                found += part._heads(kind)
+                counts += part._heads(kind)
             elif part.attention == kind:
-                found.update({tuple(head) for head in getattr(part, "heads", ())})
-        return found
+                counts.update({tuple(head) for head in getattr(part, "heads", ())})
+        return counts
 
-    def first_position(self, model: Any, inputs: VLMInputs) -> int:
+    def first_position(self, model: "HookedVLM", inputs: VLMInputs) -> int:
         return min((part.first_position(model, inputs) for part in self.parts), default=0)
 
 
@@ -94,7 +100,7 @@ class CustomHooks(Intervention):
     fwd_hooks: Sequence[tuple[HookName, Callable]]
     label: str = "custom"
 
-    def hooks(self, model: Any, inputs: VLMInputs) -> Hooks:
+    def hooks(self, model: "HookedVLM", inputs: VLMInputs) -> Hooks:
         pairs: Hooks = []
         for name, fn in self.fwd_hooks:
             if isinstance(name, str):
@@ -108,7 +114,7 @@ class CustomHooks(Intervention):
 
 
 def layer_of(name: str, n_layers: int) -> int:
-    """The layer of a hook point, in the order a pass meets them."""
+    """The layer of a hook point, ordered as a pass runs them."""
     if is_encoder(name) or is_vision(name):
         return ENCODER
     if name == "hook_embed":
@@ -117,13 +123,13 @@ def layer_of(name: str, n_layers: int) -> int:
 
 
 def position_table(where: Positions, inputs: VLMInputs) -> Bool[Tensor, "batch width_and_one"]:
-    """Which columns of `inputs` are meant, row by row; the last entry stands for every position past their end.
+    """Selected columns of `inputs`, row by row; the last entry stands for every position past their end.
 
-    Padding is never meant.
+    Padding is never selected.
 
     Raises:
-        InputError: an unknown group, positions that are no whole numbers or lie outside the inputs, or a number of
-            rows that is not theirs.
+        InputError: an unknown group, positions that are no whole numbers or lie outside the inputs, or another number
+            of rows.
     """
     n_rows, width = inputs.shape
     table = torch.zeros(n_rows, width + 1, dtype=torch.bool)
@@ -155,8 +161,24 @@ def position_table(where: Positions, inputs: VLMInputs) -> Bool[Tensor, "batch w
     return table
 
 
+def image_tokens(where: Positions, inputs: VLMInputs) -> Bool[Tensor, "batch width_and_one"]:
+    """Image and video tokens, or some of them, as a `position_table`.
+
+    Raises:
+        InputError: a position that is not an image token.
+    """
+    text = position_table("text", inputs)
+    if where is None:
+        return position_table(None, inputs) & ~text
+    table = position_table(where, inputs)
+    if (table & text).any():
+        row, position = (table & text).nonzero()[0].tolist()
+        raise InputError(f"position {position} of row {row} is not an image token")
+    return table
+
+
 def whole_numbers(values: Any) -> bool:
-    """Whether `values` is a sequence of whole numbers; truth values are none: as an index they would be a mask."""
+    """Whether `values` is a sequence of integers; booleans do not count, because as an index they would be a mask."""
     return isinstance(values, Sequence) and all(isinstance(v, Integral) and not isinstance(v, bool) for v in values)
 
 
@@ -174,7 +196,7 @@ def _per_row(where: Any, n_rows: int) -> Sequence[Sequence[int]]:
 
 
 def first_position(table: Bool[Tensor, "batch width_and_one"]) -> int:
-    """The first column that is meant in any row; past the end if none is."""
+    """The first column selected in any row; past the end if none is."""
     columns = table[:, :-1].any(0).nonzero()
     return int(columns[0]) if len(columns) else table.shape[1] - 1
 
@@ -182,9 +204,43 @@ def first_position(table: Bool[Tensor, "batch width_and_one"]) -> int:
 def positions_mask(
     table: Bool[Tensor, "batch width_and_one"], n_past: int, n_queries: int, rows: int
 ) -> Bool[Tensor, "rows query"]:
-    """The table's columns n_past, n_past + 1, ...; its rows repeated where several runs share a batch."""
+    """Columns n_past to n_past + n_queries of the table, its rows repeated where several runs share a batch."""
     width = table.shape[1] - 1
     columns = table[:, min(n_past, width) : min(n_past + n_queries, width)]
     if columns.shape[1] < n_queries:
         columns = torch.cat((columns, table[:, -1:].expand(-1, n_queries - columns.shape[1])), dim=1)
     return columns if rows == len(table) else columns.repeat(rows // len(table), 1)
+
+
+def in_range(chosen: Sequence[int] | None, n: int, kind: str) -> tuple[int, ...]:
+    """Check that layers (or heads) exist; all `n` of them by default.
+
+    Raises:
+        InputError: none are chosen, or one is out of range.
+    """
+    if chosen is None:
+        return tuple(range(n))
+    if not len(chosen):
+        raise InputError(f"no {kind} is chosen: leave {kind.split()[-1]}s out for all {n} of them")
+    for number in chosen:
+        if not 0 <= number < n:
+            raise InputError(f"{kind} {number} is out of range: there are {kind}s 0 to {n - 1}")
+    return tuple(chosen)
+
+
+def on_own_rows(edits: Edits, n_rows: int) -> Callable[[Tensor, Any], Tensor]:
+    """A hook for a batch of runs with `n_rows` rows each."""
+
+    def apply(x: Tensor, hook: HookPoint) -> Tensor:
+        call = hook.ctx.get("attention")
+        for lo, hi, fn in edits:
+            rows = slice(lo * n_rows, hi * n_rows)
+            if call is not None:
+                hook.ctx["attention"] = call.rows(rows.start, rows.stop)
+            own = x[rows]
+            edited = fn(own, hook)
+            if edited is not None:
+                x[rows] = checked(hook, own, edited)
+        return x
+
+    return apply

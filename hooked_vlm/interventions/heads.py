@@ -1,10 +1,10 @@
-"""Interventions on the outputs of chosen heads, and what all interventions on heads share."""
+"""Interventions on the outputs of chosen heads, and the base class of all interventions on heads."""
 
 from abc import abstractmethod
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from jaxtyping import Bool, Float
@@ -21,6 +21,10 @@ from hooked_vlm.interventions.base import (
     positions_mask,
     whole_numbers,
 )
+from hooked_vlm.nn.hooks import HookPoint
+
+if TYPE_CHECKING:
+    from hooked_vlm.model.vlm import HookedVLM
 
 Head = tuple[int, int]
 """(layer, head), both from 0."""
@@ -28,13 +32,13 @@ Head = tuple[int, int]
 
 @dataclass(frozen=True, eq=False)
 class HeadSelection:
-    """Which heads of which rows of a batch an edit is for."""
+    """The heads that an edit changes, in each row of a batch."""
 
     mask: Bool[Tensor, "rows head"]
     heads: tuple[int, ...]
-    """Those chosen in any row."""
+    """Heads chosen in any row."""
     runs: "tuple[HeadIntervention, ...]"
-    """Whose rows these are: all rows of the inputs for the first, then for the next."""
+    """The run of each block of rows: all rows of the inputs for the first run, then for the next."""
 
     def to(self, device: torch.device) -> "HeadSelection":
         return replace(self, mask=self.mask.to(device))
@@ -48,7 +52,8 @@ Edit = Callable[[Tensor, Any, HeadSelection], Tensor]
 class HeadIntervention(Intervention):
     """The same change for a set of heads.
 
-    Runs that differ in their heads only are edited together: what `edits` returns takes a mask over rows and heads.
+    Runs that differ in their heads only are edited together: the functions that `edits` returns take a mask over rows
+    and heads.
     """
 
     heads: tuple[Head, ...]
@@ -59,8 +64,16 @@ class HeadIntervention(Intervention):
     `HeadSelection.runs`."""
 
     @abstractmethod
-    def edits(self, model: Any, inputs: VLMInputs, layer: int) -> list[tuple[str, Edit]]:
-        """For one layer, (suffix of the hook point's name, edit)."""
+    def edits(self, model: "HookedVLM", inputs: VLMInputs, layer: int) -> list[tuple[str, Edit]]:
+        """(suffix of the hook point's name, edit) pairs of one layer."""
+
+    @property
+    def edited_positions(self) -> Positions:
+        """The field `positions` of interventions that have one, otherwise all positions."""
+        return getattr(self, "positions", None)
+
+    def first_position(self, model: "HookedVLM", inputs: VLMInputs) -> int:
+        return first_position(position_table(self.edited_positions, inputs))
 
     @property
     def kind(self) -> tuple:
@@ -68,7 +81,7 @@ class HeadIntervention(Intervention):
         rest = (getattr(self, field.name) for field in fields(self) if field.name not in self.varies)
         return (type(self), *(value if isinstance(value, str | float | int | tuple) else id(value) for value in rest))
 
-    def hooks(self, model: Any, inputs: VLMInputs) -> Hooks:
+    def hooks(self, model: "HookedVLM", inputs: VLMInputs) -> Hooks:
         inputs = model.as_inputs(inputs)
         by_layer: dict[int, list[int]] = defaultdict(list)
         for layer, head in check_heads(model, self.heads):
@@ -80,7 +93,7 @@ class HeadIntervention(Intervention):
             pairs += layer_hooks((self,), model, inputs, layer, chosen)
         return pairs
 
-    def first_layer(self, model: Any, inputs: VLMInputs) -> int:
+    def first_layer(self, model: "HookedVLM", inputs: VLMInputs) -> int:
         return min((layer for layer, _ in check_heads(model, self.heads)), default=model.cfg.n_layers)
 
     def __str__(self) -> str:
@@ -88,7 +101,11 @@ class HeadIntervention(Intervention):
 
 
 def layer_hooks(
-    runs: tuple[HeadIntervention, ...], model: Any, inputs: VLMInputs, layer: int, chosen: Bool[Tensor, "run head"]
+    runs: tuple[HeadIntervention, ...],
+    model: "HookedVLM",
+    inputs: VLMInputs,
+    layer: int,
+    chosen: Bool[Tensor, "run head"],
 ) -> Hooks:
     """The edits of one layer as hooks, for runs of one kind that share a batch (run by run, row by row)."""
     heads = tuple(chosen.any(0).nonzero()[:, 0].tolist())
@@ -102,42 +119,33 @@ def layer_hooks(
 
 @dataclass(frozen=True)
 class ScaleHeads(HeadIntervention):
-    """Heads write `factor` times what they would: their `hook_z` is multiplied by it."""
+    """The outputs of heads (`hook_z`) are multiplied by `factor`."""
 
     factor: float
     positions: Positions = None
 
-    def first_position(self, model: Any, inputs: VLMInputs) -> int:
-        return first_position(position_table(self.positions, inputs))
-
-    def edits(self, model: Any, inputs: VLMInputs, layer: int) -> list[tuple[str, Edit]]:
+    def edits(self, model: "HookedVLM", inputs: VLMInputs, layer: int) -> list[tuple[str, Edit]]:
         return [("hook_z", _edit_z(inputs, self.positions, lambda z: z * self.factor))]
 
 
 @dataclass(frozen=True)
 class ZeroHeads(HeadIntervention):
-    """Heads write nothing: their `hook_z` is zero, at every position and every step of generation by default."""
+    """The outputs of heads (`hook_z`) are zero, at every position and every step of generation by default."""
 
     positions: Positions = None
 
-    def first_position(self, model: Any, inputs: VLMInputs) -> int:
-        return first_position(position_table(self.positions, inputs))
-
-    def edits(self, model: Any, inputs: VLMInputs, layer: int) -> list[tuple[str, Edit]]:
+    def edits(self, model: "HookedVLM", inputs: VLMInputs, layer: int) -> list[tuple[str, Edit]]:
         return [("hook_z", _edit_z(inputs, self.positions, torch.zeros_like))]
 
 
 @dataclass(frozen=True, eq=False)
 class MeanHeads(HeadIntervention):
-    """Heads write what they write on average: their `hook_z` is `means[layer, head]` (`mean_head_outputs`)."""
+    """The outputs of heads (`hook_z`) are replaced by `means[layer, head]` (`mean_head_outputs`)."""
 
     means: Float[Tensor, "layer head d_head"]
     positions: Positions = None
 
-    def first_position(self, model: Any, inputs: VLMInputs) -> int:
-        return first_position(position_table(self.positions, inputs))
-
-    def edits(self, model: Any, inputs: VLMInputs, layer: int) -> list[tuple[str, Edit]]:
+    def edits(self, model: "HookedVLM", inputs: VLMInputs, layer: int) -> list[tuple[str, Edit]]:
         cfg = model.cfg
         if self.means.shape != (cfg.n_layers, cfg.n_heads, cfg.d_head):
             expected = (cfg.n_layers, cfg.n_heads, cfg.d_head)
@@ -148,7 +156,7 @@ class MeanHeads(HeadIntervention):
 def _edit_z(inputs: VLMInputs, positions: Positions, make: Callable[[Tensor], Tensor]) -> Edit:
     table = position_table(positions, inputs).to(inputs.device)
 
-    def edit(z: Tensor, hook: Any, chosen: HeadSelection) -> Tensor:
+    def edit(z: Tensor, hook: HookPoint, chosen: HeadSelection) -> Tensor:
         call = hook.ctx["attention"]
         here = positions_mask(table, call.k.shape[1] - z.shape[1], z.shape[1], len(z)).to(z.device)
         return torch.where((here[:, :, None] & chosen.mask[:, None])[..., None], make(z), z)
@@ -156,11 +164,11 @@ def _edit_z(inputs: VLMInputs, positions: Positions, make: Callable[[Tensor], Te
     return edit
 
 
-def check_heads(model: Any, heads: Sequence[Head]) -> Sequence[Head]:
-    """The same heads.
+def check_heads(model: "HookedVLM", heads: Sequence[Head]) -> Sequence[Head]:
+    """Check that heads exist, and return them.
 
     Raises:
-        InputError: no pairs of whole numbers, or a layer or head out of range.
+        InputError: entries that are not pairs of integers, or a layer or head out of range.
     """
     n_layers, n_heads = model.cfg.n_layers, model.cfg.n_heads
     if not isinstance(heads, Sequence) or not all(whole_numbers(head) and len(head) == 2 for head in heads):
@@ -176,9 +184,9 @@ def check_heads(model: Any, heads: Sequence[Head]) -> Sequence[Head]:
 
 @torch.no_grad()
 def mean_head_outputs(
-    model: Any, inputs: Iterable[VLMInputs], positions: Positions = None
+    model: "HookedVLM", inputs: Iterable[VLMInputs], positions: Positions = None
 ) -> Float[Tensor, "layer head d_head"]:
-    """Every head's `hook_z` averaged over positions of all inputs, what `MeanHeads` takes."""
+    """Every head's `hook_z` averaged over positions of all inputs, for `MeanHeads`."""
     total, n = torch.zeros((), device=model.cfg.device), 0
     names = [f"blocks.{layer}.attn.hook_z" for layer in range(model.cfg.n_layers)]
     for batch in inputs:

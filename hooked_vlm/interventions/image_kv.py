@@ -1,8 +1,8 @@
-"""What a head sees of the image, replaced: image keys and values as text queries find them (arXiv 2509.17588)."""
+"""Replace the image keys and values that text queries of a head attend to (arXiv 2509.17588)."""
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -10,11 +10,15 @@ from torch import Tensor
 
 from hooked_vlm.errors import InputError
 from hooked_vlm.inputs.vlm_inputs import VLMInputs
-from hooked_vlm.interventions.base import Positions, first_position, position_table, positions_mask
+from hooked_vlm.interventions.base import Positions, first_position, image_tokens, position_table, positions_mask
 from hooked_vlm.interventions.heads import Edit, HeadIntervention, HeadSelection
 from hooked_vlm.nn.attention import AttentionCall
 from hooked_vlm.nn.forward_pass import inputs_rotation
+from hooked_vlm.nn.hooks import HookPoint
 from hooked_vlm.nn.rotary import Rotation
+
+if TYPE_CHECKING:
+    from hooked_vlm.model.vlm import HookedVLM
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,14 +36,14 @@ class ReplaceImageKV(HeadIntervention):
     """Text queries of a head see a baseline in place of the image's keys and values.
 
     Flow from image to image stays as it is, and so do the other heads that share keys and values with this one
-    (grouped queries): z is made again for these heads and the text positions behind an image, and for nothing else.
+    (grouped queries): z is recomputed for these heads and the text positions behind an image, and for nothing else.
     Patterns that are cached in the same run are those of the real keys.
 
     Args:
         baseline: "mean" over the tokens of each image, "zero" keys and values (the tokens still draw attention,
-            with score 0), "knockout" (they are not seen at all), or `ImageMeans` of a dataset.
-        before_rope: whether the mean key is taken before rotation and then rotated to each token's place
-            (positions stay visible), or taken of rotated keys (one key for all). `ImageMeans` must be taken alike.
+            with score 0), "knockout" (the tokens are masked), or `ImageMeans` of a dataset.
+        before_rope: whether the mean key is taken before rotation and then rotated to each token's
+            position (positions stay visible), or over rotated keys (one key for all). `ImageMeans` must use the same.
         queries: only these of the text positions behind an image ("assistant_header", "final", positions, ...).
         tokens: only these image tokens are replaced; means stay those of whole images.
     """
@@ -49,13 +53,13 @@ class ReplaceImageKV(HeadIntervention):
     queries: Positions = None
     tokens: Positions = None
 
-    attention: ClassVar[Literal["edited", "made again", ""]] = "made again"
+    attention: ClassVar[Literal["edited", "recomputed", ""]] = "recomputed"
     varies: ClassVar[frozenset[str]] = frozenset({"heads", "queries", "tokens"})
 
-    def first_position(self, model: Any, inputs: VLMInputs) -> int:
+    def first_position(self, model: "HookedVLM", inputs: VLMInputs) -> int:
         return first_position(_behind_images(self.queries, inputs))
 
-    def edits(self, model: Any, inputs: VLMInputs, layer: int) -> list[tuple[str, Edit]]:
+    def edits(self, model: "HookedVLM", inputs: VLMInputs, layer: int) -> list[tuple[str, Edit]]:
         if not inputs.has_visuals:
             raise InputError("there is no image in these inputs whose keys and values could be replaced")
         if isinstance(self.baseline, str) and self.baseline not in ("mean", "zero", "knockout"):
@@ -67,7 +71,7 @@ class ReplaceImageKV(HeadIntervention):
             )
         rotate = inputs_rotation(model.cfg, inputs, model.cfg.dtype) if self.before_rope else None
 
-        def edit(z: Tensor, hook: Any, chosen: HeadSelection) -> Tensor:
+        def edit(z: Tensor, hook: HookPoint, chosen: HeadSelection) -> Tensor:
             call: AttentionCall = hook.ctx["attention"]
             n = z.shape[1]
             behind = _for_runs(_behind_images, "queries", chosen, inputs)
@@ -96,7 +100,7 @@ class ReplaceImageKV(HeadIntervention):
         rotate: Rotation | None,
     ) -> Float[Tensor, "batch row head d_head"]:
         """z of some positions and of the chosen heads, with the baseline in place."""
-        tokens = _for_runs(_image_tokens, "tokens", chosen, inputs)
+        tokens = _for_runs(image_tokens, "tokens", chosen, inputs)
         here = positions_mask(tokens, 0, call.k.shape[1], len(call.k)).to(call.k.device)
         if self.baseline == "knockout":
             return call.z(rows[None], chosen.heads, call.visible(rows[None]) & ~here[:, None, None])
@@ -108,7 +112,7 @@ class ReplaceImageKV(HeadIntervention):
     def _baseline(
         self, call: AttentionCall, inputs: VLMInputs, layer: int, rotate: Rotation | None
     ) -> tuple[Tensor, Tensor]:
-        """Keys and values with those of all image tokens replaced."""
+        """Keys and values, replaced at all image tokens."""
         k, v = call.k.clone(), call.v.clone()
         rotate = None if rotate is None else rotate.to(k.device)
         for visual in inputs.visuals:
@@ -133,22 +137,10 @@ class ReplaceImageKV(HeadIntervention):
 def _for_runs(
     table: Callable[[Positions, VLMInputs], Tensor], name: str, chosen: HeadSelection, inputs: VLMInputs
 ) -> Bool[Tensor, "rows width_and_one"]:
-    """The table of each run's positions, one run after the other; one for all where they mean the same."""
+    """The position table of each run, one run after the other; a single table if all are equal."""
     wanted = [getattr(run, name) for run in chosen.runs]
     tables = {where: table(where, inputs) for where in dict.fromkeys(wanted)}
     return tables[wanted[0]] if len(tables) == 1 else torch.cat([tables[where] for where in wanted])
-
-
-def _image_tokens(where: Positions, inputs: VLMInputs) -> Bool[Tensor, "batch width_and_one"]:
-    """Image and video tokens, or some of them, as a `position_table`."""
-    text = position_table("text", inputs)
-    if where is None:
-        return position_table(None, inputs) & ~text
-    table = position_table(where, inputs)
-    if (table & text).any():
-        row, position = (table & text).nonzero()[0].tolist()
-        raise InputError(f"position {position} of row {row} is not an image token")
-    return table
 
 
 def _behind_images(where: Positions, inputs: VLMInputs) -> Bool[Tensor, "batch width_and_one"]:
@@ -166,7 +158,7 @@ def _behind_images(where: Positions, inputs: VLMInputs) -> Bool[Tensor, "batch w
 
 
 @torch.no_grad()
-def mean_image_kv(model: Any, inputs: Iterable[VLMInputs], before_rope: bool = True) -> ImageMeans:
+def mean_image_kv(model: "HookedVLM", inputs: Iterable[VLMInputs], before_rope: bool = True) -> ImageMeans:
     """Keys and values averaged over all image tokens of a dataset.
 
     Keys are taken before rotation (behind their norm, where they have one), or rotated.
@@ -182,7 +174,7 @@ def mean_image_kv(model: Any, inputs: Iterable[VLMInputs], before_rope: bool = T
         kind: [f"blocks.{layer}.attn.{hook}" for layer in range(model.cfg.n_layers)] for kind, hook in hooks.items()
     }
     for batch in inputs:
-        images = _image_tokens(None, batch)[:, :-1].to(batch.device)
+        images = image_tokens(None, batch)[:, :-1].to(batch.device)
         _, cache = model.run_with_cache(batch, names_filter=[*names["k"], *names["v"]], return_type=None)
         for kind in "kv":
             found = torch.stack([cache[name][images] for name in names[kind]])

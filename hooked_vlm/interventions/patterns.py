@@ -1,8 +1,8 @@
-"""Interventions that give heads another pattern, at a cost in memory that is linear in the length."""
+"""Interventions that replace attention patterns, with memory linear in the length."""
 
 from abc import abstractmethod
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 import torch
 from jaxtyping import Float, Int
@@ -10,22 +10,26 @@ from torch import Tensor
 
 from hooked_vlm.errors import InputError
 from hooked_vlm.inputs.vlm_inputs import VLMInputs
-from hooked_vlm.interventions.base import Positions, first_position, position_table, positions_mask
+from hooked_vlm.interventions.base import Positions, position_table, positions_mask
 from hooked_vlm.interventions.heads import Edit, HeadIntervention, HeadSelection
 from hooked_vlm.nn.attention import AttentionCall
+from hooked_vlm.nn.hooks import HookPoint
+
+if TYPE_CHECKING:
+    from hooked_vlm.model.vlm import HookedVLM
 
 QUERIES_AT_ONCE = 256
-"""The pattern exists for so many queries of the chosen heads at a time."""
+"""Number of queries whose pattern is held in memory at a time."""
 
 
 @dataclass(frozen=True)
 class EditedPattern(HeadIntervention):
-    """z of some heads made again from an edited pattern, a few queries at a time.
+    """Recompute z of some heads from an edited pattern, a few queries at a time.
 
     Patterns that are cached in the same run are those before the edit.
     """
 
-    attention: ClassVar[Literal["edited", "made again", ""]] = "made again"
+    attention: ClassVar[Literal["edited", "recomputed", ""]] = "recomputed"
 
     @abstractmethod
     def edit_pattern(
@@ -35,25 +39,17 @@ class EditedPattern(HeadIntervention):
         queries: Int[Tensor, "1 row"],
         inputs: VLMInputs,
     ) -> Float[Tensor, "batch head row key"]:
-        """The new pattern of some queries (indices into the query axis of `call`) of the chosen heads."""
+        """Return the new pattern of some queries (indices into the query axis of `call`) of the chosen heads."""
 
-    @property
-    def edited_positions(self) -> Positions:
-        """Whose patterns change."""
-        return None
-
-    def first_position(self, model: Any, inputs: VLMInputs) -> int:
-        return first_position(position_table(self.edited_positions, inputs))
-
-    def edits(self, model: Any, inputs: VLMInputs, layer: int) -> list[tuple[str, Edit]]:
+    def edits(self, model: "HookedVLM", inputs: VLMInputs, layer: int) -> list[tuple[str, Edit]]:
         table = position_table(self.edited_positions, inputs).to(inputs.device)
 
-        def edit(z: Tensor, hook: Any, chosen: HeadSelection) -> Tensor:
+        def edit(z: Tensor, hook: HookPoint, chosen: HeadSelection) -> Tensor:
             call: AttentionCall = hook.ctx["attention"]
             here = positions_mask(table, call.n_past, z.shape[1], len(z)).to(z.device)
-            asked = here.any(0).nonzero()[:, 0]
+            selected = here.any(0).nonzero()[:, 0]
             edited, heads = z.clone(), list(chosen.heads)
-            for queries in asked.split(QUERIES_AT_ONCE):
+            for queries in selected.split(QUERIES_AT_ONCE):
                 pattern = self.edit_pattern(call.pattern(queries[None], heads), call, queries[None], inputs)
                 new = call.z_under(pattern, heads)
                 old = z[:, queries][:, :, heads]
@@ -68,7 +64,7 @@ class EditedPattern(HeadIntervention):
 
 @dataclass(frozen=True)
 class RedistributeSink(EditedPattern):
-    """Attention to the sink is scaled by `beta`; what it loses goes to the other keys, in proportion.
+    """Attention to the sink is scaled by `beta` and the difference redistributed over the other keys, in proportion.
 
     a_sink' = beta a_sink; a_j' = a_j (1 - beta a_sink) / (1 - a_sink). (arXiv 2505.15865, section on sink tokens.)
     The sink is each row's first token, or the `sink`-th. A query that attends to nothing else keeps its attention.
@@ -77,7 +73,7 @@ class RedistributeSink(EditedPattern):
     beta: float
     sink: int = 0
 
-    def edits(self, model: Any, inputs: VLMInputs, layer: int) -> list[tuple[str, Edit]]:
+    def edits(self, model: "HookedVLM", inputs: VLMInputs, layer: int) -> list[tuple[str, Edit]]:
         if not 0 <= self.beta <= 1:
             raise InputError(f"beta, the share of its attention that the sink keeps, is between 0 and 1: {self.beta}")
         spans = zip(inputs.first, inputs.stop, strict=True)
@@ -98,16 +94,12 @@ class RedistributeSink(EditedPattern):
 
 @dataclass(frozen=True)
 class UniformAttention(EditedPattern):
-    """Heads look everywhere alike: at every key that a query sees, as if its scores were all zero.
+    """Heads attend equally to every key that a query sees, as if all scores were zero.
 
-    How Wu et al. (arXiv 2404.15574) switch off retrieval heads; with `positions="generated"`, while they generate only.
+    Wu et al. (arXiv 2404.15574) switch off retrieval heads this way; `positions="generated"` limits it to generation.
     """
 
     positions: Positions = None
-
-    @property
-    def edited_positions(self) -> Positions:
-        return self.positions
 
     def edit_pattern(self, pattern: Tensor, call: AttentionCall, queries: Tensor, inputs: VLMInputs) -> Tensor:
         seen = call.visible(queries).expand(len(pattern), pattern.shape[1], -1, -1).to(pattern.dtype)

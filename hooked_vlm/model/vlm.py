@@ -2,6 +2,7 @@
 
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from functools import wraps
 from typing import Any, Concatenate, Literal, ParamSpec, TypeVar
@@ -47,6 +48,7 @@ from hooked_vlm.nn.weight_access import device_of
 
 P = ParamSpec("P")
 R = TypeVar("R")
+Hooks = Sequence[tuple[HookName, Callable]]
 ReturnType = Literal["logits", "loss", "both"] | None
 
 
@@ -316,7 +318,11 @@ class HookedVLM(WithViews, HookedRootModule):
         for point in self.points_of(name):
             point.add_hook(hook, *args, **kwargs)
 
-    hooks = hooking.hooks  # pyright: ignore[reportAssignmentType] (yields a HookedVLM)
+    def hooks(  # pyright: ignore[reportIncompatibleMethodOverride] (yields a HookedVLM)
+        self, fwd_hooks: Hooks = (), bwd_hooks: Hooks = (), reset_hooks_end: bool = True, clear_contexts: bool = False
+    ) -> AbstractContextManager["HookedVLM"]:
+        """Set hooks for the length of a `with` block: `hooking.hooks`."""
+        return hooking.hooks(self, fwd_hooks, bwd_hooks, reset_hooks_end, clear_contexts)
 
     def run_with_hooks(
         self,

@@ -2,12 +2,18 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING, Literal, get_args
+
+from torch import Tensor
 
 from hooked_vlm.errors import InputError
 from hooked_vlm.interventions import PatchActivation
+from hooked_vlm.interventions.base import in_range
 from hooked_vlm.patching.pairs import Direction, Pair, same_places
 from hooked_vlm.patching.places import Tower, Where, patches_at, place_names, positions_at
+
+if TYPE_CHECKING:
+    from hooked_vlm.model.vlm import HookedVLM
 
 What = Literal["resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out", "z", "q", "k", "v", "pattern"]
 """An activation, by TransformerLens' short name. `k` and `v` have key-value heads; a `pattern` is patched in rows: its
@@ -30,7 +36,7 @@ class Cells:
     @classmethod
     def of(
         cls,
-        model: Any,
+        model: "HookedVLM",
         pairs: Sequence[Pair],
         what: What,
         where: Where,
@@ -64,6 +70,11 @@ class Cells:
                     yield layer, head, place
 
     @property
+    def title(self) -> str:
+        """The activation and its tower, for figures."""
+        return self.what if self.tower == "text" else f"{self.what} of the vision tower"
+
+    @property
     def axes(self) -> dict[str, tuple[str | int, ...]]:
         """The axes of a result, those of one label included."""
         heads = {"head": tuple(h for h in self.heads if h is not None)} if self.heads != (None,) else {}
@@ -83,14 +94,14 @@ class Cells:
         return [self.name(layer) for layer in self.layers]
 
     def positions(self, pair: Pair) -> dict[str | int, tuple[tuple[int, ...], ...]]:
-        """Where each place lies in a pair: positions by row, or patches by image."""
+        """Positions by row, or patches by image, of each place in a pair."""
         if self.tower == "vision":
             return {place: patches_at(pair, place) for place in self.places}
         matches = pair.matches(self.direction)
         return {place: positions_at(pair, place, self.direction, matches) for place in self.places}
 
-    def interventions(self, pair: Pair, source: dict[str, Any]) -> list[PatchActivation]:
-        """One for each cell, in order; `source` holds activations with the positions of the inputs that are run."""
+    def interventions(self, pair: Pair, source: dict[str, Tensor]) -> list[PatchActivation]:
+        """One intervention for each cell, in order; `source` holds activations at the edited inputs' positions."""
         where = self.positions(pair)
         return [
             PatchActivation(self.name(layer), source[self.name(layer)], where[place], None if head is None else (head,))
@@ -98,25 +109,14 @@ class Cells:
         ]
 
 
-def _sizes(model: Any, what: str, tower: str) -> tuple[int, int]:
-    """Layers, and heads of the activation."""
+def _sizes(model: "HookedVLM", what: str, tower: str) -> tuple[int, int]:
+    """Number of layers, and of heads of the activation."""
     cfg = model.cfg
     if tower == "text":
         return cfg.n_layers, cfg.n_key_value_heads if what in ("k", "v") else cfg.n_heads
     if cfg.vision is None:
         raise InputError(f"{cfg.model_name or 'this model'} is a language model without a vision tower")
     return cfg.vision.n_layers_run, cfg.vision.n_heads
-
-
-def in_range(chosen: Sequence[int] | None, n: int, kind: str) -> tuple[int, ...]:
-    if chosen is None:
-        return tuple(range(n))
-    if not len(chosen):
-        raise InputError(f"no {kind} is chosen: leave {kind.split()[-1]}s out for all {n} of them")
-    for number in chosen:
-        if not 0 <= number < n:
-            raise InputError(f"{kind} {number} is out of range: there are {kind}s 0 to {n - 1}")
-    return tuple(chosen)
 
 
 def _check_grids(pairs: Sequence[Pair]) -> None:

@@ -2,31 +2,33 @@
 (Geva et al. 2023, arXiv 2304.14767; between image and text, arXiv 2411.18620)."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Literal
 
-import numpy as np
 import pandas as pd
 import torch
-from tqdm.auto import tqdm
 
 from hooked_vlm.errors import InputError
 from hooked_vlm.inputs.vlm_inputs import VLMInputs
 from hooked_vlm.interventions import BlockAttention, Compose, Intervention
 from hooked_vlm.interventions.base import Positions, position_table
-from hooked_vlm.patching.exact import Metrics, swept, warn_of_bad_numbers
+from hooked_vlm.metrics import Metric
+from hooked_vlm.patching.experiment import Metrics, Values, one_for_each, over_batches, swept
 from hooked_vlm.patching.pairs import Place
 from hooked_vlm.patching.places import group, positions_in
-from hooked_vlm.patching.result import PatchingResult
+from hooked_vlm.patching.result import Label, PatchingResult
+
+if TYPE_CHECKING:
+    from hooked_vlm.model.vlm import HookedVLM
 
 Edge = tuple[str, str]
-"""(query, key): who no longer looks where. Each a place, or several joined by "+": "final+generated"."""
+"""(query, key): no attention from one to the other. Each a place, or several joined by "+": "final+generated"."""
 Places = Mapping[str, Place]
 
 
 def attention_knockout(
-    model: Any, inputs: VLMInputs, layers: range, edge: Edge, places: Places | None = None
+    model: "HookedVLM", inputs: VLMInputs, layers: range, edge: Edge, places: Places | None = None
 ) -> Intervention:
-    """The intervention that cuts an edge in some layers, for `run_with_hooks`, `generate` or `sweep`.
+    """Build the intervention that cuts an edge in some layers, for `run_with_hooks`, `generate` or `sweep`.
 
         cut = attention_knockout(model, inputs, range(8, 17), ("final+generated", "value"), {"value": Region(box)})
         model.generate(inputs, fwd_hooks=cut.hooks(model, inputs))
@@ -44,7 +46,7 @@ def attention_knockout(
 
 
 def sweep_knockout(
-    model: Any,
+    model: "HookedVLM",
     inputs: VLMInputs | Sequence[VLMInputs],
     metric: Metrics,
     *,
@@ -56,54 +58,35 @@ def sweep_knockout(
     progress: bool = False,
     seed: int = 0,
 ) -> PatchingResult:
-    """The metric with each edge cut in each window of layers, on the sweep engine.
+    """Measure the metric with each edge cut in each window of layers, on the sweep engine.
 
     Args:
         inputs: every row is an example.
         metric: as for `sweep`; a list gives each of the inputs its own.
-        window: so many layers; one window begins at each layer where it fits.
+        window: number of layers; one window begins at each layer where it fits.
         places: as for `attention_knockout`; a list gives each of the inputs its own.
 
     Raises:
         InputError: an unknown place, a side of an edge that a row has no token of, or a window that does not fit.
     """
     batches = [inputs] if isinstance(inputs, VLMInputs) else list(inputs)
-    metrics = list(metric) if isinstance(metric, Sequence) else [metric] * len(batches)
-    named = [places or {}] * len(batches) if places is None or isinstance(places, Mapping) else list(places)
     if not batches or not edges:
         raise InputError(f"{len(batches)} inputs and {len(edges)} edges came: at least one of each is needed")
-    if {len(metrics), len(named)} != {len(batches)}:
-        raise InputError(
-            f"{len(metrics)} metrics and {len(named)} places came for {len(batches)} inputs: give one for all, or one "
-            "for each"
-        )
+    with_places = list(zip(batches, one_for_each(places or {}, len(batches), "places"), strict=True))
     windows = _windows(model, window)
-    values, base_values = [], []
-    steps = tqdm(batches, disable=not progress, desc="knock-out", unit="input")
-    for batch, own_metric, own_places in zip(steps, metrics, named, strict=True):
+
+    def run(batch: tuple[VLMInputs, Places], metric: Metric) -> Values:
         for edge in edges:
-            _check_tokens(batch, edge, own_places)
-        cuts = [attention_knockout(model, batch, layers, edge, own_places) for edge in edges for layers in windows]
-        found, baseline = swept(model, batch, cuts, own_metric, logits_at=logits_at, max_runs=max_runs)
-        values.append(found)
-        base_values.append(baseline)
-    axes: dict[str, tuple[str | int, ...]] = {"edge": tuple(map(_said, edges)), "layers": tuple(map(_layers, windows))}
-    shape = (len(edges), len(windows), -1)
-    result = PatchingResult(
-        "attention knock-out",
-        axes,
-        np.concatenate(values, axis=1).reshape(shape),
-        np.concatenate(base_values),
-        None,
-        None,
-        seed,
-    )
-    warn_of_bad_numbers(result)
-    return result
+            _check_tokens(batch[0], edge, batch[1])
+        cuts = [attention_knockout(model, batch[0], layers, edge, batch[1]) for edge in edges for layers in windows]
+        return (*swept(model, batch[0], cuts, metric, logits_at, max_runs), None)
+
+    axes: dict[str, tuple[Label, ...]] = {"edge": tuple(map(_label, edges)), "layers": tuple(map(_layers, windows))}
+    return over_batches(with_places, metric, run, "attention knock-out", axes, None, seed, progress)
 
 
 def answers_without(
-    model: Any,
+    model: "HookedVLM",
     inputs: VLMInputs,
     *,
     edges: Sequence[Edge],
@@ -111,10 +94,10 @@ def answers_without(
     places: Places | None = None,
     max_new_tokens: int = 32,
 ) -> pd.DataFrame:
-    """What the model says with each edge cut in each window, at the prompt and at every step of generation.
+    """Generate answers with each edge cut in each window, at the prompt and at every step of generation.
 
     Returns:
-        One line for each edge, window and row: `edge`, `layers`, `example`, `answer`, and what it says without a cut,
+        One line for each edge, window and row: `edge`, `layers`, `example`, `answer`, and the answer without a cut,
         `uncut`.
     """
     uncut = _texts(model, inputs, [], max_new_tokens)
@@ -123,13 +106,13 @@ def answers_without(
         for layers in _windows(model, window):
             hooks = attention_knockout(model, inputs, layers, edge, places).hooks(model, inputs)
             for example, answer in enumerate(_texts(model, inputs, hooks, max_new_tokens)):
-                rows.append((_said(edge), _layers(layers), example, answer, uncut[example]))
+                rows.append((_label(edge), _layers(layers), example, answer, uncut[example]))
     return pd.DataFrame(rows, columns=["edge", "layers", "example", "answer", "uncut"])
 
 
-def _texts(model: Any, inputs: VLMInputs, hooks: list, max_new_tokens: int) -> list[str]:
-    said = model.generate(inputs, max_new_tokens=max_new_tokens, fwd_hooks=hooks, return_type="str")
-    return [said] if isinstance(said, str) else said
+def _texts(model: "HookedVLM", inputs: VLMInputs, hooks: list, max_new_tokens: int) -> list[str]:
+    texts = model.generate(inputs, max_new_tokens=max_new_tokens, fwd_hooks=hooks, return_type="str")
+    return [texts] if isinstance(texts, str) else texts
 
 
 def _positions(inputs: VLMInputs, name: str, places: Places) -> Positions:
@@ -137,17 +120,17 @@ def _positions(inputs: VLMInputs, name: str, places: Places) -> Positions:
 
 
 def _check_tokens(inputs: VLMInputs, edge: Edge, places: Places) -> None:
-    """Raises `InputError` where nothing would be cut, which would count as an effect of 0."""
+    """Refuse rows without the edge, whose effect would count as 0."""
     for side in edge:
         tables = [position_table(_positions(inputs, name, places), inputs)[:, :-1] for name in side.split("+")]
         empty = ~torch.stack(tables).any(0).any(-1)
         if empty.any():
             raise InputError(
-                f"row {int(empty.nonzero()[0])} has no {side} positions: the edge {_said(edge)} is not there"
+                f"row {int(empty.nonzero()[0])} has no {side} positions, so there is no edge {_label(edge)} to cut"
             )
 
 
-def _windows(model: Any, window: int) -> list[range]:
+def _windows(model: "HookedVLM", window: int) -> list[range]:
     n_layers = model.cfg.n_layers
     if not 1 <= window <= n_layers:
         raise InputError(f"a window of {window} layers does not fit: the model has {n_layers}")
@@ -158,5 +141,5 @@ def _layers(layers: range) -> str:
     return str(layers[0]) if len(layers) == 1 else f"{layers[0]}-{layers[-1]}"
 
 
-def _said(edge: Edge) -> str:
+def _label(edge: Edge) -> str:
     return f"{edge[0]} to {edge[1]}"

@@ -47,8 +47,8 @@ class Pair:
         places: regions and positions by names of your own, beside the groups every input has.
         by: how positions correspond. "columns": both inputs have the same columns, with images of the same sizes in
             the same places. "groups": stretches of text between images correspond where they are of one length, and
-            so do `question`, `role`, `final` and `generated`; image tokens correspond to those at the same place of
-            the picture, whatever the two grids. What corresponds to nothing cannot be patched.
+            so do `question`, `assistant_header`, `final` and `generated`; image tokens correspond to those at the same
+            place of the picture, whatever the two grids. Positions without counterpart cannot be patched.
 
     Raises:
         InputError: the inputs cannot be aligned, or a place has the name of a group.
@@ -78,7 +78,7 @@ class Pair:
             if kinds[0] != kinds[1]:
                 raise InputError(
                     f"row {row} has {len(kinds[0])} images in clean and {len(kinds[1])} in corrupt, which cannot "
-                    "correspond: give both as many"
+                    "correspond: give both the same number"
                 )
 
     def __len__(self) -> int:
@@ -106,7 +106,7 @@ def aligned(x: Tensor, matches: Int[Tensor, "batch pos"]) -> Tensor:
 
 
 def same_columns(a: VLMInputs, row: int, b: VLMInputs, other: int) -> bool:
-    """Whether a column of one row and the same column of the other mean the same: text, or one place of a picture."""
+    """Whether every column is the same in both rows: text, or the same region of a picture."""
     if (a.shape[1], a.first[row], a.stop[row]) != (b.shape[1], b.first[other], b.stop[other]):
         return False
     own, its = _visuals(a, row), _visuals(b, other)
@@ -116,8 +116,8 @@ def same_columns(a: VLMInputs, row: int, b: VLMInputs, other: int) -> bool:
 
 
 def same_places(a: VLMInputs, visual: Visual, b: VLMInputs, other: Visual) -> bool:
-    """Whether the tokens and patches of two images lie alike. As many tiles may lie otherwise: 4 x 1 or 2 x 2. Where a
-    size is not known (a Hugging Face batch), as many tiles are taken to lie alike."""
+    """Whether tokens and patches of two images have the same layout. Equal numbers of tiles may differ in it (4 x 1 or
+    2 x 2), but count as the same where a size is not known (a Hugging Face batch)."""
     layouts = {_tile_layout(a, visual), _tile_layout(b, other)} - {None}
     return visual.grid == other.grid and len(layouts) <= 1
 
@@ -131,7 +131,7 @@ def _tile_layout(inputs: VLMInputs, visual: Visual) -> tuple[int, int] | None:
 
 
 def _check_place(name: str, place: Place) -> None:
-    """Raises `InputError` for what is neither positions nor regions."""
+    """Refuse anything but positions or regions."""
     parts = [place] if isinstance(place, Region) else list(place) if isinstance(place, Sequence | Tensor) else []
     regions = [isinstance(part, Region) for part in parts]
     if not parts or isinstance(place, str) or any(regions) != all(regions):
@@ -195,7 +195,7 @@ def _groups(inputs: VLMInputs, row: int) -> list[Tensor]:
 
 
 def by_place(base: ImageGrid | TileGrid, source: ImageGrid | TileGrid) -> Int[np.ndarray, "token"]:
-    """For each token of an image, the one of another that covers its centre, both pictures seen as one unit square."""
+    """For each token of an image, the token of another that covers its centre when both pictures are scaled alike."""
     found = np.empty(base.n_tokens, dtype=np.int64)
     parts: tuple[Literal["tiles", "thumbnail"], ...] = ("tiles", "thumbnail")
     for part in parts if _has_thumbnail(base) else parts[:1]:
@@ -211,6 +211,6 @@ def _has_thumbnail(grid: ImageGrid | TileGrid) -> bool:
 
 
 def _numbers(grid: ImageGrid | TileGrid, part: Literal["tiles", "thumbnail"]) -> Int[np.ndarray, "row col"]:
-    """The number of the token at each place of the picture."""
+    """The number of the token at each cell of the picture's grid."""
     numbers = np.arange(grid.n_tokens)
     return (grid.to_image(numbers, part) if isinstance(grid, TileGrid) else grid.to_image(numbers))[0]

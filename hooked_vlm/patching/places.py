@@ -1,4 +1,4 @@
-"""From names of places to positions of the decoder and patches of the vision tower."""
+"""Positions of the decoder and patches of the vision tower, by names of places."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -10,7 +10,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from hooked_vlm.errors import InputError
-from hooked_vlm.inputs.geometry import ImageGrid, TileGrid
+from hooked_vlm.inputs.geometry import ImageGrid, Part, TileGrid
 from hooked_vlm.inputs.vlm_inputs import VLMInputs
 from hooked_vlm.interventions.base import Positions, position_table
 from hooked_vlm.patching.pairs import Direction, Pair, Place, Region, same_columns, same_places
@@ -25,7 +25,7 @@ Rows = tuple[tuple[int, ...], ...]
 
 
 def place_names(pairs: Sequence[Pair], where: Where, tower: Tower, direction: Direction) -> tuple[str | int, ...]:
-    """The places a sweep visits; positions and patches go by their numbers.
+    """The places of a sweep; positions and patches are named by their numbers.
 
     Raises:
         InputError: "each" of examples whose positions or patches do not correspond.
@@ -60,7 +60,7 @@ def place_names(pairs: Sequence[Pair], where: Where, tower: Tower, direction: Di
 
 
 def _check_same_pictures(sides: Sequence[VLMInputs]) -> None:
-    """Raises `InputError` unless a patch is the same place of the picture in all of them."""
+    """Refuse inputs in which a patch is not the same region of the picture in all of them."""
     first = sides[0].in_feature_order
     for inputs in sides[1:]:
         own = inputs.in_feature_order
@@ -132,7 +132,7 @@ def _rows(where: Positions, inputs: VLMInputs) -> Rows:
 
 
 def group(inputs: VLMInputs, place: str, places: Mapping[str, Place]) -> str | None:
-    """A group's name as interventions know it.
+    """The name of a group as interventions use it.
 
     Raises:
         InputError: there is no such group, nor such a place.
@@ -187,7 +187,7 @@ def patches_at(pair: Pair, place: str | int) -> Rows:
 
 
 def _of_all_rows(inputs: VLMInputs, place: str, patches: Rows) -> Rows:
-    """The same patches of images, if every row of the inputs has some."""
+    """Return the patches, if every row of the inputs has some."""
     owners = [v.row for v in inputs.in_feature_order for _ in range(v.grid[0])]
     having = {row for row, own in zip(owners, patches, strict=True) if own}
     for row in range(len(inputs)):
@@ -198,11 +198,9 @@ def _of_all_rows(inputs: VLMInputs, place: str, patches: Rows) -> Rows:
 
 def patches_in_box(inputs: VLMInputs, region: Region) -> list[tuple[int, int]]:
     """(image or tile, patch) of the patches under a box, as the vision tower's tensors count them."""
-    grid, where = _patches(inputs, region.image)
+    grid, where = _patches(inputs, region.image, region.part)
     if isinstance(grid, TileGrid):
         chosen = grid.tokens_in_box(region.box, region.min_overlap, part=region.part)
-    elif region.part == "thumbnail":
-        raise InputError("this model sees images whole: there is no thumbnail")
     else:
         chosen = grid.tokens_in_box(region.box, region.min_overlap)
     return [(int(image), int(patch)) for image, patch in where[chosen]]
@@ -211,19 +209,17 @@ def patches_in_box(inputs: VLMInputs, region: Region) -> list[tuple[int, int]]:
 def patches_on_image(
     inputs: VLMInputs, image: int, part: Literal["tiles", "thumbnail"] = "tiles"
 ) -> Int[np.ndarray, "row col"]:
-    """The number of the patch at each place of the picture, as a sweep over "each" patch counts them."""
-    grid, where = _patches(inputs, image)
+    """The number of the patch at each cell of the picture's grid, as a sweep over "each" patch counts them."""
+    grid, where = _patches(inputs, image, part)
     numbers = where @ (max(n_patches(inputs)), 1)
-    if isinstance(grid, TileGrid):
-        return grid.to_image(numbers, part)[0]
-    if part == "thumbnail":
-        raise InputError("this model sees images whole: there is no thumbnail")
-    return grid.to_image(numbers)[0]
+    return (grid.to_image(numbers, part) if isinstance(grid, TileGrid) else grid.to_image(numbers))[0]
 
 
-def _patches(inputs: VLMInputs, image: int) -> tuple[ImageGrid | TileGrid, Int[np.ndarray, "patch 2"]]:
-    """An image's grid of patches, and of each its (image or tile, patch) in the vision tower's tensors."""
+def _patches(inputs: VLMInputs, image: int, part: Part) -> tuple[ImageGrid | TileGrid, Int[np.ndarray, "patch 2"]]:
+    """The grid of patches of an image, and the (image or tile, patch) index of each in the vision tower's tensors."""
     tokens = inputs.image_grid(image)
+    if part == "thumbnail" and not isinstance(tokens, TileGrid):
+        raise InputError("this model sees images whole: there is no thumbnail")
     order = [(v.kind, v.index) for v in inputs.in_feature_order]
     first = sum(grid[0] for grid in inputs.grids[: order.index(("image", image))])
     if isinstance(tokens, TileGrid):

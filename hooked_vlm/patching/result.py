@@ -1,4 +1,4 @@
-"""What a patching experiment gives: the metric of every cell on every example, with what it says on the whole."""
+"""Result of a patching experiment: the metric of every cell on every example, with means, intervals and p values."""
 
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -24,7 +24,7 @@ ROUNDING = 1e-5
 
 @dataclass(frozen=True)
 class Agreement:
-    """How well attribution patching predicts real patches: correlations of effects over cells and examples."""
+    """Correlations of estimated and real effects over cells and examples: the quality of attribution patching."""
 
     pearson: float
     spearman: float
@@ -47,14 +47,14 @@ class PatchingResult:
     base: Float[np.ndarray, "example"]
     """The metric of the run that is edited, without an edit."""
     source: Float[np.ndarray, "example"] | None
-    """That of the run the patches come from; None where nothing is patched in (knock-out)."""
+    """The metric of the run the patches come from; None where nothing is patched in (knock-out)."""
     direction: Direction | None
     seed: int = 0
-    """Of the bootstrap and the permutations."""
+    """Seed of the bootstrap and the permutations."""
     estimated: bool = False
     """Whether effects are estimates from gradients instead of real runs."""
     agreement: Agreement | None = None
-    """Of estimates with real patches of some cells."""
+    """Agreement of estimates with real patches of some cells."""
 
     @property
     def n_examples(self) -> int:
@@ -72,7 +72,7 @@ class PatchingResult:
 
     @property
     def effects(self) -> Float[np.ndarray, "*cells example"]:
-        """What each edit adds to the metric."""
+        """Change of the metric by each edit."""
         with np.errstate(invalid="ignore"):  # infinite metrics
             return self.values - self.base
 
@@ -95,7 +95,7 @@ class PatchingResult:
 
     @property
     def counted(self) -> Bool[np.ndarray, "*cells example"]:
-        """Where the metric of the cell and those of both runs are finite numbers."""
+        """Whether the metrics of the cell and of both runs are finite."""
         return np.isfinite(self.effects) & np.isfinite(self._gap)
 
     @cached_property
@@ -240,11 +240,11 @@ class PatchingResult:
 
     @property
     def title(self) -> str:
-        """What was done, for figures."""
+        """Title of figures."""
         return f"{self.what}, {self.direction}" if self.direction else self.what
 
     @property
     def label(self) -> str:
-        """What the means are, for figures."""
+        """Name of the means in figures."""
         what = "effect" if self.source is None else "normalised effect"
         return f"{what}, estimated" if self.estimated else what

@@ -1,4 +1,4 @@
-"""What stands for the content of values that a result depends on (for a model's weights: `provenance.weights_hash`)."""
+"""Digests of values that a result depends on (for a model's weights: `hooked_vlm.model.fingerprints.weights_hash`)."""
 
 import hashlib
 import inspect
@@ -15,17 +15,17 @@ from torch import Tensor
 from hooked_vlm.errors import InputError
 
 _PLAIN = (bool, int, float, complex, str, bytes, range, Enum, PurePath, np.generic, torch.dtype, torch.device)
-"""Types whose `repr` says everything."""
+"""Types whose `repr` is unambiguous."""
 
 
 def digest(value: Any) -> str:
-    """Digits that stand for a value's content: equal for equal content, in every process and on every device.
+    """Digest of a value's content: equal for equal content, in every process and on every device.
 
-    Plain values, tensors, arrays, containers, and dataclasses of these (interventions, metrics, inputs). A dataclass of
-    your own also stands for its source text, but not for functions it calls.
+    Plain values, tensors, arrays, containers, and dataclasses of these (interventions, metrics, inputs). The digest
+    of a dataclass of your own includes its source text, but not the functions it calls.
 
     Raises:
-        InputError: something whose content cannot be told, such as a function or an object of another class.
+        InputError: a value without comparable content, such as a function or an object of another class.
     """
     found = hashlib.sha256()
     _feed(found, value)
@@ -59,14 +59,14 @@ def _feed(found: Any, value: Any) -> None:
                 _feed(found, getattr(value, field.name))
     else:
         raise InputError(
-            f"what {_shown(value)} does cannot be told from its content, so results cannot be kept under it: give a "
+            f"{_shown(value)} cannot be identified by its content, so results cannot be stored under it: give a "
             "dataclass on the top level of a module (interventions and metrics of this package are such)"
         )
     found.update(b")")
 
 
 def _is_own_dataclass(kind: type) -> bool:
-    """Decorated itself (a subclass may hold more than fields), and not made inside a function that it depends on."""
+    """Whether a class is itself a dataclass (a subclass may hold more than fields) and not defined in a function."""
     return is_dataclass(kind) and "__dataclass_fields__" in vars(kind) and "<locals>" not in kind.__qualname__
 
 

@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all."""
+"""Atomic file writes."""
 
 import os
 import uuid
@@ -13,7 +13,7 @@ from hooked_vlm.errors import OutputError
 
 
 def atomic_write(path: Path, save: Callable[[Path], Any]) -> None:
-    """Write a file aside with `save(path_aside)`, and put it in place when complete.
+    """Write a file with `save(temporary_path)`, and rename it when complete.
 
     Raises:
         OutputError: it cannot be written; nothing is left of it.
@@ -28,7 +28,7 @@ def atomic_write(path: Path, save: Callable[[Path], Any]) -> None:
     except (OSError, SafetensorError) as error:  # safetensors' writer has its own for a full disk
         raise OutputError(f"cannot write {path}: {why(error)}") from error
     finally:
-        with suppress(OSError):  # if its folder cannot be reached either, that was said already
+        with suppress(OSError):  # an unreachable folder was reported already
             aside.unlink(missing_ok=True)
 
 
@@ -38,7 +38,7 @@ def why(error: BaseException) -> str:
 
 
 def writable_folder(folder: Path) -> Path:
-    """Make a folder, and be sure that files can be written into it, before any work is done.
+    """Create a folder, and check that files can be written into it, before any work is done.
 
     Raises:
         OutputError: it is a file, or cannot be written.

@@ -1,4 +1,4 @@
-"""What stands for the code that made a result."""
+"""Hash of the code that computed a result."""
 
 import hashlib
 import os
@@ -11,7 +11,7 @@ OWN = ("hooked_vlm", "hooked_vlm.converters", "hooked_vlm.experiments")
 
 @cache
 def code_hash() -> str:
-    """Sixteen digits that stand for the library's own code, wherever it is installed.
+    """Hash (16 digits) of the library's own code, wherever it is installed.
 
     Between two releases the version stays the same while the code changes; this does not.
     """

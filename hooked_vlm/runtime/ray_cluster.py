@@ -1,4 +1,4 @@
-"""A connection to a Ray cluster, and how much of it each worker gets."""
+"""Connection to a Ray cluster, and the resources of each worker."""
 
 import logging
 import os
@@ -6,11 +6,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from hooked_vlm.errors import WorkerError
+from hooked_vlm.runtime.files import why
 
 
 @dataclass(frozen=True)
 class Share:
-    """What one worker reserves."""
+    """Resources that one worker reserves."""
 
     n_cpus: int
     n_gpus: int
@@ -21,7 +22,7 @@ class Share:
 
 
 def connect(address: str) -> tuple[Any, bool]:
-    """The module `ray`, connected; and whether the connection was made here.
+    """Connect; return the module `ray`, and whether this call made the connection.
 
     Args:
         address: "local" starts a cluster on this machine, reachable from this machine only; otherwise as in `ray.init`.
@@ -29,7 +30,7 @@ def connect(address: str) -> tuple[Any, bool]:
     Raises:
         WorkerError: Ray is not installed, or there is no such cluster.
     """
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing is told to anybody
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # no usage statistics are sent
     if address == "local":
         os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")  # Ray's name for: loopback only
     try:
@@ -42,24 +43,23 @@ def connect(address: str) -> tuple[Any, bool]:
     try:
         ray.init(address, logging_level=logging.ERROR, log_to_driver=False, **local)
     except (ConnectionError, RuntimeError, ValueError, OSError) as error:
-        reason = str(error).strip().splitlines()[0]
         raise WorkerError(
-            f"cannot connect to a Ray cluster at {address!r} ({reason}): start one with `ray start --head`, or use "
+            f"cannot connect to a Ray cluster at {address!r} ({why(error)}): start one with `ray start --head`, or use "
             '"local" for one of this machine\'s own'
         ) from error
     return ray, True
 
 
 def n_gpus_of(ray: Any) -> int:
-    """How many GPUs a cluster has."""
+    """Number of GPUs of a cluster."""
     return int(sum(node.get("GPU", 0) for node in _nodes(ray)))
 
 
 def share_of(ray: Any, n: int, on_gpus: bool) -> Share:
-    """What each of `n` workers gets: a GPU and the cores beside it, or as many cores as there are for all.
+    """Resources of each of `n` workers: a GPU and its share of cores, or an equal share of all cores.
 
     Raises:
-        WorkerError: the cluster is too small for so many.
+        WorkerError: the cluster is too small for `n` workers.
     """
     nodes = _nodes(ray)
     if on_gpus:

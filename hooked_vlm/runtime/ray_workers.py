@@ -1,10 +1,13 @@
-"""Units of work on a Ray cluster: actors that hold a replica of the model each, one unit at a time.
+"""Tasks on a Ray cluster: each actor holds a replica of the model and executes one task at a time.
 
     with OnRay(model, "auto") as workers:  # "local" starts a cluster of this machine's own
         table = sweep_many(model, cases, out / "parts", workers=workers)
 
-A worker loads the model itself, by its name, and is refused if it comes to another one. This process hands out the
-units and writes the parts, so the machines share no files. A worker that dies is replaced and its unit done again.
+A worker loads the model by its name, and is refused if its replica differs from the model here. This process assigns
+tasks and writes the store, so the machines share no files. A worker that dies is replaced and its task repeated.
+
+Ray's own restarts (`max_restarts`, `max_task_retries`) are not used: a restarted actor would load its model without a
+check of its identity, one that dies while loading would restart without end, and the driver is not told of a loss.
 """
 
 import pickle
@@ -30,24 +33,24 @@ if TYPE_CHECKING:
     from hooked_vlm.model.vlm import HookedVLM
 
 ATTEMPTS = 3
-"""A unit whose worker dies is begun so many times; so many workers in a row may die before one is ready."""
+"""Times that a task is begun if its workers die, and number of workers in a row that may die while they start."""
 CPU_WORKERS = 2
-"""By default, where there are no GPUs."""
+"""Default number of workers without GPUs."""
 PATIENCE = 20.0
-"""Seconds without a word from any worker, after which it is looked up whether there is still a place for one."""
+"""Seconds without an answer from any worker, after which the cluster is checked for room for one."""
 
 
 class OnRay(Workers):
-    """Workers on a Ray cluster. They are hired when there is something to do, and stay until `close`.
+    """Workers on a Ray cluster. They start with the first task, and stay until `close`.
 
     Args:
-        model: whose replicas do the work. They are loaded by `model.cfg.model_name` (a bundled toy model, a folder that
+        model: workers hold replicas of it, loaded by `model.cfg.model_name` (a bundled toy model, a folder that
             every machine sees under this path, or a hub name) in its dtype.
         address: "local" for a cluster of this machine's own, which ends with the work; "auto" for the one that runs
             here; or "host:port". An open connection (`ray.init`) is used as it is.
-        n: how many workers; by default one for each GPU of the cluster, or two where there are none.
+        n: number of workers; by default one for each GPU of the cluster, or two where there are none.
         device: of the replicas: "cpu" leaves GPUs alone; by default CUDA if the cluster has GPUs.
-        attempts: how often a unit is begun whose worker dies.
+        attempts: times that a task is begun if its workers die.
 
     Raises:
         WorkerError: fewer than one worker, or a model that is spread or quantised; and from `tables`: Ray is not
@@ -71,75 +74,75 @@ class OnRay(Workers):
             what = "quantised" if model.cfg.quantize is not None else "spread over devices (--device auto)"
             raise WorkerError(f"workers hold whole replicas in the model's own dtype, and this model is {what}")
         self.model, self.address, self.attempts = model, address, attempts
-        self._asked, self._asked_device = n, device
+        self._n_requested, self._device_requested = n, device
         self.n_lost = 0
-        """Workers that died at their work so far."""
+        """Workers that died at work so far."""
         self._loading: dict[Any, Any] = {}
-        """Actors by the answer they will give when they are ready."""
+        """Starting actors, by the answer they give when ready."""
         self._idle: list[Any] = []
         self._n_failed = 0
-        """Actors that died before they were ready, one after the other."""
+        """Actors in a row that died while starting."""
 
     def tables(self, *args: Any, **kwargs: Any) -> list[pd.DataFrame]:
-        with redirect_stdout(sys.stderr):  # where Ray's own words about lost workers belong
+        with redirect_stdout(sys.stderr):  # Ray prints messages about lost workers
             return super().tables(*args, **kwargs)
 
-    def made(self, units: Sequence[Task]) -> Generator[tuple[Task, pd.DataFrame], None, None]:
-        if not units:
-            return  # a cluster is not asked for nothing
-        self._hire(self.n - len(self._idle) - len(self._loading))
-        waiting, begun, working = deque(units), Counter[Path](), dict[Any, tuple[Any, Task]]()
-        shelf = _Shelf(self._ray, units)
+    def results(self, tasks: Sequence[Task]) -> Generator[tuple[Task, pd.DataFrame], None, None]:
+        if not tasks:
+            return  # do not connect without tasks
+        self._start(self.n - len(self._idle) - len(self._loading))
+        waiting, begun, working = deque(tasks), Counter[Path](), dict[Any, tuple[Any, Task]]()
+        setups = _SharedSetups(self._ray, tasks)
 
-        def hand_out() -> None:
+        def assign() -> None:
             while waiting and self._idle:
-                actor, unit = self._idle.pop(), waiting.popleft()
-                begun[unit.path] += 1
-                working[actor.do.remote(unit.work, unit.arguments, shelf.place(unit))] = (actor, unit)
+                actor, task = self._idle.pop(), waiting.popleft()
+                begun[task.path] += 1
+                working[actor.do.remote(task.work, task.arguments, setups.reference(task))] = (actor, task)
 
         try:
             while waiting or working:
-                hand_out()
+                assign()
                 answer = self._next_answer([*working, *self._loading])
                 if answer in self._loading:
-                    self._welcome(answer)
+                    self._admit(answer)
                     continue
-                actor, unit = working.pop(answer)
-                table = self._got(answer)
+                actor, task = working.pop(answer)
+                table = self._get(answer)
                 if table is None:
-                    self._replace(unit, begun[unit.path])
-                    waiting.appendleft(unit)
+                    self._replace(task, begun[task.path])
+                    waiting.appendleft(task)
                     continue
                 self._idle.append(actor)
                 if isinstance(table, BaseException):
                     raise table
-                shelf.done(unit)
-                hand_out()  # before this process turns to the table
-                yield unit, table
+                setups.release(task)
+                assign()  # before this process stores the table
+                yield task, table
         finally:
-            for actor, _ in working.values():  # what they do is not wanted any more
+            for actor, _ in working.values():  # their results are not needed any more
                 self._ray.kill(actor)
 
     @property
     def device(self) -> str:
         connected = "_connection" in vars(self)
-        return self._device if connected else str(self.model.cfg.device)  # nobody was asked
+        return self._device if connected else str(self.model.cfg.device)  # do not connect to find out
 
     def rest(self) -> None:
-        """Dismiss the workers; others are hired when there is more to do."""
+        """Stop the workers; others start with the next task."""
         for actor in [*self._idle, *self._loading.values()]:
             self._ray.kill(actor)
         self._idle, self._loading = [], {}
 
     def close(self) -> None:
-        """Dismiss the workers; a cluster that was started for them ends."""
+        """Stop the workers, and the cluster if it was started for them."""
         self.rest()
         if "_connection" in vars(self) and self._connection[1]:
             self._ray.shutdown()
         for name in ("_connection", "n", "share", "_actor"):
             vars(self).pop(name, None)
 
-    # ---------------------------------------------------------------- what they are
+    # ---------------------------------------------------------------- properties
 
     @cached_property
     def _connection(self) -> tuple[Any, bool]:
@@ -151,7 +154,7 @@ class OnRay(Workers):
 
     @property
     def _device(self) -> str:
-        return self._asked_device or ("cuda" if n_gpus_of(self._ray) else "cpu")
+        return self._device_requested or ("cuda" if n_gpus_of(self._ray) else "cpu")
 
     @property
     def _on_gpus(self) -> bool:
@@ -159,12 +162,12 @@ class OnRay(Workers):
 
     @cached_property
     def n(self) -> int:
-        """How many there are."""
-        return self._asked or (max(1, n_gpus_of(self._ray)) if self._on_gpus else CPU_WORKERS)
+        """Number of workers."""
+        return self._n_requested or (max(1, n_gpus_of(self._ray)) if self._on_gpus else CPU_WORKERS)
 
     @cached_property
     def share(self) -> Share:
-        """What each reserves."""
+        """CPUs and GPUs that each worker reserves."""
         return share_of(self._ray, self.n, self._on_gpus)
 
     @cached_property
@@ -181,9 +184,9 @@ class OnRay(Workers):
         name = str(self.model.cfg.model_name)
         return str(Path(name).resolve()) if Path(name).exists() else name  # workers run in folders of their own
 
-    # ---------------------------------------------------------------- how they come and go
+    # ---------------------------------------------------------------- starting and losing actors
 
-    def _hire(self, n: int) -> None:
+    def _start(self, n: int) -> None:
         for _ in range(n):
             actor = self._actor.remote()
             ready = actor.load.remote(
@@ -196,116 +199,116 @@ class OnRay(Workers):
             answers, _ = self._ray.wait(awaited, num_returns=1, timeout=PATIENCE)
             if answers:
                 return answers[0]
-            if len(awaited) == len(self._loading):  # nobody works: have machines left?
+            if len(awaited) == len(self._loading):  # all are starting: is there still a machine for one?
                 share_of(self._ray, 1, self.share.n_gpus > 0)
 
-    def _got(self, answer: Any) -> Any:
-        """What an actor says, or None if it died."""
+    def _get(self, answer: Any) -> Any:
+        """The answer of an actor, or None if it died."""
         try:
             return self._ray.get(answer)
-        except self._ray.exceptions.RayTaskError as error:  # errors of the work are answers, so this is none
+        except self._ray.exceptions.RayTaskError as error:  # errors of the work itself come as answers
             raise WorkerError(f"a worker cannot do its work ({_last_line(error)})") from error
         except self._ray.exceptions.RayError:
             return None
 
-    def _welcome(self, ready: Any) -> None:
-        """Let an actor that has loaded its model join, if it is the same model."""
-        actor, found = self._loading.pop(ready), self._got(ready)
-        if isinstance(found, BaseException):
-            raise found
-        if found is None:
+    def _admit(self, ready: Any) -> None:
+        """Add an actor that has loaded its model to the idle ones, if it is the same model."""
+        actor, identity = self._loading.pop(ready), self._get(ready)
+        if isinstance(identity, BaseException):
+            raise identity
+        if identity is None:
             self._n_failed += 1
             if self._n_failed >= self.attempts:
                 raise WorkerError(
                     f"{self._n_failed} workers in a row died while they loaded {self._source}: has every machine the "
                     "memory for it, and hooked-vlm installed?"
                 )
-            self._hire(1)
+            self._start(1)
             return
-        for name, own in self._identity.items():
-            if found[name] != own:
+        for name, expected in self._identity.items():
+            if identity[name] != expected:
                 raise WorkerError(
-                    f"a worker's {name}: {found[name]}, this process's: {own}. Workers load {self._source} themselves: "
+                    f"a worker's {name}: {identity[name]}, here: {expected}. Each worker loads {self._source}: "
                     "the checkpoint and the software must be the same everywhere, and a model changed since it was "
                     "loaded must be saved (save_pretrained) and loaded from there"
                 )
         self._n_failed = 0
         self._idle.append(actor)
 
-    def _replace(self, unit: Task, n_begun: int) -> None:
-        """Hire another actor for one that died."""
+    def _replace(self, task: Task, n_begun: int) -> None:
+        """Start another actor for one that died."""
         self.n_lost += 1
         if n_begun >= self.attempts:
             raise WorkerError(
-                f"{n_begun} workers in a row died while they did one unit: does it need more memory than a worker has? "
-                f"({unit.name})"
+                f"{n_begun} workers in a row died on one task: does it need more memory than a worker has? "
+                f"({task.name})"
             )
-        tqdm.write(f"a worker was lost; another takes its place and does its unit again ({unit.name})", sys.stderr)
-        self._hire(1)
+        tqdm.write(f"a worker was lost; another starts and repeats its task ({task.name})", sys.stderr)
+        self._start(1)
 
 
-class _Shelf:
-    """What several units begin with, put into Ray's store once, as long as one of them is to be done."""
+class _SharedSetups:
+    """Shared setups in Ray's object store, each put there once and released after its last task."""
 
-    def __init__(self, ray: Any, units: Sequence[Task]) -> None:
+    def __init__(self, ray: Any, tasks: Sequence[Task]) -> None:
         self._ray = ray
-        self._n_left = Counter(id(unit.common) for unit in units)
-        self._places: dict[int, tuple[int, Any]] = {}
+        self._n_left = Counter(id(task.setup) for task in tasks)
+        self._references: dict[int, tuple[int, Any]] = {}
 
-    def place(self, unit: Task) -> tuple[int, Any] | None:
-        """A number of its own, and a reference."""
-        if unit.common is None:
+    def reference(self, task: Task) -> tuple[int, Any] | None:
+        """A unique number and an object reference."""
+        if task.setup is None:
             return None
-        if id(unit.common) not in self._places:
-            self._places[id(unit.common)] = (next(_NUMBERS), self._ray.put(unit.common))
-        return self._places[id(unit.common)]
+        if id(task.setup) not in self._references:
+            self._references[id(task.setup)] = (next(_NUMBERS), self._ray.put(task.setup))
+        return self._references[id(task.setup)]
 
-    def done(self, unit: Task) -> None:
-        self._n_left[id(unit.common)] -= 1
-        if not self._n_left[id(unit.common)]:
-            self._places.pop(id(unit.common), None)
+    def release(self, task: Task) -> None:
+        self._n_left[id(task.setup)] -= 1
+        if not self._n_left[id(task.setup)]:
+            self._references.pop(id(task.setup), None)
 
 
 _NUMBERS = count()
 
 
 def _fetched(reference: Any) -> SharedSetup:
-    """What lies on the driver's shelf."""
+    """A shared setup from Ray's object store."""
     import ray
 
     return ray.get(reference)
 
 
 class Replica:
-    """What an actor is: a model, and units done on it. Exceptions are answers, and are raised where they arrive."""
+    """An actor: a replica of the model that executes tasks. Exceptions are returned, and raised by the driver."""
 
-    bench: WorkerState
+    state: WorkerState
 
     def load(
         self, kind: "type[HookedVLM]", name: str, device: str, dtype: torch.dtype, n_threads: int
     ) -> dict[str, str] | Exception:
-        """Load the model; what it is (`HookedVLM.identity`)."""
+        """Load the model and return its identity (`HookedVLM.identity`)."""
         torch.set_num_threads(n_threads)
         try:
             model = kind.from_pretrained(name, device=device, dtype=dtype)
-            self.bench = WorkerState(model)
+            self.state = WorkerState(model)
             return model.identity()
         except Exception as error:
             return _sendable(error)
 
     def do(
-        self, work: Callable[..., pd.DataFrame], arguments: tuple[Any, ...], place: tuple[int, Any] | None
+        self, work: Callable[..., pd.DataFrame], arguments: tuple[Any, ...], setup: tuple[int, Any] | None
     ) -> pd.DataFrame | Exception:
-        """A unit's table; `place` is where what it begins with lies on the driver's shelf."""
+        """Compute the table of a task; `setup` is the number and reference of its shared setup."""
         try:
-            given = () if place is None else self.bench.common(place[0], partial(_fetched, place[1]))
-            return self.bench.table(work, (*given, *arguments))
+            prepared = () if setup is None else self.state.prepared(setup[0], partial(_fetched, setup[1]))
+            return self.state.table(work, (*prepared, *arguments))
         except Exception as error:
             return _sendable(error)
 
 
 def _sendable(error: Exception) -> Exception:
-    """With its traceback as a note; told in words if it cannot be pickled."""
+    """The error with its traceback as a note; as a RuntimeError with that text if it cannot be pickled."""
     text = "".join(traceback.format_exception(error))
     error.add_note(f"in a worker:\n{text}")
     try:

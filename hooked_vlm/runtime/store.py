@@ -1,12 +1,12 @@
-"""Results kept as they are made: a folder of Parquet parts, one for each unit of work.
+"""Store of results: a folder of Parquet files, one for each task, written as it is computed.
 
-    parts = ResultStore(out / "parts" / "scores")
+    store = ResultStore(out / "parts" / "scores")
     for image in images:
-        table = parts.get_or_make({**settings, "image": image.id}, lambda: score(image))
+        table = store.get_or_make({**settings, "image": image.id}, lambda: score(image))
 
-A part's name is made from its key, which holds everything that decides its content. So work that was interrupted
-goes on where it stopped and ends with the same table, changed settings never meet old results, and the same unit
-done twice, even by two processes at once, is one part.
+A file is named by the hash of its key, which holds everything that decides its content. So interrupted work resumes
+where it stopped and ends with the same table, changed settings never read old results, and a task executed twice, even
+by two processes at once, is one file.
 """
 
 import hashlib
@@ -25,64 +25,65 @@ _KEY, _FORM = b"hooked_vlm.key", b"hooked_vlm.form"
 
 
 class ResultStore:
-    """A folder of tables, found again by their keys."""
+    """A folder of tables, looked up by keys."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
     def path(self, key: Mapping[str, Any]) -> Path:
-        """Where the part of a key is kept."""
-        return self.folder / f"{hashlib.sha256(_canonical(key)).hexdigest()[:24]}.parquet"
+        """The file of a key."""
+        return self.folder / f"{hashlib.sha256(canonical(key).encode()).hexdigest()[:24]}.parquet"
 
     def get(self, key: Mapping[str, Any]) -> pd.DataFrame | None:
-        """A part that is there whole, or None."""
+        """The table of a key, or None if it is missing or damaged."""
         path = self.path(key)
         try:
             table = pq.read_table(path, page_checksum_verification=True)
             stated = table.schema.metadata or {}
-            if stated.get(_KEY) != _canonical(key) or stated.get(_FORM) != _form(table):
+            if stated.get(_KEY) != canonical(key).encode() or stated.get(_FORM) != _form(table):
                 return None
             return table.to_pandas()
-        except Exception:  # not there, not ours, or damaged since, which readers answer with any error: made again
+        except Exception:  # missing, foreign or damaged, for which readers raise any error: recomputed
             return None
 
     def put(self, key: Mapping[str, Any], frame: pd.DataFrame) -> None:
-        """Keep a part; nobody ever reads half of one.
+        """Store a table atomically.
 
         Raises:
             OutputError: it cannot be written.
         """
         table = pa.Table.from_pandas(frame, preserve_index=False)
-        table = table.replace_schema_metadata({**(table.schema.metadata or {}), _KEY: _canonical(key)})
+        table = table.replace_schema_metadata({**(table.schema.metadata or {}), _KEY: canonical(key).encode()})
         table = table.replace_schema_metadata({**(table.schema.metadata or {}), _FORM: _form(table)})
         atomic_write(self.path(key), lambda aside: pq.write_table(table, aside, write_page_checksum=True))
 
     def get_or_make(self, key: Mapping[str, Any], make: Callable[[], pd.DataFrame]) -> pd.DataFrame:
-        """The part of a key, made and kept if it is not there."""
-        found = self.get(key)
-        if found is not None:
-            return found
+        """The table of a key, computed and stored if it is missing."""
+        stored = self.get(key)
+        if stored is not None:
+            return stored
         self.put(key, make())
-        made = self.get(key)
-        assert made is not None
-        return made  # as read back, so that a first run and a resumed one see the same
+        stored = self.get(key)
+        assert stored is not None
+        return stored  # as read back, so that a first run and a resumed one see the same
 
     def missing(self, keys: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-        """The keys whose parts are yet to be made."""
+        """The keys without a table."""
         return [key for key in keys if self.get(key) is None]
 
 
 def _form(table: pa.Table) -> bytes:
-    """Stands for rows, names, types and metadata, about which the checksums of pages say nothing."""
+    """Hash of rows, names, types and metadata, which the checksums of pages do not cover."""
     metadata = sorted((name, text) for name, text in (table.schema.metadata or {}).items() if name != _FORM)
-    said = f"{table.num_rows} {table.column_names} {[_type(field.type) for field in table.schema]} {metadata}"
-    return hashlib.sha256(said.encode()).hexdigest().encode()
+    text = f"{table.num_rows} {table.column_names} {[_type(field.type) for field in table.schema]} {metadata}"
+    return hashlib.sha256(text.encode()).hexdigest().encode()
 
 
 def _type(of: pa.DataType) -> str:
-    """The same before and after Parquet, which has its own types in a dictionary and its own word for items."""
+    """A type's name that is the same before and after Parquet, which changes dictionaries and names of list items."""
     return "dictionary" if pa.types.is_dictionary(of) else str(of).replace("<element:", "<item:")
 
 
-def _canonical(key: Mapping[str, Any]) -> bytes:
-    return json.dumps(key, sort_keys=True, separators=(",", ":")).encode()
+def canonical(value: Any) -> str:
+    """JSON that is the same for equal values."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"))

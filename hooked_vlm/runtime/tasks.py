@@ -1,12 +1,12 @@
-"""Work in units: each makes one table, kept as a part under the key of what decides it.
+"""Tasks and their workers: a task computes one table, stored under a key of everything that decides its content.
 
     with InProcess(model) as workers:
-        units = [Task(parts, {**settings, "image": image.id}, score, (image, settings)) for image in images]
-        tables = workers.tables(units, "scores")
+        tasks = [Task(store, {**settings, "image": image.id}, score, (image, settings)) for image in images]
+        tables = workers.tables(tasks, "scores")
 
-What is there already is not done again, so interrupted work goes on where it stopped. Who does the rest is left open:
-this process (`InProcess`), or the machines of a Ray cluster (`hooked_vlm.runtime.ray_workers.OnRay`). Either way this
-process writes the parts, and the tables are the same.
+Stored tables are not computed again, so interrupted work resumes where it stopped. Workers are this process
+(`InProcess`) or the machines of a Ray cluster (`hooked_vlm.runtime.ray_workers.OnRay`). Either way this process writes
+the store, and the tables are the same.
 """
 
 import json
@@ -17,7 +17,7 @@ from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import pandas as pd
 import torch
@@ -25,15 +25,18 @@ from tqdm.auto import tqdm
 
 from hooked_vlm.runtime.store import ResultStore
 
+if TYPE_CHECKING:
+    from hooked_vlm.model.vlm import HookedVLM
+
 Some = TypeVar("Some", bound="Workers")
 """The class entered (`typing.Self`, which beartype does not know in methods)."""
 
 
 @dataclass(frozen=True, eq=False)
 class SharedSetup:
-    """What several units begin with, such as an encoded picture.
+    """Preparation that several tasks share, such as an encoded picture.
 
-    A worker makes it for the first of them and keeps it until a unit comes with another one.
+    A worker runs it for the first of them and keeps the result until a task comes with another setup.
     """
 
     make: Callable[..., Any]
@@ -43,19 +46,19 @@ class SharedSetup:
 
 @dataclass(frozen=True, eq=False)
 class Task:
-    """One table to be made, and where it is kept."""
+    """A table to compute, and its place in a store."""
 
     parts: ResultStore
     key: Mapping[str, Any]
-    """All that decides the table's content, the model's weights included."""
+    """Everything that decides the table's content, the model's weights included."""
     work: Callable[..., pd.DataFrame]
-    """A function on the top level of a module, called as work(model, *arguments), or with what `common` made in front
-    of the arguments. Gradients are off."""
+    """A function on the top level of a module, called as work(model, *arguments), or work(model, result of `setup`,
+    *arguments). Gradients are off."""
     arguments: tuple[Any, ...] = ()
-    """They are pickled if the work is done elsewhere."""
+    """Pickled if the work is done in another process."""
     size: int = 1
-    """How much it counts in the throughput: its tokens, its runs."""
-    common: SharedSetup | None = None
+    """Its weight in the throughput: a number of tokens or runs."""
+    setup: SharedSetup | None = None
 
     @property
     def path(self) -> Path:
@@ -63,45 +66,45 @@ class Task:
 
     @property
     def name(self) -> str:
-        """For messages."""
+        """The function and the key, for messages."""
         key = json.dumps(self.key)
         return f"{self.work.__name__} of {key if len(key) <= 200 else key[:200] + '...'}"
 
 
 class Workers(ABC):
-    """Whoever does units of work."""
+    """Executes tasks."""
 
     def __init__(self) -> None:
         self.size, self.seconds = 0, 0.0
-        """How much was done (`Task.size`), and how long that took."""
+        """Sum of `Task.size` of the executed tasks, and the seconds they took."""
 
     def tables(
-        self, units: Sequence[Task], what: str, *, each: str = "unit", counted: str | None = None, quiet: bool = False
+        self, tasks: Sequence[Task], what: str, *, each: str = "task", counted: str | None = None, quiet: bool = False
     ) -> list[pd.DataFrame]:
-        """The tables of all units, in their order, as they are read from their parts.
+        """Return the tables of all tasks, in their order, as read from the store.
 
-        Those that are not there are made; units with the same key are one.
+        Missing ones are computed and stored first; tasks with the same key are one.
 
         Args:
-            what: what the progress bar is called.
-            each: what a unit is.
-            counted: what `Task.size` counts, if the bar is to show how many of them are done in a second.
-            quiet: no bar.
+            what: label of the progress bar.
+            each: name of a task in the bar.
+            counted: name of the quantity in `Task.size`; the bar then shows its rate per second.
+            quiet: show no bar.
 
         Raises:
-            OutputError: a part cannot be written.
+            OutputError: a table cannot be written.
             WorkerError: see the class.
         """
-        found = [unit.parts.get(unit.key) for unit in units]
-        missing = {unit.path: unit for unit, table in zip(units, found, strict=True) if table is None}
-        n_found = sum(table is not None for table in found)
+        stored = [task.parts.get(task.key) for task in tasks]
+        missing = {task.path: task for task, table in zip(tasks, stored, strict=True) if table is None}
+        n_found = sum(table is not None for table in stored)
         bar = tqdm(total=n_found + len(missing), initial=n_found, desc=what, unit=each, disable=quiet)
-        with bar, closing(self.made(list(missing.values()))) as units_made:
+        with bar, closing(self.results(list(missing.values()))) as results:
             begun, done = time.perf_counter(), 0
             try:
-                for unit, table in units_made:
-                    unit.parts.put(unit.key, table)
-                    done += unit.size
+                for task, table in results:
+                    task.parts.put(task.key, table)
+                    done += task.size
                     if counted is not None:
                         rate = done / (time.perf_counter() - begun)
                         bar.set_postfix_str(f"{rate:,.0f} {counted}/s", refresh=False)
@@ -109,26 +112,26 @@ class Workers(ABC):
             finally:
                 if done:
                     self.count(done, time.perf_counter() - begun)
-        return [_read(unit) if table is None else table for unit, table in zip(units, found, strict=True)]
+        return [_read(task) if table is None else table for task, table in zip(tasks, stored, strict=True)]
 
     @abstractmethod
-    def made(self, units: Sequence[Task]) -> Generator[tuple[Task, pd.DataFrame], None, None]:
-        """Every unit with its table, in the order in which they are finished. Closed early, the rest is left."""
+    def results(self, tasks: Sequence[Task]) -> Generator[tuple[Task, pd.DataFrame], None, None]:
+        """Execute tasks; yield each with its table, in the order they finish. Closing the generator stops the rest."""
 
     @property
     @abstractmethod
     def device(self) -> str:
-        """What the work is done on."""
+        """The device of the workers."""
 
     def count(self, size: int, seconds: int | float) -> None:
-        """Add to what was done."""
+        """Add to `size` and `seconds`."""
         self.size, self.seconds = self.size + size, self.seconds + seconds
 
     def rest(self) -> None:  # noqa: B027 (not all hold something)
-        """Let go of replicas until there is more to do."""
+        """Release replicas until there are more tasks."""
 
     def close(self) -> None:  # noqa: B027 (not all hold something)
-        """Let go of what they hold."""
+        """Release all resources."""
 
     def __enter__(self: Some) -> Some:
         return self
@@ -140,9 +143,9 @@ class Workers(ABC):
 
 
 class InProcess(Workers):
-    """One unit after the other, here."""
+    """Executes one task after the other in this process."""
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: "HookedVLM") -> None:
         super().__init__()
         self.model = model
 
@@ -150,38 +153,38 @@ class InProcess(Workers):
     def device(self) -> str:
         return str(self.model.cfg.device)
 
-    def made(self, units: Sequence[Task]) -> Generator[tuple[Task, pd.DataFrame], None, None]:
-        bench = WorkerState(self.model)
-        for unit in units:
-            common = unit.common
-            given = () if common is None else bench.common(id(common), lambda common=common: common)
-            yield unit, bench.table(unit.work, (*given, *unit.arguments))
+    def results(self, tasks: Sequence[Task]) -> Generator[tuple[Task, pd.DataFrame], None, None]:
+        state = WorkerState(self.model)
+        for task in tasks:
+            setup = task.setup
+            prepared = () if setup is None else state.prepared(id(setup), lambda setup=setup: setup)
+            yield task, state.table(task.work, (*prepared, *task.arguments))
 
 
 class WorkerState:
-    """A model, and what was made of it for the unit before."""
+    """A model and the result of the last shared setup."""
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: "HookedVLM") -> None:
         self.model = model
         self._key: Any = None
         self._value: Any = None
 
     @torch.no_grad()
-    def common(self, key: Any, get: Callable[[], SharedSetup]) -> tuple[Any]:
-        """What units of this key begin with."""
+    def prepared(self, key: Any, get: Callable[[], SharedSetup]) -> tuple[Any]:
+        """The result of a shared setup, run if its key differs from the last one."""
         if key != self._key:
             self._key = self._value = None  # before there are two
-            common = get()
-            self._key, self._value = key, common.make(self.model, *common.arguments)
+            setup = get()
+            self._key, self._value = key, setup.make(self.model, *setup.arguments)
         return (self._value,)
 
     @torch.no_grad()
     def table(self, work: Callable[..., pd.DataFrame], arguments: tuple[Any, ...]) -> pd.DataFrame:
-        """A unit's table."""
+        """The table of a task."""
         return work(self.model, *arguments)
 
 
-def _read(unit: Task) -> pd.DataFrame:
-    table = unit.parts.get(unit.key)
+def _read(task: Task) -> pd.DataFrame:
+    table = task.parts.get(task.key)
     assert table is not None
     return table

@@ -6,7 +6,7 @@ from hooked_vlm._lazy import lazy_names
 
 if TYPE_CHECKING:
     from hooked_vlm.sweeps.many import SweepCase, sweep_many
-    from hooked_vlm.sweeps.single import SweepResult, sweep
+    from hooked_vlm.sweeps.run import SweepResult, sweep
 
 __all__ = ["SweepCase", "SweepResult", "sweep", "sweep_many"]
 __getattr__, __dir__ = lazy_names(__name__)

@@ -1,29 +1,31 @@
-"""Runs of a sweep that change the image side: the vision tower for many of them at once, each from its first layer on.
+"""Runs of a sweep that change the image side: many share passes of the vision tower, each from its first layer on.
 
-What they hand the decoder enters it as an edit of `hook_embed`, so that from there on they are runs like any other.
+Their features enter the decoder as an edit of `hook_embed`, after which they are runs like any other.
 """
 
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from hooked_vlm.inputs.vlm_inputs import VLMInputs
-from hooked_vlm.interventions.base import EMBEDDING, Hooks, Intervention
-from hooked_vlm.nn.hooks import is_vision
+from hooked_vlm.interventions.base import EMBEDDING, Edits, Hooks, Intervention, on_own_rows
+from hooked_vlm.nn.hooks import HookPoint, is_vision
 from hooked_vlm.nn.vision import image_pass
 from hooked_vlm.sweeps.plan import first_vision_layer
-from hooked_vlm.sweeps.run import Edits, on_own_rows
+
+if TYPE_CHECKING:
+    from hooked_vlm.model.vlm import HookedVLM
 
 
 @dataclass(frozen=True, eq=False)
 class Encoded(Intervention):
-    """A run whose image side is done: its features enter the decoder, where the rest of its hooks follow."""
+    """A run whose images are encoded: its features enter the decoder, where its other hooks act."""
 
     original: Intervention
     features: Float[Tensor, "token d_model"]
@@ -32,14 +34,14 @@ class Encoded(Intervention):
     def position_aware(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
         return self.original.position_aware
 
-    def hooks(self, model: Any, inputs: VLMInputs) -> Hooks:
+    def hooks(self, model: "HookedVLM", inputs: VLMInputs) -> Hooks:
         spans = []
         start = 0
         for visual in inputs.in_feature_order:
             spans.append((visual.row, visual.start, self.features[start : start + visual.n_tokens]))
             start += visual.n_tokens
 
-        def enter(x: Tensor, hook: Any) -> Tensor:
+        def enter(x: Tensor, hook: HookPoint) -> Tensor:
             first = hook.ctx["first_position"]
             for row, at, features in spans:
                 x[row, at - first : at - first + len(features)] = features.to(x)
@@ -58,11 +60,11 @@ class PlainEncoding:
     features: Float[Tensor, "token d_model"]
 
     @classmethod
-    def of(cls, model: Any, inputs: VLMInputs, layers: set[int]) -> "PlainEncoding":
+    def of(cls, model: "HookedVLM", inputs: VLMInputs, layers: set[int]) -> "PlainEncoding":
         """`layers` are those that runs begin at."""
         if inputs.image_features is not None:
             return cls({}, inputs.image_features)
-        n_layers, streams = model.cfg.vision.n_layers_run, {}
+        n_layers, streams = model.vision.n_layers_run, {}
         images = image_pass(model, inputs.grids, inputs.device)
         pixels = [p for p in (inputs.pixel_values, inputs.pixel_values_videos) if p is not None]
         stream, at = model.vision.embed(torch.cat(pixels), images), EMBEDDING
@@ -72,10 +74,17 @@ class PlainEncoding:
         return cls(streams, model.projector(stream, inputs.grids, images))
 
 
+def with_features(model: "HookedVLM", inputs: VLMInputs) -> VLMInputs:
+    """Encode the images of the inputs, unless they are encoded already or there are none."""
+    if not inputs.has_visuals or inputs.image_features is not None:
+        return inputs
+    return inputs.with_image_features(model.encode_images(inputs))
+
+
 def encoded(
-    model: Any, inputs: VLMInputs, plain: PlainEncoding, interventions: Sequence[Intervention]
+    model: "HookedVLM", inputs: VLMInputs, plain: PlainEncoding, interventions: Sequence[Intervention]
 ) -> list[Encoded]:
-    """Runs in the order of their first layers in the vision tower, with their image sides done."""
+    """Encode the images of runs, given in the order of their first layers in the vision tower."""
     n, n_tokens = len(interventions), len(plain.features)
     with model.hooks(fwd_hooks=_hooks(model, inputs, interventions, n_tokens)):
         if inputs.image_features is None:
@@ -87,9 +96,9 @@ def encoded(
 
 
 def _encode(
-    model: Any, inputs: VLMInputs, plain: PlainEncoding, layers: Sequence[int]
+    model: "HookedVLM", inputs: VLMInputs, plain: PlainEncoding, layers: Sequence[int]
 ) -> Float[Tensor, "token d_model"]:
-    n_layers = model.cfg.vision.n_layers_run
+    n_layers = model.vision.n_layers_run
     stream = plain.streams[n_layers][:0]
     joining = sorted(set(layers))
     n_runs, images = 0, None
@@ -103,7 +112,7 @@ def _encode(
     return model.projector(stream, inputs.grids * n_runs, images)
 
 
-def _hooks(model: Any, inputs: VLMInputs, interventions: Sequence[Intervention], n_tokens: int) -> Hooks:
+def _hooks(model: "HookedVLM", inputs: VLMInputs, interventions: Sequence[Intervention], n_tokens: int) -> Hooks:
     """One hook for each point of the image side; each run's edits see its own images only."""
     n_images = sum(grid[0] for grid in inputs.grids)
     edits: dict[str, Edits] = defaultdict(list)

@@ -1,8 +1,8 @@
-"""How a sweep saves work: which runs share a batch, where each begins, what of the plain run they reuse."""
+"""Plan of a sweep: the runs that share a batch, where each begins, and the part of the plain run they reuse."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING
 
 import psutil
 import torch
@@ -12,12 +12,15 @@ from hooked_vlm.inputs.vlm_inputs import VLMInputs
 from hooked_vlm.interventions.base import EMBEDDING, ENCODER, Intervention
 from hooked_vlm.nn.hooks import foreign_module, is_vision
 
+if TYPE_CHECKING:
+    from hooked_vlm.model.vlm import HookedVLM
+
 SLACK = 1.1
 """Runs share a batch if it makes none of them compute more than this many times its own positions."""
 MEMORY_SHARE = 0.5
-"""Of the free memory a batch may take."""
+"""Share of the free memory that a batch may take."""
 TOKENS_PER_BATCH = {"cpu": 1024, "cuda": 65536}
-"""Beyond so many, larger batches are no faster."""
+"""Above this size, larger batches are no faster."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +39,7 @@ class Batch:
 
 @dataclass(frozen=True)
 class SweepPlan:
-    """What is computed, and what is reused."""
+    """Batches of runs, and the amount of work they save."""
 
     batches: tuple[Batch, ...]
     n_rows: int
@@ -45,7 +48,7 @@ class SweepPlan:
     narrow_end: bool
     """Whether the last block computes queries of the last position only."""
     find_positions: bool
-    """Whether all interventions go by the positions in their hook context."""
+    """Whether all interventions read the positions in their hook context."""
     encodes: bool
     """Whether there are images that are not encoded yet."""
 
@@ -110,17 +113,17 @@ def _joining(layers: Sequence[int], n_layers: int) -> str:
 
 
 def make_plan(
-    model: Any,
+    model: "HookedVLM",
     inputs: VLMInputs,
     interventions: Sequence[Intervention],
     logits_at: str,
     max_runs: int | None = None,
 ) -> SweepPlan:
-    """Batches of runs with nearly the same first position, each in the order of first layers.
+    """Group runs into batches with nearly the same first position, each in the order of first layers.
 
     Args:
         logits_at: "last", or "all".
-        max_runs: how many runs share a batch at most; by default as many as memory and speed ask for.
+        max_runs: largest number of runs in a batch; by default chosen from free memory and speed.
 
     Raises:
         InputError: `max_runs` below 1, or an intervention that does not fit.
@@ -156,7 +159,7 @@ def make_plan(
 
 
 def _encoder_batches(
-    model: Any,
+    model: "HookedVLM",
     inputs: VLMInputs,
     interventions: Sequence[Intervention],
     begins: Sequence[tuple[int, int]],
@@ -180,15 +183,15 @@ def _encoder_batches(
     return [Batch(part, (EMBEDDING,) * len(part), first, encodes=True) for part in parts]
 
 
-def first_position_behind(intervention: Intervention, model: Any, inputs: VLMInputs) -> int:
+def first_position_behind(intervention: Intervention, model: "HookedVLM", inputs: VLMInputs) -> int:
     """The first position of the decoder that a change of the image side reaches."""
     first = min(visual.start for visual in inputs.visuals)
     alone = all(is_vision(name) for name, _ in intervention.hooks(model, inputs))
     return first if alone else min(first, intervention.first_position(model, inputs))
 
 
-def first_vision_layer(intervention: Intervention, model: Any, inputs: VLMInputs) -> int:
-    """The first layer of the vision tower it touches; `EMBEDDING`, or the number of layers behind them."""
+def first_vision_layer(intervention: Intervention, model: "HookedVLM", inputs: VLMInputs) -> int:
+    """The first layer of the vision tower that changes; `EMBEDDING`, or the number of layers behind the last."""
     n_layers = 0 if model.cfg.vision is None else model.cfg.vision.n_layers_run
     names = [name for name, _ in intervention.hooks(model, inputs) if is_vision(name)]
     return min(_layer(name, n_layers) for name in names)
@@ -200,33 +203,36 @@ def _layer(name: str, n_layers: int) -> int:
     return int(name.split(".")[2]) if name.startswith("vision.blocks.") else n_layers
 
 
-def runs_that_fit(model: Any, inputs: VLMInputs, width: int, logits_at: str) -> int:
-    """How many runs over the last `width` positions fit into a batch."""
+def runs_that_fit(model: "HookedVLM", inputs: VLMInputs, width: int, logits_at: str) -> int:
+    """Number of runs over the last `width` positions that fit into a batch."""
     cfg, n_keys = model.cfg, inputs.shape[1]
     size = torch.finfo(cfg.dtype).bits // 8
     activations = width * (6 * cfg.d_model + 3 * cfg.d_mlp + 4 * cfg.n_heads * cfg.d_head) * size
     keys = 6 * n_keys * cfg.n_key_value_heads * cfg.d_head * size
     scores = 3 * cfg.n_heads * width * n_keys * 4
     logits = cfg.d_vocab * 4 * (1 if logits_at == "last" else 2 * width)
-    per_run = len(inputs) * (activations + keys + scores + logits)
-    by_memory = int(MEMORY_SHARE * free_memory(cfg.device)) // per_run
-    by_speed = TOKENS_PER_BATCH.get(cfg.device.type, TOKENS_PER_BATCH["cpu"]) // (len(inputs) * width)
-    return max(1, min(by_memory, max(by_speed, 1)))
+    return _batch_size(len(inputs) * (activations + keys + scores + logits), len(inputs) * width, cfg.device)
 
 
-def _runs_that_encode(model: Any, inputs: VLMInputs) -> int:
-    """How many runs fit into a pass of the vision tower."""
+def _runs_that_encode(model: "HookedVLM", inputs: VLMInputs) -> int:
+    """Number of runs that fit into a pass of the vision tower."""
     cfg = model.cfg.vision
+    assert cfg is not None  # some runs change the vision tower
     n_patches = sum(t * h * w for t, h, w in inputs.grids)
     size = torch.finfo(model.cfg.dtype).bits // 8
-    per_run = n_patches * (8 * cfg.d_model + 3 * cfg.d_mlp + 4 * cfg.n_heads * cfg.d_head) * size
-    by_memory = int(MEMORY_SHARE * free_memory(model.cfg.device)) // per_run
-    by_speed = TOKENS_PER_BATCH.get(model.cfg.device.type, TOKENS_PER_BATCH["cpu"]) // n_patches
-    return max(1, min(by_memory, max(by_speed, 1)))
+    per_patch = (8 * cfg.d_model + 3 * cfg.d_mlp + 4 * cfg.n_heads * cfg.d_head) * size
+    return _batch_size(n_patches * per_patch, n_patches, model.cfg.device)
+
+
+def _batch_size(n_bytes: int, n_tokens: int, device: torch.device) -> int:
+    """Number of runs in a batch, from the bytes and tokens of one run."""
+    by_memory = int(MEMORY_SHARE * free_memory(device)) // n_bytes
+    by_speed = TOKENS_PER_BATCH.get(device.type, TOKENS_PER_BATCH["cpu"]) // n_tokens
+    return max(1, min(by_memory, by_speed))
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes."""
+    """Free memory of a device in bytes."""
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)

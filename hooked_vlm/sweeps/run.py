@@ -1,40 +1,194 @@
-"""The runs of a sweep: the plain one, and batches that begin where they part from it."""
+"""Many interventions on the same inputs, at the cost of a few forward passes.
 
+    result = sweep(model, inputs, [ZeroHeads(((layer, head),)) for layer, head in heads], log_prob(answer))
+    result.to_dataframe()
+
+The numbers are those of a loop over `run_with_hooks`. The vision tower runs once; a run begins at the first layer it
+changes, and reuses keys and values of the positions before its first change; many runs share a batch; the last block
+computes queries of the last position only, if the metric reads nothing else. `result.plan.describe()` prints the plan.
+"""
+
+import warnings
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
+import pandas as pd
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from tqdm.auto import tqdm
 
+from hooked_vlm.errors import InputError
 from hooked_vlm.inputs.vlm_inputs import VLMInputs
-from hooked_vlm.interventions.base import EMBEDDING, Hooks, Intervention
+from hooked_vlm.interventions.base import EMBEDDING, Edits, Hooks, Intervention, on_own_rows
 from hooked_vlm.interventions.heads import HeadIntervention, layer_hooks
+from hooked_vlm.metrics import Metric
 from hooked_vlm.nn.forward_pass import ForwardPass, inputs_mask, inputs_rotation, last_of_rows
-from hooked_vlm.nn.hooks import checked, running
+from hooked_vlm.nn.hooks import hooked_module, running
 from hooked_vlm.nn.kv_cache import KVCache, SharedPrefix
 from hooked_vlm.nn.masks import AttentionMask
 from hooked_vlm.nn.rotary import Rotation
-from hooked_vlm.sweeps.plan import Batch, SweepPlan
+from hooked_vlm.sweeps.encoder import PlainEncoding, encoded, with_features
+from hooked_vlm.sweeps.plan import Batch, SweepPlan, first_vision_layer, make_plan
+
+if TYPE_CHECKING:
+    from hooked_vlm.model.vlm import HookedVLM
+
+
+@dataclass(frozen=True, eq=False)
+class SweepResult:
+    """The metric of every run on every row."""
+
+    values: Float[Tensor, "run batch"]
+    baseline: Float[Tensor, "batch"]
+    """The metric without intervention."""
+    interventions: tuple[Intervention, ...]
+    plan: SweepPlan
+
+    @property
+    def effects(self) -> Float[Tensor, "run batch"]:
+        """Change of the metric by each intervention."""
+        return self.values - self.baseline
+
+    def to_dataframe(self) -> pd.DataFrame:
+        """One line for each run and row: `run`, `intervention`, `row`, `value`, `baseline`, `effect`."""
+        n_runs, n_rows = self.values.shape
+        return pd.DataFrame(
+            {
+                "run": torch.arange(n_runs).repeat_interleave(n_rows),
+                "intervention": [str(iv) for iv in self.interventions for _ in range(n_rows)],
+                "row": torch.arange(n_rows).repeat(n_runs),
+                "value": self.values.flatten(),
+                "baseline": self.baseline.repeat(n_runs),
+                "effect": self.effects.flatten(),
+            }
+        )
+
+
+@torch.no_grad()
+def sweep(
+    model: "HookedVLM",
+    inputs: VLMInputs | Any,
+    interventions: Sequence[Intervention],
+    metric: Metric,
+    *,
+    logits_at: Literal["last", "all"] = "last",
+    max_runs: int | None = None,
+    progress: bool = False,
+) -> SweepResult:
+    """Measure the metric under every intervention, and without any.
+
+    Args:
+        inputs: as for `forward`; all rows go through every run. For many images call it once per image (or for a
+            few at a time): work is shared within a call only.
+        metric: given logits [batch, d_vocab] of each row's last token, one number per row (`hooked_vlm.metrics`);
+            with `logits_at="all"` it is given [batch, pos, d_vocab].
+        max_runs: largest number of runs in a batch. By default chosen from free memory; a batch that does not fit
+            after all is halved.
+        progress: show a bar.
+
+    Raises:
+        InputError: hooks are set on the model already, an intervention does not fit, or the metric gives something
+            else than one number per row.
+    """
+    inputs = model.as_inputs(inputs)
+    interventions = tuple(interventions)
+    if hooked := hooked_module(model):
+        raise InputError(
+            f"a sweep needs a model without hooks of its own, but {hooked} has one: remove it "
+            "(from hook points with model.reset_hooks(including_permanent=True))"
+        )
+    if logits_at not in ("last", "all"):
+        raise InputError(f'logits_at must be "last" or "all", got {logits_at!r}')
+    plan = make_plan(model, inputs, interventions, logits_at, max_runs)
+    given, encoding = inputs, None
+    if plan.encoder_runs:
+        layers = {first_vision_layer(interventions[i], model, inputs) for i in plan.encoder_runs}
+        encoding = PlainEncoding.of(model, inputs, layers)
+        inputs = inputs.with_image_features(encoding.features)
+    else:
+        inputs = with_features(model, inputs)
+    plain = PlainRun.of(model, inputs, plan, logits_at)
+    baseline = measure(metric, plain.logits, logits_at).cpu()
+    values = baseline.new_full((len(interventions), len(inputs)), torch.nan)
+    with tqdm(total=plan.n_runs, disable=not progress, desc="sweep", unit="run") as bar:
+        waiting = list(reversed(plan.batches))
+        while waiting:
+            batch = waiting.pop()
+            try:
+                runs: Sequence[Intervention] = [interventions[i] for i in batch.runs]
+                if batch.encodes and encoding is not None:
+                    runs = encoded(model, given, encoding, runs)
+                logits = batch_logits(model, plain, batch, runs, plan, logits_at)
+                rows = [measure(metric, _with_prefix(own, plain, logits_at), logits_at) for own in logits]
+            except (RuntimeError, MemoryError) as error:
+                if not _out_of_memory(error) or len(batch.runs) == 1:
+                    raise
+                waiting += _halves(batch)
+                continue
+            values[list(batch.runs)] = torch.stack(rows).cpu()
+            bar.update(len(batch.runs))
+    if (n_bad := int(values.isnan().sum())) > 0:
+        warnings.warn(f"{n_bad} of {values.numel()} values are not numbers (NaN); they are kept as such", stacklevel=2)
+    return SweepResult(values, baseline, interventions, plan)
+
+
+def _with_prefix(
+    own: Float[Tensor, "batch out d_vocab"], plain: "PlainRun", logits_at: str
+) -> Float[Tensor, "batch pos d_vocab"]:
+    """Logits of all positions, if the metric reads them: those before the run's own come from the plain run."""
+    if logits_at == "last" or own.shape == plain.logits.shape:
+        return own
+    return torch.cat((plain.logits[:, : plain.logits.shape[1] - own.shape[1]], own), dim=1)
+
+
+def measure(metric: Metric, logits: Float[Tensor, "batch out d_vocab"], logits_at: str) -> Float[Tensor, "batch"]:
+    """Values of a metric, in float32 at least.
+
+    Raises:
+        InputError: not one number for each row.
+    """
+    values = metric(logits[:, 0] if logits_at == "last" else logits)
+    if not isinstance(values, Tensor) or values.shape != logits.shape[:1]:
+        got = tuple(values.shape) if isinstance(values, Tensor) else type(values).__name__
+        raise InputError(f"the metric must give one number for each of {len(logits)} rows, a tensor; it gave {got}")
+    return values.to(torch.promote_types(values.dtype, torch.float32))
+
+
+def _out_of_memory(error: BaseException) -> bool:
+    """Whether an accelerator, C++, Python or torch's CPU allocator (which has no error class) ran out of memory."""
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
+
+
+def _halves(batch: Batch) -> list[Batch]:
+    """The second half, then the first (they are taken from the end)."""
+    middle = len(batch.runs) // 2
+    return [
+        replace(batch, runs=batch.runs[part], layers=batch.layers[part])
+        for part in (slice(middle, None), slice(None, middle))
+    ]
+
+
+# ---------------------------------------------------------------- the plain run, and batches that diverge from it
 
 
 @dataclass(frozen=True, eq=False)
 class PlainRun:
-    """The run without any intervention, and what the others take from it."""
+    """The run without any intervention, with the tensors that other runs reuse."""
 
     inputs: VLMInputs
     logits: Float[Tensor, "batch out d_vocab"]
     streams: dict[int, Float[Tensor, "batch pos d_model"]]
-    """What enters a layer; also `EMBEDDING` (what enters block 0, before `hook_embed`) and the final norm."""
+    """Inputs of layers, of `EMBEDDING` (block 0 before `hook_embed`) and of the final norm (number of layers)."""
     cache: KVCache
     mask: AttentionMask
     rotate: Rotation
 
     @classmethod
-    def of(cls, model: Any, inputs: VLMInputs, plan: SweepPlan, logits_at: str) -> "PlainRun":
+    def of(cls, model: "HookedVLM", inputs: VLMInputs, plan: SweepPlan, logits_at: str) -> "PlainRun":
         streams: dict[int, Tensor] = {}
         n_layers = model.cfg.n_layers
         wanted = {layer for batch in plan.batches for layer in batch.layers}
@@ -54,7 +208,7 @@ class PlainRun:
         rotate = inputs_rotation(model.cfg, inputs, model.cfg.dtype)
         return cls(inputs, logits, streams, cache, inputs_mask(model.cfg, inputs, None), rotate)
 
-    def pass_over(self, model: Any, first: int, n: int) -> ForwardPass:
+    def pass_over(self, model: "HookedVLM", first: int, n: int) -> ForwardPass:
         """A pass of `n` runs over the positions from `first` on."""
         mask, n_positions = self.mask, self.inputs.shape[1]
         valid = None if mask.key_valid is None else mask.key_valid.repeat(n, 1)
@@ -71,7 +225,7 @@ class PlainRun:
 
 
 def batch_logits(
-    model: Any, plain: PlainRun, batch: Batch, runs: Sequence[Intervention], plan: SweepPlan, logits_at: str
+    model: "HookedVLM", plain: PlainRun, batch: Batch, runs: Sequence[Intervention], plan: SweepPlan, logits_at: str
 ) -> Float[Tensor, "run batch out d_vocab"]:
     """Logits of a batch's `runs`, of each row's last position or of those the batch computes."""
     first, n_layers, n_rows = batch.first_position, model.cfg.n_layers, len(plain.inputs)
@@ -107,11 +261,7 @@ def batch_logits(
     return logits.unflatten(0, (len(batch.runs), n_rows))
 
 
-Edits = list[tuple[int, int, Callable]]
-"""(first run, one past the last, hook)."""
-
-
-def batch_hooks(model: Any, inputs: VLMInputs, runs: Sequence[Intervention]) -> Hooks:
+def batch_hooks(model: "HookedVLM", inputs: VLMInputs, runs: Sequence[Intervention]) -> Hooks:
     """One hook for each point that any of the runs touches; each run's edits see its own rows only.
 
     Interventions on heads that can be edited together (`HeadIntervention.kind`) become one edit with a mask.
@@ -138,21 +288,3 @@ def batch_hooks(model: Any, inputs: VLMInputs, runs: Sequence[Intervention]) -> 
             for name, fn in layer_hooks(own, model, inputs, layer, heads[lo:hi, layer]):
                 edits[name].append((lo, hi, fn))
     return [(name, on_own_rows(own, len(inputs))) for name, own in edits.items()]
-
-
-def on_own_rows(edits: Edits, n_rows: int) -> Callable[[Tensor, Any], Tensor]:
-    """A hook for a batch of runs with `n_rows` rows each."""
-
-    def apply(x: Tensor, hook: Any) -> Tensor:
-        call = hook.ctx.get("attention")
-        for lo, hi, fn in edits:
-            rows = slice(lo * n_rows, hi * n_rows)
-            if call is not None:
-                hook.ctx["attention"] = call.rows(rows.start, rows.stop)
-            own = x[rows]
-            edited = fn(own, hook)
-            if edited is not None:
-                x[rows] = checked(hook, own, edited)
-        return x
-
-    return apply

@@ -1,7 +1,7 @@
-"""Where the model looks: the attention of chosen tokens to the images, as a page."""
+"""The attention of chosen tokens to the images, as a page."""
 
 from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from jaxtyping import Float
@@ -14,8 +14,11 @@ from hooked_vlm.nn.hooks import HookName
 from hooked_vlm.viewer.scene import Boxes, image_columns, one_row, scene_of
 from hooked_vlm.viewer.view import Chip, Head, View, view_of
 
+if TYPE_CHECKING:
+    from hooked_vlm.model.vlm import HookedVLM
+
 Query = Literal["producing", "token"]
-"""Whose attention a token shows: that of the position before it, where it was chosen, or its own."""
+"""The query whose attention a token shows: the position before it, which predicted it, or its own."""
 NOTES = {
     "producing": "A token shows the attention of the position before it, from which it was predicted.",
     "token": "A token shows its own attention, that of its position.",
@@ -23,7 +26,7 @@ NOTES = {
 
 
 def attention(
-    model: Any,
+    model: "HookedVLM",
     inputs: VLMInputs,
     answer: Answer | None = None,
     heads: Sequence[Head] | None = None,
@@ -87,7 +90,7 @@ def attention(
     )
 
 
-def _check_hooks(model: Any, fwd_hooks: Sequence[tuple[HookName, Callable]]) -> None:
+def _check_hooks(model: "HookedVLM", fwd_hooks: Sequence[tuple[HookName, Callable]]) -> None:
     ends = ("attn.hook_attn_scores", "attn.hook_pattern")
     beside = [name for name in model.hook_dict if name.startswith("blocks.") and name.endswith(ends)]
     for wanted, _ in fwd_hooks:
@@ -97,7 +100,7 @@ def _check_hooks(model: Any, fwd_hooks: Sequence[tuple[HookName, Callable]]) -> 
 
 
 def _with_answer(
-    model: Any,
+    model: "HookedVLM",
     inputs: VLMInputs,
     answer: Answer | None,
     max_new_tokens: int,
@@ -111,7 +114,7 @@ def _with_answer(
 
 
 def _shown(inputs: VLMInputs, tokens: Sequence[int] | None, query: Query) -> list[int]:
-    """Positions whose attention is asked for."""
+    """Query positions whose attention is shown."""
     if query not in NOTES:
         raise InputError(f'query must be "producing" or "token", got {query!r}')
     if tokens is None:
@@ -127,8 +130,8 @@ def _shown(inputs: VLMInputs, tokens: Sequence[int] | None, query: Query) -> lis
     return sorted({int(pos) for pos in tokens})
 
 
-def _chips(model: Any, inputs: VLMInputs, shown: Sequence[int]) -> list[Chip]:
-    """The text token by token, each image as one piece (and those of its tokens that are asked for)."""
+def _chips(model: "HookedVLM", inputs: VLMInputs, shown: Sequence[int]) -> list[Chip]:
+    """The text token by token, each image as one piece (and its selected tokens)."""
     ids = inputs.tokens[0].tolist()
     prompt_stop = inputs.stop[0] - inputs.n_generated[0]
     rows = {pos: row for row, pos in enumerate(shown)}

@@ -1,4 +1,4 @@
-"""Who may speak to the served page: this machine's browser, and in it our own page alone."""
+"""Access control of the served page: only this machine's browser, and in it only our own page."""
 
 from collections.abc import Awaitable, Callable
 from typing import Any
@@ -9,11 +9,11 @@ App = Callable[[Any, Any, Any], Awaitable[None]]
 HOSTS = ("127.0.0.1", "localhost")
 """Names of loopback. Any port: it may come through a tunnel."""
 POLICY = "default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:; frame-ancestors 'self'"
-"""Keeps the page from asking anything of other machines, and other pages from framing it."""
+"""Forbids the page to contact other machines, and other pages to frame it."""
 
 
 class Guard:
-    """ASGI middleware: requests by another name, from another origin, or with too large a body go no further.
+    """ASGI middleware: requests by another name, from another origin, or with too large a body are refused.
 
     A foreign page can make a browser send requests here; it cannot forge the `Origin`, nor, having its own name
     resolved to this machine, the `Host`.

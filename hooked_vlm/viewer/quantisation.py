@@ -13,7 +13,7 @@ from hooked_vlm.errors import InputError
 CLEAR = 255
 """The code of NaN: a token without a value."""
 STEPS = (254, 126, 62, 30, 14, 6)
-"""Steps between the ends of the code, finest first; coarser ones are taken where the page would grow too large."""
+"""Numbers of quantisation steps, finest first; coarser ones are used where the page would grow too large."""
 BUDGET = 14_000_000
 """Characters that the values may take in the page."""
 
@@ -30,7 +30,7 @@ class Quantised:
 
     @property
     def values(self) -> Float[np.ndarray, "*maps token"]:
-        """What the page shows."""
+        """The values after quantisation."""
         values = (self.codes.astype(np.float32) - self.zero) * self.scales[..., None]
         return np.where(self.codes == CLEAR, np.float32(np.nan), values)
 
@@ -56,7 +56,7 @@ def quantise(values: Float[np.ndarray, "*maps token"], steps: int = STEPS[0]) ->
 
 @dataclass(frozen=True, eq=False)
 class Packed:
-    """One text for each row, as it stands in the page: zlib and base64 around scales, shares and codes."""
+    """One text for each row of the page: scales, shares and codes in zlib and base64."""
 
     rows: tuple[str, ...]
     zero: int

@@ -1,4 +1,4 @@
-"""What values are drawn on: pictures in original pixels, and the box of every image token in them."""
+"""Pictures in original pixels, and the box of every image token in them: the background of values."""
 
 import base64
 import io
@@ -19,9 +19,9 @@ from hooked_vlm.inputs.tiles import TileProcessor
 from hooked_vlm.inputs.vlm_inputs import VLMInputs
 
 LONGEST = 1600
-"""Larger pictures are reduced to so many pixels along their longer side in the page; boxes stay in original pixels."""
+"""Longer side of pictures in the page, to which larger ones are reduced; boxes stay in original pixels."""
 SMALL = 512 * 512
-"""Pictures of at most so many pixels are kept without loss."""
+"""Pictures of at most this number of pixels are stored without loss."""
 MIN_OVERLAP = 0.1
 """A token is evidence if more than this share of a box lies in it, as in the OCR-heads paper, or if more than half of
 it lies in a box."""
@@ -196,7 +196,7 @@ def _from_tiles(tiles: Float[np.ndarray, "tile 3 side side"], grid: TileGrid) ->
 
 
 def data_url(picture: Image.Image) -> str:
-    """A picture as it stands in the page."""
+    """A picture as a data URL."""
     shown = picture.copy()
     shown.thumbnail((LONGEST, LONGEST))
     kind = "png" if shown.width * shown.height <= SMALL else "jpeg"

@@ -1,4 +1,4 @@
-"""The served page: picture, prompt and heads are changed, and the model is asked again. On loopback alone."""
+"""The served page: edit picture, prompt and heads, and run the model again. On loopback only."""
 
 import asyncio
 import html
@@ -21,13 +21,13 @@ from hooked_vlm.errors import GeometryError, HookError, ImageError, InputError
 from hooked_vlm.inputs.images import load_image_bytes
 from hooked_vlm.viewer.guard import Guard
 from hooked_vlm.viewer.scene import data_url
-from hooked_vlm.viewer.session import MOST_TOKENS, Asked, Picture, Said, Session, Shown
+from hooked_vlm.viewer.session import MOST_TOKENS, Answer, Asked, Picture, Session, Shown
 from hooked_vlm.viewer.view import Head, page_file
 
 MOST_BYTES = 64 * 2**20
 """The largest file that can be chosen."""
 MENDABLE = (GeometryError, HookError, ImageError, InputError)
-"""What a user can cause and mend: a line in the page."""
+"""Errors that a user can correct, shown as a line in the page."""
 
 _log = logging.getLogger(__name__)
 
@@ -115,7 +115,7 @@ class ServedPage:
 
     @property
     def asked(self) -> Asked:
-        """The settings as they stand."""
+        """The current settings."""
         n_tokens = self.n_tokens.value
         whole = None if n_tokens is None else int(n_tokens)
         return Asked(self.picture, self.prompt.value or "", whole, tuple(sorted(self.factors.items())))
@@ -199,7 +199,7 @@ class ServedPage:
         self._say(f"a picture may have {MOST_BYTES // 2**20} MB at most: choose an image file that is smaller")
 
     def _choose(self, layer: int, head: int | None) -> None:
-        """Give a head the factor, or take it back; a layer's heads alike."""
+        """Toggle the factor of a head, or of all heads of a layer."""
         factor = self.factor.value
         if factor is None or not math.isfinite(factor):
             self._say("the factor must be a number: 0 masks a head, 0.5 halves what it writes")
@@ -262,7 +262,7 @@ class ServedPage:
         self._compare()
 
     def _compare(self) -> None:
-        """Say so if what is shown is not of the settings as they stand."""
+        """Mark the result as outdated if the settings have changed."""
         if self.shown is None:
             return
         old = self.asked != self.shown.asked
@@ -270,15 +270,15 @@ class ServedPage:
         self.result.classes(add="old" if old else "", remove="" if old else "old")
 
 
-def _answer(heading: str, said: Said) -> None:
+def _answer(heading: str, answer: Answer) -> None:
     with ui.element("div").classes("answer"):
         ui.label(heading).classes("soft")
-        ui.html(marked(said), tag="div").classes("answer-text")
-        if not said.ended:
-            ui.label(f"cut off after {len(said.pieces)} tokens").classes("soft")
+        ui.html(marked(answer), tag="div").classes("answer-text")
+        if not answer.ended:
+            ui.label(f"cut off after {len(answer.pieces)} tokens").classes("soft")
 
 
-def marked(said: Said) -> str:
+def marked(answer: Answer) -> str:
     """An answer as HTML, the tokens that are not in the other one marked."""
-    texts = ((html.escape(piece.text), piece.changed) for piece in said.pieces)
+    texts = ((html.escape(piece.text), piece.changed) for piece in answer.pieces)
     return "".join(f"<mark>{text}</mark>" if changed else text for text, changed in texts)

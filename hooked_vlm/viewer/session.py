@@ -1,11 +1,11 @@
-"""What the served page asks of a model, and what it shows of the answer. Knows no browser."""
+"""Requests of the served page to a model, and their results; independent of the browser."""
 
 import threading
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from difflib import SequenceMatcher
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from PIL import Image
@@ -16,8 +16,11 @@ from hooked_vlm.interventions import Compose, Intervention, ScaleHeads, ZeroHead
 from hooked_vlm.viewer.attention_view import Query, attention
 from hooked_vlm.viewer.view import Head
 
+if TYPE_CHECKING:
+    from hooked_vlm.model.vlm import HookedVLM
+
 MOST_TOKENS = 512
-"""The longest answer that can be asked for."""
+"""Largest number of new tokens."""
 _UNFINISHED = "\N{REPLACEMENT CHARACTER}"
 
 
@@ -31,17 +34,17 @@ class Picture:
 
 @dataclass(frozen=True)
 class Asked:
-    """All that decides a result."""
+    """All settings that decide a result."""
 
     picture: Picture | None
     prompt: str
     max_new_tokens: int | None
     factors: tuple[tuple[Head, float | int], ...] = ()
-    """Heads that write so many times what they would, in order; 0 masks them."""
+    """Heads with the factors of their outputs, in order; 0 masks a head."""
 
     @property
     def edits(self) -> str:
-        """The edited heads in words."""
+        """Description of the edited heads."""
         if not self.factors:
             return "no head edited"
         return ", ".join(f"{layer}.{head} × {factor:g}" for (layer, head), factor in self.factors)
@@ -57,16 +60,16 @@ class Piece:
 
     text: str
     changed: bool
-    """Not in the other answer, at this place of what the two have in common."""
+    """Whether the token is missing from the other answer, once the two are aligned."""
 
 
 @dataclass(frozen=True)
-class Said:
+class Answer:
     """An answer."""
 
     pieces: tuple[Piece, ...]
     ended: bool
-    """Whether the model stopped by itself."""
+    """Whether generation ended with a stop token."""
 
     @property
     def text(self) -> str:
@@ -75,11 +78,11 @@ class Said:
 
 @dataclass(frozen=True, eq=False)
 class Shown:
-    """A result, with the settings it is of."""
+    """A result and its settings."""
 
     asked: Asked
-    unedited: Said
-    edited: Said
+    unedited: Answer
+    edited: Answer
     page: str
     """The attention of the edited run, HTML."""
 
@@ -89,7 +92,7 @@ class Session:
 
     def __init__(
         self,
-        model: Any,
+        model: "HookedVLM",
         *,
         max_pixels: int | None = None,
         max_tiles: int | None = None,
@@ -97,13 +100,13 @@ class Session:
         query: Query = "producing",
     ) -> None:
         self.model = model
-        self._bounds = {"max_pixels": max_pixels, "max_tiles": max_tiles}
+        self._bounds: dict[str, Any] = {"max_pixels": max_pixels, "max_tiles": max_tiles}
         self._view = {"heads": ranked, "query": query}
         self._alone = threading.Lock()
 
     @torch.no_grad()
     def answer(self, asked: Asked) -> Shown:
-        """The greedy answers with and without the edits, and where the edited run looks.
+        """Generate greedy answers with and without the edits, and the attention of the edited run.
 
         Raises:
             InputError: no picture, an empty prompt, a length or factor out of range, or heads that do not exist.
@@ -131,20 +134,20 @@ class Session:
         return self.model.generate(inputs, n_tokens, fwd_hooks=hooks)[0, inputs.shape[1] :].tolist()
 
 
-def compared(model: Any, first: list[int], second: list[int]) -> tuple[Said, Said]:
+def compared(model: "HookedVLM", first: list[int], second: list[int]) -> tuple[Answer, Answer]:
     """Two answers, each with the tokens marked that are not in both; the token that ends one is not shown."""
     stops = model.cfg.eos_token_ids
     words = [[token for token in ids if token not in stops] for ids in (first, second)]
     blocks = SequenceMatcher(None, *words, autojunk=False).get_matching_blocks()
     of_first = {block.a + i for block in blocks for i in range(block.size)}
     of_second = {block.b + i for block in blocks for i in range(block.size)}
-    return _said(model, first, of_first), _said(model, second, of_second)
+    return _answer(model, first, of_first), _answer(model, second, of_second)
 
 
-def _said(model: Any, ids: list[int], kept: set[int]) -> Said:
+def _answer(model: "HookedVLM", ids: list[int], kept: set[int]) -> Answer:
     stops = model.cfg.eos_token_ids
     texts = _texts(model, [token for token in ids if token not in stops])
-    return Said(tuple(Piece(text, at not in kept) for at, text in enumerate(texts)), bool(ids) and ids[-1] in stops)
+    return Answer(tuple(Piece(text, at not in kept) for at, text in enumerate(texts)), bool(ids) and ids[-1] in stops)
 
 
 def intervention(factors: Sequence[tuple[Head, float | int]]) -> Intervention:
@@ -160,7 +163,7 @@ def intervention(factors: Sequence[tuple[Head, float | int]]) -> Intervention:
     )
 
 
-def _texts(model: Any, ids: list[int]) -> list[str]:
+def _texts(model: "HookedVLM", ids: list[int]) -> list[str]:
     """The text token by token; a character that is several tokens stands at its last one."""
     done, texts = "", []
     for n in range(1, len(ids) + 1):

@@ -1,7 +1,7 @@
 """Any quantity on image tokens as the same page: lenses, patching effects, coefficients."""
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
@@ -14,6 +14,9 @@ from hooked_vlm.lens import LogitLens
 from hooked_vlm.patching.result import PatchingResult
 from hooked_vlm.viewer.scene import Boxes, image_columns, one_row, scene_of
 from hooked_vlm.viewer.view import Chip, Head, View, view_of
+
+if TYPE_CHECKING:
+    from hooked_vlm.model.vlm import HookedVLM
 
 Axis = Literal["row", "layer", "head"]
 AXES: tuple[Axis, ...] = ("row", "layer", "head")
@@ -44,7 +47,7 @@ def values(
         layers: likewise.
         heads: likewise.
         ranked: places of heads to step through, as (layer, head).
-        quantity: what a number is called.
+        quantity: name of the values.
         note: what the page says of the numbers.
 
     Raises:
@@ -76,7 +79,9 @@ def values(
     )
 
 
-def lens(model: Any, inputs: VLMInputs, found: LogitLens, *, images: Any = None, boxes: Boxes | None = None) -> View:
+def lens(
+    model: "HookedVLM", inputs: VLMInputs, found: LogitLens, *, images: Any = None, boxes: Boxes | None = None
+) -> View:
     """The probability of each target of a logit lens at the image tokens, layer by layer.
 
     Raises:

@@ -41,9 +41,9 @@ class View:
 
     title: str
     note: str
-    """What the values are, in a sentence or two."""
+    """Description of the values, in a sentence or two."""
     quantity: str
-    """What a number is called."""
+    """Name of the values."""
     scene: Scene
     chips: tuple[Chip, ...]
     layers: tuple[str, ...]
@@ -54,15 +54,15 @@ class View:
     ranked: tuple[Head, ...] = ()
     """Heads to step through, as places among `layers` and `heads`."""
     layer: int = 0
-    """What is shown first."""
+    """Layer shown first."""
     picks: tuple[tuple[int, tuple[float, ...]], ...] = ()
     """For each row a panel and a box in it: a click there shows the row."""
     elsewhere: str = "text"
-    """What the shares are of."""
+    """Name of the shares."""
 
     @cached_property
     def html(self) -> str:
-        """The whole page: no file and no address is needed beside it."""
+        """The page as one self-contained document."""
         parts = {name: page_file(name) for name in ("look.css", "page.css", "draw.js", "page.js")}
         environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
         template = environment.from_string(page_file("page.html.jinja"))
@@ -157,5 +157,5 @@ def view_of(
 
 
 def page_file(name: str) -> str:
-    """The text of a file that pages are made of; `look.css` is what all pages share."""
+    """The text of an asset of the pages; `look.css` is shared by all."""
     return resources.files(str(__package__)).joinpath(name).read_text(encoding="utf-8")

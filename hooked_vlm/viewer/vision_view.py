@@ -1,8 +1,8 @@
-"""Which patches each patch looks at in the vision tower, as a page: click a patch."""
+"""Attention between patches of the vision tower, as a page: click a patch to see where it attends."""
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -12,16 +12,21 @@ from torch import Tensor
 from hooked_vlm.errors import InputError
 from hooked_vlm.inputs.geometry import ImageGrid, TileGrid
 from hooked_vlm.inputs.vlm_inputs import VLMInputs
+from hooked_vlm.interventions.base import in_range
+from hooked_vlm.nn.hooks import HookPoint
 from hooked_vlm.viewer.scene import Boxes, one_row, patch_scene
 from hooked_vlm.viewer.view import Chip, View, view_of
 
+if TYPE_CHECKING:
+    from hooked_vlm.model.vlm import HookedVLM
+
 MOST_VALUES = 32 * 28 * 28 * 1024
-"""Numbers in a page; fewer patches are asked where a larger one would be needed."""
+"""Largest number of values in a page; fewer patches are shown where more would be needed."""
 
 
 @torch.no_grad()
 def vision_attention(
-    model: Any,
+    model: "HookedVLM",
     inputs: VLMInputs,
     image: int = 0,
     *,
@@ -38,7 +43,7 @@ def vision_attention(
 
     Args:
         inputs: one prompt with images.
-        patches: which patches can be clicked, numbered row by row (in a tiled image tile by tile, the thumbnail last).
+        patches: patches that can be clicked, numbered row by row (in a tiled image tile by tile, the thumbnail last).
             By default all, or as many as a page holds, evenly spread.
         layers: of the vision tower; all by default.
 
@@ -47,16 +52,14 @@ def vision_attention(
     """
     inputs = one_row(model.as_inputs(inputs)).with_image_features(None)
     grid, tower = _patch_grid(inputs.image_grid(image)), model.cfg.vision
-    chosen = tuple(range(tower.n_layers_run)) if layers is None else tuple(layers)
-    for layer in chosen:
-        if not 0 <= layer < tower.n_layers_run:
-            raise InputError(f"layer {layer} is out of range: the tower has layers 0 to {tower.n_layers_run - 1}")
+    assert tower is not None  # there is an image
+    chosen = in_range(layers, tower.n_layers_run, "layer")
     asked = _asked(grid.n_tokens, len(chosen) * tower.n_heads, patches)
     first = sum(t for t, _, _ in inputs.image_grid_thw.tolist()[:image])  # pyright: ignore[reportOptionalMemberAccess]
     order = _order(inputs.image_grid(image))
     found: dict[int, tuple[np.ndarray, np.ndarray]] = {}
 
-    def watch(z: Tensor, hook: Any) -> None:
+    def watch(z: Tensor, hook: HookPoint) -> None:
         found[hook.layer()] = _rows(hook.ctx["attention"], first, order, asked, tower.tile_size is not None)
 
     with model.hooks(fwd_hooks=[(f"vision.blocks.{layer}.attn.hook_z", watch) for layer in chosen]):
@@ -109,7 +112,7 @@ def _asked(n_patches: int, n_maps: int, patches: Sequence[int] | None) -> list[i
 def _rows(
     call: Any, first: int, order: Int[np.ndarray, "tile patch"], asked: Sequence[int], has_class_token: bool
 ) -> tuple[Float[np.ndarray, "row head image_patch"], Float[np.ndarray, "row head"]]:
-    """Attention of the patches asked for, by number of the patch, and to the class token."""
+    """Attention of the selected patches, by number of the patch, and to the class token."""
     values = np.full((len(asked), call.q.shape[2], order.size), np.nan, np.float32)
     to_class = np.zeros(values.shape[:2], np.float32)
     for tile, numbers in enumerate(order):

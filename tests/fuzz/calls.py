@@ -22,7 +22,7 @@ from hooked_vlm.interventions import (
     ZeroHeads,
 )
 from hooked_vlm.metrics import logit
-from hooked_vlm.sweeps.single import sweep
+from hooked_vlm.sweeps.run import sweep
 
 
 def hook_names(data: bytes) -> str:

@@ -118,7 +118,7 @@ def literal_replacement(
     queries: Any = None,
     some: Any = None,
 ) -> list:
-    """One head's z made again, query by query, from keys and values with the image's (or `some` of them) replaced."""
+    """One head's z recomputed, query by query, from keys and values with the image's (or `some` of them) replaced."""
     layer, h = head
     seen: dict[str, Tensor] = {}
     at = f"blocks.{layer}.attn."

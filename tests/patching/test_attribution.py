@@ -111,7 +111,7 @@ def test_estimates_approach_real_patches_as_the_change_becomes_small() -> None:
 
 @pytest.mark.parametrize("reads", ["q", "k", "v"])
 @pytest.mark.parametrize("where", ["all", "image"])
-def test_a_path_is_the_receivers_input_made_again(family: str, reads: Any, where: str) -> None:
+def test_a_path_is_the_receivers_input_recomputed(family: str, reads: Any, where: str) -> None:
     model, pair = model_and_pair(family)
     senders, receivers = [(0, 2), (1, 3), (2, 0)], [(1, 1), (2, 0)]
     result = patch_paths(model, pair, senders, receivers, reads, METRIC, where=where)
@@ -222,7 +222,7 @@ def test_windows_and_places_that_do_not_fit_are_refused() -> None:
     refused: Any = (
         (pair.clean, {"edges": []}, "1.*0 edges"),
         ([], {}, "0 inputs.*1"),
-        ([pair.clean], {"places": [{}, {}]}, "1.*2 places.*1"),
+        ([pair.clean], {"places": [{}, {}]}, "2 places.*1"),
         (pair.clean, {"edges": [("generated", "image")]}, "row 0.*generated"),
     )
     for inputs, settings, says in refused:

@@ -134,12 +134,12 @@ def test_a_model_that_workers_do_not_load_as_it_is_is_refused(
         "missing": Replica().load(HookedVLM, "no-such", "cpu", torch.float32, torch.get_num_threads()),
     }
     told["other software"] = model.identity() | {"torch": "1.0"}
-    monkeypatch.setattr(OnRay, "_got", lambda self, answer: told[answer])
+    monkeypatch.setattr(OnRay, "_get", lambda self, answer: told[answer])
 
     def welcome(model: HookedVLM, answer: str) -> list[Any]:
         workers = OnRay(model)
         workers._loading[answer] = "the actor"
-        workers._welcome(answer)
+        workers._admit(answer)
         return workers._idle
 
     assert welcome(model, "same") == ["the actor"]

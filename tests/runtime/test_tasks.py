@@ -43,7 +43,7 @@ def squares(tables: Any) -> list[int]:
 
 
 def test_units_are_done_once_and_given_back_in_order(tmp_path: Path) -> None:
-    model = Model()
+    model: Any = Model()
     with InProcess(model) as workers:
         assert squares(workers.tables(units(tmp_path, 3, 1, 3, 2), "squares", quiet=True)) == [9, 1, 9, 4]
         assert model.asked == [3, 1, 2]  # the one that came twice is one
@@ -53,7 +53,7 @@ def test_units_are_done_once_and_given_back_in_order(tmp_path: Path) -> None:
 
 
 def test_what_was_done_before_an_interrupt_is_kept(tmp_path: Path) -> None:
-    model = Model()
+    model: Any = Model()
     with pytest.raises(KeyboardInterrupt):
         InProcess(model).tables(units(tmp_path, 1, 2, -1, 3), "squares", quiet=True)
     assert model.asked == [1, 2, -1]
@@ -62,7 +62,8 @@ def test_what_was_done_before_an_interrupt_is_kept(tmp_path: Path) -> None:
 
 
 def test_the_bar_counts_units_and_what_they_hold(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    InProcess(Model()).tables(units(tmp_path, 1, 2), "squares", each="number", counted="tokens")
+    model: Any = Model()
+    InProcess(model).tables(units(tmp_path, 1, 2), "squares", each="number", counted="tokens")
     shown = capsys.readouterr().err
     assert "squares" in shown and "2/2" in shown and "tokens/s" in shown
 
@@ -77,14 +78,15 @@ def repeated(model: Model, text: str, n: int) -> pd.DataFrame:
 
 
 def test_what_units_begin_with_is_made_once_for_those_that_follow_each_other(tmp_path: Path) -> None:
-    model, parts = Model(), ResultStore(tmp_path)
+    model: Any = Model()
+    parts = ResultStore(tmp_path)
     texts = [SharedSetup(read, (text,)) for text in ("a", "bb")]
-    units = [Task(parts, {"n": n, "text": i}, repeated, (n,), common=texts[i]) for i in (0, 1) for n in (1, 2)]
+    units = [Task(parts, {"n": n, "text": i}, repeated, (n,), setup=texts[i]) for i in (0, 1) for n in (1, 2)]
     found: Any = InProcess(model).tables(units, "texts", quiet=True)
     assert [table["text"][0] for table in found] == ["a", "aa", "bb", "bbbb"]
     assert model.asked == [-1, -2]
     again: Any = InProcess(model).tables(
-        [*units, Task(parts, {"n": 3}, repeated, (3,), common=texts[1])], "x", quiet=True
+        [*units, Task(parts, {"n": 3}, repeated, (3,), setup=texts[1])], "x", quiet=True
     )
     assert again[-1]["text"][0] == "bbbbbb" and model.asked == [-1, -2, -2]  # of the others nothing is needed
 
@@ -93,7 +95,7 @@ def test_what_units_begin_with_is_made_once_for_those_that_follow_each_other(tmp
 
 
 def cases_of(family: str) -> tuple[Any, list[SweepCase]]:
-    """Of one image and of three rows, with interventions that are told apart by tensors alone."""
+    """Cases of one image and of three rows, with interventions that differ in their tensors only."""
     cases = []
     generator = torch.Generator().manual_seed(3)
     for rows in ("one image", "padded"):

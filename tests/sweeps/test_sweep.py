@@ -33,7 +33,7 @@ from hooked_vlm.sweeps import run as sweep_run_module
 from hooked_vlm.sweeps.plan import make_plan
 
 FAMILIES = ("qwen2-vl", "internvl2")
-SWEEP = import_module("hooked_vlm.sweeps.single")  # the package's attribute of this name is the function
+SWEEP = import_module("hooked_vlm.sweeps.run")  # the package's attribute of this name is the function
 
 
 @pytest.fixture(params=FAMILIES)

@@ -75,7 +75,7 @@ def test_masking_the_heads_that_read_changes_the_answer_and_others_do_not() -> N
 
 def test_two_answers_are_compared_token_by_token() -> None:
     """Tokens are bytes of UTF-8 here; 0 ends an answer."""
-    model = SimpleNamespace(
+    model: Any = SimpleNamespace(
         cfg=SimpleNamespace(eos_token_ids=(0,)), to_string=lambda ids: bytes(ids).decode(errors="replace")
     )
     first, second = compared(model, [*b"a cat", 0], [*"a cét".encode()])
@@ -234,7 +234,7 @@ def test_a_port_that_is_taken_is_named() -> None:
 
 def test_an_answer_cannot_break_out_of_the_page() -> None:
     serve = pytest.importorskip("hooked_vlm.viewer.server", reason="NiceGUI is not installed")
-    model = SimpleNamespace(cfg=SimpleNamespace(eos_token_ids=()), to_string=lambda ids: bytes(ids).decode())
+    model: Any = SimpleNamespace(cfg=SimpleNamespace(eos_token_ids=()), to_string=lambda ids: bytes(ids).decode())
     evil, plain = b"<img src=x onerror=alert(1)>", b"<img>"
     found = [serve.marked(said) for said in compared(model, [*evil], [*plain])]
     assert found[1] == html.escape("<img>")
