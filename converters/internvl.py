@@ -229,16 +229,9 @@ def _hf_config(cfg: Mapping[str, Any], dialect: Dialect) -> dict[str, Any]:
         "vision_config": {
             "architectures": ["InternVLVisionModel"],
             "model_type": "internvl_vision",
+            **_shared_vision_fields(vision),
             "attention_bias": vision["qkv_bias"],
-            "hidden_act": vision["act_fn"],
-            "hidden_size": vision["d_model"],
             "image_size": [side, side],
-            "intermediate_size": vision["d_mlp"],
-            "layer_norm_eps": vision["eps"],
-            "norm_type": "layer_norm" if vision["normalization_type"] == "LN" else "rms_norm",
-            "num_attention_heads": vision["n_heads"],
-            "num_channels": vision["in_channels"],
-            "num_hidden_layers": vision["n_layers"],
             "patch_size": [vision["patch_size"]] * 2,
             "use_absolute_position_embeddings": True,
             "use_mean_pooling": True,
@@ -267,19 +260,26 @@ def _original_config(cfg: Mapping[str, Any], dialect: Dialect) -> dict[str, Any]
         "vision_config": {
             "architectures": ["InternVisionModel"],
             "model_type": "intern_vit_6b",
-            "hidden_act": vision["act_fn"],
-            "hidden_size": vision["d_model"],
+            **_shared_vision_fields(vision),
             "image_size": side,
-            "intermediate_size": vision["d_mlp"],
-            "layer_norm_eps": vision["eps"],
-            "norm_type": "layer_norm" if vision["normalization_type"] == "LN" else "rms_norm",
-            "num_attention_heads": vision["n_heads"],
-            "num_channels": vision["in_channels"],
-            "num_hidden_layers": vision["n_layers"],
             "patch_size": vision["patch_size"],
             "qk_normalization": vision["qk_norm"],
             "qkv_bias": vision["qkv_bias"],
         },
+    }
+
+
+def _shared_vision_fields(vision: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of `vision_config` that both layouts name alike."""
+    return {
+        "hidden_act": vision["act_fn"],
+        "hidden_size": vision["d_model"],
+        "intermediate_size": vision["d_mlp"],
+        "layer_norm_eps": vision["eps"],
+        "norm_type": "layer_norm" if vision["normalization_type"] == "LN" else "rms_norm",
+        "num_attention_heads": vision["n_heads"],
+        "num_channels": vision["in_channels"],
+        "num_hidden_layers": vision["n_layers"],
     }
 
 

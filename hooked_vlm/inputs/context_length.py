@@ -1,6 +1,6 @@
 """Advice for a prompt that does not fit the context: the bound on its pictures with which it would."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from hooked_vlm.config import VLMConfig
 from hooked_vlm.inputs.geometry import ImageSize
@@ -32,32 +32,29 @@ def too_long_message(
     message = f"the prompt has {len(rows[longest])} tokens but the context holds {n_ctx}"
     if processor is None or n_image == 0 or max(n_text) > n_ctx:
         return f"{message}: shorten the text"
-    if isinstance(processor, TileProcessor):
-        return _too_many_tiles(message, n_image, n_text, pictures, processor, n_ctx)
-    area, least = processor.pixels_per_token**2, processor.min_pixels
-    # tokens for each picture if all take their full share; a narrow picture takes more, as no side is below a token's
-    shares = [(n_ctx - n) // sum(frames for _, frames in row) for n, row in zip(n_text, pictures, strict=True) if row]
-    for fitting in range(min(shares) * area, 0, -area):
-        bounded = processor.bounded(min(least, fitting), fitting)
-        n_row = [sum(n * bounded.n_tokens(size) for size, n in row) for row in pictures]
-        if max(a + b for a, b in zip(n_text, n_row, strict=True)) <= n_ctx:
-            now = "the checkpoint's own" if max_pixels is None else str(max_pixels)
-            lower = f"min_pixels={fitting} and " if least > fitting else ""
-            return f"{message} ({n_image} of them for images): pass {lower}max_pixels={fitting} (now {now})"
+    for advice, bounded in _tighter_bounds(processor, n_text, pictures, max_pixels, n_ctx):
+        n_visual = [sum(frames * bounded.n_tokens(size) for size, frames in row) for row in pictures]
+        if max(a + b for a, b in zip(n_text, n_visual, strict=True)) <= n_ctx:
+            return f"{message} ({n_image} of them for images): pass {advice}"
     return f"{message} ({n_image} of them for images): shorten the text, or give fewer images or frames"
 
 
-def _too_many_tiles(
-    message: str,
-    n_image: int,
+def _tighter_bounds(
+    processor: ImageProcessor | TileProcessor,
     n_text: list[int],
     pictures: Sequence[Sequence[Picture]],
-    processor: TileProcessor,
+    max_pixels: int | None,
     n_ctx: int,
-) -> str:
-    for fewer in range(processor.max_tiles - 1, 0, -1):
-        bounded = processor.bounded(None, fewer)
-        lengths = [n + sum(bounded.n_tokens(s) for s, _ in row) for n, row in zip(n_text, pictures, strict=True)]
-        if max(lengths) <= n_ctx:
-            return f"{message} ({n_image} of them for images): pass max_tiles={fewer} (now {processor.max_tiles})"
-    return f"{message} ({n_image} of them for images): shorten the text, or give fewer images"
+) -> Iterator[tuple[str, ImageProcessor | TileProcessor]]:
+    """Smaller and smaller bounds on the pictures, with the arguments that set them."""
+    if isinstance(processor, TileProcessor):
+        for fewer in range(processor.max_tiles - 1, 0, -1):
+            yield f"max_tiles={fewer} (now {processor.max_tiles})", processor.bounded(None, fewer)
+        return
+    area, least = processor.pixels_per_token**2, processor.min_pixels
+    now = "the checkpoint's own" if max_pixels is None else str(max_pixels)
+    # tokens for each picture if all take their full share; a narrow picture takes more, as no side is below a token's
+    shares = [(n_ctx - n) // sum(frames for _, frames in row) for n, row in zip(n_text, pictures, strict=True) if row]
+    for most in range(min(shares) * area, 0, -area):
+        lower = f"min_pixels={most} and " if least > most else ""
+        yield f"{lower}max_pixels={most} (now {now})", processor.bounded(min(least, most), most)

@@ -19,6 +19,10 @@ Box = Sequence[SupportsFloat]
 """`(x0, y0, x1, y1)`, half-open, in pixels of the original image."""
 
 
+Part = Literal["all", "tiles", "thumbnail"]
+"""A part of a tiled image: the tokens of its tiles, those of its thumbnail, or both."""
+
+
 class ImageSize(NamedTuple):
     """Pixels."""
 
@@ -150,6 +154,7 @@ class ImageGrid:
         min_overlap: float | int = 0.0,
         of: Literal["box", "token"] = "box",
         truncate: bool = False,
+        part: Part = "all",
     ) -> list[int]:
         """Tokens whose `overlaps(box, of, truncate)` is greater than `min_overlap`, in rising order.
 
@@ -157,8 +162,9 @@ class ImageGrid:
         with `truncate=True`. A box that covers many tokens may leave none above a threshold `of="box"`.
 
         Raises:
-            GeometryError: see `overlaps`; or `min_overlap` is not in [0, 1).
+            GeometryError: see `overlaps`; `min_overlap` is not in [0, 1); or part="thumbnail".
         """
+        _refuse_thumbnail(part)
         _check_share(min_overlap, of)
         return np.flatnonzero(self.overlaps(box, of, truncate) > min_overlap).tolist()
 
@@ -175,9 +181,10 @@ class ImageGrid:
         return places.transpose(1, 2, 4, 3, 5, 0).reshape(-1, 3)
 
     def to_image(
-        self, values: Shaped[np.ndarray | torch.Tensor, "*lead tokens"]
+        self, values: Shaped[np.ndarray | torch.Tensor, "*lead tokens"], part: Part = "all"
     ) -> Shaped[np.ndarray, "*lead frames rows cols"]:
         """Lay one value per token out as the picture (a tensor is moved to the CPU, bfloat16 as float32)."""
+        _refuse_thumbnail(part)
         if isinstance(values, torch.Tensor):
             values = values.detach().cpu()
             values = (values.float() if values.dtype == torch.bfloat16 else values).numpy()
@@ -217,13 +224,14 @@ class ImageGrid:
         return corners
 
 
+def _refuse_thumbnail(part: Part) -> None:
+    if part == "thumbnail":
+        raise GeometryError("this model sees images whole: there is no thumbnail")
+
+
 def _check_share(min_overlap: float | int, of: str) -> None:
     if not 0 <= min_overlap < 1:
         raise GeometryError(f"min_overlap is a share of the {of}'s area, 0 <= min_overlap < 1, got {min_overlap}")
-
-
-Part = Literal["all", "tiles", "thumbnail"]
-"""A part of a tiled image: the tokens of its tiles, those of its thumbnail, or both."""
 
 
 @dataclass(frozen=True)

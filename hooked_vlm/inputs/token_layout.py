@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from jaxtyping import Float, Int
@@ -12,6 +12,9 @@ from torch import Tensor
 from hooked_vlm.errors import InputError
 from hooked_vlm.inputs.image_processor import ImageProcessor
 from hooked_vlm.inputs.tiles import TileProcessor
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 Grid = tuple[int, int, int]
 """Numbers of patches: (temporal patches, rows, columns), or for a tiled image (tiles, rows, columns)."""
@@ -34,7 +37,7 @@ class InputSpec:
     """The token that closes a chat turn (`<|im_end|>`)."""
     user_header: int = 3
     """Number of tokens that open a user's turn: `<|im_start|> user \\n`."""
-    tokenizer: Any = None
+    tokenizer: "PreTrainedTokenizerBase | None" = None
     image_processor: ImageProcessor | TileProcessor | None = None
     mrope: bool = True
     """Whether positions have three axes (M-RoPE); otherwise every token counts one position."""

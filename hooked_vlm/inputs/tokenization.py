@@ -12,7 +12,7 @@ from typing import Any
 from sentencepiece import sentencepiece_model_pb2
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers, processors
 from tokenizers.models import BPE
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from transformers.tokenization_utils_base import generate_merges
 from transformers.utils import logging
 
@@ -22,13 +22,13 @@ from hooked_vlm.errors import CheckpointError
 FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "tokenizer.model")
 INTERNLM2_CLASSES = ("InternLM2Tokenizer", "InternLM2TokenizerFast")
 GENERIC_CLASSES = ("PreTrainedTokenizerFast", "TokenizersBackend")
-"""What `transformers` 4 and 5 call a tokenizer that is all in its tokenizer.json."""
+"""Classes of `transformers` 4 and 5 for a tokenizer that is defined by its tokenizer.json alone."""
 _BPE = 2  # of sentencepiece's TrainerSpec.ModelType
 _CONTROL, _USER_DEFINED = 3, 4  # of sentencepiece's SentencePiece.Type
 
 
-def load_tokenizer(folder: Path) -> Any:
-    """The tokenizer in a checkpoint folder, or None if there is none.
+def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase | None:
+    """Load the tokenizer of a checkpoint folder; None if there is none.
 
     Raises:
         CheckpointError: its files are missing, corrupt or of a kind that is not supported.
@@ -40,7 +40,7 @@ def load_tokenizer(folder: Path) -> Any:
         written_out = (folder / "tokenizer.json").exists()
         if settings.get("tokenizer_class") in INTERNLM2_CLASSES and not written_out:
             return _internlm2(folder, settings)
-        # AutoTokenizer would put the steps of the model type's own tokenizer in place of those that the file states
+        # AutoTokenizer would replace the steps in the file by those of the model type's tokenizer
         if settings.get("tokenizer_class") in (*INTERNLM2_CLASSES, *GENERIC_CLASSES) and written_out:
             return PreTrainedTokenizerFast.from_pretrained(folder, trust_remote_code=False)
         with _quiet_transformers():
@@ -53,7 +53,7 @@ def load_tokenizer(folder: Path) -> Any:
 
 
 def _defaults(folder: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
-    """What transformers 4 took for granted, with which the checkpoints were published, and 5 does not."""
+    """Settings that transformers 4 implied, with which the checkpoints were published, and 5 does not."""
     llama = str(settings.get("tokenizer_class")).startswith("LlamaTokenizer")
     silent = "add_bos_token" not in settings and not (folder / "tokenizer.json").exists()
     return {"add_bos_token": True} if llama and silent else {}
@@ -61,7 +61,7 @@ def _defaults(folder: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
 
 @contextmanager
 def _quiet_transformers() -> Iterator[None]:
-    """Without its remark that InternVL's model_type is unknown to it, which does not matter to a tokenizer."""
+    """Silence transformers' warning that it does not know InternVL's model_type, which no tokenizer depends on."""
     before = logging.get_verbosity()
     logging.set_verbosity_error()
     try:
@@ -71,6 +71,7 @@ def _quiet_transformers() -> Iterator[None]:
 
 
 def _internlm2(folder: Path, settings: Mapping[str, Any]) -> PreTrainedTokenizerFast:
+    """Rebuild InternLM2's tokenizer from its SentencePiece model and its added tokens."""
     path = folder / "tokenizer.model"
     if not path.exists():
         raise CheckpointError(f"{folder} has no tokenizer.model, which {settings['tokenizer_class']} needs")
@@ -81,7 +82,7 @@ def _internlm2(folder: Path, settings: Mapping[str, Any]) -> PreTrainedTokenizer
     pieces = [(piece.piece, piece.score) for piece in proto.pieces]
     ids = {piece: i for i, (piece, _) in enumerate(pieces)}
     added = _added_tokens(folder, settings)
-    # what is looked up as a whole takes no part in merging
+    # tokens that are looked up as a whole take no part in merging
     whole = {p.piece for p in proto.pieces if p.type in (_CONTROL, _USER_DEFINED)}
     merges = generate_merges(ids, dict(pieces), skip_tokens=whole)
     bpe = BPE(ids, merges, unk_token=proto.trainer_spec.unk_piece, fuse_unk=True, byte_fallback=True)
@@ -117,7 +118,7 @@ def _internlm2(folder: Path, settings: Mapping[str, Any]) -> PreTrainedTokenizer
 
 
 def _normalizer(spec: Any) -> normalizers.Normalizer:
-    """SentencePiece's own steps, in its order."""
+    """SentencePiece's normalisation steps, in its order."""
     steps: list[Any] = []
     if spec.precompiled_charsmap:
         steps.append(normalizers.Precompiled(spec.precompiled_charsmap))
@@ -129,7 +130,7 @@ def _normalizer(spec: Any) -> normalizers.Normalizer:
 
 
 def _added_tokens(folder: Path, settings: Mapping[str, Any]) -> dict[int, AddedToken]:
-    """Tokens besides the model's pieces, by id."""
+    """Tokens added to the model's pieces, by id."""
     tokens = {
         int(token_id): AddedToken(
             entry["content"],

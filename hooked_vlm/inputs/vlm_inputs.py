@@ -17,7 +17,7 @@ import torch
 from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
-from hooked_vlm.errors import GeometryError, InputError
+from hooked_vlm.errors import InputError
 from hooked_vlm.inputs.batching import join, rows_of
 from hooked_vlm.inputs.edits import Answer, append_answer, replace_image
 from hooked_vlm.inputs.geometry import Box, ImageGrid, Part, TileGrid
@@ -276,12 +276,8 @@ class VLMInputs:
             min_overlap: a token counts if more than this share of the box's area lies in it.
             part: for a tiled image, the tokens of its "tiles", of its "thumbnail", or "all".
         """
-        start, grid = self.visual("image", image).start, self.image_grid(image)
-        if isinstance(grid, TileGrid):
-            return [start + i for i in grid.tokens_in_box(box, min_overlap, part=part)]
-        if part == "thumbnail":
-            raise GeometryError("this model sees images whole: there is no thumbnail")
-        return [start + i for i in grid.tokens_in_box(box, min_overlap)]
+        start = self.visual("image", image).start
+        return [start + i for i in self.image_grid(image).tokens_in_box(box, min_overlap, part=part)]
 
     def image_of_token(self, pos: int, row: int = 0) -> int:
         """The number of the image that the token at `pos` belongs to."""
@@ -309,12 +305,7 @@ class VLMInputs:
         Raises:
             GeometryError: another number of values, or a thumbnail where there is none.
         """
-        grid = self.image_grid(image)
-        if isinstance(grid, TileGrid):
-            return grid.to_image(values, part)[..., 0, :, :]
-        if part == "thumbnail":
-            raise GeometryError("this model sees images whole: there is no thumbnail")
-        return grid.to_image(values)[..., 0, :, :]
+        return self.image_grid(image).to_image(values, part)[..., 0, :, :]
 
     @cached_property
     @torch.inference_mode(False)

@@ -87,6 +87,7 @@ def test_special_tokens_and_saving(both: tuple[Any, Any], tmp_path: Path) -> Non
     assert tokenizer.convert_tokens_to_ids("<IMG_CONTEXT>") == len(processor) + 4
     tokenizer.save_pretrained(tmp_path)
     again = load_tokenizer(tmp_path)
+    assert again is not None
     for text in ODDITIES:
         assert again.encode(text) == tokenizer.encode(text)
 
@@ -125,6 +126,7 @@ def test_llamas_tokenizer_begins_a_text_unless_told_not_to(says: dict[str, bool]
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
     (tmp_path / "config.json").write_text('{"model_type": "internvl_chat", "auto_map": {"AutoConfig": "a.B"}}')
     tokenizer = load_tokenizer(tmp_path)
+    assert tokenizer is not None
     assert (tokenizer.encode("a word")[0] == processor.bos_id()) is starts
     assert tokenizer.convert_tokens_to_ids("<IMG_CONTEXT>") == len(processor) + ADDED.index("<IMG_CONTEXT>")
 
@@ -139,6 +141,7 @@ def test_qwen2s_tokenizer_beside_a_configuration_with_remote_code(tmp_path: Path
     (tmp_path / "config.json").write_text('{"model_type": "internvl_chat", "auto_map": {"AutoConfig": "a.B"}}')
     capfd.readouterr()  # what the training printed
     tokenizer = load_tokenizer(tmp_path)
+    assert tokenizer is not None
     ids = tokenizer.encode("<|im_start|>hello<img><IMG_CONTEXT></img>")
     assert tokenizer.convert_ids_to_tokens(ids) == ["<|im_start|>", "hello", "<img>", "<IMG_CONTEXT>", "</img>"]
     assert capfd.readouterr() == ("", "")
