@@ -1,10 +1,13 @@
-"""Both families' tiny models with inputs of the same kinds, for what must hold in either."""
+"""Both families' tiny and bundled models, with inputs of the same kinds, for laws that hold in either."""
 
 import copy
+from functools import lru_cache
 from typing import Any
 
 import tiny
 import tiny_internvl
+
+from hooked_vlm import HookedVLM
 
 # name: (row of both families; a number stands for an image, of two sizes)
 ROWS: dict[str, list[list[Any]]] = {
@@ -25,6 +28,12 @@ def model_and_inputs(family: str, rows: str) -> tuple[Any, Any]:
         return tiny.tiny_model(), tiny.inputs(filled)
     model = tiny_internvl.tiny_model("qwen2")
     return model, model.inputs_from_hf(tiny_internvl.hf_batch(filled))
+
+
+@lru_cache
+def bundled(name: str) -> HookedVLM:
+    """A bundled model on the CPU. Shared: weights must not be changed, hooks not left."""
+    return HookedVLM.from_pretrained(name, device="cpu")
 
 
 def own_copy(model: Any) -> Any:
