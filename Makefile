@@ -9,6 +9,9 @@ BIN := $(VENV)/bin
 SPEC := pyproject.toml setup.py constraints.txt
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
+# Workers and the commands that tests start find modules compiled.
+unexport PYTHONDONTWRITEBYTECODE
+
 help:
 	@echo "make demo        which heads of the bundled toy model read text: table, heatmap, masking control"
 	@echo "make test        every law on its fewest cases (five minutes on two cores, no download, no GPU)"

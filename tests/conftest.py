@@ -22,8 +22,8 @@ ON_REQUEST = {
 FEW_CASES = "of each law the fewest cases in which every value of every parameter occurs"
 
 # The same examples on every run, and no time limit on each: a loaded machine must not fail a property.
-settings.register_profile("reproducible", derandomize=True, deadline=None)
-settings.load_profile("reproducible")
+settings.register_profile("full", derandomize=True, deadline=None)
+settings.register_profile("few", settings.get_profile("full"), max_examples=20)
 
 cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
@@ -34,6 +34,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     for marker, (option, reason) in ON_REQUEST.items():
         parser.addoption(option, action="store_true", help=f"also run tests marked {marker}: {reason}")
     parser.addoption("--full", action="store_true", help=f"every case: without it, {FEW_CASES}")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    settings.load_profile("full" if config.getoption("--full") else "few")
 
 
 def pytest_report_header(config: pytest.Config) -> str:
