@@ -4,6 +4,7 @@ import copy
 from functools import lru_cache
 from typing import Any
 
+import pytest
 import tiny
 import tiny_internvl
 
@@ -28,6 +29,10 @@ def model_and_inputs(family: str, rows: str) -> tuple[Any, Any]:
         return tiny.tiny_model(), tiny.inputs(filled)
     model = tiny_internvl.tiny_model("qwen2")
     return model, model.inputs_from_hf(tiny_internvl.hf_batch(filled))
+
+
+ONE_TOY = ("toy-qwen2-vl", pytest.param("toy-internvl2", marks=pytest.mark.full))
+"""The bundled models for costly laws: the second one with --full."""
 
 
 @lru_cache

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
-from families import bundled
+from families import ONE_TOY, bundled
 
 from hooked_vlm import cli
 from hooked_vlm.errors import StudyError
@@ -58,7 +58,7 @@ def test_an_interrupted_run_goes_on_to_the_same_bytes(tmp_path: Path, monkeypatc
     assert files_of(resumed.out) == whole
 
 
-@pytest.mark.parametrize("name", ["toy-qwen2-vl", pytest.param("toy-internvl2", marks=pytest.mark.full)])
+@pytest.mark.parametrize("name", ONE_TOY)
 def test_attribution_foretells_and_needs_fewer_heads_than_other_rankings(name: str, tmp_path: Path) -> None:
     # as many masks as by default; more of them held out, since a correlation over 32 is itself uncertain by 0.05
     config = Curves(out=tmp_path, samples=8, held_out=0.25, bootstrap=20, random_rankings=1, quiet=True)
