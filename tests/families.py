@@ -10,6 +10,8 @@ import tiny_internvl
 
 from hooked_vlm import HookedVLM
 
+FAMILIES = ("qwen2-vl", "internvl2")
+
 # name: (row of both families; a number stands for an image, of two sizes)
 ROWS: dict[str, list[list[Any]]] = {
     "one image": [[5, 6, "small", 7, 8, 9, 10]],
@@ -22,13 +24,22 @@ IMAGES = {
 }
 
 
-def model_and_inputs(family: str, rows: str) -> tuple[Any, Any]:
+@lru_cache
+def tiny_model(family: str) -> Any:
     """Shared: weights must not be changed, hooks not left."""
-    filled = [[IMAGES[family].get(item, item) for item in row] for row in ROWS[rows]]
-    if family == "qwen2-vl":
-        return tiny.tiny_model(), tiny.inputs(filled)
-    model = tiny_internvl.tiny_model("qwen2")
-    return model, model.inputs_from_hf(tiny_internvl.hf_batch(filled))
+    return tiny.tiny_model() if family == "qwen2-vl" else tiny_internvl.tiny_model("qwen2")
+
+
+def inputs_of(family: str, rows: list[list[Any]], seed: int = 0) -> Any:
+    """Rows as in `ROWS` for the family's tiny model, about pictures of this seed."""
+    filled = [[IMAGES[family].get(item, item) for item in row] for row in rows]
+    batch = tiny.hf_batch if family == "qwen2-vl" else tiny_internvl.hf_batch
+    return tiny_model(family).inputs_from_hf(batch(filled, seed))
+
+
+def model_and_inputs(family: str, rows: str) -> tuple[Any, Any]:
+    """A family's tiny model, which is shared, and inputs of its own."""
+    return tiny_model(family), inputs_of(family, ROWS[rows])
 
 
 ONE_TOY = ("toy-qwen2-vl", pytest.param("toy-internvl2", marks=pytest.mark.full))
