@@ -1,6 +1,6 @@
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-slow test-all test-oldest lint format bench docs docs-hooks setup clean
+.PHONY: help demo test test-full test-slow test-all test-oldest lint format bench docs docs-hooks setup clean
 
 PYTHON ?= python3
 JOBS ?= auto
@@ -9,10 +9,15 @@ BIN := $(VENV)/bin
 SPEC := pyproject.toml setup.py constraints.txt
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
+# Workers and the commands that tests start find modules compiled.
+unexport PYTHONDONTWRITEBYTECODE
+
 help:
 	@echo "make demo        which heads of the bundled toy model read text: table, heatmap, masking control"
-	@echo "make test        the tests (minutes, no download, no GPU)"
-	@echo "make test-all    the same, then the slow ones (make test-slow)"
+	@echo "make test        every law on its fewest cases (five minutes on two cores, no download, no GPU)"
+	@echo "make test-full   every law on every case: all families, inputs and switches (a quarter of an hour)"
+	@echo "make test-slow   browser, cluster, kills, long fuzzing, notebooks (a quarter of an hour or more)"
+	@echo "make test-all    test-full, then test-slow"
 	@echo "make test-oldest the tests with the oldest dependencies that pyproject.toml allows"
 	@echo "make lint        ruff and pyright"
 	@echo "make format      let ruff rewrite what it can"
@@ -28,11 +33,14 @@ demo: $(VENV)/.installed
 test: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest --numprocesses $(JOBS)
 
+test-full: $(VENV)/.installed-dev
+	$(BIN)/python -m pytest --full --numprocesses $(JOBS)
+
 # One at a time: these are large.
 test-slow: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest -m slow --run-slow
+	$(BIN)/python -m pytest --full -m slow --run-slow --exitfirst
 
-test-all: test test-slow
+test-all: test-full test-slow
 
 # Shapes are not executed: the oldest jaxtyping cannot share a process with the tests' own imports.
 test-oldest:

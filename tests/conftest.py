@@ -1,7 +1,8 @@
-"""What holds for every test: no network, a fixed seed, a share of the cores, costly kinds only on request."""
+"""Rules for every test: no network, a fixed seed, a share of the cores, costly kinds and further cases on request."""
 
 import os
 import socket
+from collections import defaultdict
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is imported, so before anything else
 os.environ["TRANSFORMERS_OFFLINE"] = "1"
@@ -18,9 +19,11 @@ ON_REQUEST = {
     "real_weights": ("--run-real-weights", "needs a published checkpoint on this machine"),
 }
 
+FEW_CASES = "of each law the fewest cases in which every value of every parameter occurs"
+
 # The same examples on every run, and no time limit on each: a loaded machine must not fail a property.
-settings.register_profile("reproducible", derandomize=True, deadline=None)
-settings.load_profile("reproducible")
+settings.register_profile("full", derandomize=True, deadline=None)
+settings.register_profile("few", settings.get_profile("full"), max_examples=20)
 
 cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
@@ -30,8 +33,18 @@ torch.set_num_threads(max(1, cores // workers))
 def pytest_addoption(parser: pytest.Parser) -> None:
     for marker, (option, reason) in ON_REQUEST.items():
         parser.addoption(option, action="store_true", help=f"also run tests marked {marker}: {reason}")
+    parser.addoption("--full", action="store_true", help=f"every case: without it, {FEW_CASES}")
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    settings.load_profile("full" if config.getoption("--full") else "few")
+
+
+def pytest_report_header(config: pytest.Config) -> str:
+    return "every case of every law" if config.getoption("--full") else f"{FEW_CASES}; run with --full for all"
+
+
+@pytest.hookimpl(trylast=True)  # after -k and -m, so that the cases kept are among those asked for
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     for marker, (option, reason) in ON_REQUEST.items():
         if config.getoption(option):
@@ -40,6 +53,44 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         for item in items:
             if item.get_closest_marker(marker):
                 item.add_marker(skip)
+    if not config.getoption("--full"):
+        further = further_cases(items)
+        config.hook.pytest_deselected(items=further)
+        items[:] = [item for item in items if item not in set(further)]
+
+
+def further_cases(items: list[pytest.Item]) -> list[pytest.Item]:
+    """Cases that a run without --full leaves out: marked `full`, or each parameter value occurs in a case kept.
+
+    Cases that are skipped do not stand for others.
+    """
+    laws: dict[str, list[pytest.Item]] = defaultdict(list)
+    for item in items:
+        if not item.get_closest_marker("skip"):
+            laws[item.nodeid.partition("[")[0]].append(item)
+    return [case for cases in laws.values() for case in further_of(cases)]
+
+
+def further_of(cases: list[pytest.Item]) -> list[pytest.Item]:
+    """All but the cases chosen, each time the one with most parameter values that none chosen has."""
+    values = {case: _values(case) for case in cases if not case.get_closest_marker("full")}
+    chosen, missing = [], set().union(*values.values())
+    while missing:
+        chosen.append(max(values, key=lambda case: len(values[case] & missing)))
+        missing -= values[chosen[-1]]
+    return [case for case in cases if case not in chosen]
+
+
+def _values(case: pytest.Item) -> set[tuple[int, str]]:
+    """(which `parametrize`, id of its row) of a case; the test itself where it has no parameters."""
+    callspec = getattr(case, "callspec", None)
+    return set(enumerate(callspec._idlist)) if callspec else {(0, case.name)}
+
+
+@pytest.fixture(params=["qwen2-vl", "internvl2"])
+def family(request: pytest.FixtureRequest) -> str:
+    """The families of `families.FAMILIES` (named again here: a conftest is imported before shapes are executed)."""
+    return request.param
 
 
 @pytest.fixture(autouse=True)

@@ -21,6 +21,25 @@ from hooked_vlm.interventions import (
     mean_image_kv,
 )
 
+KINDS = (
+    "zero",
+    "scale",
+    "mean",
+    "image mean",
+    "image mean after RoPE",
+    "image zero",
+    "image knocked out",
+    "image mean of a dataset",
+    "some image tokens, some queries",
+    "blocked",
+    "sink",
+    "uniform",
+    "uniform while generating",
+    "patch",
+    "steering",
+    "image tokens",
+    "together",
+)
 HEADS = ((0, 1), (1, 0), (1, 3), (2, 2))
 
 
@@ -34,7 +53,7 @@ def of_every_kind(model: Any, batch: Any) -> dict[str, Intervention]:
     generator = torch.Generator().manual_seed(1)
     _, cache = model.run_with_cache(batch)
     vector = torch.randn(model.cfg.d_model, generator=generator)
-    return {
+    kinds: dict[str, Intervention] = {
         "zero": ZeroHeads(HEADS),
         "scale": ScaleHeads(HEADS, 0.5, "text"),
         "mean": MeanHeads(HEADS, mean_head_outputs(model, [batch])),
@@ -53,3 +72,5 @@ def of_every_kind(model: Any, batch: Any) -> dict[str, Intervention]:
         "image tokens": ReplaceImageTokens("image", "mean"),
         "together": Compose((ZeroHeads(((2, 0),)), BlockAttention(((1, 1),), "final", "image"))),
     }
+    assert tuple(kinds) == KINDS
+    return kinds

@@ -3,31 +3,19 @@
 from collections.abc import Callable
 from typing import Any
 
-import tiny
-import tiny_internvl
 import torch
-from families import IMAGES, ROWS, model_and_inputs
+from families import FAMILIES as FAMILIES
+from families import ROWS, inputs_of, tiny_model
 from torch import Tensor
 
 from hooked_vlm.patching import Pair
 from hooked_vlm.patching.pairs import Direction
 
-FAMILIES = ("qwen2-vl", "internvl2")
-
-
-def inputs_of(family: str, rows: list[list[Any]], seed: int) -> Any:
-    """Rows as in `families.ROWS`, about pictures of their own."""
-    filled = [[IMAGES[family].get(item, item) for item in row] for row in rows]
-    if family == "qwen2-vl":
-        return tiny.inputs(filled, seed)
-    return tiny_internvl.tiny_model("qwen2").inputs_from_hf(tiny_internvl.hf_batch(filled, seed))
-
 
 def model_and_pair(family: str, rows: str = "one image", **settings: Any) -> tuple[Any, Pair]:
     """The same words about other pictures."""
-    model, _ = model_and_inputs(family, rows)
     clean, corrupt = (inputs_of(family, ROWS[rows], seed) for seed in (1, 2))
-    return model, Pair(clean, corrupt, **settings)
+    return tiny_model(family), Pair(clean, corrupt, **settings)
 
 
 def last_logits(logits: Tensor, inputs: Any) -> Tensor:

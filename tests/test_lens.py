@@ -6,8 +6,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from families import model_and_inputs
-from pairs import FAMILIES, last_logits
+from families import FAMILIES, model_and_inputs
+from pairs import last_logits
 from PIL import Image
 from torch import Tensor
 

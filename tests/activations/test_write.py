@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from families import ONE_TOY
 from streams import NAMES, samples, stream
 from torch import Tensor
 
@@ -71,6 +72,7 @@ def compare(model: HookedVLM, acts: Activations, check: Callable[[Tensor, Tensor
     return compared
 
 
+@pytest.mark.parametrize("model", ONE_TOY, indirect=True)
 def test_samples_run_alone_give_the_bits_of_a_cached_run(model: HookedVLM, tmp_path: Path) -> None:
     acts = stream(model, tmp_path / "acts", names_filter=EVERYWHERE, tokens_per_batch=1)
 
@@ -82,6 +84,7 @@ def test_samples_run_alone_give_the_bits_of_a_cached_run(model: HookedVLM, tmp_p
     assert len(acts.shards) > 1
 
 
+@pytest.mark.parametrize("model", ONE_TOY, indirect=True)
 def test_batches_of_padded_rows_and_many_pictures_differ_by_rounding(model: HookedVLM, tmp_path: Path) -> None:
     acts = stream(model, tmp_path / "acts", names_filter=EVERYWHERE, tokens_per_batch=1400)
     compare(model, acts, lambda found, expected: torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4))

@@ -58,6 +58,7 @@ def test_a_folder_is_described_without_its_weights(tmp_path: Path) -> None:
     assert toy.image_tokens == model_row("toy-qwen2-vl", ModelsConfig()).image_tokens == 234
 
 
+@pytest.mark.slow
 def test_the_table_and_its_data_name_the_same() -> None:
     table, rows = answer(ModelsConfig(tokens=2000, full_cache=True))
     names = [row["name"] for row in rows]

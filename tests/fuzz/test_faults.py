@@ -30,7 +30,7 @@ from tools.toy_training import train
 from tools.toy_training.family import write_checkpoint
 
 KILLS = Path(__file__).parent / "kills.py"
-QUICK = ("data sets", "training")
+QUICK = ("data sets",)
 
 
 @pytest.mark.parametrize("name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in WORK])

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 import torch
-from every_kind import of_every_kind, some_of_the_image
+from every_kind import KINDS, of_every_kind, some_of_the_image
 from families import ROWS, model_and_inputs
 from tiny import PADDED, inputs, tiny_model
 from torch import Tensor
@@ -409,9 +409,6 @@ def test_several_at_one_point_act_in_order() -> None:
         ScaleHeads(((1, 2),), -3.0).hooks(model, batch) + ZeroHeads(((0, 0),)).hooks(model, batch),
     )
     same(model, batch, both, expected)
-
-
-KINDS = tuple(of_every_kind(*model_and_inputs("qwen2-vl", "one image")))
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from families import model_and_inputs
+from families import FAMILIES, model_and_inputs
 from pretend_devices import FIRST, SECOND, PretendDevices
 from tiny import PADDED, inputs, tiny_model
 from torch import Tensor
@@ -37,7 +37,6 @@ from hooked_vlm.model.fingerprints import weights_hash
 from hooked_vlm.model.weight_processing import fold_ln
 from hooked_vlm.patching import Pair, attribute, patch, patch_paths
 
-FAMILIES = ["qwen2-vl", "internvl2"]
 LAYOUTS: dict[str, dict[str, Any]] = {
     "disk": {"": "cpu", "blocks.1": "disk", "vision": "disk", "projector": "disk"},
     "disk, written anew": {"": "cpu", "blocks": "disk", "vision.blocks.0": "disk"},

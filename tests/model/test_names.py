@@ -15,14 +15,6 @@ from hooked_vlm.interventions import mean_image_kv
 from hooked_vlm.nn.components import Norm
 from hooked_vlm.nn.hooks import is_quadratic
 
-FAMILIES = ["qwen2-vl", "internvl2"]
-
-
-@pytest.fixture(params=FAMILIES)
-def family(request: pytest.FixtureRequest) -> str:
-    return request.param
-
-
 # ---------------------------------------------------------------- norms
 
 

@@ -49,12 +49,12 @@ def live_names(model: HookedVLM) -> list[str]:
 
 @pytest.fixture(
     params=[
-        "one image",
         "switches, padding, mixed sizes, video",
         "tiles",
-        "switches, padding, tiles, large tower",
-        "phi3, tiles",
         "inputs of all heads, padding",
+        pytest.param("one image", marks=pytest.mark.full),
+        pytest.param("switches, padding, tiles, large tower", marks=pytest.mark.full),
+        pytest.param("phi3, tiles", marks=pytest.mark.full),
     ]
 )
 def case(request) -> tuple[HookedVLM, VLMInputs]:

@@ -9,7 +9,7 @@ from typing import Any, Literal
 import numpy as np
 import pytest
 import torch
-from families import model_and_inputs, own_copy
+from families import FAMILIES, model_and_inputs, own_copy
 from peft import LoraConfig, inject_adapter_in_model
 from torch import Tensor, nn
 from transformer_lens import hook_points
@@ -23,13 +23,7 @@ from hooked_vlm.model.weight_processing import fold_ln
 from hooked_vlm.nn.hooks import is_quadratic, is_vision, shows_modules, silent_hook_points
 from hooked_vlm.patching import Pair, patch_paths
 
-FAMILIES = ["qwen2-vl", "internvl2"]
 ROWS = ["one image", "two images", "padded"]
-
-
-@pytest.fixture(params=FAMILIES)
-def family(request: pytest.FixtureRequest) -> str:
-    return request.param
 
 
 @torch.no_grad()

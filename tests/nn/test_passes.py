@@ -13,11 +13,6 @@ from hooked_vlm.nn.block import Block
 from hooked_vlm.nn.hooks import HookPoint, bound_to_pass
 
 
-@pytest.fixture(params=["qwen2-vl", "internvl2"])
-def family(request: pytest.FixtureRequest) -> str:
-    return request.param
-
-
 def refuse_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
     """Reading a tensor's values from Python makes the host wait for the device."""
 

@@ -4,21 +4,16 @@ import copy
 import json
 from collections.abc import Callable
 from dataclasses import asdict
-from functools import lru_cache
 from pathlib import Path
 
 import pytest
+from families import bundled
 from safetensors.torch import save_file
 
 from hooked_vlm import HookedVLM
 from hooked_vlm.converters import language_models
 from hooked_vlm.inputs.templates import template_named
 from tools.toy_training.families import FAMILIES
-
-
-@lru_cache
-def bundled(name: str) -> HookedVLM:
-    return HookedVLM.from_pretrained(name, device="cpu")
 
 
 @pytest.fixture(params=FAMILIES)

@@ -145,8 +145,8 @@ def test_everything_runs_and_an_interrupted_run_ends_with_the_same_bytes(
     qwen: HookedVLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def config(out: Path) -> OcrHeadsConfig:
-        small = {**SMALL, "samples": 4, "task_samples": 3, "random_draws": 1, "betas": (0.4,), "case_samples": 1}
-        more = {"data_folder": tmp_path / "data", "characters": "7q", "permutations": 20, "tokens_per_batch": 400}
+        small = {**SMALL, "samples": 3, "task_samples": 2, "random_draws": 1, "betas": (0.4,), "case_samples": 1}
+        more = {"data_folder": tmp_path / "data", "characters": "7q", "permutations": 5, "tokens_per_batch": 400}
         return OcrHeadsConfig(**small, **more, out=out)
 
     result = run(config(tmp_path / "whole"), qwen)

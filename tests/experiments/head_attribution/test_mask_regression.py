@@ -1,0 +1,102 @@
+"""Random masks and the regressions over them, against scikit-learn and known coefficients."""
+
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+from sklearn.linear_model import LinearRegression, Ridge
+
+from hooked_vlm.experiments.head_attribution import Attribute
+from hooked_vlm.experiments.head_attribution.config import n_masks
+from hooked_vlm.experiments.head_attribution.masks import as_frame, from_frame, random_masks
+from hooked_vlm.experiments.head_attribution.regression import chosen, convergence, fit, least_squares, settled_at
+
+
+def linear_case(rng: np.random.Generator, noise: float, n: int = 320) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Masks over 16 parts, values linear in them but for noise, and the coefficients."""
+    kept, true = rng.random((n, 16)) < 0.5, rng.normal(size=16)
+    return kept, 3.0 + kept @ true + noise * rng.normal(size=n), true
+
+
+def test_regression_recovers_known_coefficients_and_foretells_what_it_has_not_seen() -> None:
+    kept, values, true = linear_case(np.random.default_rng(0), noise=0)
+    found = fit(kept, values, "ols", 0.1, 50, seed=0)
+    np.testing.assert_allclose(found.coefficients, true, atol=1e-10)
+    assert found.intercept == pytest.approx(3.0) and (found.n_train, found.n_held_out) == (288, 32)
+    assert found.pearson == pytest.approx(1) and found.r2 == pytest.approx(1)
+
+
+def test_held_out_measures_are_of_the_last_masks_alone() -> None:
+    kept, values, _ = linear_case(np.random.default_rng(1), noise=1.0)
+    found = fit(kept, values, "ols", 0.25, 20, seed=0)
+    foretold = LinearRegression().fit(kept[:240], values[:240]).predict(kept[240:])
+    assert found.pearson == pytest.approx(np.corrcoef(foretold, values[240:])[0, 1])
+    assert found.r2 == pytest.approx(1 - np.mean((values[240:] - foretold) ** 2) / values[240:].var())
+    constant = fit(kept, np.ones(320), "ols", 0.25, 20, seed=0)
+    assert np.isnan(constant.pearson) and np.isnan(constant.r2)
+
+
+def test_bootstrap_intervals_cover_the_coefficients_at_the_stated_rate() -> None:
+    covered = []
+    for repeat in range(60):
+        kept, values, true = linear_case(np.random.default_rng([7, repeat]), noise=2.0)
+        found = fit(kept, values, "ols", 0.1, 200, seed=repeat)
+        covered += ((found.low <= true) & (true <= found.high)).tolist()
+    assert 0.92 <= np.mean(covered) <= 0.98  # 960 intervals of 95%
+
+
+@pytest.mark.parametrize("penalty", [0.0, 4.0])
+def test_weighted_least_squares_are_those_of_scikit_learn(penalty: float) -> None:
+    rng = np.random.default_rng(2)
+    kept, values, _ = linear_case(rng, noise=1.0, n=60)
+    x, weights = kept.astype(float), rng.integers(0, 4, 60).astype(float)
+    model = Ridge(alpha=penalty) if penalty else LinearRegression()
+    expected = model.fit(x, values, sample_weight=weights).coef_
+    np.testing.assert_allclose(least_squares(x, values, weights, penalty), expected, atol=1e-8)
+
+
+def test_penalties_are_chosen_by_what_the_masks_say() -> None:
+    rng = np.random.default_rng(3)
+    kept = rng.random((200, 40)) < 0.5
+    values = 2.0 * kept[:, 0] - 1.5 * kept[:, 1] + 0.3 * rng.normal(size=200)
+    lasso = fit(kept, values, "lasso", 0.1, 5, seed=0)
+    assert set(np.argsort(-np.abs(lasso.coefficients))[:2]) == {0, 1}
+    assert (lasso.coefficients == 0).sum() > 10 and lasso.pearson > 0.95
+    exact = kept[:, :16] @ np.arange(16.0)
+    ridge = chosen("ridge", kept[:, :16].astype(float), exact).fit(kept[:, :16].astype(float), exact)
+    np.testing.assert_allclose(ridge.coef_, np.arange(16.0), atol=1e-2)
+
+
+def test_coefficients_settle_with_more_masks() -> None:
+    kept, values, _ = linear_case(np.random.default_rng(4), noise=2.0, n=2000)
+    curve = convergence(kept, values, "ols", 0.1)
+    assert curve["n"].iloc[-1] == 900
+    assert curve["reliability"].iloc[-1] > 0.95 > curve["reliability"].iloc[0]
+    first, second = (LinearRegression().fit(kept[a:b], values[a:b]).coef_ for a, b in ((0, 900), (900, 1800)))
+    assert curve["reliability"].iloc[-1] == pytest.approx(np.corrcoef(first, second)[0, 1])
+
+
+@pytest.mark.parametrize(
+    ("reliability", "expected"),
+    [([0.5, 0.96, 0.9, 0.97, 0.99], 40.0), ([0.96, 0.99, 0.99, 1, 1], 10.0), ([0.9, 0.9, 0.9, 0.99, 0.9], np.nan)],
+)
+def test_settled_means_for_good(reliability: list[float], expected: float) -> None:
+    curve = pd.DataFrame({"n": [10, 20, 30, 40, 50], "reliability": reliability})
+    assert settled_at(curve) == pytest.approx(expected, nan_ok=True)
+
+
+def test_masks_are_kept_whole_and_keep_their_share() -> None:
+    kept = random_masks(400, 19, 0.3, [0, 1])
+    assert abs(kept.mean() - 0.3) < 0.03
+    back, values = from_frame(as_frame(kept, np.arange(400.0)), 19)
+    assert (back == kept).all() and (values == np.arange(400)).all()
+    assert [n_masks(None, 16), n_masks(None, 784), n_masks(50, 784)] == [320, 3920, 50]
+
+
+@pytest.mark.parametrize("regression", ["ols", "ridge", "lasso"])
+def test_the_fewest_masks_are_enough_for_every_regression(regression: Any) -> None:
+    Attribute(masks=12, regression=regression).check()
+    kept, values, _ = linear_case(np.random.default_rng(0), noise=1.0, n=12)
+    assert fit(kept, values, regression, 0.1, 5, seed=0).n_train == 10
+    assert convergence(kept, values, regression, 0.1)["n"].tolist() == [5]
