@@ -31,6 +31,7 @@ LAYERS = (
     ("converters", "checkpoint formats: names and configurations"),
     ("config", "VLMConfig, VisionConfig"),
     ("errors", "error classes"),
+    ("_lazy", "public names imported on first use"),
 )
 """Packages and modules of `hooked_vlm` from top to bottom: a layer imports layers below it only."""
 
@@ -96,7 +97,12 @@ are stored under a digest of everything they depend on.
 
 `converters/` and `experiments/` lie at the top of the repository and are installed as `hooked_vlm.converters` and
 `hooked_vlm.experiments`. `tools/` has what is run on the repository and not shipped: generators of pages, training of
-the toy models. `tests/` mirrors the packages; `benchmarks/` times them.
+the toy models. `benchmarks/` times the packages, `tests/` mirrors them.
+
+`make test` runs every law on the fewest cases in which each value of each parameter (family, inputs, switch) occurs
+once; `make test-full` (`pytest --full`) runs every combination, and `make test-slow` the browser, cluster, kill,
+notebook and long fuzzing tests. Mark a costly further case of a law with `pytest.mark.full`, and a test that takes more
+than a few seconds with `pytest.mark.slow`.
 """
 
 

@@ -1,13 +1,14 @@
 """Who does a study's work: this process, or workers on a Ray cluster."""
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 from tyro.constructors import PrimitiveConstructorSpec
 
 from hooked_vlm.errors import StudyError
 
 if TYPE_CHECKING:
+    from hooked_vlm.model.vlm import HookedVLM
     from hooked_vlm.runtime.tasks import Workers
 
 RayAddress = Annotated[
@@ -49,7 +50,7 @@ NOT_RECORDED = ("ray", "workers")
 """Settings that no result depends on."""
 
 
-def workers_of(config: WorkersConfig, model: Any, device: str | None) -> "Workers":
+def workers_of(config: WorkersConfig, model: "HookedVLM", device: str | None) -> "Workers":
     """Whoever is asked for; to be closed when the work is done. `device` is that of replicas on Ray."""
     from hooked_vlm.runtime.ray_workers import OnRay  # not above: the command line needs the settings alone
     from hooked_vlm.runtime.tasks import InProcess

@@ -2,12 +2,15 @@
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from tyro.conf import Suppress, subcommand
 
 from hooked_vlm.errors import StudyError
 from hooked_vlm.experiments.common.workers import NOT_RECORDED, WorkersConfig
+
+if TYPE_CHECKING:
+    from hooked_vlm.model.vlm import HookedVLM
 
 Target = Literal["logit", "log_prob", "margin", "difference"]
 Regression = Literal["ols", "ridge", "lasso"]
@@ -116,7 +119,7 @@ class HeadAttributionConfig(WorkersConfig):
             if not path.exists():
                 raise StudyError(f"{_option(name)} {path} does not exist")
 
-    def check_against(self, model: Any) -> None:
+    def check_against(self, model: "HookedVLM") -> None:
         """Refuse more heads or layers than the model has.
 
         Raises:

@@ -4,7 +4,7 @@ import webbrowser
 from dataclasses import fields
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -18,6 +18,9 @@ from hooked_vlm.viewer.attention_view import attention
 from hooked_vlm.viewer.session import Asked, Picture, Session
 from hooked_vlm.viewer.view import Head, View
 from hooked_vlm.viewer.vision_view import vision_attention
+
+if TYPE_CHECKING:
+    from hooked_vlm.model.vlm import HookedVLM
 
 ONLY_WRITTEN = ("out", "answer", "box", "tower")
 """Settings of the written page that the served one does not have."""
@@ -79,7 +82,7 @@ def serve_page(config: ViewConfig) -> None:
     serve(session, Asked(picture, prompt, config.max_new_tokens), config.port, config.open)
 
 
-def _view(config: ViewConfig, model: Any, heads: list[Head]) -> View:
+def _view(config: ViewConfig, model: "HookedVLM", heads: list[Head]) -> View:
     pictures = [str(path) for path in config.image]
     inputs = model.to_inputs(config.prompt, images=pictures, max_pixels=config.max_pixels, max_tiles=config.max_tiles)
     boxes = [config.box[i : i + 4] for i in range(0, len(config.box), 4)]

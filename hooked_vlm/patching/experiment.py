@@ -16,8 +16,7 @@ from hooked_vlm.metrics import Metric
 from hooked_vlm.patching.pairs import Direction, Pair
 from hooked_vlm.patching.places import Tower
 from hooked_vlm.patching.result import Label, PatchingResult
-from hooked_vlm.sweeps.encoder import with_features
-from hooked_vlm.sweeps.run import sweep
+from hooked_vlm.sweeps.run import sweep, with_features
 
 if TYPE_CHECKING:
     from hooked_vlm.model.vlm import HookedVLM

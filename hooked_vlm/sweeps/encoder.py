@@ -74,13 +74,6 @@ class PlainEncoding:
         return cls(streams, model.projector(stream, inputs.grids, images))
 
 
-def with_features(model: "HookedVLM", inputs: VLMInputs) -> VLMInputs:
-    """Encode the images of the inputs, unless they are encoded already or there are none."""
-    if not inputs.has_visuals or inputs.image_features is not None:
-        return inputs
-    return inputs.with_image_features(model.encode_images(inputs))
-
-
 def encoded(
     model: "HookedVLM", inputs: VLMInputs, plain: PlainEncoding, interventions: Sequence[Intervention]
 ) -> list[Encoded]:

@@ -21,8 +21,7 @@ from hooked_vlm.model.fingerprints import weights_hash
 from hooked_vlm.runtime.digests import digest
 from hooked_vlm.runtime.store import ResultStore
 from hooked_vlm.runtime.tasks import InProcess, SharedSetup, Task, Workers
-from hooked_vlm.sweeps.encoder import with_features
-from hooked_vlm.sweeps.run import sweep
+from hooked_vlm.sweeps.run import sweep, with_features
 
 if TYPE_CHECKING:
     from hooked_vlm.model.vlm import HookedVLM

@@ -31,7 +31,7 @@ from hooked_vlm.nn.hooks import hooked_module, running
 from hooked_vlm.nn.kv_cache import KVCache, SharedPrefix
 from hooked_vlm.nn.masks import AttentionMask
 from hooked_vlm.nn.rotary import Rotation
-from hooked_vlm.sweeps.encoder import PlainEncoding, encoded, with_features
+from hooked_vlm.sweeps.encoder import PlainEncoding, encoded
 from hooked_vlm.sweeps.plan import Batch, SweepPlan, first_vision_layer, make_plan
 
 if TYPE_CHECKING:
@@ -134,6 +134,13 @@ def sweep(
     if (n_bad := int(values.isnan().sum())) > 0:
         warnings.warn(f"{n_bad} of {values.numel()} values are not numbers (NaN); they are kept as such", stacklevel=2)
     return SweepResult(values, baseline, interventions, plan)
+
+
+def with_features(model: "HookedVLM", inputs: VLMInputs) -> VLMInputs:
+    """Encode the images of the inputs, unless they are encoded already or there are none."""
+    if not inputs.has_visuals or inputs.image_features is not None:
+        return inputs
+    return inputs.with_image_features(model.encode_images(inputs))
 
 
 def _with_prefix(

@@ -3,7 +3,7 @@
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -14,6 +14,9 @@ from hooked_vlm.verify.allocation import Allocations
 from hooked_vlm.verify.prompt_suite import Prompt
 from hooked_vlm.verify.reference import Reference
 from hooked_vlm.verify.result import Row
+
+if TYPE_CHECKING:
+    from hooked_vlm.model.vlm import HookedVLM
 
 TOLERANCE = 1e-4
 """Logits, residual streams and image features, in float32, up to values of size 10; beyond, 1e-5 of the largest."""
@@ -27,7 +30,7 @@ Key = tuple[str, int | None]
 """Compared quantity and layer."""
 
 
-def our_tensors(model: Any, inputs: VLMInputs) -> Iterator[tuple[Key, Tensor]]:
+def our_tensors(model: "HookedVLM", inputs: VLMInputs) -> Iterator[tuple[Key, Tensor]]:
     """Logits, residual streams, patterns, and the image side, named as `their_tensors` names them."""
     logits, cache = model.run_with_cache(inputs)
     yield ("logits", None), logits
@@ -35,10 +38,10 @@ def our_tensors(model: Any, inputs: VLMInputs) -> Iterator[tuple[Key, Tensor]]:
         yield ("residual stream", layer), cache["resid_pre", layer]
         yield ("attention pattern", layer), cache["pattern", layer]
     yield ("residual stream", model.cfg.n_layers), cache["ln_final.hook_out"]
-    if not inputs.has_visuals:
+    vision = model.cfg.vision
+    if vision is None or not inputs.has_visuals:
         return
     yield ("image features", None), cache["hook_image_features"]
-    vision = model.cfg.vision
     extra = 0 if vision.tile_size is None else 1  # the class token
     lengths = [extra + h * w for t, h, w in inputs.grids for _ in range(t)]
     for layer in range(vision.n_layers_run):
@@ -74,7 +77,7 @@ def their_tensors(reference: Reference, inputs: VLMInputs, attentions: bool) -> 
 
 
 @torch.no_grad()
-def differences(model: Any, reference: Reference, asked: Sequence[VLMInputs]) -> list[Row]:
+def differences(model: "HookedVLM", reference: Reference, asked: Sequence[VLMInputs]) -> list[Row]:
     """Largest absolute difference of each tensor over all inputs, in the order of the forward pass."""
     worst: dict[Key, tuple[float, float]] = {}
     for inputs in asked:
@@ -96,7 +99,9 @@ def _tolerance(name: str, largest: float) -> float:
 
 
 @torch.no_grad()
-def rounding_errors(model: Any, reference: Reference, exact: Reference, asked: Sequence[VLMInputs]) -> list[Row]:
+def rounding_errors(
+    model: "HookedVLM", reference: Reference, exact: Reference, asked: Sequence[VLMInputs]
+) -> list[Row]:
     """Root mean squares of both models' errors against `exact`, summed over the inputs, as ratios.
 
     Both run their fused kernels.
@@ -123,7 +128,7 @@ def _rms(tensor: Tensor, truth: Tensor) -> float:
     return float((tensor.double() - truth.double()).pow(2).mean().sqrt())
 
 
-def equal_tokens(model: Any, reference: Reference, asked: Sequence[VLMInputs], n_new: int, must: bool) -> Row:
+def equal_tokens(model: "HookedVLM", reference: Reference, asked: Sequence[VLMInputs], n_new: int, must: bool) -> Row:
     """Greedy tokens, counted up to the first that differs in each answer."""
     equal = total = 0
     stops = list(model.cfg.eos_token_ids)
@@ -142,7 +147,7 @@ def equal_tokens(model: Any, reference: Reference, asked: Sequence[VLMInputs], n
     return Row("greedy tokens", equal, total if must else None, "tokens", largest=total)
 
 
-def pixels(model: Any, processor: Callable[[Any], Any], asked: Sequence[Prompt]) -> Row:
+def pixels(model: "HookedVLM", processor: Callable[[Any], Any], asked: Sequence[Prompt]) -> Row:
     """Prepared pictures, under the checkpoint's own settings."""
     apart = 0.0
     for picture in {id(p): p for prompt in asked for p in prompt.pictures}.values():
@@ -169,7 +174,7 @@ def attention(reference: Reference, kernel: str) -> Iterator[None]:
 
 
 @torch.no_grad()
-def cost(model: Any, reference: Reference, inputs: VLMInputs) -> list[Row]:
+def cost(model: "HookedVLM", reference: Reference, inputs: VLMInputs) -> list[Row]:
     """Time (best of three) and peak memory beyond the weights of a forward pass, fused kernels in both."""
     batch = reference.batch(inputs)
 

@@ -1,12 +1,16 @@
 """Prompts and drawn pictures for comparing both libraries."""
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from hooked_vlm.inputs.tiles import TileProcessor
 from hooked_vlm.inputs.vlm_inputs import VLMInputs
+
+if TYPE_CHECKING:
+    from hooked_vlm.model.vlm import HookedVLM
 
 MOST_TOKENS = 256
 """Largest area of a picture that is not tiled; small, so that passes are short on a CPU."""
@@ -57,12 +61,12 @@ def transparent_picture() -> Image.Image:
     return picture
 
 
-def inputs_for(model: Any, prompt: Prompt) -> VLMInputs:
+def inputs_for(model: "HookedVLM", prompt: Prompt) -> VLMInputs:
     """Inputs of a prompt, with bounded pictures; a model without a conversation template gets bare text."""
     tokenizer, processor = model.tokenizer, model.image_processor
     chat = bool(getattr(tokenizer, "chat_template", None)) or model.cfg.chat_template is not None
     bounds: dict[str, Any] = {}
-    if prompt.pictures and model.cfg.vision.tile_size is not None:
+    if prompt.pictures and isinstance(processor, TileProcessor):
         bounds["max_tiles"] = min(MOST_TILES, processor.max_tiles)
     elif prompt.pictures:
         bounds["max_pixels"] = max(

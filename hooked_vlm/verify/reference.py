@@ -6,7 +6,7 @@ that class's names.
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import transformers
 from accelerate import init_empty_weights
@@ -20,6 +20,9 @@ from hooked_vlm.converters.internvl import HF, ORIGINAL
 from hooked_vlm.errors import CheckpointError, InputError
 from hooked_vlm.inputs.tiles import TileProcessor
 from hooked_vlm.inputs.vlm_inputs import VLMInputs
+
+if TYPE_CHECKING:
+    from hooked_vlm.model.vlm import HookedVLM
 
 QWEN2_VL = "Qwen2VLForConditionalGeneration"
 LANGUAGE_MODELS = ("Qwen2ForCausalLM", "LlamaForCausalLM", "Phi3ForCausalLM")
@@ -60,7 +63,7 @@ class Reference:
         return batch
 
 
-def reference_for(model: Any, folder: Path) -> Reference:
+def reference_for(model: "HookedVLM", folder: Path) -> Reference:
     """The checkpoint in `folder`, which `model` was loaded from, in `model`'s dtype and on its device.
 
     Attention is written out (`set_attn_implementation` changes that).
@@ -84,8 +87,8 @@ def reference_for(model: Any, folder: Path) -> Reference:
     return Reference(hf, f"transformers {transformers.__version__}, {type(hf).__name__}, {how}")
 
 
-def _from_folder(architecture: str, folder: Path, model: Any) -> Any:
-    known = getattr(transformers, architecture) if architecture in (HF, QWEN2_VL) else AutoModelForCausalLM
+def _from_folder(architecture: str, folder: Path, model: "HookedVLM") -> Any:
+    known: Any = getattr(transformers, architecture) if architecture in (HF, QWEN2_VL) else AutoModelForCausalLM
     try:
         loaded = known.from_pretrained(
             folder, dtype=model.cfg.dtype, trust_remote_code=False, local_files_only=True, use_safetensors=True
@@ -96,10 +99,10 @@ def _from_folder(architecture: str, folder: Path, model: Any) -> Any:
     return loaded.to(model.cfg.device)
 
 
-def _internvl_in_memory(model: Any) -> Any:
+def _internvl_in_memory(model: "HookedVLM") -> Any:
     """`transformers`' InternVL on this model's tensors, under its own names."""
-    cfg = model.cfg
-    if not cfg.vision.thumbnail and cfg.vision.max_tiles > 1:
+    cfg, vision = model.cfg, model.cfg.vision
+    if vision is not None and not vision.thumbnail and vision.max_tiles > 1:
         raise CheckpointError("transformers' InternVL always adds a thumbnail, this checkpoint none: no reference")
     published = converter_for(model.hf_config).published_config(model.hf_config, cfg.dtype, "hf", cfg.image_token_id)
     config = InternVLConfig(**{name: value for name, value in published.items() if name != "model_type"})
@@ -111,7 +114,7 @@ def _internvl_in_memory(model: Any) -> Any:
     return hf.to(cfg.device)
 
 
-def _how_internvl(model: Any) -> str:
+def _how_internvl(model: "HookedVLM") -> str:
     how = "on the tensors of this library's converter (the published class is remote code, which is not executed)"
     llm = model.hf_config.get("llm_config", {}).get("architectures") or [""]
     if llm[0] == "InternLM2ForCausalLM":
@@ -122,7 +125,7 @@ def _how_internvl(model: Any) -> str:
 # ---------------------------------------------------------------- images
 
 
-def reference_processor(model: Any, folder: Path) -> Any:
+def reference_processor(model: "HookedVLM", folder: Path) -> Any:
     """`transformers`' Pillow image processor: a function from a picture to {"pixel_values": ..., ...}."""
     ours = model.image_processor
     if isinstance(ours, TileProcessor):

@@ -4,7 +4,6 @@ import copy
 import json
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -52,7 +51,7 @@ def verify(config: VerifyConfig) -> Verification:
     return found
 
 
-def compare(model: Any, reference: Reference, folder: Path, config: VerifyConfig) -> Verification:
+def compare(model: HookedVLM, reference: Reference, folder: Path, config: VerifyConfig) -> Verification:
     """Run all comparisons of two loaded models; `folder` has the checkpoint's image settings."""
     asked = prompts(config.seed)
     if model.cfg.vision is None:
@@ -105,13 +104,13 @@ def room_for_both(config: VerifyConfig) -> str:
     return said
 
 
-def _exact_dtype(model: Any) -> torch.dtype:
+def _exact_dtype(model: HookedVLM) -> torch.dtype:
     """Highest precision in which a third copy of the model fits."""
     fits = 1.2 * _bytes_in(model, torch.float64) < free_memory(model.cfg.device)
     return torch.float64 if fits else torch.float32
 
 
-def _bytes_in(model: Any, dtype: torch.dtype) -> int:
+def _bytes_in(model: torch.nn.Module, dtype: torch.dtype) -> int:
     return dtype.itemsize * sum(parameter.numel() for parameter in model.parameters())
 
 

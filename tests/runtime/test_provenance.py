@@ -6,6 +6,7 @@ import torch
 
 from hooked_vlm import HookedVLM
 from hooked_vlm.model.fingerprints import provenance, weights_hash
+from hooked_vlm.runtime import provenance as provenance_module
 from hooked_vlm.runtime.provenance import code_hash
 
 
@@ -59,8 +60,8 @@ def test_the_code_hash_is_of_every_file_once_wherever_it_lies(monkeypatch, tmp_p
 
     def hashed(folder_of_part: str) -> str:
         folders = {"whole": tmp_path / "whole", "whole.part": tmp_path / folder_of_part}
-        monkeypatch.setattr(provenance, "OWN", tuple(folders))
-        monkeypatch.setattr(provenance, "_folder", folders.__getitem__)
+        monkeypatch.setattr(provenance_module, "OWN", tuple(folders))
+        monkeypatch.setattr(provenance_module, "_folder", folders.__getitem__)
         return code_hash.__wrapped__()
 
     installed = hashed("whole/part")

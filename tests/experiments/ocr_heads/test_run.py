@@ -220,7 +220,9 @@ def test_the_sink_section_says_how_much_there_is_to_redistribute(qwen: HookedVLM
         assert (table[f"low, {place}"] <= table[place]).all() and (table[place] <= table[f"high, {place}"]).all()
     by_head = table.set_index(["layer", "head"])[PLACES[0]]
     assert by_head.is_monotonic_decreasing
-    line = next(line for line in result.summary.splitlines() if line.startswith("top 2 OCR heads"))
+    line = next(
+        line for line in result.summary.splitlines() if line.startswith("attention on the first token, top 2 OCR")
+    )
     assert f" {np.mean([by_head[2, 0], by_head[2, 1]]):.2%} (" in line and "n = 8" in line
 
 
