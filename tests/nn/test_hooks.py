@@ -51,7 +51,8 @@ def live_names(model: HookedVLM) -> list[str]:
     params=[
         "switches, padding, mixed sizes, video",
         "tiles",
-        "inputs of all heads, padding",
+        "inputs of all heads",
+        pytest.param("inputs of all heads, padding", marks=pytest.mark.full),
         pytest.param("one image", marks=pytest.mark.full),
         pytest.param("switches, padding, tiles, large tower", marks=pytest.mark.full),
         pytest.param("phi3, tiles", marks=pytest.mark.full),
@@ -62,8 +63,9 @@ def case(request) -> tuple[HookedVLM, VLMInputs]:
         return own_model(False), tiny.inputs(tiny.ONE_IMAGE)
     if request.param == "switches, padding, mixed sizes, video":
         return own_model(True), tiny.inputs(MIXED)
-    if request.param == "inputs of all heads, padding":
-        return own_model(True, own_inputs="use_attn_in"), tiny.inputs(MIXED)
+    if request.param.startswith("inputs of all heads"):
+        rows = MIXED if request.param.endswith("padding") else tiny.ONE_IMAGE
+        return own_model(True, own_inputs="use_attn_in"), tiny.inputs(rows)
     kind = {"tiles": "qwen2", "phi3, tiles": "phi3"}.get(request.param, "llama")
     model = own_model(kind == "llama", kind)
     rows = MIXED_TILES if kind == "llama" else [[5, ("image", 2), 7, 8]]
