@@ -46,7 +46,7 @@ class VisionConfig:
     qk_norm: bool = False
     """RMSNorm of queries and of keys over all heads together, before they are told apart."""
     layer_scale: bool = False
-    """What attention and MLP add to the stream is multiplied by a learned vector."""
+    """Whether the outputs of attention and MLP are multiplied by a learned vector (layer scale)."""
     rope_theta: float | None = 10000.0
     """Base of the rotary positions (row, column) of patches; None: absolute positions are learned."""
     tile_size: int | None = None
@@ -116,7 +116,7 @@ class VLMConfig:
     """How many rotary frequencies turn with the (temporal, height, width) position; None: plain RoPE."""
     rope_scaling: RopeScaling | None = None
     sliding_window: int | None = None
-    """A position sees so many positions at most, itself included; None: all before it."""
+    """Largest number of positions that a position sees, itself included; None: all before it."""
     eps: float = 1e-6
     act_fn: str = "silu"
     normalization_type: str = "RMS"
@@ -144,7 +144,7 @@ class VLMConfig:
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     dtype: torch.dtype = torch.float32
     processed: tuple[str, ...] = ()
-    """What `hooked_vlm.model.weight_processing` did to the weights, in order; nothing is done on loading."""
+    """Steps of `hooked_vlm.model.weight_processing` applied to the weights, in order; loading applies none."""
     quantize: str | None = None
     """How the matrices are kept in fewer bits (`hooked_vlm.loading.quantisation`), if they are."""
     use_attn_result: bool = False

@@ -51,7 +51,7 @@ NOT_RECORDED = ("ray", "workers")
 
 
 def workers_of(config: WorkersConfig, model: "HookedVLM", device: str | None) -> "Workers":
-    """Whoever is asked for; to be closed when the work is done. `device` is that of replicas on Ray."""
+    """Return the configured workers; close them when the work is done. `device`: of replicas on Ray."""
     from hooked_vlm.runtime.ray_workers import OnRay  # not above: the command line needs the settings alone
     from hooked_vlm.runtime.tasks import InProcess
 

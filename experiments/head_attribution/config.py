@@ -41,14 +41,14 @@ class HeadAttributionConfig(WorkersConfig):
     max_object: float = 0.8
     """COCO: the largest."""
     samples: int = 50
-    """Pictures to ask about; those answered rightly are studied."""
+    """Pictures to ask about; those answered correctly are studied."""
     question: str | None = None
     """The question; by default the paper's, with a request for one word where the model is not a toy."""
     target: Target = "logit"
     """Of the answer's first token: its logit, its log-probability, its lead over the best other token, or over the
-    token the model would rather name of the other objects in the data ("difference")."""
+    likeliest name of the other objects in the data ("difference")."""
     baseline: Literal["mean", "dataset", "zero", "knockout"] = "mean"
-    """What an ablated head sees in place of the image's keys and values: their mean over the image or over all
+    """Replacement of the image's keys and values for an ablated head: their mean over the image or over all
     pictures, zero, or nothing at all."""
     rope: Literal["before", "after"] = "before"
     """Whether mean keys are taken before rotation and then rotated to each place, or after it."""
@@ -81,7 +81,7 @@ class HeadAttributionConfig(WorkersConfig):
     """No progress bars."""
 
     sections: ClassVar[tuple[Section, ...]] = ("attribution",)
-    """What is measured and reported."""
+    """Quantities measured and reported."""
 
     def check(self) -> None:
         """Refuse settings out of range before anything is loaded.
@@ -133,7 +133,7 @@ class HeadAttributionConfig(WorkersConfig):
 
     @property
     def source(self) -> Literal["toy", "folder", "coco"]:
-        """What the pictures are."""
+        """Kind of the pictures."""
         if self.data != "auto":
             return self.data
         return "coco" if self.annotations else "folder" if self.images else "toy"

@@ -18,7 +18,7 @@ def as_frame(kept: Bool[np.ndarray, "mask unit"], values: Float[np.ndarray, "mas
 
 
 def from_frame(frame: pd.DataFrame, n_units: int) -> tuple[Bool[np.ndarray, "mask unit"], Float[np.ndarray, "mask"]]:
-    """What `as_frame` was made from."""
+    """Read masks back from the table of `as_frame`."""
     packed = np.stack([np.frombuffer(row, dtype=np.uint8) for row in frame["kept"]])
     return np.unpackbits(packed, axis=1, count=n_units).astype(bool), frame["value"].to_numpy(dtype=float)
 

@@ -32,7 +32,7 @@ class Protocol:
     keys: Literal["all", "prompt"] = "all"
     """Where the argmax is taken: over all keys, or over the prompt but its last token (the code)."""
     instance: Granularity = "sample"
-    """What means and frequencies are taken over: samples, or single answer tokens (the code)."""
+    """Unit of means and frequencies: samples, or single answer tokens (the official code)."""
     frequency_rule: Literal["active", "inverted"] = "active"
     """A head is kept if it is active (score above the threshold) in enough instances; the code's rule is
     inverted: it drops heads that are non-zero in 90% of the instances."""
@@ -57,7 +57,7 @@ class ScoreConfig(WorkersConfig):
     """Pages to score heads on, and as many texts."""
     seed: int = 0
     data: Literal["auto", "toy", "passkey", "niah", "paper"] = "auto"
-    """What the pages show: the toy models' key = value lines, or the paper's passkey and needle-in-a-haystack
+    """Content of the pages: the toy models' key = value lines, or the paper's passkey and needle-in-a-haystack
     pages ("paper": both). "auto" is "toy" for the toy models and "paper" for others."""
     lengths: tuple[int, ...] = (1024, 2048, 4096, 8192)
     """Context lengths of the paper's pages: tokens for passkey, characters for niah."""
@@ -141,12 +141,12 @@ class SelectConfig(ScoreConfig):
     """Which heads pass, how sparse they are, and how OCR heads differ from retrieval heads."""
 
     permutations: int = 2000
-    """Of the heads, for the baseline of every similarity."""
+    """Random draws of heads, for the baseline of every similarity."""
 
 
 @dataclass(frozen=True)
 class TaskConfig(ScoreConfig):
-    """What experiments that change heads have in common."""
+    """Settings shared by the experiments that change heads."""
 
     tasks: tuple[str, ...] | None = None
     """page, text, naming; docvqa, mpdocvqa, nq, hotpotqa, passkey, niah. Those of the data by default."""

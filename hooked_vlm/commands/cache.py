@@ -43,7 +43,7 @@ def written(config: CacheConfig) -> Activations:
 
 
 def summary(activations: Activations) -> str:
-    """What there is, in a few lines."""
+    """Summarize a folder of activations in a few lines."""
     counts = ", ".join(f"{n:,} rows of {kind.replace('_', ' ')}" for kind, n in activations.n_rows.items() if n)
     size = sum(path.stat().st_size for shard in activations.shards for path in (shard.data, shard.index))
     return (

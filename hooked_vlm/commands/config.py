@@ -16,7 +16,7 @@ class ModelsConfig:
     tokens: int = 4096
     """Length of the prompt, a picture of 1024 x 768 (or what fits of it) included; a shorter context bounds it."""
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
-    """What the GPUs hold the model in."""
+    """Data type of the model on the GPUs."""
     full_cache: bool = False
     """Room for run_with_cache of everything, too."""
     gradients: bool = False
@@ -95,7 +95,7 @@ class CacheConfig:
     """Tokens of the language model to keep: all, text, image, question, role, generated, final, evidence, or
     positions in the sample (--tokens=-1 is its last)."""
     tokens_per_batch: int = 2048
-    """So many tokens run together at most."""
+    """Largest number of tokens that run together."""
     shard_megabytes: int = 64
     """Size of a file; memory grows with it."""
     min_overlap: float = 0.0
@@ -105,7 +105,7 @@ class CacheConfig:
     max_tiles: int | None = None
     """How many tiles a picture is cut into at most (InternVL); the checkpoint's by default."""
     keep_as: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """What is written; the model's own by default."""
+    """Data type of the files; the model's own by default."""
     device: str | None = None
     """CUDA if present by default; "auto" spreads the model over what there is."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"

@@ -56,7 +56,7 @@ def hook_lines(config: HooksConfig) -> list[HookLine]:
 
 
 def answer(config: HooksConfig) -> tuple[str, list[dict[str, Any]]]:
-    """What `hooked-vlm hooks` prints, and the same as data."""
+    """Return the output of `hooked-vlm hooks` as text and as data."""
     lines = hook_lines(config)
     header = ("name", "layers", "shape", "fires", "what")
     rows = [

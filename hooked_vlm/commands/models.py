@@ -34,9 +34,9 @@ class ModelRow:
     kv_cache_per_1000_tokens: int
     """In the dtype of the plan."""
     image_tokens: int
-    """Of a 1024 x 768 picture."""
+    """Tokens of a 1024 x 768 picture."""
     n_tokens: int
-    """Of the prompt that the plan is for."""
+    """Tokens of the planned prompt."""
     dtype: str
     plan: MemoryPlan
     needed: int
@@ -47,7 +47,7 @@ class ModelRow:
 
 
 def model_row(name: str, config: ModelsConfig) -> ModelRow:
-    """What there is to say about one model.
+    """Describe one model.
 
     Raises:
         CheckpointError: there is no such model.
@@ -84,7 +84,7 @@ def model_row(name: str, config: ModelsConfig) -> ModelRow:
 
 
 def answer(config: ModelsConfig) -> tuple[str, list[dict[str, Any]]]:
-    """What `hooked-vlm models` prints, and the same as data with sizes in bytes."""
+    """Return the output of `hooked-vlm models` as text, and as data with sizes in bytes."""
     names = [config.model] if config.model else [*bundled_models(), *KNOWN_MODELS]
     rows = [model_row(name, config) for name in names]
     data = [asdict(row) for row in rows]
@@ -117,7 +117,7 @@ def cells(row: ModelRow) -> list[str]:
 
 
 def legend(config: ModelsConfig) -> str:
-    """What the columns mean."""
+    """Explain the columns."""
     extra = ", all activations and all gradients" if config.gradients else ", all activations (run_with_cache)"
     stored = extra if config.full_cache or config.gradients else ""
     return "\n".join(

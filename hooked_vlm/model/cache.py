@@ -141,7 +141,7 @@ class VLMCache(DerivingCache):
         inputs: VLMInputs | None = None,
     ) -> None:
         self.inputs = inputs
-        """What was run; None where the cache was cut to some rows."""
+        """Inputs of the run; None where the cache was cut to some rows."""
         vision = {name: value for name, value in cache_dict.items() if is_vision(name)}
         text = {name: value for name, value in cache_dict.items() if name not in vision}
         super().__init__(text, model, has_batch_dim, model.cfg.n_layers, attention_mask, why_not)

@@ -20,13 +20,13 @@ class PromptSize:
     """One row without padding, in units of the hook table's axes."""
 
     n_tokens: int
-    """Of the whole prompt, image tokens included."""
+    """Tokens of the whole prompt, image tokens included."""
     n_images: int = 0
     """As the vision tower counts them: images seen whole, or tiles and thumbnails."""
     n_patches: int = 0
-    """Of each of them, the class token included."""
+    """Patches of each of them, the class token included."""
     n_image_tokens: int = 0
-    """Of each of them."""
+    """Image tokens of each of them."""
 
 
 def prompt_with_picture(model: "HookedVLM", n_tokens: int, picture: tuple[int, int] = TYPICAL_PICTURE) -> PromptSize:

@@ -62,13 +62,13 @@ class ForwardPass:
     """None where positions are not rotary."""
     past: EarlierKeys | None = None
     context: Mapping[str, Any] = field(default_factory=dict)
-    """What a hook finds in `hook.ctx` while it is called: `positions`, the first of them as a plain number
+    """Context of hooks, `hook.ctx` while they are called: `positions`, the first of them as a plain number
     (`first_position`), and `step` where there is a key-value cache."""
     packing: Packing | None = None
     """How rows without their padding lie one after the other; None where tensors are [batch, pos, ...]."""
     recorder: Recorder | None = None
     n_out: int | None = None
-    """Queries are wanted of so many positions at the end; None: of all."""
+    """Number of last positions whose queries are computed; None: all."""
     _elsewhere: "dict[torch.device, ForwardPass]" = field(init=False, repr=False, default_factory=dict)
 
     def on(self, device: torch.device) -> "ForwardPass":

@@ -20,9 +20,9 @@ class VerifyConfig:
     out: Path = Path("verify.json")
     """Everything compared, with versions, hash of the weights, seed and device."""
     max_new_tokens: int = 16
-    """Of each greedy answer."""
+    """Length of each greedy answer."""
     seed: int = 0
-    """Of the colours of one of the pictures."""
+    """Seed of the colours of one picture."""
     layers: bool = False
     """A line for each layer instead of the worst one of each quantity."""
     quiet: tyro.conf.Suppress[bool] = False

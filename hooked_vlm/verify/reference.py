@@ -45,7 +45,7 @@ class Reference:
 
     @property
     def projector(self) -> nn.Module | None:
-        """What makes image features of the tower's output."""
+        """Projector: from the tower's output to image features."""
         if isinstance(self.model, InternVLForConditionalGeneration):
             return self.model.model.multi_modal_projector
         return self.model.model.visual.merger if type(self.model).__name__ == QWEN2_VL else None

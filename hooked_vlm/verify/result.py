@@ -66,7 +66,7 @@ def _without_infinities(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def _worst(rows: tuple[Row, ...]) -> list[Row]:
-    """Of rows of one quantity, the one nearest to its tolerance or furthest beyond."""
+    """Row of one quantity that is nearest to its tolerance or furthest beyond it."""
     worst: dict[str, Row] = {}
     for row in rows:
         if row.quantity not in worst or _share(row) > _share(worst[row.quantity]):
