@@ -15,9 +15,9 @@ unexport PYTHONDONTWRITEBYTECODE
 help:
 	@echo "make demo        which heads of the bundled toy model read text: table, heatmap, masking control"
 	@echo "make test        every law on its fewest cases (five minutes on two cores, no download, no GPU)"
-	@echo "make test-full   every law on every case: all families, inputs and switches (a quarter of an hour)"
+	@echo "make test-full   the cases that make test leaves out: all families, inputs and switches (ten minutes)"
 	@echo "make test-slow   browser, cluster, kills, long fuzzing, notebooks (a quarter of an hour or more)"
-	@echo "make test-all    test-full, then test-slow"
+	@echo "make test-all    all of them"
 	@echo "make test-oldest the tests with the oldest dependencies that pyproject.toml allows"
 	@echo "make lint        ruff and pyright"
 	@echo "make format      let ruff rewrite what it can"
@@ -34,13 +34,13 @@ test: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest --numprocesses $(JOBS)
 
 test-full: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest --full --numprocesses $(JOBS)
+	$(BIN)/python -m pytest --further --numprocesses $(JOBS)
 
 # One at a time: these are large.
 test-slow: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest --full -m slow --run-slow --exitfirst
 
-test-all: test-full test-slow
+test-all: test test-full test-slow
 
 # Shapes are not executed: the oldest jaxtyping cannot share a process with the tests' own imports.
 test-oldest:

@@ -34,13 +34,17 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     for marker, (option, reason) in ON_REQUEST.items():
         parser.addoption(option, action="store_true", help=f"also run tests marked {marker}: {reason}")
     parser.addoption("--full", action="store_true", help=f"every case: without it, {FEW_CASES}")
+    parser.addoption("--further", action="store_true", help="the cases that a plain run leaves out, and every property")
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    settings.load_profile("full" if config.getoption("--full") else "few")
+    many = config.getoption("--full") or config.getoption("--further")
+    settings.load_profile("full" if many else "few")
 
 
 def pytest_report_header(config: pytest.Config) -> str:
+    if config.getoption("--further"):
+        return "cases that a plain run leaves out, and every property on more examples"
     return "every case of every law" if config.getoption("--full") else f"{FEW_CASES}; run with --full for all"
 
 
@@ -54,9 +58,18 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             if item.get_closest_marker(marker):
                 item.add_marker(skip)
     if not config.getoption("--full"):
-        further = further_cases(items)
-        config.hook.pytest_deselected(items=further)
-        items[:] = [item for item in items if item not in set(further)]
+        further = set(further_cases(items))
+        if config.getoption("--further"):
+            left_out = [item for item in items if item not in further and not _is_property(item)]
+        else:
+            left_out = [item for item in items if item in further]
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if item not in set(left_out)]
+
+
+def _is_property(item: pytest.Item) -> bool:
+    """Whether Hypothesis draws the examples of a test: fewer in a plain run."""
+    return getattr(getattr(item, "obj", None), "is_hypothesis_test", False)
 
 
 def further_cases(items: list[pytest.Item]) -> list[pytest.Item]:

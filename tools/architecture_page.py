@@ -100,9 +100,9 @@ are stored under a digest of everything they depend on.
 the toy models. `benchmarks/` times the packages, `tests/` mirrors them.
 
 `make test` runs every law on the fewest cases in which each value of each parameter (family, inputs, switch) occurs
-once; `make test-full` (`pytest --full`) runs every combination, and `make test-slow` the browser, cluster, kill,
-notebook and long fuzzing tests. Mark a costly further case of a law with `pytest.mark.full`, and a test that takes more
-than a few seconds with `pytest.mark.slow`.
+once; `make test-full` runs the other combinations (`pytest --full`: all), and `make test-slow` the browser, cluster,
+kill, notebook and long fuzzing tests. Mark a costly further case of a law with `pytest.mark.full`, and a test that
+takes more than a few seconds with `pytest.mark.slow`.
 """
 
 
