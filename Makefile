@@ -62,7 +62,7 @@ format: $(VENV)/.installed-dev
 
 bench: $(VENV)/.installed-dev
 	@set -e; for name in forward overhead scoring sweeps memory loading peers figure; do \
-	  echo "== $$name"; $(BIN)/python "benchmarks/$$name.py"; done
+	  echo "== $$name"; PYTHONPATH=. $(BIN)/python "benchmarks/$$name.py"; done
 
 docs: $(VENV)/.installed-dev
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet --strict

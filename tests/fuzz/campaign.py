@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 sys.dont_write_bytecode = True
-sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[2])]
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 

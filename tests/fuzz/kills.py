@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 if __name__ == "__main__":
-    sys.path.insert(0, str(Path(__file__).parents[1]))
+    sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[2])]
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 from fuzz.seeds import models
