@@ -14,7 +14,7 @@ unexport PYTHONDONTWRITEBYTECODE
 
 help:
 	@echo "make demo        which heads of the bundled toy model read text: table, heatmap, masking control"
-	@echo "make test        every law on its fewest cases (five minutes on two cores, no download, no GPU)"
+	@echo "make test        every law on its fewest cases (eight minutes on two cores, no download, no GPU)"
 	@echo "make test-full   the cases that make test leaves out: all families, inputs and switches (ten minutes)"
 	@echo "make test-slow   browser, cluster, kills, long fuzzing, notebooks (a quarter of an hour or more)"
 	@echo "make test-all    all of them"
