@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, eq=False)
 class InputBuilder:
-    """Make inputs for a model: `HookedVLM` delegates to one, and documents the methods."""
+    """Make inputs for a model: its methods are methods of `HookedVLM`, too."""
 
     cfg: VLMConfig
     tokenizer: "PreTrainedTokenizerBase | None"
@@ -81,7 +81,20 @@ class InputBuilder:
         max_tiles: int | None = None,
         chat: bool = True,
     ) -> VLMInputs:
-        """Inputs from a prompt with its pictures, or from a list of prompts; arguments as in `HookedVLM.to_inputs`.
+        """Make inputs from a prompt with its pictures, or from a list of prompts (padded on the left).
+
+        Args:
+            prompt: a text (becomes the user's turn, pictures before it), or chat messages. A list of either
+                makes a batch.
+            images: pictures (paths, PIL images, uint8 arrays) for the prompt: one or a list, in the order
+                of their placeholders. For a list of prompts: a list with an entry for each. Messages may
+                also carry them: {"type": "image", "image": ...}.
+            videos: the same for videos; a video is a list of frames.
+            min_pixels: least area of the resized image, in pixels; the checkpoint's by default. (Qwen2-VL)
+            max_pixels: largest area. A token covers `cfg.vision.pixels_per_token` squared pixels. (Qwen2-VL)
+            max_tiles: largest number of tiles that an image is cut into, without its thumbnail. (InternVL)
+            chat: apply the checkpoint's chat template. Without it the text is taken as it stands, and
+                pictures whose placeholders it lacks are put in front.
 
         The steps: read the prompts as text with one placeholder per picture, prepare the pixels, tokenize, repeat
         each placeholder to the tokens of its picture, check the length, pad on the left.

@@ -186,7 +186,7 @@ def _unfilled(
     kind: type[Model], cfg: VLMConfig, tokenizer: Any, image_processor: ImageProcessor | TileProcessor | None
 ) -> Model:
     with torch.device("meta"), _Unfilled():
-        return kind(cfg, tokenizer, image_processor)  # type: ignore[call-arg]
+        return kind(cfg, tokenizer, image_processor)
 
 
 class _Unfilled(TorchFunctionMode):
