@@ -8,7 +8,7 @@ import torch
 from hooked_vlm.config import RopeScaling, VisionConfig, VLMConfig
 from hooked_vlm.converters import DTYPES
 from hooked_vlm.converters.fields import Fields
-from hooked_vlm.errors import CheckpointError, ImageError
+from hooked_vlm.errors import CheckpointError, ImageError, InputError
 from hooked_vlm.inputs.image_processor import ImageProcessor
 from hooked_vlm.inputs.templates import template_named
 from hooked_vlm.inputs.tiles import TileProcessor
@@ -89,7 +89,12 @@ def processor_of(settings: Mapping[str, Any], cfg: VLMConfig) -> ImageProcessor 
 
 
 def with_tokens(cfg: VLMConfig, tokenizer: Any) -> VLMConfig:
-    """Add the tokens that only the tokenizer knows of a model that tiles images: placeholders and stop token."""
+    """Add the tokens that only the tokenizer knows of a model that tiles images: placeholders and stop token.
+
+    Raises:
+        CheckpointError: config.json names a conversation template that is not known, or the tokenizer has tokens
+            outside the vocabulary that config.json states.
+    """
     if cfg.vision is None or cfg.vision.tile_size is None or tokenizer is None:
         return cfg
     known = tokenizer.get_vocab()
@@ -99,8 +104,13 @@ def with_tokens(cfg: VLMConfig, tokenizer: Any) -> VLMConfig:
         "vision_end_token_id": "</img>",
     }
     found: dict[str, Any] = {field: known[token] for field, token in names.items() if token in known}
-    if cfg.chat_template is not None and (stop := template_named(cfg.chat_template).stop) in known:
-        found["eos_token_ids"] = (known[stop],)
+    if cfg.chat_template is not None:
+        try:
+            stop = template_named(cfg.chat_template).stop
+        except InputError as error:
+            raise CheckpointError(str(error)) from error
+        if stop in known:
+            found["eos_token_ids"] = (known[stop],)
     outside = {token: i for token, i in known.items() if token in names.values() and i >= cfg.d_vocab}
     if outside:
         raise CheckpointError(
