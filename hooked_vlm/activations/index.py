@@ -56,7 +56,8 @@ def checked_choice(tokens: TokenChoice) -> list[str | int]:
     Raises:
         InputError: a group that does not exist.
     """
-    parts = [tokens] if isinstance(tokens, str | int) else list(tokens)
+    given = [tokens] if isinstance(tokens, str | int) else list(tokens)
+    parts = [part for one in given for part in ([p.strip() for p in one.split("+")] if isinstance(one, str) else [one])]
     unknown = [part for part in parts if isinstance(part, str) and part not in NAMED]
     if unknown or not parts:
         got = repr(unknown[0]) if unknown else "nothing"

@@ -21,6 +21,7 @@ from hooked_vlm.interventions.base import (
     positions_mask,
     whole_numbers,
 )
+from hooked_vlm.interventions.made_for import made_for
 from hooked_vlm.nn.hooks import HookPoint, is_quadratic, is_vision
 
 if TYPE_CHECKING:
@@ -91,7 +92,7 @@ class PatchActivation(Intervention):
                 here = here & chosen.view(shape)
             return torch.where(here, source.to(x), x)
 
-        return [(self.name, patch)]
+        return made_for(inputs, [(self.name, patch)])
 
     def __str__(self) -> str:
         heads = "" if self.heads is None else f" heads {','.join(map(str, self.heads))}"
@@ -128,7 +129,7 @@ class AddVector(Intervention):
                 raise InputError(f"a vector of {shape} cannot be added to {self.name}, which is {tuple(x.shape)}")
             return torch.where(where.mask(x, hook), x + self.scale * self.vector.to(x), x)
 
-        return [(self.name, add)]
+        return made_for(inputs, [(self.name, add)])
 
     def __str__(self) -> str:
         return f"AddVector {self.scale:g} at {self.name}, {_label(self.positions)}"
@@ -170,7 +171,7 @@ class ReplaceImageTokens(Intervention):
                     new[visual.row, span] = x[visual.row, span].mean(0)
             return torch.where(positions_mask(table, first, x.shape[1], len(x))[..., None].to(x.device), new, x)
 
-        return [("hook_embed", replace)]
+        return made_for(inputs, [("hook_embed", replace)])
 
     def __str__(self) -> str:
         values = self.values if isinstance(self.values, str) else "a vector"

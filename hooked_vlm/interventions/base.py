@@ -25,7 +25,7 @@ Edits = list[tuple[int, int, Callable]]
 
 Positions = str | tuple[int, ...] | tuple[tuple[int, ...], ...] | None
 """None for all positions; a group of `inputs.positions` ("image", "video", "question", "assistant_header",
-"final", "generated") or "text" (all but images and videos); absolute positions, for all rows or a tuple per row."""
+"final", "generated"), "text" (all but images and videos) or a sum of groups ("final+generated"); absolute positions, for all rows or a tuple per row."""
 
 EMBEDDING = -1
 """The "layer" of `hook_embed`."""
@@ -138,19 +138,15 @@ def position_table(where: Positions, inputs: VLMInputs) -> Bool[Tensor, "batch w
         for row, (first, stop) in enumerate(spans):
             table[row, first:stop] = True
         table[:, -1] = True
-        if where == "text":
-            for visual in inputs.visuals:
-                table[visual.row, visual.start : visual.stop] = False
+        for visual in inputs.visuals if where == "text" else ():
+            table[visual.row, visual.start : visual.stop] = False
         return table
     if isinstance(where, str):
-        groups = vars(inputs.positions)
-        if where not in groups:
-            raise InputError(f"there is no group of positions {where!r}: choose from {', '.join(groups)}, text")
-        for row, members in enumerate(groups[where]):
-            table[row, members] = True
-        if where != "generated" and not table.any():
+        names = [name.strip() for name in where.split("+")]
+        for name in names:
+            table |= position_table("text", inputs) if name == "text" else _group_table(name, inputs)
+        if "generated" not in names and not table.any():
             raise InputError(f"these inputs have no {where} positions")
-        table[:, -1] = where == "generated"
         return table
     for row, members in enumerate(_per_row(where, n_rows)):
         first, stop = spans[row]
@@ -158,6 +154,17 @@ def position_table(where: Positions, inputs: VLMInputs) -> Bool[Tensor, "batch w
         if outside:
             raise InputError(f"position {outside[0]} of row {row} is not one of its tokens ({first} to {stop - 1})")
         table[row, list(members)] = True
+    return table
+
+
+def _group_table(name: str, inputs: VLMInputs) -> Bool[Tensor, "batch width_and_one"]:
+    groups = vars(inputs.positions)
+    if name not in groups:
+        raise InputError(f"there is no group of positions {name!r}: choose from {', '.join(groups)}, text, or a sum")
+    table = torch.zeros(len(inputs), inputs.shape[1] + 1, dtype=torch.bool)
+    for row, members in enumerate(groups[name]):
+        table[row, members] = True
+    table[:, -1] = name == "generated"
     return table
 
 

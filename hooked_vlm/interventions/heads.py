@@ -21,6 +21,7 @@ from hooked_vlm.interventions.base import (
     positions_mask,
     whole_numbers,
 )
+from hooked_vlm.interventions.made_for import made_for
 from hooked_vlm.nn.hooks import HookPoint
 
 if TYPE_CHECKING:
@@ -91,7 +92,7 @@ class HeadIntervention(Intervention):
             chosen = torch.zeros(1, model.cfg.n_heads, dtype=torch.bool)
             chosen[0, heads] = True
             pairs += layer_hooks((self,), model, inputs, layer, chosen)
-        return pairs
+        return made_for(inputs, pairs)
 
     def first_layer(self, model: "HookedVLM", inputs: VLMInputs) -> int:
         return min((layer for layer, _ in check_heads(model, self.heads)), default=model.cfg.n_layers)

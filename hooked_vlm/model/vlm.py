@@ -280,7 +280,7 @@ class HookedVLM(WithViews, HookedRootModule):
             raise InputError(f"{self.cfg.model_name or 'this model'} is a language model without a vision tower")
         if inputs.pixel_values is None and inputs.pixel_values_videos is None:
             raise InputError("there are no images in these inputs to encode")
-        return self._encode(inputs, {}, None)
+        return self._encode(inputs, {"inputs": inputs}, None)
 
     def _encode(
         self, inputs: VLMInputs, context: Mapping[str, Any], recorder: Recorder | None

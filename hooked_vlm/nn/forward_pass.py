@@ -62,8 +62,8 @@ class ForwardPass:
     """None where positions are not rotary."""
     past: EarlierKeys | None = None
     context: Mapping[str, Any] = field(default_factory=dict)
-    """Context of hooks, `hook.ctx` while they are called: `positions`, the first of them as a plain number
-    (`first_position`), and `step` where there is a key-value cache."""
+    """Context of hooks, `hook.ctx` while they are called: `inputs` (where there is a key-value cache, those it begins
+    with), `positions`, the first of them as a plain number (`first_position`), and `step` of a key-value cache."""
     packing: Packing | None = None
     """How rows without their padding lie one after the other; None where tensors are [batch, pos, ...]."""
     recorder: Recorder | None = None
@@ -114,7 +114,8 @@ class ForwardPass:
 
     def without_positions(self) -> "ForwardPass":
         """Return this pass for tensors without text positions, or with rows at different ones."""
-        return replace(self, context={name: self.context[name] for name in self.context if name == "step"})
+        kept = {name: value for name, value in self.context.items() if name in ("inputs", "step")}
+        return replace(self, context=kept)
 
 
 def text_pass(
@@ -131,7 +132,8 @@ def text_pass(
     """
     cfg = model.cfg
     n, n_past = inputs.shape[1], 0 if past is None else past.length
-    context: dict[str, Any] = {"positions": torch.arange(n_past, n_past + n, device=inputs.device)}
+    context: dict[str, Any] = {"inputs": inputs if past is None else past.begin(inputs)}
+    context["positions"] = torch.arange(n_past, n_past + n, device=inputs.device)
     context["first_position"] = n_past
     if past is not None:
         context["step"] = past.n_passes
@@ -152,7 +154,7 @@ def step_pass(cfg: VLMConfig, past: KVCache) -> ForwardPass:
     position_ids = past.next_position[None, :, None].expand(3, -1, -1)
     mask = AttentionMask(True, past.valid_with(1, None), window=cfg.sliding_window)
     here = torch.full((1,), past.length, device=position_ids.device)
-    context = {"positions": here, "first_position": past.length, "step": past.n_passes}
+    context = {"inputs": past.inputs, "positions": here, "first_position": past.length, "step": past.n_passes}
     rotate = _rotation(cfg, position_ids, past.next_position + 1, cfg.dtype)
     return ForwardPass(cfg, past.device, mask, rotate, past, context)
 

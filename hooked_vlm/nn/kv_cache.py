@@ -7,6 +7,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from hooked_vlm.inputs.vlm_inputs import VLMInputs
+
 
 @runtime_checkable
 class EarlierKeys(Protocol):
@@ -48,6 +50,8 @@ class KVCache:
         """Positions filled, the same for every row (padding included)."""
         self.n_passes = 0
         """Forward passes that filled them."""
+        self.inputs: VLMInputs | None = None
+        """Inputs of the first of them."""
         self.next_position: Int[Tensor, "batch"] | None = None
         """The rotary position of each row's next token (images take up fewer positions than tokens)."""
         self._valid: Bool[Tensor, "batch capacity"] | None = None
@@ -56,6 +60,12 @@ class KVCache:
     @property
     def batch(self) -> int:
         return self.keys[0].shape[0]
+
+    def begin(self, inputs: VLMInputs) -> VLMInputs:
+        """Return the inputs that the cache begins with: these, if it is empty."""
+        if self.inputs is None or not self.length:
+            self.inputs = inputs
+        return self.inputs
 
     def extend(
         self,

@@ -14,6 +14,7 @@ from hooked_vlm.inputs.vlm_inputs import VLMInputs
 from hooked_vlm.interventions import Head, Intervention
 from hooked_vlm.interventions.base import Hooks, first_position, in_range, position_table, positions_mask
 from hooked_vlm.interventions.heads import check_heads
+from hooked_vlm.interventions.made_for import made_for
 from hooked_vlm.metrics import Metric
 from hooked_vlm.nn.components import project_head
 from hooked_vlm.nn.hooks import HookPoint, silent_hook_points
@@ -80,7 +81,7 @@ class PatchPath(Intervention):
             edited[:, :n, head] = torch.where(chosen, recomputed, x[:, :n, head])
             return edited
 
-        return [(f"blocks.{layer}.attn.hook_{self.reads}", put)]
+        return made_for(inputs, [(f"blocks.{layer}.attn.hook_{self.reads}", put)])
 
     def __str__(self) -> str:
         (a, b), (c, d) = self.sender, self.receiver

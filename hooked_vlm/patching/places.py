@@ -82,14 +82,7 @@ def positions_at(pair: Pair, place: str | int, direction: Direction, matches: In
         InputError: an unknown name, a row without such positions, or positions that nothing corresponds to.
     """
     base, source = pair.sides(direction)
-    if isinstance(place, int):
-        rows: Rows = _rows((place,), base)
-    elif place in pair.places and direction == "denoising":  # places are given on the clean side
-        on_clean = positions_in(pair.clean, place, pair.places)
-        corresponding = zip(matches.tolist(), on_clean, strict=True)
-        rows = tuple(tuple(p for p, other in enumerate(row) if other in own) for row, own in corresponding)
-    else:
-        rows = positions_in(base, place, pair.places)
+    rows = _rows((place,), base) if isinstance(place, int) else _on_base(pair, place, direction, matches)
     for row, own in enumerate(rows):
         if not own:
             raise InputError(f"row {row} has no {place} positions")
@@ -104,17 +97,34 @@ def positions_at(pair: Pair, place: str | int, direction: Direction, matches: In
     return rows
 
 
+def _on_base(pair: Pair, place: str, direction: Direction, matches: Int[Tensor, "batch pos"]) -> Rows:
+    """Return the positions of a place, or of a sum of places, in the inputs that are run."""
+    if place not in pair.places and "+" in place:
+        return _union([_on_base(pair, part.strip(), direction, matches) for part in place.split("+")])
+    if place not in pair.places or direction != "denoising":
+        return positions_in(pair.sides(direction)[0], place, pair.places)
+    on_clean = positions_in(pair.clean, place, pair.places)  # where places are given
+    corresponding = zip(matches.tolist(), on_clean, strict=True)
+    return tuple(tuple(p for p, other in enumerate(row) if other in own) for row, own in corresponding)
+
+
+def _union(parts: Sequence[Rows]) -> Rows:
+    return tuple(tuple(sorted(set().union(*rows))) for rows in zip(*parts, strict=True))
+
+
 def _n_of(inputs: VLMInputs, row: int, place: str | int) -> int | None:
     groups = vars(inputs.positions)
     return len(groups[place][row]) if place in groups else None
 
 
 def positions_in(inputs: VLMInputs, place: str, places: Mapping[str, Place]) -> Rows:
-    """The positions of a place, a group or one of `places`, row by row.
+    """The positions of a place, a group or one of `places`, or of a sum of them ("final+generated"), row by row.
 
     Raises:
         InputError: an unknown name.
     """
+    if place not in places and "+" in place:
+        return _union([positions_in(inputs, part.strip(), places) for part in place.split("+")])
     if place not in places:
         return _rows(group(inputs, place, places), inputs)
     regions = _regions(places[place])

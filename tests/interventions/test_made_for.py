@@ -1,0 +1,123 @@
+"""Hooks run on the token layout that they were made for, and are refused elsewhere."""
+
+from typing import Any
+
+import pytest
+import torch
+from every_kind import KINDS, of_every_kind
+from families import inputs_of, tiny_model
+
+from hooked_vlm import InputError
+from hooked_vlm.interventions import AddVector, PatchActivation, ZeroHeads
+from hooked_vlm.interventions.base import position_table
+
+ROW = [5, 6, "small", 7, 8, 9, 10]
+OTHERS = {
+    "another length": [[5, 6, "small", 7, 8, 9]],
+    "the image elsewhere": [[5, "small", 6, 7, 8, 9, 10]],
+    "another image size": [[5, 6, "large", 7, 8, 9, 10]],
+    "one more row": [ROW, ROW],
+}
+
+
+@pytest.fixture
+def model(family: str) -> Any:
+    return tiny_model(family)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("other", OTHERS)
+def test_hooks_of_other_inputs_are_refused(model: Any, family: str, kind: str, other: str) -> None:
+    own = inputs_of(family, [ROW])
+    hooks = of_every_kind(model, own)[kind].hooks(model, own)
+    with pytest.raises(InputError, match="made for"):
+        model.run_with_hooks(inputs_of(family, OTHERS[other]), fwd_hooks=hooks)
+    assert not model.hook_dict["blocks.1.attn.hook_z"].fwd_hooks  # and none is left behind
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", KINDS)
+def test_hooks_run_on_equal_layouts_and_on_rows_with_tokens_appended(model: Any, family: str, kind: str) -> None:
+    own = inputs_of(family, [ROW])
+    intervention = of_every_kind(model, own)[kind]
+    hooks = intervention.hooks(model, own)
+    alike = {
+        "moved": own.to("cpu"),
+        "encoded": own.with_image_features(model.encode_images(own)),
+        "another picture": inputs_of(family, [ROW], seed=1),
+        "other words": inputs_of(family, [[6, 5, "small", 8, 7, 9, 11]]),
+        "longer": own.append([[12, 13, 14]]),
+    }
+    for name, given in alike.items():
+        theirs = intervention.hooks(model, given) if name != "longer" or kind != "patch" else hooks
+        found, expected = (model.run_with_hooks(given, fwd_hooks=pairs) for pairs in (hooks, theirs))
+        torch.testing.assert_close(found, expected, msg=name)
+    tokens = model.generate(own, 3, fwd_hooks=hooks, stop_at_eos=False)
+    again = model.generate(alike["moved"], 3, fwd_hooks=hooks, stop_at_eos=False)
+    assert tokens.tolist() == again.tolist()
+
+
+@torch.no_grad()
+def test_a_row_of_a_batch_is_not_the_batch(model: Any, family: str) -> None:
+    batch = inputs_of(family, [ROW, [11, 12, 13]])
+    hooks = AddVector("blocks.1.hook_resid_post", torch.ones(model.cfg.d_model), positions="final").hooks(model, batch)
+    for row in (0, 1):
+        with pytest.raises(InputError, match="made for"):
+            model.run_with_hooks(batch[row], fwd_hooks=hooks)
+
+
+@torch.no_grad()
+def test_tokens_that_an_intervention_took_for_padding_are_refused(model: Any, family: str) -> None:
+    batch = inputs_of(family, [ROW, ROW]).append([[12], [12, 13]])  # the first row is padded at its end
+    hooks = ZeroHeads(((1, 0),)).hooks(model, batch)
+    model.run_with_hooks(batch, fwd_hooks=hooks)
+    with pytest.raises(InputError, match="made for"):
+        model.run_with_hooks(batch.append([[14], [14]]), fwd_hooks=hooks)
+
+
+@torch.no_grad()
+def test_hooks_for_whole_inputs_act_in_each_pass_of_a_key_value_cache(model: Any, family: str) -> None:
+    begin = inputs_of(family, [ROW])
+    whole = begin.append([[12, 13, 14]])
+    hooks = ZeroHeads(((1, 0),), positions="final+generated").hooks(model, whole)
+    expected = model.run_with_hooks(whole, fwd_hooks=hooks)
+    cache = model.new_kv_cache(1, 8)
+    with model.hooks(fwd_hooks=hooks):
+        parts = [model(begin, past_kv_cache=cache), model(torch.tensor([[12, 13, 14]]), past_kv_cache=cache)]
+    torch.testing.assert_close(torch.cat(parts, dim=1), expected, atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+def test_the_vision_tower_knows_its_inputs(model: Any, family: str) -> None:
+    own, other = inputs_of(family, [ROW]), inputs_of(family, [[5, 6, "small", 7]])
+    name = "hook_image_features"
+    source = torch.zeros_like(model.encode_images(own))
+    hooks = PatchActivation(name, source).hooks(model, own)
+    model.run_with_hooks(own, fwd_hooks=hooks)
+    with pytest.raises(InputError, match="made for"):
+        model.run_with_hooks(other, fwd_hooks=hooks)
+    inside = PatchActivation("vision.blocks.0.hook_resid_post", model.run_with_cache(own)[1].vision["resid_post", 0])
+    with model.hooks(fwd_hooks=inside.hooks(model, own)):
+        model.encode_images(own)
+        with pytest.raises(InputError, match="made for"):
+            model.encode_images(other)
+
+
+def test_sums_of_groups(model: Any, family: str) -> None:
+    inputs = inputs_of(family, [ROW, [11, 12, 13]]).append([[12, 13], [14]])
+    for parts in (("final", "generated"), ("image", "final"), ("text", "image"), ("question", "video")):
+        expected = torch.stack([_table(name, inputs) for name in parts]).any(0)
+        assert position_table("+".join(parts), inputs).tolist() == expected.tolist()
+        assert position_table(" + ".join(parts), inputs).tolist() == expected.tolist()
+    with pytest.raises(InputError, match=r"'finale'.*final"):
+        position_table("finale+generated", inputs)
+    with pytest.raises(InputError, match="video"):
+        position_table("video", inputs)
+
+
+def _table(name: str, inputs: Any) -> torch.Tensor:
+    """A group's columns, empty where the inputs have none."""
+    if name == "video":
+        return torch.zeros(len(inputs), inputs.shape[1] + 1, dtype=torch.bool)
+    return position_table(name, inputs)
