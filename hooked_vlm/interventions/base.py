@@ -25,7 +25,8 @@ Edits = list[tuple[int, int, Callable]]
 
 Positions = str | tuple[int, ...] | tuple[tuple[int, ...], ...] | None
 """None for all positions; a group of `inputs.positions` ("image", "video", "question", "assistant_header",
-"final", "generated"), "text" (all but images and videos) or a sum of groups ("final+generated"); absolute positions, for all rows or a tuple per row."""
+"final", "generated"), "text" (all but images and videos) or a sum of groups ("final+generated"); absolute positions,
+for all rows or a tuple per row."""
 
 EMBEDDING = -1
 """The "layer" of `hook_embed`."""

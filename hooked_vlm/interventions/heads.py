@@ -21,7 +21,7 @@ from hooked_vlm.interventions.base import (
     positions_mask,
     whole_numbers,
 )
-from hooked_vlm.interventions.made_for import made_for
+from hooked_vlm.interventions.bound_hooks import made_for
 from hooked_vlm.nn.hooks import HookPoint
 
 if TYPE_CHECKING:

@@ -1,120 +1,48 @@
 """`VLMCache`: TransformerLens' `ActivationCache` for models with images and unfolded norms."""
 
-from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any, Literal
+from collections.abc import Callable, Iterable, Iterator
+from copy import deepcopy
+from dataclasses import replace
+from functools import wraps
+from inspect import signature
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, ParamSpec, TypeVar
 
 import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
 from transformer_lens import ActivationCache
-from transformer_lens.utilities import Slice, SliceInput, get_act_name
+from transformer_lens.utilities import Slice, SliceInput
 
 from hooked_vlm.errors import InputError
 from hooked_vlm.inputs.vlm_inputs import VLMInputs
-from hooked_vlm.nn.attention import attention_pattern, masked_scores
-from hooked_vlm.nn.hooks import canonical, is_vision, nearest_names
-from hooked_vlm.nn.masks import AttentionMask
+from hooked_vlm.model import cache_files
+from hooked_vlm.model.cut import cut_of
+from hooked_vlm.model.deriving import Derivation, DerivingCache
+from hooked_vlm.nn.hooks import is_vision
 
 if TYPE_CHECKING:
     from hooked_vlm.model.vlm import HookedVLM
 
+P = ParamSpec("P")
+R = TypeVar("R")
 
-class DerivingCache(ActivationCache):
-    """An `ActivationCache` that need not hold scores and patterns.
 
-    `cache["pattern", l]` and `cache["attn_scores", l]` are derived from the cached queries and keys (rotated ones where
-    positions are `rotary`) unless they were stored: where the layer ran explicitly because its scores or pattern had a
-    hook, or where they were named in `names_filter`.
-    """
+def _at_real_positions(method: Callable[P, R]) -> Callable[P, R]:
+    """Have a decomposition refuse a `pos_slice` that falls on padding."""
 
-    def __init__(
-        self,
-        cache_dict: dict[str, Tensor],
-        model: "HookedVLM",
-        has_batch_dim: bool,
-        n_layers: int,
-        attention_mask: AttentionMask | None,
-        why_not: str = "",
-        rotary: bool = True,
-        within: str = "",
-    ) -> None:
-        """`within` is what the names of these activations begin with in the model."""
-        super().__init__(cache_dict, model, has_batch_dim)
-        self._within, self._points = within, model.hook_dict
-        self.exchanged: frozenset[str] = frozenset()
-        """Attention modules in which another module stands in the place of scores or pattern: nothing is derived."""
-        self._n_layers = n_layers
-        self._mask = attention_mask
-        self._why_not = why_not
-        """Why patterns cannot be derived in this cache; empty if they can."""
-        self._rotary = rotary
+    @wraps(method)
+    def checked(*args: P.args, **kwargs: P.kwargs) -> R:
+        given = signature(method).bind(*args, **kwargs).arguments
+        cache, pos_slice = given["self"], given.get("pos_slice")
+        if isinstance(pos_slice, str):
+            raise InputError(f"pos_slice={pos_slice!r} is one of run_with_cache, after which a cache holds these alone")
+        if cache.inputs is not None and not cache._cut:
+            cut_of(pos_slice, cache.inputs)
+        return method(*args, **kwargs)
 
-    def __getitem__(self, key: Any) -> Tensor:
-        name = self._full_name(key)
-        if name in self.cache_dict:
-            return self.cache_dict[name]
-        if name.endswith(("attn.hook_pattern", "attn.hook_attn_scores")):
-            return self._derive(name)
-        raise KeyError(f"{name!r} is not in this cache.{nearest_names(name, self._known())}")
-
-    def _known(self) -> Iterable[str]:
-        return self.cache_dict
-
-    def _full_name(self, key: Any) -> str:
-        if isinstance(key, str):
-            return key if key in self.cache_dict else self._own_name(get_act_name(key))
-        if len(key) > 1 and isinstance(key[1], int) and key[1] < 0:
-            key = (key[0], self._n_layers + key[1], *key[2:])
-        return self._own_name(get_act_name(*key))
-
-    def _own_name(self, name: str) -> str:
-        return canonical(f"{self._within}{name}", self._points).removeprefix(self._within)
-
-    def _derive(self, name: str, query: int | None = None) -> Tensor:
-        """The scores or pattern of a layer from its queries and keys, of all queries or of one."""
-        prefix = name.rsplit(".", 1)[0]
-        needed = [self._compared(prefix, side) for side in "qk"]
-        why_not = self._why_not
-        if any(n not in self.cache_dict for n in needed) or self._mask is None:
-            why_not = why_not or f"{needed[0]} and {needed[1]} are not in this cache"
-        if f"{self._within}{prefix}" in self.exchanged:
-            why_not = "another module stands in the place of its hook point"
-        if why_not or self._mask is None:
-            raise KeyError(
-                f"{name!r} was not stored and cannot be derived ({why_not}): name it in names_filter to have "
-                "it computed in the run"
-            )
-        q, k = (self.cache_dict[n] if self.has_batch_dim else self.cache_dict[n][None] for n in needed)
-        mask = self._mask.to(q.device)
-        valid = mask.query_valid(q.shape[1])
-        queries = torch.arange(q.shape[1], device=q.device)
-        if query is not None:
-            q, queries = q[:, [query]], queries[[query]]
-            valid = None if valid is None else valid[:, [query]]
-        scores = masked_scores(q, k, mask, queries[None])
-        if name.endswith("hook_attn_scores"):
-            return scores if self.has_batch_dim else scores[0]
-        pattern = attention_pattern(scores, valid)
-        return pattern if self.has_batch_dim else pattern[0]
-
-    def _compared(self, prefix: str, side: str) -> str:
-        """The hook point of the queries or keys that scores are made of: rotated, or normed, where they are."""
-        if self._rotary:
-            return f"{prefix}.hook_rot_{side}"
-        normed = f"{prefix}.hook_{side}_normed"
-        return normed if f"{self._within}{normed}" in self._points else f"{prefix}.hook_{side}"
-
-    def to(self, target: str | torch.device | torch.dtype) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """On another device, or in another dtype (truth values and whole numbers keep theirs)."""
-        if isinstance(target, torch.dtype):
-            kept = {name: x.to(target) if x.is_floating_point() else x for name, x in self.cache_dict.items()}
-            self.cache_dict = kept
-            return self
-        super().to(target)
-        if self._mask is not None:
-            self._mask = self._mask.to(torch.device(target))
-        return self
+    return checked
 
 
 class VLMCache(DerivingCache):
@@ -128,28 +56,82 @@ class VLMCache(DerivingCache):
     norm weights are not folded.
     """
 
-    model: "HookedVLM"  # pyright: ignore[reportIncompatibleVariableOverride] (narrower than TransformerLens')
-
     def __init__(
         self,
         cache_dict: dict[str, Tensor],
-        model: "HookedVLM",
-        has_batch_dim: bool = True,
-        attention_mask: AttentionMask | None = None,
-        vision_mask: AttentionMask | None = None,
-        why_not: str = "",
+        model: "HookedVLM | None",
+        has_batch_dim: bool,
+        text: Derivation,
+        vision: Derivation,
         inputs: VLMInputs | None = None,
+        cut: bool = False,
     ) -> None:
+        """`cut`: the text side holds some positions of the inputs only."""
         self.inputs = inputs
-        """Inputs of the run; None where the cache was cut to some rows."""
-        vision = {name: value for name, value in cache_dict.items() if is_vision(name)}
-        text = {name: value for name, value in cache_dict.items() if name not in vision}
-        super().__init__(text, model, has_batch_dim, model.cfg.n_layers, attention_mask, why_not)
-        tower = model.cfg.vision
-        n_layers, rotary = (0, True) if tower is None else (tower.n_layers, tower.rope_theta is not None)
-        stripped = {name.removeprefix("vision."): value for name, value in vision.items()}
-        self.vision = DerivingCache(stripped, model, True, n_layers, vision_mask, rotary=rotary, within="vision.")
+        """Inputs of the run; None where the cache was cut to some rows, pickled or loaded."""
+        self._cut = cut
+        on_vision = {name.removeprefix("vision."): x for name, x in cache_dict.items() if is_vision(name)}
+        super().__init__({n: x for n, x in cache_dict.items() if not is_vision(n)}, model, has_batch_dim, text)
+        self.vision = DerivingCache(on_vision, model, True, vision, within="vision.")
         """The image side: [image, patch, ...], images padded at the end to the longest."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "inputs": None}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        new = super().__deepcopy__(memo)
+        new.vision = deepcopy(self.vision, memo)
+        return new
+
+    # ---------------------------------------------------------------- both sides, by the full names of hook points
+
+    def keys(self) -> Iterable[str]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Names of all that is stored, the image side's included."""
+        return self._stored().keys()
+
+    def items(self) -> Iterable[tuple[str, Tensor]]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Names and tensors of all that is stored, the image side's included."""
+        return self._stored().items()
+
+    def values(self) -> Iterable[Tensor]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """All tensors that are stored, the image side's included."""
+        return self._stored().values()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._stored())
+
+    def __len__(self) -> int:
+        return len(self._stored())
+
+    def _stored(self) -> dict[str, Tensor]:
+        vision = {n if is_vision(n) else f"vision.{n}": x for n, x in self.vision.cache_dict.items()}
+        return {**self.cache_dict, **vision}
+
+    def save(self, folder: str | Path) -> None:
+        """Write the tensors, and what it takes to derive patterns, into a folder (created if need be).
+
+        Neither the model nor the inputs are written.
+
+        Raises:
+            OutputError: it cannot be written; nothing is left half-written.
+        """
+        facts = {"has_batch_dim": self.has_batch_dim, "cut": self._cut}
+        cache_files.save(Path(folder), self._stored(), self.derivation, self.vision.derivation, facts)
+
+    @classmethod
+    def load(
+        cls, folder: str | Path, model: "HookedVLM | None" = None, device: torch.device | str = "cpu"
+    ) -> "VLMCache":
+        """Read what `save` wrote.
+
+        Args:
+            model: the model of the run, for decompositions; patterns are derived without it.
+
+        Raises:
+            InputError: there is no such cache, or its file is damaged.
+        """
+        tensors, text, vision, facts = cache_files.load(Path(folder), device)
+        return cls(tensors, model, facts["has_batch_dim"], text, vision, cut=facts["cut"])
 
     def __getitem__(self, key: Any) -> Tensor:
         if isinstance(key, str) and is_vision(key):
@@ -166,11 +148,11 @@ class VLMCache(DerivingCache):
         """Take an activation of a later pass in place of the first one's."""
         cache = self.vision if is_vision(name) else self
         cache.cache_dict[name.removeprefix("vision.")] = tensor
-        self._why_not = self.vision._why_not = "later passes have written into this cache"
+        for side in (self, self.vision):
+            side.derivation = replace(side.derivation, why_not="later passes have written into this cache")
 
     def _known(self) -> Iterable[str]:
-        vision = self.vision.cache_dict
-        return [*self.cache_dict, *(n if is_vision(n) else f"vision.{n}" for n in vision)]
+        return self._stored()
 
     def to(self, target: str | torch.device | torch.dtype) -> "VLMCache":
         super().to(target)
@@ -181,7 +163,8 @@ class VLMCache(DerivingCache):
         """The text side cut to some rows, `cache.vision` whole. Patterns must be read before, or stored."""
         sliced = super().apply_slice_to_batch_dim(batch_slice)
         why_not = "the cache was cut to some rows"
-        out = VLMCache(sliced.cache_dict, self.model, sliced.has_batch_dim, None, None, why_not)
+        text = replace(self.derivation, mask=None, why_not=why_not)
+        out = VLMCache(sliced.cache_dict, self._model, sliced.has_batch_dim, text, self.vision.derivation)
         out.vision = self.vision
         return out
 
@@ -211,15 +194,15 @@ class VLMCache(DerivingCache):
         """
         inputs = self.inputs
         if inputs is None:
-            raise InputError("this cache was cut to some rows and no longer knows its images: ask before cutting")
+            raise InputError(
+                "this cache was cut to some rows, or loaded, and does not know its images: ask before, or set "
+                "cache.inputs to the inputs of the run"
+            )
         row, tokens = inputs.row_of_image(image), inputs.image_tokens(image)
         first, stop = inputs.first[row], inputs.stop[row]
         at = stop + query if query < 0 else query
         if not first <= at < stop:
             raise InputError(f"there is no query {query} in row {row}, whose tokens lie at {first} to {stop - 1}")
-        n_heads = self.model.cfg.n_heads
-        if head is not None and not 0 <= head < n_heads:
-            raise InputError(f"there is no head {head}: the model has heads 0 to {n_heads - 1}")
         name = self._full_name(("pattern", layer))
         if name in self.cache_dict:
             pattern = self.cache_dict[name] if self.has_batch_dim else self.cache_dict[name][None]
@@ -229,12 +212,25 @@ class VLMCache(DerivingCache):
         else:
             attention = self._derive(name, at)
             attention = (attention[row] if self.has_batch_dim else attention)[:, 0]
+        if head is not None and not 0 <= head < len(attention):
+            raise InputError(f"there is no head {head}: the model has heads 0 to {len(attention) - 1}")
         chosen = attention[:, tokens.to(attention.device)]
         laid_out = torch.from_numpy(np.ascontiguousarray(inputs.on_image(image, chosen, part)))
         return laid_out if head is None else laid_out[head]
 
+    # ---------------------------------------------------------------- TransformerLens' decompositions
+
+    accumulated_resid = _at_real_positions(ActivationCache.accumulated_resid)
+    decompose_resid = _at_real_positions(ActivationCache.decompose_resid)
+    stack_head_results = _at_real_positions(ActivationCache.stack_head_results)
+    get_neuron_results = _at_real_positions(ActivationCache.get_neuron_results)
+    stack_neuron_results = _at_real_positions(ActivationCache.stack_neuron_results)
+    get_full_resid_decomposition = _at_real_positions(ActivationCache.get_full_resid_decomposition)
+    logit_attrs = _at_real_positions(ActivationCache.logit_attrs)
+
     # ---------------------------------------------------------------- norms, weight included
 
+    @_at_real_positions
     def apply_ln_to_stack(
         self,
         residual_stack: Tensor,

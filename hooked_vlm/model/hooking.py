@@ -1,5 +1,6 @@
 """Temporary hooks, and the checks before they are set: a hook that cannot act is refused."""
 
+import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -36,8 +37,9 @@ def hooks(
         HookError: an unknown name (the nearest ones are named), a filter that matches nothing, or a hook
             point that is switched off.
     """
-    fwd = [(points_of(model, name), fn) for name, fn in fwd_hooks]
-    bwd = [(points_of(model, name), fn) for name, fn in bwd_hooks]
+    fwd, bwd = (
+        [(points_of(model, name), checked_hook(name, fn)) for name, fn in own] for own in (fwd_hooks, bwd_hooks)
+    )
     model.context_level += 1
     level = model.context_level
     try:
@@ -58,6 +60,28 @@ def hooks(
             if clear_contexts:
                 model.clear_contexts()
         model.context_level -= 1
+
+
+def checked_hook(name: HookName, fn: Callable) -> Callable:
+    """Return a hook that can be called as hooks are: `fn(tensor, hook=...)`.
+
+    Raises:
+        HookError: it cannot.
+    """
+    if not callable(fn):
+        raise HookError(f"the hook on {name!r} must be a function of (tensor, hook), got {fn!r}")
+    try:
+        signature = inspect.signature(fn)
+    except (TypeError, ValueError):  # a function of C, which does not say
+        return fn
+    try:
+        signature.bind(None, hook=None)
+    except TypeError:
+        raise HookError(
+            f"a hook is called with a tensor and hook=..., as in `def zero(z, hook): ...`; the one on {name!r} takes "
+            f"{signature}"
+        ) from None
+    return fn
 
 
 def check_hook_name(model: "HookedVLM", name: HookName) -> None:

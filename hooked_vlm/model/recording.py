@@ -1,17 +1,19 @@
 """`run_with_cache`: a pass, and the activations it made."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from transformer_lens.utilities import Slice, SliceInput
 
 from hooked_vlm.errors import HookError, InputError
 from hooked_vlm.inputs.vlm_inputs import VLMInputs
-from hooked_vlm.model.cache import VLMCache
+from hooked_vlm.model.cache import Derivation, VLMCache
+from hooked_vlm.model.cut import Cut, LastOfRows, PositionSlice, cut_of, cut_of_pass
+from hooked_vlm.model.hooking import switched_off
 from hooked_vlm.nn.attention import AttentionCall, attention_pattern
 from hooked_vlm.nn.forward_pass import Recorder, inputs_mask
 from hooked_vlm.nn.hooks import (
@@ -37,7 +39,7 @@ def run_with_cache(
     input: VLMInputs | Int[Tensor, "batch pos"] | str | Sequence[str],
     *args: Any,
     names_filter: HookName | Sequence[str] | None = None,
-    pos_slice: Slice | SliceInput = None,
+    pos_slice: PositionSlice = None,
     device: torch.device | str | None = None,
     remove_batch_dim: bool = False,
     incl_bwd: bool = False,
@@ -52,7 +54,8 @@ def run_with_cache(
             [pos, pos] tensors, which `cache["pattern", layer]` derives; name them to store them.
         pos_slice: positions of the text side to store (image-side tensors are kept whole). Of scores and patterns
             that `names_filter` names, only these rows are computed: `names_filter="blocks.3.attn.hook_pattern",
-            pos_slice=-1` is where the last token looks, without a [pos, pos] tensor.
+            pos_slice="last"` is where each row's last token looks, without a [pos, pos] tensor. "last" and single
+            positions keep an axis of one position.
         device: where to store; by default the device that computes, or the inputs' if the model is spread over devices.
         remove_batch_dim: drop the text side's batch axis; needs a batch of one.
         incl_bwd: also run backward from the output (use return_type="loss") and store gradients
@@ -61,38 +64,75 @@ def run_with_cache(
 
     Raises:
         HookError: a name that matches nothing, or a hook point that is switched off.
-        InputError: `remove_batch_dim` with more than one row, or `pos_slice` outside of the inputs.
+        InputError: `remove_batch_dim` with more than one row, or `pos_slice` outside of the inputs or on padding.
     """
     inputs = model.as_inputs(input)
     if remove_batch_dim and len(inputs) != 1:
         raise InputError(f"remove_batch_dim needs a batch of one row, this one has {len(inputs)}")
-    cut = _checked_slice(pos_slice, inputs, kwargs)
+    if pos_slice is not None and kwargs.get("logits_at") == "last":
+        raise InputError('pos_slice does not go with logits_at="last", where ln_final has one position only')
     names = _names_to_store(model, names_filter, inputs, kwargs)
     if device is None and model.device_map:
         device = model.cfg.device
     watched = shows_modules(model)
-    recording = Recording(cut, device, remove_batch_dim, partial(runs_explicitly, model), incl_bwd, copies=watched)
+    explicit = partial(runs_explicitly, model)
+    recording = Recording(pos_slice, inputs, device, remove_batch_dim, explicit, incl_bwd, copies=watched)
     recorder, fwd, bwd = _hooks(model, recording, names, inputs, kwargs, later=not reset_hooks_end)
     with model.hooks(fwd, bwd, reset_hooks_end, clear_contexts):
         out = model(inputs, *args, recorder=recorder, **kwargs)
         if incl_bwd:
             out.backward()
-    cache = _cache(model, recording, inputs, kwargs)
-    cache.exchanged = cache.vision.exchanged = exchanged_patterns(model) if watched else frozenset()
+    cache = _cache(model, recording, inputs, kwargs, exchanged_patterns(model) if watched else frozenset())
     if not reset_hooks_end:
         recording.put = cache.follow
     return out, cache
 
 
-def _checked_slice(pos_slice: Slice | SliceInput, inputs: VLMInputs, run: Mapping[str, Any]) -> Slice:
-    """Return `pos_slice` as a slice of these inputs' positions; `run`: the keyword arguments of `forward`."""
-    cut = Slice.unwrap(pos_slice)
-    indices = {"int": [cut.slice], "array": cut.slice}.get(cut.mode, [])
-    if any(not -inputs.shape[1] <= int(index) < inputs.shape[1] for index in indices):
-        raise InputError(f"pos_slice={pos_slice} lies outside of the {inputs.shape[1]} positions of these inputs")
-    if cut.mode != "identity" and run.get("logits_at") == "last":
-        raise InputError('pos_slice does not go with logits_at="last", where ln_final has one position only')
-    return cut
+def get_caching_hooks(
+    model: "HookedVLM",
+    names_filter: HookName | Sequence[str] | None = None,
+    incl_bwd: bool = False,
+    device: torch.device | str | None = None,
+    remove_batch_dim: bool = False,
+    cache: dict[str, Tensor] | None = None,
+    pos_slice: PositionSlice = None,
+) -> tuple[dict[str, Tensor], Hooks, Hooks]:
+    """Make hooks that store the activations of every pass they are set for, the latest in place of earlier ones.
+
+    Arguments are those of `run_with_cache`. Nothing is derived: name scores and patterns to have them.
+
+    Args:
+        cache: dictionary to fill; a new one by default.
+
+    Returns:
+        The dictionary, and the hooks forward and backward for `model.hooks`, `run_with_hooks` or `generate`.
+
+    Raises:
+        HookError: an unknown or switched-off name, or a filter that matches nothing.
+    """
+    recording = Recording(pos_slice, None, device, remove_batch_dim, partial(runs_explicitly, model), incl_bwd)
+    recording.store = {} if cache is None else cache
+    recording.put = recording.store.__setitem__
+    if names_filter is None or callable(names_filter):
+        wanted = default_filter(model) if names_filter is None else names_filter
+        firing = frozenset(n for n in model.hook_dict if wanted(n) and not switched_off(model, n))
+        model.points_of(wanted)
+        names: list[HookName] = [firing.__contains__]  # a filter means: of those that fire in a run
+    else:
+        names = [names_filter] if isinstance(names_filter, str) else list(names_filter)
+        for name in names:
+            model.points_of(name)
+    fwd: Hooks = [(name, recording.save) for name in names]
+    return recording.store, fwd, [(name, partial(recording.save, suffix="_grad")) for name in names if incl_bwd]
+
+
+def add_caching_hooks(model: "HookedVLM", *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+    """Set the hooks of `get_caching_hooks` until `model.reset_hooks()`, and return the dictionary they fill."""
+    cache, fwd, bwd = get_caching_hooks(model, *args, **kwargs)
+    for hooks, direction in ((fwd, "fwd"), (bwd, "bwd")):
+        for name, fn in hooks:
+            model.add_hook(name, fn, dir=direction)
+    return cache
 
 
 def _names_to_store(
@@ -139,17 +179,24 @@ def _hooks(
     return None, fwd, bwd
 
 
-def _cache(model: "HookedVLM", recording: "Recording", inputs: VLMInputs, run: Mapping[str, Any]) -> VLMCache:
-    why_not = ""
+def _cache(
+    model: "HookedVLM", recording: "Recording", inputs: VLMInputs, run: Mapping[str, Any], exchanged: frozenset[str]
+) -> VLMCache:
+    why_not, tower = "", model.cfg.vision
     if run.get("past_kv_cache") is not None:
         why_not = "the run continued a key-value cache, whose keys are not in this cache"
-    elif recording.positions.mode != "identity":
+    elif recording.pos_slice is not None:
         why_not = "pos_slice cut the keys"
     mask = inputs_mask(model.cfg, inputs, None)
-    vision_mask = None
-    if inputs.has_visuals and model.cfg.vision is not None:
-        vision_mask = image_pass(model, inputs.grids, inputs.device).patches.mask
-    return VLMCache(recording.store, model, not recording.remove_batch_dim, mask, vision_mask, why_not, inputs)
+    has_norms = model.blocks[0].attn.has_qk_norm if len(model.blocks) else False
+    text = Derivation(model.cfg.n_layers, mask, why_not, normed=has_norms, exchanged=exchanged)
+    vision = Derivation(0, None, exchanged=exchanged)
+    if tower is not None:
+        mask = image_pass(model, inputs.grids, inputs.device).patches.mask if inputs.has_visuals else None
+        normed = any(name.startswith("vision.") and name.endswith("hook_q_normed") for name in model.hook_dict)
+        vision = replace(vision, n_layers=tower.n_layers, mask=mask, rotary=tower.rope_theta is not None, normed=normed)
+    cut = recording.pos_slice is not None
+    return VLMCache(recording.store, model, not recording.remove_batch_dim, text, vision, inputs, cut)
 
 
 def runs_explicitly(model: "HookedVLM", name: str) -> bool:
@@ -179,7 +226,8 @@ class Recording:
     """Store of activations by hook name, and the functions that fill it.
 
     Args:
-        positions: which positions of the text side are kept.
+        pos_slice: which positions of the text side are kept.
+        inputs: those of the pass; hooks of later passes learn theirs from `hook.ctx`.
         explicit: whether a layer makes all of its scores and patterns anyway, asked by the name of such a point.
         incl_bwd: whether gradients are stored, too.
         copies: whether copies are stored, because foreign modules may write into what they are given.
@@ -187,7 +235,8 @@ class Recording:
 
     def __init__(
         self,
-        positions: Slice,
+        pos_slice: PositionSlice,
+        inputs: VLMInputs | None,
         device: torch.device | str | None,
         remove_batch_dim: bool,
         explicit: Callable[[str], bool],
@@ -196,7 +245,9 @@ class Recording:
     ) -> None:
         self.store: dict[str, Tensor] = {}
         self.put: Callable[[str, Tensor], None] = self.store.__setitem__
-        self.positions, self.device, self.remove_batch_dim = positions, device, remove_batch_dim
+        self.pos_slice, self.inputs = pos_slice, inputs
+        self._cut = None if pos_slice is None or inputs is None else cut_of(pos_slice, inputs)
+        self.device, self.remove_batch_dim = device, remove_batch_dim
         self.explicit, self.incl_bwd, self.copies = explicit, incl_bwd, copies
 
     def recorder(self, names: Sequence[str] | None) -> tuple[Recorder, Hooks]:
@@ -223,39 +274,58 @@ class Recording:
             )
         self.keep(name, tensor.clone() if self.copies else tensor)
 
-    def keep(self, name: str, tensor: Tensor, suffix: str = "") -> None:
-        """Store what passed the hook point `name`."""
-        text = not is_vision(name)
-        if text and self.positions.mode != "identity":
+    def keep(self, name: str, tensor: Tensor, suffix: str = "", cut: Cut | None = None) -> None:
+        """Store what passed the hook point `name`.
+
+        Raises:
+            InputError: the batch axis is to go, but there are several rows.
+        """
+        text, cut = not is_vision(name), self._cut if cut is None else cut
+        if text and cut is not None:
             # a copy: a view would keep the whole tensor in memory
-            tensor = self.positions.apply(tensor, dim=position_axis(name)).clone()
+            tensor = cut.apply(tensor, dim=position_axis(name)).clone()
         if text and self.remove_batch_dim:
+            if len(tensor) != 1:
+                raise InputError(f"remove_batch_dim needs a batch of one row, this one has {len(tensor)}")
             tensor = tensor[0]
         self.put(name + suffix, tensor if self.device is None else tensor.to(self.device))
 
     def save(self, tensor: Tensor, hook: Any, suffix: str = "") -> None:
         """`keep` as a hook."""
-        self.keep(str(hook.name), tensor.detach(), suffix)
+        name = str(hook.name)
+        self.keep(name, tensor.detach(), suffix, self._cut_now(hook, name, tensor))
 
     def _by_rows(self, name: str) -> bool:
-        cut = is_quadratic(name) and not is_vision(name) and self.positions.mode != "identity"
+        cut = is_quadratic(name) and not is_vision(name) and self.pos_slice is not None
         return cut and not self.incl_bwd and not self.explicit(name)
 
     def _save_rows(self, z: Tensor, hook: Any, name: str) -> None:
-        rows = _rows(hook.ctx["attention"], self.positions, name).detach()
+        cut = self._cut_now(hook, "z", z)
+        assert cut is not None
+        rows = _rows(hook.ctx["attention"], cut, name).detach()
         rows = rows[0] if self.remove_batch_dim else rows
         self.put(name, rows if self.device is None else rows.to(self.device))
 
+    def _cut_now(self, hook: Any, name: str, tensor: Tensor) -> Cut | None:
+        """The slice of the pass that a hook is called in, which may be a later one."""
+        if self.pos_slice is None or is_vision(name):
+            return None
+        self.inputs = hook.ctx.get("inputs", self.inputs)  # a backward pass has no context: it follows a forward pass
+        if self.inputs is None:
+            raise InputError("a backward hook with pos_slice needs its forward hook, which learns where padding lies")
+        return cut_of_pass(self.pos_slice, self.inputs, tensor.shape[position_axis(name)])
 
-def _rows(call: AttentionCall, positions: Slice, name: str) -> Float[Tensor, "batch head *row key"]:
-    """The rows of scores or pattern at `positions`; without a row axis where that is one number."""
-    n = call.q.shape[1]
-    index = positions.apply(torch.arange(n, device=call.q.device), dim=0)
-    rows = call.scores(index.reshape(1, -1))
+
+def _rows(call: AttentionCall, cut: Cut, name: str) -> Float[Tensor, "batch head *row key"]:
+    """The rows of scores or pattern at some positions; without a row axis where that is one number."""
+    n, device = call.q.shape[1], call.q.device
+    chosen = torch.tensor(cut.last)[:, None] if isinstance(cut, LastOfRows) else cut.apply(torch.arange(n))
+    index = chosen.to(device).reshape(len(chosen) if chosen.ndim == 2 else 1, -1)  # [#batch, row]
+    rows = call.scores(index)
     if name.endswith("hook_pattern"):
         valid = call.mask.query_valid(n)
-        rows = attention_pattern(rows, None if valid is None else valid[:, index.reshape(-1)])
-    return rows if index.ndim else rows[:, :, 0]
+        rows = attention_pattern(rows, None if valid is None else valid.gather(1, index.expand(len(valid), -1)))
+    return rows if chosen.ndim else rows[:, :, 0]
 
 
 def position_axis(name: str) -> int:

@@ -316,7 +316,7 @@ class HookedVLM(WithViews, HookedRootModule):
             HookError: a hook that cannot act.
         """
         for point in self.points_of(name):
-            point.add_hook(hook, *args, **kwargs)
+            point.add_hook(hooking.checked_hook(name, hook), *args, **kwargs)
 
     def hooks(  # pyright: ignore[reportIncompatibleMethodOverride] (yields a HookedVLM)
         self, fwd_hooks: Hooks = (), bwd_hooks: Hooks = (), reset_hooks_end: bool = True, clear_contexts: bool = False
@@ -347,6 +347,8 @@ class HookedVLM(WithViews, HookedRootModule):
         """Run `forward` and keep its activations; arguments as of `hooked_vlm.model.recording.run_with_cache`."""
         return recording.run_with_cache(self, input, *args, **kwargs)
 
+    get_caching_hooks = recording.get_caching_hooks  # pyright: ignore[reportAssignmentType] (more names and slices)
+    add_caching_hooks = recording.add_caching_hooks  # pyright: ignore[reportAssignmentType]
     check_hook_name = hooking.check_hook_name
     points_of = hooking.points_of
     check_reachable = hooking.check_reachable

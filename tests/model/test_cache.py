@@ -1,13 +1,18 @@
 """What `run_with_cache` stores, what it derives, and how it is cut."""
 
+import copy
+import pickle
+
 import numpy as np
 import pytest
 import tiny
 import torch
+from safetensors.torch import save_file
 from transformer_lens import ActivationCache
 from transformer_lens.utilities import Slice
 
 from hooked_vlm import HookError, InputError, VLMCache
+from hooked_vlm.model.cut import cut_of
 from hooked_vlm.model.hook_catalogue import hook_table
 from hooked_vlm.model.hooking import switched_off
 from hooked_vlm.nn import attention
@@ -33,7 +38,10 @@ def quadratic(name: str) -> bool:
 
 def all_names(cache: VLMCache) -> set[str]:
     """The full names of all that is stored."""
-    return {*cache.keys(), *(n if is_vision(n) else f"vision.{n}" for n in cache.vision)}
+    names = list(cache)
+    assert names == list(cache.keys()) == [name for name, _ in cache.items()] and len(names) == len(cache)
+    assert all(name in cache for name in names) and len(list(cache.values())) == len(cache)
+    return set(names)
 
 
 def firing_names() -> set[str]:
@@ -162,8 +170,12 @@ def test_a_pattern_is_not_derived_from_a_run_that_continued_others():
 # ---- cutting ----
 
 
-@pytest.mark.parametrize("rows", [tiny.ONE_IMAGE, tiny.PADDED], ids=["one row", "padded"])
-@pytest.mark.parametrize("pos_slice", [-1, (2, 6), (1, 9, 3), [4, 2], torch.tensor([0, 3])], ids=str)
+CUTS = [-1, (2, 6), (1, 9, 3), [4, 2], torch.tensor([0, 3])]
+WHERE = [(rows, cut) for rows in (tiny.ONE_IMAGE, tiny.PADDED) for cut in CUTS]
+WHERE[-2:] = [(tiny.PADDED, [-3, -1]), (tiny.PADDED, torch.tensor([-1]))]  # single positions must not be padding
+
+
+@pytest.mark.parametrize(("rows", "pos_slice"), WHERE, ids=str)
 def test_pos_slice_cuts_the_position_axis_of_every_text_tensor_and_no_other(rows, pos_slice):
     whole, cut = run(rows), run(rows, pos_slice=pos_slice)
     shapes = {row.name: row.shape for row in hook_table(tiny.tiny_model())}
@@ -176,8 +188,7 @@ def test_pos_slice_cuts_the_position_axis_of_every_text_tensor_and_no_other(rows
         assert cut[name].equal(expected), name
 
 
-@pytest.mark.parametrize("rows", [tiny.ONE_IMAGE, tiny.PADDED], ids=["one row", "padded"])
-@pytest.mark.parametrize("pos_slice", [-1, (2, 6), (1, 9, 3), [4, 2], torch.tensor([0, 3])], ids=str)
+@pytest.mark.parametrize(("rows", "pos_slice"), WHERE, ids=str)
 @pytest.mark.parametrize("suffix", ["hook_pattern", "hook_attn_scores"])
 def test_rows_of_patterns_equal_those_of_the_whole_and_are_all_that_is_made(rows, pos_slice, suffix, monkeypatch):
     def named(name: str) -> bool:
@@ -234,7 +245,7 @@ def test_remove_batch_dim_acts_on_the_text_side_only(afterwards):
     if afterwards:
         assert cut.remove_batch_dim() is cut
     assert not cut.has_batch_dim
-    assert all(value.equal(whole[name][0]) for name, value in cut.items())
+    assert all(value.equal(whole[name][0]) for name, value in cut.items() if not is_vision(name))
     assert all(value.equal(whole.vision[name]) for name, value in cut.vision.items())
     assert cut.vision["resid_pre", 0].shape[0] == 2
 
@@ -251,7 +262,7 @@ def test_apply_slice_to_batch_dim_cuts_rows_and_keeps_all_images(rows):
     assert isinstance(cut, VLMCache)
     assert cut.has_batch_dim == (not isinstance(rows, int))
     for name, value in cut.items():
-        assert value.equal(Slice(rows).apply(whole[name], dim=0)), name
+        assert value.equal(whole[name] if is_vision(name) else Slice(rows).apply(whole[name], dim=0)), name
     assert cut["vision.hook_embed"].equal(whole["vision.hook_embed"])
     with pytest.raises(KeyError, match="rows"):
         cut["pattern", 0]
@@ -329,6 +340,193 @@ def test_a_later_run_leaves_an_earlier_cache_alone():
 def test_stop_at_layer_stores_what_comes_before():
     cache = run(stop_at_layer=1)
     assert {n.split(".")[1] for n in cache if n.startswith("blocks.")} == {"0"}
+
+
+@pytest.mark.parametrize("hooked", [False, True], ids=["fused", "explicit"])
+@pytest.mark.parametrize("rows", [tiny.ONE_IMAGE, tiny.PADDED], ids=["one row", "padded"])
+def test_pos_slice_last_is_each_rows_own_last_token(rows, hooked):
+    model = tiny.tiny_model()
+    inputs = tiny.inputs(rows).append([[7] * (row + 1) for row in range(len(rows))])  # padded at the end
+    named = {"names_filter": lambda name: not is_quadratic(name) or "blocks.1.attn" in name}
+    hooks = [("blocks.1.attn.hook_pattern", lambda x, hook: None)] if hooked else []
+    with torch.no_grad(), model.hooks(hooks):
+        whole, last = (model.run_with_cache(inputs, **named, pos_slice=cut)[1] for cut in (None, "last"))
+    assert all_names(last) == all_names(whole)
+    for name, value in last.items():
+        if is_vision(name):
+            continue
+        axis = 2 if is_quadratic(name) else 1
+        assert value.shape[axis] == 1
+        for row, stop in enumerate(inputs.stop):
+            expected = whole[name][row].select(axis - 1, stop - 1)
+            torch.testing.assert_close(value[row].select(axis - 1, 0), expected, atol=2e-6, rtol=1e-5, msg=name)
+
+
+@pytest.mark.parametrize("pos_slice", [-1, 0, [0, -1], np.int64(0), 999], ids=str)
+def test_positions_that_are_padding_or_do_not_exist_are_refused(pos_slice):
+    model = tiny.tiny_model()
+    batch = tiny.inputs(tiny.PADDED).append([[7], [7, 8], [7, 8, 9]])
+    wrong = "outside" if np.array_equal(pos_slice, 999) else "padding"
+    with pytest.raises(InputError, match=wrong):
+        model.run_with_cache(batch, pos_slice=pos_slice)
+    _, fwd, _ = model.get_caching_hooks("blocks.1.hook_resid_post", pos_slice=pos_slice)
+    with pytest.raises(InputError, match=wrong):
+        model.run_with_hooks(batch, fwd_hooks=fwd)
+    _, cache = model.run_with_cache(batch)
+    for decomposition in (cache.decompose_resid, cache.accumulated_resid, cache.stack_head_results):
+        with pytest.raises(InputError, match=wrong):
+            decomposition(pos_slice=pos_slice)
+    with pytest.raises(InputError, match="last"):
+        cut_of("first", batch)
+
+
+def test_decompositions_at_positions_that_are_real():
+    model = tiny.tiny_model()
+    with torch.no_grad():
+        _, cache = model.run_with_cache(tiny.inputs(tiny.PADDED))  # padded in front
+        _, last = model.run_with_cache(tiny.inputs(tiny.PADDED), pos_slice="last")
+        whole, cut = cache.decompose_resid(), cache.decompose_resid(pos_slice=-1)
+        torch.testing.assert_close(cut.squeeze(2), whole[:, :, -1])
+        torch.testing.assert_close(last.decompose_resid()[:, :, 0], whole[:, :, -1])
+        with pytest.raises(InputError, match="run_with_cache"):
+            cache.decompose_resid(pos_slice="last")
+
+
+# ---- hooks that fill a dictionary ----
+
+
+@torch.no_grad()
+def test_caching_hooks_store_what_a_cache_stores_and_follow_later_passes():
+    model, inputs = tiny.tiny_model(), tiny.inputs(tiny.ONE_IMAGE)
+    _, cache = model.run_with_cache(inputs)
+    store, fwd, bwd = model.get_caching_hooks()
+    assert not store and not bwd
+    model.run_with_hooks(inputs, fwd_hooks=fwd)
+    assert set(store) == set(cache) and all(store[name].equal(x) for name, x in cache.items())
+    text = tiny.inputs(tiny.TEXT)
+    model.run_with_hooks(text, fwd_hooks=fwd)  # no image fires, and that is no error
+    expected = model.run_with_cache(text)[1]["resid_post", 1]
+    assert store["blocks.1.hook_resid_post"].equal(expected)
+    assert store["vision.hook_embed"].equal(cache["vision.hook_embed"])  # of the latest pass that had one
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("add", ["add_caching_hooks", "cache_some"])
+def test_caching_hooks_stay_until_they_are_reset(add):
+    model, inputs, store = tiny.tiny_model(), tiny.inputs(tiny.ONE_IMAGE), {}
+    try:
+        if add == "cache_some":
+            model.cache_some(store, lambda name: name.endswith("hook_z"))
+        else:
+            assert model.add_caching_hooks(lambda name: name.endswith("hook_z"), cache=store) is store
+        for given in (inputs, tiny.inputs(tiny.TEXT)):
+            model(given)
+            expected = model.run_with_cache(given)[1]["z", 2]
+            assert store["blocks.2.attn.hook_z"].equal(expected)
+        model.generate(inputs, 3, stop_at_eos=False)
+        assert store["blocks.2.attn.hook_z"].shape[1] == 1  # the last step's
+    finally:
+        model.reset_hooks()
+    before = store["blocks.2.attn.hook_z"]
+    model(inputs)
+    assert store["blocks.2.attn.hook_z"] is before
+
+
+@pytest.mark.parametrize("name", ["blocks.1.attn.hook_zz", "blocks.1.attn.hook_result", lambda name: False], ids=str)
+def test_caching_hooks_that_cannot_act_are_refused(name):
+    model = tiny.tiny_model()
+    for call in (model.get_caching_hooks, model.add_caching_hooks):
+        with pytest.raises(HookError):
+            call(name)
+        if isinstance(name, str):
+            with pytest.raises(HookError):
+                call(["blocks.1.attn.hook_z", name])
+    assert not model.hook_dict["blocks.1.attn.hook_z"].fwd_hooks
+
+
+def test_caching_hooks_store_gradients_and_drop_the_batch_axis():
+    model, inputs = tiny.tiny_model(), tiny.inputs(tiny.ONE_IMAGE)
+    _, cache = model.run_with_cache(inputs, return_type="loss", incl_bwd=True)
+    name = "blocks.1.hook_resid_mid"
+    store, fwd, bwd = model.get_caching_hooks(name, incl_bwd=True, remove_batch_dim=True, pos_slice=-1)
+    with model.hooks(fwd, bwd):
+        model(inputs, return_type="loss").backward()
+    model.zero_grad(set_to_none=True)
+    torch.testing.assert_close(store[name], cache[name][0, -1:])
+    torch.testing.assert_close(store[f"{name}_grad"], cache[f"{name}_grad"][0, -1:])
+    with pytest.raises(InputError, match=r"remove_batch_dim.*3"), model.hooks(fwd):
+        model(tiny.inputs(tiny.PADDED))
+
+
+# ---- as a file ----
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("through", ["pickle", "file"])
+@pytest.mark.parametrize("rows", [tiny.ONE_IMAGE, tiny.PADDED], ids=["one row", "padded"])
+def test_a_cache_survives_as_its_tensors(rows, through, tmp_path):
+    model = tiny.tiny_model()
+    cache = run(rows)
+    if through == "file":
+        cache.save(tmp_path / "cache")
+        again = VLMCache.load(tmp_path / "cache")
+    else:
+        again = pickle.loads(pickle.dumps(cache))
+    assert set(again) == set(cache) and all(again[name].equal(x) for name, x in cache.items())
+    for layer in range(N_LAYERS):
+        assert again["pattern", layer].equal(cache["pattern", layer])
+    assert again["resid_post", -1].equal(cache["resid_post", -1])
+    assert again.vision["pattern", 1].equal(cache.vision["pattern", 1])
+    with pytest.raises(InputError, match="model"):
+        again.stack_head_results()
+    again.model = model
+    torch.testing.assert_close(again.stack_head_results(), cache.stack_head_results())
+    with pytest.raises(InputError, match="images"):
+        again.on_image(0)
+    if rows is tiny.ONE_IMAGE:
+        again.inputs = cache.inputs
+        assert again.on_image(1).equal(cache.on_image(1))
+
+
+@torch.no_grad()
+def test_one_activation_is_written_as_one_activation(tmp_path):
+    cache = run(names_filter="blocks.1.hook_resid_post")
+    n_bytes = cache["resid_post", 1].nbytes
+    cache.save(tmp_path)
+    assert len(pickle.dumps(cache)) < n_bytes + 4000
+    assert (tmp_path / "cache.safetensors").stat().st_size < n_bytes + 4000
+    row = run(tiny.PADDED, names_filter="blocks.1.hook_resid_post").apply_slice_to_batch_dim(1)
+    assert len(pickle.dumps(row)) < row["resid_post", 1].nbytes + 4000  # not the batch that it is a view of
+
+
+@torch.no_grad()
+def test_a_copy_keeps_the_model_and_not_the_tensors(tmp_path):
+    cache = run()
+    other, same = copy.deepcopy(cache), copy.copy(cache)
+    assert other.model is same.model is cache.model and other.inputs is cache.inputs
+    other["resid_post", 1][:] = 0
+    other["vision.hook_embed"][:] = 0
+    assert cache["resid_post", 1].any() and cache["vision.hook_embed"].any()
+    assert same["resid_post", 1] is cache["resid_post", 1]
+
+
+@pytest.mark.parametrize("damage", ["missing", "text", "cut", "no header", "wrong names"])
+def test_a_damaged_file_is_refused(damage, tmp_path):
+    cache, path = run(names_filter="blocks.1.hook_resid_post"), tmp_path / "cache.safetensors"
+    cache.save(tmp_path)
+    whole = path.read_bytes()
+    if damage == "missing":
+        path.unlink()
+    elif damage == "text":
+        path.write_text("not a cache")
+    elif damage == "cut":
+        path.write_bytes(whole[: len(whole) // 2])
+    elif damage == "no header":
+        save_file({"x": torch.zeros(2)}, path)
+    else:
+        path.write_bytes(whole.replace(b'hook_resid_post\\": ', b'hook_resid_past\\": ').replace(b"rotary", b"notary"))
+    with pytest.raises(InputError, match=r"cache\.safetensors"):
+        VLMCache.load(tmp_path)
 
 
 def test_a_cache_is_moved_to_another_dtype_on_both_sides():
