@@ -159,6 +159,8 @@ class ReplaceImageTokens(Intervention):
         table = image_tokens(self.tokens, inputs).to(inputs.device)
         if not isinstance(self.values, Tensor) and self.values not in ("mean", "zero"):
             raise InputError(f'values must be "mean", "zero" or a vector, got {self.values!r}')
+        if isinstance(self.values, Tensor) and self.values.shape != (model.cfg.d_model,):
+            raise InputError(f"values must be a vector of {model.cfg.d_model} numbers, got {tuple(self.values.shape)}")
 
         def replace(x: Tensor, hook: HookPoint) -> Tensor:
             first = hook.ctx["first_position"]

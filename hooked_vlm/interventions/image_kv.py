@@ -64,11 +64,8 @@ class ReplaceImageKV(HeadIntervention):
             raise InputError("there is no image in these inputs whose keys and values could be replaced")
         if isinstance(self.baseline, str) and self.baseline not in ("mean", "zero", "knockout"):
             raise InputError(f'baseline must be "mean", "zero", "knockout" or ImageMeans, got {self.baseline!r}')
-        if isinstance(self.baseline, ImageMeans) and self.baseline.before_rope != self.before_rope:
-            raise InputError(
-                f"the dataset's mean keys were taken with before_rope={self.baseline.before_rope} and are to be used "
-                f"with before_rope={self.before_rope}: give mean_image_kv the same"
-            )
+        if isinstance(self.baseline, ImageMeans):
+            self._check_means(self.baseline, model)
         rotate = inputs_rotation(model.cfg, inputs, model.cfg.dtype) if self.before_rope else None
 
         def edit(z: Tensor, hook: HookPoint, chosen: HeadSelection) -> Tensor:
@@ -89,6 +86,20 @@ class ReplaceImageKV(HeadIntervention):
             return out
 
         return [("hook_z", edit)]
+
+    def _check_means(self, means: ImageMeans, model: "HookedVLM") -> None:
+        cfg = model.cfg
+        expected = (cfg.n_layers, cfg.n_key_value_heads, cfg.d_head)
+        for own in (means.keys, means.values):
+            if own.shape != expected:
+                raise InputError(
+                    f"mean keys and values are [layer, kv_head, d_head] = {expected}, got {tuple(own.shape)}"
+                )
+        if means.before_rope != self.before_rope:
+            raise InputError(
+                f"the dataset's mean keys were taken with before_rope={means.before_rope} and are to be used "
+                f"with before_rope={self.before_rope}: give mean_image_kv the same"
+            )
 
     def _z(
         self,
