@@ -22,6 +22,10 @@ class HookError(HookedVLMError, ValueError):
     hook that returns another shape or dtype than it was given."""
 
 
+class NotFiniteError(HookedVLMError, ArithmeticError):
+    """Numbers that overflowed, or are not numbers."""
+
+
 class CheckpointError(HookedVLMError, ValueError):
     """A checkpoint folder, its `config.json` or its tensors are not what the model needs."""
 

@@ -90,6 +90,7 @@ def from_pretrained(
     cfg = with_tokens(cfg, tokenizer)
     processor = processor_of(read_json(folder, "preprocessor_config.json", default={}), cfg)
     model = _assemble(kind, cfg, tensors, hf_config, tokenizer, processor, spread)
+    model.generation_config = generation
     if quantize is not None:
         model.cfg = model.cfg.with_(device=device)
         quantize_weights(model, quantize)
@@ -147,12 +148,15 @@ def from_hf(
     hf_config = {"architectures": [type(hf_model).__name__], **without_none(hf_model.config.to_dict())}
     converter = converter_for(hf_config)
     tensors = converter.from_hf(hf_model.state_dict(), hf_config)
-    generation = getattr(hf_model, "generation_config", None)
-    cfg = model_config(converter, hf_config, {} if generation is None else generation.to_dict())
+    stated = getattr(hf_model, "generation_config", None)
+    generation = {} if stated is None else without_none(stated.to_dict())
+    cfg = model_config(converter, hf_config, generation)
     some = tensors["embed.weight"]
     cfg = cfg.with_(model_name=type(hf_model).__name__, device=some.device, dtype=some.dtype)
     cfg = with_tokens(cfg, tokenizer)
-    return _assemble(kind, cfg, tensors, hf_config, tokenizer, image_processor or processor_of({}, cfg))
+    model = _assemble(kind, cfg, tensors, hf_config, tokenizer, image_processor or processor_of({}, cfg))
+    model.generation_config = generation
+    return model
 
 
 def _assemble(

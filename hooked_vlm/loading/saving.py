@@ -69,7 +69,7 @@ def save_pretrained(model: "HookedVLM", folder: str | Path, *, layout: Literal["
             save_torch_state_dict(_apart(to_hf_state_dict(model, layout or "published")), written)
             _write_json(written / "config.json", config)
             ids = {"eos_token_id": list(model.cfg.eos_token_ids) or None, "pad_token_id": model.cfg.pad_token_id}
-            _write_json(written / "generation_config.json", without_none(ids))
+            _write_json(written / "generation_config.json", {**model.generation_config, **without_none(ids)})
             if model.image_processor is not None:
                 _write_json(written / "preprocessor_config.json", _processor_dict(model.image_processor))
             if model.tokenizer is not None:

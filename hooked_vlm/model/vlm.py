@@ -89,6 +89,8 @@ class HookedVLM(WithViews, HookedRootModule):
         self.image_processor = image_processor
         self.hf_config: dict[str, Any] = {}
         """The checkpoint's own config.json."""
+        self.generation_config: dict[str, Any] = {}
+        """The checkpoint's own generation_config.json, which acts with `generate(settings="checkpoint")` only."""
         self.device_map: dict[str, str] = {}
         """Where each part is, if they are spread (`hooked_vlm.loading.placement`)."""
         self._hooked_at: defaultdict[int, set[Any]] = defaultdict(set)

@@ -1,6 +1,7 @@
 """Keys and values of positions that were run before, in buffers made once."""
 
 from collections.abc import Sequence
+from copy import copy
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -89,6 +90,16 @@ class KVCache:
                 buffers[layer] = _with_room(buffers[layer], self.length, end)
             buffers[layer].narrow(1, self.length, new.shape[1]).copy_(new)
         return self.keys[layer].narrow(1, 0, end), self.values[layer].narrow(1, 0, end)
+
+    def repeat(self, n: int) -> "KVCache":
+        """Return a cache of all rows `n` times, one time after the other."""
+        if n == 1:
+            return self
+        new = copy(self)
+        new.keys, new.values = ([buffer.repeat(n, 1, 1, 1) for buffer in own] for own in (self.keys, self.values))
+        new.next_position = None if self.next_position is None else self.next_position.repeat(n)
+        new._valid = None if self._valid is None else self._valid.repeat(n, 1)
+        return new
 
     def valid_with(self, n_new: int, new_valid: Bool[Tensor, "batch new"] | None) -> Bool[Tensor, "batch key"] | None:
         """Mask of the positions that are not padding, filled ones and `n_new` more; None if all are real.

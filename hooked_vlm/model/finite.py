@@ -1,0 +1,62 @@
+"""Numbers that overflowed: that they did, where it began, and what to do."""
+
+from contextlib import suppress
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from hooked_vlm.errors import NotFiniteError
+from hooked_vlm.inputs.vlm_inputs import VLMInputs
+from hooked_vlm.nn.forward_pass import Recorder
+from hooked_vlm.nn.hooks import is_quadratic
+
+if TYPE_CHECKING:
+    from hooked_vlm.model.vlm import HookedVLM
+
+
+class _Found(Exception):
+    """Ends the pass that looks for the first hook point."""
+
+
+@torch.no_grad()
+def first_not_finite(model: "HookedVLM", inputs: VLMInputs) -> str:
+    """Name the first hook point of a pass, under the hooks that are set, with a number that is infinite or none.
+
+    Empty if there is no such number. Scores and patterns, in which minus infinity is a mask, are left out.
+    """
+    found = ""
+
+    def look(name: str, x: Tensor) -> None:
+        nonlocal found
+        if not is_quadratic(name) and not bool(torch.isfinite(x).all()):
+            found = name
+            raise _Found
+
+    with suppress(_Found):
+        model(inputs, return_type=None, recorder=Recorder(look))
+    return found
+
+
+def check_finite(model: "HookedVLM", inputs: VLMInputs, logits: Tensor, what: str) -> None:
+    """Refuse logits of which the largest of a row is infinite or not a number.
+
+    Args:
+        logits: [..., d_vocab], of a pass over `inputs` under the hooks that are set now.
+        what: what they are of, for the message.
+
+    Raises:
+        NotFiniteError: says where it begins, and what to do.
+    """
+    if logits.numel() and not bool(torch.isfinite(logits.amax(-1)).all()):
+        raise NotFiniteError(described(model, inputs, what))
+
+
+def described(model: "HookedVLM", inputs: VLMInputs, what: str) -> str:
+    """Say that numbers are not finite, where it begins, and what to do."""
+    begins = first_not_finite(model, inputs)
+    where = f"it begins at {begins}" if begins else "every activation up to the final norm is finite"
+    advice = "are weights, inputs and hooks finite?"
+    if model.cfg.dtype == torch.float16:
+        advice = "float16 holds numbers up to 65,504 only: try bfloat16"
+    return f"{what} are not finite numbers; {where}; {advice}"
