@@ -63,7 +63,7 @@ class Sampling:
         if idle := [name for name in _DRAWING if getattr(self, name) is not None]:
             raise InputError(f"{idle[0]} changes draws only, and greedy generation draws nothing: add do_sample=True")
         if self.n_samples > 1:
-            raise InputError(f"greedy generation gives {self.n_samples} times the same: add do_sample=True")
+            raise InputError(f"num_return_sequences={self.n_samples} greedy answers are the same: add do_sample=True")
 
     @property
     def n_samples(self) -> int:
@@ -150,7 +150,7 @@ class Stopping:
     def _is_eos(self, tokens: Int[Tensor, "*row"]) -> Bool[Tensor, "*row"]:
         return torch.isin(tokens, torch.tensor(self.eos, dtype=tokens.dtype, device=tokens.device))
 
-    def without_stop(self, answer: Int[Tensor, "pos"]) -> Int[Tensor, "pos"]:
+    def without_stop(self, answer: Int[Tensor, "pos"]) -> Int[Tensor, "kept"]:
         """Drop the stop token that ends an answer, if one does."""
         return answer[:-1] if len(answer) and bool(self._is_eos(answer[-1:])) else answer
 

@@ -26,6 +26,7 @@ from hooked_vlm.inputs.vlm_inputs import VLMInputs
 from hooked_vlm.interventions.base import EMBEDDING, Edits, Hooks, Intervention, on_own_rows
 from hooked_vlm.interventions.heads import HeadIntervention, layer_hooks
 from hooked_vlm.metrics import Metric
+from hooked_vlm.model.finite import check_finite, described
 from hooked_vlm.nn.forward_pass import ForwardPass, inputs_mask, inputs_rotation, last_of_rows
 from hooked_vlm.nn.hooks import hooked_module, running
 from hooked_vlm.nn.kv_cache import KVCache, SharedPrefix
@@ -93,6 +94,7 @@ def sweep(
     Raises:
         InputError: hooks are set on the model already, an intervention does not fit, or the metric gives something
             else than one number per row.
+        NotFiniteError: logits without intervention are infinite or not numbers.
     """
     inputs = model.as_inputs(inputs)
     interventions = tuple(interventions)
@@ -112,6 +114,7 @@ def sweep(
     else:
         inputs = with_features(model, inputs)
     plain = PlainRun.of(model, inputs, plan, logits_at)
+    check_finite(model, inputs, plain.logits, "the logits without intervention")
     baseline = measure(metric, plain.logits, logits_at).cpu()
     values = baseline.new_full((len(interventions), len(inputs)), torch.nan)
     with tqdm(total=plan.n_runs, disable=not progress, desc="sweep", unit="run") as bar:
@@ -131,9 +134,21 @@ def sweep(
                 continue
             values[list(batch.runs)] = torch.stack(rows).cpu()
             bar.update(len(batch.runs))
-    if (n_bad := int(values.isnan().sum())) > 0:
-        warnings.warn(f"{n_bad} of {values.numel()} values are not numbers (NaN); they are kept as such", stacklevel=2)
+    _warn_of_nan(model, given, interventions, values)
     return SweepResult(values, baseline, interventions, plan)
+
+
+def _warn_of_nan(
+    model: "HookedVLM", inputs: VLMInputs, interventions: Sequence[Intervention], values: Float[Tensor, "run batch"]
+) -> None:
+    """Say which values are not numbers, and where the first of their runs has the first such activation."""
+    bad = values.isnan()
+    if not bool(bad.any()):
+        return
+    run = int(bad.any(1).nonzero()[0])
+    with model.hooks(fwd_hooks=interventions[run].hooks(model, inputs)):
+        what = described(model, inputs, f"{int(bad.sum())} of {values.numel()} values, the first of run {run},")
+    warnings.warn(f"{what}; they are kept as such (NaN)", stacklevel=3)
 
 
 def with_features(model: "HookedVLM", inputs: VLMInputs) -> VLMInputs:
