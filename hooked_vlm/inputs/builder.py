@@ -200,12 +200,14 @@ class InputBuilder:
             tokens[row, first] = bos_id
         return tokens
 
-    def to_str_tokens(self, input: Any, prepend_bos: bool | None = None) -> list[str]:
-        """Every token of one text, [pos] ids or a batch of one, as a string.
+    def to_str_tokens(self, input: Any, prepend_bos: bool | None = None) -> list[str] | list[list[str]]:
+        """Every token of one text, [pos] ids or a batch of one, as a string; of a list of texts, a list for each.
 
         Raises:
-            InputError: a batch of several.
+            InputError: a batch of several rows of ids.
         """
+        if isinstance(input, list | tuple) and all(isinstance(text, str) for text in input):
+            return [self.to_str_tokens(text, prepend_bos) for text in input]  # pyright: ignore[reportReturnType]
         tokens = self.to_tokens(input, prepend_bos)
         ids = tokens.tokens if isinstance(tokens, VLMInputs) else tokens
         if ids.ndim == 2 and len(ids) != 1:

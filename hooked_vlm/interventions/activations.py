@@ -17,11 +17,11 @@ from hooked_vlm.interventions.base import (
     first_position,
     image_tokens,
     layer_of,
+    made_for,
     position_table,
     positions_mask,
     whole_numbers,
 )
-from hooked_vlm.interventions.bound_hooks import made_for
 from hooked_vlm.nn.hooks import HookPoint, is_quadratic, is_vision
 
 if TYPE_CHECKING:

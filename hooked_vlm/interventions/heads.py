@@ -17,11 +17,11 @@ from hooked_vlm.interventions.base import (
     Intervention,
     Positions,
     first_position,
+    made_for,
     position_table,
     positions_mask,
     whole_numbers,
 )
-from hooked_vlm.interventions.bound_hooks import made_for
 from hooked_vlm.nn.hooks import HookPoint
 
 if TYPE_CHECKING:

@@ -1,22 +1,18 @@
 """Numbers that overflowed: that they did, where it began, and what to do."""
 
-from contextlib import suppress
 from typing import TYPE_CHECKING
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from hooked_vlm.errors import NotFiniteError
 from hooked_vlm.inputs.vlm_inputs import VLMInputs
-from hooked_vlm.nn.forward_pass import Recorder
+from hooked_vlm.nn.forward_pass import Recorder, are_finite
 from hooked_vlm.nn.hooks import is_quadratic
 
 if TYPE_CHECKING:
     from hooked_vlm.model.vlm import HookedVLM
-
-
-class _Found(Exception):
-    """Ends the pass that looks for the first hook point."""
 
 
 @torch.no_grad()
@@ -29,27 +25,24 @@ def first_not_finite(model: "HookedVLM", inputs: VLMInputs) -> str:
 
     def look(name: str, x: Tensor) -> None:
         nonlocal found
-        if not is_quadratic(name) and not bool(torch.isfinite(x).all()):
+        if not found and not is_quadratic(name) and not bool(torch.isfinite(x).all()):
             found = name
-            raise _Found
 
-    with suppress(_Found):
-        model(inputs, return_type=None, recorder=Recorder(look))
+    model(inputs, return_type=None, recorder=Recorder(look))
     return found
 
 
-def check_finite(model: "HookedVLM", inputs: VLMInputs, logits: Tensor, what: str) -> None:
-    """Refuse logits of which the largest of a row is infinite or not a number.
+def check_finite(model: "HookedVLM", inputs: VLMInputs, logits: Float[Tensor, "*dims d_vocab"]) -> None:
+    """Refuse logits of which the largest is infinite or not a number.
 
     Args:
-        logits: [..., d_vocab], of a pass over `inputs` under the hooks that are set now.
-        what: what they are of, for the message.
+        logits: of a pass over `inputs` under the hooks that are set now.
 
     Raises:
         NotFiniteError: says where it begins, and what to do.
     """
-    if logits.numel() and not bool(torch.isfinite(logits.amax(-1)).all()):
-        raise NotFiniteError(described(model, inputs, what))
+    if not are_finite(logits):
+        raise NotFiniteError(described(model, inputs, "the logits"))
 
 
 def described(model: "HookedVLM", inputs: VLMInputs, what: str) -> str:

@@ -12,8 +12,9 @@ from tqdm.auto import trange
 from hooked_vlm.errors import InputError
 from hooked_vlm.inputs.vlm_inputs import Answer, VLMInputs
 from hooked_vlm.model.finite import check_finite
+from hooked_vlm.model.other_names import refuse_arguments
 from hooked_vlm.model.sampling import Sampling, Stopping, checkpoint_settings
-from hooked_vlm.nn.forward_pass import check_context
+from hooked_vlm.nn.forward_pass import are_finite, check_context
 from hooked_vlm.nn.hooks import HookName
 
 if TYPE_CHECKING:
@@ -44,6 +45,7 @@ def generate(
     names_filter: Any = None,
     generator: torch.Generator | None = None,
     verbose: bool = False,
+    **elsewhere: Any,
 ) -> Any:
     """Continue the prompt, greedily unless `do_sample`.
 
@@ -82,6 +84,7 @@ def generate(
         HookError: a hook that cannot act.
         NotFiniteError: logits that are infinite or not numbers.
     """
+    refuse_arguments("generate", elsewhere)
     if return_type not in ("tokens", "str", None):
         raise InputError(f'return_type must be "tokens" or "str", got {return_type!r}')
     if settings not in ("checkpoint", None):
@@ -169,10 +172,9 @@ def _continued(
 
 
 def _check_step(model: "HookedVLM", inputs: VLMInputs, new: list[Tensor], logits: Tensor) -> None:
-    if bool(torch.isfinite(logits.amax(-1)).all()):
-        return
-    one_sample = new and len(new[0]) == len(inputs)
-    check_finite(model, inputs.append(torch.stack(new, dim=1)) if one_sample else inputs, logits, "the logits")
+    if not are_finite(logits):
+        one_sample = new and len(new[0]) == len(inputs)
+        check_finite(model, inputs.append(torch.stack(new, dim=1)) if one_sample else inputs, logits)
 
 
 def _without_padding(inputs: VLMInputs) -> Int[Tensor, "batch pos"]:
@@ -213,7 +215,7 @@ def log_probs(model: "HookedVLM", inputs: VLMInputs, answer: Answer) -> Float[Te
     with_answer = inputs.append(answer)
     n_new = [b - a for a, b in zip(inputs.n_generated, with_answer.n_generated, strict=True)]
     logits = model(with_answer)
-    check_finite(model, with_answer, logits, "the logits")
+    check_finite(model, with_answer, logits)
     out = logits.new_zeros(len(inputs), max(n_new), dtype=torch.promote_types(logits.dtype, torch.float32))
     for row, (n, stop) in enumerate(zip(n_new, with_answer.stop, strict=True)):
         predicted = logits[row, stop - n - 1 : stop - 1].to(out.dtype).log_softmax(-1)

@@ -5,8 +5,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from torch import nn
-from transformer_lens import hook_points
+from jaxtyping import Int
+from torch import Tensor, nn
+from transformer_lens import HookedRootModule, hook_points
 
 from hooked_vlm.errors import HookError
 from hooked_vlm.inputs.vlm_inputs import VLMInputs
@@ -60,6 +61,35 @@ def hooks(
             if clear_contexts:
                 model.clear_contexts()
         model.context_level -= 1
+
+
+def add_hook(model: "HookedVLM", name: HookName, hook: Callable, *args: Any, **kwargs: Any) -> None:
+    """Add a hook as in TransformerLens.
+
+    Raises:
+        HookError: a hook that cannot act.
+    """
+    for point in points_of(model, name):
+        point.add_hook(checked_hook(name, hook), *args, **kwargs)
+
+
+def run_with_hooks(
+    model: "HookedVLM",
+    input: VLMInputs | Int[Tensor, "batch pos"] | str | Sequence[str],
+    *args: Any,
+    fwd_hooks: Sequence = (),
+    bwd_hooks: Sequence = (),
+    **kwargs: Any,
+) -> Any:
+    """Run `forward` with temporary hooks: (name or filter, function(tensor, hook) -> tensor or None).
+
+    Raises:
+        HookError: a hook that cannot act, or that this run does not pass (no image to encode, a layer left out).
+    """
+    inputs = model.as_inputs(input)
+    check_reachable(model, [name for name, _ in (*fwd_hooks, *bwd_hooks)], inputs, kwargs)
+    pairs = {"fwd_hooks": list(fwd_hooks), "bwd_hooks": list(bwd_hooks)}
+    return HookedRootModule.run_with_hooks(model, inputs, *args, **pairs, **kwargs)
 
 
 def checked_hook(name: HookName, fn: Callable) -> Callable:

@@ -45,8 +45,9 @@ def run_with_cache(
     incl_bwd: bool = False,
     reset_hooks_end: bool = True,
     clear_contexts: bool = False,
+    return_cache_object: bool = True,
     **kwargs: Any,
-) -> tuple[Any, VLMCache]:
+) -> tuple[Any, Any]:
     """Run `forward` and keep its activations.
 
     Args:
@@ -60,6 +61,7 @@ def run_with_cache(
         remove_batch_dim: drop the text side's batch axis; needs a batch of one.
         incl_bwd: also run backward from the output (use return_type="loss") and store gradients
             under "<name>_grad".
+        return_cache_object: False returns a dictionary of the stored tensors in place of a `VLMCache`.
         reset_hooks_end: False leaves hooks that store the activations of later passes, too.
 
     Raises:
@@ -84,8 +86,8 @@ def run_with_cache(
             out.backward()
     cache = _cache(model, recording, inputs, kwargs, exchanged_patterns(model) if watched else frozenset())
     if not reset_hooks_end:
-        recording.put = cache.follow
-    return out, cache
+        recording.put = cache.follow if return_cache_object else recording.store.__setitem__
+    return out, cache if return_cache_object else recording.store
 
 
 def get_caching_hooks(
@@ -129,9 +131,10 @@ def get_caching_hooks(
 def add_caching_hooks(model: "HookedVLM", *args: Any, **kwargs: Any) -> dict[str, Tensor]:
     """Set the hooks of `get_caching_hooks` until `model.reset_hooks()`, and return the dictionary they fill."""
     cache, fwd, bwd = get_caching_hooks(model, *args, **kwargs)
-    for hooks, direction in ((fwd, "fwd"), (bwd, "bwd")):
-        for name, fn in hooks:
-            model.add_hook(name, fn, dir=direction)
+    for name, fn in fwd:
+        model.add_hook(name, fn, "fwd")
+    for name, fn in bwd:
+        model.add_hook(name, fn, "bwd")
     return cache
 
 

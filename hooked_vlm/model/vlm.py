@@ -1,14 +1,13 @@
 """`HookedVLM`: a vision-language model whose every intermediate tensor passes a named hook point."""
 
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from functools import wraps
 from typing import Any, Concatenate, Literal, ParamSpec, TypeVar
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 from transformer_lens import HookedRootModule
@@ -16,11 +15,22 @@ from transformer_lens import HookedRootModule
 from hooked_vlm.config import VLMConfig
 from hooked_vlm.errors import InputError
 from hooked_vlm.inputs.builder import InputBuilder
+from hooked_vlm.inputs.text import TextCodec
 from hooked_vlm.inputs.vlm_inputs import VLMInputs
 from hooked_vlm.loading import checkpoints, saving
-from hooked_vlm.model import fingerprints, generation, hooking, recording, switches, weights
-from hooked_vlm.model.cache import VLMCache
+from hooked_vlm.model import (
+    fingerprints,
+    generation,
+    hooking,
+    losses,
+    recording,
+    switches,
+    token_positions,
+    weights,
+)
+from hooked_vlm.model.other_names import ATTRIBUTES, refuse_arguments
 from hooked_vlm.model.weights import stacked_view
+from hooked_vlm.nn import kv_cache
 from hooked_vlm.nn.block import run_blocks, text_blocks
 from hooked_vlm.nn.components import Embed, Norm, Unembed, WithViews
 from hooked_vlm.nn.forward_pass import (
@@ -43,23 +53,33 @@ from hooked_vlm.nn.hooks import (
     running,
 )
 from hooked_vlm.nn.kv_cache import KVCache
-from hooked_vlm.nn.vision import Projector, VisionTower, image_pass
-from hooked_vlm.nn.weight_access import device_of
+from hooked_vlm.nn.vision import Projector, VisionTower, encode
 
 P = ParamSpec("P")
+Q = TypeVar("Q")
 R = TypeVar("R")
 Hooks = Sequence[tuple[HookName, Callable]]
 ReturnType = Literal["logits", "loss", "both"] | None
 
 
-def _of_builder(method: Callable[Concatenate[InputBuilder, P], R]) -> Callable[Concatenate["HookedVLM", P], R]:
-    """Make a method of the input builder one of the model."""
+def _of_part(
+    part: Callable[["HookedVLM"], Q], method: Callable[Concatenate[Q, P], R]
+) -> Callable[Concatenate["HookedVLM", P], R]:
+    """Make a method of one of a model's parts a method of the model."""
 
     @wraps(method)
     def call(model: "HookedVLM", *args: P.args, **kwargs: P.kwargs) -> R:
-        return method(model.input_builder, *args, **kwargs)
+        return method(part(model), *args, **kwargs)
 
     return call
+
+
+def _builder(model: "HookedVLM") -> InputBuilder:
+    return model.input_builder
+
+
+def _codec(model: "HookedVLM") -> TextCodec:
+    return model.input_builder.text
 
 
 class HookedVLM(WithViews, HookedRootModule):
@@ -115,24 +135,17 @@ class HookedVLM(WithViews, HookedRootModule):
         """The builder of this model's inputs, with its present tokenizer and image processor."""
         return InputBuilder(self.cfg, self.tokenizer, self.image_processor)
 
-    input_spec = _of_builder(InputBuilder.input_spec)
-    to_inputs = _of_builder(InputBuilder.to_inputs)
-    inputs_from_hf = _of_builder(InputBuilder.inputs_from_hf)
-    chat_text = _of_builder(InputBuilder.chat_text)
-    to_tokens = _of_builder(InputBuilder.to_tokens)
-    to_str_tokens = _of_builder(InputBuilder.to_str_tokens)
+    input_spec = _of_part(_builder, InputBuilder.input_spec)
+    to_inputs = _of_part(_builder, InputBuilder.to_inputs)
+    inputs_from_hf = _of_part(_builder, InputBuilder.inputs_from_hf)
+    chat_text = _of_part(_builder, InputBuilder.chat_text)
+    to_tokens = _of_part(_builder, InputBuilder.to_tokens)
+    to_str_tokens = _of_part(_builder, InputBuilder.to_str_tokens)
 
-    def to_string(self, tokens: Any) -> str | list[str]:
-        """Decode token ids [pos], or [batch, pos] into a list, special tokens included."""
-        return self.input_builder.text.to_string(tokens)
-
-    def to_single_token(self, string: str) -> int:
-        """Return the id of a text that is one token.
-
-        Raises:
-            InputError: it is no token or several, which are shown.
-        """
-        return self.input_builder.text.to_single_token(string)
+    to_string = _of_part(_codec, TextCodec.to_string)
+    to_single_token = _of_part(_codec, TextCodec.to_single_token)
+    to_single_str_token = token_positions.to_single_str_token
+    get_token_position = token_positions.get_token_position
 
     @property
     def image_token(self) -> str:
@@ -146,17 +159,21 @@ class HookedVLM(WithViews, HookedRootModule):
 
     # ---------------------------------------------------------------- forward
 
+    loss_fn = losses.loss_fn
+
     def forward(
         self,
         input: VLMInputs | Int[Tensor, "batch pos"] | str | Sequence[str],
         return_type: ReturnType = "logits",
         *,
-        start_at_layer: int = 0,
+        start_at_layer: int | None = None,
         resid: Float[Tensor, "batch pos d_model"] | None = None,
         stop_at_layer: int | None = None,
         past_kv_cache: KVCache | None = None,
         logits_at: Literal["all", "last"] = "all",
+        loss_per_token: bool = False,
         recorder: Recorder | None = None,
+        **elsewhere: Any,
     ) -> Any:
         """Run the model.
 
@@ -169,11 +186,14 @@ class HookedVLM(WithViews, HookedRootModule):
             stop_at_layer: return the residual stream before this block instead.
             past_kv_cache: keys and values of the positions before these (`model.new_kv_cache`); it grows.
             logits_at: "last" computes logits of each row's last real position only, [batch, 1, d_vocab].
+            loss_per_token: the loss of each next token, [batch, pos - 1], in place of their mean.
             recorder: what `run_with_cache` records this pass with.
 
         Raises:
             InputError: inputs that do not fit the model or each other.
         """
+        if elsewhere:
+            refuse_arguments("forward", elsewhere)
         inputs = self.as_inputs(input)
         first, last = layer_range(self.cfg, start_at_layer, stop_at_layer)
         if return_type not in ("logits", "loss", "both", None):
@@ -199,7 +219,7 @@ class HookedVLM(WithViews, HookedRootModule):
             logits = here.pad(self.unembed(self.ln_final(stream)))
         if return_type == "logits":
             return logits
-        loss = self._loss(logits, inputs, logits_at)
+        loss = self.loss_fn(logits, inputs, per_token=loss_per_token)
         return loss if return_type == "loss" else (logits, loss)
 
     def as_inputs(self, input: Any) -> VLMInputs:
@@ -265,7 +285,7 @@ class HookedVLM(WithViews, HookedRootModule):
         here = here.without_positions()
         features = inputs.image_features
         if features is None:
-            features = self._encode(inputs, here.context, here.recorder)
+            features = encode(self, inputs, here.context, here.recorder)
         else:
             hooked = [n for n, point in self.hook_dict.items() if is_encoder(n) and is_hooked(point)]
             self.check_reachable(hooked, inputs, {})
@@ -282,43 +302,11 @@ class HookedVLM(WithViews, HookedRootModule):
             raise InputError(f"{self.cfg.model_name or 'this model'} is a language model without a vision tower")
         if inputs.pixel_values is None and inputs.pixel_values_videos is None:
             raise InputError("there are no images in these inputs to encode")
-        return self._encode(inputs, {"inputs": inputs}, None)
+        return encode(self, inputs, {"inputs": inputs}, None)
 
-    def _encode(
-        self, inputs: VLMInputs, context: Mapping[str, Any], recorder: Recorder | None
-    ) -> Float[Tensor, "token d_model"]:
-        pixels = [p for p in (inputs.pixel_values, inputs.pixel_values_videos) if p is not None]
-        images = image_pass(self, inputs.grids, inputs.device, context, recorder)
-        return self.projector(self.vision(torch.cat(pixels), images), inputs.grids, images)
-
-    def _loss(self, logits: Tensor, inputs: VLMInputs, logits_at: str) -> Float[Tensor, ""]:
-        if logits_at != "all":
-            raise InputError('the loss needs logits_at="all"')
-        targets = inputs.tokens[:, 1:]
-        counted = (inputs.attention_mask[:, 1:] * inputs.attention_mask[:, :-1]).bool()
-        for placeholder in inputs.spec.placeholder_ids:
-            counted &= targets != placeholder
-        predictions = logits[:, :-1][counted]
-        predictions = predictions.to(torch.promote_types(predictions.dtype, torch.float32))
-        return F.cross_entropy(predictions, targets[counted])
-
-    def new_kv_cache(self, batch: int, capacity: int) -> KVCache:
-        """Return an empty key-value cache for `batch` rows with room for `capacity` positions (it grows past that)."""
-        cfg = self.cfg
-        homes = [device_of(block) for block in self.blocks] if self.device_map else None
-        sizes = (cfg.n_layers, batch, capacity, cfg.n_key_value_heads, cfg.d_head)
-        return KVCache(*sizes, cfg.device, cfg.dtype, homes)
+    new_kv_cache = kv_cache.new_kv_cache
 
     # ---------------------------------------------------------------- hooks
-
-    def add_hook(self, name: HookName, hook: Callable, *args: Any, **kwargs: Any) -> None:
-        """Add a hook as in TransformerLens.
-
-        Raises:
-            HookError: a hook that cannot act.
-        """
-        for point in self.points_of(name):
-            point.add_hook(hooking.checked_hook(name, hook), *args, **kwargs)
 
     def hooks(  # pyright: ignore[reportIncompatibleMethodOverride] (yields a HookedVLM)
         self, fwd_hooks: Hooks = (), bwd_hooks: Hooks = (), reset_hooks_end: bool = True, clear_contexts: bool = False
@@ -326,26 +314,15 @@ class HookedVLM(WithViews, HookedRootModule):
         """Set hooks for the length of a `with` block: `hooking.hooks`."""
         return hooking.hooks(self, fwd_hooks, bwd_hooks, reset_hooks_end, clear_contexts)
 
-    def run_with_hooks(
-        self,
-        input: VLMInputs | Int[Tensor, "batch pos"] | str | Sequence[str],
-        *args: Any,
-        fwd_hooks: Sequence = (),
-        bwd_hooks: Sequence = (),
-        **kwargs: Any,
-    ) -> Any:
-        """Run `forward` with temporary hooks: (name or filter, function(tensor, hook) -> tensor or None).
+    add_hook = hooking.add_hook  # pyright: ignore[reportAssignmentType] (narrower)
 
-        Raises:
-            HookError: a hook that cannot act, or that this run does not pass (no image to encode, a layer left out).
-        """
-        inputs = self.as_inputs(input)
-        self.check_reachable([name for name, _ in (*fwd_hooks, *bwd_hooks)], inputs, kwargs)
-        return super().run_with_hooks(inputs, *args, fwd_hooks=list(fwd_hooks), bwd_hooks=list(bwd_hooks), **kwargs)
+    def run_with_hooks(self, input: Any, *args: Any, **kwargs: Any) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Run `forward` with temporary hooks; arguments as of `hooked_vlm.model.hooking.run_with_hooks`."""
+        return hooking.run_with_hooks(self, input, *args, **kwargs)
 
     def run_with_cache(  # pyright: ignore[reportIncompatibleMethodOverride] (the input has a type here)
         self, input: VLMInputs | Int[Tensor, "batch pos"] | str | Sequence[str], *args: Any, **kwargs: Any
-    ) -> tuple[Any, VLMCache]:
+    ) -> tuple[Any, Any]:
         """Run `forward` and keep its activations; arguments as of `hooked_vlm.model.recording.run_with_cache`."""
         return recording.run_with_cache(self, input, *args, **kwargs)
 
@@ -373,6 +350,7 @@ class HookedVLM(WithViews, HookedRootModule):
     W_in, W_gate, W_out = (stacked_view("mlp", name) for name in ("W_in", "W_gate", "W_out"))
     b_in, b_out = (stacked_view("mlp", name) for name in ("b_in", "b_out"))
     W_E, W_U, b_U = weights.W_E, weights.W_U, weights.b_U
+    OV, QK, all_head_labels = (property(fn) for fn in (weights.OV, weights.QK, weights.all_head_labels))
     absent_biases = property(weights.absent_biases)
     tl_parameters = weights.tl_parameters
     tl_state_dict = weights.tl_state_dict
@@ -388,6 +366,24 @@ class HookedVLM(WithViews, HookedRootModule):
     to_hf_state_dict = saving.to_hf_state_dict
     save_pretrained = saving.save_pretrained
     identity = fingerprints.identity
+
+    @property
+    def device(self) -> torch.device:
+        """Where inputs are expected; `device_map` says where each part is."""
+        return self.cfg.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the weights."""
+        return self.cfg.dtype
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name in ATTRIBUTES:
+                raise AttributeError(f"a HookedVLM has no {name}; its place takes {ATTRIBUTES[name]}") from None
+            raise
 
     def _apply(self, fn: Callable, recurse: bool = True) -> Any:
         # every move and cast (.to, .cuda, .half, ...) comes through here: cfg follows

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from transformer_lens import FactoredMatrix
 
 from hooked_vlm.nn.components import weight_view
 from hooked_vlm.nn.weight_access import AbsentBias, values_of
@@ -54,6 +55,27 @@ def W_U(model: "HookedVLM") -> Float[Tensor, "d_model d_vocab"]:
 def b_U(model: "HookedVLM") -> Float[Tensor, "d_vocab"]:
     values_of(model.unembed)  # which refuses another module in its place
     return model.unembed.b_U
+
+
+def OV(model: "HookedVLM") -> FactoredMatrix:
+    """`W_V` @ `W_O` of every head, [layer, head, d_model, d_model], key-value heads repeated for their queries."""
+    return FactoredMatrix(_for_query_heads(model, model.W_V), model.W_O)
+
+
+def QK(model: "HookedVLM") -> FactoredMatrix:
+    """`W_Q` @ `W_K`ᵀ of every head, [layer, head, d_model, d_model], before rotation."""
+    return FactoredMatrix(model.W_Q, _for_query_heads(model, model.W_K).transpose(-2, -1))
+
+
+def _for_query_heads(
+    model: "HookedVLM", matrices: Float[Tensor, "layer kv_head d_model d_head"]
+) -> Float[Tensor, "layer head d_model d_head"]:
+    return matrices.repeat_interleave(model.cfg.n_heads // model.cfg.n_key_value_heads, dim=1)
+
+
+def all_head_labels(model: "HookedVLM") -> list[str]:
+    """Labels of the heads, layer by layer: "L0H0", "L0H1", ..."""
+    return [f"L{layer}H{head}" for layer in range(model.cfg.n_layers) for head in range(model.cfg.n_heads)]
 
 
 def absent_biases(model: "HookedVLM") -> list[str]:

@@ -180,6 +180,11 @@ def last_of_rows(
     return last, unpacked if together else unpacked.without_positions()
 
 
+def are_finite(logits: Float[Tensor, "*dims d_vocab"]) -> bool:
+    """Whether the largest logit everywhere is a finite number."""
+    return bool(torch.isfinite(logits.amax(-1)).all())
+
+
 def inputs_mask(cfg: VLMConfig, inputs: VLMInputs, past: KVCache | None) -> AttentionMask:
     """Who sees whom among `inputs` and what is in the cache."""
     padded = min(inputs.stop) != inputs.shape[1] or max(inputs.first) != 0
@@ -221,7 +226,7 @@ def check_context(cfg: VLMConfig, inputs: VLMInputs, n_past: int) -> None:
         raise InputError(f"{longest} tokens do not fit the context of {cfg.n_ctx_limit}: shorten the prompt{lower}")
 
 
-def layer_range(cfg: VLMConfig, start_at_layer: int, stop_at_layer: int | None) -> tuple[int, int]:
+def layer_range(cfg: VLMConfig, start_at_layer: int | None, stop_at_layer: int | None) -> tuple[int, int]:
     """Return the first layer to run and one past the last; negative numbers count from the end.
 
     Raises:
@@ -234,7 +239,7 @@ def layer_range(cfg: VLMConfig, start_at_layer: int, stop_at_layer: int | None) 
     ):
         if layer is not None and not -n <= layer <= top:
             raise InputError(f"{name}={layer} is out of range: the model has layers 0 to {n - 1}")
-    first = start_at_layer % n
+    first = (start_at_layer or 0) % n
     last = n if stop_at_layer is None else stop_at_layer if stop_at_layer >= 0 else stop_at_layer + n
     return first, last
 

@@ -2,13 +2,17 @@
 
 from collections.abc import Sequence
 from copy import copy
-from typing import Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from hooked_vlm.inputs.vlm_inputs import VLMInputs
+from hooked_vlm.nn.weight_access import device_of
+
+if TYPE_CHECKING:
+    from hooked_vlm.model.vlm import HookedVLM
 
 
 @runtime_checkable
@@ -49,6 +53,8 @@ class KVCache:
         self.values = [torch.empty(shape, device=home, dtype=dtype) for home in homes]
         self.length = 0
         """Positions filled, the same for every row (padding included)."""
+        self.frozen = False
+        """Whether later passes leave it as it is."""
         self.n_passes = 0
         """Forward passes that filled them."""
         self.inputs: VLMInputs | None = None
@@ -61,6 +67,14 @@ class KVCache:
     @property
     def batch(self) -> int:
         return self.keys[0].shape[0]
+
+    def freeze(self) -> None:
+        """Have later passes read the cache and add nothing: one prompt for many continuations."""
+        self.frozen = True
+
+    def unfreeze(self) -> None:
+        """Have later passes add to the cache again."""
+        self.frozen = False
 
     def begin(self, inputs: VLMInputs) -> VLMInputs:
         """Return the inputs that the cache begins with: these, if it is empty."""
@@ -80,6 +94,9 @@ class KVCache:
 
         `length` moves only with `advance`, so a forward pass that fails half-way leaves the cache as it was.
         """
+        if self.frozen:
+            keys, values = self.keys[layer][:, : self.length], self.values[layer][:, : self.length]
+            return torch.cat((keys, k), dim=1), torch.cat((values, v), dim=1)
         end = self.length + k.shape[1]
         for buffers, new in ((self.keys, k), (self.values, v)):
             if torch.is_grad_enabled() and (new.requires_grad or buffers[layer].requires_grad):
@@ -117,6 +134,8 @@ class KVCache:
 
     def advance(self, n_positions: int, n_rotary_positions: Int[Tensor, "batch"] | int) -> None:
         """Count `n_positions` more as filled, whose rotary positions reach `n_rotary_positions` further."""
+        if self.frozen:
+            return
         self.length += n_positions
         self.n_passes += 1
         past = torch.zeros(self.batch, dtype=torch.long, device=self.device)
@@ -155,3 +174,11 @@ def _with_room(buffer: Tensor, filled: int, end: int) -> Tensor:
     grown = buffer.new_empty(buffer.shape[0], max(end, 2 * filled), *buffer.shape[2:])
     grown[:, :filled] = buffer[:, :filled]
     return grown
+
+
+def new_kv_cache(model: "HookedVLM", batch: int, capacity: int) -> KVCache:
+    """Return an empty key-value cache for `batch` rows with room for `capacity` positions (it grows past that)."""
+    cfg = model.cfg
+    homes = [device_of(block) for block in model.blocks] if model.device_map else None
+    sizes = (cfg.n_layers, batch, capacity, cfg.n_key_value_heads, cfg.d_head)
+    return KVCache(*sizes, cfg.device, cfg.dtype, homes)

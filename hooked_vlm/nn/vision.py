@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from hooked_vlm.config import VisionConfig
 from hooked_vlm.inputs.token_layout import Grid
+from hooked_vlm.inputs.vlm_inputs import VLMInputs
 from hooked_vlm.nn.block import run_blocks, vision_blocks
 from hooked_vlm.nn.components import ACTIVATIONS, Norm
 from hooked_vlm.nn.forward_pass import ForwardPass, Recorder
@@ -244,3 +245,12 @@ def _rows_cols(grid: Grid, merge: int) -> Int[Tensor, "patch 2"]:
     blocks = (h // merge, merge, w // merge, merge)
     in_order = [axis.reshape(blocks).transpose(0, 2, 1, 3).ravel() for axis in (rows, cols)]
     return torch.from_numpy(np.tile(np.stack(in_order, axis=-1), (t, 1)))
+
+
+def encode(
+    model: "HookedVLM", inputs: VLMInputs, context: Mapping[str, Any], recorder: Recorder | None
+) -> Float[Tensor, "token d_model"]:
+    """Run the tower and the projector over the pixels of the inputs: features of images first, then of videos."""
+    pixels = [p for p in (inputs.pixel_values, inputs.pixel_values_videos) if p is not None]
+    images = image_pass(model, inputs.grids, inputs.device, context, recorder)
+    return model.projector(model.vision(torch.cat(pixels), images), inputs.grids, images)

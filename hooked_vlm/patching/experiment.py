@@ -91,7 +91,7 @@ def swept(
 ) -> tuple[Float[np.ndarray, "run example"], Float[np.ndarray, "example"]]:
     """Values and baseline of a sweep as float64 arrays."""
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*are not numbers")  # the experiment warns once, at its end
+        warnings.filterwarnings("ignore", message=".*are not finite numbers")  # the experiment warns once, at its end
         result = sweep(model, inputs, interventions, metric, logits_at=logits_at, max_runs=max_runs)
     return result.values.double().numpy(), result.baseline.double().numpy()
 

@@ -12,8 +12,7 @@ from torch import Tensor
 from hooked_vlm.errors import InputError
 from hooked_vlm.inputs.vlm_inputs import VLMInputs
 from hooked_vlm.interventions import Head, Intervention
-from hooked_vlm.interventions.base import Hooks, first_position, in_range, position_table, positions_mask
-from hooked_vlm.interventions.bound_hooks import made_for
+from hooked_vlm.interventions.base import Hooks, first_position, in_range, made_for, position_table, positions_mask
 from hooked_vlm.interventions.heads import check_heads
 from hooked_vlm.metrics import Metric
 from hooked_vlm.nn.components import project_head

@@ -27,7 +27,7 @@ from hooked_vlm.interventions.base import EMBEDDING, Edits, Hooks, Intervention,
 from hooked_vlm.interventions.heads import HeadIntervention, layer_hooks
 from hooked_vlm.metrics import Metric
 from hooked_vlm.model.finite import check_finite, described
-from hooked_vlm.nn.forward_pass import ForwardPass, inputs_mask, inputs_rotation, last_of_rows
+from hooked_vlm.nn.forward_pass import ForwardPass, are_finite, inputs_mask, inputs_rotation, last_of_rows
 from hooked_vlm.nn.hooks import hooked_module, running
 from hooked_vlm.nn.kv_cache import KVCache, SharedPrefix
 from hooked_vlm.nn.masks import AttentionMask
@@ -114,7 +114,8 @@ def sweep(
     else:
         inputs = with_features(model, inputs)
     plain = PlainRun.of(model, inputs, plan, logits_at)
-    check_finite(model, inputs, plain.logits, "the logits without intervention")
+    if not are_finite(plain.logits):
+        check_finite(model, given, plain.logits)
     baseline = measure(metric, plain.logits, logits_at).cpu()
     values = baseline.new_full((len(interventions), len(inputs)), torch.nan)
     with tqdm(total=plan.n_runs, disable=not progress, desc="sweep", unit="run") as bar:
