@@ -3,7 +3,6 @@
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from importlib.metadata import version
 from typing import Any, Literal
 
 import numpy as np
@@ -18,7 +17,6 @@ from hooked_vlm.experiments.head_attribution.rankings import other_rankings
 from hooked_vlm.experiments.head_attribution.regression import Fit, fit
 from hooked_vlm.experiments.head_attribution.tasks import Case, ask, items_of, right_cases
 from hooked_vlm.experiments.head_attribution.text_flow import blocked_edges, receivers
-from hooked_vlm.model.fingerprints import weights_hash
 from hooked_vlm.model.vlm import HookedVLM
 from hooked_vlm.runtime.store import ResultStore
 from hooked_vlm.runtime.tasks import SharedSetup, Task, Workers
@@ -82,7 +80,7 @@ def measure(model: HookedVLM, config: HeadAttributionConfig, workers: Workers) -
         WorkerError: see `hooked_vlm.runtime.ray_workers`.
     """
     items = items_of(config)
-    key: dict[str, Any] = {"weights": weights_hash(model), "version": version("hooked-vlm")}
+    key: dict[str, Any] = {"model": model.identity()}
     answers = ask(workers, items, ResultStore(config.out / "parts" / "answers"), key, config.quiet)
     cases = right_cases(model, items, answers)
     probes = make_probes(model, cases, config)

@@ -32,7 +32,7 @@ def thought(study: Study, config: ThoughtConfig) -> Finding:
     long = Study(replace(study.config, max_new_tokens=4 * study.config.new_tokens), study.model, study.workers)
     scores = {
         "direct": study.ocr,
-        "with steps": long.score("ocr", steps, study.model, study.weights),
+        "with steps": long.score("ocr", steps, study.model, study.identity),
     }
     k = study.default_counts()[0]
     zero = partial(masked, mode="zero")

@@ -86,7 +86,7 @@ def answer_all(study: Study, tasks: Sequence[QATask], conditions: Sequence[Condi
             for condition in conditions:
                 key = {
                     "answers": task.data.digest,
-                    "weights": study.weights,
+                    "model": study.identity,
                     "examples": group,
                     "pixels": study.pixels,
                     "change": repr(condition.change),

@@ -27,7 +27,7 @@ def case(study: Study, config: CaseConfig) -> Finding:
     characters = tuple(dict.fromkeys(config.characters))
     rows, means = [], []
     for character in characters:
-        scores = study.score("ocr", [character_pages(study, config, character)], study.model, study.weights)
+        scores = study.score("ocr", [character_pages(study, config, character)], study.model, study.identity)
         means.append(scores.mean)
         for rank, (layer, head) in enumerate(ranked(scores.mean)[:TOP], 1):
             found = bootstrap_mean(scores.instances[:, layer, head], config.seed)

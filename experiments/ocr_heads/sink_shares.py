@@ -31,7 +31,7 @@ def sink_attention(study: Study, tasks: Sequence[QATask]) -> Float[np.ndarray, "
         for group, n_tokens in study.groups(model, task.data.examples):
             key = {
                 "sink attention": task.data.digest,
-                "weights": study.weights,
+                "model": study.identity,
                 "examples": group,
                 "pixels": study.pixels,
                 "queries": QUERIES,

@@ -3,7 +3,6 @@
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,7 +23,6 @@ from hooked_vlm.experiments.ocr_heads.selection import ranked, select
 from hooked_vlm.interventions import Head
 from hooked_vlm.loading.folders import TOY_MODELS
 from hooked_vlm.model.by_name import load
-from hooked_vlm.model.fingerprints import weights_hash
 from hooked_vlm.model.vlm import HookedVLM
 from hooked_vlm.runtime.store import ResultStore
 from hooked_vlm.runtime.tasks import SharedSetup, Task, Workers
@@ -67,8 +65,8 @@ class Study:
         return self.model.cfg.n_layers * self.model.cfg.n_heads
 
     @cached_property
-    def weights(self) -> str:
-        return weights_hash(self.model)
+    def identity(self) -> dict[str, str]:
+        return self.model.identity()
 
     def scored(self, as_text: bool) -> list[DataSet]:
         """Pages or texts that heads are scored on."""
@@ -82,12 +80,12 @@ class Study:
     @cached_property
     def ocr(self) -> Scores:
         """OCR score of every head."""
-        return self.score("ocr", self.scored(as_text=False), self.model, self.weights)
+        return self.score("ocr", self.scored(as_text=False), self.model, self.identity)
 
     @cached_property
     def retrieval(self) -> Scores:
         """Text retrieval score of every head."""
-        return self.score("retrieval", self.scored(as_text=True), self.model, self.weights)
+        return self.score("retrieval", self.scored(as_text=True), self.model, self.identity)
 
     @cached_property
     def sibling(self) -> Scores | None:
@@ -99,7 +97,7 @@ class Study:
             raise StudyError(f"--text-model {self.config.text_model} has no tokenizer")
         self.workers.rest()  # both models' workers together may not fit
         with workers_of(self.config, model, self.config.device) as workers:
-            found = self.score("retrieval", self.scored(as_text=True), model, weights_hash(model), workers)
+            found = self.score("retrieval", self.scored(as_text=True), model, model.identity(), workers)
             self.workers.count(workers.size, workers.seconds)
         return found
 
@@ -108,7 +106,7 @@ class Study:
         kind: Literal["ocr", "retrieval"],
         sets: Sequence[DataSet],
         model: HookedVLM,
-        weights: str,
+        identity: Mapping[str, str],
         workers: Workers | None = None,
     ) -> Scores:
         """Score every head on data sets, batch by batch; finished batches are stored.
@@ -126,7 +124,7 @@ class Study:
             units = []
             for group, n_tokens in self.groups(model, examples, config.new_tokens):
                 key = {
-                    "score": kind, "weights": weights, "data": data.digest, "examples": group, "pixels": self.pixels,
+                    "score": kind, "model": identity, "data": data.digest, "examples": group, "pixels": self.pixels,
                     "granularity": config.granularity, "protocol": vars(protocol), "new_tokens": config.new_tokens,
                 }  # fmt: skip
                 own = [examples[i] for i in group]
@@ -156,7 +154,7 @@ class Study:
         common: SharedSetup | None = None,
     ) -> Task:
         """Task whose table is stored with the study's results."""
-        return Task(self.parts, {**key, "version": version("hooked-vlm")}, work, arguments, n_tokens, common)
+        return Task(self.parts, key, work, arguments, n_tokens, common)
 
     def tables(self, units: Sequence[Task], what: str, workers: Workers | None = None) -> list[pd.DataFrame]:
         """Run tasks with a progress bar and return their tables."""

@@ -1,11 +1,16 @@
 """Identity of a model, which every result records: weights, settings, versions, device, kernel."""
 
 import hashlib
+import json
 import platform
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.nn.functional as F
+from jaxtyping import Int
+from torch import Tensor
+from tqdm.auto import tqdm
 
 from hooked_vlm.nn.weight_access import sorted_values
 from hooked_vlm.runtime.digests import digest
@@ -14,7 +19,6 @@ from hooked_vlm.runtime.provenance import code_hash
 if TYPE_CHECKING:
     from hooked_vlm.model.vlm import HookedVLM
 
-_BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 PACKAGES = ("hooked-vlm", "torch", "transformers", "transformer_lens", "numpy", "pillow")
 
 
@@ -24,6 +28,8 @@ def provenance(model: "HookedVLM") -> dict[str, Any]:
     return {
         "model": cfg.model_name,
         "weights": weights_hash(model),
+        "settings": _settings(model),
+        "tokenizer": _tokenizer(model.tokenizer),
         "dtype": str(cfg.dtype).removeprefix("torch."),
         "quantised": cfg.quantize,
         "device": str(cfg.device),
@@ -35,28 +41,61 @@ def provenance(model: "HookedVLM") -> dict[str, Any]:
 
 @torch.no_grad()
 def weights_hash(model: "HookedVLM") -> str:
-    """Sixteen digits that stand for a model: its weights and its configuration, the same on every device.
+    """Sixteen digits that stand for a model: its weights as they are now and its configuration, on any device.
 
     Of the configuration: all that decides results (rotary bases, epsilons, stop tokens, ...). Of each tensor: name,
-    shape, dtype, and sums of its bits as whole numbers over rows and over columns, weighted by their places, which any
-    change of a weight and any exchange of rows, columns or single weights alters. Reading the weights twice is all it
-    costs.
+    shape, dtype, and sums of its bytes, eight at a time as whole numbers, over rows and over columns, weighted by their
+    places, which any change of a weight and any exchange of rows, columns or single weights alters. A bar shows how
+    far it is where it takes longer than a second.
     """
     plain = model.cfg.with_(model_name="", device=torch.device("cpu"))  # wherever it was found, wherever it runs
-    # a model keeps its hash from version to version: the last field is one that 0.1 had
-    digest = hashlib.sha256(f"{str(plain)[:-1]}, use_compile=False)\n".encode())
-    for name, tensor in sorted_values(model):
-        bits = tensor.contiguous().view(_BITS[tensor.element_size()])
-        bits = bits.flatten(1) if bits.ndim > 1 else bits.reshape(-1, 1)
-        rows, columns = bits.sum(1, dtype=torch.int64), bits.sum(0, dtype=torch.int64)
+    digest = hashlib.sha256(f"{plain}\n".encode())
+    tensors = sorted_values(model)
+    for name, tensor in tqdm(tensors, desc="hashing weights", unit="tensor", delay=1, leave=False, disable=None):
+        words = _words(tensor)
+        rows, columns = words.sum(1), words.sum(0)
         weighted = [int((sums * torch.arange(1, len(sums) + 1, device=sums.device)).sum()) for sums in (rows, columns)]
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype} {int(rows.sum())} {weighted}\n".encode())
     return digest.hexdigest()[:16]
 
 
+def _words(tensor: Tensor) -> Int[Tensor, "row word"]:
+    """The bytes of a tensor, eight at a time; zeros fill up the last ones."""
+    flat = tensor.contiguous().reshape(-1).view(torch.uint8)
+    if len(flat) % 8:
+        flat = F.pad(flat, (0, -len(flat) % 8))
+    words = flat.view(torch.int64)
+    n_rows = len(tensor) if tensor.ndim > 1 else 1
+    return words.view(n_rows, -1) if n_rows and len(words) % n_rows == 0 else words.view(1, -1)
+
+
 def identity(model: "HookedVLM") -> dict[str, str]:
-    """Hashes of weights, settings and code, and versions of the software: equal for equal models on any machine."""
+    """Everything of a model that decides results, by digests: equal for equal models on any machine.
+
+    Weights, settings (configuration, pictures, generation), tokenizer with its chat template, code, and the versions
+    of the packages that compute.
+    """
     software = {package: version(package) for package in ("hooked-vlm", "torch", "transformers")}
+    return {
+        "weights": weights_hash(model),
+        "settings": _settings(model),
+        "tokenizer": _tokenizer(model.tokenizer),
+        **software,
+        "code": code_hash(),
+    }
+
+
+def _settings(model: "HookedVLM") -> str:
     cfg = model.cfg.with_(model_name="", device=torch.device("cpu"))
-    settings = digest((cfg, model.image_processor))
-    return {"weights": weights_hash(model), "settings": settings, **software, "code": code_hash()}
+    return digest((cfg, model.image_processor, model.generation_config))
+
+
+def _tokenizer(tokenizer: Any) -> str:
+    """Digest of what a tokenizer makes of text: its rules, vocabulary, special tokens and chat template."""
+    if tokenizer is None:
+        return ""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    rules = dict(sorted(tokenizer.get_vocab().items())) if backend is None else json.loads(backend.to_str())
+    rules.pop("padding", None), rules.pop("truncation", None)  # states that calls leave behind
+    told = {name: str(getattr(tokenizer, name, None)) for name in ("special_tokens_map", "chat_template")}
+    return hashlib.sha256(json.dumps([type(tokenizer).__name__, rules, told], sort_keys=True).encode()).hexdigest()[:32]

@@ -67,9 +67,32 @@ class ResultStore:
         assert stored is not None
         return stored  # as read back, so that a first run and a resumed one see the same
 
+    def changed(self, key: Mapping[str, Any]) -> list[str]:
+        """What of the model has changed since a table was stored that is missing under this key.
+
+        Names of the entries of `key["model"]` that differ where nothing else does; empty if there is no such table.
+        """
+        own = json.loads(canonical(key))
+        model = own.pop("model", None)
+        for path in sorted(self.folder.glob("*.parquet")) if model is not None else []:
+            other = _stored_key(path)
+            before = other.pop("model", None)
+            if other == own and isinstance(before, dict):
+                return sorted(name for name in {*model, *before} if model.get(name) != before.get(name))
+        return []
+
     def missing(self, keys: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
         """The keys without a table."""
         return [key for key in keys if self.get(key) is None]
+
+
+def _stored_key(path: Path) -> dict[str, Any]:
+    """The key that a file was stored under; empty if it is damaged or foreign."""
+    try:
+        metadata: dict[bytes, bytes] = pq.read_schema(path).metadata or {}
+        return dict(json.loads(metadata[_KEY]))
+    except Exception:  # readers of damaged files raise any error
+        return {}
 
 
 def _form(table: pa.Table) -> bytes:

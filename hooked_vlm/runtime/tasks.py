@@ -11,6 +11,7 @@ the store, and the tables are the same.
 
 import json
 import time
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import closing
@@ -98,6 +99,8 @@ class Workers(ABC):
         stored = [task.parts.get(task.key) for task in tasks]
         missing = {task.path: task for task, table in zip(tasks, stored, strict=True) if table is None}
         n_found = sum(table is not None for table in stored)
+        if missing and not n_found:
+            _say_what_changed(next(iter(missing.values())))
         bar = tqdm(total=n_found + len(missing), initial=n_found, desc=what, unit=each, disable=quiet)
         with bar, closing(self.results(list(missing.values()))) as results:
             begun, done = time.perf_counter(), 0
@@ -182,6 +185,16 @@ class WorkerState:
     def table(self, work: Callable[..., pd.DataFrame], arguments: tuple[Any, ...]) -> pd.DataFrame:
         """The table of a task."""
         return work(self.model, *arguments)
+
+
+def _say_what_changed(task: Task) -> None:
+    """Say why results that are there are not used."""
+    if changed := task.parts.changed(task.key):
+        warnings.warn(
+            f"results in {task.parts.folder} are made anew: since they were stored, the model's "
+            f"{', '.join(changed)} changed",
+            stacklevel=3,
+        )
 
 
 def _read(task: Task) -> pd.DataFrame:

@@ -7,7 +7,6 @@ table = sweep_many(model, cases, out / "parts", workers=OnRay(model, "auto"))  #
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -17,7 +16,6 @@ from hooked_vlm.errors import InputError
 from hooked_vlm.inputs.vlm_inputs import VLMInputs
 from hooked_vlm.interventions.base import ENCODER, Intervention
 from hooked_vlm.metrics import Metric
-from hooked_vlm.model.fingerprints import weights_hash
 from hooked_vlm.runtime.digests import digest
 from hooked_vlm.runtime.store import ResultStore
 from hooked_vlm.runtime.tasks import InProcess, SharedSetup, Task, Workers
@@ -76,7 +74,7 @@ def sweep_many(
         raise InputError(f"there are several cases named {twice!r}: their rows could not be distinguished in the table")
     if runs_per_block < 1:
         raise InputError(f"runs_per_block must be at least 1, got {runs_per_block}")
-    shared = {"weights": weights_hash(model), "version": version("hooked-vlm"), "logits_at": logits_at}
+    shared = {"model": model.identity(), "logits_at": logits_at}
     tasks: list[Task] = []
     origins: list[tuple[str, int]] = []
     for case in cases:
