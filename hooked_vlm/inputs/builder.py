@@ -146,7 +146,7 @@ class InputBuilder:
         video_lists = per_prompt(videos, len(prompts), batched, "videos", as_videos)
         self._check_sight(any([*image_lists, *video_lists]))
         given = zip(prompts, image_lists, video_lists, strict=True)
-        read = [read_prompt(one, *its_pictures, self.text, chat, template) for one, *its_pictures in given]
+        read = [read_prompt(one, its, videos, self.text, chat, template) for one, its, videos in given]
         self._check_sight(any(one.images or one.videos for one in read))
         return read
 

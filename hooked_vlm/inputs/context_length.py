@@ -58,6 +58,6 @@ def _tighter_bounds(
     now = "the checkpoint's own" if max_pixels is None else str(max_pixels)
     # tokens for each picture if all take their full share; a narrow picture takes more, as no side is below a token's
     shares = [(n_ctx - n) // sum(frames for _, frames in row) for n, row in zip(n_text, pictures, strict=True) if row]
-    for most in range(min(shares) * area, 0, -area):
+    for most in range(min(shares, default=0) * area, 0, -area):
         lower = f"min_pixels={most} and " if least > most else ""
         yield f"{lower}max_pixels={most} (now {now})", processor.bounded(min(least, most), most)

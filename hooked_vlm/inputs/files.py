@@ -25,7 +25,7 @@ def open_source(source: Any, kind: str, allow_remote: bool = False) -> tuple[str
 
     Args:
         source: a path, a `file://` or `data:` URI, an http(s) address, bytes, a binary file object (read from its
-            beginning, its position kept), or {"bytes": ..., "path": ...} as Hugging Face `datasets` has undecoded files.
+            beginning, its position kept), or {"bytes": ..., "path": ...}, an undecoded file of Hugging Face `datasets`.
         kind: "an image" or "a video", for messages.
         allow_remote: whether http(s) addresses are fetched.
 

@@ -1,7 +1,7 @@
 """Prompts as users give them: lists of pictures, chat messages with pictures inside."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -72,9 +72,7 @@ def as_videos(given: Any) -> list:
     given = list(given)
     videos = [is_video(one) for one in given]
     if any(videos) and not all(videos):
-        raise InputError(
-            f"a list of videos holds videos or is itself one of frames, got both at entry {videos.index(False)}"
-        )
+        raise InputError(f"videos must be all videos or all frames of one, but entry {videos.index(False)} is a frame")
     return given if all(videos) else [given]
 
 
@@ -94,7 +92,7 @@ class Picture:
     """An image or video of a prompt, with the settings that its message gives it."""
 
     source: Any
-    settings: PictureSettings = PictureSettings()
+    settings: PictureSettings = field(default_factory=PictureSettings)
 
 
 def take_pictures(messages: Messages) -> tuple[list[dict], list[Picture], list[Picture]]:
@@ -107,7 +105,7 @@ def take_pictures(messages: Messages) -> tuple[list[dict], list[Picture], list[P
     bare = []
     for message in messages:
         content = _checked(message)
-        if isinstance(content, Sequence) and not isinstance(content, str):
+        if isinstance(content, list | tuple):
             content = [_bare(part, pictures) for part in content]
         bare.append({**message, "content": content} if "content" in message else dict(message))
     return bare, pictures["image"], pictures["video"]
@@ -122,8 +120,8 @@ def _checked(message: Any) -> Any:
         raise InputError(f"a chat message needs 'role' and 'content', got {sorted(map(str, message))}")
     if content is None and message.get("tool_calls"):
         return None
-    parts = isinstance(content, Sequence) and not isinstance(content, bytes | bytearray | memoryview)
-    if not parts or not (isinstance(content, str) or all(isinstance(part, Mapping) for part in content)):
+    parts = isinstance(content, list | tuple) and all(isinstance(part, Mapping) for part in content)
+    if not parts and not isinstance(content, str):
         raise InputError(
             'a message\'s content is a text or a list of {"type": "text", "text": ...} and {"type": "image"}, '
             f"got {content!r}"
@@ -145,9 +143,9 @@ def _bare(part: Mapping[str, Any], pictures: dict[str, list[Picture]]) -> dict[s
     sources = [name for name in _SOURCES[kind] if name in given]
     known = {"type", *_SOURCES[kind], *_SETTINGS[kind]}
     if unknown := sorted(map(str, given.keys() - known)):
-        raise InputError(f"expected of an {kind} one of {', '.join(sorted(known))}, got the unknown key {unknown[0]!r}")
+        raise InputError(f"unknown key {unknown[0]!r} in a message's {kind}: known are {', '.join(sorted(known))}")
     if len(sources) > 1:
-        raise InputError(f"got one {kind} as {sources[0]} and as {sources[1]}: give it once")
+        raise InputError(f"got a message's {kind} as {sources[0]} and as {sources[1]}: give it once")
     try:
         settings = PictureSettings.from_part(given, _SETTINGS[kind])
         if sources:
@@ -155,7 +153,7 @@ def _bare(part: Mapping[str, Any], pictures: dict[str, list[Picture]]) -> dict[s
     except ImageError as error:
         raise InputError(f"{kind} in a message: {error}") from error
     if not sources and settings != PictureSettings():
-        raise InputError(f"settings of an {kind} stand beside it in the message, but this part has none: move it there")
+        raise InputError(f"a message has settings of its {kind}, but the {kind} is not beside them: put it there")
     return {"type": kind}
 
 

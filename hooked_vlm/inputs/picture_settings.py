@@ -1,7 +1,7 @@
 """Settings that a message gives one image or video beside its source, with the meaning they have in Qwen's messages.
 
-The rules are those of `qwen-vl-utils` (`vision_process.py`: `fetch_image`, `fetch_video`, `smart_nframes`). Its areas are
-multiples of a published token's 28 x 28 pixels; here they are multiples of the checkpoint's.
+The rules are those of `qwen-vl-utils` (`vision_process.py`: `fetch_image`, `fetch_video`, `smart_nframes`). Its areas
+are multiples of a published token's 28 x 28 pixels; here they are multiples of the checkpoint's.
 """
 
 import math
@@ -34,7 +34,7 @@ class PictureSettings:
     """Settings of one image or video; None: as for all others.
 
     Raises:
-        ImageError: a value that is no size, number or rate, or settings of which one would leave another without effect.
+        ImageError: settings that exclude or contradict each other, or enlarge the picture without bounds.
     """
 
     min_pixels: int | None = None
@@ -45,7 +45,7 @@ class PictureSettings:
     """Height to resize to, rounded to whole tokens; with `resized_width`, in place of bounds."""
     resized_width: int | None = None
     total_pixels: int | None = None
-    """Largest area of all temporal patches of a video together; no frame is reduced below 1.05 * `min_pixels` for it."""
+    """Largest area of all temporal patches of a video together, though each may have 1.05 * `min_pixels`."""
     fps: float | int | None = None
     """Frames sampled per second of a video file. Of a video given as frames all are used, whatever their rate."""
     nframes: int | None = None
@@ -55,11 +55,6 @@ class PictureSettings:
 
     def __post_init__(self) -> None:
         given = {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) is not None}
-        for name in given.keys() - {"fps"}:
-            whole(name, given[name])
-        fps = given.get("fps", FPS)
-        if isinstance(fps, bool) or not isinstance(fps, int | float) or not 0 < fps < math.inf:
-            raise ImageError(f"fps must be a number of frames per second above 0, got {fps!r}")
         if ("resized_height" in given) != ("resized_width" in given):
             raise ImageError("resized_height and resized_width go together: give both, or bounds on the area")
         for name, others in (
@@ -76,8 +71,18 @@ class PictureSettings:
 
     @classmethod
     def from_part(cls, part: Mapping[str, Any], names: tuple[str, ...]) -> "PictureSettings":
-        """The settings `names` among the entries of a message's part; an entry that is None is not there."""
-        return cls(**{name: part[name] for name in names if part.get(name) is not None})
+        """The settings `names` among the entries of a message's part; an entry that is None is not there.
+
+        Raises:
+            ImageError: a value that is no size, number or rate, or as for the class.
+        """
+        given = {name: part[name] for name in names if part.get(name) is not None}
+        for name in given.keys() - {"fps"}:
+            whole(name, given[name])
+        fps = given.get("fps", FPS)
+        if isinstance(fps, bool) or not isinstance(fps, int | float) or not 0 < fps < math.inf:
+            raise ImageError(f"fps must be a number of frames per second above 0, got {fps!r}")
+        return cls(**given)
 
     @property
     def resizes(self) -> bool:
@@ -135,10 +140,11 @@ class PictureSettings:
         return smart_resize(height, width, token, processor.min_pixels, processor.max_pixels)
 
     def frame_numbers(self, n_frames: int, rate: float | int | None, factor: int) -> list[int]:
-        """The frames to sample from a video file of `n_frames` at `rate` frames per second: evenly spaced, first to last.
+        """Number the frames to sample from a video file of `n_frames`: evenly spaced, first to last.
 
         Args:
-            factor: frames of a temporal patch; their number is a multiple of it.
+            rate: frames per second of the file.
+            factor: frames of a temporal patch; the number of sampled frames is a multiple of it.
 
         Raises:
             ImageError: fewer frames than that, or more sampled frames than there are; no rate to sample by.
@@ -166,14 +172,14 @@ def process_images(
         ImageError: settings that cannot be met, or of one image for a model that cuts images into tiles.
     """
     resized: list[tuple[int, int] | None] = []
+    if not isinstance(processor, ImageProcessor):
+        if any(own.resizes for own in settings):
+            raise ImageError("this model cuts images into tiles: bound them by max_tiles, not by settings of one")
+        return processor(images)
     for i, (image, own) in enumerate(zip(images, settings, strict=True)):
         with naming(f"image {i}"):
-            if own.resizes and not isinstance(processor, ImageProcessor):
-                raise ImageError(
-                    "this model cuts images into tiles: bound all of them by max_tiles, not one by settings"
-                )
             resized.append(own.image_size(*image.size, processor) if own.resizes else None)
-    return processor(images, resized=resized) if isinstance(processor, ImageProcessor) else processor(images)
+    return processor(images, resized=resized)
 
 
 @contextmanager

@@ -39,7 +39,7 @@ class Pictures:
     video_sizes: list[ImageSize] = field(default_factory=list)
 
     def bounded_by_call(self, prompts: Sequence[Prompt]) -> list[list[tuple[ImageSize, int]]]:
-        """For each prompt, the size and the number of temporal patches of its pictures that bounds of the call resize."""
+        """For each prompt, size and number of temporal patches of its pictures that bounds of the call resize."""
         n_frames = [] if self.video_grids is None else self.video_grids[:, 0].tolist()
         images = iter([(size, 1) for size in self.sizes])
         videos = zip(self.video_sizes, n_frames, strict=True)
@@ -77,11 +77,11 @@ def prepare_pictures(
         return Pictures()
     if processor is None:
         raise InputError("this model has no image processor: set model.image_processor")
-    if videos and not isinstance(processor, ImageProcessor):
-        raise InputError("this model takes no videos: give their frames as images")
     prepared = Pictures(*_images(images, processor, allow_remote)) if images else Pictures()
     if not videos:
         return prepared
+    if not isinstance(processor, ImageProcessor):
+        raise InputError("this model takes no videos: give their frames as images")
     parts = [_video(video, i, processor, bounds, allow_remote) for i, video in enumerate(videos)]
     return replace(
         prepared,

@@ -24,12 +24,13 @@ def opened_spans(
     the first ones; the others are positioned like text. The same holds for videos. (There, an image that is left out
     also shifts the grids of later rows of the batch; here each row is as alone.)
     """
-    host = tokens.tolist()
+    host = tokens.cpu()
     spans: list[Span] = []
     for row, kind in sorted({(v.row, v.kind) for v in visuals}):
         here = [v for v in visuals if (v.row, v.kind) == (row, kind)]
-        opened = [v for v in here if start_id is None or (v.start > first[row] and host[row][v.start - 1] == start_id)]
-        spans += [(v.row, v.start, v.n_tokens, v.grid) for v in here[: len(opened)]]
+        before = [int(host[row, v.start - 1]) if v.start > first[row] else None for v in here]
+        n_opened = len(here) if start_id is None else before.count(start_id)
+        spans += [(v.row, v.start, v.n_tokens, v.grid) for v in here[:n_opened]]
     return spans
 
 

@@ -3,8 +3,9 @@
 import threading
 import time
 from http.client import HTTPException, HTTPMessage
-from typing import IO, NoReturn
+from typing import Any, NoReturn
 from urllib import request
+from urllib.error import HTTPError
 from urllib.parse import urlsplit
 
 from hooked_vlm.errors import ImageError
@@ -20,9 +21,10 @@ class _HTTPRedirects(request.HTTPRedirectHandler):
     """Follow redirects to http(s) addresses only (urllib itself would follow one to ftp)."""
 
     def redirect_request(
-        self, req: request.Request, fp: IO[bytes], code: int, msg: str, headers: HTTPMessage, newurl: str
+        self, req: request.Request, fp: Any, code: int, msg: str, headers: HTTPMessage, newurl: str
     ) -> request.Request | None:
         if urlsplit(newurl).scheme not in ("http", "https"):
+            fp.close()
             raise ImageError(f"it redirects to {newurl[:200]!r}, which is no http(s) address")
         return super().redirect_request(req, fp, code, msg, headers, newurl)
 
@@ -38,7 +40,7 @@ def fetch(url: str, timeout: float = TIMEOUT, most_bytes: int = MOST_BYTES) -> b
         ImageError: no http(s) address, no connection, an error status, a redirect to anything but http(s), a file that
             is too large or takes too long.
     """
-    if urlsplit(url).scheme.lower() not in ("http", "https"):
+    if not url.lower().startswith(("http://", "https://")):
         _refuse(url, "expected an http(s) address")
     result: list[bytes | Exception] = []
 
@@ -46,6 +48,8 @@ def fetch(url: str, timeout: float = TIMEOUT, most_bytes: int = MOST_BYTES) -> b
         try:
             result.append(_read(url, time.monotonic() + timeout, timeout, most_bytes))
         except Exception as error:
+            if isinstance(error, HTTPError):
+                error.close()
             result.append(error)
 
     # a server that sends its headers byte by byte never meets a socket's timeout, nor does a name that does not resolve

@@ -149,8 +149,9 @@ def render_with_tokenizer(tokenizer: "PreTrainedTokenizerBase", messages: list[A
         InputError: the template cannot be parsed, refuses the messages, or does something that the sandbox forbids.
     """
     try:
-        asks = {"add_generation_prompt": not arguments.get("continue_final_message", False)}
-        return str(tokenizer.apply_chat_template(messages, tokenize=False, **(asks | arguments)))
+        header = not arguments.get("continue_final_message", False)
+        options: dict[str, Any] = {"tokenize": False, "add_generation_prompt": header, **arguments}
+        return str(tokenizer.apply_chat_template(messages, **options))
     except Exception as error:  # templates raise whatever they compute
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise InputError(

@@ -55,8 +55,8 @@ def open_video(video: Any, settings: PictureSettings, processor: ImageProcessor,
         allow_remote: fetch http(s) addresses.
 
     Raises:
-        ImageError: no frames, a frame or file that cannot be read, sampling that has no effect or cannot be met, PyAV is
-            not installed.
+        ImageError: no frames, a frame or file that cannot be read, sampling that has no effect or cannot be met; PyAV
+            is not installed.
     """
     if is_file_source(video):
         return _from_file(video, settings, processor, allow_remote)
