@@ -1,11 +1,12 @@
 """Videos: lists of frames, arrays, and files (through PyAV, the extra `video`)."""
 
+import io
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from importlib.util import find_spec
-from typing import IO, Any, NoReturn
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
@@ -97,7 +98,7 @@ def _from_file(video: Any, settings: PictureSettings, processor: ImageProcessor,
     return Clip(ImageSize(*first.picture().size), len(numbers), _sampled(file, name, numbers), from_file=True)
 
 
-def _sampled(file: str | IO[bytes], name: str, numbers: list[int]) -> Iterator[Image.Image]:
+def _sampled(file: str | io.BytesIO, name: str, numbers: list[int]) -> Iterator[Image.Image]:
     wanted = set(numbers)
     for number, decoded in enumerate(_decoded(file, name)):
         if number in wanted:
@@ -117,7 +118,7 @@ class _Decoded:
         return picture.rotate(self.frame.rotation, expand=True) if self.frame.rotation else picture
 
 
-def _decoded(source: str | IO[bytes], name: str) -> Iterator[_Decoded]:
+def _decoded(source: str | io.BytesIO, name: str) -> Iterator[_Decoded]:
     """Decode the frames of a file's first video stream.
 
     Raises:
