@@ -65,11 +65,13 @@ def _as_text(message: Mapping[str, Any]) -> dict[str, Any]:
     """A message for a language model alone, whose template takes a content as a string, not as a list of parts.
 
     Raises:
-        InputError: several parts: whether something stands between them is the writer's to say.
+        InputError: a picture; several parts: whether something stands between them is the writer's to say.
     """
     content = message.get("content")
     if content is None or isinstance(content, str):
         return dict(message)
+    if kinds := sorted({part["type"] for part in content} - {"text"}):
+        raise InputError(f"this model takes no {kinds[0]}s: it has no vision tower")
     if len(content) != 1:
         raise InputError(f"this model takes the content of a message as one text, got {len(content)} parts: join them")
     return {**message, "content": content[0]["text"]}
