@@ -58,7 +58,7 @@ SOURCES = {
 
 @pytest.mark.parametrize("source", SOURCES)
 def test_a_file_is_its_picture_in_every_form(path: Path, source: str) -> None:
-    assert np.array_equal(load_image(SOURCES[source](path)), COLOURS)
+    assert np.array_equal(np.array(load_image(SOURCES[source](path))), COLOURS)
 
 
 @pytest.mark.parametrize("source", SOURCES)
@@ -73,10 +73,10 @@ def test_every_form_is_one_picture_of_a_prompt_and_one_of_a_list(path: Path, sou
 def test_an_open_file_is_read_from_its_beginning_and_left_where_it_was(path: Path) -> None:
     with path.open("rb") as file:
         file.seek(7)
-        assert np.array_equal(load_image(file), COLOURS) and file.tell() == 7
+        assert np.array_equal(np.array(load_image(file)), COLOURS) and file.tell() == 7
     written = io.BytesIO()
     PICTURE.save(written, "PNG")  # the position is at the end
-    assert np.array_equal(load_image(written), COLOURS)
+    assert np.array_equal(np.array(load_image(written)), COLOURS)
 
 
 @pytest.mark.parametrize(
@@ -126,20 +126,21 @@ AS_UINT8 = {
     "tensor": torch.from_numpy(COLOURS),
     "tensor, channels first": torch.from_numpy(COLOURS).permute(2, 0, 1),
 }
-FORMS = AS_UINT8 | {
-    f"{dtype}, {name}": (values / 255).astype(dtype) if isinstance(values, np.ndarray) else (values / 255).to(dtype)
-    for dtype_np, dtype_torch in (("float32", torch.float32), ("float64", torch.float64), ("float16", torch.float16))
-    for name, values in AS_UINT8.items()
-    for dtype in (dtype_np if isinstance(values, np.ndarray) else dtype_torch,)
-}
-FORMS |= {f"levels as floats, {name}": COLOURS.astype(np.float32) for name in ("array",)}
+FORMS: dict[str, Any] = dict(AS_UINT8)
+for name, values in AS_UINT8.items():
+    for dtype in ("float16", "float32", "float64"):
+        floats = values / 255  # float64, or a float32 tensor
+        FORMS[f"{dtype}, {name}"] = (
+            floats.astype(dtype) if isinstance(floats, np.ndarray) else floats.to(getattr(torch, dtype))
+        )
+FORMS["levels as floats, array"] = COLOURS.astype(np.float32)
 FORMS["levels as floats, tensor"] = torch.from_numpy(COLOURS).float().permute(2, 0, 1)
 FORMS["with gradients"] = (torch.from_numpy(COLOURS) / 255).requires_grad_()
 
 
 @pytest.mark.parametrize("form", FORMS)
 def test_an_array_is_the_picture_of_its_levels(form: str) -> None:
-    assert np.array_equal(load_image(FORMS[form]), COLOURS)
+    assert np.array_equal(np.array(load_image(FORMS[form])), COLOURS)
 
 
 @pytest.mark.parametrize("form", FORMS)

@@ -51,7 +51,7 @@ def nearest(height: int, width: int, least: float, most: float) -> tuple[int, in
     return rows * TOKEN, cols * TOKEN
 
 
-def as_published(image: Image.Image, part: dict[str, int]) -> dict[str, Any]:
+def as_published(image: Image.Image, part: dict[str, int]) -> Any:
     """qwen-vl-utils resizes by the message's settings, then the processor of the checkpoint takes the result."""
     if "resized_height" in part:
         height, width = nearest(part["resized_height"], part["resized_width"], 4 * TOKEN**2, 16384 * TOKEN**2)
@@ -121,7 +121,7 @@ def test_a_message_bounds_its_picture_more_closely_than_the_call_does(model: Any
 def test_settings_follow_their_picture_through_rows_batches_and_replacements(model: Any) -> None:
     part = {"type": "image", "image": picture(), "max_pixels": 2048}
     inputs = model.to_inputs([user({"type": "image", "image": picture(40, 60)}), user(part)])
-    joined = VLMInputs.concat([inputs[1], inputs[0]])
+    joined: Any = VLMInputs.concat([inputs[1], inputs[0]])
     for batch, i in ((inputs, 1), (inputs[1], 0), (joined, 0)):
         changed = batch.with_image(i, picture(470, 300))
         expected = model.to_inputs(user({**part, "image": picture(470, 300)}))
@@ -161,7 +161,7 @@ def data_uri(data: bytes) -> str:
 @pytest.mark.parametrize("toy", ["toy-qwen2-vl", pytest.param("toy-internvl2", marks=pytest.mark.full)])
 @pytest.mark.parametrize("form", FORMS)
 def test_a_picture_is_the_same_in_every_form_of_a_part(tmp_path: Any, toy: str, form: str) -> None:
-    model = bundled(toy)
+    model: Any = bundled(toy)
     path = tmp_path / "a picture.png"
     picture(40, 60).save(path)
     inputs = model.to_inputs(user(FORMS[form](str(path), path.read_bytes())))

@@ -45,7 +45,7 @@ def published(tokens: list[int], images: list[Any], videos: list[Any]) -> torch.
     behind = [after for before, after in pairwise(tokens) if before == VISION_START]
     left = {IMAGE: behind.count(IMAGE), VIDEO: behind.count(VIDEO)}
     grids = {IMAGE: iter(images), VIDEO: iter(videos)}
-    columns: list[tuple[int, int, int]] = []
+    columns: list[tuple[int, ...]] = []
     while left[IMAGE] + left[VIDEO]:
         done = len(columns)
         token, at = min(((kind, tokens.index(kind, done)) for kind in left if left[kind]), key=lambda found: found[1])

@@ -20,7 +20,7 @@ from hooked_vlm import ImageError, InputError
 from hooked_vlm.inputs import videos
 from hooked_vlm.inputs.image_processor import ImageProcessor
 from hooked_vlm.inputs.picture_settings import PictureSettings
-from hooked_vlm.inputs.videos import open_video
+from hooked_vlm.inputs.videos import Clip, open_video
 
 needs_av = pytest.mark.skipif(find_spec("av") is None, reason="PyAV is missing: pip install 'hooked-vlm[video]'")
 TEXT = {"type": "text", "text": "a"}
@@ -30,6 +30,11 @@ def frames(n: int, width: int = 48, height: int = 32) -> np.ndarray:
     """[frame, height, width, 3], each of another colour in every 8 x 8 block."""
     blocks = np.random.default_rng(0).integers(0, 256, (n, height // 8, width // 8, 3), dtype=np.uint8)
     return blocks.repeat(8, 1).repeat(8, 2)
+
+
+def levels_of(clip: Clip) -> np.ndarray:
+    """[frame, height, width, 3]"""
+    return np.stack([np.array(frame) for frame in clip.frames])
 
 
 def part(video: Any, **more: Any) -> list[dict[str, Any]]:
@@ -259,7 +264,7 @@ def test_the_sampled_frames_of_a_file_are_those_frames(
     numbers = numbers or sampled(21, 4.0, **given)
     opened = open_video(path, PictureSettings(**given), ImageProcessor())
     assert opened.n_frames == len(numbers or []) and opened.size == (48, 32)
-    assert np.array_equal(np.stack(list(opened.frames)), clip[numbers])
+    assert np.array_equal(levels_of(opened), clip[numbers])
 
 
 @needs_av
@@ -303,7 +308,7 @@ def test_common_formats_are_read_with_their_number_of_frames(tmp_path: Path, suf
     clip = np.stack([np.full((32, 48, 3), 20 * i, np.uint8) for i in range(12)])
     path = write(tmp_path / f"clip.{suffix}", clip, codec=codec, pixels="rgb8" if suffix == "gif" else "yuv420p")
     opened = open_video(path, PictureSettings(nframes=12), ImageProcessor())
-    levels = np.stack(list(opened.frames)).mean((1, 2, 3))
+    levels = levels_of(opened).mean((1, 2, 3))
     assert len(levels) == 12 and abs(levels - 20 * np.arange(12)).max() < 20
     assert (np.diff(levels) > 0).all()
 
@@ -313,14 +318,14 @@ def test_common_formats_are_read_with_their_number_of_frames(tmp_path: Path, suf
 def test_a_turned_video_is_upright(tmp_path: Path, turn: int) -> None:
     clip = frames(4)
     path = write(tmp_path / "clip.mp4", clip, codec="libx264", pixels="yuv420p")
-    plain = np.stack(list(open_video(path, PictureSettings(nframes=4), ImageProcessor()).frames))
+    plain = levels_of(open_video(path, PictureSettings(nframes=4), ImageProcessor()))
     data = bytearray(path.read_bytes())
     # the matrix of the track header: clockwise by `turn` (ISO/IEC 14496-12, tkhd: 9 numbers, the first four here)
     matrix = {90: (0, 1, -1, 0), 180: (-1, 0, 0, -1), 270: (0, -1, 1, 0)}[turn]
     at = data.index(b"tkhd") + 4 + 40
     for i, number in zip((0, 1, 3, 4), matrix, strict=True):
         data[at + 4 * i : at + 4 * i + 4] = (number * 65536).to_bytes(4, "big", signed=True)
-    turned = np.stack(list(open_video(bytes(data), PictureSettings(nframes=4), ImageProcessor()).frames))
+    turned = levels_of(open_video(bytes(data), PictureSettings(nframes=4), ImageProcessor()))
     assert np.array_equal(turned, np.rot90(plain, -turn // 90, axes=(1, 2)))
 
 
