@@ -41,6 +41,8 @@ def open_source(source: Any, kind: str, allow_remote: bool = False) -> tuple[str
         return _from_text(os.fsdecode(source), kind, allow_remote)
     if isinstance(source, bytes | bytearray | memoryview):
         return _contents(bytes(source), f"the bytes of {kind}")
+    if not hasattr(source, "read"):
+        raise ImageError(f"expected {kind} as a path, bytes or an open file, got {type(source).__name__}")
     return _contents(_read(source), repr(str(getattr(source, "name", "")) or type(source).__name__))
 
 
@@ -120,7 +122,7 @@ def from_data_uri(uri: str) -> bytes:
         raise ImageError(
             f"the data URI {uri[:40]!r} has no comma before its data: expected 'data:image/png;base64,...'"
         )
-    data = unquote_to_bytes(body)
+    data = unquote_to_bytes(body.encode("utf-8", "replace"))
     return from_base64(data) if header.lower().endswith(";base64") else data
 
 

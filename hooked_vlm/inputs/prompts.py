@@ -84,7 +84,7 @@ def _render(messages: list[dict[str, Any]], tokenizer: Any, arguments: Mapping[s
         InputError: there is no template, it fails, it does not read an argument, or it prints a list of parts.
     """
     template = arguments.get("chat_template") or getattr(tokenizer, "chat_template", None)
-    if template is None:
+    if not isinstance(template, str | Mapping):
         raise InputError("this tokenizer has no chat template: pass chat=False and the text as it should stand")
     if unread := sorted(arguments.keys() - {*_OF_RENDERING, *_names_in(template)}):
         raise InputError(f"this checkpoint's chat template does not read {unread[0]!r}: it would have no effect")

@@ -186,6 +186,8 @@ def test_arguments_are_refused_by_a_template_that_has_no_use_for_them(name: str)
 def test_arguments_without_such_a_template_are_refused() -> None:
     with pytest.raises(InputError, match="chat=False"):
         reading_model().to_inputs("a", template={"tools": TOOLS}, chat=False)
+    with pytest.raises(InputError, match="no chat template"):
+        reading_model().to_inputs("a", template={"chat_template": 5})
     with pytest.raises(InputError, match="takes none"):
         bundled("toy-internvl2").to_inputs("a", template={"enable_thinking": False})
 
