@@ -81,13 +81,15 @@ def _render(messages: list[dict[str, Any]], tokenizer: Any, arguments: Mapping[s
     """The chat in the tokenizer's own template.
 
     Raises:
-        InputError: there is no template, it fails, it does not read an argument, or it prints a list of parts.
+        InputError: there is no template, it fails, does not read an argument or a key of a message, or prints a list
+            of parts.
     """
     template = arguments.get("chat_template") or getattr(tokenizer, "chat_template", None)
     if not isinstance(template, str | Mapping):
         raise InputError("this tokenizer has no chat template: pass chat=False and the text as it should stand")
-    if unread := sorted(arguments.keys() - {*_OF_RENDERING, *_names_in(template)}):
-        raise InputError(f"this checkpoint's chat template does not read {unread[0]!r}: it would have no effect")
+    read = {*_OF_RENDERING, *_names_in(template)}
+    _refuse_unread({*arguments} - read)
+    _refuse_unread(_keys_of(messages) - read)
     text = render_with_tokenizer(tokenizer, messages, **arguments)
     for message in messages:
         content = message.get("content")
@@ -100,12 +102,23 @@ def _render(messages: list[dict[str, Any]], tokenizer: Any, arguments: Mapping[s
 
 
 def _names_in(template: str | Mapping[str, str]) -> set[str]:
-    """Every name that a template uses (of several templates, any of them)."""
+    """Every name and every string in the code of a template (of several templates, any of them)."""
     texts = [template] if isinstance(template, str) else template.values()
     try:
-        return {value for text in texts for _, kind, value in Environment().lex(text) if kind == "name"}
-    except TemplateError:  # rendering says what is wrong with it
-        return set()
+        tokens = [(kind, value) for text in texts for _, kind, value in Environment().lex(text)]
+    except TemplateError as error:
+        raise InputError(f"the checkpoint's chat template cannot be parsed ({error}): pass chat=False") from error
+    return {value.strip("'\"") for kind, value in tokens if kind in ("name", "string")}
+
+
+def _keys_of(messages: list[dict[str, Any]]) -> set[str]:
+    """Keys of messages beside role and content; one that is None is not there."""
+    return {str(key) for message in messages for key in message if message[key] is not None} - {"role", "content"}
+
+
+def _refuse_unread(names: set[str]) -> None:
+    if names:
+        raise InputError(f"this model's chat template does not read {min(names)!r}: it would have no effect")
 
 
 def _by_named_template(
@@ -117,8 +130,7 @@ def _by_named_template(
         slots = "" if IMAGE_SLOT in prompt else f"{IMAGE_SLOT}\n" * len(images)
         prompt = [{"role": "user", "content": slots + prompt}]
     messages, images, videos = _with_pictures(prompt, images, videos)
-    if unread := sorted({name for message in messages for name in message} - {"role", "content"}):
-        raise InputError(f"this model's template reads role and content of a message, got {unread[0]!r}")
+    _refuse_unread(_keys_of(messages))
     text = template.render(messages, codec.cfg.system_message)
     if (n_slots := text.count(IMAGE_SLOT)) != len(images):
         raise InputError(

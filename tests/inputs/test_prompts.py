@@ -200,9 +200,14 @@ def test_contradicting_arguments_are_refused_as_transformers_refuses_them() -> N
         )
 
 
-def test_what_a_named_template_does_not_read_of_a_message_is_refused() -> None:
-    with pytest.raises(InputError, match="name"):
-        bundled("toy-internvl2").to_inputs([{"role": "user", "content": "a", "name": "Ann"}])
+@pytest.mark.parametrize("key", ["name", "tool_calls", "reasoning_content"])
+@pytest.mark.parametrize("toy", ["toy-qwen2-vl", "toy-internvl2"])
+def test_what_the_template_does_not_read_of_a_message_is_refused(toy: str, key: str) -> None:
+    model = bundled(toy)
+    with pytest.raises(InputError, match=key):
+        model.to_inputs([{"role": "user", "content": "a", key: [{"a": 1}]}])
+    plain = model.to_inputs([{"role": "user", "content": "a"}])
+    assert torch.equal(model.to_inputs([{"role": "user", "content": "a", key: None}]).tokens, plain.tokens)
 
 
 def test_pictures_in_messages_of_a_batch_keep_their_rows() -> None:
