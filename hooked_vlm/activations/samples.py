@@ -69,11 +69,13 @@ class Sample:
             InputError: a picture that cannot be read.
         """
         prompt, pictures = self.prompt, list(self.images)
+        settings: list[str] = []
         if not isinstance(prompt, str):
             prompt, own, _ = take_pictures(prompt)
-            pictures += own
+            pictures += [picture.source for picture in own]
+            settings = [f"{i} {picture.settings}" for i, picture in enumerate(own) if picture.settings.resizes]
         boxes = [[box.name, *map(float, box.box), box.image] for box in self.boxes]
-        digest = hashlib.sha256(json.dumps([self.id, prompt, self.answer, boxes], sort_keys=True).encode())
+        digest = hashlib.sha256(json.dumps([self.id, prompt, self.answer, boxes, *settings], sort_keys=True).encode())
         for picture in pictures:
             try:
                 digest.update(_picture_digest(picture))

@@ -8,6 +8,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from hooked_vlm.errors import InputError
+from hooked_vlm.inputs.picture_settings import PictureSettings
 from hooked_vlm.inputs.token_layout import InputSpec, Kind
 
 if TYPE_CHECKING:
@@ -22,6 +23,7 @@ class ImageSlice:
     grid_thw: Tensor
     pixels: Tensor | None
     size: tuple[int, int] | None
+    settings: PictureSettings | None
     features: Tensor | None
 
 
@@ -65,6 +67,7 @@ def _image_slices(inputs: "VLMInputs") -> dict[tuple[str, int], ImageSlice]:
             all_grids[v.index],
             None if all_pixels is None else all_pixels[a:b],
             inputs.image_sizes[v.index] if v.kind == "image" and inputs.image_sizes is not None else None,
+            inputs.image_settings[v.index] if v.kind == "image" and inputs.image_settings is not None else None,
             None if features is None else features[feature_start : feature_start + v.n_tokens],
         )
         patch_start[v.kind] = b
@@ -84,6 +87,7 @@ def join(rows: list[Row], spec: InputSpec) -> dict[str, Any]:
     images = [s for r in rows for s in r.slices if s.kind == "image"]
     videos = [s for r in rows for s in r.slices if s.kind == "video"]
     sizes = tuple(s.size for s in images if s.size is not None)
+    settings = tuple(s.settings or PictureSettings() for s in images)
     features = [s.features for s in (*images, *videos) if s.features is not None]
     return {
         "tokens": tokens,
@@ -94,6 +98,7 @@ def join(rows: list[Row], spec: InputSpec) -> dict[str, Any]:
         "pixel_values_videos": _cat([s.pixels for s in videos]),
         "video_grid_thw": torch.stack([s.grid_thw for s in videos]) if videos else None,
         "image_sizes": sizes if images and len(sizes) == len(images) else None,
+        "image_settings": settings if any(s.resizes for s in settings) else None,
         "image_features": torch.cat(features) if features else None,
         "n_generated": tuple(r.n_generated for r in rows),
     }

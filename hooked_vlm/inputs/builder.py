@@ -13,7 +13,7 @@ from hooked_vlm.inputs.batching import left_pad, left_padding_mask
 from hooked_vlm.inputs.context_length import too_long_message
 from hooked_vlm.inputs.image_processor import ImageProcessor
 from hooked_vlm.inputs.messages import Messages, as_images, as_prompts, as_videos, per_prompt
-from hooked_vlm.inputs.pictures import Pictures, bound_pixels, prepare_pictures
+from hooked_vlm.inputs.pictures import Bounds, Pictures, bound_pixels, prepare_pictures
 from hooked_vlm.inputs.prompts import Prompt, check_placeholders, expand_placeholders, read_prompt
 from hooked_vlm.inputs.templates import template_named
 from hooked_vlm.inputs.text import TextCodec, check_ids
@@ -44,6 +44,7 @@ class InputBuilder:
         return InputSpec(
             image_token_id=cfg.image_token_id if vision else None,
             video_token_id=cfg.video_token_id if vision else None,
+            vision_start_token_id=cfg.vision_start_token_id,
             vision_end_token_id=cfg.vision_end_token_id,
             patch_size=vision.patch_size if vision else 1,
             merge_size=vision.merge_size if vision else 1,
@@ -80,39 +81,47 @@ class InputBuilder:
         max_pixels: int | None = None,
         max_tiles: int | None = None,
         chat: bool = True,
+        template: Mapping[str, Any] | None = None,
+        allow_remote: bool = False,
     ) -> VLMInputs:
         """Make inputs from a prompt with its pictures, or from a list of prompts (padded on the left).
 
         Args:
             prompt: a text (becomes the user's turn, pictures before it), or chat messages. A list of either
                 makes a batch.
-            images: pictures (paths, PIL images, uint8 arrays) for the prompt: one or a list, in the order
-                of their placeholders. For a list of prompts: a list with an entry for each. Messages may
-                also carry them: {"type": "image", "image": ...}.
-            videos: the same for videos; a video is a list of frames.
+            images: pictures for the prompt: one or a list, in the order of their placeholders; anything that
+                `load_image` takes (paths, URIs, bytes, open files, PIL images, arrays, ...). For a list of prompts: a
+                list with an entry for each. Messages may also carry them, as in Qwen's, OpenAI's and `transformers`'
+                messages, with settings of their own: {"type": "image", "image": ..., "max_pixels": ...}.
+            videos: the same for videos; a video is a list of frames, a 4-D array, or a file (needs PyAV: the extra
+                `video`), of which frames are sampled ({"type": "video", "video": "clip.mp4", "fps": 1.0}).
             min_pixels: least area of the resized image, in pixels; the checkpoint's by default. (Qwen2-VL)
             max_pixels: largest area. A token covers `cfg.vision.pixels_per_token` squared pixels. (Qwen2-VL)
             max_tiles: largest number of tiles that an image is cut into, without its thumbnail. (InternVL)
             chat: apply the checkpoint's chat template. Without it the text is taken as it stands, and
                 pictures whose placeholders it lacks are put in front.
+            template: arguments of the checkpoint's chat template: dict(tools=[...]), dict(add_vision_id=True),
+                dict(enable_thinking=False), dict(continue_final_message=True). One that it does not read is refused.
+            allow_remote: fetch pictures and videos at http(s) addresses, which are refused otherwise.
 
         The steps: read the prompts as text with one placeholder per picture, prepare the pixels, tokenize, repeat
         each placeholder to the tokens of its picture, check the length, pad on the left.
 
         Raises:
-            InputError: placeholders and pictures that disagree, a prompt longer than the context, no tokenizer.
+            InputError: placeholders and pictures that disagree, a prompt longer than the context, no tokenizer, a key
+                of a message that has no effect.
             ImageError: a picture that cannot be read.
         """
-        prompts = self._read(prompt, images, videos, chat)
-        processor = self.image_processor
-        if processor is not None:
-            processor = bound_pixels(processor, min_pixels, max_pixels, max_tiles)
+        prompts = self._read(prompt, images, videos, chat, template)
+        bounds = Bounds(min_pixels, max_pixels, max_tiles)
+        processor = None if self.image_processor is None else bound_pixels(self.image_processor, bounds)
         spec = replace(self.input_spec(), image_processor=processor)  # for with_image, too
-        pictures = prepare_pictures(prompts, processor)
+        pictures = prepare_pictures(prompts, processor, bounds, allow_remote)
         # published InternVL tokenizes the rendered template as any text, beginning-of-text token included
         rows = self._tokenize(prompts, pictures, spec, special=chat and self.cfg.chat_template is not None)
         if max(map(len, rows)) > self.cfg.n_ctx_limit:
-            raise InputError(too_long_message(rows, pictures.by_prompt(prompts), processor, max_pixels, self.cfg))
+            raise InputError(too_long_message(rows, pictures.bounded_by_call(prompts), processor, max_pixels, self.cfg))
+        settings = tuple(image.settings for prompt in prompts for image in prompt.images)
         ids = [torch.tensor(row) for row in rows]
         tokens, mask = left_pad(ids, [torch.ones_like(row) for row in ids], spec.pad_token_id)
         inputs = VLMInputs(
@@ -124,17 +133,20 @@ class InputBuilder:
             pixel_values_videos=pictures.video_pixels,
             video_grid_thw=pictures.video_grids,
             image_sizes=tuple((int(w), int(h)) for w, h in pictures.sizes) or None,
+            image_settings=settings if any(own.resizes for own in settings) else None,
         )
         return inputs.to(self.cfg.device)
 
-    def _read(self, prompt: Any, images: Any, videos: Any, chat: bool) -> list[Prompt]:
+    def _read(
+        self, prompt: Any, images: Any, videos: Any, chat: bool, template: Mapping[str, Any] | None
+    ) -> list[Prompt]:
         """Every prompt as text with its own pictures."""
         prompts, batched = as_prompts(prompt)
         image_lists = per_prompt(images, len(prompts), batched, "images", as_images)
         video_lists = per_prompt(videos, len(prompts), batched, "videos", as_videos)
         self._check_sight(any([*image_lists, *video_lists]))
         given = zip(prompts, image_lists, video_lists, strict=True)
-        read = [read_prompt(one, its_images, its_videos, self.text, chat) for one, its_images, its_videos in given]
+        read = [read_prompt(one, its, videos, self.text, chat, template) for one, its, videos in given]
         self._check_sight(any(one.images or one.videos for one in read))
         return read
 

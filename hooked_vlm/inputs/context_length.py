@@ -22,16 +22,19 @@ def too_long_message(
 
     Args:
         rows: token ids with all placeholders.
-        pictures: for each row, its images and videos.
+        pictures: for each row, its images and videos that bounds of the call resize.
         max_pixels: the user's bound on the pictures, if any.
     """
     n_ctx = cfg.n_ctx_limit
-    n_text = [sum(i not in cfg.placeholder_ids for i in row) for row in rows]
-    longest = max(range(len(rows)), key=lambda row: len(rows[row]))
-    n_image = len(rows[longest]) - n_text[longest]
-    message = f"the prompt has {len(rows[longest])} tokens but the context holds {n_ctx}"
-    if processor is None or n_image == 0 or max(n_text) > n_ctx:
+    longest = max(rows, key=len)
+    n_image = sum(i in cfg.placeholder_ids for i in longest)
+    message = f"the prompt has {len(longest)} tokens but the context holds {n_ctx}"
+    if processor is None or n_image == 0 or len(longest) - n_image > n_ctx:
         return f"{message}: shorten the text"
+    n_text = [
+        len(row) - sum(frames * processor.n_tokens(size) for size, frames in its_pictures)
+        for row, its_pictures in zip(rows, pictures, strict=True)
+    ]
     for advice, bounded in _tighter_bounds(processor, n_text, pictures, max_pixels, n_ctx):
         n_visual = [sum(frames * bounded.n_tokens(size) for size, frames in row) for row in pictures]
         if max(a + b for a, b in zip(n_text, n_visual, strict=True)) <= n_ctx:
@@ -55,6 +58,6 @@ def _tighter_bounds(
     now = "the checkpoint's own" if max_pixels is None else str(max_pixels)
     # tokens for each picture if all take their full share; a narrow picture takes more, as no side is below a token's
     shares = [(n_ctx - n) // sum(frames for _, frames in row) for n, row in zip(n_text, pictures, strict=True) if row]
-    for most in range(min(shares) * area, 0, -area):
+    for most in range(min(shares, default=0) * area, 0, -area):
         lower = f"min_pixels={most} and " if least > most else ""
         yield f"{lower}max_pixels={most} (now {now})", processor.bounded(min(least, most), most)

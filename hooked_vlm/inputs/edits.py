@@ -10,6 +10,8 @@ from torch import Tensor
 
 from hooked_vlm.errors import InputError
 from hooked_vlm.inputs.batching import left_pad
+from hooked_vlm.inputs.images import load_image
+from hooked_vlm.inputs.picture_settings import PictureSettings, process_images
 
 if TYPE_CHECKING:
     from hooked_vlm.inputs.vlm_inputs import VLMInputs
@@ -61,7 +63,8 @@ def replace_image(inputs: "VLMInputs", i: int, image: Any) -> "VLMInputs":
     if spec.image_processor is None:
         raise InputError("these inputs have no image processor: make them with model.to_inputs(...)")
     visual = inputs.visual("image", i)
-    pixels, grid_thw, (size,) = spec.image_processor([image])
+    settings = PictureSettings() if inputs.image_settings is None else inputs.image_settings[i]
+    pixels, grid_thw, (size,) = process_images([load_image(image)], [settings], spec.image_processor)
     assert inputs.image_grid_thw is not None and inputs.pixel_values is not None
     grids = inputs.image_grid_thw.clone()
     pieces = list(inputs.pixel_values.split([spec.n_pixel_rows(tuple(grid)) for grid in grids.tolist()]))

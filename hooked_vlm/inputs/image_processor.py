@@ -7,7 +7,7 @@ each other are refused (`transformers` obeys one of them).
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -29,7 +29,9 @@ MOST_ENLARGED = 2**24
 """Largest area in pixels to which a small image is enlarged; a little above the published `max_pixels`."""
 
 
-def smart_resize(height: int, width: int, factor: int, min_pixels: int, max_pixels: int) -> tuple[int, int]:
+def smart_resize(
+    height: int, width: int, factor: int, min_pixels: float | int, max_pixels: float | int
+) -> tuple[int, int]:
     """The (height, width) to resize an image to: multiples of `factor`, an area within bounds, about the same
     aspect ratio.
 
@@ -120,13 +122,18 @@ class ImageProcessor:
         return cls(**fields)
 
     def __call__(
-        self, images: Sequence[Any], min_pixels: int | None = None, max_pixels: int | None = None
+        self,
+        images: Sequence[Any],
+        min_pixels: int | None = None,
+        max_pixels: int | None = None,
+        resized: Sequence[tuple[int, int] | None] | None = None,
     ) -> tuple[Float[torch.Tensor, "patches d_patch"], Int[torch.Tensor, "images 3"], list[ImageSize]]:
         """Prepare images (anything `load_image` takes).
 
         Args:
             images: a list of images; sizes may differ.
             min_pixels, max_pixels: bounds on the area of each resized image, in place of this processor's.
+            resized: the (height, width) of each resized image in whole tokens, or None where the bounds decide.
 
         Returns:
             pixel_values: float32, the patches of all images one after the other, in each image in merge-block
@@ -139,23 +146,31 @@ class ImageProcessor:
             ImageError: see `load_image` and `smart_resize`; the message starts with the number of the image.
         """
         bounded = self.bounded(min_pixels, max_pixels)
-        prepared = [bounded._prepare(image, f"image {i}") for i, image in enumerate(checked_images(images, "images"))]
+        sizes = resized or [None] * len(checked_images(images, "images"))
+        prepared = [
+            bounded._prepare(image, f"image {i}", size)
+            for i, (image, size) in enumerate(zip(images, sizes, strict=True))
+        ]
         pixel_values, grid_thw = bounded._pack([[patches] for _, patches in prepared])
         return pixel_values, grid_thw, [size for size, _ in prepared]
 
     def video(
-        self, frames: Sequence[Any], min_pixels: int | None = None, max_pixels: int | None = None
+        self,
+        frames: Iterable[Any],
+        min_pixels: int | None = None,
+        max_pixels: int | None = None,
+        resized: tuple[int, int] | None = None,
     ) -> tuple[Float[torch.Tensor, "patches d_patch"], Int[torch.Tensor, "1 3"], list[ImageSize]]:
         """Prepare one video.
 
         All frames are used, none is sampled; if their number is no multiple of `temporal_patch_size`, the
         last one is repeated. The bounds hold for each frame, as in `transformers` (4.x, and 5.x unless its
-        `cap_pixels_per_frame` is set); the budget over all frames that `qwen-vl-utils` adds is not applied, so
-        long videos need a smaller `max_pixels`.
+        `cap_pixels_per_frame` is set) and, for frames, in `qwen-vl-utils`: long videos need a smaller `max_pixels`.
 
         Args:
-            frames: a list of images of one size, in order.
+            frames: images of one size, in order: a list, or an iterator that makes them one by one.
             min_pixels, max_pixels: bounds on the area of each resized frame, in place of this processor's.
+            resized: the (height, width) of each resized frame in whole tokens, in place of bounds.
 
         Returns:
             As for images: `pixel_values_videos`, `video_grid_thw` (one row: temporal patches, rows, columns)
@@ -165,7 +180,8 @@ class ImageProcessor:
             ImageError: no frames, frames of different sizes, or as for images.
         """
         bounded = self.bounded(min_pixels, max_pixels)
-        prepared = [bounded._prepare(frame, f"frame {i}") for i, frame in enumerate(checked_images(frames, "frames"))]
+        each = frames if isinstance(frames, Iterator) else checked_images(frames, "frames")
+        prepared = [bounded._prepare(frame, f"frame {i}", resized) for i, frame in enumerate(each)]
         if not prepared:
             raise ImageError("a video needs at least one frame, got none")
         first = prepared[0][0]
@@ -187,12 +203,14 @@ class ImageProcessor:
         )
 
     def _prepare(
-        self, image: object, name: str
+        self, image: object, name: str, resized: tuple[int, int] | None = None
     ) -> tuple[ImageSize, UInt8[np.ndarray, "rows cols merge merge 3 side side"]]:
         """The image's size, and its resized pixels cut into patches, block by block."""
         try:
             rgb = load_image(image)
-            height, width = smart_resize(rgb.height, rgb.width, self.pixels_per_token, self.min_pixels, self.max_pixels)
+            height, width = resized or smart_resize(
+                rgb.height, rgb.width, self.pixels_per_token, self.min_pixels, self.max_pixels
+            )
         except ImageError as error:
             raise ImageError(f"{name}: {error}") from error
         size = ImageSize(*rgb.size)

@@ -1,5 +1,7 @@
 """Image files, PIL images and arrays as upright RGB images.
 
+`files` resolves paths, addresses, bytes and open files, `arrays` reads arrays and tensors.
+
 Where this differs from `transformers` on purpose:
 
 - EXIF orientation is always applied (`transformers`: for paths, not for PIL images);
@@ -11,7 +13,6 @@ image its current frame.
 """
 
 import io
-import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -20,6 +21,8 @@ import torch
 from PIL import Image, UnidentifiedImageError
 
 from hooked_vlm.errors import ImageError
+from hooked_vlm.inputs.arrays import picture_of
+from hooked_vlm.inputs.files import is_file_source, open_source
 
 _EXIF_ORIENTATION = 0x0112
 _UPRIGHT = {
@@ -33,28 +36,36 @@ _UPRIGHT = {
 }
 
 
-def load_image(image: object) -> Image.Image:
+def load_image(image: object, allow_remote: bool = False) -> Image.Image:
     """Load any image as an upright RGB image; the argument itself if it is one already. It is never changed.
 
     Args:
-        image: a path; a PIL image of any mode; a uint8 array or tensor [height, width], [height, width, 1],
-            [height, width, 3] (RGB) or [height, width, 4] (RGBA).
+        image: a path, a `file://` or `data:` URI, an http(s) address; the bytes of an image file, or an open one;
+            {"bytes": ..., "path": ...} (an undecoded image of Hugging Face `datasets`); a PIL image of any mode; an
+            array or tensor [height, width], or with 1, 3 (RGB) or 4 (RGBA) channels first or last, of uint8 or of
+            floats 0 to 1.
+        allow_remote: fetch http(s) addresses; they are refused otherwise.
 
     Raises:
-        ImageError: the file is missing, empty, truncated, corrupt or no image; the image has no pixels, or more
-            than Pillow's limit against decompression bombs; the array has another type or shape.
+        ImageError: the file is missing, empty, truncated, corrupt or no image, or may not be fetched; the image has no
+            pixels, or more than Pillow's limit against decompression bombs; the array has another type or shape, or one
+            that could mean two things.
     """
-    if isinstance(image, str | os.PathLike):
-        return _from_file(image)
     if isinstance(image, Image.Image):
         return _to_rgb(image, "the PIL image")
-    if isinstance(image, torch.Tensor):
-        return _from_array(image.detach().cpu().numpy())
-    if isinstance(image, np.ndarray):
-        return _from_array(image)
+    if isinstance(image, torch.Tensor | np.ndarray):
+        return _to_rgb(picture_of(image), f"the array of shape {tuple(image.shape)}")
+    if is_file_source(image):
+        return _opened(*open_source(image, "an image", allow_remote))
     raise ImageError(
-        f"expected an image as a path, a PIL image, or a uint8 array or tensor, got {type(image).__name__}"
+        f"expected an image as a path, bytes, a file object, a PIL image, or an array or tensor, got "
+        f"{type(image).__name__}"
     )
+
+
+def is_picture(x: object) -> bool:
+    """Whether `load_image` takes `x`."""
+    return isinstance(x, Image.Image | np.ndarray | torch.Tensor) or is_file_source(x)
 
 
 def load_image_bytes(data: bytes, name: str) -> Image.Image:
@@ -67,30 +78,8 @@ def load_image_bytes(data: bytes, name: str) -> Image.Image:
         ImageError: as `load_image` of a file.
     """
     if not data:
-        raise ImageError(_empty(repr(name)))
+        raise ImageError(f"{name!r} is empty (0 bytes): write or download it again")
     return _opened(io.BytesIO(data), repr(name))
-
-
-def _from_file(source: str | os.PathLike[str]) -> Image.Image:
-    path = os.fspath(source)
-    name = repr(path if len(path) <= 200 else path[:200] + "...")
-    if path.startswith(("http://", "https://", "data:")):
-        raise ImageError(f"expected the path of an image file, got {name}: download it first")
-    # os.path, unlike pathlib, answers False to a string that cannot be a path (base64 data, say)
-    if not os.path.isfile(path):
-        state = (
-            "is a folder" if os.path.isdir(path)
-            else "is not a regular file" if os.path.exists(path)
-            else "does not exist"
-        )  # fmt: skip
-        raise ImageError(f"expected the path of an image file, but {name} {state}: check the path")
-    if os.path.getsize(path) == 0:
-        raise ImageError(_empty(name))
-    return _opened(path, name)
-
-
-def _empty(name: str) -> str:
-    return f"{name} is empty (0 bytes): write or download it again"
 
 
 def _opened(file: str | io.BytesIO, name: str) -> Image.Image:
@@ -107,25 +96,6 @@ def _opened(file: str | io.BytesIO, name: str) -> Image.Image:
         ) from error
     with image:
         return _to_rgb(image, name)
-
-
-def _from_array(array: np.ndarray) -> Image.Image:
-    if array.dtype != np.uint8:
-        raise ImageError(f"expected an array of uint8 values 0 to 255, got {array.dtype}: scale and convert it first")
-    if array.ndim == 3 and array.shape[2] == 1:
-        array = array[:, :, 0]
-    if array.ndim != 2 and not (array.ndim == 3 and array.shape[2] in (3, 4)):
-        hint = ""
-        if array.ndim == 3 and array.shape[0] in (1, 3, 4):
-            hint = " (channels come last: use numpy.moveaxis(array, 0, -1) or tensor.permute(1, 2, 0))"
-        raise ImageError(
-            f"expected an array of shape (height, width), (height, width, 3) or (height, width, 4), "
-            f"got {array.shape}{hint}"
-        )
-    name = f"the array of shape {array.shape}"
-    if 0 in array.shape:
-        raise ImageError(f"{name} has no pixels: an image needs at least 1 x 1")
-    return _to_rgb(Image.fromarray(array), name)
 
 
 def _to_rgb(image: Image.Image, name: str) -> Image.Image:
@@ -187,7 +157,7 @@ def _too_large(name: str, error: Exception) -> str:
     return f"{name} has too many pixels ({error}): make it smaller, or raise PIL.Image.MAX_IMAGE_PIXELS if you trust it"
 
 
-def checked_images(images: Sequence[Any], name: str) -> Sequence[Any]:
+def checked_images(images: Any, name: str) -> Sequence[Any]:
     """Check that `images` is a list, and return it.
 
     Raises:

@@ -2,16 +2,29 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from itertools import islice
 
 import torch
 from torch import Tensor
 
 from hooked_vlm.errors import InputError
+from hooked_vlm.inputs.files import is_file_source
 from hooked_vlm.inputs.geometry import ImageSize
 from hooked_vlm.inputs.image_processor import ImageProcessor
+from hooked_vlm.inputs.images import load_image
+from hooked_vlm.inputs.messages import Picture
+from hooked_vlm.inputs.picture_settings import naming, process_images
 from hooked_vlm.inputs.prompts import Prompt
 from hooked_vlm.inputs.tiles import TileProcessor
+from hooked_vlm.inputs.videos import open_video
+
+
+@dataclass(frozen=True, eq=False)
+class Bounds:
+    """Bounds on the size of images that hold for a whole call; None: the checkpoint's."""
+
+    min_pixels: int | None = None
+    max_pixels: int | None = None
+    max_tiles: int | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -25,20 +38,38 @@ class Pictures:
     video_grids: Tensor | None = None
     video_sizes: list[ImageSize] = field(default_factory=list)
 
-    def by_prompt(self, prompts: Sequence[Prompt]) -> list[list[tuple[ImageSize, int]]]:
-        """For each prompt, the size and the number of temporal patches of its images, then of its videos."""
+    def bounded_by_call(self, prompts: Sequence[Prompt]) -> list[list[tuple[ImageSize, int]]]:
+        """For each prompt, size and number of temporal patches of its pictures that bounds of the call resize."""
         n_frames = [] if self.video_grids is None else self.video_grids[:, 0].tolist()
         images = iter([(size, 1) for size in self.sizes])
         videos = zip(self.video_sizes, n_frames, strict=True)
-        return [[*islice(images, len(p.images)), *islice(videos, len(p.videos))] for p in prompts]
+        by_prompt = []
+        for prompt in prompts:
+            of_images = [size for image, size in zip(prompt.images, images, strict=False) if not image.settings.resizes]
+            of_videos = [
+                size
+                for video, size in zip(prompt.videos, videos, strict=False)
+                if not (video.settings.resizes or is_file_source(video.source))
+            ]
+            by_prompt.append([*of_images, *of_videos])
+        return by_prompt
 
 
-def prepare_pictures(prompts: Sequence[Prompt], processor: ImageProcessor | TileProcessor | None) -> Pictures:
+def prepare_pictures(
+    prompts: Sequence[Prompt],
+    processor: ImageProcessor | TileProcessor | None,
+    bounds: Bounds,
+    allow_remote: bool = False,
+) -> Pictures:
     """Preprocess the images and videos of all prompts.
+
+    Args:
+        processor: the model's, with the bounds of the call.
+        allow_remote: fetch http(s) addresses.
 
     Raises:
         InputError: there are pictures but no image processor, or videos for a model that tiles images.
-        ImageError: a picture cannot be read.
+        ImageError: a picture cannot be read, or has settings that cannot be met.
     """
     images = [image for prompt in prompts for image in prompt.images]
     videos = [video for prompt in prompts for video in prompt.videos]
@@ -46,33 +77,54 @@ def prepare_pictures(prompts: Sequence[Prompt], processor: ImageProcessor | Tile
         return Pictures()
     if processor is None:
         raise InputError("this model has no image processor: set model.image_processor")
-    prepared = Pictures(*processor(images)) if images else Pictures()
+    prepared = Pictures(*_images(images, processor, allow_remote)) if images else Pictures()
     if not videos:
         return prepared
     if not isinstance(processor, ImageProcessor):
         raise InputError("this model takes no videos: give their frames as images")
-    parts = [processor.video(frames) for frames in videos]
+    parts = [_video(video, i, processor, bounds, allow_remote) for i, video in enumerate(videos)]
     return replace(
         prepared,
         video_pixels=torch.cat([pixels for pixels, _, _ in parts]),
         video_grids=torch.cat([grids for _, grids, _ in parts]),
-        video_sizes=[size for _, _, (size,) in parts],
+        video_sizes=[size for _, _, size in parts],
     )
 
 
-def bound_pixels(
-    processor: ImageProcessor | TileProcessor, min_pixels: int | None, max_pixels: int | None, max_tiles: int | None
-) -> ImageProcessor | TileProcessor:
-    """The processor with other bounds on the size of images; None keeps one.
+def _images(
+    images: Sequence[Picture], processor: ImageProcessor | TileProcessor, allow_remote: bool
+) -> tuple[Tensor, Tensor, list[ImageSize]]:
+    loaded = []
+    for i, image in enumerate(images):
+        with naming(f"image {i}"):
+            loaded.append(load_image(image.source, allow_remote))
+    return process_images(loaded, [image.settings for image in images], processor)
+
+
+def _video(
+    video: Picture, number: int, processor: ImageProcessor, bounds: Bounds, allow_remote: bool
+) -> tuple[Tensor, Tensor, ImageSize]:
+    with naming(f"video {number}"):
+        clip = open_video(video.source, video.settings, processor, allow_remote)
+        settings = video.settings.over(bounds.min_pixels, bounds.max_pixels) if clip.from_file else video.settings
+        resized = None
+        if clip.from_file or settings.resizes:
+            resized = settings.frame_size(*clip.size, processor, clip.n_frames, clip.from_file)
+        pixels, grid, _ = processor.video(clip.frames, resized=resized)
+        return pixels, grid, clip.size
+
+
+def bound_pixels(processor: ImageProcessor | TileProcessor, bounds: Bounds) -> ImageProcessor | TileProcessor:
+    """The processor with other bounds on the size of images.
 
     Raises:
         InputError: a bound that this kind of processor does not have.
         ImageError: bounds that contradict each other.
     """
     if isinstance(processor, TileProcessor):
-        if min_pixels is not None or max_pixels is not None:
+        if bounds.min_pixels is not None or bounds.max_pixels is not None:
             raise InputError("this model cuts images into tiles: bound them by max_tiles, not min_pixels or max_pixels")
-        return processor.bounded(None, max_tiles)
-    if max_tiles is not None:
+        return processor.bounded(None, bounds.max_tiles)
+    if bounds.max_tiles is not None:
         raise InputError("this model sees images whole: bound them by min_pixels and max_pixels, not max_tiles")
-    return processor.bounded(min_pixels, max_pixels)
+    return processor.bounded(bounds.min_pixels, bounds.max_pixels)

@@ -8,8 +8,30 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from hooked_vlm.inputs.token_layout import Visual
+
 Span = tuple[int, int, int, tuple[int, int, int]]
 """Row, first position, number of tokens and patch grid of an image or video."""
+
+
+def opened_spans(
+    tokens: Int[Tensor, "batch pos"], visuals: Sequence[Visual], first: Sequence[int], start_id: int | None
+) -> list[Span]:
+    """The images and videos that have positions on three axes, where they lie.
+
+    In the published code (`get_rope_index` of `transformers` up to 4.57, with which the model was trained) a row has
+    as many images as there are `start_id` (`<|vision_start|>`) with an image's placeholder behind them, and they are
+    the first ones; the others are positioned like text. The same holds for videos. (There, an image that is left out
+    also shifts the grids of later rows of the batch; here each row is as alone.)
+    """
+    host = tokens.cpu()
+    spans: list[Span] = []
+    for row, kind in sorted({(v.row, v.kind) for v in visuals}):
+        here = [v for v in visuals if (v.row, v.kind) == (row, kind)]
+        before = [int(host[row, v.start - 1]) if v.start > first[row] else None for v in here]
+        n_opened = len(here) if start_id is None else before.count(start_id)
+        spans += [(v.row, v.start, v.n_tokens, v.grid) for v in here[:n_opened]]
+    return spans
 
 
 def mrope_positions(

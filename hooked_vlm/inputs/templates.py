@@ -136,8 +136,11 @@ def template_named(name: str) -> ChatTemplate:
     return TEMPLATES[name]
 
 
-def render_with_tokenizer(tokenizer: "PreTrainedTokenizerBase", messages: list[Any]) -> str:
+def render_with_tokenizer(tokenizer: "PreTrainedTokenizerBase", messages: list[Any], **arguments: Any) -> str:
     """Render a chat in the tokenizer's own template, up to the header of the answer.
+
+    `arguments` reach the template (`tools`, `enable_thinking`, ...). With `continue_final_message` the last message is
+    left open, and no header follows.
 
     Such templates are programs by strangers. `transformers` runs them in Jinja's immutable sandbox, which keeps them
     from Python's internals and from files, and limits `range`; how long they compute is not bounded.
@@ -146,7 +149,9 @@ def render_with_tokenizer(tokenizer: "PreTrainedTokenizerBase", messages: list[A
         InputError: the template cannot be parsed, refuses the messages, or does something that the sandbox forbids.
     """
     try:
-        return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+        header = not arguments.get("continue_final_message", False)
+        options: dict[str, Any] = {"tokenize": False, "add_generation_prompt": header, **arguments}
+        return str(tokenizer.apply_chat_template(messages, **options))
     except Exception as error:  # templates raise whatever they compute
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise InputError(

@@ -31,6 +31,8 @@ class InputSpec:
     patch_size: int
     merge_size: int
     pad_token_id: int
+    vision_start_token_id: int | None = None
+    """The token that opens an image or video."""
     turn_start_ids: tuple[int, ...] = ()
     """The tokens that open a chat turn (`<|im_start|>`, or one for each role)."""
     turn_end_id: int | None = None

@@ -21,7 +21,8 @@ from hooked_vlm.errors import InputError
 from hooked_vlm.inputs.batching import join, rows_of
 from hooked_vlm.inputs.edits import Answer, append_answer, replace_image
 from hooked_vlm.inputs.geometry import Box, ImageGrid, Part, TileGrid
-from hooked_vlm.inputs.positions import TokenGroups, mrope_positions, prompt_groups
+from hooked_vlm.inputs.picture_settings import PictureSettings
+from hooked_vlm.inputs.positions import TokenGroups, mrope_positions, opened_spans, prompt_groups
 from hooked_vlm.inputs.tiles import TileProcessor
 from hooked_vlm.inputs.token_layout import Grid, InputSpec, Kind, Visual, locate_visuals, real_span
 
@@ -50,6 +51,8 @@ class VLMInputs:
     video_grid_thw: Int[Tensor, "video 3"] | None = None
     image_sizes: tuple[tuple[int, int], ...] | None = None
     """(width, height) of the original images in pixels, after EXIF orientation; None if not known."""
+    image_settings: tuple[PictureSettings, ...] | None = None
+    """Settings that messages gave the images; `with_image` keeps them."""
     image_features: Float[Tensor, "token d_model"] | None = None
     """The projector's output, images first, then videos; see `with_image_features`."""
     n_generated: tuple[int, ...] = ()
@@ -80,12 +83,9 @@ class VLMInputs:
         grids = (self.image_grid_thw, self.video_grid_thw)
         set_(self, "visuals", locate_visuals(self.tokens, self.spec, *grids, first, stop))
         self._check_pixels()
+        spans = opened_spans(self.tokens, self.visuals, first, self.spec.vision_start_token_id)
         positions = mrope_positions(
-            self.tokens.shape,
-            first,
-            stop,
-            [(v.row, v.start, v.n_tokens, v.grid) for v in self.visuals] if self.spec.mrope else [],
-            self.spec.merge_size,
+            self.tokens.shape, first, stop, spans if self.spec.mrope else [], self.spec.merge_size
         )
         set_(self, "position_ids", positions.to(self.tokens.device))
 

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from streams import contents, samples, stream
 
@@ -190,3 +191,13 @@ def test_the_command_reads_lines_and_goes_on(
     with pytest.raises(SystemExit, match=r"line 3.*'page 0'") as stopped:
         cli.main()
     assert "\n" not in str(stopped.value)
+
+
+def test_settings_of_a_picture_in_a_message_are_part_of_the_samples_digest() -> None:
+    def sample(**settings: int) -> Sample:
+        part = {"type": "image", "image": np.zeros((64, 64, 3), np.uint8), **settings}
+        return Sample("a", [{"role": "user", "content": [part, {"type": "text", "text": "What?"}]}])
+
+    digests = [sample(**given).digest() for given in ({}, {"max_pixels": 4096}, {"max_pixels": 2048})]
+    assert len(set(digests)) == 3
+    assert digests[0] == sample().digest()

@@ -160,12 +160,15 @@ def prompts(data: bytes) -> str:
         if draws.one_in(4):
             model.inputs_from_hf(changed_batch(draws, model))
             return "made"
-        image = {"type": "image", "image": picture()}
+        kind = draws.pick(("image", "image", "video"))
+        image: dict[str, Any] = {"type": kind, kind: picture() if kind == "image" else [picture(), picture()]}
+        for _ in range(draws.below(3)):
+            image[draws.pick(KEYS)] = draws.pick((4096, draws.number(), draws.odd(), {draws.pick(KEYS): draws.odd()}))
         chats: list[Any] = [
             "What is the value of a1?",
             [
                 {
-                    "assistant_header": "user",
+                    "role": "user",
                     "content": [{"type": "image"}, {"type": "text", "text": "Read the text in the image"}],
                 }
             ],
@@ -184,20 +187,29 @@ def prompts(data: bytes) -> str:
             prompt = "".join(draws.pick(SPECIALS) for _ in range(draws.below(6)))
         pictures_: Any = draws.pick(
             (None, picture(), [picture()], [], [None], 5, "nowhere.png", ["/dev/zero"], [[picture()]], b"x", {"a": 1},
-             torch.zeros(3, 3), [picture(1, 300)])
+             torch.zeros(3, 3), [picture(1, 300)], draws.bytes(draws.below(30)), {draws.pick(KEYS): draws.odd()},
+             {"bytes": draws.bytes(draws.below(30)), "path": draws.odd()}, {"bytes": None, "path": draws.odd()},
+             f"data:image/png;base64,{draws.odd()}", f"file://{draws.odd()}",
+             torch.full((3, 5, 6), draws.pick((0.5, 300.0, float("nan")))), torch.zeros(3, 3, 3, dtype=torch.uint8))
         )  # fmt: skip
         bounds: dict[str, Any] = {}
         if draws.one_in(4):
             bounds = {
                 draws.pick(("min_pixels", "max_pixels", "max_tiles")): draws.pick((4096, draws.number(), draws.odd()))
             }
-        videos = draws.pick((None, None, None, [[picture()]], picture(), [[]], 5))
-        model.to_inputs(prompt, pictures_, videos, chat=not draws.one_in(3), **bounds)
+        videos = draws.pick(
+            (None, None, None, [[picture()]], picture(), [[]], 5, "a.mp4", b"x", torch.zeros(2, 9, 9, 3))
+        )
+        template = {draws.pick(ARGUMENTS): draws.odd()} if draws.one_in(6) else None
+        model.to_inputs(prompt, pictures_, videos, chat=not draws.one_in(3), template=template, **bounds)
         return "made"
 
     return held(case)
 
 
+KEYS = ("type", "image", "video", "text", "url", "path", "base64", "image_url", "video_url", "bytes", "min_pixels",
+        "max_pixels", "resized_height", "resized_width", "total_pixels", "fps", "nframes", "x")  # fmt: skip
+ARGUMENTS = ("tools", "documents", "chat_template", "continue_final_message", "add_generation_prompt", "tokenize", "x")
 SPECIALS = ("<|image_pad|>", "<|vision_start|>", "<|vision_end|>", "<|im_start|>", "<|im_end|>", "<IMG_CONTEXT>",
             "<img>", "</img>", "<image>", "user", "\0", "a")  # fmt: skip
 

@@ -445,11 +445,7 @@ def test_bad_objects_are_refused():
     for image, says in (
         (Image.new("RGB", (0, 5)), "pixels"),
         (np.zeros((0, 5, 3), np.uint8), "pixels"),
-        (np.zeros((5, 5, 3), np.float32), "uint8.*float32"),
-        (np.zeros((5, 5, 2), np.uint8), r"\(height, width, 3\)"),
-        (np.zeros((3, 5, 6), np.uint8), "channels"),
-        (np.zeros(5, np.uint8), r"\(5,\)"),
-        (torch.zeros(3, 5, 6), "uint8"),
+        (np.zeros((5, 5, 3), np.int32), "uint8.*int32"),
         (Image.new("F", (5, 5)), "'F'"),
         (Image.new("I", (5, 5)), "'I'"),
         (Image.open(io.BytesIO(encoded("PNG")[:1500])), "truncated"),
@@ -488,7 +484,7 @@ def test_the_message_names_the_image_of_the_list(tmp_path):
     with pytest.raises(ImageError, match=r"image 2.*1 x 300"):
         ImageProcessor()([good, good, picture("RGB", 1, 300)])
     with pytest.raises(ImageError, match=r"frame 1.*uint8"):
-        ImageProcessor().video([good, np.zeros((5, 5))])
+        ImageProcessor().video([good, np.zeros((5, 5), int)])
 
 
 def test_bad_videos_are_refused():
