@@ -26,6 +26,10 @@ class CheckpointError(HookedVLMError, ValueError):
     """A checkpoint folder, its `config.json` or its tensors are not what the model needs."""
 
 
+class CheckpointWarning(UserWarning):
+    """A checkpoint folder holds what the model has no place for and what cannot change a number."""
+
+
 class ActivationsError(HookedVLMError, ValueError):
     """A folder of activations, or a file in it, that cannot be read."""
 

@@ -11,7 +11,7 @@ from hooked_vlm.errors import CheckpointError
 TOY_MODELS = Path(__file__).parents[1] / "toy_models"
 FILES = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja")
 """Patterns of the files that a checkpoint is loaded from."""
-CONFIG_FILES = ("config.json", "preprocessor_config.json")
+CONFIG_FILES = ("config.json", "processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json")
 
 
 def bundled_models() -> list[str]:
