@@ -19,7 +19,6 @@ from torch import Tensor
 from hooked_vlm.converters.fields import Fields, read_dtype, refuse_quantised
 from hooked_vlm.converters.language_models import MOST_LAYERS, QWEN2, head_sizes
 from hooked_vlm.converters.renaming import Rename, affine, tied_to_ours, tied_to_theirs
-from hooked_vlm.errors import CheckpointError
 
 ARCHITECTURES = ("Qwen2VLForConditionalGeneration",)
 MODEL_TYPES = ("qwen2_vl",)

@@ -37,9 +37,9 @@ def state_of(hf_model: Any) -> dict[str, Tensor]:
                 f"{name} is a {type(tensor).__name__}, which holds something else than its own numbers (quantised or "
                 "sharded): pass the model as it was before, with quantize= in from_pretrained to round it here"
             )
-    if kept := [name for name, tensor in state.items() if tensor.is_meta]:
-        if any(not tensor.is_meta for tensor in state.values()) or getattr(hf_model, "hf_device_map", None):
-            raise CheckpointError(
-                f"{kept[0]} is offloaded, so its numbers are not in memory: load the model without a device_map"
-            )
+    kept = [name for name, tensor in state.items() if tensor.is_meta]
+    if kept and (len(kept) < len(state) or getattr(hf_model, "hf_device_map", None)):
+        raise CheckpointError(
+            f"{kept[0]} is offloaded, so its numbers are not in memory: load the model without a device_map"
+        )
     return state

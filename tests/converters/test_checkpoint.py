@@ -236,7 +236,9 @@ def test_an_index_that_names_a_tensor_no_file_has(untied: Any, sharded: Path) ->
     assert opened.keys() == untied.published.keys() and "extra" in notes[0]
     needed = "model.norm.weight"
     shard = next(path for path in sharded.glob("*.safetensors") if needed in load_file(path))
-    save_file({name: tensor for name, tensor in load_file(shard).items() if name != needed} | {"x": torch.ones(1)}, shard)
+    save_file(
+        {name: tensor for name, tensor in load_file(shard).items() if name != needed} | {"x": torch.ones(1)}, shard
+    )
     with pytest.raises(CheckpointError, match=rf"missing: {needed}.*index"):
         qwen2_vl.from_hf(open_tensors(sharded, notes), untied.config, notes)
 
@@ -269,10 +271,11 @@ def test_a_tensor_in_two_shards(untied: Any, sharded: Path, change: str) -> None
         assert len(notes) == 1 and name in notes[0]
 
 
-@pytest.mark.parametrize(
-    "file", ["adapter_config.json", "adapter_model.safetensors", "adapter_model.bin", "pytorch_lora_weights.safetensors",
-             "non_lora_trainables.bin"],
-)  # fmt: skip
+ADAPTERS = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin", "lora.bin",
+            "pytorch_lora_weights.safetensors", "non_lora_trainables.bin")  # fmt: skip
+
+
+@pytest.mark.parametrize("file", ADAPTERS)
 def test_an_adapter_beside_the_weights(folder: Path, file: str) -> None:
     (folder / file).write_text("{}")
     with pytest.raises(CheckpointError, match=rf"adapter.*{file}.*merge_and_unload"):
