@@ -45,6 +45,9 @@ def download(
 def _advice(error: Exception, name: str, local_files_only: bool) -> str:
     """The cause of a failed download, and what to do."""
     elsewhere = f"run `hf download {name}` where there is a connection, and pass the folder"
+    partly = type(error).__name__ == "IncompleteSnapshotError"  # of newer versions of huggingface_hub
+    if isinstance(error.__cause__, HfHubHTTPError):
+        error = error.__cause__  # the hub was asked, refused, and then the cache was looked at
     status = error.response.status_code if isinstance(error, HfHubHTTPError) and error.response is not None else None
     if isinstance(error, GatedRepoError):
         return f"it is gated: accept its terms at https://huggingface.co/{name} and {LOG_IN}"
@@ -59,7 +62,7 @@ def _advice(error: Exception, name: str, local_files_only: bool) -> str:
     if isinstance(error, HFValidationError):
         return "this is not a hub name (owner/model): check the spelling, or pass the path of a folder"
     if isinstance(error, LocalEntryNotFoundError | OfflineModeIsEnabled):
-        part = "only a part of it is" if type(error).__name__ == "IncompleteSnapshotError" else "it is not"
+        part = "only a part of it is" if partly else "it is not"
         if local_files_only:
             return f"{part} in the cache, and local_files_only=True: leave that out, or {elsewhere}"
         if constants.HF_HUB_OFFLINE:

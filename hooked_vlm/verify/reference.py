@@ -134,7 +134,8 @@ def _how_internvl(model: "HookedVLM") -> str:
 
 def reference_processor(model: "HookedVLM", folder: Path) -> Any:
     """`transformers`' Pillow image processor, from the folder's own files: from a picture to {"pixel_values": ...}."""
-    ours, theirs = model.image_processor, GotOcr2ImageProcessorPil
+    ours = model.image_processor
+    theirs: Any = GotOcr2ImageProcessorPil
     options: dict[str, Any] = {"crop_to_patches": True}  # as transformers' InternVLProcessor calls it
     if not isinstance(ours, TileProcessor):
         theirs, options = Qwen2VLImageProcessorPil, {}
