@@ -7,16 +7,20 @@ from typing import Any
 
 from hooked_vlm.config import VisionConfig, VLMConfig
 from hooked_vlm.converters import read_json
+from hooked_vlm.converters.internvl import HF
 from hooked_vlm.errors import CheckpointError, ImageError
-from hooked_vlm.inputs.image_processor import ImageProcessor
+from hooked_vlm.inputs.image_processor import CLIP_MEAN, CLIP_STD, ImageProcessor
 from hooked_vlm.inputs.tiles import TileProcessor
 
 PROCESSOR, IMAGES, VIDEOS = "processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json"
 SETTINGS_FILES = (PROCESSOR, IMAGES, VIDEOS)
 
-# Where a file is silent, the class of transformers decides: Qwen2VLImageProcessorPil.size, Qwen2VLVideoProcessor.size
+# Where a file is silent, the class of transformers decides: Qwen2VLImageProcessorPil, Qwen2VLVideoProcessor (if videos
+# have settings of their own; else 4.x prepared them as images, with which the models were published),
+# GotOcr2ImageProcessorPil
 SILENT_IMAGES = {"min_pixels": 56 * 56, "max_pixels": 28 * 28 * 1280}
 SILENT_VIDEOS = {"min_pixels": 128 * 28 * 28, "max_pixels": 28 * 28 * 768}
+SILENT_TILES = {"image_mean": CLIP_MEAN, "image_std": CLIP_STD}
 
 
 @dataclass(frozen=True)
@@ -69,14 +73,16 @@ def processor_of(
         return None
     if vision.tile_size is not None:
         names = ("tile_size", "patch_size", "merge_size", "min_tiles", "max_tiles", "thumbnail", "transposed_tokens")
+        sizes = {name: getattr(vision, name) for name in names}
+        of_transformers = images.file is not None and cfg.original_architecture == HF
         try:
-            return TileProcessor.from_dict(images.values, **{name: getattr(vision, name) for name in names})
+            return TileProcessor.from_dict(images.values, **sizes, **(SILENT_TILES if of_transformers else {}))
         except ImageError as error:
             raise _refusal(images, error) from error
     processor = _whole_images(images, SILENT_IMAGES, vision)
     if videos.file is None:
         return processor
-    of_videos = _whole_images(videos, SILENT_VIDEOS, vision)
+    of_videos = _whole_images(videos, SILENT_IMAGES if videos.file == IMAGES else SILENT_VIDEOS, vision)
     return processor if of_videos == processor else replace(processor, for_videos=of_videos)
 
 
