@@ -34,16 +34,16 @@ def processor_template(folder: Path) -> str | dict[str, str] | None:
         CheckpointError: a file that cannot be read or holds no template; `chat_template.json` beside
             `additional_chat_templates`, which transformers refuses, too.
     """
+    legacy, files = read_json(folder, LEGACY_FILE, default=None), template_files(folder)
+    if legacy is not None and (more := set(files) - {"default"}):
+        raise CheckpointError(
+            f"{folder} has {LEGACY_FILE} and additional_chat_templates ({', '.join(sorted(more))}), of which "
+            "transformers takes neither: remove one of them"
+        )
     stated = read_json(folder, "processor_config.json", default={}).get("chat_template")
     if stated is not None:
         return _checked(stated, "processor_config.json")
-    legacy, files = read_json(folder, LEGACY_FILE, default=None), template_files(folder)
     if legacy is not None:
-        if more := set(files) - {"default"}:
-            raise CheckpointError(
-                f"{folder} has {LEGACY_FILE} and additional_chat_templates ({', '.join(sorted(more))}), of which "
-                "transformers takes neither: remove one of them"
-            )
         return _checked(legacy.get("chat_template"), LEGACY_FILE)
     return files["default"] if set(files) == {"default"} else files or None
 
