@@ -32,14 +32,11 @@ def state_of(hf_model: Any) -> dict[str, Tensor]:
         raise CheckpointError(f"from_hf takes a model of transformers, got {type(hf_model).__name__}")
     state: dict[str, Tensor] = hf_model.state_dict()
     for name, tensor in state.items():
+        if tensor.is_meta:
+            raise CheckpointError(f"{name} is offloaded or empty (meta): load the model whole, without a device_map")
         if is_traceable_wrapper_subclass(tensor):
             raise CheckpointError(
                 f"{name} is a {type(tensor).__name__}, which holds something else than its own numbers (quantised or "
                 "sharded): pass the model as it was before, with quantize= in from_pretrained to round it here"
             )
-    kept = [name for name, tensor in state.items() if tensor.is_meta]
-    if kept and (len(kept) < len(state) or getattr(hf_model, "hf_device_map", None)):
-        raise CheckpointError(
-            f"{kept[0]} is offloaded, so its numbers are not in memory: load the model without a device_map"
-        )
     return state
