@@ -26,8 +26,9 @@ class CheckpointError(HookedVLMError, ValueError):
     """A checkpoint folder, its `config.json` or its tensors are not what the model needs."""
 
 
-class CheckpointWarning(UserWarning):
-    """A checkpoint folder holds what the model has no place for and what cannot change a number."""
+class CheckpointWarning(CheckpointError, UserWarning):
+    """A checkpoint folder holds what the model has no place for and what cannot change a number: a warning, which is
+    an error only where Python's filters make it one."""
 
 
 class ActivationsError(HookedVLMError, ValueError):

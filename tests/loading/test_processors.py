@@ -168,7 +168,7 @@ def test_tiles_in_the_layout_of_transformers(nested: bool, tmp_path: Path) -> No
         json.dumps({"image_processor": stated} if nested else stated)
     )
     ours: Any = processor_of(cfg, *picture_settings(tmp_path))
-    theirs = GotOcr2ImageProcessorPil.from_pretrained(tmp_path)
+    theirs: Any = GotOcr2ImageProcessorPil.from_pretrained(tmp_path)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         expected = theirs([PICTURE], crop_to_patches=True, return_tensors="pt")["pixel_values"]
