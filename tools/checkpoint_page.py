@@ -71,8 +71,8 @@ These tolerances are for float32. With `--dtype bfloat16` (or float16) the libra
 compared with a float64 run of the rounded weights (float32 if a float64 copy does not fit): our root mean square error
 in logits and image features may be at most 1.1 times the reference's; equal tokens are counted without a tolerance.
 
-The reference is built from the folder's own files, with neutral generation settings (no `repetition_penalty` or the like
-of `generation_config.json`):
+The reference is built from the folder's own files, with neutral generation settings (a `repetition_penalty` of
+generation_config.json, say, does not count):
 
 - Qwen2-VL, InternVL in the `-hf` layout, text-only Qwen2, Llama and Phi-3: `transformers` loads the same folder itself.
 - InternVL as published: its code is remote code, which is never executed. This library's converter passes the tensors

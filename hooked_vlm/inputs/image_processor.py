@@ -269,12 +269,12 @@ def _bounds(config: Mapping[str, Any]) -> dict[str, int]:
         )
     bounds = {}
     for bound, edge in (("min_pixels", "shortest_edge"), ("max_pixels", "longest_edge")):
-        of_size = {name: size[name] for name in (edge, bound) if size.get(name) is not None}
+        stated = {f"size.{name}": size[name] for name in (edge, bound) if size.get(name) is not None}
         if config.get(bound) is not None:
-            bounds[bound] = whole(bound, config[bound])
-        elif len(set(of_size.values())) > 1:
-            raise ImageError(f"`size` contradicts itself: {of_size}; make both agree")
-        elif of_size:
-            name, value = of_size.popitem()
-            bounds[bound] = whole(f"size.{name}", value)
+            stated = {bound: config[bound]}
+        values = {whole(name, value) for name, value in stated.items()}
+        if len(values) > 1:
+            raise ImageError(f"the image processor's `size` contradicts itself: {stated}; make both agree")
+        if values:
+            bounds[bound] = values.pop()
     return bounds
