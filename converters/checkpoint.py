@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
@@ -16,6 +17,9 @@ from hooked_vlm.errors import CheckpointError
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
+ADAPTER_FILES = ("adapter_config.json", "adapter_model*", "*lora*.safetensors", "*lora*.bin", "non_lora_trainables.bin")
+"""Patterns of the files in which trainers keep what is to be added to the weights of a base model."""
+MERGE = "merge it into its base model (peft: merge_and_unload()) and save that"
 
 
 def read_config(folder: str | Path) -> dict[str, Any]:
@@ -27,9 +31,7 @@ def read_config(folder: str | Path) -> dict[str, Any]:
     folder = _existing(folder)
     config = read_json(folder, "config.json", default=None)
     if config is None:
-        hint = ""
-        if (folder / "adapter_config.json").exists():
-            hint = "; it holds an adapter: merge it into its base model and save that"
+        hint = f"; it holds an adapter: {MERGE}" if (folder / "adapter_config.json").exists() else ""
         raise CheckpointError(f"{folder} has no config.json, so it is not a checkpoint folder{hint}")
     return config
 
@@ -54,24 +56,30 @@ def read_json(folder: str | Path, name: str, default: Any) -> Any:
     return content
 
 
-def open_tensors(folder: str | Path) -> dict[str, Tensor]:
+def open_tensors(folder: str | Path, notes: list[str] | None = None) -> dict[str, Tensor]:
     """Map every tensor of the checkpoint into memory, by its name in the files, on the CPU.
 
     Tensors are read when used. The mapping is private (copy on write): a tensor may be edited in place, which
     costs memory for the pages touched and never reaches the file. The files may be replaced or removed
     meanwhile, but must not be rewritten in place.
 
+    Args:
+        notes: gains what is wrong with the index and cannot change a number: tensors that are in another file than
+            it says, or in none, or in two with equal values.
+
     Raises:
         CheckpointError: no safetensors (pickle files are refused), a file that is missing, truncated or
-            corrupt, or an index that names a file outside the folder or contradicts the files.
+            corrupt, an index that names a file outside the folder, a tensor with two values, or an adapter
+            beside the weights.
     """
     folder = _existing(folder)
+    _refuse_adapters(folder)
     if (folder / SINGLE_FILE).exists():
         return _open_file(folder / SINGLE_FILE)
     index = read_json(folder, INDEX_FILE, default=None)
     if index is None:
         raise CheckpointError(_why_no_safetensors(folder))
-    return _open_shards(folder, _file_of_tensor(folder, index))
+    return _open_shards(folder, _file_of_tensor(folder, index), [] if notes is None else notes)
 
 
 def _existing(folder: str | Path) -> Path:
@@ -112,24 +120,47 @@ def _file_of_tensor(folder: Path, index: Mapping[str, Any]) -> dict[str, str]:
     return weight_map
 
 
-def _open_shards(folder: Path, file_of: Mapping[str, str]) -> dict[str, Tensor]:
+def _open_shards(folder: Path, file_of: Mapping[str, str], notes: list[str]) -> dict[str, Tensor]:
     files = sorted(set(file_of.values()))
     if missing := [name for name in files if not (folder / name).exists()]:
         raise CheckpointError(f"{folder} lacks {listed(missing)}, named in {INDEX_FILE}; finish the download")
     tensors: dict[str, Tensor] = {}
-    holder: dict[str, str] = {}
+    holders: dict[str, list[str]] = {}
     for file in files:
-        shard = _open_file(folder / file)
-        if twice := sorted(set(shard) & set(tensors)):
-            raise CheckpointError(f"{folder}: {twice[0]} is both in {holder[twice[0]]} and in {file}")
-        tensors.update(shard)
-        holder.update(dict.fromkeys(shard, file))
-    if misplaced := sorted(name for name, file in file_of.items() if holder.get(name) != file):
-        raise CheckpointError(
-            f"{folder / INDEX_FILE} does not match the files: "
-            + listed([f"{name} is not in {file_of[name]}" for name in misplaced])
-        )
+        for name, tensor in _open_file(folder / file).items():
+            if name in tensors and not same_values(tensor, tensors[name]):
+                raise CheckpointError(f"{folder}: {name} is both in {holders[name][0]} and in {file}, and they differ")
+            tensors.setdefault(name, tensor)
+            holders.setdefault(name, []).append(file)
+    twice = [name for name, own in holders.items() if len(own) > 1]
+    absent = [name for name in file_of if name not in holders]
+    elsewhere = [name for name, file in file_of.items() if name in holders and file not in holders[name]]
+    for names, said in (
+        (twice, "are in two files, with equal values"),
+        (absent, f"are in {INDEX_FILE} and in no file"),
+        (elsewhere, f"are in another file than {INDEX_FILE} says"),
+    ):
+        if names:
+            notes.append(f"{listed(names, most=3)} {said}")
     return tensors
+
+
+def same_values(first: Tensor, second: Tensor) -> bool:
+    """Whether two tensors are equal in shape, dtype and bits; on the meta device bits are not compared."""
+    if first.shape != second.shape or first.dtype != second.dtype or first.device != second.device:
+        return False
+    if first.is_meta or first.data_ptr() == second.data_ptr() or torch.equal(first, second):
+        return True
+    return torch.equal(first.reshape(-1).view(torch.uint8), second.reshape(-1).view(torch.uint8))  # NaN, too
+
+
+def _refuse_adapters(folder: Path) -> None:
+    beside = sorted({path.name for pattern in ADAPTER_FILES for path in folder.glob(pattern)})
+    if beside:
+        raise CheckpointError(
+            f"{folder} holds an adapter ({listed(beside, most=3)}), which would change the weights: {MERGE}, or move "
+            "its files away to load the weights without it"
+        )
 
 
 def _why_no_safetensors(folder: Path) -> str:

@@ -123,6 +123,28 @@ def read_dtype(fields: Fields) -> torch.dtype | None:
     return dtype
 
 
+QUANTISATION_KEYS = ("quantization_config", "compression_config")
+SECTIONS = ("text_config", "llm_config", "vision_config")
+
+
+def refuse_quantised(root: Fields) -> None:
+    """Refuse a configuration that states, at its root or in the section of a part, that weights are quantised.
+
+    Raises:
+        CheckpointError: the key and the method that it names.
+    """
+    named = [(root.where, root), *((name, Fields(root.section(name), where=name)) for name in SECTIONS)]
+    for where, fields in named:
+        for key in QUANTISATION_KEYS:
+            if (stated := fields.get(key)) is None:
+                continue
+            method = stated.get("quant_method") if isinstance(stated, Mapping) else None
+            raise CheckpointError(
+                f"{where} has a {key}{f' ({_short(method)})' if method else ''}: quantised checkpoints are not "
+                "supported; load the unquantised one, with quantize= to round it here"
+            )
+
+
 def _is_int(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 

@@ -17,7 +17,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from hooked_vlm.converters.fields import Fields, read_dtype
+from hooked_vlm.converters.fields import Fields, read_dtype, refuse_quantised
 from hooked_vlm.converters.internvl_vision import hf_vision, original_vision
 from hooked_vlm.converters.language_models import (
     INTERNLM2,
@@ -57,8 +57,7 @@ def config_kwargs(hf_config: Mapping[str, Any]) -> dict[str, Any]:
         CheckpointError: a field is missing, absurd, contradicts another or asks for something not supported.
     """
     root = Fields(hf_config)
-    if root.get("quantization_config") is not None:
-        raise CheckpointError("config.json has a quantization_config; quantized checkpoints are not supported")
+    refuse_quantised(root)
     name = _text_section(hf_config)
     section = root.section(name)
     text = decoder_kwargs(section, _dialect(hf_config), where=name)
@@ -291,8 +290,12 @@ def _feature_layer(vision: Mapping[str, Any]) -> int:
 # ---------------------------------------------------------------- tensors
 
 
-def from_hf(tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> dict[str, Tensor]:
+def from_hf(
+    tensors: Mapping[str, Tensor], config: Mapping[str, Any], notes: list[str] | None = None
+) -> dict[str, Tensor]:
     """Our tensors from a checkpoint's in the configuration's layout (or from a transformers model's state dict).
+
+    `notes` gains what was left out because it cannot change a number.
 
     Raises:
         CheckpointError: tensors are missing, unexpected or misshapen, or contradict `tie_word_embeddings`.
@@ -302,7 +305,7 @@ def from_hf(tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> dict[st
     prefix = "language_model."
     names = (prefix + dialect.embed, prefix + dialect.head)
     rename = str if layout == "original" else _hf_name
-    return tied_to_ours(tensors, _table(cfg, dialect, layout), cfg, names, rename)
+    return tied_to_ours(tensors, _table(cfg, dialect, layout), cfg, names, rename, notes)
 
 
 def to_hf(

@@ -17,7 +17,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from hooked_vlm.converters.fields import REQUIRED, Fields, read_dtype
+from hooked_vlm.converters.fields import REQUIRED, Fields, read_dtype, refuse_quantised
 from hooked_vlm.converters.renaming import EMBED, UNEMBED, Rename, tied_to_ours, tied_to_theirs
 from hooked_vlm.errors import CheckpointError
 
@@ -206,8 +206,7 @@ def head_sizes(text: Fields, kv_may_be_absent: bool) -> dict[str, int]:
 
 
 def _refuse_unsupported(text: Fields, dialect: Dialect) -> None:
-    if text.get("quantization_config") is not None:
-        raise CheckpointError(f"{text.where} has a quantization_config; quantized checkpoints are not supported")
+    refuse_quantised(text)
     if dialect is QWEN2 and text.flag("use_sliding_window", False):
         raise text.error("use_sliding_window", "false (not supported for Qwen2)", True)
     # InternLM2's class default is true, but every published checkpoint sets false
@@ -335,14 +334,16 @@ def published_config(hf_config: Mapping[str, Any], stored_as: torch.dtype | None
     return config if stored_as is None else {**config, "torch_dtype": str(stored_as).removeprefix("torch.")}
 
 
-def from_hf(tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> dict[str, Tensor]:
+def from_hf(
+    tensors: Mapping[str, Tensor], config: Mapping[str, Any], notes: list[str] | None = None
+) -> dict[str, Tensor]:
     """Our tensors from a checkpoint's; see `hooked_vlm.converters.qwen2_vl.from_hf`.
 
     Raises:
         CheckpointError: tensors are missing, unexpected or misshapen, or contradict `tie_word_embeddings`.
     """
     dialect, cfg = dialect_of(config), config_kwargs(config)
-    return tied_to_ours(tensors, dialect.table(cfg), cfg, (dialect.embed, dialect.head))
+    return tied_to_ours(tensors, dialect.table(cfg), cfg, (dialect.embed, dialect.head), notes=notes)
 
 
 def to_hf(

@@ -16,10 +16,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from hooked_vlm.converters.fields import Fields, read_dtype
+from hooked_vlm.converters.fields import Fields, read_dtype, refuse_quantised
 from hooked_vlm.converters.language_models import MOST_LAYERS, QWEN2, head_sizes
 from hooked_vlm.converters.renaming import Rename, affine, tied_to_ours, tied_to_theirs
-from hooked_vlm.errors import CheckpointError
 
 ARCHITECTURES = ("Qwen2VLForConditionalGeneration",)
 MODEL_TYPES = ("qwen2_vl",)
@@ -143,8 +142,7 @@ def published_config(hf_config: Mapping[str, Any], stored_as: torch.dtype | None
 
 
 def _refuse_unsupported(root: Fields, text: Fields) -> None:
-    if root.get("quantization_config") is not None:
-        raise CheckpointError("config.json has a quantization_config; quantized checkpoints are not supported")
+    refuse_quantised(root)
     if text.flag("use_sliding_window", False):
         raise text.error("use_sliding_window", "false (sliding-window attention is not supported)", True)
     layers = text.get("layer_types", [])
@@ -209,18 +207,21 @@ def _vision_kwargs(section: Mapping[str, Any], text_width: int) -> dict[str, Any
 # ---------------------------------------------------------------- tensors
 
 
-def from_hf(tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> dict[str, Tensor]:
+def from_hf(
+    tensors: Mapping[str, Tensor], config: Mapping[str, Any], notes: list[str] | None = None
+) -> dict[str, Tensor]:
     """Our tensors from a checkpoint's (or from the state dict of a transformers model), as views.
 
     Projections keep the layout [out, in]; the fused q, k, v of the vision tower is split into three; the patch
     convolution [d_vision, channels, frames, height, width] becomes a matrix. Where the embeddings are tied,
-    `unembed.weight` and `embed.weight` are the same object.
+    `unembed.weight` and `embed.weight` are the same object. `notes` gains what was left out because it cannot change a
+    number.
 
     Raises:
         CheckpointError: tensors are missing, unexpected or misshapen, or contradict `tie_word_embeddings`.
     """
     cfg = config_kwargs(config)
-    return tied_to_ours(tensors, _table(cfg), cfg, (HF_EMBED, HF_UNEMBED), _published_name)
+    return tied_to_ours(tensors, _table(cfg), cfg, (HF_EMBED, HF_UNEMBED), _published_name, notes)
 
 
 def to_hf(

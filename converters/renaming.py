@@ -1,6 +1,6 @@
 """Rename a checkpoint's tensors to the model's names and back, by a table, as views wherever possible."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import Any
@@ -9,8 +9,9 @@ import torch
 from jaxtyping import Shaped
 from torch import Tensor
 
-from hooked_vlm.converters.checkpoint import listed
+from hooked_vlm.converters.checkpoint import listed, same_values
 from hooked_vlm.converters.fields import DTYPES
+from hooked_vlm.converters.foreign import needless, reasons
 from hooked_vlm.errors import CheckpointError
 
 EMBED, UNEMBED = "embed.weight", "unembed.weight"
@@ -97,34 +98,59 @@ def tied_to_ours(
     cfg: Mapping[str, Any],
     embed_and_head: tuple[str, str],
     rename: Callable[[str], str] = str,
+    notes: list[str] | None = None,
 ) -> dict[str, Tensor]:
     """`to_ours`; where the output matrix is tied, `unembed.weight` is the same object as `embed.weight`.
 
     Args:
         embed_and_head: the checkpoint's names of the two matrices.
         rename: from the names in the checkpoint to those in the table.
+        notes: gains what was left out because it cannot change a number; what is already there goes into the error.
 
     Raises:
         CheckpointError: tensors are missing, unexpected or misshapen, or contradict `tie_word_embeddings`.
     """
-    problems = Problems()
-    theirs: dict[str, Tensor] = {}
-    for name, tensor in tensors.items():
-        if name.endswith(("rotary_emb.inv_freq", "rotary_pos_emb.inv_freq")):
-            continue  # a buffer in old files that follows from the configuration
-        if (renamed := rename(name)) in theirs:
-            problems.others.append(f"{renamed} appears under two names")
-        theirs[renamed] = tensor
+    problems, notes, table = Problems(), [] if notes is None else notes, list(table)
     hf_embed, hf_head = embed_and_head
+    expected = {entry.theirs for entry in table} | ({hf_head} if cfg["tie_word_embeddings"] else set())
+    theirs = _by_name_in_table(tensors, expected, rename, problems, notes)
     head = theirs.pop(hf_head, None) if cfg["tie_word_embeddings"] else None
     ours = to_ours(theirs, table, problems)
+    problems.reasons = reasons(problems.unexpected, expected, rename)
     if cfg["tie_word_embeddings"] and EMBED in ours:
-        if head is not None and not _same(head, ours[EMBED]):
+        if head is not None and not same_values(head, ours[EMBED]):
             problems.others.append(f"tie_word_embeddings is true, but {hf_head} differs from {hf_embed}")
         ours[UNEMBED] = ours[EMBED]
     _explain_missing_head(problems, hf_head, cfg)
-    problems.raise_any("the checkpoint's tensors do not match its config.json")
+    problems.raise_any("the checkpoint's tensors do not match its config.json", notes)
     return ours
+
+
+def _by_name_in_table(
+    tensors: Mapping[str, Tensor],
+    expected: Collection[str],
+    rename: Callable[[str], str],
+    problems: "Problems",
+    notes: list[str],
+) -> dict[str, Tensor]:
+    """The checkpoint's tensors under the table's names, without those that cannot change a number."""
+    theirs: dict[str, Tensor] = {}
+    left_out: dict[str, list[str]] = {}
+    for name, tensor in tensors.items():
+        renamed = rename(name)
+        if renamed not in expected:
+            if (kind := needless(name)) is not None:
+                left_out.setdefault(kind, []).append(name)
+            else:
+                theirs[name] = tensor
+        elif renamed not in theirs:
+            theirs[renamed] = tensor
+        elif same_values(tensor, theirs[renamed]):
+            left_out.setdefault("the same tensor under a second name", []).append(name)
+        else:
+            problems.others.append(f"{renamed} appears under two names, with different values")
+    notes += [f"{listed(names, most=3)} ({kind}) left out" for kind, names in left_out.items()]
+    return theirs
 
 
 def tied_to_theirs(
@@ -141,7 +167,7 @@ def tied_to_theirs(
     problems = Problems()
     tensors = dict(tensors)
     head = tensors.pop(UNEMBED, None) if cfg["tie_word_embeddings"] else None
-    if head is not None and EMBED in tensors and not _same(head, tensors[EMBED]):
+    if head is not None and EMBED in tensors and not same_values(head, tensors[EMBED]):
         problems.others.append(f"tie_word_embeddings is true, but {UNEMBED} differs from {EMBED}")
     theirs = to_theirs(tensors, table, problems, rename)
     _explain_missing_head(problems, UNEMBED, cfg)
@@ -155,13 +181,6 @@ def affine(theirs: str, ours: tuple[str, ...], shape: tuple[int, ...]) -> list[R
         Rename(f"{theirs}.weight", tuple(f"{name}.weight" for name in ours), shape),
         Rename(f"{theirs}.bias", tuple(f"{name}.bias" for name in ours), shape[:1]),
     ]
-
-
-def _same(first: Tensor, second: Tensor) -> bool:
-    """Whether two tensors are equal; on the meta device only shapes and dtypes are compared."""
-    if first.shape != second.shape or first.dtype != second.dtype or first.device != second.device:
-        return False
-    return first.is_meta or first.data_ptr() == second.data_ptr() or torch.equal(first, second)
 
 
 def _explain_missing_head(problems: "Problems", name: str, cfg: Mapping[str, Any]) -> None:
@@ -178,6 +197,8 @@ class Problems:
         self.unexpected: list[str] = []
         self.misshapen: list[str] = []
         self.others: list[str] = []
+        self.reasons: list[str] = []
+        """Why tensors are missing and others unexpected, where that is known."""
         self.names: set[str] = set()
         """Every expected name that is missing or misshapen."""
 
@@ -194,21 +215,22 @@ class Problems:
                 self.misshapen.append(f"{name} (expected {list(shape)}, got {list(tensor.shape)})")
                 self.names.add(name)
             elif tensor.dtype not in DTYPES.values():
-                self.misshapen.append(f"{name} (expected one of {', '.join(DTYPES)}, got {tensor.dtype})")
+                self.misshapen.append(f"{name} (expected one of {', '.join(DTYPES)}, got {tensor.dtype}: quantised?)")
                 self.names.add(name)
 
-    def raise_any(self, summary: str) -> None:
-        """Raise one error that begins with `summary` if there are problems.
+    def raise_any(self, summary: str, notes: Sequence[str] = ()) -> None:
+        """Raise one error that begins with `summary` if there are problems, and ends with `notes`.
 
         Raises:
-            CheckpointError: all problems (at most 20 names of each kind).
+            CheckpointError: all problems (at most 20 names of each kind); reasons instead of the names that are
+                missing and unexpected, where they are known.
         """
         kinds = {
-            "missing": self.missing,
-            "unexpected": self.unexpected,
+            "missing": [] if self.reasons else self.missing,
+            "unexpected": [] if self.reasons else self.unexpected,
             "wrong shape or dtype": self.misshapen,
             "contradictory": self.others,
         }
-        problems = [f"{kind}: {listed(items)}" for kind, items in kinds.items() if items]
+        problems = self.reasons + [f"{kind}: {listed(items)}" for kind, items in kinds.items() if items]
         if problems:
-            raise CheckpointError(f"{summary}; " + "; ".join(problems))
+            raise CheckpointError(f"{summary}; " + "; ".join([*problems, *notes]))

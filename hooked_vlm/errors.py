@@ -30,6 +30,11 @@ class CheckpointError(HookedVLMError, ValueError):
     """A checkpoint folder, its `config.json` or its tensors are not what the model needs."""
 
 
+class CheckpointWarning(CheckpointError, UserWarning):
+    """A checkpoint folder holds what the model has no place for and what cannot change a number: a warning, which is
+    an error only where Python's filters make it one."""
+
+
 class ActivationsError(HookedVLMError, ValueError):
     """A folder of activations, or a file in it, that cannot be read."""
 

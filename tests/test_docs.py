@@ -24,6 +24,7 @@ def name_of(page: Path) -> str:
     return page.relative_to(DOCS).as_posix()
 
 
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # peft asks for it
 @pytest.mark.parametrize(
     "page", [p for p in PAGES if BLOCK.search(p.read_text("utf-8")) and name_of(p) not in RUN_ELSEWHERE], ids=name_of
 )

@@ -15,6 +15,7 @@ reference: transformers 5.23.0, Qwen2VLForConditionalGeneration, loaded by trans
 
 compared                                   ours and theirs  tolerance  largest value
 image preprocessing                                0.0e+00    1.0e-06                 pass
+prompts                                   177 of 177 equal        all                 pass
 attention pattern, worst layer (0)                 7.6e-06    2.0e-05              1  pass
 image features                                     5.0e-05    5.5e-04           55.2  pass
 logits                                             4.6e-05    2.0e-04           20.1  pass
@@ -62,14 +63,16 @@ model:
 | image preprocessing | 1e-6 in normalised pixels, against `transformers`' Pillow processor |
 | logits, image features, residual streams of both towers | 1e-4 up to values of size 10, 1e-5 of the largest beyond |
 | attention patterns | 2e-5 |
+| prompts | all tokens equal to the folder's chat template as `transformers` finds it (not InternVL as published) |
 | greedy tokens | all equal, up to `--max-new-tokens` for each prompt |
-| time, peak memory | none; fused kernels in both, memory beyond the weights |
+| time, peak memory | none, "(not required)"; fused kernels in both, memory beyond the weights |
 
 These tolerances are for float32. With `--dtype bfloat16` (or float16) the libraries differ by rounding, so both are
 compared with a float64 run of the rounded weights (float32 if a float64 copy does not fit): our root mean square error
 in logits and image features may be at most 1.1 times the reference's; equal tokens are counted without a tolerance.
 
-The reference:
+The reference is built from the folder's own files, with neutral generation settings (a `repetition_penalty` of
+generation_config.json, say, does not count):
 
 - Qwen2-VL, InternVL in the `-hf` layout, text-only Qwen2, Llama and Phi-3: `transformers` loads the same folder itself.
 - InternVL as published: its code is remote code, which is never executed. This library's converter passes the tensors

@@ -235,12 +235,15 @@ def needle_positions(model: HookedVLM, inputs: VLMInputs, row: int, example: Exa
     if example.answer_at is None:
         raise StudyError("a retrieval score needs `answer_at`, the answer's position in the context; got None")
     text = model.chat_text(example.prompt)
-    encoded = model.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    encoded = model.input_builder.text.prompt_with_spans(text, chat=True)
     first, stop = inputs.first[row], inputs.stop[row] - n_reply
-    if encoded["input_ids"] != inputs.tokens[row, first:stop].tolist():
+    if encoded is None:
         raise StudyError(
             f"retrieval scores need a tokenizer that reports offsets; {type(model.tokenizer).__name__} does not"
         )
+    ids, spans = encoded
+    if ids != inputs.tokens[row, first:stop].tolist():
+        raise StudyError("the tokens of this prompt are not those of its text: needles are found in text alone")
     begin = text.index(example.prompt) + example.answer_at
     end = begin + len(example.answer)
-    return [first + i for i, (a, b) in enumerate(encoded["offset_mapping"]) if a < end and begin < b]
+    return [first + i for i, (a, b) in enumerate(spans) if a < end and begin < b]

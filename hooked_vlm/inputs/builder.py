@@ -117,8 +117,7 @@ class InputBuilder:
         processor = None if self.image_processor is None else bound_pixels(self.image_processor, bounds)
         spec = replace(self.input_spec(), image_processor=processor)  # for with_image, too
         pictures = prepare_pictures(prompts, processor, bounds, allow_remote)
-        # published InternVL tokenizes the rendered template as any text, beginning-of-text token included
-        rows = self._tokenize(prompts, pictures, spec, special=chat and self.cfg.chat_template is not None)
+        rows = self._tokenize(prompts, pictures, spec, chat)
         if max(map(len, rows)) > self.cfg.n_ctx_limit:
             raise InputError(too_long_message(rows, pictures.bounded_by_call(prompts), processor, max_pixels, self.cfg))
         settings = tuple(image.settings for prompt in prompts for image in prompt.images)
@@ -150,7 +149,7 @@ class InputBuilder:
         self._check_sight(any(one.images or one.videos for one in read))
         return read
 
-    def _tokenize(self, prompts: list[Prompt], pictures: Pictures, spec: InputSpec, special: bool) -> list[list[int]]:
+    def _tokenize(self, prompts: list[Prompt], pictures: Pictures, spec: InputSpec, chat: bool) -> list[list[int]]:
         """Token ids of every prompt, each placeholder repeated to the tokens of its picture."""
         grids = {
             token_id: iter([] if all_grids is None else [(t, h, w) for t, h, w in all_grids.tolist()])
@@ -162,7 +161,7 @@ class InputBuilder:
         marks = (self.cfg.vision_start_token_id, self.cfg.vision_end_token_id)
         rows = []
         for row, prompt in enumerate(prompts):
-            ids = self.text.encode(prompt.text, special)
+            ids = self.text.encode_prompt(prompt.text, chat)
             check_ids(torch.tensor([ids], dtype=torch.long), self.cfg.d_vocab)
             check_placeholders(ids, row, len(prompt.images), len(prompt.videos), spec)
             rows.append(list(expand_placeholders(ids, grids, spec, marks)))

@@ -2,8 +2,7 @@
 
 Pixel values equal those of `transformers`' `Qwen2VLImageProcessorPil` bit for bit (its torchvision processors
 differ by up to one grey level). That class is not used itself because importing it takes seconds (it loads
-`transformers.modeling_utils`, SciPy and SymPy). One difference on purpose: bounds on the pixels that contradict
-each other are refused (`transformers` obeys one of them).
+`transformers.modeling_utils`, SciPy and SymPy).
 """
 
 import math
@@ -25,6 +24,7 @@ CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
 MAX_ASPECT_RATIO = 200  # as in the reference's smart_resize
+VIDEO_TOKENS = 128_000  # `max_video_tokens` of transformers' Qwen2VLVideoProcessor
 MOST_ENLARGED = 2**24
 """Largest area in pixels to which a small image is enlarged; a little above the published `max_pixels`."""
 
@@ -74,6 +74,10 @@ class ImageProcessor:
     """Larger images are reduced to this area at most."""
     image_mean: tuple[float, float, float] = CLIP_MEAN
     image_std: tuple[float, float, float] = CLIP_STD
+    video_tokens: int | None = None
+    """Tokens of a whole video, nine tenths of which bound the area of its frames; None: each frame is bounded alone."""
+    for_videos: "ImageProcessor | None" = None
+    """The processor of videos, where the checkpoint has other settings for them."""
 
     def __post_init__(self) -> None:
         for name in ("patch_size", "temporal_patch_size", "merge_size", "min_pixels", "max_pixels"):
@@ -104,21 +108,25 @@ class ImageProcessor:
         return height * width // self.pixels_per_token**2
 
     @classmethod
-    def from_dict(cls, config: Mapping[str, Any]) -> "ImageProcessor":
+    def from_dict(cls, config: Mapping[str, Any], **defaults: Any) -> "ImageProcessor":
         """From the contents of `preprocessor_config.json` (or of `processor_config.json`, as saved by 5.x).
 
         The bounds may be given as `min_pixels` and `max_pixels` (as published), as `size` with
         `shortest_edge` and `longest_edge` (4.57 and 5.x; areas, despite their names) or `min_pixels` and
-        `max_pixels` (4.45), or several times if all agree. Absent settings have their published values.
+        `max_pixels` (4.45). Where both are given, `min_pixels` and `max_pixels` count, as in every `transformers`:
+        folders saved after `from_pretrained(base, max_pixels=...)` keep the base's `size`. Absent settings have the
+        values of `defaults`, or those published.
 
         Raises:
-            ImageError: bounds that contradict each other, or a setting that is not supported.
+            ImageError: a `size` that contradicts itself, or a setting that is not supported.
         """
         config = processor_settings(config)
-        fields: dict[str, Any] = {**_bounds(config), **common_settings(config)}
+        fields: dict[str, Any] = {**defaults, **_bounds(config), **common_settings(config)}
         for key in ("patch_size", "temporal_patch_size", "merge_size"):
             if config.get(key) is not None:
                 fields[key] = whole(key, config[key])
+        if config.get("cap_pixels_per_frame"):
+            fields["video_tokens"] = whole("max_video_tokens", config.get("max_video_tokens", VIDEO_TOKENS))
         return cls(**fields)
 
     def __call__(
@@ -164,8 +172,9 @@ class ImageProcessor:
         """Prepare one video.
 
         All frames are used, none is sampled; if their number is no multiple of `temporal_patch_size`, the
-        last one is repeated. The bounds hold for each frame, as in `transformers` (4.x, and 5.x unless its
-        `cap_pixels_per_frame` is set) and, for frames, in `qwen-vl-utils`: long videos need a smaller `max_pixels`.
+        last one is repeated. The bounds hold for each frame, as in `transformers` (4.x and 5.x) and, for frames, in
+        `qwen-vl-utils`; the budget over all frames is applied only where the checkpoint sets `cap_pixels_per_frame`,
+        so long videos need a smaller `max_pixels`. Settings are those of `for_videos`, if there are any.
 
         Args:
             frames: images of one size, in order: a list, or an iterator that makes them one by one.
@@ -179,8 +188,11 @@ class ImageProcessor:
         Raises:
             ImageError: no frames, frames of different sizes, or as for images.
         """
-        bounded = self.bounded(min_pixels, max_pixels)
         each = frames if isinstance(frames, Iterator) else checked_images(frames, "frames")
+        bounded = (self.for_videos or self).bounded(min_pixels, max_pixels)
+        if bounded.video_tokens is not None:
+            each = list(each)
+            bounded = bounded._sharing(len(each))
         prepared = [bounded._prepare(frame, f"frame {i}", resized) for i, frame in enumerate(each)]
         if not prepared:
             raise ImageError("a video needs at least one frame, got none")
@@ -195,12 +207,24 @@ class ImageProcessor:
         return pixel_values, grid_thw, [first]
 
     def bounded(self, min_pixels: int | None, max_pixels: int | None) -> "ImageProcessor":
-        """The same processor with other bounds; None keeps one."""
+        """The same processor with other bounds, on videos too; None keeps one."""
         return replace(
             self,
             min_pixels=self.min_pixels if min_pixels is None else min_pixels,
             max_pixels=self.max_pixels if max_pixels is None else max_pixels,
+            for_videos=None if self.for_videos is None else self.for_videos.bounded(min_pixels, max_pixels),
         )
+
+    def _sharing(self, n_frames: int) -> "ImageProcessor":
+        """The processor of a frame that shares the budget of `video_tokens` with the others.
+
+        As in `transformers` (models/qwen2_vl/video_processing_qwen2_vl.py, `resize`).
+        """
+        if self.video_tokens is None or n_frames == 0:
+            return self
+        budget = int(self.video_tokens * self.pixels_per_token**2 * 0.9)
+        share = max(min(self.max_pixels, budget * self.temporal_patch_size // n_frames), int(self.min_pixels * 1.05))
+        return replace(self, max_pixels=share)
 
     def _prepare(
         self, image: object, name: str, resized: tuple[int, int] | None = None
@@ -266,14 +290,12 @@ def _bounds(config: Mapping[str, Any]) -> dict[str, int]:
         )
     bounds = {}
     for bound, edge in (("min_pixels", "shortest_edge"), ("max_pixels", "longest_edge")):
-        places = {
-            bound: config.get(bound),
-            f"size.{edge}": size.get(edge),
-            f"size.{bound}": size.get(bound),
-        }
-        given = {place: value for place, value in places.items() if value is not None}
-        if any(value != other for value in given.values() for other in given.values()):
-            raise ImageError(f"the image processor's settings contradict each other: {given}; make them agree")
-        if given:
-            bounds[bound] = whole(bound, next(iter(given.values())))
+        stated = {f"size.{name}": size[name] for name in (edge, bound) if size.get(name) is not None}
+        if config.get(bound) is not None:
+            stated = {bound: config[bound]}
+        values = {whole(name, value) for name, value in stated.items()}
+        if len(values) > 1:
+            raise ImageError(f"the image processor's `size` contradicts itself: {stated}; make both agree")
+        if values:
+            bounds[bound] = values.pop()
     return bounds

@@ -146,8 +146,15 @@ def render_with_tokenizer(tokenizer: "PreTrainedTokenizerBase", messages: list[A
     from Python's internals and from files, and limits `range`; how long they compute is not bounded.
 
     Raises:
-        InputError: the template cannot be parsed, refuses the messages, or does something that the sandbox forbids.
+        InputError: there are several and none is the default; the template cannot be parsed, refuses the messages, or
+            does something that the sandbox forbids.
     """
+    named = tokenizer.chat_template
+    if isinstance(named, dict) and "default" not in named:
+        raise InputError(
+            f"the checkpoint has the chat templates {', '.join(sorted(named))} and no default: set "
+            "model.tokenizer.chat_template to the text of one"
+        )
     try:
         header = not arguments.get("continue_final_message", False)
         options: dict[str, Any] = {"tokenize": False, "add_generation_prompt": header, **arguments}

@@ -32,15 +32,50 @@ class TextCodec:
             raise InputError("this model has no tokenizer: pass token ids, or set model.tokenizer")
         return self.tokenizer
 
-    def encode(self, text: str, special: bool = False) -> list[int]:
-        """Token ids of `text`; `special` adds the tokenizer's own (beginning of text, say).
+    def encode(self, text: str) -> list[int]:
+        """Token ids of a text as it stands.
 
         Raises:
             InputError: the tokenizer fails on this text.
         """
+        return self._encoded(text, special=False)["input_ids"]
+
+    def encode_prompt(self, text: str, chat: bool) -> list[int]:
+        """Token ids of a prompt; `chat`: it is a chat that a template rendered.
+
+        Raises:
+            InputError: the tokenizer fails on this text.
+        """
+        return self._encoded(text, self.adds_own_tokens(text, chat))["input_ids"]
+
+    def prompt_with_spans(self, text: str, chat: bool) -> tuple[list[int], list[tuple[int, int]]] | None:
+        """As `encode_prompt`, and each token's span of characters; None if the tokenizer does not report spans.
+
+        Raises:
+            InputError: the tokenizer fails on this text.
+        """
+        if not self.require_tokenizer().is_fast:
+            return None
+        encoded = self._encoded(text, self.adds_own_tokens(text, chat), return_offsets_mapping=True)
+        return encoded["input_ids"], encoded["offset_mapping"]
+
+    def adds_own_tokens(self, text: str, chat: bool) -> bool:
+        """Whether the tokenizer adds its own tokens (beginning of text) to a prompt: the one place that decides it.
+
+        To a rendered chat it does what the checkpoint's processor does: `transformers`' processors
+        (processing_utils.py, `apply_chat_template`) and the published InternVL code add them, unless the template
+        wrote the token; `transformers`' tokenizers, which render the chats of text-only checkpoints, never do. Text
+        without a template is taken as it stands.
+        """
+        if not chat or self.cfg.vision is None:
+            return False
+        first = self.require_tokenizer().bos_token
+        return first is None or not text.startswith(first)
+
+    def _encoded(self, text: str, special: bool, **options: Any) -> Any:
         tokenizer = self.require_tokenizer()
         try:
-            return tokenizer.encode(text, add_special_tokens=special)
+            return tokenizer(text, add_special_tokens=special, **options)
         except Exception as error:  # the tokenizers library has no error class of its own
             raise InputError(f"the checkpoint's tokenizer cannot read {text[:80]!r}: {error}") from error
 

@@ -111,10 +111,25 @@ def _internlm2(folder: Path, settings: Mapping[str, Any]) -> PreTrainedTokenizer
         tokenizer_object=tokenizer,
         padding_side="left",
         clean_up_tokenization_spaces=False,
-        chat_template=settings.get("chat_template"),
+        chat_template=template_files(folder) or settings.get("chat_template"),
         model_max_length=settings.get("model_max_length"),
         **names,
     )
+
+
+def template_files(folder: Path) -> dict[str, str]:
+    """Chat templates in files of their own, by name: `chat_template.jinja` is the default.
+
+    Raises:
+        CheckpointError: a file that is not text.
+    """
+    paths = {path.stem: path for path in sorted((folder / "additional_chat_templates").glob("*.jinja"))}
+    if (default := folder / "chat_template.jinja").exists():
+        paths["default"] = default
+    try:
+        return {name: path.read_text(encoding="utf-8") for name, path in paths.items()}
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"a chat template in {folder} cannot be read: {error}") from error
 
 
 def _normalizer(spec: Any) -> normalizers.Normalizer:

@@ -3,6 +3,7 @@
 The functions below are its class methods; `kind` is the class called upon.
 """
 
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -13,15 +14,18 @@ from torch.overrides import TorchFunctionMode
 
 from hooked_vlm.config import VLMConfig
 from hooked_vlm.converters import KNOWN_MODELS, converter_for, open_tensors, read_config, read_json
-from hooked_vlm.errors import CheckpointError
+from hooked_vlm.errors import CheckpointError, CheckpointWarning
 from hooked_vlm.inputs.image_processor import ImageProcessor
 from hooked_vlm.inputs.tiles import TileProcessor
 from hooked_vlm.inputs.tokenization import load_tokenizer
+from hooked_vlm.loading.chat_templates import take_processor_template
 from hooked_vlm.loading.folders import CONFIG_FILES, find_checkpoint
 from hooked_vlm.loading.placement import DeviceMap, Spread, attach, offloaded_weights, planned
+from hooked_vlm.loading.processors import picture_settings, processor_of
 from hooked_vlm.loading.quantisation import Bits, quantize_weights
 from hooked_vlm.loading.saving import without_none
-from hooked_vlm.loading.settings import as_device, as_dtype, model_config, processor_of, with_tokens
+from hooked_vlm.loading.settings import as_device, as_dtype, model_config, with_tokens
+from hooked_vlm.loading.transformers_models import state_of
 
 if TYPE_CHECKING:
     from hooked_vlm.model.vlm import HookedVLM
@@ -64,7 +68,8 @@ def from_pretrained(
 
     Returns:
         The model in eval mode; its parameters require gradients. On the CPU in the checkpoint's dtype
-        they are mapped from the files and read when first used.
+        they are mapped from the files and read when first used. One `CheckpointWarning` lists what was wrong and
+        cannot change a number (docs/checkpoint-folders.md).
 
     Raises:
         CheckpointError: no such checkpoint or device, an unsupported architecture, corrupt or missing files or
@@ -82,18 +87,22 @@ def from_pretrained(
     folder = find_checkpoint(name_or_path, revision, cache_dir, local_files_only)
     hf_config = read_config(folder)
     converter = converter_for(hf_config)
-    tensors = converter.from_hf(open_tensors(folder), hf_config)
+    notes: list[str] = []
+    tensors = converter.from_hf(open_tensors(folder, notes), hf_config, notes)
     dtype = wanted or converter.dtype(hf_config) or next(iter(tensors.values())).dtype
     generation = read_json(folder, "generation_config.json", default={})
     cfg = model_config(converter, hf_config, generation).with_(model_name=str(name_or_path), device=start, dtype=dtype)
     tokenizer = load_tokenizer(folder)
     cfg = with_tokens(cfg, tokenizer)
-    processor = processor_of(read_json(folder, "preprocessor_config.json", default={}), cfg)
+    if tokenizer is not None and cfg.vision is not None:
+        take_processor_template(tokenizer, folder)
+    processor = processor_of(cfg, *picture_settings(folder))
     model = _assemble(kind, cfg, tensors, hf_config, tokenizer, processor, spread)
     model.generation_config = generation
     if quantize is not None:
         model.cfg = model.cfg.with_(device=device)
         quantize_weights(model, quantize)
+    _warn(str(name_or_path), notes)
     return model
 
 
@@ -107,8 +116,8 @@ def without_weights(
 ) -> Model:
     """A model on the meta device: modules, hook points and shapes, neither weights nor tokenizer.
 
-    Published checkpoints of `hooked_vlm.converters.KNOWN_MODELS` need no files; of others only config.json (and
-    preprocessor_config.json, if there is one) is read or downloaded.
+    Published checkpoints of `hooked_vlm.converters.KNOWN_MODELS` need no files; of others only config.json and the
+    settings of images and videos are read or downloaded.
 
     Args:
         name_or_path, revision, cache_dir, local_files_only: as in `from_pretrained`.
@@ -118,18 +127,18 @@ def without_weights(
     """
     known = None if Path(name_or_path).exists() else KNOWN_MODELS.get(str(name_or_path))
     if known is not None:
-        hf_config, settings = known.config, {}
+        hf_config, settings = known.config, ()
     else:
         folder = find_checkpoint(name_or_path, revision, cache_dir, local_files_only, CONFIG_FILES)
         hf_config = read_config(folder)
-        settings = read_json(folder, "preprocessor_config.json", default={})
+        settings = picture_settings(folder)
     converter = converter_for(hf_config)
     cfg = model_config(converter, hf_config, {}).with_(
         model_name=str(name_or_path),
         device=torch.device("meta"),
         dtype=converter.dtype(hf_config) or torch.float32,
     )
-    model = _unfilled(kind, cfg, None, processor_of(settings, cfg))
+    model = _unfilled(kind, cfg, None, processor_of(cfg, *settings))
     model.hf_config = dict(hf_config)
     return model.eval()
 
@@ -143,20 +152,31 @@ def from_hf(
     """A model that shares the storage of a `transformers` model's parameters: an edit of one edits both.
 
     Raises:
-        CheckpointError: an unsupported architecture.
+        CheckpointError: an unsupported architecture, an adapter that is not merged, weights that are quantised or
+            offloaded, a wrapper around the model.
     """
+    state = state_of(hf_model)
     hf_config = {"architectures": [type(hf_model).__name__], **without_none(hf_model.config.to_dict())}
     converter = converter_for(hf_config)
-    tensors = converter.from_hf(hf_model.state_dict(), hf_config)
+    notes: list[str] = []
+    tensors = converter.from_hf(state, hf_config, notes)
+    _warn(type(hf_model).__name__, notes)
     stated = getattr(hf_model, "generation_config", None)
     generation = {} if stated is None else without_none(stated.to_dict())
     cfg = model_config(converter, hf_config, generation)
     some = tensors["embed.weight"]
     cfg = cfg.with_(model_name=type(hf_model).__name__, device=some.device, dtype=some.dtype)
     cfg = with_tokens(cfg, tokenizer)
-    model = _assemble(kind, cfg, tensors, hf_config, tokenizer, image_processor or processor_of({}, cfg))
+    model = _assemble(kind, cfg, tensors, hf_config, tokenizer, image_processor or processor_of(cfg))
     model.generation_config = generation
     return model
+
+
+def _warn(name: str, notes: list[str]) -> None:
+    """Say once what was found and left out."""
+    if notes:
+        text = f"{name} holds what cannot change a number and is left out: {'; '.join(notes)}"
+        warnings.warn(text, CheckpointWarning, stacklevel=3)
 
 
 def _assemble(

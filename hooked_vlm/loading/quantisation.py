@@ -6,6 +6,9 @@ over the range of its row (or group). `W_Q` and
 the like read as the numbers the steps stand for, and refuse edits.
 """
 
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -53,11 +56,26 @@ def quantize_weights(model: "HookedVLM", how: Bits | Any) -> None:
     model.cfg = model.cfg.with_(quantize=how if isinstance(how, str) else type(how).__name__)
 
 
+@contextmanager
+def quiet_torchao() -> Iterator[None]:
+    """Silence what torchao logs when it is imported: kernels of other machines, deprecations inside torch."""
+    loggers = [logging.getLogger(name) for name in ("torchao", "torch.utils._pytree")]
+    before = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, before, strict=True):
+            logger.setLevel(level)
+
+
 def _torchao(how: Bits | Any) -> tuple[Any, Any]:
     """torchao's function, and its configuration for `how`."""
     try:
-        from torchao.quantization import Int4WeightOnlyConfig, Int8WeightOnlyConfig, quantize_
-        from torchao.quantization.quantize_.workflows.int4.int4_packing_format import Int4PackingFormat
+        with quiet_torchao():
+            from torchao.quantization import Int4WeightOnlyConfig, Int8WeightOnlyConfig, quantize_
+            from torchao.quantization.quantize_.workflows.int4.int4_packing_format import Int4PackingFormat
     except ImportError as error:
         raise CheckpointError("quantised weights need torchao: pip install 'hooked-vlm[quantize]'") from error
     if how == "int8":

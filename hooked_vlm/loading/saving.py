@@ -17,6 +17,7 @@ from hooked_vlm.errors import CheckpointError
 from hooked_vlm.inputs.image_processor import ImageProcessor
 from hooked_vlm.inputs.templates import template_named
 from hooked_vlm.inputs.tiles import TileProcessor
+from hooked_vlm.loading.processors import IMAGES, VIDEOS
 from hooked_vlm.nn.weight_access import why_closed
 from hooked_vlm.runtime.files import why
 
@@ -71,7 +72,8 @@ def save_pretrained(model: "HookedVLM", folder: str | Path, *, layout: Literal["
             ids = {"eos_token_id": list(model.cfg.eos_token_ids) or None, "pad_token_id": model.cfg.pad_token_id}
             _write_json(written / "generation_config.json", {**model.generation_config, **without_none(ids)})
             if model.image_processor is not None:
-                _write_json(written / "preprocessor_config.json", _processor_dict(model.image_processor))
+                for file, settings in _processor_files(model.image_processor).items():
+                    _write_json(written / file, settings)
             if model.tokenizer is not None:
                 _save_tokenizer(model, written, layout)
             if folder.exists():
@@ -94,6 +96,17 @@ def _save_tokenizer(model: "HookedVLM", folder: Path, layout: str | None) -> Non
         raise OSError(why(error)) from error
 
 
+def _processor_files(processor: ImageProcessor | TileProcessor) -> dict[str, dict[str, Any]]:
+    """The settings of images, and of videos where they are others, by the file that holds them."""
+    files = {IMAGES: _processor_dict(processor)}
+    if isinstance(processor, ImageProcessor) and processor.for_videos is not None:
+        files[VIDEOS] = {
+            **{k: v for k, v in _processor_dict(processor.for_videos).items() if k != "image_processor_type"},
+            "video_processor_type": "Qwen2VLVideoProcessor",
+        }
+    return files
+
+
 def _processor_dict(processor: ImageProcessor | TileProcessor) -> dict[str, Any]:
     """`preprocessor_config.json`, as `transformers` spells it."""
     normalisation = {"image_mean": list(processor.image_mean), "image_std": list(processor.image_std)}
@@ -108,6 +121,7 @@ def _processor_dict(processor: ImageProcessor | TileProcessor) -> dict[str, Any]
             "size": {"height": processor.tile_size, "width": processor.tile_size},
             **normalisation,
         }
+    budget = processor.video_tokens
     return {
         "image_processor_type": "Qwen2VLImageProcessor",
         "patch_size": processor.patch_size,
@@ -115,6 +129,7 @@ def _processor_dict(processor: ImageProcessor | TileProcessor) -> dict[str, Any]
         "merge_size": processor.merge_size,
         "min_pixels": processor.min_pixels,
         "max_pixels": processor.max_pixels,
+        **({} if budget is None else {"cap_pixels_per_frame": True, "max_video_tokens": budget}),
         **normalisation,
     }
 

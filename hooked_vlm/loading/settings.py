@@ -1,4 +1,4 @@
-"""A model's configuration, tokens and image processor from the settings in a checkpoint folder."""
+"""A model's configuration and tokens from the settings in a checkpoint folder."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -8,10 +8,8 @@ import torch
 from hooked_vlm.config import RopeScaling, VisionConfig, VLMConfig
 from hooked_vlm.converters import DTYPES
 from hooked_vlm.converters.fields import Fields
-from hooked_vlm.errors import CheckpointError, ImageError, InputError
-from hooked_vlm.inputs.image_processor import ImageProcessor
+from hooked_vlm.errors import CheckpointError, InputError
 from hooked_vlm.inputs.templates import template_named
-from hooked_vlm.inputs.tiles import TileProcessor
 
 
 def as_dtype(wanted: torch.dtype | str | None) -> torch.dtype | None:
@@ -53,39 +51,6 @@ def model_config(converter: Any, hf_config: Mapping[str, Any], generation: Mappi
         eos_token_ids=stated.token_ids("eos_token_id", cfg.eos_token_ids),
         pad_token_id=pad if cfg.pad_token_id is None else cfg.pad_token_id,
     )
-
-
-def processor_of(settings: Mapping[str, Any], cfg: VLMConfig) -> ImageProcessor | TileProcessor | None:
-    """The checkpoint's image processor, with the vision tower's sizes where the file is silent."""
-    vision = cfg.vision
-    if vision is None:
-        return None
-    sizes = {
-        "patch_size": vision.patch_size,
-        "temporal_patch_size": vision.temporal_patch_size,
-        "merge_size": vision.merge_size,
-    }
-    try:
-        if vision.tile_size is not None:
-            names = (
-                "tile_size",
-                "patch_size",
-                "merge_size",
-                "min_tiles",
-                "max_tiles",
-                "thumbnail",
-                "transposed_tokens",
-            )
-            return TileProcessor.from_dict(settings, **{name: getattr(vision, name) for name in names})
-        processor = ImageProcessor.from_dict({**sizes, **settings})
-    except ImageError as error:
-        raise CheckpointError(f"preprocessor_config.json (or what config.json says of images): {error}") from error
-    for name, size in sizes.items():
-        if getattr(processor, name) != size:
-            raise CheckpointError(
-                f"preprocessor_config.json says {name} = {getattr(processor, name)}, config.json {size}"
-            )
-    return processor
 
 
 def with_tokens(cfg: VLMConfig, tokenizer: Any) -> VLMConfig:

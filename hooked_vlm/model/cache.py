@@ -139,10 +139,9 @@ class VLMCache(DerivingCache):
         return super().__getitem__(key)
 
     def __contains__(self, key: Any) -> bool:
-        key = self._own_name(key) if isinstance(key, str) else key
         if isinstance(key, str) and is_vision(key):
-            return key.removeprefix("vision.") in self.vision.cache_dict
-        return key in self.cache_dict
+            return self.vision._own_name(key.removeprefix("vision.")) in self.vision.cache_dict
+        return (self._own_name(key) if isinstance(key, str) else key) in self.cache_dict
 
     def follow(self, name: str, tensor: Tensor) -> None:
         """Take an activation of a later pass in place of the first one's."""

@@ -96,6 +96,6 @@ def _tokenizer(tokenizer: Any) -> str:
         return ""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     rules = dict(sorted(tokenizer.get_vocab().items())) if backend is None else json.loads(backend.to_str())
-    rules.pop("padding", None), rules.pop("truncation", None)  # states that calls leave behind
+    rules = {name: rule for name, rule in rules.items() if name not in ("padding", "truncation")}  # left by calls
     told = {name: str(getattr(tokenizer, name, None)) for name in ("special_tokens_map", "chat_template")}
     return hashlib.sha256(json.dumps([type(tokenizer).__name__, rules, told], sort_keys=True).encode()).hexdigest()[:32]

@@ -314,7 +314,9 @@ class HookedVLM(WithViews, HookedRootModule):
         """Set hooks for the length of a `with` block: `hooking.hooks`."""
         return hooking.hooks(self, fwd_hooks, bwd_hooks, reset_hooks_end, clear_contexts)
 
-    add_hook = hooking.add_hook  # pyright: ignore[reportAssignmentType] (narrower)
+    def add_hook(self, name: HookName, hook: Callable, *args: Any, **kwargs: Any) -> None:
+        """Add a hook as in TransformerLens; one that cannot act is a `HookError`."""
+        hooking.add_hook(self, name, hook, *args, **kwargs)
 
     def run_with_hooks(self, input: Any, *args: Any, **kwargs: Any) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Run `forward` with temporary hooks; arguments as of `hooked_vlm.model.hooking.run_with_hooks`."""

@@ -73,8 +73,8 @@ class ResultStore:
         Names of the entries of `key["model"]` that differ where nothing else does; empty if there is no such table.
         """
         own = json.loads(canonical(key))
-        model = own.pop("model", None)
-        for path in sorted(self.folder.glob("*.parquet")) if model is not None else []:
+        model = own.pop("model", None) or {}
+        for path in sorted(self.folder.glob("*.parquet")) if model else []:
             other = _stored_key(path)
             before = other.pop("model", None)
             if other == own and isinstance(before, dict):

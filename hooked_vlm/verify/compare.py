@@ -1,7 +1,7 @@
 """Forward passes of both models over the same inputs, and their differences."""
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -77,7 +77,7 @@ def their_tensors(reference: Reference, inputs: VLMInputs, attentions: bool) -> 
 
 
 @torch.no_grad()
-def differences(model: "HookedVLM", reference: Reference, asked: Sequence[VLMInputs]) -> list[Row]:
+def differences(model: "HookedVLM", reference: Reference, asked: Iterable[VLMInputs]) -> list[Row]:
     """Largest absolute difference of each tensor over all inputs, in the order of the forward pass."""
     worst: dict[Key, tuple[float, float]] = {}
     for inputs in asked:
@@ -100,7 +100,7 @@ def _tolerance(name: str, largest: float) -> float:
 
 @torch.no_grad()
 def rounding_errors(
-    model: "HookedVLM", reference: Reference, exact: Reference, asked: Sequence[VLMInputs]
+    model: "HookedVLM", reference: Reference, exact: Reference, asked: Iterable[VLMInputs]
 ) -> list[Row]:
     """Root mean squares of both models' errors against `exact`, summed over the inputs, as ratios.
 
@@ -128,23 +128,39 @@ def _rms(tensor: Tensor, truth: Tensor) -> float:
     return float((tensor.double() - truth.double()).pow(2).mean().sqrt())
 
 
-def equal_tokens(model: "HookedVLM", reference: Reference, asked: Sequence[VLMInputs], n_new: int, must: bool) -> Row:
+def equal_tokens(model: "HookedVLM", reference: Reference, asked: Iterable[VLMInputs], n_new: int, must: bool) -> Row:
     """Greedy tokens, counted up to the first that differs in each answer."""
     equal = total = 0
     stops = list(model.cfg.eos_token_ids)
-    settings = GenerationConfig(
-        max_new_tokens=n_new, do_sample=False, eos_token_id=stops or None, pad_token_id=asked[0].spec.pad_token_id
-    )
+    pad = model.input_spec().pad_token_id
+    settings = GenerationConfig(max_new_tokens=n_new, do_sample=False, eos_token_id=stops or None, pad_token_id=pad)
     for inputs in asked:
         n = inputs.shape[1]
         ours = model.generate(inputs, n_new)[0, n:].tolist()
         out = reference.model.generate(**reference.batch(inputs), generation_config=settings)[0]
         theirs = out[n:].tolist()
-        longest = max(len(ours), len(theirs))
-        pairs = zip(ours, theirs, strict=False)
-        same = next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(ours), len(theirs)))
-        equal, total = equal + same, total + longest
+        equal, total = equal + _n_same(ours, theirs), total + max(len(ours), len(theirs))
     return Row("greedy tokens", equal, total if must else None, "tokens", largest=total)
+
+
+def _n_same(ours: Sequence[int], theirs: Sequence[int]) -> int:
+    """Number of tokens before the first that differs."""
+    pairs = zip(ours, theirs, strict=False)
+    return next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(ours), len(theirs)))
+
+
+def prompt_tokens(
+    model: "HookedVLM", render: Callable[[Prompt], list[int]], asked: Sequence[Prompt], inputs: Sequence[VLMInputs]
+) -> Row:
+    """Tokens of the prompts, with one placeholder for each picture, up to the first that differs in each prompt."""
+    equal = total = 0
+    placeholder = model.cfg.image_token_id
+    for prompt, own in zip(asked, inputs, strict=True):
+        ids = own.tokens[0].tolist()
+        ours = [a for a, before in zip(ids, [None, *ids], strict=False) if (a, before) != (placeholder, placeholder)]
+        theirs = render(prompt)
+        equal, total = equal + _n_same(ours, theirs), total + max(len(ours), len(theirs))
+    return Row("prompts", equal, total, "tokens", largest=total)
 
 
 def pixels(model: "HookedVLM", processor: Callable[[Any], Any], asked: Sequence[Prompt]) -> Row:

@@ -4,6 +4,7 @@ InternVL as published is remote code; its weights are given to `transformers`' o
 that class's names.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,15 +12,19 @@ from typing import TYPE_CHECKING, Any
 import transformers
 from accelerate import init_empty_weights
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, InternVLConfig, InternVLForConditionalGeneration
+from transformers import AutoModelForCausalLM, GenerationConfig, InternVLConfig, InternVLForConditionalGeneration
 from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2ImageProcessorPil
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+from transformers.processing_utils import ProcessorMixin
 
-from hooked_vlm.converters import converter_for
+from hooked_vlm.converters import converter_for, read_config, read_json
 from hooked_vlm.converters.internvl import HF, ORIGINAL
 from hooked_vlm.errors import CheckpointError, InputError
-from hooked_vlm.inputs.tiles import TileProcessor
+from hooked_vlm.inputs.tiles import IMAGENET_MEAN, IMAGENET_STD, TileProcessor
+from hooked_vlm.inputs.tokenization import load_tokenizer
 from hooked_vlm.inputs.vlm_inputs import VLMInputs
+from hooked_vlm.loading.processors import picture_settings
+from hooked_vlm.verify.prompt_suite import Prompt
 
 if TYPE_CHECKING:
     from hooked_vlm.model.vlm import HookedVLM
@@ -83,6 +88,8 @@ def reference_for(model: "HookedVLM", folder: Path) -> Reference:
             "compare with"
         )
     hf = hf.eval().requires_grad_(False)
+    # what generation_config.json says (repetition_penalty, say) belongs to sampling, not to the model that is compared
+    hf.generation_config = GenerationConfig()
     hf.set_attn_implementation("eager")
     return Reference(hf, f"transformers {transformers.__version__}, {type(hf).__name__}, {how}")
 
@@ -122,25 +129,62 @@ def _how_internvl(model: "HookedVLM") -> str:
     return how
 
 
-# ---------------------------------------------------------------- images
+# ---------------------------------------------------------------- images and prompts
 
 
 def reference_processor(model: "HookedVLM", folder: Path) -> Any:
-    """`transformers`' Pillow image processor: a function from a picture to {"pixel_values": ..., ...}."""
+    """`transformers`' Pillow image processor, from the folder's own files: from a picture to {"pixel_values": ...}."""
     ours = model.image_processor
-    if isinstance(ours, TileProcessor):
-        theirs: Any = GotOcr2ImageProcessorPil(
-            size={"height": ours.tile_size, "width": ours.tile_size},
-            image_mean=list(ours.image_mean),
-            image_std=list(ours.image_std),
-            crop_to_patches=ours.max_tiles > 1,
-            min_patches=ours.min_tiles,
-            max_patches=ours.max_tiles,
-        )
-    elif (folder / "preprocessor_config.json").exists():
-        theirs = Qwen2VLImageProcessorPil.from_pretrained(folder, local_files_only=True)
+    theirs: Any = GotOcr2ImageProcessorPil
+    options: dict[str, Any] = {"crop_to_patches": True}  # as transformers' InternVLProcessor calls it
+    if not isinstance(ours, TileProcessor):
+        theirs, options = Qwen2VLImageProcessorPil, {}
+    if model.cfg.original_architecture == ORIGINAL:
+        processor = theirs(**_published_tiles(folder))
+    elif picture_settings(folder)[0].file is not None:
+        processor = theirs.from_pretrained(folder, local_files_only=True)
+    elif isinstance(ours, TileProcessor):
+        processor = theirs(size={"height": ours.tile_size, "width": ours.tile_size})
     else:
-        theirs = Qwen2VLImageProcessorPil(
-            patch_size=ours.patch_size, min_pixels=ours.min_pixels, max_pixels=ours.max_pixels
-        )
-    return lambda picture: theirs([picture], return_tensors="pt")
+        processor = theirs(patch_size=ours.patch_size, min_pixels=ours.min_pixels, max_pixels=ours.max_pixels)
+    return lambda picture: processor([picture], return_tensors="pt", **options)
+
+
+def _published_tiles(folder: Path) -> dict[str, Any]:
+    """Settings of `transformers`' tiles from published InternVL's config.json and preprocessor_config.json."""
+    config, settings = read_config(folder), read_json(folder, "preprocessor_config.json", default={})
+    side = config.get("force_image_size") or config["vision_config"]["image_size"]
+    dynamic = config.get("dynamic_image_size", False)
+    return {
+        "size": {"height": side, "width": side},
+        "image_mean": settings.get("image_mean") or list(IMAGENET_MEAN),
+        "image_std": settings.get("image_std") or list(IMAGENET_STD),
+        "min_patches": config.get("min_dynamic_patch", 1) if dynamic else 1,
+        "max_patches": config.get("max_dynamic_patch", 6) if dynamic else 1,
+    }
+
+
+def reference_prompt(model: "HookedVLM", folder: Path) -> Callable[[Prompt], list[int]] | None:
+    """Token ids of a prompt in the template that `transformers` finds in the folder, one placeholder for each picture.
+
+    None where there is no such template: the published InternVL code has its own.
+    """
+    tokenizer: Any = model.tokenizer
+    sees = model.cfg.vision is not None
+    template: Any = ProcessorMixin.get_processor_dict(folder)[0].get("chat_template") if sees else None
+    template = template or load_tokenizer(folder).chat_template  # pyright: ignore[reportOptionalMemberAccess]
+    template = template.get("default") if isinstance(template, dict) else template
+    if template is None or model.cfg.original_architecture == ORIGINAL:
+        return None
+
+    def ids(prompt: Prompt) -> list[int]:
+        content: Any = [{"type": "image"} for _ in prompt.pictures] + [{"type": "text", "text": prompt.text}]
+        chat = [{"role": "user", "content": content if sees else prompt.text}]
+        text = tokenizer.apply_chat_template(chat, chat_template=template, tokenize=False, add_generation_prompt=True)
+        if model.cfg.original_architecture == HF:  # as its processor's `replace_image_token`
+            text = text.replace("<IMG_CONTEXT>", "<img><IMG_CONTEXT></img>")
+        first = tokenizer.bos_token
+        special = sees and not (first is not None and text.startswith(first))  # as `apply_chat_template` of processors
+        return tokenizer(text, add_special_tokens=special)["input_ids"]
+
+    return ids

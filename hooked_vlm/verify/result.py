@@ -79,16 +79,18 @@ def _share(row: Row) -> float:
     return float("inf") if share != share else share
 
 
+NOT_REQUIRED = "(not required)"
+
+
 def _cells(row: Row, every_layer: bool) -> list[str]:
     layer = "" if row.layer is None else f", layer {row.layer}" if every_layer else f", worst layer ({row.layer})"
-    verdict = "" if row.tolerance is None else "pass" if row.passed else "FAIL"
+    verdict = NOT_REQUIRED if row.tolerance is None else "pass" if row.passed else "FAIL"
     name = row.quantity + layer
     if row.unit == "tokens":
-        return [name, f"{row.value} of {row.largest} equal", "all", "", verdict] if verdict else [
-            name, f"{row.value} of {row.largest} equal", "", "", ""]  # fmt: skip
+        return [name, f"{row.value} of {row.largest} equal", "" if row.tolerance is None else "all", "", verdict]
     if row.unit in ("s", "bytes"):
         show = _seconds if row.unit == "s" else _megabytes
-        return [name, f"{show(row.value)} and {show(row.reference or 0)}", "", "", ""]
+        return [name, f"{show(row.value)} and {show(row.reference or 0)}", "", "", verdict]
     largest = "" if row.largest is None else f"{row.largest:.3g}"
     if row.unit == "ratio":
         value = f"{row.value:.3f} of the reference's error"

@@ -2,13 +2,16 @@
 
 import copy
 import json
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 
 import torch
+from tqdm import tqdm
 
 from hooked_vlm.analysis.text_tables import size
 from hooked_vlm.errors import InputError
+from hooked_vlm.inputs.vlm_inputs import VLMInputs
 from hooked_vlm.loading.folders import find_checkpoint
 from hooked_vlm.model.fingerprints import provenance
 from hooked_vlm.model.hook_shapes import prompt_with_picture
@@ -16,10 +19,10 @@ from hooked_vlm.model.memory import memory_plan
 from hooked_vlm.model.vlm import HookedVLM
 from hooked_vlm.runtime.files import atomic_write, writable_folder
 from hooked_vlm.sweeps.plan import free_memory
-from hooked_vlm.verify.compare import cost, differences, equal_tokens, pixels, rounding_errors
+from hooked_vlm.verify.compare import cost, differences, equal_tokens, pixels, prompt_tokens, rounding_errors
 from hooked_vlm.verify.config import VerifyConfig
 from hooked_vlm.verify.prompt_suite import inputs_for, prompts
-from hooked_vlm.verify.reference import Reference, reference_for, reference_processor
+from hooked_vlm.verify.reference import Reference, reference_for, reference_processor, reference_prompt
 from hooked_vlm.verify.result import Row, Verification
 
 LONGEST_PROMPT = 2048
@@ -52,7 +55,7 @@ def verify(config: VerifyConfig) -> Verification:
 
 
 def compare(model: HookedVLM, reference: Reference, folder: Path, config: VerifyConfig) -> Verification:
-    """Run all comparisons of two loaded models; `folder` has the checkpoint's image settings."""
+    """Run all comparisons of two loaded models; `folder` has the checkpoint's image settings and chat template."""
     asked = prompts(config.seed)
     if model.cfg.vision is None:
         asked = [prompt for prompt in asked if not prompt.pictures]
@@ -61,14 +64,18 @@ def compare(model: HookedVLM, reference: Reference, folder: Path, config: Verify
     rows: list[Row] = []
     if model.cfg.vision is not None:
         rows.append(pixels(model, reference_processor(model, folder), asked))
+    if (render := reference_prompt(model, folder)) is not None:
+        rows.append(prompt_tokens(model, render, asked, inputs))
     if config.dtype == "float32":
-        rows += differences(model, reference, inputs)
+        rows += differences(model, reference, _bar(config, inputs, "tensors"))
     else:
         exact_dtype = _exact_dtype(model)
         exact = replace(reference, model=copy.deepcopy(reference.model).to(exact_dtype))
-        rows += rounding_errors(model, reference, exact, inputs)
+        rows += rounding_errors(model, reference, exact, _bar(config, inputs, "rounding errors"))
         del exact
-    rows.append(equal_tokens(model, reference, inputs, config.max_new_tokens, must=config.dtype == "float32"))
+    must = config.dtype == "float32"
+    answers = _bar(config, inputs, "greedy tokens")
+    rows.append(equal_tokens(model, reference, answers, config.max_new_tokens, must))
     rows += cost(model, reference, inputs[-1])
     record = {
         **provenance(model),
@@ -112,6 +119,11 @@ def _exact_dtype(model: HookedVLM) -> torch.dtype:
 
 def _bytes_in(model: torch.nn.Module, dtype: torch.dtype) -> int:
     return dtype.itemsize * sum(parameter.numel() for parameter in model.parameters())
+
+
+def _bar(config: VerifyConfig, inputs: list[VLMInputs], name: str) -> Iterable[VLMInputs]:
+    """The inputs, with a bar on stderr that counts them and goes away."""
+    return tqdm(inputs, name, leave=False, unit="prompt", disable=config.quiet)
 
 
 def _say(config: VerifyConfig, text: str) -> None:

@@ -192,14 +192,15 @@ def test_samples_are_taken_one_by_one(tmp_path: Path) -> None:
             taken[0] += 1
             yield sample
 
-    encode = type(model)._encode
+    tower = type(model.vision)
+    encode = tower.forward
 
-    def watched(self: Any, inputs: VLMInputs, *rest: Any) -> Tensor:
+    def watched(self: Any, *arguments: Any) -> Tensor:
         most.append(taken[0])
-        return encode(self, inputs, *rest)
+        return encode(self, *arguments)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(type(model), "_encode", watched)
+        patch.setattr(tower, "forward", watched)
         stream_activations(model, counted(), "blocks.0.hook_resid_post", tmp_path / "acts", tokens_per_batch=1)
     assert most[:3] == [2, 3, 4]  # when the first runs, the second is known
 

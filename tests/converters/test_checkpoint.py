@@ -228,18 +228,58 @@ def test_a_missing_shard(sharded: Path) -> None:
         open_tensors(sharded)
 
 
-def test_an_index_that_names_a_tensor_its_shard_lacks(sharded: Path) -> None:
+def test_an_index_that_names_a_tensor_no_file_has(untied: Any, sharded: Path) -> None:
+    """A tensor that the model needs is missing; any other cannot change a number."""
+    notes: list[str] = []
     edit_index(sharded, extra=sorted(sharded.glob("*.safetensors"))[0].name)
-    with pytest.raises(CheckpointError, match=r"\bextra\b.*model-00001"):
-        open_tensors(sharded)
+    opened = open_tensors(sharded, notes)
+    assert opened.keys() == untied.published.keys() and "extra" in notes[0]
+    needed = "model.norm.weight"
+    shard = next(path for path in sharded.glob("*.safetensors") if needed in load_file(path))
+    save_file(
+        {name: tensor for name, tensor in load_file(shard).items() if name != needed} | {"x": torch.ones(1)}, shard
+    )
+    with pytest.raises(CheckpointError, match=rf"missing: {needed}.*index"):
+        qwen2_vl.from_hf(open_tensors(sharded, notes), untied.config, notes)
 
 
-def test_a_tensor_in_two_shards(sharded: Path) -> None:
-    shards = sorted(sharded.glob("*.safetensors"))
-    both = {name: tensor.clone() for shard in shards[:2] for name, tensor in load_file(shard).items()}
-    save_file(both, shards[0])
-    with pytest.raises(CheckpointError, match=r"model-00001.*model-00002"):
-        open_tensors(sharded)
+def test_an_index_that_names_the_wrong_shard(untied: Any, sharded: Path) -> None:
+    shards, notes = sorted(sharded.glob("*.safetensors")), []
+    index = json.loads((sharded / "model.safetensors.index.json").read_text())["weight_map"]
+    name = next(name for name, file in index.items() if file == shards[0].name)
+    edit_index(sharded, **{name: shards[1].name})
+    opened = open_tensors(sharded, notes)
+    assert opened.keys() == untied.published.keys() and torch.equal(opened[name], untied.published[name])
+    assert len(notes) == 1 and name in notes[0]
+
+
+@pytest.mark.parametrize("change", ["none", "value", "dtype", "shape", "not a number"])
+def test_a_tensor_in_two_shards(untied: Any, sharded: Path, change: str) -> None:
+    shards, notes = sorted(sharded.glob("*.safetensors")), []
+    first, second = (dict(load_file(shard)) for shard in shards[:2])
+    name = next(iter(second))
+    if change == "not a number":  # equal bits, though no NaN equals itself
+        second[name] = torch.full_like(second[name], float("nan"))
+        save_file(second, shards[1])
+    other = {"value": second[name] + 1, "dtype": second[name].half(), "shape": second[name][None]}
+    save_file({**first, name: other.get(change, second[name].clone())}, shards[0])
+    if change in other:
+        with pytest.raises(CheckpointError, match=r"model-00001.*model-00002.*differ"):
+            open_tensors(sharded, notes)
+    else:
+        assert open_tensors(sharded, notes).keys() == untied.published.keys()
+        assert len(notes) == 1 and name in notes[0]
+
+
+ADAPTERS = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin", "lora.bin",
+            "pytorch_lora_weights.safetensors", "non_lora_trainables.bin")  # fmt: skip
+
+
+@pytest.mark.parametrize("file", ADAPTERS)
+def test_an_adapter_beside_the_weights(folder: Path, file: str) -> None:
+    (folder / file).write_text("{}")
+    with pytest.raises(CheckpointError, match=rf"adapter.*{file}.*merge_and_unload"):
+        open_tensors(folder)
 
 
 @pytest.mark.parametrize("index", [{}, {"weight_map": []}, {"weight_map": {}}])

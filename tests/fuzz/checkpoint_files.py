@@ -53,12 +53,12 @@ REMOTE = {"auto_map": {f"Auto{kind}": "modeling_x.X" for kind in ("Config", "Mod
 
 
 def settings(data: bytes) -> str:
-    """config.json, generation_config.json and preprocessor_config.json of every family and layout."""
+    """config.json and the files of settings of every family and layout."""
 
     def case(folder: Path) -> str:
         draws = Draws(data)
         source = draws.pick(list(checkpoints().values()))
-        names = ("config.json", "config.json", "generation_config.json", "preprocessor_config.json")
+        names = ("config.json", *STARTS)
         changed: dict[str, bytes | None] = {}
         for name in {draws.pick(names) for _ in range(1 + draws.below(2))}:
             path = source / name
@@ -74,14 +74,25 @@ def settings(data: bytes) -> str:
     return held(case)
 
 
+IMAGE_SETTINGS = {
+    "min_pixels": 256, "max_pixels": 65536, "patch_size": 8, "temporal_patch_size": 2, "merge_size": 2,
+    "image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, 0.5, 0.5], "size": {"height": 32, "width": 32},
+    "min_patches": 1, "max_patches": 6, "use_thumbnail": True, "do_resize": True,
+}  # fmt: skip
+VIDEO_SETTINGS = {
+    "patch_size": 8, "size": {"shortest_edge": 256, "longest_edge": 65536}, "cap_pixels_per_frame": True,
+    "max_video_tokens": 4096,
+}  # fmt: skip
 STARTS: dict[str, dict[str, Any]] = {
     "config.json": {},
     "generation_config.json": {"eos_token_id": [2, 3], "pad_token_id": 0},
-    "preprocessor_config.json": {
-        "min_pixels": 256, "max_pixels": 65536, "patch_size": 8, "temporal_patch_size": 2, "merge_size": 2,
-        "image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, 0.5, 0.5], "size": {"height": 32, "width": 32},
-        "min_patches": 1, "max_patches": 6, "use_thumbnail": True, "do_resize": True,
+    "preprocessor_config.json": IMAGE_SETTINGS,
+    "video_preprocessor_config.json": VIDEO_SETTINGS,
+    "processor_config.json": {
+        "image_processor": VIDEO_SETTINGS, "video_processor": VIDEO_SETTINGS,
+        "chat_template": {"default": "{{ messages[0].content[0].type }}"},
     },
+    "chat_template.json": {"chat_template": "{{ messages[0].content[0].type }}"},
 }  # fmt: skip
 
 
@@ -91,7 +102,7 @@ def loading(data: bytes) -> str:
     def case(folder: Path) -> str:
         draws = Draws(data)
         source = draws.pick(list(checkpoints().values()))
-        name = draws.pick(("config.json", "generation_config.json", "preprocessor_config.json"))
+        name = draws.pick(tuple(STARTS))
         path = source / name
         content = json.loads(path.read_text()) if path.exists() else STARTS[name]
         linked(source, folder, {name: json_bytes(changed_json(draws, content))})

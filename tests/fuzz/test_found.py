@@ -33,6 +33,7 @@ SETTINGS: list[tuple[str, str, dict[str, Any]]] = [
     (QWEN, "preprocessor_config.json", {"patch_size": "8"}),
     (QWEN, "preprocessor_config.json", {"min_pixels": []}),
     (QWEN, "preprocessor_config.json", {"min_pixels": [1], "size": {"min_pixels": [1]}}),
+    (QWEN, "preprocessor_config.json", {"min_pixels": None, "size": {"shortest_edge": [1], "min_pixels": [1]}}),
     (QWEN, "preprocessor_config.json", {"min_pixels": 10**12, "max_pixels": 10**13}),
     (QWEN, "preprocessor_config.json", {"image_mean": [10**400, 0, 0]}),
     (QWEN, "preprocessor_config.json", {"image_std": [1e-308, 0.5, 0.5]}),

@@ -257,6 +257,9 @@ def test_settings_as_published_are_the_defaults():
         {"size": {"min_pixels": 784, "max_pixels": 7840}},
         {"size": {"shortest_edge": 784, "longest_edge": 7840}, "min_pixels": None, "max_pixels": None},
         {"size": {"shortest_edge": 784, "longest_edge": 7840}, "min_pixels": 784, "max_pixels": 7840},
+        {"size": {"shortest_edge": 3136, "longest_edge": 12845056}, "min_pixels": 784, "max_pixels": 7840},
+        {"size": {"min_pixels": 3136, "max_pixels": 12845056}, "min_pixels": 784, "max_pixels": 7840},
+        {"size": {"shortest_edge": 784, "longest_edge": 12845056}, "max_pixels": 7840},
         {"image_processor": {"min_pixels": 784, "max_pixels": 7840}, "processor_class": "Qwen2VLProcessor"},
     ],
 )
@@ -273,7 +276,7 @@ def test_settings_saved_by_transformers_are_read(tmp_path):
 @pytest.mark.parametrize(
     ("config", "says"),
     [
-        ({"min_pixels": 784, "size": {"shortest_edge": 3136, "longest_edge": 7840}}, "contradict"),
+        ({"size": {"shortest_edge": 3136, "min_pixels": 784, "longest_edge": 7840}}, "contradict"),
         ({"min_pixels": 7840, "max_pixels": 784}, "min_pixels=7840.*max_pixels=784"),
         ({"min_pixels": 0}, "min_pixels"),
         ({"min_pixels": 1, "max_pixels": 700}, "max_pixels=700.*784"),

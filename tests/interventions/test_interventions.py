@@ -484,7 +484,10 @@ def unchecked(intervention: Intervention, **values: Any) -> Intervention:
         (lambda model: unchecked(ReplaceImageTokens(), values="noise"), "'noise'"),
         (lambda model: ReplaceImageTokens(values=torch.zeros(3)), r"64.*\(3,\)"),
         (lambda model: ReplaceImageTokens(values=torch.zeros(1)), r"64.*\(1,\)"),
-        (lambda model: ReplaceImageKV(HEADS, ImageMeans(*2 * [torch.zeros(3, 4, 16)])), r"\(3, 2, 16\).*\(3, 4, 16\)"),
+        (
+            lambda model: ReplaceImageKV(HEADS, ImageMeans(torch.zeros(3, 4, 16), torch.zeros(3, 4, 16))),
+            r"\(3, 2, 16\).*\(3, 4, 16\)",
+        ),
     ],
 )
 def test_what_does_not_fit_is_refused(make: Any, message: str) -> None:

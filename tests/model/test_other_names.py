@@ -30,7 +30,7 @@ def test_tokens_as_text(toy: HookedVLM) -> None:
     assert toy.to_str_tokens(TEXTS) == [toy.to_str_tokens(text) for text in TEXTS]
     first = toy.to_tokens(TEXTS[0])[0]
     assert [toy.to_single_str_token(int(token)) for token in first] == toy.to_str_tokens(TEXTS[0])
-    text = toy.to_str_tokens(TEXTS[0])[2]
+    text = str(toy.to_str_tokens(TEXTS[0])[2])
     at = [i for i, token in enumerate(first.tolist()) if token == int(first[2])]
     for wanted in (text, int(first[2])):
         assert toy.get_token_position(wanted, TEXTS[0]) == at[0]

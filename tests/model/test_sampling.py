@@ -124,12 +124,12 @@ def test_stop_texts_end_a_row_and_stay_in_it() -> None:
     model = bundled("toy-qwen2-vl")
     prompt = model.to_inputs(["What is this?", "Name a colour please."])
     free = model.generate(prompt, 12, stop_at_eos=False)[:, prompt.shape[1] :]
-    text = model.to_string(free[0, 3:4])
+    text = str(model.to_string(free[0, 3:4]))
     settings = {"stop_strings": [text, "never"], "stop_at_eos": False}
     tokens, cache = model.generate(prompt, 12, **settings, return_cache=True)
     answers = model.generate(prompt, 12, **settings, return_type="str")
     for row, answer in enumerate(answers):
-        whole = model.to_string(free[row])
+        whole = str(model.to_string(free[row]))
         assert answer == (whole[: whole.index(text) + len(text)] if text in whole else whole)
         n = len(model.tokenizer.encode(answer, add_special_tokens=False))
         assert tokens[row, prompt.shape[1] : prompt.shape[1] + n].tolist() == free[row, :n].tolist()

@@ -307,8 +307,9 @@ def test_what_is_shared_is_left_as_it_was(family: str) -> None:
 def test_the_vision_tower_runs_once(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model, batch = model_and_inputs(family, "one image")
     calls = []
-    run = model._encode
-    monkeypatch.setattr(model, "_encode", lambda *args: calls.append(1) or run(*args))
+    tower = type(model.vision)
+    run = tower.forward
+    monkeypatch.setattr(tower, "forward", lambda *args: calls.append(1) or run(*args))
     sweep(model, batch, [ZeroHeads(((i, 0),)) for i in range(3)], logit(5))
     assert len(calls) == 1
 

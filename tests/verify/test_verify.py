@@ -1,7 +1,10 @@
 """`hooked-vlm verify` passes on the bundled models, fails where a weight was changed, and says what it cannot do."""
 
 import json
+import logging
+import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +17,12 @@ from torch import nn
 from hooked_vlm import HookedVLM, InputError, cli
 from hooked_vlm.commands.verify import VerifyConfig
 from hooked_vlm.loading.folders import TOY_MODELS
+from hooked_vlm.loading.quantisation import quiet_torchao
 from hooked_vlm.model.fingerprints import weights_hash
 from hooked_vlm.verify import run
-from hooked_vlm.verify.compare import cost, differences, equal_tokens, rounding_errors
+from hooked_vlm.verify.compare import cost, differences, equal_tokens, pixels, prompt_tokens, rounding_errors
 from hooked_vlm.verify.prompt_suite import inputs_for, prompts
-from hooked_vlm.verify.reference import Reference, reference_for
+from hooked_vlm.verify.reference import Reference, reference_for, reference_processor, reference_prompt
 from hooked_vlm.verify.result import Row, Verification
 from hooked_vlm.verify.run import verify
 
@@ -62,6 +66,7 @@ def test_the_bundled_models_pass(
     expected += [("vision residual stream", i) for i in range(3)]
     expected += [(q, None) for q in ("logits", "image features", "image preprocessing", "greedy tokens")]
     assert set(expected) <= set(rows)
+    assert (("prompts", None) in rows) == (name == "toy-qwen2-vl")  # published InternVL only names its template
     for quantity, layer in expected[:-2]:
         row = rows[quantity, layer]
         bound = 2e-5 if quantity == "attention pattern" else 1e-4 * max(1.0, row["largest"] / 10)
@@ -186,6 +191,115 @@ def test_rows_pass_and_fail() -> None:
     lines = found.table().splitlines()
     assert len(lines) == 3 and "worst layer (1)" in lines[1] and lines[1].endswith("FAIL")
     assert len(found.table(layers=True).splitlines()) == 4
+
+
+def test_rows_that_do_not_decide_say_so() -> None:
+    deciding = (Row("a", 1e-5, 1e-4), Row("t", 3, 4, "tokens", largest=4), Row("r", 1.0, 1.1, "ratio"))
+    open_ = (Row("b", 5.0, None), Row("t2", 3, None, "tokens", largest=4), Row("r2", 9.0, None, "ratio"),
+             Row("time", 1.0, None, "s", reference=2.0), Row("peak", 10, None, "bytes", reference=20))  # fmt: skip
+    lines = Verification("m", "r", "float32", (*deciding, *open_), {}).table().splitlines()[1:]
+    assert [line.endswith("(not required)") for line in lines] == [False] * 3 + [True] * 5
+    assert lines[1].endswith("FAIL") and lines[0].endswith("pass")
+
+
+# ---------------------------------------------------------------- the folder's own files
+
+
+def changed(folder: Path, name: str, file: str, **content: Any) -> Path:
+    """A copy of a bundled model with other settings in one file."""
+    shutil.copytree(TOY_MODELS / name, folder)
+    before = json.loads((folder / file).read_text()) if (folder / file).exists() else {}
+    (folder / file).write_text(json.dumps({**before, **content}))
+    return folder
+
+
+GENERATION = {
+    "penalty": {"repetition_penalty": 1.5},
+    "n-grams": {"no_repeat_ngram_size": 1},
+    "sampling": {"do_sample": True, "temperature": 3.0, "top_k": 5},
+    "at least": {"min_new_tokens": 12},
+    "beams": {"num_beams": 3, "length_penalty": 2.0},
+    "suppressed": {"suppress_tokens": list(range(100, 280))},
+    "begin": {"begin_suppress_tokens": list(range(280))},
+    "forced end": {"forced_eos_token_id": 7},
+    "bad words": {"bad_words_ids": [[i] for i in range(100, 280)]},
+}
+
+
+@pytest.mark.parametrize("kind", GENERATION)
+def test_the_reference_generates_with_neutral_settings(kind: str, tmp_path: Path) -> None:
+    folder = changed(tmp_path / "toy", "toy-qwen2-vl", "generation_config.json", **GENERATION[kind])
+    model = HookedVLM.from_pretrained(folder)
+    reference = reference_for(model, folder)
+    asked = [inputs_for(model, prompt) for prompt in prompts()[:2]]
+    assert equal_tokens(model, reference, asked, 8, must=True).passed
+    with torch.no_grad():  # greedy by hand, one forward pass of the reference a token
+        ids = asked[0].tokens
+        for _ in range(4):
+            theirs = reference.model(input_ids=ids, mm_token_type_ids=torch.zeros_like(ids)).logits[0, -1]
+            ids = torch.cat((ids, theirs.argmax().reshape(1, 1)), dim=1)
+    n = min(4, model.generate(asked[0], 4).shape[1] - asked[0].shape[1])
+    assert torch.equal(model.generate(asked[0], n)[0], ids[0, : asked[0].shape[1] + n])
+
+
+def test_a_sound_checkpoint_with_a_penalty_passes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = changed(tmp_path / "toy", "toy-qwen2-vl", "generation_config.json", repetition_penalty=1.05)
+    found = verify(VerifyConfig(str(folder), out=tmp_path / "verify.json", max_new_tokens=4))
+    assert found.passed and "greedy tokens" in {row.quantity for row in found.rows}
+    assert "prompt" in capsys.readouterr().err  # a bar counts prompts
+    verify(VerifyConfig(str(folder), out=tmp_path / "verify.json", max_new_tokens=1, quiet=True))
+    assert "/5" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["qwen2-vl", "internvl-original", "internvl-hf"])
+def test_pictures_are_prepared_from_the_folders_own_settings(name: str, tmp_path: Path) -> None:
+    """The reference's pixels follow the files even where the model's processor was changed, and then differ."""
+    toy = "toy-qwen2-vl" if name == "qwen2-vl" else "toy-internvl2"
+    folder = tmp_path / "toy"
+    if name == "internvl-hf":
+        HookedVLM.from_pretrained(toy).save_pretrained(folder, layout="hf")
+    else:
+        shutil.copytree(TOY_MODELS / toy, folder)
+    settings = json.loads((folder / "preprocessor_config.json").read_text())
+    settings |= {"image_mean": [0.25] * 3, "image_std": [0.5] * 3}
+    if name == "internvl-original":
+        (folder / "preprocessor_config.json").write_text(json.dumps(settings))
+    else:
+        (folder / "preprocessor_config.json").unlink()
+        (folder / "processor_config.json").write_text(json.dumps({"image_processor": settings}))
+    model: Any = HookedVLM.from_pretrained(folder)
+    row = pixels(model, reference_processor(model, folder), prompts())
+    assert row.passed
+    model.image_processor = replace(model.image_processor, image_mean=(0.3, 0.3, 0.3))
+    assert not pixels(model, reference_processor(model, folder), prompts()).passed
+
+
+@pytest.mark.parametrize("name", ["qwen2-vl", "internvl-hf"])
+def test_prompts_are_compared_with_the_template_of_the_folder(name: str, tmp_path: Path) -> None:
+    folder = tmp_path / "toy"
+    layout = None if name == "qwen2-vl" else "hf"
+    HookedVLM.from_pretrained("toy-qwen2-vl" if layout is None else "toy-internvl2").save_pretrained(
+        folder, layout=layout
+    )
+    model: Any = HookedVLM.from_pretrained(folder)
+    template = model.tokenizer.chat_template
+    (folder / "chat_template.json").write_text(json.dumps({"chat_template": "total " + template}))
+    for expected in (False, True):
+        inputs = [inputs_for(model, prompt) for prompt in prompts()]
+        render = reference_prompt(model, folder)
+        assert render is not None and prompt_tokens(model, render, prompts(), inputs).passed == expected
+        model = HookedVLM.from_pretrained(folder)
+    assert reference_prompt(HookedVLM.from_pretrained("toy-internvl2"), TOY_MODELS / "toy-internvl2") is None
+
+
+def test_torchao_is_imported_without_noise(caplog: pytest.LogCaptureFixture) -> None:
+    names = ("torchao", "torch.utils._pytree")
+    with quiet_torchao():
+        for name in names:
+            logging.getLogger(name).warning("noise")
+            logging.getLogger(name).error("a fault")
+    assert [record.message for record in caplog.records] == ["a fault"] * 2
+    assert all(logging.getLogger(name).level == logging.NOTSET for name in names[:1])
 
 
 # ---------------------------------------------------------------- what cannot be compared
