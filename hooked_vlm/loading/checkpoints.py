@@ -16,6 +16,7 @@ from hooked_vlm.config import VLMConfig
 from hooked_vlm.converters import KNOWN_MODELS, converter_for, open_tensors, read_config, read_json
 from hooked_vlm.errors import CheckpointError, CheckpointWarning
 from hooked_vlm.inputs.image_processor import ImageProcessor
+from hooked_vlm.inputs.other_names import LOADING, refuse_arguments
 from hooked_vlm.inputs.tiles import TileProcessor
 from hooked_vlm.inputs.tokenization import load_tokenizer
 from hooked_vlm.loading.chat_templates import take_processor_template
@@ -48,6 +49,7 @@ def from_pretrained(
     revision: str | None = None,
     cache_dir: str | Path | None = None,
     local_files_only: bool = False,
+    **elsewhere: Any,
 ) -> Model:
     """A model from a checkpoint folder, a bundled toy model or the Hugging Face hub.
 
@@ -74,7 +76,9 @@ def from_pretrained(
     Raises:
         CheckpointError: no such checkpoint or device, an unsupported architecture, corrupt or missing files or
             tensors, a device_map that does not fit, a quantisation that does not work here.
+        InputError: an argument that is called otherwise here.
     """
+    refuse_arguments("from_pretrained", elsewhere, LOADING)
     spread = None if device_map is None else Spread(device_map, max_memory, offload_folder)
     if spread is None and (max_memory is not None or offload_folder is not None):
         raise CheckpointError('max_memory and offload_folder go with a device_map, e.g. device_map="auto"')

@@ -73,7 +73,10 @@ def planned(model: "HookedVLM", spread: Spread, dtype: torch.dtype) -> Placement
     """
     asked = spread.device_map
     if isinstance(asked, str) and asked not in ("auto", "balanced", "sequential"):
-        raise CheckpointError(f'device_map must be "auto", "balanced", "sequential" or {{part: device}}, got {asked!r}')
+        raise CheckpointError(
+            f'device_map must be "auto", "balanced", "sequential" or {{part: device}}, got {asked!r}: for one device '
+            "give device="
+        )
     given = _inferred(model, spread, dtype) if isinstance(asked, str) else asked
     devices = _complete({name: _device_name(device) for name, device in given.items()}, _parts(model))
     ends = {devices[end] for end in ENDS}

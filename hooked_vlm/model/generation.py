@@ -10,9 +10,9 @@ from torch import Tensor
 from tqdm.auto import trange
 
 from hooked_vlm.errors import InputError
+from hooked_vlm.inputs.other_names import refuse_arguments
 from hooked_vlm.inputs.vlm_inputs import Answer, VLMInputs
 from hooked_vlm.model.finite import check_finite
-from hooked_vlm.model.other_names import refuse_arguments
 from hooked_vlm.model.sampling import Sampling, Stopping, checkpoint_settings
 from hooked_vlm.nn.forward_pass import are_finite, check_context
 from hooked_vlm.nn.hooks import HookName

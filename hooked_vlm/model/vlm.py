@@ -15,6 +15,7 @@ from transformer_lens import HookedRootModule
 from hooked_vlm.config import VLMConfig
 from hooked_vlm.errors import InputError
 from hooked_vlm.inputs.builder import InputBuilder
+from hooked_vlm.inputs.other_names import ATTRIBUTES, refuse_arguments
 from hooked_vlm.inputs.text import TextCodec
 from hooked_vlm.inputs.vlm_inputs import VLMInputs
 from hooked_vlm.loading import checkpoints, saving
@@ -28,7 +29,6 @@ from hooked_vlm.model import (
     token_positions,
     weights,
 )
-from hooked_vlm.model.other_names import ATTRIBUTES, refuse_arguments
 from hooked_vlm.model.weights import stacked_view
 from hooked_vlm.nn import kv_cache
 from hooked_vlm.nn.block import run_blocks, text_blocks

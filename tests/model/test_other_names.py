@@ -10,8 +10,8 @@ from families import bundled, inputs_of, tiny_model
 from tiny import PADDED, TEXT, inputs
 from tiny import tiny_model as tiny_qwen
 
-from hooked_vlm import HookedVLM, InputError
-from hooked_vlm.model.other_names import ARGUMENTS, ATTRIBUTES
+from hooked_vlm import CheckpointError, HookedVLM, InputError
+from hooked_vlm.inputs.other_names import ARGUMENTS, ATTRIBUTES, LOADING
 
 TEXTS = ["What is this?", "Name a colour."]
 
@@ -124,6 +124,19 @@ def test_arguments_that_are_called_otherwise_are_refused(name: str) -> None:
     for call in (model, model.run_with_cache, model.run_with_hooks, model.generate):
         with pytest.raises(InputError, match=name):
             call(batch, **{name: None})
+
+
+@pytest.mark.parametrize("name", LOADING)
+def test_arguments_of_loading_that_are_called_otherwise_are_refused(name: str) -> None:
+    with pytest.raises(InputError, match=name):
+        HookedVLM.from_pretrained("toy-qwen2-vl", **{name: None})  # pyright: ignore[reportArgumentType]
+
+
+def test_a_device_map_for_one_device_is_a_device() -> None:
+    with pytest.raises(CheckpointError, match="device="):
+        HookedVLM.from_pretrained("toy-qwen2-vl", device_map="cuda")
+    with pytest.raises(TypeError, match="colour"):
+        HookedVLM.from_pretrained("toy-qwen2-vl", colour="red")
 
 
 def test_arguments_that_nobody_knows_are_pythons_business() -> None:

@@ -1,11 +1,15 @@
 """What results record of themselves."""
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import pytest
 import torch
 
 from hooked_vlm import HookedVLM
-from hooked_vlm.model.fingerprints import provenance, weights_hash
+from hooked_vlm.model import weight_processing
+from hooked_vlm.model.fingerprints import _words, provenance, weights_hash
 from hooked_vlm.runtime import provenance as provenance_module
 from hooked_vlm.runtime.provenance import code_hash
 
@@ -49,6 +53,62 @@ def test_the_weights_hash_sees_the_configuration_but_not_where_the_model_is() ->
     assert weights_hash(model) == before
     model.cfg = model.cfg.with_(rope_theta=2 * model.cfg.rope_theta)
     assert weights_hash(model) != before
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+def test_the_weights_hash_sees_a_change_anywhere_in_tensors_of_any_size(dtype: torch.dtype) -> None:
+    for shape in ((3,), (1,), (5, 3), (2, 7), (4, 4), (3, 2, 5)):
+        words = _words(torch.zeros(shape, dtype=dtype))
+        assert not words.any()
+        seen = set()
+        for at in range(torch.zeros(shape).numel()):
+            changed = torch.zeros(shape, dtype=dtype)
+            changed.view(-1)[at] = 1.0
+            seen.add(str(_words(changed).tolist()))
+        assert len(seen) == torch.zeros(shape).numel()
+
+
+@torch.no_grad()
+def test_the_weights_hash_is_of_the_weights_as_they_are_now() -> None:
+    model = HookedVLM.from_pretrained("toy-qwen2-vl")
+    seen = [weights_hash(model)]
+    model.blocks[2].attn.W_O[1] *= 2
+    seen.append(weights_hash(model))
+    weight_processing.fold_ln(model)
+    seen.append(weights_hash(model))
+    model.blocks[0].attn.o_proj.weight.data[0, 0] += 1  # behind autograd's back
+    seen.append(weights_hash(model))
+    assert len(set(seen)) == 4
+
+
+def test_everything_that_decides_results_is_in_the_identity() -> None:
+    def of(change: Callable[[Any], None]) -> dict[str, str]:
+        model = HookedVLM.from_pretrained("toy-qwen2-vl")
+        change(model)
+        return model.identity()
+
+    def bounded(model: Any) -> None:
+        model.image_processor = model.image_processor.bounded(None, 4096)
+
+    def template(model: Any) -> None:
+        model.tokenizer.chat_template = model.tokenizer.chat_template.replace("system", "System")
+
+    def token(model: Any) -> None:
+        model.tokenizer.add_tokens(["<new>"])
+
+    def settings(model: Any) -> None:
+        model.generation_config = {"repetition_penalty": 1.05}
+
+    def used(model: Any) -> None:
+        model.tokenizer(["a", "a b c"], padding=True, truncation=True, max_length=2)
+        model.generate("What is this?", 2)
+
+    same = of(lambda model: None)
+    assert of(used) == same and of(lambda model: model.cfg.with_(model_name="x")) == same
+    for change, name in ((bounded, "settings"), (settings, "settings"), (template, "tokenizer"), (token, "tokenizer")):
+        found = of(change)
+        assert {key for key in same if same[key] != found[key]} == {name}, change.__name__
 
 
 def test_the_code_hash_is_of_every_file_once_wherever_it_lies(monkeypatch, tmp_path: Path) -> None:

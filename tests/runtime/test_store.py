@@ -51,6 +51,18 @@ def test_a_bit_that_flips_anywhere_never_passes_for_a_number(tmp_path: Path) -> 
         assert found is None or found.equals(FRAME), f"byte {at}"
 
 
+def test_what_changed_of_a_model_since_a_part_was_stored(tmp_path: Path) -> None:
+    parts, model = ResultStore(tmp_path), {"weights": "a", "code": "b", "tokenizer": "c"}
+    key = {"image": 3, "model": model}
+    assert parts.changed(key) == []  # there is nothing yet
+    parts.put(key, FRAME)
+    (tmp_path / "damaged.parquet").write_bytes(b"PAR1")
+    assert parts.changed({"image": 3, "model": {**model, "code": "d"}}) == ["code"]
+    assert parts.changed({"image": 3, "model": {**model, "code": "d", "weights": "e"}}) == ["code", "weights"]
+    assert parts.changed({"image": 4, "model": {**model, "code": "d"}}) == []  # another question, not an old answer
+    assert parts.changed({"image": 3}) == []
+
+
 def test_the_same_unit_is_the_same_bytes(tmp_path: Path) -> None:
     a, b = ResultStore(tmp_path / "a"), ResultStore(tmp_path / "b")
     for parts in (a, b):

@@ -29,6 +29,29 @@ ARGUMENTS = {
 }
 """Arguments of `forward` and `generate` elsewhere, and what to do here."""
 
+LOADING = {
+    "torch_dtype": "use dtype=",
+    "trust_remote_code": "remote code is never run, nor needed: leave it out",
+    "attn_implementation": "layers run fused, and explicitly where scores or patterns are hooked: leave it out",
+    "load_in_8bit": 'use quantize="8bit"',
+    "load_in_4bit": 'use quantize="4bit"',
+    "quantization_config": "use quantize=",
+    "low_cpu_mem_usage": "weights are always read when they are used: leave it out",
+    "use_safetensors": "nothing else is read: leave it out",
+    "n_devices": 'use device_map="balanced"',
+    "hf_model": "use HookedVLM.from_hf(hf_model)",
+    "tokenizer": "set model.tokenizer afterwards",
+    "min_pixels": "use model.to_inputs(..., min_pixels=)",
+    "max_pixels": "use model.to_inputs(..., max_pixels=)",
+    "fold_ln": "norms stay as they are: hooked_vlm.model.weight_processing folds them",
+    "center_writing_weights": "weights stay as they are: see hooked_vlm.model.weight_processing",
+    "center_unembed": "weights stay as they are: see hooked_vlm.model.weight_processing",
+    "fold_value_biases": "weights stay as they are: see hooked_vlm.model.weight_processing",
+    "default_prepend_bos": "use model.to_tokens(text, prepend_bos=True)",
+    "default_padding_side": "rows are padded on the left",
+}
+"""Arguments of `from_pretrained` elsewhere, and what to do here."""
+
 ATTRIBUTES = {
     "input_to_embed": 'model.run_with_cache(inputs, names_filter="hook_embed", stop_at_layer=0)[1]["hook_embed"]',
     "W_pos": "model.cfg.rope_theta (positions are rotary)",
@@ -49,14 +72,17 @@ ATTRIBUTES = {
 """Attributes of models elsewhere, and what stands in their place."""
 
 
-def refuse_arguments(function: str, given: Mapping[str, Any]) -> None:
+def refuse_arguments(function: str, given: Mapping[str, Any], known: Mapping[str, str] = ARGUMENTS) -> None:
     """Refuse keyword arguments that a function does not have.
+
+    Args:
+        known: those that it has elsewhere, and what to do here.
 
     Raises:
         InputError: one that is known from elsewhere; says what to do.
         TypeError: any other.
     """
     for name in given:
-        if name in ARGUMENTS:
-            raise InputError(f"{function} has no {name}: {ARGUMENTS[name]}")
+        if name in known:
+            raise InputError(f"{function} has no {name}: {known[name]}")
         raise TypeError(f"{function}() got an unexpected keyword argument {name!r}")
