@@ -432,7 +432,9 @@ def test_caching_hooks_stay_until_they_are_reset(add):
     assert store["blocks.2.attn.hook_z"] is before
 
 
-@pytest.mark.parametrize("name", ["blocks.1.attn.hook_zz", "blocks.1.attn.hook_result", lambda name: False], ids=str)
+@pytest.mark.parametrize(
+    "name", ["blocks.1.attn.hook_zz", "blocks.1.attn.hook_result", lambda name: False], ids=["unknown", "off", "empty"]
+)
 def test_caching_hooks_that_cannot_act_are_refused(name):
     model = tiny.tiny_model()
     for call in (model.get_caching_hooks, model.add_caching_hooks):
