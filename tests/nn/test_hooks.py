@@ -1,7 +1,7 @@
 """The five rules, for every hook point of the model; hooks that cannot act; the two attention kernels."""
 
 from collections import Counter
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import pytest
 import tiny
@@ -331,6 +331,52 @@ def test_permanent_hooks_and_hooks_of_a_with_block_are_checked_too(name):
         pass
     with pytest.raises(HookError):
         model.generate(tiny.inputs(tiny.TEXT), max_new_tokens=1, fwd_hooks=[(name, returned)])
+
+
+class Object:
+    def short(self, x):
+        return x
+
+    def __call__(self, x, hook):
+        return None
+
+
+WRONG = {
+    "one argument": lambda x: x,
+    "two tensors": lambda x, y: x,
+    "one more": lambda x, hook, more: x,
+    "a method": Object().short,
+    "filled": partial(lambda hook, x: x, None),
+    "no function": 3,
+    "the result of one": None,
+}
+RIGHT = {
+    "a default": lambda x, hook=None: None,
+    "any names": lambda x, **names: None,
+    "filled": partial(lambda x, hook, more: None, more=1),
+    "an object": Object(),
+}
+
+
+@pytest.mark.parametrize("hook", WRONG.values(), ids=list(WRONG))
+def test_what_cannot_be_called_as_a_hook_is_refused_at_once(hook):
+    model, inputs, name = own_model(False), tiny.inputs(tiny.TEXT), "blocks.0.attn.hook_z"
+    for call in (
+        lambda: model.add_hook(name, hook),
+        lambda: model.add_perma_hook(name, hook),
+        lambda: model.run_with_hooks(inputs, fwd_hooks=[(name, returned), (name, hook)]),
+        lambda: model.run_with_hooks(inputs, bwd_hooks=[(name, hook)]),
+        lambda: model.generate(inputs, 1, fwd_hooks=[(name, hook)]),
+    ):
+        with pytest.raises(HookError, match="hook"):
+            call()
+    assert not any(point._forward_hooks for point in model.hook_dict.values())
+
+
+@pytest.mark.parametrize("hook", RIGHT.values(), ids=list(RIGHT))
+def test_hooks_may_take_more_than_they_are_given(hook):
+    model, inputs = own_model(False), tiny.inputs(tiny.TEXT)
+    model.run_with_hooks(inputs, fwd_hooks=[("blocks.0.attn.hook_z", hook)])
 
 
 # ---- the two kernels ----
