@@ -35,8 +35,11 @@ def files_of(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
-def test_an_interrupted_run_goes_on_to_the_same_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    model, config = bundled("toy-qwen2-vl"), All(out=tmp_path / "whole", **SMALL)
+@pytest.mark.parametrize("kind", [Tokens, pytest.param(All, marks=pytest.mark.full)])
+def test_an_interrupted_run_goes_on_to_the_same_bytes(
+    kind: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, config = bundled("toy-qwen2-vl"), kind(out=tmp_path / "whole", **SMALL)
     run(config, model)
     calls = []
 

@@ -141,30 +141,33 @@ def test_chance_is_that_of_exchanged_heads() -> None:
 # ---------------------------------------------------------------- the run
 
 
-def test_everything_runs_and_an_interrupted_run_ends_with_the_same_bytes(
-    qwen: HookedVLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def config(out: Path) -> OcrHeadsConfig:
-        small = {**SMALL, "samples": 3, "task_samples": 2, "random_draws": 1, "betas": (0.4,), "case_samples": 1}
-        more = {"data_folder": tmp_path / "data", "characters": "7q", "permutations": 5, "tokens_per_batch": 400}
-        return OcrHeadsConfig(**small, **more, out=out)
+def small(kind: Any, out: Path) -> Any:
+    """The study at its smallest."""
+    few = {**SMALL, "samples": 3, "task_samples": 2, "random_draws": 1, "tokens_per_batch": 400}
+    more = {"betas": (0.4,), "case_samples": 1, "characters": "7q", "permutations": 5} if kind is OcrHeadsConfig else {}
+    return kind(**few, **more, data_folder=out.parent / "data", out=out)
 
-    result = run(config(tmp_path / "whole"), qwen)
+
+@pytest.mark.parametrize("kind", [MaskConfig, pytest.param(OcrHeadsConfig, marks=pytest.mark.full)])
+def test_an_interrupted_run_ends_with_the_same_bytes(
+    kind: Any, qwen: HookedVLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    result = run(small(kind, tmp_path / "whole"), qwen)
     answer = changed_module.answers_of
     calls = []
 
     def interrupted(*arguments: Any) -> pd.DataFrame:
         calls.append(1)
-        if len(calls) == 9:  # some answers are kept by then
+        if len(calls) == 4:  # some answers are kept by then
             raise KeyboardInterrupt
         return answer(*arguments)
 
     monkeypatch.setattr(changed_module, "answers_of", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        run(config(tmp_path / "resumed"), qwen)
+        run(small(kind, tmp_path / "resumed"), qwen)
     assert not (tmp_path / "resumed" / "report.html").exists()
-    calls = [0] * 100  # of which none is the ninth
-    again = run(config(tmp_path / "resumed"), qwen)
+    calls = [0] * 100  # of which none is the fourth
+    again = run(small(kind, tmp_path / "resumed"), qwen)
     whole, resumed = (
         sorted(path.relative_to(tmp_path / name) for path in (tmp_path / name).rglob("*") if path.is_file())
         for name in ("whole", "resumed")
@@ -176,6 +179,10 @@ def test_everything_runs_and_an_interrupted_run_ends_with_the_same_bytes(
             b = b.replace(b"/resumed", b"/whole")
         assert a == b, file
     assert again.summary.replace("/resumed", "/whole").split(" (")[0] == result.summary.split(" (")[0]
+
+
+def test_everything_runs(qwen: HookedVLM, tmp_path: Path) -> None:
+    result = run(small(OcrHeadsConfig, tmp_path / "whole"), qwen)
     headings = [finding.heading for finding in result.findings]
     assert len(headings) == 7 and all(heading in result.summary for heading in headings)
     scores = result.table("ocr-scores")
