@@ -19,6 +19,8 @@ finally:
 
 INTERRUPTING = """
 import os, signal, time
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as tests in the background inherit it
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 os.kill(os.getpid(), signal.SIGINT)
 time.sleep(60)
 """

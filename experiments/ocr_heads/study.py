@@ -124,7 +124,8 @@ class Study:
             units = []
             for group, n_tokens in self.groups(model, examples, config.new_tokens):
                 key = {
-                    "score": kind, "model": identity, "data": data.digest, "examples": group, "pixels": self.pixels,
+                    "score": kind, "model": identity, "sees": model.cfg.vision is not None,
+                    "data": data.digest, "examples": group, "pixels": self.pixels,
                     "granularity": config.granularity, "protocol": vars(protocol), "new_tokens": config.new_tokens,
                 }  # fmt: skip
                 own = [examples[i] for i in group]

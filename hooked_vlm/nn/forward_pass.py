@@ -266,6 +266,14 @@ def check_call(
         raise InputError("a key-value cache holds all layers: it does not go with start_at_layer or stop_at_layer")
     if past is not None and past.batch != len(inputs):
         raise InputError(f"the key-value cache has {past.batch} rows, the inputs {len(inputs)}")
+    opener = inputs.spec.vision_start_token_id if inputs.spec.mrope else None
+    if past is not None and past.length and opener is not None:
+        cut = [v for v in inputs.visuals if v.start == inputs.first[v.row]]
+        if cut:
+            raise InputError(
+                f"these inputs continue others with the {cut[0].kind} of row {cut[0].row}, behind the token that opens "
+                "it: begin them with that token"
+            )
     check_context(cfg, inputs, 0 if past is None else past.length)
     if resid is not None and resid.shape != (*inputs.shape, cfg.d_model):
         expected = (*inputs.shape, cfg.d_model)
