@@ -113,8 +113,8 @@ def long_batch(family: str, seed: int) -> tuple[dict[str, Tensor], dict[str, Ten
     return batch, tiny_internvl.for_hf(batch)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("family", ["qwen2-vl", "internvl2"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, pytest.param(torch.float16, marks=pytest.mark.full)], ids=str)
+@pytest.mark.parametrize("family", ["qwen2-vl", pytest.param("internvl2", marks=pytest.mark.full)])
 @torch.no_grad()
 def test_over_long_texts_and_through_the_cache_errors_are_no_larger_than_the_references(
     family: str, dtype: torch.dtype

@@ -52,7 +52,7 @@ def live_names(model: HookedVLM) -> list[str]:
     params=[
         "switches, padding, mixed sizes, video",
         "tiles",
-        "inputs of all heads",
+        pytest.param("inputs of all heads", marks=pytest.mark.full),
         pytest.param("inputs of all heads, padding", marks=pytest.mark.full),
         pytest.param("one image", marks=pytest.mark.full),
         pytest.param("switches, padding, tiles, large tower", marks=pytest.mark.full),

@@ -179,6 +179,7 @@ def test_patches_of_the_vision_tower_equal_the_loop(family: str, what: Any) -> N
     assert np.abs(result.effects).max() > 1e-4
 
 
+@pytest.mark.parametrize("family", ["qwen2-vl", pytest.param("internvl2", marks=pytest.mark.full)])
 def test_patches_of_several_images_are_numbered_image_by_image(family: str) -> None:
     model, pair = model_and_pair(family, "two images")
     result = patch(model, pair, "resid_pre", METRIC, where="each", layers=(1,), tower="vision")

@@ -23,8 +23,8 @@ from tools.toy_training.families import FAMILIES
 
 SMALL: dict[str, Any] = {
     "samples": 2,
-    "masks": 40,
-    "token_masks": 60,
+    "masks": 24,
+    "token_masks": 40,
     "bootstrap": 5,
     "random_rankings": 1,
     "quiet": True,
