@@ -3,6 +3,7 @@
 import json
 import os
 import sys
+import warnings
 from dataclasses import dataclass, replace
 from importlib import import_module
 from typing import Any, Literal
@@ -108,11 +109,18 @@ def _parse(arguments: list[str] | None = None) -> None:
     )
 
 
+def _in_one_line(message: Warning | str, category: type[Warning], *where: Any, **more: Any) -> None:
+    """Show a warning as a sentence of the command, without the line of code that gave it."""
+    print(f"hooked-vlm: {message}", file=sys.stderr)
+
+
 def main() -> None:
     """Entry point of `hooked-vlm`."""
     try:
         try:
-            _parse()
+            with warnings.catch_warnings():
+                warnings.showwarning = _in_one_line
+                _parse()
         finally:
             sys.stdout.flush()  # here, where a reader who has gone is no error
     except HookedVLMError as error:

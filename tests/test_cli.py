@@ -3,6 +3,7 @@
 import json
 import os
 import sys
+import warnings
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -52,6 +53,19 @@ def test_a_users_mistake_is_one_sentence_and_no_traceback(
         call(monkeypatch, "ocr-heads", "score", *arguments, *out)
     message = str(stopped.value)
     assert words in message and "\n" not in message
+
+
+@pytest.mark.filterwarnings("default")
+def test_a_warning_is_one_line_of_the_command(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], recwarn: pytest.WarningsRecorder
+) -> None:
+    def warn(config: ScoreConfig) -> SimpleNamespace:
+        warnings.warn("results are made anew", stacklevel=1)
+        return SimpleNamespace(summary="done", scores={}, report=Path("out/report.html"))
+
+    monkeypatch.setattr("hooked_vlm.experiments.ocr_heads.commands.run", warn)
+    call(monkeypatch, "ocr-heads", "score")
+    assert capsys.readouterr().err == "hooked-vlm: results are made anew\n" and not recwarn.list
 
 
 def test_json_is_all_that_is_printed(
