@@ -15,7 +15,7 @@ from torch import Tensor
 
 from hooked_vlm.inputs.vlm_inputs import VLMInputs
 from hooked_vlm.interventions.base import EMBEDDING, Edits, Hooks, Intervention, on_own_rows
-from hooked_vlm.nn.hooks import HookPoint, is_vision
+from hooked_vlm.nn.hooks import HookPoint, is_vision, running
 from hooked_vlm.nn.vision import image_pass
 from hooked_vlm.sweeps.plan import first_vision_layer
 
@@ -84,7 +84,9 @@ def encoded(
             features = _encode(model, inputs, plain, [first_vision_layer(iv, model, inputs) for iv in interventions])
         else:
             features = plain.features.repeat(n, 1)
-        features = model.hook_image_features(features)  # [image token of the batch, d_model]
+        here = image_pass(model, inputs.grids, inputs.device, {"inputs": inputs})
+        with running(here.patches):
+            features = model.hook_image_features(features)  # [image token of the batch, d_model]
     return [Encoded(iv, own) for iv, own in zip(interventions, features.view(n, n_tokens, -1), strict=True)]
 
 
@@ -99,7 +101,7 @@ def _encode(
         n, shared = list(layers).count(layer), plain.streams[layer]
         n_runs += n
         stream = torch.cat((stream.to(shared.device), shared.repeat(n, *[1] * (shared.ndim - 1))))
-        images = image_pass(model, inputs.grids * n_runs, inputs.device)
+        images = image_pass(model, inputs.grids * n_runs, inputs.device, {"inputs": inputs})
         stream = model.vision.run(stream, images, layer, min(until, n_layers))
     assert images is not None
     return model.projector(stream, inputs.grids * n_runs, images)

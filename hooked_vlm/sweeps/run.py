@@ -243,7 +243,7 @@ class PlainRun:
             AttentionMask(True, valid, padding, mask.window),
             self.rotate.positions(slice(first, None)).repeat(n),
             SharedPrefix(self.cache, first) if first else None,
-            {"positions": positions, "first_position": first},
+            {"inputs": self.inputs, "positions": positions, "first_position": first},
         )
 
 

@@ -304,6 +304,24 @@ def test_what_is_shared_is_left_as_it_was(family: str) -> None:
     assert not any(point.ctx or point.fwd_hooks for point in model.hook_dict.values())
 
 
+def test_hooks_find_their_inputs_in_a_sweep_as_in_a_run(family: str) -> None:
+    model, batch = model_and_inputs(family, "padded")
+    names = ["hook_embed", "blocks.1.hook_resid_mid", "blocks.2.attn.hook_z", "ln_final.hook_scale"]
+    names += ["vision.blocks.0.hook_resid_post", "vision.hook_embed", "hook_image_features"]
+    seen: dict[str, Any] = {}
+
+    def look(x: Tensor, hook: Any) -> None:
+        seen[hook.name] = hook.ctx["inputs"]
+
+    for run in (
+        lambda: sweep(model, batch, [CustomHooks([(name, look)]) for name in names], logit(5)),
+        lambda: model.run_with_hooks(batch, fwd_hooks=[(name, look) for name in names]),
+    ):
+        seen.clear()
+        run()
+        assert set(seen) == set(names) and all(given.tokens.equal(batch.tokens) for given in seen.values())
+
+
 def test_the_vision_tower_runs_once(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model, batch = model_and_inputs(family, "one image")
     calls = []
