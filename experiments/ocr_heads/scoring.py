@@ -15,6 +15,7 @@ import pandas as pd
 from jaxtyping import Float
 
 from hooked_vlm.errors import StudyError
+from hooked_vlm.experiments.ocr_heads.alignment import Span, align, longest_run
 from hooked_vlm.experiments.ocr_heads.answers import is_right, rouge_1_recall
 from hooked_vlm.experiments.ocr_heads.config import Granularity, Protocol
 from hooked_vlm.experiments.ocr_heads.examples import Evidence, Example
@@ -133,7 +134,8 @@ def _values(
 def find_copies(
     model: HookedVLM, inputs: VLMInputs, row: int, example: Example, reply: list[int], *, protocol: Protocol
 ) -> list[Copy]:
-    """Find the answer's tokens in the reply, each with its evidence.
+    """Find the tokens of the reply that copy the answer, each with its evidence, and the answer's tokens that none
+    copies.
 
     `inputs` are prompt and reply; the reply starts at `inputs.stop[row] - len(reply)`.
     """
@@ -141,7 +143,7 @@ def find_copies(
     answer, spans = encoded["input_ids"], encoded["offset_mapping"]
     start = inputs.stop[row] - len(reply)
     shift = 0 if protocol.query == "copied" else -1
-    in_answer, in_reply, run = longest_run(answer, reply)
+    _, _, run = longest_run(answer, reply)
     weight = run / len(answer) if protocol.weight_by_run else 1.0
     boxes = [(e, _tokens_of(inputs, row, e, protocol)) for e in example.evidence]
     coarse = len(boxes) == 1 and (boxes[0][0].start, boxes[0][0].stop) == (0, len(example.answer))
@@ -155,31 +157,17 @@ def find_copies(
             Copy(start + places[i] + shift if i < len(places) else None, weight, evidence)
             for i, (_, evidence) in enumerate(boxes)
         ]
+    found = align(model.tokenizer, example.answer, reply)
+    parts = [(span, start + n + shift) for n, span in found.spans.items()]
+    parts += [(span, None) for span in spans if not found.copied(span)]
     copies = []
-    for i, (a, b) in enumerate(spans):
+    for (a, b), position in sorted(parts, key=lambda part: part[0]):
         own = [tokens for e, tokens in boxes if e.start < b and a < e.stop]
         if not own:
             continue  # white space, or a character without a box
         evidence = {t for tokens in own for t in tokens}  # empty if no token contains enough of a large box
-        generated = in_answer <= i < in_answer + run
-        position = start + in_reply + i - in_answer + shift if generated else None
         copies.append(Copy(position, weight, tuple(sorted(evidence))))
     return copies
-
-
-def longest_run(a: Sequence[int], b: Sequence[int]) -> tuple[int, int, int]:
-    """Longest common run of tokens: its start in `a`, its start in `b`, its length."""
-    best = (0, 0, 0)
-    lengths = [0] * (len(b) + 1)
-    for i, token in enumerate(a):
-        previous = 0
-        for j, other in enumerate(b):
-            diagonal, previous = previous, lengths[j + 1]
-            lengths[j + 1] = diagonal + 1 if token == other else 0
-            if lengths[j + 1] > best[2]:
-                n = lengths[j + 1]
-                best = (i - n + 1, j - n + 1, n)
-    return best
 
 
 def _tokens_of(inputs: VLMInputs, row: int, evidence: Evidence, protocol: Protocol) -> tuple[int, ...]:
@@ -197,20 +185,22 @@ def _tokens_of(inputs: VLMInputs, row: int, evidence: Evidence, protocol: Protoc
 def find_retrievals(model: HookedVLM, inputs: VLMInputs, row: int, example: Example, reply: list[int]) -> list[Copy]:
     """Find the generated tokens that occur in the needle, where a head may copy them from.
 
-    Each has the weight one over the needle's length. Instances by token are the needle's tokens: those of the longest
-    run that the reply shares with it; the others count as not copied.
+    They occur there by their id (Wu et al.), or by the characters they share with it where the tokenizer cuts the reply
+    in another way. Together those that cover a needle's token have the weight one over the needle's length. Instances
+    by token are the needle's tokens as the reply has them; those that it has not count as not copied.
     """
-    needle = needle_positions(model, inputs, row, example, len(reply))
+    needle, spans = needle_positions(model, inputs, row, example, len(reply))
     tokens = inputs.tokens[row].tolist()
-    ids = [tokens[i] for i in needle]
     start = inputs.stop[row] - len(reply)
-    _, in_reply, run = longest_run(ids, reply)
-    copies = [Copy(None, 0.0, ())] * (len(needle) - run)
+    found = align(model.tokenizer, example.answer, reply)
+    sharers = [found.copied(span) for span in spans]  # of each of the needle's tokens
+    copies = [Copy(None, 0.0, ()) for sharing in sharers if not sharing]
     for n, token in enumerate(reply):
-        evidence = tuple(i for i in needle if tokens[i] == token)
-        if evidence:
-            in_run = in_reply <= n < in_reply + run
-            copies.append(Copy(start + n - 1, 1 / len(needle), evidence, in_run))
+        covered = [i for i, sharing in enumerate(sharers) if n in sharing]
+        same = [i for i, at in enumerate(needle) if tokens[at] == token]
+        if evidence := tuple(needle[i] for i in sorted({*covered, *same})):
+            weight = sum(1 / len(sharers[i]) for i in covered) if covered else 1.0
+            copies.append(Copy(start + n - 1, weight / len(needle), evidence, bool(covered)))
     return copies
 
 
@@ -226,8 +216,10 @@ def same_tokens(model: HookedVLM, inputs: VLMInputs, row: int, example: Example,
     return [Copy(i, 1 / len(queries), tuple(j for j in prompt if tokens[j] == tokens[i])) for i in queries]
 
 
-def needle_positions(model: HookedVLM, inputs: VLMInputs, row: int, example: Example, n_reply: int) -> list[int]:
-    """Positions of the answer's tokens in the text.
+def needle_positions(
+    model: HookedVLM, inputs: VLMInputs, row: int, example: Example, n_reply: int
+) -> tuple[list[int], list[Span]]:
+    """Positions of the answer's tokens in the text, and the characters of the answer that each holds.
 
     Raises:
         StudyError: the answer's position is unknown, or the tokenizer reports no offsets.
@@ -246,4 +238,6 @@ def needle_positions(model: HookedVLM, inputs: VLMInputs, row: int, example: Exa
         raise StudyError("the tokens of this prompt are not those of its text: needles are found in text alone")
     begin = text.index(example.prompt) + example.answer_at
     end = begin + len(example.answer)
-    return [first + i for i, (a, b) in enumerate(spans) if a < end and begin < b]
+    inside = [(first + i, (max(a, begin) - begin, min(b, end) - begin)) for i, (a, b) in enumerate(spans)]
+    inside = [(at, span) for at, span in inside if span[0] < span[1]]
+    return [at for at, _ in inside], [span for _, span in inside]

@@ -82,6 +82,7 @@ class TextCodec:
     def to_string(self, tokens: Any) -> str | list[str]:
         """Decode token ids [pos] to a text, or [batch, pos] to a list; special tokens are kept."""
         ids = tokens.tokens if isinstance(tokens, VLMInputs) else torch.as_tensor(tokens)
+        ids = ids if ids.numel() else ids.long()  # an empty list has no type
         if ids.ndim <= 1:
             return self._decode(ids.reshape(-1))
         return [self._decode(row) for row in ids]

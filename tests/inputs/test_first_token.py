@@ -127,6 +127,7 @@ def test_studies_find_needles_behind_the_first_token(layout: str, tmp_path: Path
     context = "The value of a is 40, the value of b is 51."
     example = Example("What is the value of b?", ("51",), context=context, answer_at=context.index("51"))
     inputs = model.to_inputs(example.prompt)
-    found = needle_positions(model, inputs, 0, example, 0)
+    found, spans = needle_positions(model, inputs, 0, example, 0)
+    assert "".join("51"[a:b] for a, b in spans) == "51"
     assert inputs.tokens[0, 0] == model.to_single_token(FIRST)
     assert str(model.to_string(inputs.tokens[0, found])).strip() == "51"

@@ -10,6 +10,7 @@ import torch
 from hooked_vlm import HookedVLM
 from hooked_vlm.errors import StudyError
 from hooked_vlm.experiments.ocr_heads import Protocol, reading
+from hooked_vlm.experiments.ocr_heads.alignment import longest_run
 from hooked_vlm.experiments.ocr_heads.characters import toy_pages_with
 from hooked_vlm.experiments.ocr_heads.config import OFFICIAL_CODE
 from hooked_vlm.experiments.ocr_heads.data.scored import toy_pages
@@ -20,7 +21,6 @@ from hooked_vlm.experiments.ocr_heads.scoring import (
     find_copies,
     find_retrievals,
     gather,
-    longest_run,
     score_batch,
 )
 from hooked_vlm.experiments.ocr_heads.selection import ranked, select
