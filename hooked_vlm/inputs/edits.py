@@ -49,6 +49,8 @@ def _answers(inputs: "VLMInputs", answer: Any) -> list[Tensor]:
             if inputs.spec.tokenizer is None:
                 raise InputError("these inputs have no tokenizer: append token ids, not text")
             one = inputs.spec.tokenizer.encode(one, add_special_tokens=False)
+        if torch.as_tensor(one).is_floating_point() and len(one):
+            raise InputError("an appended answer is text or token ids, which are whole numbers")
         rows.append(torch.as_tensor(one, dtype=inputs.tokens.dtype, device=inputs.device).reshape(-1))
     if len(rows) != len(inputs):
         raise InputError(f"got {len(rows)} answers for {len(inputs)} rows: give one for all, or one per row")

@@ -138,4 +138,4 @@ def from_base64(text: str | bytes) -> bytes:
         raw = text.encode("ascii") if isinstance(text, str) else text
         return base64.b64decode(b"".join(raw.split()), validate=True)
     except (binascii.Error, UnicodeEncodeError, AttributeError) as error:
-        raise ImageError(f"expected a picture in base64, got {text[:40]!r} ({error})") from error
+        raise ImageError(f"expected a picture in base64, got {text!r:.60} ({error})") from error

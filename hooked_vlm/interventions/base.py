@@ -26,8 +26,8 @@ Edits = list[tuple[int, int, Callable]]
 
 Positions = str | tuple[int, ...] | tuple[tuple[int, ...], ...] | None
 """None for all positions; a group of `inputs.positions` ("image", "video", "question", "assistant_header",
-"final", "generated"), "text" (all but images and videos) or a sum of groups ("final+generated"); absolute positions,
-for all rows or a tuple per row."""
+"final", "generated"), "text" (all but images and videos) or a sum of groups ("final+generated", where a group that
+these inputs do not have adds nothing); absolute positions, for all rows or a tuple per row."""
 
 EMBEDDING = -1
 """The "layer" of `hook_embed`."""
@@ -270,9 +270,10 @@ def made_for(inputs: VLMInputs, hooks: Hooks) -> Hooks:
 
     def bound(name: str, fn: Callable) -> Callable:
         def hook_for_inputs(x: Tensor, hook: HookPoint) -> Any:
-            given = hook.ctx.get("inputs")
-            if given is not None and given not in known:
-                _check(name, inputs, given, continues_cache="step" in hook.ctx)
+            begins: VLMInputs | None = hook.ctx.get("inputs")
+            given: VLMInputs | None = hook.ctx.get("own_inputs", begins)  # a step of generation has none of its own
+            if begins is not None and given is not None and given not in known:
+                _check(name, inputs, begins, given, hook.ctx.get("first_position", 0), "step" in hook.ctx)
                 known.add(given)
             return fn(x, hook)
 
@@ -281,11 +282,20 @@ def made_for(inputs: VLMInputs, hooks: Hooks) -> Hooks:
     return [(name, bound(name, fn)) for name, fn in hooks]
 
 
-def _check(name: str, own: VLMInputs, given: VLMInputs, continues_cache: bool) -> None:
-    if _layout(own) == _layout(given) or _appended(own, given):
+def _check(name: str, own: VLMInputs, begins: VLMInputs, given: VLMInputs, n_past: int, cached: bool) -> None:
+    """Refuse a pass over `given`, behind `n_past` positions of a key-value cache that begins with `begins`."""
+    if not n_past and (_layout(own) == _layout(given) or _appended(own, given)):
         return
-    if continues_cache and _appended(given, own):  # what is in the cache is the beginning of the inputs
-        return
+    # the hooks are for all that the cache will hold, or for its beginning
+    if cached and (_appended(begins, own) or _appended(own, begins)):
+        part = own.tokens[:, n_past : n_past + given.shape[1]]
+        if not n_past or own.shape[1] <= n_past or torch.equal(part.cpu(), given.tokens[:, : part.shape[1]].cpu()):
+            return
+    if n_past:
+        raise InputError(
+            f"a hook on {name!r} was made for {own} and runs on {given} behind {n_past} positions of a key-value "
+            "cache: make the hooks for all of them together, intervention.hooks(model, inputs)"
+        )
     raise InputError(
         f"a hook on {name!r} was made for {own} and runs on {given}, whose tokens lie elsewhere: make the hooks for "
         "the inputs of the run, intervention.hooks(model, inputs)"
@@ -299,7 +309,7 @@ def _layout(inputs: VLMInputs) -> tuple:
 
 
 def _visuals(inputs: VLMInputs) -> list[tuple]:
-    return [(v.kind, v.row, v.start, v.n_tokens) for v in inputs.visuals]
+    return [(v.kind, v.row, v.start, v.grid) for v in inputs.visuals]
 
 
 def _appended(short: VLMInputs, long: VLMInputs) -> bool:

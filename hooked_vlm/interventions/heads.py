@@ -41,8 +41,9 @@ class HeadSelection:
     runs: "tuple[HeadIntervention, ...]"
     """The run of each block of rows: all rows of the inputs for the first run, then for the next."""
 
-    def to(self, device: torch.device) -> "HeadSelection":
-        return replace(self, mask=self.mask.to(device))
+    def rows_of(self, x: Tensor) -> "HeadSelection":
+        """The selection for a tensor, whose batch may hold all rows several times (samples of the same prompts)."""
+        return replace(self, mask=self.mask.repeat(len(x) // len(self.mask), 1).to(x.device))
 
 
 Edit = Callable[[Tensor, Any, HeadSelection], Tensor]
@@ -113,7 +114,7 @@ def layer_hooks(
     where = HeadSelection(chosen.repeat_interleave(len(inputs), dim=0).to(inputs.device), heads, runs)
 
     def hook_for(edit: Edit) -> Callable[[Tensor, Any], Tensor]:
-        return lambda x, hook: edit(x, hook, where.to(x.device))
+        return lambda x, hook: edit(x, hook, where.rows_of(x))
 
     return [(f"blocks.{layer}.attn.{suffix}", hook_for(edit)) for suffix, edit in runs[0].edits(model, inputs, layer)]
 

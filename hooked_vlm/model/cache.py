@@ -1,7 +1,7 @@
 """`VLMCache`: TransformerLens' `ActivationCache` for models with images and unfolded norms."""
 
 from collections.abc import Callable, Iterable, Iterator
-from copy import deepcopy
+from copy import copy, deepcopy
 from dataclasses import replace
 from functools import wraps
 from inspect import signature
@@ -16,9 +16,10 @@ from transformer_lens import ActivationCache
 from transformer_lens.utilities import Slice, SliceInput
 
 from hooked_vlm.errors import InputError
+from hooked_vlm.inputs.token_layout import real_span
 from hooked_vlm.inputs.vlm_inputs import VLMInputs
 from hooked_vlm.model import cache_files
-from hooked_vlm.model.cut import cut_of
+from hooked_vlm.model.cut import Spans, cut_of, spans_of
 from hooked_vlm.model.deriving import Derivation, DerivingCache
 from hooked_vlm.nn.hooks import is_vision
 
@@ -38,8 +39,8 @@ def _at_real_positions(method: Callable[P, R]) -> Callable[P, R]:
         cache, pos_slice = given["self"], given.get("pos_slice")
         if isinstance(pos_slice, str):
             raise InputError(f"pos_slice={pos_slice!r} is one of run_with_cache, after which a cache holds these alone")
-        if cache.inputs is not None and not cache._cut:
-            cut_of(pos_slice, cache.inputs)
+        if (spans := cache._spans()) is not None and not cache._cut:
+            cut_of(pos_slice, *spans)
         return method(*args, **kwargs)
 
     return checked
@@ -77,6 +78,11 @@ class VLMCache(DerivingCache):
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "inputs": None}
+
+    def __copy__(self) -> Any:
+        new = super().__copy__()
+        new.vision = copy(self.vision)
+        return new
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         new = super().__deepcopy__(memo)
@@ -143,15 +149,25 @@ class VLMCache(DerivingCache):
             return self.vision._own_name(key.removeprefix("vision.")) in self.vision.cache_dict
         return (self._own_name(key) if isinstance(key, str) else key) in self.cache_dict
 
-    def follow(self, name: str, tensor: Tensor) -> None:
-        """Take an activation of a later pass in place of the first one's."""
+    def follow(self, name: str, tensor: Tensor, inputs: VLMInputs | None) -> None:
+        """Take an activation of a later pass, over `inputs`, in place of the first one's."""
         cache = self.vision if is_vision(name) else self
         cache.cache_dict[name.removeprefix("vision.")] = tensor
+        self.inputs = inputs
         for side in (self, self.vision):
-            side.derivation = replace(side.derivation, why_not="later passes have written into this cache")
+            side.derivation = replace(side.derivation, mask=None, why_not="later passes have written into this cache")
 
     def _known(self) -> Iterable[str]:
         return self._stored()
+
+    def _spans(self) -> tuple[Spans, int] | None:
+        """Where the tokens of each row lie, and the number of positions; None where that is not known."""
+        if self.inputs is not None:
+            return spans_of(self.inputs), self.inputs.shape[1]
+        valid = None if self.derivation.mask is None else self.derivation.mask.key_valid
+        if valid is None:
+            return None
+        return tuple(zip(*real_span(valid), strict=True)), valid.shape[1]
 
     def to(self, target: str | torch.device | torch.dtype) -> "VLMCache":
         super().to(target)

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
+import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -13,6 +14,10 @@ from hooked_vlm.inputs.vlm_inputs import VLMInputs
 
 PositionSlice = Slice | SliceInput | Literal["last"]
 """TransformerLens' slices, and "last": each row's own last token."""
+
+
+Spans = tuple[tuple[int, int], ...]
+"""First position and one past the last of each row's tokens."""
 
 
 @dataclass(frozen=True)
@@ -33,22 +38,33 @@ class LastOfRows:
 Cut = Slice | LastOfRows
 
 
-def cut_of(pos_slice: Any, inputs: VLMInputs) -> Cut:
-    """Return `pos_slice` as a slice of these inputs' positions.
+def check_cut(pos_slice: Any) -> None:
+    """Refuse what is no position, no sequence of positions, no slice and not "last".
+
+    Raises:
+        InputError: names what came.
+    """
+    given = pos_slice.slice if isinstance(pos_slice, Slice) else pos_slice
+    positions = np.asarray([] if given is None or isinstance(given, str | slice | tuple) else given)
+    numbers = positions.size == 0 or (positions.ndim < 2 and positions.dtype.kind in "iu")
+    if not numbers or (isinstance(given, str) and given != "last"):
+        raise InputError(f'pos_slice is a position, several, a slice or "last", got {pos_slice!r}')
+
+
+def cut_of(pos_slice: Any, spans: Spans, width: int) -> Cut:
+    """Return `pos_slice` as a slice of the `width` positions of inputs whose rows' tokens lie at `spans`.
 
     Raises:
         InputError: it lies outside of the inputs, or is a position that is padding in one of the rows.
     """
+    check_cut(pos_slice)
     if isinstance(pos_slice, str):
-        if pos_slice != "last":
-            raise InputError(f'pos_slice is a position, several, a slice or "last", got {pos_slice!r}')
-        return LastOfRows(tuple(stop - 1 for stop in inputs.stop))
-    cut, width = Slice.unwrap(pos_slice), inputs.shape[1]
+        return LastOfRows(tuple(stop - 1 for _, stop in spans))
+    cut = Slice.unwrap(pos_slice)
     for given in {"int": [cut.slice], "array": cut.slice}.get(cut.mode, []):
         if not -width <= int(given) < width:
             raise InputError(f"pos_slice={pos_slice} lies outside of the {width} positions of these inputs")
-        at = int(given) % width
-        padded = [row for row, span in enumerate(zip(inputs.first, inputs.stop, strict=True)) if at not in range(*span)]
+        padded = [row for row, span in enumerate(spans) if int(given) % width not in range(*span)]
         if padded:
             raise InputError(
                 f"pos_slice={pos_slice}: position {int(given)} is padding in row {padded[0]}; each row's own last "
@@ -57,8 +73,17 @@ def cut_of(pos_slice: Any, inputs: VLMInputs) -> Cut:
     return cut
 
 
-def cut_of_pass(pos_slice: Any, inputs: VLMInputs, n_positions: int) -> Cut:
-    """`cut_of` for a tensor of a pass over these inputs, or of a later step of generation."""
-    if pos_slice is None or n_positions == inputs.shape[1]:
-        return cut_of(pos_slice, inputs)
-    return Slice.unwrap(-1 if pos_slice == "last" else pos_slice)
+def cut_of_step(pos_slice: Any) -> Cut:
+    """Return the slice of a step of generation, which has one position.
+
+    Raises:
+        InputError: `pos_slice` names others.
+    """
+    if not (pos_slice is None or (isinstance(pos_slice, str | int) and pos_slice in ("last", -1))):
+        raise InputError(f'a step of generation has its newest position only: pos_slice="last", not {pos_slice!r}')
+    return Slice.unwrap(-1)
+
+
+def spans_of(inputs: VLMInputs) -> Spans:
+    """Where the tokens of each row lie between its padding."""
+    return tuple(zip(inputs.first, inputs.stop, strict=True))

@@ -77,6 +77,7 @@ class DerivingCache(ActivationCache):
     def __copy__(self) -> Any:
         new = type(self).__new__(type(self))
         new.__dict__.update(self.__dict__)
+        new.cache_dict = dict(self.cache_dict)
         return new
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:

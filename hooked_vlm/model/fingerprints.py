@@ -19,6 +19,8 @@ from hooked_vlm.runtime.provenance import code_hash
 if TYPE_CHECKING:
     from hooked_vlm.model.vlm import HookedVLM
 
+_AT_ONCE = 2**22
+"""Number of words that are multiplied at a time."""
 PACKAGES = ("hooked-vlm", "torch", "transformers", "transformer_lens", "numpy", "pillow")
 
 
@@ -44,29 +46,37 @@ def weights_hash(model: "HookedVLM") -> str:
     """Sixteen digits that stand for a model: its weights as they are now and its configuration, on any device.
 
     Of the configuration: all that decides results (rotary bases, epsilons, stop tokens, ...). Of each tensor: name,
-    shape, dtype, and sums of its bytes, eight at a time as whole numbers, over rows and over columns, weighted by their
-    places, which any change of a weight and any exchange of rows, columns or single weights alters. A bar shows how
-    far it is where it takes longer than a second.
+    shape, dtype, and the sum of its bytes, eight at a time as whole numbers, each times an odd number of its column and
+    one of its row. Any change of one weight alters it, and so does any exchange of rows, columns or single weights but
+    for a chance of one in 2^60. A bar shows how far it is where it takes longer than a second.
     """
     plain = model.cfg.with_(model_name="", device=torch.device("cpu"))  # wherever it was found, wherever it runs
     digest = hashlib.sha256(f"{plain}\n".encode())
     tensors = sorted_values(model)
     for name, tensor in tqdm(tensors, desc="hashing weights", unit="tensor", delay=1, leave=False, disable=None):
         words = _words(tensor)
-        rows, columns = words.sum(1), words.sum(0)
-        weighted = [int((sums * torch.arange(1, len(sums) + 1, device=sums.device)).sum()) for sums in (rows, columns)]
-        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype} {int(rows.sum())} {weighted}\n".encode())
+        columns = _odd(words.shape[1], words.device)
+        rows = torch.cat([(part * columns).sum(1) for part in words.split(max(1, _AT_ONCE // words.shape[1] + 1))])
+        total = int((rows * _odd(len(rows), rows.device)).sum())
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype} {total}\n".encode())
     return digest.hexdigest()[:16]
 
 
 def _words(tensor: Tensor) -> Int[Tensor, "row word"]:
     """The bytes of a tensor, eight at a time; zeros fill up the last ones."""
     flat = tensor.contiguous().reshape(-1).view(torch.uint8)
-    if len(flat) % 8:
-        flat = F.pad(flat, (0, -len(flat) % 8))
+    if len(flat) % 8 or flat.storage_offset() % 8:
+        flat = F.pad(flat, (0, 8 - len(flat) % 8))  # a copy
     words = flat.view(torch.int64)
     n_rows = len(tensor) if tensor.ndim > 1 else 1
     return words.view(n_rows, -1) if n_rows and len(words) % n_rows == 0 else words.view(1, -1)
+
+
+def _odd(n: int, device: torch.device) -> Int[Tensor, "n"]:
+    """Return `n` odd numbers without a pattern that weights could have (splitmix64's constants; products wrap)."""
+    x = torch.arange(1, n + 1, device=device) * -0x61C8864680B583EB
+    x = (x ^ (x >> 30)) * -0x40A7B892E31B1A47
+    return (x ^ (x >> 27)) | 1
 
 
 def identity(model: "HookedVLM") -> dict[str, str]:

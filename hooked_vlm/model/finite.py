@@ -28,7 +28,8 @@ def first_not_finite(model: "HookedVLM", inputs: VLMInputs) -> str:
         if not found and not is_quadratic(name) and not bool(torch.isfinite(x).all()):
             found = name
 
-    model(inputs, return_type=None, recorder=Recorder(look))
+    past = model.new_kv_cache(*inputs.shape)  # so that hooks find the step that they may ask for
+    model(inputs, return_type=None, past_kv_cache=past, recorder=Recorder(look))
     return found
 
 
@@ -48,7 +49,7 @@ def check_finite(model: "HookedVLM", inputs: VLMInputs, logits: Float[Tensor, "*
 def described(model: "HookedVLM", inputs: VLMInputs, what: str) -> str:
     """Say that numbers are not finite, where it begins, and what to do."""
     begins = first_not_finite(model, inputs)
-    where = f"it begins at {begins}" if begins else "every activation up to the final norm is finite"
+    where = f"it begins at {begins}" if begins else f"no activation shows it in one pass over {inputs}"
     advice = "are weights, inputs and hooks finite?"
     if model.cfg.dtype == torch.float16:
         advice = "float16 holds numbers up to 65,504 only: try bfloat16"

@@ -12,7 +12,9 @@ from tqdm.auto import trange
 from hooked_vlm.errors import InputError
 from hooked_vlm.inputs.other_names import refuse_arguments
 from hooked_vlm.inputs.vlm_inputs import Answer, VLMInputs
+from hooked_vlm.model.cache import VLMCache
 from hooked_vlm.model.finite import check_finite
+from hooked_vlm.model.recording import names_to_store
 from hooked_vlm.model.sampling import Sampling, Stopping, checkpoint_settings
 from hooked_vlm.nn.forward_pass import are_finite, check_context
 from hooked_vlm.nn.hooks import HookName
@@ -25,18 +27,18 @@ if TYPE_CHECKING:
 def generate(
     model: "HookedVLM",
     input: Any,
-    max_new_tokens: int = 32,
+    max_new_tokens: Any = 32,
     *,
     do_sample: bool | None = None,
-    temperature: float | None = None,
-    top_k: int | None = None,
-    top_p: float | None = None,
-    repetition_penalty: float | None = None,
-    min_new_tokens: int | None = None,
-    num_return_sequences: int | None = None,
+    temperature: Any = None,
+    top_k: Any = None,
+    top_p: Any = None,
+    repetition_penalty: Any = None,
+    min_new_tokens: Any = None,
+    num_return_sequences: Any = None,
     stop_at_eos: bool = True,
-    eos_token_id: int | Sequence[int] | None = None,
-    stop_strings: str | Sequence[str] | None = None,
+    eos_token_id: Any = None,
+    stop_strings: Any = None,
     settings: Literal["checkpoint"] | None = None,
     fwd_hooks: Sequence[tuple[HookName, Callable]] = (),
     return_type: Literal["tokens", "str"] | None = None,
@@ -64,7 +66,7 @@ def generate(
             second ones, and so on.
         stop_at_eos: a row ends with its first stop token; what follows is padding.
         eos_token_id: stop tokens in place of generation_config.json's.
-        stop_strings: a row ends with any of these texts, which stay in it.
+        stop_strings: a row ends with any of these texts, which stay in it (one may begin in the prompt).
         settings: "checkpoint" takes what is not given here from generation_config.json, as `transformers` does.
         fwd_hooks: hooks for the prompt's pass and for every step. In a hook, `hook.ctx["step"]` counts
             passes (0 is the prompt's) and `hook.ctx["positions"]` holds the absolute position of each row
@@ -72,7 +74,8 @@ def generate(
         return_type: "tokens" for prompt and new tokens [batch, pos], "str" for the new text (a list of texts if
             there are several rows); by default text for text, otherwise tokens.
         output_logits: also return the model's logits of every new token, [batch, new, d_vocab].
-        return_cache: also return the activations of one pass over prompts and answers under the same hooks.
+        return_cache: also return the activations of one pass over prompts and answers under the same hooks, which
+            find all positions in it at once.
         names_filter: which activations, as for `run_with_cache`.
         verbose: show a progress bar.
 
@@ -85,6 +88,8 @@ def generate(
         NotFiniteError: logits that are infinite or not numbers.
     """
     refuse_arguments("generate", elsewhere)
+    if not isinstance(max_new_tokens, int) or isinstance(max_new_tokens, bool) or max_new_tokens < 1:
+        raise InputError(f"max_new_tokens must be a whole number from 1, got {max_new_tokens!r}")
     if return_type not in ("tokens", "str", None):
         raise InputError(f'return_type must be "tokens" or "str", got {return_type!r}')
     if settings not in ("checkpoint", None):
@@ -102,10 +107,13 @@ def generate(
     if settings is not None:
         given = {**checkpoint_settings(model.generation_config, do_sample), **given}
     sampling = Sampling(**given)
+    _check_idle(sampling, stop_at_eos, max_new_tokens, generator, names_filter if not return_cache else None)
     if return_cache and sampling.n_samples > 1:
         raise InputError("return_cache goes with one sample of each prompt: run_with_cache(inputs.append(answers))")
     inputs = model.as_inputs(input)
     model.check_reachable([name for name, _ in fwd_hooks], inputs, {})
+    if return_cache:
+        names_to_store(model, names_filter, inputs, {})  # which refuses names before the work
     n_new = _room(model, inputs, max_new_tokens)
     stopping = Stopping.of(model, stop_at_eos, eos_token_id, stop_strings)
     with model.hooks(fwd_hooks=list(fwd_hooks)):
@@ -113,7 +121,7 @@ def generate(
             model, inputs, n_new, sampling, stopping, generator, output_logits, verbose
         )
         answers = [row[:length] for row, length in zip(tokens, lengths.tolist(), strict=True)]
-        cache = model.run_with_cache(inputs.append(answers), names_filter=names_filter)[1] if return_cache else None
+        cache = _activations(model, inputs.append(answers), names_filter) if return_cache else None
     as_text = return_type == "str" or (return_type is None and _is_text(input))
     if as_text:
         texts = [model.to_string(stopping.without_stop(answer)) for answer in answers]
@@ -122,6 +130,34 @@ def generate(
         out = torch.cat((inputs.tokens.repeat_interleave(sampling.n_samples, dim=0), tokens), dim=1)
     extras = ([logits] if output_logits else []) + ([cache] if return_cache else [])
     return (out, *extras) if extras else out
+
+
+def _activations(model: "HookedVLM", answered: VLMInputs, names_filter: Any) -> VLMCache:
+    """Run over prompts and answers; hooks find a `step` there, too, that of the prompt's pass."""
+    past = model.new_kv_cache(*answered.shape)
+    return model.run_with_cache(answered, names_filter=names_filter, past_kv_cache=past)[1]
+
+
+def _check_idle(
+    sampling: Sampling,
+    stop_at_eos: bool,
+    max_new_tokens: int,
+    generator: torch.Generator | None,
+    names_filter: Any,
+) -> None:
+    """Refuse settings that would change nothing.
+
+    Raises:
+        InputError: names one.
+    """
+    if generator is not None and not sampling.do_sample:
+        raise InputError("a generator is for draws, and greedy generation draws nothing: add do_sample=True")
+    if names_filter is not None:
+        raise InputError("names_filter says which activations come back: add return_cache=True")
+    if sampling.min_new_tokens and not stop_at_eos:
+        raise InputError("min_new_tokens holds stop tokens back, and stop_at_eos=False has none: leave one of them out")
+    if sampling.min_new_tokens and sampling.min_new_tokens > max_new_tokens:
+        raise InputError(f"min_new_tokens={sampling.min_new_tokens} is more than max_new_tokens={max_new_tokens}")
 
 
 def _continued(
@@ -150,7 +186,7 @@ def _continued(
     for step in trange(n_new, disable=not verbose, desc="generating", unit="token"):
         if step == 0:
             logits = model(inputs, past_kv_cache=cache, logits_at="last")[:, -1].repeat_interleave(n_samples, dim=0)
-            cache = cache.repeat(n_samples)
+            cache = cache if n_samples == 1 else cache.repeat(n_samples)
         else:  # hooks see all rows of the first samples, then of the second ones, ...
             token = new[-1].view(n_rows, n_samples).T.flatten()
             logits = model.next_logits(token, cache).unflatten(0, (n_samples, n_rows)).transpose(0, 1).flatten(0, 1)
@@ -191,12 +227,10 @@ def _room(model: "HookedVLM", inputs: VLMInputs, max_new_tokens: int) -> int:
     """Return how many tokens may follow the prompts; warn where the context ends before.
 
     Raises:
-        InputError: rows padded at the end, no token to generate, prompts longer than the context.
+        InputError: rows padded at the end, prompts longer than the context.
     """
     if min(inputs.stop) != inputs.shape[1]:
         raise InputError("generation continues the last position: rows must be padded on the left, not at the end")
-    if max_new_tokens < 1:
-        raise InputError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
     check_context(model.cfg, inputs, 0)
     room = max(model.cfg.n_ctx_limit - inputs.shape[1], 0)
     if max_new_tokens <= room:

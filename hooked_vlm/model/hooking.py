@@ -98,12 +98,14 @@ def checked_hook(name: HookName, fn: Callable) -> Callable:
     Raises:
         HookError: it cannot.
     """
+    if isinstance(fn, nn.Module):
+        raise HookError(f"a hook on {name!r} is a function of (tensor, hook), not a module: lambda x, hook: module(x)")
     if not callable(fn):
         raise HookError(f"the hook on {name!r} must be a function of (tensor, hook), got {fn!r}")
     try:
         signature = inspect.signature(fn)
-    except (TypeError, ValueError):  # a function of C, which does not say
-        return fn
+    except (TypeError, ValueError):  # a function of C, which takes no hook
+        raise HookError(f"a hook is called with a tensor and hook=..., which {fn!r} does not take: wrap it") from None
     try:
         signature.bind(None, hook=None)
     except TypeError:

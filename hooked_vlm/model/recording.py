@@ -12,7 +12,7 @@ from torch import Tensor
 from hooked_vlm.errors import HookError, InputError
 from hooked_vlm.inputs.vlm_inputs import VLMInputs
 from hooked_vlm.model.cache import Derivation, VLMCache
-from hooked_vlm.model.cut import Cut, LastOfRows, PositionSlice, cut_of, cut_of_pass
+from hooked_vlm.model.cut import Cut, LastOfRows, PositionSlice, Spans, check_cut, cut_of, cut_of_step, spans_of
 from hooked_vlm.model.hooking import switched_off
 from hooked_vlm.nn.attention import AttentionCall, attention_pattern
 from hooked_vlm.nn.forward_pass import Recorder, inputs_mask
@@ -73,21 +73,28 @@ def run_with_cache(
         raise InputError(f"remove_batch_dim needs a batch of one row, this one has {len(inputs)}")
     if pos_slice is not None and kwargs.get("logits_at") == "last":
         raise InputError('pos_slice does not go with logits_at="last", where ln_final has one position only')
-    names = _names_to_store(model, names_filter, inputs, kwargs)
+    names = names_to_store(model, names_filter, inputs, kwargs)
     if device is None and model.device_map:
         device = model.cfg.device
     watched = shows_modules(model)
     explicit = partial(runs_explicitly, model)
     recording = Recording(pos_slice, inputs, device, remove_batch_dim, explicit, incl_bwd, copies=watched)
     recorder, fwd, bwd = _hooks(model, recording, names, inputs, kwargs, later=not reset_hooks_end)
+    past = kwargs.get("past_kv_cache")
+    continues = past is not None and past.length > 0
     with model.hooks(fwd, bwd, reset_hooks_end, clear_contexts):
         out = model(inputs, *args, recorder=recorder, **kwargs)
         if incl_bwd:
             out.backward()
-    cache = _cache(model, recording, inputs, kwargs, exchanged_patterns(model) if watched else frozenset())
+    cache = _cache(model, recording, inputs, continues, exchanged_patterns(model) if watched else frozenset())
     if not reset_hooks_end:
-        recording.put = cache.follow if return_cache_object else recording.store.__setitem__
+        follow = partial(_follow, cache, recording)
+        recording.put = follow if return_cache_object else recording.store.__setitem__
     return out, cache if return_cache_object else recording.store
+
+
+def _follow(cache: VLMCache, recording: "Recording", name: str, tensor: Tensor) -> None:
+    cache.follow(name, tensor, recording.inputs)
 
 
 def get_caching_hooks(
@@ -138,7 +145,7 @@ def add_caching_hooks(model: "HookedVLM", *args: Any, **kwargs: Any) -> dict[str
     return cache
 
 
-def _names_to_store(
+def names_to_store(
     model: "HookedVLM", names_filter: HookName | Sequence[str] | None, inputs: VLMInputs, run: Mapping[str, Any]
 ) -> list[str] | None:
     """Return the names that a cache asks for; None for all that fire."""
@@ -183,10 +190,10 @@ def _hooks(
 
 
 def _cache(
-    model: "HookedVLM", recording: "Recording", inputs: VLMInputs, run: Mapping[str, Any], exchanged: frozenset[str]
+    model: "HookedVLM", recording: "Recording", inputs: VLMInputs, continues: bool, exchanged: frozenset[str]
 ) -> VLMCache:
     why_not, tower = "", model.cfg.vision
-    if run.get("past_kv_cache") is not None:
+    if continues:
         why_not = "the run continued a key-value cache, whose keys are not in this cache"
     elif recording.pos_slice is not None:
         why_not = "pos_slice cut the keys"
@@ -248,8 +255,13 @@ class Recording:
     ) -> None:
         self.store: dict[str, Tensor] = {}
         self.put: Callable[[str, Tensor], None] = self.store.__setitem__
+        check_cut(pos_slice)
         self.pos_slice, self.inputs = pos_slice, inputs
-        self._cut = None if pos_slice is None or inputs is None else cut_of(pos_slice, inputs)
+        self._cut = None
+        if pos_slice is not None and inputs is not None:
+            self._cut = cut_of(pos_slice, spans_of(inputs), inputs.shape[1])
+        self._seen: dict[int, Spans | None] = {} if inputs is None else {inputs.shape[1]: spans_of(inputs)}
+        """Where tokens lay in forward passes of each width; None where they lay differently."""
         self.device, self.remove_batch_dim = device, remove_batch_dim
         self.explicit, self.incl_bwd, self.copies = explicit, incl_bwd, copies
 
@@ -296,6 +308,7 @@ class Recording:
     def save(self, tensor: Tensor, hook: Any, suffix: str = "") -> None:
         """`keep` as a hook."""
         name = str(hook.name)
+        self.inputs = hook.ctx.get("own_inputs", self.inputs)
         self.keep(name, tensor.detach(), suffix, self._cut_now(hook, name, tensor))
 
     def _by_rows(self, name: str) -> bool:
@@ -310,13 +323,26 @@ class Recording:
         self.put(name, rows if self.device is None else rows.to(self.device))
 
     def _cut_now(self, hook: Any, name: str, tensor: Tensor) -> Cut | None:
-        """The slice of the pass that a hook is called in, which may be a later one."""
+        """The slice of the pass that a hook is called in, which may be a later one.
+
+        Raises:
+            InputError: positions that the pass does not have, or a gradient that may be of one of several passes.
+        """
         if self.pos_slice is None or is_vision(name):
             return None
-        self.inputs = hook.ctx.get("inputs", self.inputs)  # a backward pass has no context: it follows a forward pass
-        if self.inputs is None:
-            raise InputError("a backward hook with pos_slice needs its forward hook, which learns where padding lies")
-        return cut_of_pass(self.pos_slice, self.inputs, tensor.shape[position_axis(name)])
+        width, own = tensor.shape[position_axis(name)], hook.ctx.get("own_inputs")
+        if own is None and "step" in hook.ctx:
+            return cut_of_step(self.pos_slice)
+        if own is not None:
+            self._seen[width] = spans_of(own) if self._seen.get(width, spans_of(own)) == spans_of(own) else None
+            return cut_of(self.pos_slice, spans_of(own), width)
+        spans = self._seen.get(width)  # a backward pass has no context
+        if spans is None:
+            raise InputError(
+                "gradients with pos_slice need one forward pass before them, under the forward hook, which learns "
+                "where padding lies"
+            )
+        return cut_of(self.pos_slice, spans, width)
 
 
 def _rows(call: AttentionCall, cut: Cut, name: str) -> Float[Tensor, "batch head *row key"]:

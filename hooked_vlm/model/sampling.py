@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
+from numbers import Integral, Real
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,16 +18,19 @@ if TYPE_CHECKING:
 
 _DRAWING = ("temperature", "top_k", "top_p")
 """Settings that change nothing without `do_sample`."""
-_NEUTRAL = (None, False, 0, 1, 0.0, 1.0, [], {})
-"""Values with which a setting changes no token."""
-_UNSUPPORTED = (
-    "num_beams", "min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff", "encoder_repetition_penalty",
-    "no_repeat_ngram_size", "encoder_no_repeat_ngram_size", "bad_words_ids", "forced_bos_token_id",
-    "forced_eos_token_id", "exponential_decay_length_penalty", "suppress_tokens", "begin_suppress_tokens",
-    "sequence_bias", "guidance_scale", "watermarking_config", "min_length", "penalty_alpha", "dola_layers",
-    "constraints", "force_words_ids", "token_healing", "diversity_penalty",
-)  # fmt: skip
-"""Settings of a generation_config.json that would change tokens, and are refused."""
+_UNSUPPORTED: dict[str, tuple[Any, ...]] = {
+    **dict.fromkeys(("num_beams", "num_beam_groups"), (1,)),
+    **dict.fromkeys(("typical_p", "encoder_repetition_penalty", "guidance_scale"), (1.0,)),
+    **dict.fromkeys(("min_length", "no_repeat_ngram_size", "encoder_no_repeat_ngram_size"), (0,)),
+    **dict.fromkeys(("min_p", "epsilon_cutoff", "eta_cutoff", "diversity_penalty", "penalty_alpha"), (0.0,)),
+    **dict.fromkeys(("token_healing", "watermarking_config"), (False,)),
+    **dict.fromkeys(("bad_words_ids", "suppress_tokens", "begin_suppress_tokens", "stop_strings"), ([],)),
+    **dict.fromkeys(("sequence_bias", "forced_decoder_ids", "constraints", "force_words_ids"), ([], {})),
+    **dict.fromkeys(("forced_bos_token_id", "forced_eos_token_id", "exponential_decay_length_penalty"), ()),
+    **dict.fromkeys(("top_h", "dola_layers"), ()),
+}
+"""Settings of a generation_config.json that would change tokens and are refused, unless they have one of these values.
+None always changes nothing."""
 
 
 @dataclass(frozen=True)
@@ -37,27 +41,32 @@ class Sampling:
         InputError: a setting out of range, or one that acts on draws only, without `do_sample`.
     """
 
-    do_sample: bool | None = None
-    temperature: float | None = None
-    top_k: int | None = None
-    top_p: float | None = None
-    repetition_penalty: float | None = None
-    min_new_tokens: int | None = None
-    num_return_sequences: int | None = None
+    do_sample: Any = None
+    temperature: Any = None
+    top_k: Any = None
+    top_p: Any = None
+    repetition_penalty: Any = None
+    min_new_tokens: Any = None
+    num_return_sequences: Any = None
 
     def __post_init__(self) -> None:
-        for name, fits, expected in (
-            ("temperature", lambda x: x > 0, "positive (do_sample=False is greedy)"),
-            ("top_k", lambda x: x >= 1 and x == int(x), "a whole number from 1"),
-            ("top_p", lambda x: 0 < x <= 1, "in (0, 1]"),
-            ("repetition_penalty", lambda x: x > 0, "positive"),
-            ("min_new_tokens", lambda x: x >= 0 and x == int(x), "a whole number from 0"),
-            ("num_return_sequences", lambda x: x >= 1 and x == int(x), "a whole number from 1"),
+        if not isinstance(self.do_sample, bool | None):
+            raise InputError(f"do_sample must be True or False, got {self.do_sample!r}")
+        for name, kind, fits, expected in (
+            ("temperature", Real, lambda x: x > 0, "a positive number (do_sample=False is greedy)"),
+            ("top_k", Integral, lambda x: x >= 1, "a whole number from 1"),
+            ("top_p", Real, lambda x: 0 < x <= 1, "a number in (0, 1]"),
+            ("repetition_penalty", Real, lambda x: x > 0, "a positive number"),
+            ("min_new_tokens", Integral, lambda x: x >= 0, "a whole number from 0"),
+            ("num_return_sequences", Integral, lambda x: x >= 1, "a whole number from 1"),
         ):
-            value = getattr(self, name)
-            number = isinstance(value, int | float) and not isinstance(value, bool)
-            if value is not None and not (number and fits(value)):
+            value: Any = getattr(self, name)
+            if value is None:
+                continue
+            if isinstance(value, bool) or not isinstance(value, kind) or not fits(value):
                 raise InputError(f"{name} must be {expected}, got {value!r}")
+            number: Any = value  # as Python has it, whatever numpy calls it
+            object.__setattr__(self, name, int(number) if kind is Integral else float(number))
         if self.do_sample:
             return
         if idle := [name for name in _DRAWING if getattr(self, name) is not None]:
@@ -112,8 +121,8 @@ class Stopping:
         cls,
         model: "HookedVLM",
         stop_at_eos: bool,
-        eos_token_id: int | Sequence[int] | None,
-        stop_strings: str | Sequence[str] | None,
+        eos_token_id: Any,
+        stop_strings: Any,
     ) -> "Stopping":
         """Check what is given.
 
@@ -122,16 +131,20 @@ class Stopping:
         """
         if eos_token_id is not None and not stop_at_eos:
             raise InputError("eos_token_id says where to stop, stop_at_eos=False not to stop: give one of them")
-        ids = model.cfg.eos_token_ids if eos_token_id is None else eos_token_id
-        ids = (ids,) if isinstance(ids, int) else tuple(ids)
-        if outside := [i for i in ids if not 0 <= i < model.cfg.d_vocab]:
-            raise InputError(f"eos_token_id={outside[0]} lies outside of the vocabulary of {model.cfg.d_vocab}")
+        given = model.cfg.eos_token_ids if eos_token_id is None else eos_token_id
+        ids: tuple[Any, ...] = tuple(given) if isinstance(given, list | tuple) else (given,)
+        if eos_token_id is not None:
+            wrong = [i for i in ids if not isinstance(i, Integral) or isinstance(i, bool)]
+            if wrong or not ids:
+                raise InputError(f"eos_token_id must be the id of a token, or several, got {eos_token_id!r}")
+            if outside := [i for i in ids if not 0 <= i < model.cfg.d_vocab]:
+                raise InputError(f"eos_token_id={outside[0]} lies outside of the vocabulary of {model.cfg.d_vocab}")
         if stop_strings is None:
             return cls(ids if stop_at_eos else ())
         if model.tokenizer is None:
             raise InputError("stop_strings are texts, and this model has no tokenizer: give eos_token_id")
-        texts = [stop_strings] if isinstance(stop_strings, str) else list(stop_strings)
-        if not texts or not all(texts):
+        texts: list[Any] = list(stop_strings) if isinstance(stop_strings, list | tuple) else [stop_strings]
+        if not texts or not all(isinstance(text, str) and text for text in texts):
             raise InputError(f"stop_strings must be texts with at least one character, got {stop_strings!r}")
         from transformers import StopStringCriteria
 
@@ -164,8 +177,9 @@ def checkpoint_settings(config: Mapping[str, Any], do_sample: bool | None = None
     Raises:
         InputError: one that would change tokens and is not supported here.
     """
-    for name in _UNSUPPORTED:
-        if (value := config.get(name)) not in _NEUTRAL:
+    for name, neutral in _UNSUPPORTED.items():
+        value = config.get(name)
+        if value is not None and not any(value == same and type(value) is type(same) for same in neutral):
             raise InputError(
                 f'the checkpoint generates with {name}={value!r}, which is not supported: leave settings="checkpoint" '
                 "out and pass what you want"

@@ -198,6 +198,8 @@ class HookedVLM(WithViews, HookedRootModule):
         first, last = layer_range(self.cfg, start_at_layer, stop_at_layer)
         if return_type not in ("logits", "loss", "both", None):
             raise InputError(f'return_type must be "logits", "loss", "both" or None, got {return_type!r}')
+        if loss_per_token and return_type not in ("loss", "both"):
+            raise InputError('loss_per_token needs return_type="loss" or "both"')
         check_call(self.cfg, inputs, first, last, resid, past_kv_cache, logits_at)
         here = text_pass(self, inputs, past_kv_cache, None if resid is None else resid.dtype, recorder)
         with running(here):
@@ -264,7 +266,7 @@ class HookedVLM(WithViews, HookedRootModule):
         return together and not recorded and is_own(block) and not hooked_module(block) and not foreign_module(block)
 
     def next_logits(self, token: Int[Tensor, "batch"], past_kv_cache: KVCache) -> Float[Tensor, "batch d_vocab"]:
-        """Append one token to every row of the cache and return the logits after it."""
+        """Append one token to every row of the cache, which must not be frozen, and return the logits after it."""
         with running(step_pass(self.cfg, past_kv_cache)):
             stream = self.hook_embed(self.embed(token[:, None]))  # [batch, 1, d_model]
             stream = run_blocks(self.blocks, stream).to(token.device)

@@ -62,8 +62,9 @@ class ForwardPass:
     """None where positions are not rotary."""
     past: EarlierKeys | None = None
     context: Mapping[str, Any] = field(default_factory=dict)
-    """Context of hooks, `hook.ctx` while they are called: `inputs` (where there is a key-value cache, those it begins
-    with), `positions`, the first of them as a plain number (`first_position`), and `step` of a key-value cache."""
+    """Context of hooks, `hook.ctx` while they are called: `own_inputs` of the pass, `inputs` that its key-value cache
+    begins with (its own where there is none), `positions`, the first of them as a plain number (`first_position`), and
+    `step` of a key-value cache."""
     packing: Packing | None = None
     """How rows without their padding lie one after the other; None where tensors are [batch, pos, ...]."""
     recorder: Recorder | None = None
@@ -114,7 +115,7 @@ class ForwardPass:
 
     def without_positions(self) -> "ForwardPass":
         """Return this pass for tensors without text positions, or with rows at different ones."""
-        kept = {name: value for name, value in self.context.items() if name in ("inputs", "step")}
+        kept = {name: value for name, value in self.context.items() if name in ("inputs", "own_inputs", "step")}
         return replace(self, context=kept)
 
 
@@ -132,7 +133,7 @@ def text_pass(
     """
     cfg = model.cfg
     n, n_past = inputs.shape[1], 0 if past is None else past.length
-    context: dict[str, Any] = {"inputs": inputs if past is None else past.begin(inputs)}
+    context: dict[str, Any] = {"inputs": inputs if past is None else past.begin(inputs), "own_inputs": inputs}
     context["positions"] = torch.arange(n_past, n_past + n, device=inputs.device)
     context["first_position"] = n_past
     if past is not None:
@@ -150,6 +151,8 @@ def text_pass(
 
 def step_pass(cfg: VLMConfig, past: KVCache) -> ForwardPass:
     """A pass over one more token in every row, made from the key-value cache alone, on the device."""
+    if past.frozen:
+        raise InputError("a frozen cache takes no token: unfreeze it, or continue a copy, past_kv_cache.repeat(1)")
     assert past.next_position is not None
     position_ids = past.next_position[None, :, None].expand(3, -1, -1)
     mask = AttentionMask(True, past.valid_with(1, None), window=cfg.sliding_window)

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 QUADRATIC = ("hook_attn_scores", "hook_pattern")
 """Suffixes of the hook points whose tensor has a [pos, pos] plane, and whose presence picks the kernel."""
 
-CONTEXT = ("inputs", "positions", "first_position", "step", "attention")
+CONTEXT = ("inputs", "own_inputs", "positions", "first_position", "step", "attention")
 """What a hook may find in `hook.ctx` while it is called (docs/hooks.md)."""
 
 HookName = str | Callable[[str], bool]

@@ -109,10 +109,9 @@ class KVCache:
         return self.keys[layer].narrow(1, 0, end), self.values[layer].narrow(1, 0, end)
 
     def repeat(self, n: int) -> "KVCache":
-        """Return a cache of all rows `n` times, one time after the other."""
-        if n == 1:
-            return self
+        """Return another cache, of all rows `n` times, one time after the other."""
         new = copy(self)
+        new.frozen = False
         new.keys, new.values = ([buffer.repeat(n, 1, 1, 1) for buffer in own] for own in (self.keys, self.values))
         new.next_position = None if self.next_position is None else self.next_position.repeat(n)
         new._valid = None if self._valid is None else self._valid.repeat(n, 1)

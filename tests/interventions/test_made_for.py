@@ -7,6 +7,7 @@ import pytest
 import torch
 from every_kind import KINDS, of_every_kind
 from families import inputs_of, tiny_model
+from tiny import inputs as tiny_inputs
 
 from hooked_vlm import InputError
 from hooked_vlm.interventions import AddVector, PatchActivation, ZeroHeads
@@ -94,6 +95,50 @@ def test_hooks_for_whole_inputs_act_in_each_pass_of_a_key_value_cache(model: Any
     with model.hooks(fwd_hooks=hooks):
         parts = [model(begin, past_kv_cache=cache), model(torch.tensor([[12, 13, 14]]), past_kv_cache=cache)]
     torch.testing.assert_close(torch.cat(parts, dim=1), expected, atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+def test_hooks_in_a_key_value_cache_are_for_all_of_it(model: Any, family: str) -> None:
+    begin, chunk, other = (inputs_of(family, [row]) for row in ([5, 6], [7, 8], [9, 10]))
+
+    def run(hooks: list, continued: Any) -> torch.Tensor:
+        cache = model.new_kv_cache(1, 8)
+        model(begin, past_kv_cache=cache)
+        with model.hooks(fwd_hooks=hooks):
+            return model(continued, past_kv_cache=cache)
+
+    whole = begin.append(chunk.tokens)
+    hooks = ZeroHeads(((1, 0),), positions=(2, 3)).hooks(model, whole)
+    expected = model.run_with_hooks(whole, fwd_hooks=hooks)[:, 2:]
+    torch.testing.assert_close(run(hooks, chunk), expected, atol=1e-5, rtol=1e-5)
+    with pytest.raises(InputError, match="all of them"):
+        run(hooks, other)  # other tokens behind the same beginning
+    for made_for in (chunk, inputs_of(family, [[7, 8, 9]])):
+        with pytest.raises(InputError, match="all of them"):
+            run(ZeroHeads(((1, 0),)).hooks(model, made_for), chunk)
+
+
+@torch.no_grad()
+def test_an_image_of_another_shape_with_as_many_tokens_is_another() -> None:
+    """Its tokens have other rotary positions."""
+    wide, tall = (tiny_inputs([[5, ("image", grid), 7]]) for grid in ((1, 4, 6), (1, 6, 4)))
+    hooks = ZeroHeads(((1, 0),)).hooks(tiny_model("qwen2-vl"), wide)
+    with pytest.raises(InputError, match="made for"):
+        tiny_model("qwen2-vl").run_with_hooks(tall, fwd_hooks=hooks)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", KINDS)
+def test_interventions_act_on_every_sample_of_every_row(model: Any, family: str, kind: str) -> None:
+    batch = inputs_of(family, [ROW, [11, 12, 13]])
+    intervention = of_every_kind(model, batch)[kind]
+    hooks = intervention.hooks(model, batch)
+    settings = {"do_sample": True, "num_return_sequences": 2, "stop_at_eos": False, "output_logits": True}
+    tokens, logits = model.generate(batch, 2, fwd_hooks=hooks, **settings)
+    for i, row in enumerate(tokens):
+        answered = batch.append([row[batch.shape[1] :]] * 2)
+        whole = model.run_with_hooks(answered, fwd_hooks=hooks)[i // 2, -3:-1]
+        torch.testing.assert_close(logits[i], whole, atol=5e-5, rtol=1e-3)
 
 
 @torch.no_grad()

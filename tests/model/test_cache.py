@@ -11,8 +11,8 @@ from safetensors.torch import save_file
 from transformer_lens import ActivationCache
 from transformer_lens.utilities import Slice
 
-from hooked_vlm import HookError, InputError, VLMCache
-from hooked_vlm.model.cut import cut_of
+from hooked_vlm import HookError, InputError, VLMCache, VLMInputs
+from hooked_vlm.model.cut import check_cut
 from hooked_vlm.model.hook_catalogue import hook_table
 from hooked_vlm.model.hooking import switched_off
 from hooked_vlm.nn import attention
@@ -376,8 +376,9 @@ def test_positions_that_are_padding_or_do_not_exist_are_refused(pos_slice):
     for decomposition in (cache.decompose_resid, cache.accumulated_resid, cache.stack_head_results):
         with pytest.raises(InputError, match=wrong):
             decomposition(pos_slice=pos_slice)
-    with pytest.raises(InputError, match="last"):
-        cut_of("first", batch)
+    for wrong in ("first", True, 2.5, [0.5], {}):
+        with pytest.raises(InputError, match="pos_slice"):
+            check_cut(wrong)
 
 
 def test_decompositions_at_positions_that_are_real():
@@ -458,6 +459,90 @@ def test_caching_hooks_store_gradients_and_drop_the_batch_axis():
     torch.testing.assert_close(store[f"{name}_grad"], cache[f"{name}_grad"][0, -1:])
     with pytest.raises(InputError, match=r"remove_batch_dim.*3"), model.hooks(fwd):
         model(tiny.inputs(tiny.PADDED))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["blocks.1.hook_resid_post", "blocks.1.attn.hook_pattern"])
+def test_pos_slice_under_a_key_value_cache_is_of_the_pass_itself(name):
+    """Not of the inputs that the cache begins with."""
+    model, begin = tiny.tiny_model(), tiny.inputs([[5, 6, 7], [8]])  # padded in front
+    more = tiny.inputs([[9, 10, 11], [12, 13, 14]])
+    answers = VLMInputs(more.tokens, more.spec, attention_mask=torch.tensor([[1, 1, 1], [1, 0, 0]]))  # and at the end
+    ends = (5, 3)
+    _, whole = model.run_with_cache(begin.append([[9, 10, 11], [12]]), names_filter=name)
+    store, fwd, _ = model.get_caching_hooks(name, pos_slice="last")
+    for store_now in ({}, store):
+        past = model.new_kv_cache(2, 8)
+        model(begin, past_kv_cache=past)
+        if store_now is store:
+            with model.hooks(fwd):
+                model(answers, past_kv_cache=past)
+        else:
+            store_now |= dict(model.run_with_cache(answers, past_kv_cache=past, names_filter=name, pos_slice="last")[1])
+        for row, end in enumerate(ends):
+            expected = whole[name][row].select(-2, end)
+            found = store_now[name][row].select(-2, 0)
+            torch.testing.assert_close(found[..., : expected.shape[-1]], expected, atol=1e-5, rtol=1e-4)
+    past = model.new_kv_cache(2, 8)
+    model(begin, past_kv_cache=past)
+    first = model.run_with_cache(more, past_kv_cache=past, names_filter="blocks.1.attn.hook_pattern", pos_slice=0)[1]
+    assert first["pattern", 1].shape[2] == 1  # column 0 of this pass is no padding
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("prompt", [[[5], [6]], [[5, 6, 7], [8]]], ids=["one token", "several"])
+def test_caching_hooks_with_pos_slice_keep_the_newest_position_of_every_row_of_a_step(prompt):
+    model, inputs = tiny.tiny_model(), tiny.inputs(prompt)
+    store, fwd, _ = model.get_caching_hooks("blocks.1.hook_resid_post", pos_slice="last")
+    model.generate(inputs, 2, do_sample=True, num_return_sequences=3, stop_at_eos=False, fwd_hooks=fwd)
+    assert store["blocks.1.hook_resid_post"].shape[:2] == (6, 1)
+    for cut in (0, [0], (0, 1)):
+        _, fwd, _ = model.get_caching_hooks("blocks.1.hook_resid_post", pos_slice=cut)
+        with pytest.raises(InputError, match=r"step|padding"):
+            model.generate(inputs, 3, stop_at_eos=False, fwd_hooks=fwd)
+
+
+def test_gradients_with_pos_slice_belong_to_one_forward_pass():
+    model, name = tiny.tiny_model(), "blocks.1.hook_resid_mid"
+    rows, others = tiny.inputs([[5, 6, 7], [8, 9, 10]]).append([[7], [7, 8]]), tiny.inputs([[5, 6, 7, 8, 9]] * 2)
+    _, fwd, bwd = model.get_caching_hooks(name, incl_bwd=True, pos_slice="last")
+    with model.hooks(fwd, bwd):
+        loss = model(rows, return_type="loss")
+        model(others)
+        with pytest.raises(InputError, match="forward pass"):
+            loss.backward()
+    model.zero_grad(set_to_none=True)
+
+
+@torch.no_grad()
+def test_a_loaded_cache_knows_its_padding(tmp_path):
+    model = tiny.tiny_model()
+    _, cache = model.run_with_cache(tiny.inputs([[5, 6, 7], [8, 9, 10]]).append([[7], [7, 8]]))
+    cache.save(tmp_path)
+    for again in (cache, VLMCache.load(tmp_path, model), pickle.loads(pickle.dumps(cache))):
+        again.model = model
+        with pytest.raises(InputError, match="padding"):
+            again.decompose_resid(pos_slice=-1)
+        again.decompose_resid(pos_slice=0)  # the first token of every row
+
+
+@torch.no_grad()
+def test_a_copy_is_moved_alone_and_later_passes_take_their_inputs_along():
+    cache = run()
+    other = copy.copy(cache)
+    other.to(torch.float16)
+    assert cache.vision["resid_post", 1].dtype == cache["resid_post", 1].dtype == torch.float32
+    assert other.vision["resid_post", 1].dtype == torch.float16
+    model = tiny.tiny_model()
+    _, cache = model.run_with_cache(tiny.inputs([[5, 6]]), reset_hooks_end=False)
+    try:
+        later = tiny.inputs([[5, 6, 7], [8, 9, 10]]).append([[7], [7, 8]])
+        model(later)
+        assert cache.inputs is later
+        with pytest.raises(InputError, match="padding"):
+            cache.decompose_resid(pos_slice=-1)
+    finally:
+        model.reset_hooks()
 
 
 # ---- as a file ----

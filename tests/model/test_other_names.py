@@ -83,6 +83,8 @@ def test_a_loss_of_bare_ids_with_their_mask() -> None:
     torch.testing.assert_close(found, model(batch, return_type="loss"))
     with pytest.raises(InputError, match="attention_mask"):
         model.loss_fn(logits, batch, attention_mask=batch.attention_mask)
+    with pytest.raises(InputError, match="loss_per_token"):
+        model(batch, loss_per_token=True)
     with pytest.raises(InputError, match="logits"):
         model(batch, return_type="loss", logits_at="last")
 
@@ -113,6 +115,11 @@ def test_a_frozen_key_value_cache_serves_many_continuations() -> None:
         expected = model(batch.append(answer))[:, -len(answer[0]) :]
         torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
         assert cache.length == length
+    with pytest.raises(InputError, match="frozen"):
+        model.next_logits(torch.tensor([7] * 3), cache)
+    other = cache.repeat(1)
+    model.next_logits(torch.tensor([7] * 3), other)
+    assert (other.length, cache.length) == (length + 1, length)
     cache.unfreeze()
     model(torch.tensor([[7]] * 3), past_kv_cache=cache)
     assert cache.length == length + 1

@@ -3,15 +3,17 @@
 import json
 from typing import Any
 
+import numpy as np
 import pytest
 import tiny
 import torch
 from families import bundled
 from tiny import ONE_IMAGE, PAD, PADDED, STOP, TEXT, hf_batch, inputs, tiny_hf, tiny_model
 
-from hooked_vlm import HookedVLM, InputError
+from hooked_vlm import HookedVLM, HookError, InputError
 from hooked_vlm.errors import NotFiniteError
 from hooked_vlm.model.finite import first_not_finite
+from hooked_vlm.model.sampling import checkpoint_settings
 
 N_NEW = 8
 SETTINGS = [
@@ -101,13 +103,47 @@ def test_the_checkpoints_settings_are_loaded_saved_and_overridden(tmp_path: Any)
         {"repetition_penalty": 0.0}, {"min_new_tokens": -1}, {"do_sample": True, "num_return_sequences": 0},
         {"eos_token_id": 5, "stop_at_eos": False}, {"eos_token_id": 5000}, {"stop_strings": "x"},
         {"do_sample": True, "num_return_sequences": 2, "return_cache": True},
+        {"do_sample": True, "top_k": 5.0}, {"do_sample": True, "top_k": True}, {"do_sample": True, "top_p": "much"},
+        {"min_new_tokens": 2.0}, {"min_new_tokens": 99}, {"stop_at_eos": False, "min_new_tokens": 2},
+        {"eos_token_id": 2.5}, {"eos_token_id": "x"}, {"eos_token_id": [1.5]}, {"eos_token_id": []},
+        {"stop_strings": 3}, {"names_filter": "blocks.0.hook_resid_post"}, {"generator": torch.Generator()},
+        {"return_cache": True, "names_filter": "blocks.0.hook_resid_past"},
     ],
     ids=str,
 )  # fmt: skip
 def test_settings_that_change_nothing_or_do_not_fit_are_refused(settings: dict[str, Any]) -> None:
     named = next(name for name in reversed(settings) if name not in ("do_sample", "stop_at_eos"))
-    with pytest.raises(InputError, match=named):
+    with pytest.raises((InputError, HookError), match="resid_past" if "resid_past" in str(settings) else named):
         ours(TEXT, **settings)
+
+
+@pytest.mark.parametrize("wrong", [0, 2.5, "3", True])
+def test_the_number_of_tokens_is_a_whole_number(wrong: Any) -> None:
+    with pytest.raises(InputError, match="max_new_tokens"):
+        tiny_model().generate(inputs(TEXT), wrong)
+
+
+@pytest.mark.parametrize("number", [np.int64(5), np.int32(5)])
+def test_numbers_of_numpy_are_numbers(number: Any) -> None:
+    settings = {"do_sample": True, "temperature": np.float32(0.7)}
+    assert (
+        ours(TEXT, top_k=number, **settings).tolist() == theirs(TEXT, do_sample=True, temperature=0.7, top_k=5).tolist()
+    )
+
+
+@pytest.mark.parametrize(
+    "file",
+    [
+        {"no_repeat_ngram_size": 1}, {"forced_eos_token_id": 0}, {"token_healing": True}, {"min_length": 1},
+        {"min_p": 1.0}, {"stop_strings": ["x"]}, {"forced_decoder_ids": [[1, 2]]}, {"num_beams": 2},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_settings_of_a_checkpoint_that_are_not_supported_are_refused_by_name(file: dict[str, Any]) -> None:
+    with pytest.raises(InputError, match=next(iter(file))):
+        checkpoint_settings(file)
+    neutral = {"num_beams": 1, "typical_p": 1.0, "min_length": 0, "bad_words_ids": [], "token_healing": False}
+    assert checkpoint_settings({**neutral, "repetition_penalty": 1.1}) == {"repetition_penalty": 1.1}
 
 
 # ---------------------------------------------------------------- where rows end
@@ -203,6 +239,16 @@ def test_logits_and_activations_of_an_answer() -> None:
         torch.testing.assert_close(again, logits[row, :n], atol=2e-5, rtol=1e-4)
     text, only = model.generate(prompt, 2, output_logits=True, return_type="tokens")
     assert text.shape[1] - prompt.shape[1] == only.shape[1]
+
+
+def test_hooks_that_ask_for_the_step_find_it_in_the_pass_over_answers_too() -> None:
+    model, steps = tiny_model(), []
+
+    def watch(x: torch.Tensor, hook: Any) -> None:
+        steps.append(hook.ctx["step"])
+
+    _, cache = model.generate(inputs(PADDED), 2, return_cache=True, fwd_hooks=[("blocks.0.hook_resid_post", watch)])
+    assert steps == [0, 1, 0] and cache["pattern", 1].shape[2] == cache.inputs.shape[1]
 
 
 # ---------------------------------------------------------------- numbers that overflow

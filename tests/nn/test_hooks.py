@@ -348,6 +348,8 @@ WRONG = {
     "one more": lambda x, hook, more: x,
     "a method": Object().short,
     "filled": partial(lambda hook, x: x, None),
+    "a function of C": torch.zeros_like,
+    "a module": torch.nn.Identity(),
     "no function": 3,
     "the result of one": None,
 }

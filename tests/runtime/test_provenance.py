@@ -70,6 +70,24 @@ def test_the_weights_hash_sees_a_change_anywhere_in_tensors_of_any_size(dtype: t
 
 
 @torch.no_grad()
+def test_the_weights_hash_sees_exchanges_of_rows_with_equal_sums_and_odd_storage() -> None:
+    model = HookedVLM.from_pretrained("toy-qwen2-vl")
+    weight = model.blocks[0].attn.q_proj.weight
+    weight.copy_(torch.eye(*weight.shape))
+    before = weight.clone()
+    seen = [weights_hash(model)]
+    weight[[0, 2]] = before[[2, 0]]
+    seen.append(weights_hash(model))
+    weight.copy_(before[:, torch.randperm(before.shape[1])])
+    seen.append(weights_hash(model))
+    assert len(set(seen)) == 3
+    weight.copy_(before)
+    odd = torch.empty(weight.numel() + 1)[1:].view_as(weight).copy_(before)
+    model.blocks[0].attn.q_proj.weight = torch.nn.Parameter(odd)  # a view that begins in the middle of a word
+    assert weights_hash(model) == seen[0]
+
+
+@torch.no_grad()
 def test_the_weights_hash_is_of_the_weights_as_they_are_now() -> None:
     model = HookedVLM.from_pretrained("toy-qwen2-vl")
     seen = [weights_hash(model)]
