@@ -266,15 +266,19 @@ def made_for(inputs: VLMInputs, hooks: Hooks) -> Hooks:
     Raises:
         InputError: when one is called in a pass over other inputs.
     """
-    known: WeakSet[VLMInputs] = WeakSet((inputs,))
+    known: dict[bool, WeakSet[VLMInputs]] = {behind: WeakSet() for behind in (False, True)}
 
     def bound(name: str, fn: Callable) -> Callable:
         def hook_for_inputs(x: Tensor, hook: HookPoint) -> Any:
-            begins: VLMInputs | None = hook.ctx.get("inputs")
-            given: VLMInputs | None = hook.ctx.get("own_inputs", begins)  # a step of generation has none of its own
-            if begins is not None and given is not None and given not in known:
-                _check(name, inputs, begins, given, hook.ctx.get("first_position", 0), "step" in hook.ctx)
-                known.add(given)
+            ctx = hook.ctx
+            begins: VLMInputs | None = ctx.get("inputs")
+            given: VLMInputs | None = ctx.get("own_inputs", begins)  # a step of generation has none of its own
+            n_past = ctx.get("first_position", 0) if "own_inputs" in ctx else 0
+            if begins is not None and given is not None and given not in known[bool(n_past)]:
+                fits = _continues(inputs, begins, given, n_past) if n_past else _fits(inputs, given, "step" in ctx)
+                if not fits:
+                    raise InputError(_refusal(name, inputs, given, n_past))
+                known[bool(n_past)].add(given)
             return fn(x, hook)
 
         return hook_for_inputs
@@ -282,24 +286,29 @@ def made_for(inputs: VLMInputs, hooks: Hooks) -> Hooks:
     return [(name, bound(name, fn)) for name, fn in hooks]
 
 
-def _check(name: str, own: VLMInputs, begins: VLMInputs, given: VLMInputs, n_past: int, cached: bool) -> None:
-    """Refuse a pass over `given`, behind `n_past` positions of a key-value cache that begins with `begins`."""
-    if not n_past and (_layout(own) == _layout(given) or _appended(own, given)):
-        return
-    # the hooks are for all that the cache will hold, or for its beginning
-    if cached and (_appended(begins, own) or _appended(own, begins)):
-        part = own.tokens[:, n_past : n_past + given.shape[1]]
-        if not n_past or own.shape[1] <= n_past or torch.equal(part.cpu(), given.tokens[:, : part.shape[1]].cpu()):
-            return
+def _fits(own: VLMInputs, given: VLMInputs, cached: bool) -> bool:
+    """Whether hooks for `own` fit a pass over `given`, to which tokens may follow if it is `cached`."""
+    alike = given is own or _layout(own) == _layout(given)
+    return alike or _appended(own, given) or (cached and _appended(given, own))
+
+
+def _continues(own: VLMInputs, begins: VLMInputs, given: VLMInputs, n_past: int) -> bool:
+    """Whether hooks for `own` fit a pass over `given` behind `n_past` positions of a cache that begins with `begins`:
+    they are for its beginning, or for all of it."""
+    if not (_appended(begins, own) or _appended(own, begins)):
+        return False
+    part = own.tokens[:, n_past : n_past + given.shape[1]]
+    return not part.shape[1] or torch.equal(part.cpu(), given.tokens[:, : part.shape[1]].cpu())
+
+
+def _refusal(name: str, own: VLMInputs, given: VLMInputs, n_past: int) -> str:
+    made = f"a hook on {name!r} was made for {own} and runs on {given}"
     if n_past:
-        raise InputError(
-            f"a hook on {name!r} was made for {own} and runs on {given} behind {n_past} positions of a key-value "
-            "cache: make the hooks for all of them together, intervention.hooks(model, inputs)"
+        return (
+            f"{made} behind {n_past} positions of a key-value cache: make the hooks for all of them together, "
+            "intervention.hooks(model, inputs)"
         )
-    raise InputError(
-        f"a hook on {name!r} was made for {own} and runs on {given}, whose tokens lie elsewhere: make the hooks for "
-        "the inputs of the run, intervention.hooks(model, inputs)"
-    )
+    return f"{made}, whose tokens lie elsewhere: make them for the inputs of the run, intervention.hooks(model, inputs)"
 
 
 def _layout(inputs: VLMInputs) -> tuple:

@@ -65,8 +65,10 @@ def weights_hash(model: "HookedVLM") -> str:
 def _words(tensor: Tensor) -> Int[Tensor, "row word"]:
     """The bytes of a tensor, eight at a time; zeros fill up the last ones."""
     flat = tensor.contiguous().reshape(-1).view(torch.uint8)
-    if len(flat) % 8 or flat.storage_offset() % 8:
-        flat = F.pad(flat, (0, 8 - len(flat) % 8))  # a copy
+    if len(flat) % 8:
+        flat = F.pad(flat, (0, -len(flat) % 8))
+    if flat.storage_offset() % 8:
+        flat = flat.clone()
     words = flat.view(torch.int64)
     n_rows = len(tensor) if tensor.ndim > 1 else 1
     return words.view(n_rows, -1) if n_rows and len(words) % n_rows == 0 else words.view(1, -1)
