@@ -48,6 +48,12 @@ def pytest_report_header(config: pytest.Config) -> str:
     return "every case of every law" if config.getoption("--full") else f"{FEW_CASES}; run with --full for all"
 
 
+def pytest_itemcollected(item: pytest.Item) -> None:
+    """Refuse a name that differs from process to process: workers must collect the same tests."""
+    if " at 0x" in item.nodeid:
+        raise pytest.UsageError(f"{item.nodeid} has an address in its name: give its parameters ids")
+
+
 @pytest.hookimpl(trylast=True)  # after -k and -m, so that the cases kept are among those asked for
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     for marker, (option, reason) in ON_REQUEST.items():

@@ -106,7 +106,7 @@ def test_the_checkpoints_settings_are_loaded_saved_and_overridden(tmp_path: Any)
         {"do_sample": True, "top_k": 5.0}, {"do_sample": True, "top_k": True}, {"do_sample": True, "top_p": "much"},
         {"min_new_tokens": 2.0}, {"min_new_tokens": 99}, {"stop_at_eos": False, "min_new_tokens": 2},
         {"eos_token_id": 2.5}, {"eos_token_id": "x"}, {"eos_token_id": [1.5]}, {"eos_token_id": []},
-        {"stop_strings": 3}, {"names_filter": "blocks.0.hook_resid_post"}, {"generator": torch.Generator()},
+        {"stop_strings": 3}, {"names_filter": "blocks.0.hook_resid_post"}, pytest.param({"generator": torch.Generator()}, id="generator"),
         {"return_cache": True, "names_filter": "blocks.0.hook_resid_past"},
     ],
     ids=str,
