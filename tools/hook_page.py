@@ -60,10 +60,10 @@ numbers there.
 
 During its call, a text-side hook has `hook.ctx["positions"]`, the absolute positions of its tensor, and
 `hook.ctx["first_position"]`, the first of them as a number. Every hook has `hook.ctx["inputs"]`, the inputs of the pass
-(during generation, the prompt's), and `hook.ctx["own_inputs"]`, which differ where a pass continues a key-value cache. A hook on `hook_z` also has `hook.ctx["attention"]`, from
-which scores, patterns or z of selected queries and heads can be computed at linear cost. During `model.generate(...)`,
-`hook.ctx["step"]` is the step (0 is the pass over the prompt); after it, `pos` and `query` are 1 and `key` covers all
-positions so far. Image-side hooks fire at step 0 only.
+(during generation, the prompt's), and `hook.ctx["own_inputs"]`, which differ where a pass continues a key-value cache.
+A hook on `hook_z` also has `hook.ctx["attention"]`, from which scores, patterns or z of selected queries and heads can
+be computed at linear cost. During `model.generate(...)`, `hook.ctx["step"]` is the step (0 is the pass over the
+prompt); after it, `pos` and `query` are 1 and `key` covers all positions so far. Image-side hooks fire at step 0 only.
 
 With `logits_at="last"` the last block computes queries and everything after them for the last position only, unless
 one of its modules is hooked; this may change rounding.
