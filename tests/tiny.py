@@ -102,11 +102,13 @@ def left_padded(ids: list[list[int]], pad: int) -> dict[str, torch.Tensor]:
     }
 
 
-def hf_batch(rows: list[list[Any]], seed: int = 0, d_patch: int = 96) -> dict[str, torch.Tensor]:
+def hf_batch(rows: list[list[Any]], seed: int = 0, d_patch: int = 96, marked: bool = True) -> dict[str, torch.Tensor]:
     """A batch as a Hugging Face processor returns it, padded on the left.
 
-    A row is a list of token ids and of grids: ("image", (1, h, w)) or ("video", (t, h, w)).
+    A row is a list of token ids and of grids: ("image", (1, h, w)) or ("video", (t, h, w)), between the tokens that
+    open and close a picture if `marked`.
     """
+    opened, closed = ([VISION_START], [VISION_END]) if marked else ([], [])
     generator = torch.Generator().manual_seed(seed)
     ids: list[list[int]] = []
     grids: dict[str, list[tuple[int, int, int]]] = {"image": [], "video": []}
@@ -119,7 +121,7 @@ def hf_batch(rows: list[list[Any]], seed: int = 0, d_patch: int = 96) -> dict[st
             kind, (t, h, w) = item
             grids[kind].append((t, h, w))
             placeholder = IMAGE if kind == "image" else VIDEO
-            tokens += [VISION_START, *[placeholder] * (t * h * w // 4), VISION_END]
+            tokens += [*opened, *[placeholder] * (t * h * w // 4), *closed]
         ids.append(tokens)
     batch = left_padded(ids, PAD)
     for kind, pixels, thw in (

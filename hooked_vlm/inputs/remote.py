@@ -12,7 +12,7 @@ from hooked_vlm.errors import ImageError
 
 TIMEOUT = 30.0
 """Seconds for the whole transfer, connection and redirects included."""
-MOST_BYTES = 2**28
+MOST_FETCHED = 2**28
 """Largest file that is fetched."""
 _CHUNK = 2**16
 
@@ -29,7 +29,7 @@ class _HTTPRedirects(request.HTTPRedirectHandler):
         return super().redirect_request(req, fp, code, msg, headers, newurl)
 
 
-def fetch(url: str, timeout: float = TIMEOUT, most_bytes: int = MOST_BYTES) -> bytes:
+def fetch(url: str, timeout: float = TIMEOUT, most_bytes: int = MOST_FETCHED) -> bytes:
     """Fetch the file at an http(s) address.
 
     Args:

@@ -56,7 +56,7 @@ def weights_hash(model: "HookedVLM") -> str:
     for name, tensor in tqdm(tensors, desc="hashing weights", unit="tensor", delay=1, leave=False, disable=None):
         words = _words(tensor)
         columns = _odd(words.shape[1], words.device)
-        rows = torch.cat([(part * columns).sum(1) for part in words.split(max(1, _AT_ONCE // words.shape[1] + 1))])
+        rows = torch.cat([(part * columns).sum(1) for part in words.split(max(1, _AT_ONCE // max(1, words.shape[1])))])
         total = int((rows * _odd(len(rows), rows.device)).sum())
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype} {total}\n".encode())
     return digest.hexdigest()[:16]

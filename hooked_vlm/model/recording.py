@@ -334,8 +334,9 @@ class Recording:
         if own is None and "step" in hook.ctx:
             return cut_of_step(self.pos_slice)
         if own is not None:
-            self._seen[width] = spans_of(own) if self._seen.get(width, spans_of(own)) == spans_of(own) else None
-            return cut_of(self.pos_slice, spans_of(own), width)
+            spans = spans_of(own)
+            self._seen[width] = spans if self._seen.get(width, spans) == spans else None
+            return cut_of(self.pos_slice, spans, width)
         spans = self._seen.get(width)  # a backward pass has no context
         if spans is None:
             raise InputError(

@@ -125,7 +125,7 @@ class ServedPage:
     def _build(self, start: Asked) -> None:
         ui.add_css(page_file("look.css") + page_file("serve.css"))
         ui.html("Change the picture, edit heads, ask again", tag="h1")
-        with ui.element("section").classes("asking").props('aria-label="Settings"'):
+        with ui.element("section").classes("settings").props('aria-label="Settings"'):
             with ui.element("div"):
                 self.upload = ui.upload(
                     auto_upload=True, max_file_size=MOST_BYTES, on_upload=self._uploaded, on_rejected=self._rejected

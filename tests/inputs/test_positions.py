@@ -7,33 +7,9 @@ from typing import Any
 import pytest
 import tiny
 import torch
-from tiny import IMAGE, PAD, VIDEO, VISION_END, VISION_START, tiny_model
+from tiny import IMAGE, VIDEO, VISION_END, VISION_START, tiny_model
 
 Row = list[Any]
-
-
-def batch_of(rows: list[Row]) -> dict[str, torch.Tensor]:
-    """A Hugging Face batch of rows of token ids and pictures ("image" or "video", grid), which have no marks."""
-    ids, grids = [], {"image": [], "video": []}
-    for row in rows:
-        tokens: list[int] = []
-        for item in row:
-            if isinstance(item, int):
-                tokens.append(item)
-                continue
-            kind, (t, h, w) = item
-            grids[kind].append((t, h, w))
-            tokens += [IMAGE if kind == "image" else VIDEO] * (t * h * w // 4)
-        ids.append(tokens)
-    batch = tiny.left_padded(ids, PAD)
-    for kind, pixels, thw in (
-        ("image", "pixel_values", "image_grid_thw"),
-        ("video", "pixel_values_videos", "video_grid_thw"),
-    ):
-        if grids[kind]:
-            batch[thw] = torch.tensor(grids[kind])
-            batch[pixels] = torch.zeros(int(batch[thw].prod(1).sum()), 96)
-    return batch
 
 
 def published(tokens: list[int], images: list[Any], videos: list[Any]) -> torch.Tensor:
@@ -105,7 +81,7 @@ def expected_positions(batch: dict[str, torch.Tensor], rows: list[Row]) -> torch
 
 @pytest.mark.parametrize("name", ROWS)
 def test_positions_are_those_of_the_version_that_the_model_was_trained_with(name: str) -> None:
-    batch = batch_of([ROWS[name]])
+    batch = tiny.hf_batch([ROWS[name]], marked=False)
     inputs = tiny_model().inputs_from_hf(batch)
     assert torch.equal(inputs.position_ids, expected_positions(batch, [ROWS[name]]))
     assert torch.equal(inputs.next_position, inputs.position_ids.amax((0, 2)) + 1)
@@ -113,11 +89,11 @@ def test_positions_are_those_of_the_version_that_the_model_was_trained_with(name
 
 def test_a_row_of_a_batch_is_positioned_as_alone() -> None:
     rows = list(ROWS.values())
-    batch = batch_of(rows)
+    batch = tiny.hf_batch(rows, marked=False)
     inputs = tiny_model().inputs_from_hf(batch)
     assert torch.equal(inputs.position_ids, expected_positions(batch, rows))
     for r, row in enumerate(rows):
-        alone = tiny_model().inputs_from_hf(batch_of([row]))
+        alone = tiny_model().inputs_from_hf(tiny.hf_batch([row], marked=False))
         assert torch.equal(alone.position_ids[:, 0], inputs.position_ids[:, r, inputs.attention_mask[r].bool()])
 
 
@@ -126,7 +102,7 @@ def test_any_arrangement_of_marks_is_positioned_as_published() -> None:
     pieces: Row = [5, VISION_START, VISION_START, VISION_END, IMAGE_A, IMAGE_B, CLIP]
     for _ in range(300):
         row = [*choose.choices(pieces, k=choose.randrange(12)), 5]
-        batch = batch_of([row])
+        batch = tiny.hf_batch([row], marked=False)
         assert torch.equal(tiny_model().inputs_from_hf(batch).position_ids, expected_positions(batch, [row])), row
 
 

@@ -58,6 +58,7 @@ def test_the_weights_hash_sees_the_configuration_but_not_where_the_model_is() ->
 @torch.no_grad()
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
 def test_the_weights_hash_sees_a_change_anywhere_in_tensors_of_any_size(dtype: torch.dtype) -> None:
+    assert _words(torch.zeros(0, 4, dtype=dtype)).numel() == 0
     for shape in ((3,), (1,), (5, 3), (2, 7), (4, 4), (3, 2, 5)):
         words = _words(torch.zeros(shape, dtype=dtype))
         assert not words.any()
