@@ -9,7 +9,7 @@ report.write(out, record)
 
 import base64
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
@@ -21,6 +21,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from hooked_vlm.experiments.common.figures import save_figure
+from hooked_vlm.experiments.common.finding import Finding
 from hooked_vlm.runtime.files import atomic_write
 from hooked_vlm.viewer.view import page_file
 
@@ -39,6 +40,8 @@ class Report:
 
     def __init__(self, title: str, lead: str = "") -> None:
         self.title, self.lead = title, lead
+        self.answer: list[str] = []
+        """Three to five sentences, shown before everything else: the answer to the study's question."""
         self._sections: list[_Section] = []
         self._figures: dict[str, Figure] = {}
         self._tables: dict[str, pd.DataFrame] = {}
@@ -52,9 +55,15 @@ class Report:
         """Add paragraphs of plain text."""
         self._sections[-1].parts += [{"kind": "text", "text": text} for text in paragraphs]
 
-    def lines(self, lines: Sequence[str]) -> None:
-        """Add lines in a fixed-width font, as in a terminal."""
-        self._sections[-1].parts.append({"kind": "lines", "text": "\n".join(lines)})
+    def finding(self, finding: Finding) -> None:
+        """Add the section of a finding; its sentences go to `answer`, which the study composes."""
+        self.section(finding.heading, *finding.paragraphs)
+        if not finding.tables:
+            self.text(*finding.lines)
+        for name, (figure, caption) in finding.figures.items():
+            self.figure(name, figure, caption)
+        for name, (frame, caption, shown) in finding.tables.items():
+            self.table(name, frame, caption, shown)
 
     def figure(self, name: str, figure: Figure, caption: str) -> None:
         """Add a figure; `write` also saves it as figures/`name`.png and .svg."""
@@ -101,6 +110,7 @@ class Report:
         page = environment.from_string(template).render(
             title=self.title,
             lead=self.lead,
+            answer=self.answer,
             sections=self._sections,
             pictures=pictures,
             record=text,

@@ -91,15 +91,11 @@ def run(config: ScoreConfig, model: HookedVLM | None = None) -> OcrHeadsResult:
         device = workers.device
     page = Report(
         f"OCR heads of {config.model}",
-        f"{answer(config, scores['ocr'])}. Which attention heads read text in images (arXiv 2505.15865)?",
+        "Which attention heads read text in images (arXiv 2505.15865)?",
     )
+    page.answer = [answer(config, scores["ocr"]) + ".", *(s for finding in findings for s in finding.answer)]
     for finding in findings:
-        page.section(finding.heading, *finding.paragraphs)
-        page.lines(finding.lines)
-        for name, (figure, caption) in finding.figures.items():
-            page.figure(name, figure, caption)
-        for name, (frame, caption, shown) in finding.tables.items():
-            page.table(name, frame, caption, shown)
+        page.finding(finding)
     record = {"config": config.as_dict(), **provenance(study.model), "device": device, "data": _data_record(study)}
     written = page.write(config.out, record)
     speed = workers.size / workers.seconds if workers.seconds else None

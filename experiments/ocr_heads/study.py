@@ -1,7 +1,7 @@
 """One run of the study: model, data sets, stored results, and what its experiments share."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -9,9 +9,9 @@ from typing import Any, Literal
 import numpy as np
 import pandas as pd
 from jaxtyping import Bool, Float
-from matplotlib.figure import Figure
 
 from hooked_vlm.errors import StudyError
+from hooked_vlm.experiments.common.finding import Finding
 from hooked_vlm.experiments.common.models import check_takes_images
 from hooked_vlm.experiments.common.workers import workers_of
 from hooked_vlm.experiments.ocr_heads.config import ScoreConfig
@@ -27,21 +27,10 @@ from hooked_vlm.model.vlm import HookedVLM
 from hooked_vlm.runtime.store import ResultStore
 from hooked_vlm.runtime.tasks import SharedSetup, Task, Workers
 
+__all__ = ["LIVE_SHARE", "Finding", "Study", "head_names", "head_table"]
+
 LIVE_SHARE = 0.1
 """A head is live if its mean output norm is at least this share of the largest."""
-
-
-@dataclass(frozen=True)
-class Finding:
-    """Result of an experiment: a section of the report, and lines for the terminal."""
-
-    heading: str
-    lines: list[str]
-    paragraphs: list[str] = field(default_factory=list)
-    figures: Mapping[str, tuple[Figure, str]] = field(default_factory=dict)
-    """Name -> (figure, caption)."""
-    tables: Mapping[str, tuple[pd.DataFrame, str, int | None]] = field(default_factory=dict)
-    """Name -> (all rows, caption, number of rows shown)."""
 
 
 class Study:
