@@ -38,8 +38,9 @@ class _Section:
 class Report:
     """Collects sections of text, figures and tables, in the order they are added."""
 
-    def __init__(self, title: str, lead: str = "") -> None:
-        self.title, self.lead = title, lead
+    def __init__(self, title: str, lead: str = "", command: str = "", paper: str = "") -> None:
+        """`command` repeats the run; `paper` is the reference of the paper whose experiments these are."""
+        self.title, self.lead, self.command, self.paper = title, lead, command, paper
         self.answer: list[str] = []
         """Three to five sentences, shown before everything else: the answer to the study's question."""
         self._sections: list[_Section] = []
@@ -85,7 +86,7 @@ class Report:
             }
         )
 
-    def write(self, out: Path, record: Mapping[str, Any]) -> Path:
+    def write(self, out: Path, record: Mapping[str, Any], zipped: bool = False) -> Path:
         """Write report.html, figures/, tables/ and run.json (`record`: configuration, versions, counts).
 
         Returns:

@@ -1,4 +1,4 @@
-"""Who does a study's work: this process, or workers on a Ray cluster."""
+"""Who does a study's work (this process, or workers on a Ray cluster), and in what form it is handed over."""
 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated
@@ -25,7 +25,15 @@ RayAddress = Annotated[
 
 
 @dataclass(frozen=True, kw_only=True)
-class WorkersConfig:
+class ReportConfig:
+    """Settings of whatever writes a report."""
+
+    zip: bool = False
+    """Also pack the report with its figures and tables into report.zip."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class WorkersConfig(ReportConfig):
     """Settings that say who does the work; results do not depend on them."""
 
     ray: RayAddress = None
@@ -46,7 +54,7 @@ class WorkersConfig:
             raise StudyError("--workers says how many workers do the work on Ray: it goes with --ray")
 
 
-NOT_RECORDED = ("ray", "workers")
+NOT_RECORDED = ("ray", "workers", "zip")
 """Settings that no result depends on."""
 
 

@@ -50,7 +50,7 @@ def compare(config: Compare) -> Path:
         caption = "Heads needed for 0.8 of both faithfulness and completeness; means over pictures, 95% intervals"
         report.figure("heads_needed", figure, caption)
     _layers(report, finished, labels)
-    return report.write(config.out, {"runs": [run.record for run in finished]})
+    return report.write(config.out, {"runs": [run.record for run in finished]}, config.zip)
 
 
 @dataclass(frozen=True, eq=False)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 from tyro.conf import Suppress, subcommand
 
 from hooked_vlm.errors import StudyError
-from hooked_vlm.experiments.common.workers import NOT_RECORDED, WorkersConfig
+from hooked_vlm.experiments.common.workers import NOT_RECORDED, ReportConfig, WorkersConfig
 
 if TYPE_CHECKING:
     from hooked_vlm.model.vlm import HookedVLM
@@ -179,7 +179,7 @@ class All(HeadAttributionConfig):
 
 
 @dataclass(frozen=True)
-class Compare:
+class Compare(ReportConfig):
     """Several models' finished runs side by side."""
 
     runs: tuple[Path, ...]

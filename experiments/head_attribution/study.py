@@ -7,10 +7,11 @@ from typing import Any
 
 import numpy as np
 
+from hooked_vlm.experiments.common.command import command_line
 from hooked_vlm.experiments.common.models import check_takes_images
 from hooked_vlm.experiments.common.report import Report
 from hooked_vlm.experiments.common.workers import workers_of
-from hooked_vlm.experiments.head_attribution.config import HeadAttributionConfig
+from hooked_vlm.experiments.head_attribution.config import Command, HeadAttributionConfig
 from hooked_vlm.experiments.head_attribution.findings import Findings, as_table
 from hooked_vlm.experiments.head_attribution.measurements import Measured, measure
 from hooked_vlm.experiments.head_attribution.show_attribution import attribution, task
@@ -22,6 +23,10 @@ from hooked_vlm.model.fingerprints import provenance
 from hooked_vlm.model.vlm import HookedVLM
 from hooked_vlm.runtime.files import writable_folder
 
+PAPER = (
+    "Jinyeong Kim, Seil Kang, Jiwoo Park, Junhyeok Kim and Seong Jae Hwang. Interpreting Attention Heads for "
+    "Image-to-Text Information Flow in Large Vision-Language Models. 2025. arXiv:2509.17588"
+)
 SECTIONS: dict[str, Callable[[Report, Measured, HeadAttributionConfig], Findings]] = {
     "attribution": attribution,
     "curves": curves,
@@ -66,15 +71,17 @@ def run(config: HeadAttributionConfig, model: HookedVLM | None = None) -> HeadAt
         f"Head attribution of {name}",
         f"Which attention heads carry information from the image to the text (after arXiv 2509.17588): "
         f"{len(found.probes)} pictures, {model.cfg.n_layers} layers of {model.cfg.n_heads} heads.",
+        command_line("head-attribution", config, Command),
+        PAPER,
     )
     findings = task(report, found, config)
     for section in config.sections:
         findings |= SECTIONS[section](report, found, config)
-    report.lead = f"{answer(found, findings)} {report.lead}"
+    report.answer = [answer(found, findings)]
     report.section("Summary", "The main numbers above, by which `compare` compares models.")
     report.table("summary", as_table(findings), "Findings, with 95% intervals")
     record: dict[str, Any] = {"config": _about(config), "images": found.images, **provenance(model), "device": device}
-    return HeadAttributionResult(found, findings, report.write(config.out, record))
+    return HeadAttributionResult(found, findings, report.write(config.out, record, config.zip))
 
 
 def _about(config: HeadAttributionConfig) -> dict[str, Any]:

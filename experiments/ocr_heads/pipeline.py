@@ -5,11 +5,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from hooked_vlm.experiments.common.command import command_line
 from hooked_vlm.experiments.common.report import Report
 from hooked_vlm.experiments.ocr_heads.chain_of_thought import thought
 from hooked_vlm.experiments.ocr_heads.characters import case
 from hooked_vlm.experiments.ocr_heads.config import (
     CaseConfig,
+    Command,
     CompareConfig,
     MaskConfig,
     ScoreConfig,
@@ -29,6 +31,10 @@ from hooked_vlm.model.fingerprints import provenance
 from hooked_vlm.model.vlm import HookedVLM
 from hooked_vlm.runtime.files import writable_folder
 
+PAPER = (
+    "Ingeol Baek, Hwan Chang, Sunghyun Ryu and Hwanhee Lee. How Do Large Vision-Language Models See Text in Image? "
+    "Unveiling the Distinctive Role of OCR Heads. EMNLP 2025. arXiv:2505.15865"
+)
 EXPERIMENTS: tuple[tuple[type[ScoreConfig], Callable[[Study, Any], Finding]], ...] = (
     (ScoreConfig, lambda study, config: score(study)),
     (SelectConfig, profile),
@@ -92,12 +98,14 @@ def run(config: ScoreConfig, model: HookedVLM | None = None) -> OcrHeadsResult:
     page = Report(
         f"OCR heads of {config.model}",
         "Which attention heads read text in images (arXiv 2505.15865)?",
+        command_line("ocr-heads", config, Command),
+        PAPER,
     )
     page.answer = [answer(config, scores["ocr"]) + ".", *(s for finding in findings for s in finding.answer)]
     for finding in findings:
         page.finding(finding)
     record = {"config": config.as_dict(), **provenance(study.model), "device": device, "data": _data_record(study)}
-    written = page.write(config.out, record)
+    written = page.write(config.out, record, config.zip)
     speed = workers.size / workers.seconds if workers.seconds else None
     return OcrHeadsResult(config, scores, findings, written, speed)
 
