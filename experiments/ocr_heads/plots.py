@@ -162,7 +162,7 @@ def grid(values: Float[np.ndarray, "row column"], rows: Sequence[str], columns: 
 
 
 def _colour(condition: str) -> str:
-    for word, colour in (("OCR", COLOURS[1]), ("retrieval", COLOURS[0]), ("random", COLOURS[-1])):
+    for word, colour in (("random", COLOURS[-1]), ("OCR", COLOURS[1]), ("retrieval", COLOURS[0])):
         if word in condition:
             return colour
     return INK
