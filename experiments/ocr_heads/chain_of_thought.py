@@ -11,14 +11,14 @@ from functools import partial
 
 import pandas as pd
 
-from hooked_vlm.analysis.statistics import bootstrap
+from hooked_vlm.analysis.statistics import half_sampling
 from hooked_vlm.experiments.ocr_heads import changed, effects, plots
 from hooked_vlm.experiments.ocr_heads.config import ThoughtConfig
 from hooked_vlm.experiments.ocr_heads.data.store import DataSet, load_or_build
 from hooked_vlm.experiments.ocr_heads.data.tasks import QATask
 from hooked_vlm.experiments.ocr_heads.examples import Example
-from hooked_vlm.experiments.ocr_heads.head_profile import RESAMPLES, measures
 from hooked_vlm.experiments.ocr_heads.masking import masked
+from hooked_vlm.experiments.ocr_heads.similarity import measures
 from hooked_vlm.experiments.ocr_heads.study import Finding, Study, head_table
 
 STEPS = "\nThink step by step: first say where in the image the answer is written, then read it out."
@@ -52,18 +52,20 @@ def thought(study: Study, config: ThoughtConfig) -> Finding:
     chosen = summary.loc[summary["chosen"]]
     heads = head_table({name: s.mean for name, s in scores.items()})
     heads = heads.sort_values("direct", ascending=False, ignore_index=True)
-    a, b = (s.mean.ravel() for s in scores.values())
     lines = [
         *effects.effect_lines(summary, tests),
         "",
         "  OCR scores of all heads, direct against with steps",
     ]
     rows = []
-    for name, measure, _ in measures(config.threshold)[:2]:
-        found = bootstrap(measure, a, b, seed=config.seed, draws=RESAMPLES)
-        rows.append((name, found.value, found.low, found.high, found.n))
-        lines.append(f"    {name:24s} {found.value:.3f} ({found.low:.3f} to {found.high:.3f}, {found.n} heads)")
-    similarity = pd.DataFrame(rows, columns=["measure", "value", "low", "high", "n heads"])
+    for measure in measures(config.threshold)[:2]:
+        found = half_sampling(
+            lambda x, y, m=measure: m.of(m.values(x), m.values(y)), *(s.samples for s in scores.values()),
+            seed=config.seed,
+        )  # fmt: skip
+        rows.append((measure.name, found.value, found.low, found.high, found.n))
+        lines.append(f"    {measure.name:24s} {found.value:.3f} ({found.low:.3f} to {found.high:.3f})")
+    similarity = pd.DataFrame(rows, columns=["measure", "value", "low", "high", "n"])
     tables = {
         "thought": (chosen.drop(columns="chosen"), "Share of replies that contain the answer", None),
         "thought-heads": (heads, "OCR score of every head, asked directly and with steps", 20),

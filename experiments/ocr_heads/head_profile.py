@@ -5,28 +5,24 @@ activated. Both kinds of head are measured at the same granularity; otherwise th
 scores of single tokens are 0 or 1, so that a head's frequency equals its mean.
 """
 
-from collections.abc import Callable
+from collections.abc import Mapping
 from dataclasses import replace
-from typing import Literal
+from functools import partial
+from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
-from jaxtyping import Bool
-from scipy import stats
-from scipy.spatial.distance import jensenshannon
+from jaxtyping import Bool, Float
 
-from hooked_vlm.analysis.statistics import bootstrap
+from hooked_vlm.analysis.statistics import half_sampling
 from hooked_vlm.experiments.common.frames import each_row
 from hooked_vlm.experiments.ocr_heads import plots
 from hooked_vlm.experiments.ocr_heads.config import Granularity, SelectConfig
-from hooked_vlm.experiments.ocr_heads.published import RANGES, per_range, published_models
-from hooked_vlm.experiments.ocr_heads.scoring import Scores
+from hooked_vlm.experiments.ocr_heads.published import RANGES, per_range, published_models, range_of
 from hooked_vlm.experiments.ocr_heads.selection import select
-from hooked_vlm.experiments.ocr_heads.similarity import jaccard, spearman
+from hooked_vlm.experiments.ocr_heads.similarity import Measure, compare_scores, jaccard, measures
 from hooked_vlm.experiments.ocr_heads.study import Finding, Study, head_names, head_table
 
-RESAMPLES = 500
-"""Bootstrap resamples of heads or instances."""
 GRANULARITIES: tuple[Granularity, ...] = ("sample", "token")
 RULES: tuple[Literal["active", "inverted"], ...] = ("active", "inverted")
 
@@ -52,12 +48,16 @@ def profile(study: Study, config: SelectConfig) -> Finding:
         name = "OCR" if kind == "ocr" else kind
         lines.append(f"{name} heads: {len(found)} of {where.size}: {head_names(found) or 'none'}")
     lines.append(f"both kinds: {head_names([(int(a), int(b)) for a, b in np.argwhere(both)]) or 'none'}")
-    width = max(42, similarity["measure"].str.len().max())
-    title = f"OCR against retrieval scores ({len(heads)} heads)"
-    lines += ["", f"  {title:{width}s} value   95% interval     chance  p"]
-    for row in each_row(similarity):
-        interval = f"{row.low:.3f} to {row.high:.3f}"
-        lines.append(f"  {row.measure:{width}s} {row.value:6.3f}  {interval:15s}  {row.chance:6.3f}  {row.p:.4f}")
+    width = max(34, similarity["measure"].str.len().max())
+    title = f"OCR against retrieval ({len(heads)} heads)"
+    lines += ["", f"  {title:{width}s} value   95% interval     chance  same heads  p more   p less   p different"]
+    for row in similarity.to_dict("records"):
+        interval = f"{row['low']:.3f} to {row['high']:.3f}"
+        tests = "  ".join(f"{row[name]:.4f} " for name in ("p more", "p less", "p different"))
+        lines.append(
+            f"  {row['measure']:{width}s} {row['value']:6.3f}  {interval:15s}  {row['chance']:6.3f}  "
+            f"{row['same heads']:10.3f}  {tests}".replace("nan", "  –")
+        )
     lines += ["", f"  {'frequency against mean':32s} Pearson 95% interval"]
     for row in each_row(activation):
         name = f"{row.heads}, by {row.granularity}"
@@ -80,128 +80,100 @@ def profile(study: Study, config: SelectConfig) -> Finding:
         "activation": (activation, "Correlation of activation frequency and mean score over heads", None),
     }
     about = [
-        "Chance is the mean over random permutations: one kind's scores are permuted over heads or, for the "
-        "Wasserstein distance, which ignores head identity, the two scores of each head are swapped at random. p is "
-        "one-sided: the share of permutations that are at least as similar (for distances: at least as different). "
-        "Intervals resample heads.",
+        "Chance: one kind's values are permuted over the heads of each layer, because both kinds may live in the same "
+        "layers. Same heads: what two halves of one kind's samples share, the most that noise allows; compare it with "
+        "halves, the same for the two kinds. p different tests the paper's claim: kinds are exchanged between samples "
+        "at random.",
     ]
-    return Finding("Selection, sparsity, difference, activation", lines, about, figures, tables)
+    return Finding(
+        "Selection, sparsity, difference, activation",
+        lines,
+        about,
+        figures,
+        tables,
+        [_similarity_answer(similarity.to_dict("records")[0])],
+    )
 
 
 # ---------------------------------------------------------------- less sparse
 
 
 def sparsity_table(study: Study) -> pd.DataFrame:
-    """Number and share of heads per score range of the paper; intervals of shares resample instances."""
+    """Number and share of heads per score range of the paper.
+
+    All heads of the model are counted, so the only doubt is the noise of each score: `surely` counts heads whose 95%
+    interval lies in the range, `possibly` those whose interval touches it.
+    """
     sets = {"OCR": study.ocr, "retrieval": study.retrieval}
     if study.sibling is not None:
         sets["retrieval, text model"] = study.sibling
     rows = []
     for name, scores in sets.items():
-        counts = per_range(scores.mean)
-        rng = np.random.default_rng([study.config.seed, 14])
-        n_instances = len(scores.instances)
-        draws = [scores.instances[rng.integers(n_instances, size=n_instances)].mean(0) for _ in range(RESAMPLES)]
-        in_ranges = np.array([list(per_range(mean).values()) for mean in draws]) / scores.mean.size
-        low, high = np.percentile(in_ranges, [2.5, 97.5], axis=0)
-        for i, (interval, n) in enumerate(counts.items()):
-            rows.append((f"{name}, here", interval, n, n / scores.mean.size, low[i], high[i], n_instances))
+        low, high = (range_of(end) for end in scores.interval)
+        for i, (interval, n) in enumerate(per_range(scores.mean).items()):
+            surely, possibly = ((low == i) & (high == i)).sum(), ((low <= i) & (i <= high)).sum()
+            rows.append((f"{name}, here", interval, n, n / scores.mean.size, surely, possibly, len(scores.instances)))
     for name, record in published_models().items():
         for kind in ("ocr", "retrieval_text_model"):
             for interval, percent in zip(RANGES, record["percent_per_range"][kind], strict=True):
                 label = f"{'OCR' if kind == 'ocr' else 'retrieval, text model'}, published, {name.split('/')[1]}"
                 rows.append((label, interval, np.nan, percent / 100, np.nan, np.nan, 0))
-    return pd.DataFrame(rows, columns=["heads", "score range", "n", "share", "low", "high", "instances"])
+    return pd.DataFrame(rows, columns=["heads", "score range", "n", "share", "surely", "possibly", "instances"])
 
 
 # ---------------------------------------------------------------- qualitatively distinct
 
 
 def similarity_table(study: Study, config: SelectConfig) -> pd.DataFrame:
-    """Jaccard index, rank correlation and distribution distances of OCR and retrieval heads, against chance."""
+    """Similarity of OCR and retrieval scores (`compare_scores`), by sample; heads of two sizes are not compared."""
     pairs = {"": (study.ocr, study.retrieval)}
     if study.sibling is not None and study.sibling.mean.shape == study.ocr.mean.shape:
         pairs[" (text model)"] = (study.ocr, study.sibling)
-    rows = []
-    for label, (a, b) in pairs.items():
-        means = (a.mean.ravel(), b.mean.ravel())
-        compared = [(name, measure, by_head, means) for name, measure, by_head in measures(config.threshold)]
-        compared += [(f"Jaccard, selected ({rule})", jaccard, True, _selected(study, a, b, rule)) for rule in RULES]
-        for name, measure, by_head, (x, y) in compared:
-            found = bootstrap(measure, x, y, seed=config.seed, draws=RESAMPLES)
-            chance, p = against_chance(measure, x, y, by_head, config.seed, config.permutations)
-            rows.append((name + label, found.value, found.low, found.high, chance, p, len(x)))
-    return pd.DataFrame(rows, columns=["measure", "value", "low", "high", "chance", "p", "n heads"])
-
-
-Measure = Callable[[np.ndarray, np.ndarray], float]
-
-
-def measures(threshold: float) -> list[tuple[str, Measure, bool]]:
-    """List (name, function of the heads' two scores, whether it depends on head identity)."""
-
-    def shannon(a: np.ndarray, b: np.ndarray) -> float:
-        if not a.sum() or not b.sum():
-            return np.nan
-        with np.errstate(invalid="ignore"):  # equal distributions: rounding may leave a root of less than zero
-            return float(np.nan_to_num(jensenshannon(a, b, base=2)))
-
-    return [
-        (f"Jaccard, score > {threshold:g}", lambda a, b: jaccard(a > threshold, b > threshold), True),
-        ("Spearman", spearman, True),
-        ("Jensen-Shannon distance", shannon, True),
-        ("Wasserstein distance of scores", lambda a, b: float(stats.wasserstein_distance(a, b)), False),
+    compared = measures(config.threshold)
+    compared += [
+        Measure(f"Jaccard, selected ({rule})", jaccard, partial(_selected, study=study, rule=rule)) for rule in RULES
     ]
-
-
-def against_chance(
-    measure: Measure, a: np.ndarray, b: np.ndarray, by_head: bool, seed: int, draws: int
-) -> tuple[float, float]:
-    """Permutation mean and p of a measure.
-
-    With `by_head`, one kind's scores are permuted over heads; otherwise the two scores of each head are swapped at
-    random. p is the share of permutations with at least the observed similarity (or distance).
-
-    Returns:
-        (mean, p); NaN where the measure is undefined.
-    """
-    rng = np.random.default_rng([seed, 15])
-    observed, found = measure(a, b), []
-    for _ in range(draws):
-        if by_head:
-            found.append(measure(a, rng.permutation(b)))
-        else:
-            swap = rng.random(len(a)) < 0.5
-            found.append(measure(np.where(swap, b, a), np.where(swap, a, b)))
-    values = np.array(found)
-    values = values[~np.isnan(values)]
-    if np.isnan(observed) or not len(values):
-        return np.nan, np.nan
-    return float(values.mean()), float(((values >= observed - 1e-12).sum() + 1) / (len(values) + 1))
+    tables = []
+    for label, (a, b) in pairs.items():
+        table = compare_scores(compared, a.samples, b.samples, config.seed, config.permutations)
+        tables.append(table.assign(measure=table["measure"] + label, heads=a.mean.size))
+    return pd.concat(tables, ignore_index=True)
 
 
 def _selected(
-    study: Study, a: Scores, b: Scores, rule: Literal["active", "inverted"]
-) -> tuple[Bool[np.ndarray, "n"], Bool[np.ndarray, "n"]]:
-    threshold, often = study.config.threshold, study.config.min_frequency
-    return select(a, threshold, often, rule).ravel(), select(b, threshold, often, rule).ravel()
+    samples: Float[np.ndarray, "sample layer head"], study: Study, rule: Literal["active", "inverted"]
+) -> Bool[np.ndarray, "layer head"]:
+    own = replace(study.ocr, samples=samples, granularity="sample")
+    return select(own, study.config.threshold, study.config.min_frequency, rule)
+
+
+def _similarity_answer(row: Mapping[str, Any]) -> str:
+    """Sentence to quote: a measure, against chance and against the same heads."""
+    if np.isnan(row["value"]):
+        return f"OCR and retrieval heads cannot be compared: {row['measure']} is undefined (no head scores)."
+    return (
+        f"OCR against retrieval heads: {row['measure']}, {row['value']:.2f} ({row['low']:.2f} to {row['high']:.2f}). "
+        f"Heads drawn at random within layers give {row['chance']:.2f} (p = {row['p more']:.4f} for more similar), the "
+        f"same heads in other samples {row['same heads']:.2f} (p = {row['p different']:.4f} for different)."
+    )
 
 
 # ---------------------------------------------------------------- statically activated
 
 
 def activation_table(study: Study) -> pd.DataFrame:
-    """Pearson correlation of activation frequency and mean score over the heads that score above 0."""
+    """Pearson correlation of activation frequency and mean score over the heads that score above 0; 95% intervals over
+    instances."""
     rows = []
     for name, scores in (("OCR", study.ocr), ("retrieval", study.retrieval)):
         for granularity in GRANULARITIES:
             own = replace(scores, granularity=granularity)
             mean, frequency = own.mean.ravel(), own.frequency(study.config.threshold).ravel()
             live = mean > 0
-            values = (np.nan,) * 3
-            if live.any():
-                found = bootstrap(_pearson, mean[live], frequency[live], seed=study.config.seed, draws=RESAMPLES)
-                values = (found.value, found.low, found.high)
+            found = half_sampling(
+                partial(_frequency_pearson, study.config.threshold), own.instances, seed=study.config.seed
+            )
+            values = (found.value, found.low, found.high)
             gap = float((frequency - mean)[live].mean()) if live.any() else np.nan
             rows.append((name, granularity, *values, gap, int(live.sum()), len(own.instances)))
     return pd.DataFrame(
@@ -209,9 +181,19 @@ def activation_table(study: Study) -> pd.DataFrame:
     )
 
 
-def _pearson(a: np.ndarray, b: np.ndarray) -> float:
-    return float(np.corrcoef(a, b)[0, 1]) if len(a) > 1 and np.ptp(a) and np.ptp(b) else np.nan
+def _frequency_pearson(threshold: float, instances: Float[np.ndarray, "instance layer head"]) -> float:
+    """Pearson correlation over heads that score above 0 in some instance."""
+    mean, frequency = instances.mean(0), (instances > threshold).mean(0)
+    live = mean > 0
+    if live.sum() < 2 or not np.ptp(mean[live]) or not np.ptp(frequency[live]):
+        return np.nan
+    return float(np.corrcoef(mean[live], frequency[live])[0, 1])
 
 
 def _similarity_caption(config: SelectConfig) -> str:
-    return f"OCR against retrieval scores over all heads; chance from {config.permutations:,} permutations"
+    return (
+        "OCR against retrieval scores; interval over samples. chance: one kind's values permuted over the heads of "
+        "each layer, with one-sided p of more and of less similar than that. halves: in random halves of the samples; "
+        "same heads: one kind against itself in its other half. p different: one-sided, kinds exchanged between "
+        f"samples. {config.permutations:,} permutations"
+    )

@@ -6,7 +6,7 @@ import torch
 from matplotlib.figure import Figure
 
 from hooked_vlm.analysis.rows import attention_rows
-from hooked_vlm.analysis.statistics import bootstrap_means, share
+from hooked_vlm.analysis.statistics import share
 from hooked_vlm.experiments.ocr_heads import plots
 from hooked_vlm.experiments.ocr_heads.config import OFFICIAL_CODE, Protocol
 from hooked_vlm.experiments.ocr_heads.examples import Box, Example, to_inputs
@@ -29,7 +29,7 @@ def score(study: Study) -> Finding:
     for name, scores in named.items():
         tables[f"{name.lower().replace(' ', '-')}-scores"] = (
             score_table(study, scores),
-            f"{name[0].upper() + name[1:]} score of every head, 95% bootstrap intervals over "
+            f"{name[0].upper() + name[1:]} score of every head, 95% intervals over "
             f"{len(scores.instances)} {scores.granularity}s",
             20,
         )
@@ -56,7 +56,7 @@ def score(study: Study) -> Finding:
 
 def score_table(study: Study, scores: Scores) -> pd.DataFrame:
     """One row per head, top head first: score, interval, activation frequency, output norm, selected."""
-    low, high = bootstrap_means(scores.instances, study.config.seed)
+    low, high = scores.interval
     table = head_table(
         {
             "score": scores.mean,
@@ -95,7 +95,7 @@ def _answered(study: Study, name: str, scores: Scores) -> str:
 
 def _top_lines(study: Study, scores: Scores, most: int = 10) -> list[str]:
     threshold, chosen = study.config.threshold, study.selected(scores)
-    low, high = bootstrap_means(scores.instances, study.config.seed)
+    low, high = scores.interval
     mean, frequency = scores.mean, scores.frequency(threshold)
     kind = "OCR" if scores.kind == "ocr" else "retrieval"
     lines = ["  head    score  95% interval     active   selected"]

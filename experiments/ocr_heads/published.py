@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from jaxtyping import Float
+from jaxtyping import Float, Int
 
 from hooked_vlm.analysis.statistics import bootstrap
 from hooked_vlm.experiments.common.frames import each_row
@@ -38,9 +38,14 @@ def published_for(model_name: str) -> dict[str, Any] | None:
     return next((m | {"name": name} for name, m in found if name.split("/")[1].lower() == wanted), None)
 
 
+def range_of(scores: Float[np.ndarray, "layer head"]) -> Int[np.ndarray, "layer head"]:
+    """Index of the paper's score range that each score lies in."""
+    return np.where(scores < 0.01, 0, np.searchsorted(_UPPER, scores.clip(0.01, 1.0), side="left").clip(1))
+
+
 def per_range(scores: Float[np.ndarray, "layer head"]) -> dict[str, int]:
     """Number of heads per score range of the paper."""
-    at = np.where(scores < 0.01, 0, np.searchsorted(_UPPER, scores.clip(0.01, 1.0), side="left").clip(1))
+    at = range_of(scores)
     return {name: int((at == i).sum()) for i, name in enumerate(RANGES)}
 
 

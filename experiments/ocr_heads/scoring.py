@@ -14,6 +14,7 @@ import numpy as np
 import pandas as pd
 from jaxtyping import Float
 
+from hooked_vlm.analysis.statistics import bootstrap_means, score_interval
 from hooked_vlm.errors import StudyError
 from hooked_vlm.experiments.ocr_heads.alignment import Span, align, longest_run
 from hooked_vlm.experiments.ocr_heads.answers import is_right, rouge_1_recall
@@ -50,6 +51,12 @@ class Scores:
     @property
     def mean(self) -> Float[np.ndarray, "layer head"]:
         return self.instances.mean(0)
+
+    @property
+    def interval(self) -> tuple[Float[np.ndarray, "layer head"], Float[np.ndarray, "layer head"]]:
+        """95% interval of the mean over instances. Retrieval scores above 1 (a token copied twice) are bootstrapped."""
+        within = self.instances.max() <= 1 + 1e-6
+        return score_interval(self.instances.clip(0, 1)) if within else bootstrap_means(self.instances, 0)
 
     def frequency(self, threshold: float) -> Float[np.ndarray, "layer head"]:
         """Share of instances in which a head scores above `threshold`."""

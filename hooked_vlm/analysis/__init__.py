@@ -15,6 +15,7 @@ if TYPE_CHECKING:
         bootstrap_means,
         bootstrap_ratios,
         bootstrap_two_way,
+        half_sampling,
         mean_score,
         paired_change,
         paired_p,
@@ -27,7 +28,8 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Estimate", "attention_rows", "benjamini_hochberg", "bootstrap", "bootstrap_mean", "bootstrap_means",
-    "bootstrap_ratios", "bootstrap_two_way", "generate_with_rows", "heatmap", "holm", "mean_score", "overlay",
+    "bootstrap_ratios", "bootstrap_two_way", "generate_with_rows", "half_sampling", "heatmap", "holm", "mean_score",
+    "overlay",
     "paired_change", "paired_p", "permutation_p", "rank_p", "ratio_of_means", "score_interval", "share",
 ]  # fmt: skip
 __getattr__, __dir__ = lazy_names(__name__)

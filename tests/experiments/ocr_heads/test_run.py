@@ -29,7 +29,6 @@ from hooked_vlm.experiments.ocr_heads import changed as changed_module
 from hooked_vlm.experiments.ocr_heads.changed import answer_all, tasks_of
 from hooked_vlm.experiments.ocr_heads.data.scored import PAPER_PIXELS, passkey_pages, toy_pages
 from hooked_vlm.experiments.ocr_heads.examples import prompt_length, to_inputs
-from hooked_vlm.experiments.ocr_heads.head_profile import against_chance, measures
 from hooked_vlm.experiments.ocr_heads.masking import masking_conditions
 from hooked_vlm.experiments.ocr_heads.sink_shares import PLACES, QUERIES, first_token_shares
 from hooked_vlm.experiments.ocr_heads.study import Study
@@ -67,35 +66,6 @@ def test_masking_equals_zeroing_outputs_by_hand(toy: HookedVLM, tmp_path: Path) 
     randoms = [c for c in conditions if c.name.startswith("random")]
     assert len({c.heads for c in randoms}) == 2 and [c.draw for c in randoms] == [0, 1]
     assert all(len(c.heads) == 2 and not set(c.heads) & set(top.heads) for c in randoms)
-
-
-# ---------------------------------------------------------------- similarity
-
-
-def test_similarity_of_equal_and_of_disjoint_heads() -> None:
-    a = np.array([0.9, 0.5, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0])
-    same = {name: m(a, a) for name, m, _ in measures(0.1)}
-    apart = {name: m(a, a[::-1]) for name, m, _ in measures(0.1)}
-    assert list(same.values()) == pytest.approx([1, 1, 0, 0])
-    assert list(apart.values()) == pytest.approx([0, -1 / 3, 1, 0], abs=0.02)
-
-
-def test_chance_is_that_of_exchanged_heads() -> None:
-    rng = np.random.default_rng(0)
-    a = np.where(rng.random(60) < 0.2, 0.5, 0.0)
-    jaccard, _, shannon, wasserstein = (m for _, m, _ in measures(0.1))
-    chance, p = against_chance(jaccard, a, a, True, 0, 300)
-    n = int((a > 0).sum())
-    expected = n * n / 60 / (2 * n - n * n / 60)
-    assert chance == pytest.approx(expected, abs=0.03) and p < 0.01
-    _, p = against_chance(shannon, a, a, True, 0, 300)
-    assert p == 1.0  # nothing is less different
-    one, other = np.eye(60)[:2]
-    chance, p = against_chance(shannon, one, other, True, 0, 300)
-    assert chance > 0.9 and p > 0.9  # heads apart are what chance gives
-    assert [by_head for _, _, by_head in measures(0.1)] == [True, True, True, False]
-    _, p = against_chance(wasserstein, a, a + 0.3, False, 0, 300)
-    assert p < 0.01  # one has higher scores everywhere
 
 
 # ---------------------------------------------------------------- the run
