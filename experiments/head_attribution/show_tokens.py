@@ -88,7 +88,7 @@ def _receivers(report: Report, found: Measured, config: HeadAttributionConfig, u
     if len(sliding):
         grid = sliding.pivot_table(index="text", columns="first", values="value", sort=False)
         widths = _windows(sliding)
-        figure = plots.matrix(grid.to_numpy(), list(grid.index), widths, ("", "layers", "share lost"))
+        figure = plots.heatmap(grid.to_numpy(), list(grid.index), widths, ("", "layers", "share lost"))
         caption = f"Share lost by group and window of layers; means over {int(usable.sum())} pictures"
         report.figure("receivers_by_layer", figure, caption)
     report.table("receivers", table, "Loss by text tokens and layers (first to stop - 1)", shown=24)
@@ -114,7 +114,7 @@ def _edges(report: Report, found: Measured, config: HeadAttributionConfig, usabl
     )
     if len(sliding):
         grid = sliding.pivot_table(index="edge", columns="first", values="value", sort=False)
-        figure = plots.matrix(grid.to_numpy(), list(grid.index), _windows(sliding), ("", "layers", "share lost"))
+        figure = plots.heatmap(grid.to_numpy(), list(grid.index), _windows(sliding), ("", "layers", "share lost"))
         caption = f"Share lost by blocked edge and window of layers; means over {len(frames)} pictures"
         report.figure("edges", figure, caption)
     report.table("edges", table, "Loss by blocked edge and layers (first to stop - 1)", shown=30)
