@@ -1,5 +1,6 @@
 """Figure style and output: column widths of journals, one font size, one palette; the same bytes on every run."""
 
+import base64
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -10,6 +11,7 @@ from typing import Any, ParamSpec, TypeVar
 
 import matplotlib
 from matplotlib.figure import Figure
+from PIL import Image
 
 from hooked_vlm.runtime.files import atomic_write
 
@@ -25,7 +27,7 @@ ON_LIGHT, ON_DARK = "#111111", "#fefefe"
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#999999")
 """Colour-blind safe (Okabe and Ito 2008); grey comes last, for controls."""
 SEQUENTIAL, DIVERGING = "viridis", "RdBu_r"
-DARK = dict(
+DARK: dict[str, str] = dict(
     zip(
         (INK, "#000000", PAPER, *COLOURS),
         ("#e8e8ea", "#e8e8ea", "#17181a", "#4a9fe0", "#ff8a3d", "#2fc598", "#e39bc4", "#f2b632", "#8fd3ff", "#8b8f96"),
@@ -40,7 +42,7 @@ DASHES: tuple[Any, ...] = (
 CONTROL = "random"
 """Lines whose name begins with this are controls: grey, and dotted widely."""
 
-STYLE: dict[str, Any] = {
+STYLE: dict[Any, Any] = {
     "font.size": FONT_SIZE,
     **dict.fromkeys(("axes.titlesize", "axes.labelsize", "figure.titlesize", "figure.labelsize"), FONT_SIZE),
     **dict.fromkeys(("xtick.labelsize", "ytick.labelsize", "legend.fontsize"), FONT_SIZE),
@@ -54,7 +56,8 @@ STYLE: dict[str, Any] = {
     "axes.titlelocation": "left",
 }
 
-P, R = ParamSpec("P"), TypeVar("R")
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
 def styled(draw: Callable[P, R]) -> Callable[P, R]:
@@ -115,14 +118,13 @@ _FORMATS: dict[str, dict[str, Any]] = {
 
 def render(figure: Figure) -> Rendered:
     """Render a figure as PNG (300 dpi, white), SVG, PDF, and SVG in the colours of dark pages."""
-    engine, files = figure.get_layout_engine(), {}
+    files = {}
     with matplotlib.rc_context({**STYLE, "svg.hashsalt": "hooked_vlm", "svg.fonttype": "none", "pdf.fonttype": 42}):
         for suffix, options in _FORMATS.items():
             buffer = BytesIO()
             figure.savefig(buffer, dpi=DPI, format=suffix, **options)
-            files[f".{suffix}"] = buffer.getvalue()
-            figure.set_layout_engine("none")  # arranged once, alike in every format
-    figure.set_layout_engine(engine)
+            files[f".{suffix}"] = buffer.getvalue() if suffix != "svg" else _compact(buffer.getvalue())
+            figure.set_layout_engine("none")  # arranged once, alike in every format and when rendered again
     files["-dark.svg"] = darkened(files[".svg"])
     return Rendered(files, float(figure.get_size_inches()[0]))
 
@@ -130,6 +132,20 @@ def render(figure: Figure) -> Rendered:
 def darkened(svg: bytes) -> bytes:
     """An SVG of this style in the colours of dark pages."""
     return re.sub(rb"#[0-9a-f]{6}\b", lambda found: DARK.get(found[0].decode(), found[0].decode()).encode(), svg)
+
+
+def _compact(svg: bytes) -> bytes:
+    """The SVG with opaque pictures as JPEG where that is smaller: photographs take a fifth of the space."""
+
+    def smaller(found: re.Match[bytes]) -> bytes:
+        picture, buffer = Image.open(BytesIO(base64.b64decode(found[1]))), BytesIO()
+        if picture.mode == "RGBA" and picture.getchannel("A").getextrema() != (255, 255):
+            return found[0]
+        picture.convert("RGB").save(buffer, "JPEG", quality=90)
+        content = base64.b64encode(buffer.getvalue())
+        return b"data:image/jpeg;base64," + content if len(content) < 0.8 * len(found[1]) else found[0]
+
+    return re.sub(rb"data:image/png;base64,([A-Za-z0-9+/=\s]*)", smaller, svg)
 
 
 def save_figure(figure: Figure, path: Path) -> Rendered:

@@ -9,6 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
+from PIL import Image
 
 from hooked_vlm.experiments.common.figures import (
     COLOURS,
@@ -24,8 +25,10 @@ from hooked_vlm.experiments.common.figures import (
 
 WRITTEN = 64
 """Heatmaps of at most this number of cells show their values as text."""
-ROW = 0.24
-"""Height of a row of a heatmap or of a bar, in inches."""
+ROW, FLAT = 0.24, 0.165
+"""Height of a row of a heatmap or of a bar, in inches; of a row without numbers in it."""
+FINEST = 560
+"""Largest side of a picture in a figure, in pixels."""
 LINE = 0.15
 """Least distance of two tick labels, in inches."""
 
@@ -36,7 +39,7 @@ def heatmap(
     rows: Sequence[Any],
     columns: Sequence[Any],
     labels: tuple[str, str, str],
-    limits: tuple[float, float] | None = None,
+    limits: tuple[int | float, int | float] | None = None,
     framed: Bool[np.ndarray, "row column"] | None = None,
 ) -> Figure:
     """Draw a matrix as colours, with the numbers in the cells where they are few.
@@ -50,7 +53,7 @@ def heatmap(
     """
     height, width = values.shape
     wide = width > 6 or max((len(str(name)) for name in rows), default=0) > 6
-    figure = new_figure(DOUBLE if wide else SINGLE, 0.9 + ROW * height)
+    figure = new_figure(DOUBLE if wide else SINGLE, 0.9 + (ROW if values.size <= WRITTEN else FLAT) * height)
     axes = figure.subplots()
     largest = max(1e-9, float(np.nanmax(np.abs(values), initial=0)))
     low, high = limits or (-largest, largest)
@@ -70,7 +73,7 @@ def heatmap(
     axes.spines[:].set_visible(False)
     below, above = (values < low - 1e-9).any(), (values > high + 1e-9).any()
     ends = "both" if below and above else "min" if below else "max" if above else "neither"
-    bar = figure.colorbar(image, ax=axes, label=labels[2], extend=ends, pad=0.02)
+    bar = figure.colorbar(image, ax=axes, label=labels[2], extend=ends, pad=0.02, fraction=0.06, aspect=22)
     bar.outline.set_visible(False)  # pyright: ignore
     return figure
 
@@ -80,8 +83,21 @@ def _numbers(axes: Axes, image: ScalarMappable, values: Float[np.ndarray, "row c
         if not np.isnan(value):
             red, green, blue, _ = image.to_rgba(value)
             ink = ON_DARK if 0.3 * red + 0.6 * green + 0.1 * blue < 0.5 else ON_LIGHT
-            shown = f"{round(float(value), 2) + 0.0:.2f}"  # no negative zero
-            axes.text(column, row, shown, ha="center", va="center", color=ink)
+            axes.text(column, row, number(value), ha="center", va="center", color=ink)
+
+
+def number(value: float) -> str:
+    """A number with two decimals, no negative zero, and a dash for NaN."""
+    return "–" if np.isnan(value) else f"{round(float(value), 2) + 0.0:.2f}".replace("-", "\N{MINUS SIGN}")
+
+
+def draw_picture(axes: Axes, picture: Image.Image, **options: Any) -> None:
+    """Draw a picture without axes, in coordinates of its own pixels, no finer than print needs."""
+    width, height = picture.size
+    fine = picture.copy()
+    fine.thumbnail((FINEST, FINEST))
+    axes.imshow(fine, extent=(-0.5, width - 0.5, height - 0.5, -0.5), interpolation="none", **options)
+    axes.set_axis_off()
 
 
 def _ticks(axis: Any, names: Sequence[Any], inches: int | float, least: float = LINE) -> None:
@@ -92,12 +108,13 @@ def _ticks(axis: Any, names: Sequence[Any], inches: int | float, least: float = 
     axis.set_ticks(shown, [str(names[i]) for i in shown])
 
 
-def legend_below(figure: Figure, axes: Axes) -> None:
-    """Put the legend of `axes` under the figure, outside its panels."""
+def legend_below(figure: Figure, axes: Axes, title: str = "") -> None:
+    """Put the legend of `axes` under the figure, outside its panels, in rows of equal length."""
     handles, names = axes.get_legend_handles_labels()
     longest = max(map(len, names), default=0)
-    columns = max(1, min(len(names), int(figure.get_figwidth() / (0.55 + 0.062 * longest))))
-    figure.legend(handles, names, loc="outside lower center", ncols=columns)
+    fitting = max(1, int(figure.get_figwidth() / (0.55 + 0.062 * longest)))
+    columns = -(-len(names) // -(-max(1, len(names)) // fitting))
+    figure.legend(handles, names, loc="outside lower center", ncols=max(1, columns), title=title or None)
 
 
 def label_ends(axes: Axes, ends: Sequence[tuple[float, str, str]]) -> None:
@@ -117,7 +134,7 @@ def label_ends(axes: Axes, ends: Sequence[tuple[float, str, str]]) -> None:
         )  # fmt: skip
 
 
-def values_beside(axes: Axes, heights: Sequence[float], texts: Sequence[str]) -> None:
+def values_beside(axes: Axes, heights: Sequence[int | float], texts: Sequence[str]) -> None:
     """Write numbers right of the panel, at the height of their bars."""
     for height, text in zip(heights, texts, strict=True):
         axes.annotate(

@@ -22,7 +22,15 @@ from hooked_vlm.experiments.common.figures import (
     new_figure,
     styled,
 )
-from hooked_vlm.experiments.common.plots import ROW, heatmap, label_ends, legend_below, values_beside
+from hooked_vlm.experiments.common.plots import (
+    ROW,
+    draw_picture,
+    heatmap,
+    label_ends,
+    legend_below,
+    number,
+    values_beside,
+)
 
 __all__ = ["Band", "bands", "bars", "heatmap", "over_depth", "pictures", "predicted", "scatter"]
 
@@ -100,7 +108,7 @@ def bars(groups: Mapping[str, Mapping[str, Estimate]], label: str) -> Figure:
         spread = np.array([[e.value - e.low for _, e in own], [e.high - e.value for _, e in own]]).clip(0)
         bar = {"height": 0.92 * width, "capsize": 1.5, "error_kw": {"linewidth": 0.8}}
         axes.barh(y, values, color=COLOURS[c % len(COLOURS)], label=kind, xerr=spread, **bar)
-        values_beside(axes, y.tolist(), ["–" if np.isnan(value) else f"{value:.2f}" for value in values])
+        values_beside(axes, y.tolist(), [number(value) for value in values])
     axes.set_yticks(range(len(groups)), list(groups))
     axes.set_ylim(len(groups) - 0.5, -0.5)
     axes.axvline(0, color=INK, linewidth=0.6)
@@ -136,12 +144,11 @@ def pictures(shown: Sequence[tuple[str, Image.Image, Sequence[tuple[tuple[float,
     colours = ScalarMappable(Normalize(-top, top), DIVERGING)
     for i, (title, image, boxes) in enumerate(shown):
         axes = figure.add_subplot(rows, columns, i + 1)
-        axes.imshow(image.convert("L"), cmap="gray", interpolation="none")
+        draw_picture(axes, image.convert("L"), cmap="gray")
         painted = np.full((image.height, image.width), np.nan)
         for (x0, y0, x1, y1), value in boxes:
             painted[round(y0) : round(y1), round(x0) : round(x1)] = value
         axes.imshow(painted, cmap=DIVERGING, vmin=-top, vmax=top, alpha=0.6, interpolation="none")
         axes.set_title(title)
-        axes.set_axis_off()
     figure.colorbar(colours, ax=figure.axes, label=label, shrink=0.8, alpha=0.6)
     return figure

@@ -23,13 +23,15 @@ from hooked_vlm.experiments.common.figures import (
     new_figure,
     styled,
 )
-from hooked_vlm.experiments.common.plots import ROW, legend_below, values_beside
+from hooked_vlm.experiments.common.plots import ROW, draw_picture, legend_below, number, values_beside
 from hooked_vlm.experiments.ocr_heads.examples import Box, Example
 from hooked_vlm.experiments.ocr_heads.scoring import Scores
 
 EVIDENCE, LOOKS = COLOURS[0], COLOURS[1]
 SCORE = (0.0, 1.0)
 """Ends of the colour scale of scores, the same in every figure."""
+SMALLEST = 0.05
+"""Changes smaller than this look like none: the axis reaches at least so far."""
 
 
 def heatmap(scores: Float[np.ndarray, "layer head"], selected: Bool[np.ndarray, "layer head"], label: str) -> Figure:
@@ -52,10 +54,10 @@ def sample_pages(examples: Sequence[Example], looks: Sequence[Sequence[Box]], ti
     pictures = [page if isinstance(page, Image.Image) else Image.open(page) for page in pages]
     tallest = max(picture.height / picture.width for picture in pictures)
     width = DOUBLE / 3
-    figure = new_figure(DOUBLE if columns == 3 else width * columns, rows * (0.5 + width * min(tallest, 1.4)) + 0.3)
+    figure = new_figure(max(SINGLE, width * columns), rows * (0.5 + width * min(tallest, 1.4)) + 0.3)
     for i, (example, picture, boxes, title) in enumerate(zip(examples, pictures, looks, titles, strict=True)):
         axes = figure.add_subplot(rows, columns, i + 1)
-        axes.imshow(picture, interpolation="none")
+        draw_picture(axes, picture)
         for evidence in example.evidence:
             if evidence.image == example.evidence[0].image:
                 _frame(axes, evidence.box, EVIDENCE, "-")
@@ -63,12 +65,11 @@ def sample_pages(examples: Sequence[Example], looks: Sequence[Sequence[Box]], ti
             _frame(axes, box, LOOKS, "--")
         lines = [line for text in title.splitlines() for line in textwrap.wrap(text, 38)]
         axes.set_title("\n".join(lines[:3]))
-        axes.set_axis_off()
     keys = [
         Patch(fill=False, edgecolor=EVIDENCE, label="characters of the answer"),
         Patch(fill=False, edgecolor=LOOKS, linestyle="--", label="most attended tokens of the top head"),
     ]
-    figure.legend(handles=keys, loc="outside lower center", ncols=2)
+    figure.legend(handles=keys, loc="outside lower center", ncols=min(2, columns))
     return figure
 
 
@@ -82,12 +83,12 @@ def shares(table: pd.DataFrame) -> Figure:
     for i, interval in enumerate(ranges):
         part = table[table["score range"] == interval].set_index("heads").loc[sets, "share"].to_numpy()
         colour = matplotlib.colormaps[SEQUENTIAL](i / (len(ranges) - 1))
-        axes.barh(sets, part, left=left, color=colour, edgecolor=INK, linewidth=0.3, label=f"score in {interval}")
+        axes.barh(sets, part, left=left, color=colour, edgecolor=INK, linewidth=0.3, label=interval)
         left = left + part
     axes.invert_yaxis()
     axes.set(xlabel="share of heads", xlim=(0, 1))
     axes.margins(y=0.02)
-    legend_below(figure, axes)
+    legend_below(figure, axes, "score")
     return figure
 
 
@@ -104,10 +105,13 @@ def scatter(
     above = [at for at in np.ndindex(ocr.shape) if max(ocr[at], retrieval[at]) > threshold]
     named: list[tuple[float, float]] = []
     for at in sorted(above, key=lambda at: -max(ocr[at], retrieval[at])):
-        x, y = float(ocr[at]), float(retrieval[at])
-        if all(abs(x - other) > 0.12 or abs(y - height) > 0.045 for other, height in named):
-            axes.annotate(f"{at[0]}.{at[1]}", (x, y), xytext=(3, 3), textcoords="offset points")
-            named.append((x, y))
+        for below in (False, True):
+            x, y = float(ocr[at]), float(retrieval[at]) - 0.07 * below
+            if all(abs(x - other) > 0.13 or abs(y - height) > 0.05 for other, height in named):
+                offset = (3, -9 if below else 3)
+                axes.annotate(f"{at[0]}.{at[1]}", (ocr[at], retrieval[at]), xytext=offset, textcoords="offset points")
+                named.append((x, y))
+                break
     axes.set(xlabel="OCR score", ylabel="retrieval score", xlim=(-0.03, 1.1), ylim=(-0.03, 1.1), aspect="equal")
     axes.annotate(f"{threshold:g}", (threshold, 1.1), ha="center", va="bottom", annotation_clip=False)
     return figure
@@ -142,9 +146,11 @@ def bars(summary: pd.DataFrame) -> Figure:
         own = summary[summary["task"] == task].set_index("condition").loc[conditions]
         spread = np.stack([own["value"] - own["low"], own["high"] - own["value"]]).clip(0)
         colours = [_colour(condition) for condition in conditions]
-        axes.barh(conditions, own["value"], xerr=spread, color=colours, capsize=2, error_kw={"linewidth": 0.8})
-        values_beside(axes, range(len(conditions)), [f"{value:.2f}" for value in own["value"]])
-        axes.set(title=f"{task}, n = {own['n'].iloc[0]}", xlabel=own["metric"].iloc[0], xlim=(0, 1))
+        fills = ["none" if colour == INK else colour for colour in colours]
+        error = {"capsize": 2, "error_kw": {"linewidth": 0.8}}
+        axes.barh(conditions, own["value"], xerr=spread, color=fills, edgecolor=colours, linewidth=0.8, **error)
+        values_beside(axes, range(len(conditions)), [number(value) for value in own["value"]])
+        axes.set(title=f"{task}, n = {own['n'].iloc[0]}", xlabel=f"mean {own['metric'].iloc[0]}", xlim=(0, 1))
         axes.set_xticks((0, 0.5, 1), ("0", "0.5", "1"))
     panels[0].invert_yaxis()
     return figure
@@ -168,7 +174,9 @@ def over_beta(summary: pd.DataFrame) -> Figure:
         axes.axhline(0, color=INK, linewidth=0.6)
         metric, n = own["metric"].iloc[0], own["n"].iloc[0]
         axes.set(title=f"{task} ({metric}), n = {n}", xlabel="beta: share the sink keeps")
-    panels[0].set_ylabel("change against the unchanged model")
+    panels[0].set_ylabel("change of the metric")
+    if max(map(abs, panels[0].get_ylim())) < SMALLEST:
+        panels[0].set_ylim(-SMALLEST, SMALLEST)
     legend_below(figure, panels[0])
     return figure
 
