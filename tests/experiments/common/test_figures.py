@@ -69,7 +69,7 @@ def sparsity() -> pd.DataFrame:
 
 LINE = (np.linspace(0, 1, 5), np.linspace(-0.1, 0.9, 5), np.linspace(0.1, 1.1, 5))
 TWO_PANELS = {kind: dict.fromkeys(RANKINGS.values(), LINE) for kind in ("faithfulness", "completeness")}
-DEPTH = dict.fromkeys(("model a", "model b"), (np.linspace(0, 1, 5), *LINE))
+DEPTH: dict[str, tuple[np.ndarray, ...]] = dict.fromkeys(("model a", "model b"), (np.linspace(0, 1, 5), *LINE))
 HEADS = [f"{i}.3" for i in range(20)]
 CHARACTERS = list("0123456789abcdefghijklmnopqrstuvwxyz")
 EDGES = ["question → assistant header", "image → final"]
