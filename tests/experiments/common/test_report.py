@@ -154,7 +154,7 @@ def test_numbers_in_a_report_are_aligned_to_the_right_and_every_head_has_a_sign(
 
 
 def test_figures_of_a_report_have_a_dark_version_and_stay_readable_on_a_phone(page: Page) -> None:
-    sources = page.all("source", media="(prefers-color-scheme: dark)")
+    sources = page.all("source", media="screen and (prefers-color-scheme: dark)")
     images = [a for a, _ in page.all("img") if "width" in a]
     assert len(sources) == len(images) == 2
     for (source, _), image in zip(sources, images, strict=True):
