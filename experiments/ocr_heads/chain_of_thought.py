@@ -12,7 +12,7 @@ from functools import partial
 import pandas as pd
 
 from hooked_vlm.analysis.statistics import bootstrap
-from hooked_vlm.experiments.ocr_heads import changed, plots
+from hooked_vlm.experiments.ocr_heads import changed, effects, plots
 from hooked_vlm.experiments.ocr_heads.config import ThoughtConfig
 from hooked_vlm.experiments.ocr_heads.data.store import DataSet, load_or_build
 from hooked_vlm.experiments.ocr_heads.data.tasks import QATask
@@ -36,7 +36,7 @@ def thought(study: Study, config: ThoughtConfig) -> Finding:
     }
     k = study.default_counts()[0]
     zero = partial(masked, mode="zero")
-    conditions = [changed.UNCHANGED, *changed.against_random(study, k, {f"random {k}": "live"}, config.draws, zero)]
+    conditions = [changed.UNCHANGED, *changed.against_random(study, config, k, zero)]
     sets = study.sets(False, config.seed + 1, config.task_samples * len(direct))  # heads were not scored on these
     tasks = [QATask(data, "contains") for data in sets]
     tasks_with_steps = [QATask(_with_steps(study, data), "contains") for data in sets]
@@ -47,15 +47,14 @@ def thought(study: Study, config: ThoughtConfig) -> Finding:
         ],
         ignore_index=True,
     )
-    summary = changed.summarize(answers, conditions, config.seed)
+    summary = effects.summarize(answers, conditions, config.seed)
+    tests = effects.against_controls(answers, conditions, "worse", config.seed)
     chosen = summary.loc[summary["chosen"]]
     heads = head_table({name: s.mean for name, s in scores.items()})
     heads = heads.sort_values("direct", ascending=False, ignore_index=True)
     a, b = (s.mean.ravel() for s in scores.values())
     lines = [
-        changed.headline(summary),
-        "",
-        *changed.summary_lines(summary),
+        *effects.effect_lines(summary, tests),
         "",
         "  OCR scores of all heads, direct against with steps",
     ]

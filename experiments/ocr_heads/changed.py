@@ -1,15 +1,13 @@
 """Tasks answered with some heads changed: shared by masking, sink redistribution and chain of thought."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
-import numpy as np
 import pandas as pd
 
-from hooked_vlm.analysis.statistics import bootstrap_mean, paired_p
-from hooked_vlm.experiments.common.frames import each_row
 from hooked_vlm.experiments.ocr_heads.answers import METRICS, judge
 from hooked_vlm.experiments.ocr_heads.config import TaskConfig
+from hooked_vlm.experiments.ocr_heads.controls import controls
 from hooked_vlm.experiments.ocr_heads.data.tasks import QATask, load_tasks
 from hooked_vlm.experiments.ocr_heads.examples import Example, to_inputs
 from hooked_vlm.experiments.ocr_heads.study import Study, head_names
@@ -28,13 +26,11 @@ class Condition:
     change: Intervention | None = None
     draw: int = 0
     """Number of the random set."""
-    control: str = ""
-    """Name of the random condition that it is compared with."""
+    controls: tuple[str, ...] = ()
+    """Names of the random conditions that it is compared with."""
 
 
 UNCHANGED = Condition("unchanged")
-RANK = "rank among random draws"
-"""Column: share of the control's draws with a metric at most as high."""
 
 
 def top_heads(study: Study, k: int) -> dict[str, tuple[Head, ...]]:
@@ -43,26 +39,36 @@ def top_heads(study: Study, k: int) -> dict[str, tuple[Head, ...]]:
 
 
 def against_random(
-    study: Study, k: int, sources: Mapping[str, str], draws: int, change: Callable[[tuple[Head, ...]], Intervention],
-    label: str = "",
-) -> list[Condition]:  # fmt: skip
-    """Change the top `k` heads of either kind, and as many random heads.
+    study: Study, config: TaskConfig, k: int, change: Callable[[tuple[Head, ...]], Intervention], label: str = ""
+) -> list[Condition]:
+    """Change the top `k` heads of either kind, and as many random heads from every configured source.
 
     Args:
-        sources: name of each random condition -> source of its heads (`Study.candidates`); the first with enough heads
-            is the control.
         label: suffix of the conditions' names.
     """
     tops = top_heads(study, k)
-    excluded = [*tops["OCR"], *tops["retrieval"]]
-    randoms = {name + label: study.random_sets(source, excluded, k, draws) for name, source in sources.items()}
-    control = next((name for name, sets in randoms.items() if sets), "")
+    randoms = [controls(study, source, tops, k, config.random_draws) for source in config.random_from]
     conditions = [
-        Condition(f"top {k} {kind}{label}", heads, change(heads), control=control) for kind, heads in tops.items()
-    ]
-    for name, sets in randoms.items():
-        conditions += [Condition(name, heads, change(heads), draw) for draw, heads in enumerate(sets)]
+        Condition(f"top {k} {kind}{label}", heads, change(heads),
+                  controls=tuple(own[kind].name + label for own in randoms if own[kind].sets))
+        for kind, heads in tops.items()
+    ]  # fmt: skip
+    shared = {control.name: control for own in randoms for control in own.values()}
+    for control in shared.values():
+        conditions += [
+            Condition(control.name + label, heads, change(heads), draw) for draw, heads in enumerate(control.sets)
+        ]
     return conditions
+
+
+def describe_heads(study: Study, config: TaskConfig, k: int) -> list[str]:
+    """Lines that name the top heads, and say where each random control comes from."""
+    tops = top_heads(study, k)
+    lines = [f"top {k} {kind} heads: {head_names(heads)}" for kind, heads in tops.items()]
+    for source in config.random_from:
+        shared = {control.name: control for control in controls(study, source, tops, k, config.random_draws).values()}
+        lines += [f"{control.name}: {control.origin}" for control in shared.values()]
+    return lines
 
 
 def tasks_of(study: Study, config: TaskConfig) -> list[QATask]:
@@ -127,87 +133,3 @@ def answers_of(model: HookedVLM, inputs: VLMInputs, change: Intervention | None,
     hooks = [] if change is None else change.hooks(model, inputs)
     replies = model.generate(inputs, new_tokens, fwd_hooks=hooks, return_type="str")
     return pd.DataFrame({"reply": [replies] if isinstance(replies, str) else replies})
-
-
-def summarize(answers: pd.DataFrame, conditions: Sequence[Condition], seed: int) -> pd.DataFrame:
-    """Mean and 95% bootstrap interval over samples, one row per task, condition and metric.
-
-    `change` is the difference from the unchanged model, sample by sample. `p` is a paired test of the samples against
-    the random control's mean over its draws; it treats these draws as fixed, so `rank among random draws` gives the
-    share of draws with a metric at most as high. Random conditions are averaged over draws sample by sample; `lowest`
-    and `highest` are their extreme draws.
-    """
-    controls = {condition.name: condition.control for condition in conditions}
-    rows = []
-    for task in dict.fromkeys(answers["task"]):
-        own = answers[answers["task"] == task]
-        for metric in METRICS:
-            samples = {
-                name: part.pivot(index="sample", columns="draw", values=metric)
-                for name, part in own.groupby("condition", sort=False)
-            }
-            for name in dict.fromkeys(controls):
-                values = samples[name]
-                mean = values.mean(axis=1).to_numpy()
-                estimate, draws = bootstrap_mean(mean, seed), values.mean(axis=0)
-                change = bootstrap_mean(mean - samples[UNCHANGED.name].mean(axis=1).to_numpy(), seed)
-                control = samples.get(controls[name])
-                p = np.nan if control is None else paired_p(mean, control.mean(axis=1).to_numpy(), seed)
-                rank = np.nan if control is None else (control.mean(axis=0) <= estimate.value + 1e-12).mean()
-                rows.append(
-                    {
-                        "task": task,
-                        "condition": name,
-                        "metric": metric,
-                        "chosen": metric == own["metric"].iloc[0],
-                        "value": estimate.value,
-                        "low": estimate.low,
-                        "high": estimate.high,
-                        "change": change.value,
-                        "change_low": change.low,
-                        "change_high": change.high,
-                        "p": p,
-                        "control": controls[name],
-                        RANK: rank,
-                        "lowest": draws.min(),
-                        "highest": draws.max(),
-                        "draws": len(draws),
-                        "n": estimate.n,
-                    }
-                )
-    return pd.DataFrame(rows)
-
-
-def metric_tables(name: str, summary: pd.DataFrame) -> dict[str, tuple[pd.DataFrame, str, int | None]]:
-    """Report tables of a summary: each task's own metric, and all metrics."""
-    chosen = summary.loc[summary["chosen"]].drop(columns="chosen")
-    caption = (
-        "Each task's own metric. p: paired, against the mean of the control's draws; rank among random draws: share of "
-        "them with a metric at most as high"
-    )
-    return {name: (chosen, caption, None), f"{name}-all-metrics": (summary.drop(columns="chosen"), "All metrics", 0)}
-
-
-def headline(summary: pd.DataFrame) -> str:
-    """One line: each task's own metric, unchanged and under the first change."""
-    shown = summary[summary["chosen"]]
-    first = next(name for name in shown["condition"] if name != UNCHANGED.name)
-    values = shown.set_index(["condition", "task"])["value"]
-    tasks = [f"{task} {values[UNCHANGED.name, task]:.1%} -> {values[first, task]:.1%}" for task in values[first].index]
-    return f"unchanged -> {first}: {', '.join(tasks)}"
-
-
-def summary_lines(summary: pd.DataFrame) -> list[str]:
-    """Each task's own metric under every condition, for the terminal."""
-    shown = summary[summary["chosen"]]
-    width = max(len(name) for name in shown["condition"])
-    lines = []
-    for task in dict.fromkeys(shown["task"]):
-        own = shown.loc[shown["task"] == task].rename(columns={RANK: "rank"})
-        lines.append(f"  {task} ({own['metric'].iloc[0]}, {own['n'].iloc[0]} samples)")
-        for row in each_row(own):
-            spread = f"{row.draws} draws, {row.lowest:.1%} to {row.highest:.1%}" if row.draws > 1 else ""
-            p = "" if np.isnan(row.p) else f"p against random {row.p:.4f}, rank among random draws {row.rank:.0%}"
-            text = f"    {row.condition:{width}s}  {row.value:6.1%} ({row.low:.1%} to {row.high:.1%})"
-            lines.append("  ".join(part for part in (text, spread, p) if part))
-    return lines

@@ -10,6 +10,8 @@ from hooked_vlm.errors import StudyError
 from hooked_vlm.experiments.common.workers import NOT_RECORDED, WorkersConfig
 
 Granularity = Literal["sample", "token"]
+Source = Literal["live", "others", "any", "layer", "norm", "attention"]
+"""Where a random control comes from (`controls`)."""
 
 
 @dataclass(frozen=True)
@@ -154,12 +156,12 @@ class TaskConfig(ScoreConfig):
     """Samples of each task."""
     task_files: Path | None = None
     """Folder with biencoder-nq-dev.json and hotpot_dev_distractor_v1.json, where they were downloaded."""
-    random_draws: int | None = None
-    """Random sets of heads for comparison; 20 on toy data, 5 (as the paper) otherwise, by default."""
-
-    @property
-    def draws(self) -> int:
-        return self.random_draws or (20 if self.data == "toy" else 5)
+    random_draws: int = 20
+    """Distinct random sets of heads for comparison; the smallest p of n draws is 1 / (n + 1), so fewer than 20 cannot
+    reach 0.05 (the paper: 5)."""
+    random_from: tuple[Source, ...] = ("live",)
+    """Where random heads come from: live ones that score below the threshold; all but the changed; all (the paper's
+    code); or those below the threshold most like each changed head in layer, output norm or attention on the image."""
 
 
 @dataclass(frozen=True)
@@ -170,8 +172,6 @@ class MaskConfig(TaskConfig):
     """How many top heads to mask; 10 and 20 (as the paper), and for small models an eighth of all, by default."""
     modes: tuple[Literal["zero", "uniform"], ...] = ("zero",)
     """Heads write nothing (the paper), or look everywhere alike (Wu et al.'s retrieval heads)."""
-    random_from: tuple[Literal["live", "others", "any"], ...] = ("live",)
-    """Where random heads come from: live ones that score below 0.1, all but the masked, or all (the paper's code)."""
 
 
 @dataclass(frozen=True)

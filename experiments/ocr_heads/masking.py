@@ -3,8 +3,9 @@
 from functools import partial
 
 from hooked_vlm.errors import StudyError
-from hooked_vlm.experiments.ocr_heads import changed, plots
+from hooked_vlm.experiments.ocr_heads import changed, effects, plots
 from hooked_vlm.experiments.ocr_heads.config import MaskConfig
+from hooked_vlm.experiments.ocr_heads.controls import different
 from hooked_vlm.experiments.ocr_heads.study import Finding, Study, head_names
 from hooked_vlm.interventions import Head, Intervention, UniformAttention, ZeroHeads
 
@@ -15,38 +16,26 @@ def mask(study: Study, config: MaskConfig) -> Finding:
     check_counts(study, counts, "mask-heads")
     conditions = masking_conditions(study, config, counts)
     answers = changed.answer_all(study, changed.tasks_of(study, config), conditions, "masking")
-    summary = changed.summarize(answers, conditions, config.seed)
-    notes = [note for k in counts for note in _masked_heads(study, config, k, conditions)]
-    figures = {
-        "masking": (plots.bars(summary.loc[summary["chosen"]]), "Tasks with heads masked; 95% intervals over samples")
-    }
-    tables = {**changed.metric_tables("masking", summary), "masking-answers": (answers, "All replies", 0)}
-    return Finding(
-        "Masking", [changed.headline(summary), *notes, "", *changed.summary_lines(summary)], notes, figures, tables
-    )
-
-
-def _masked_heads(study: Study, config: MaskConfig, k: int, conditions: list[changed.Condition]) -> list[str]:
-    """Lines that name the top heads and the random control."""
-    tops = changed.top_heads(study, k)
-    lines = [f"top {k} {kind} heads: {head_names(heads)}" for kind, heads in tops.items()]
-    for source in config.random_from:
-        n = len(study.candidates(source, [*tops["OCR"], *tops["retrieval"]]))
-        if any(c.name.startswith(f"random {k} {source}") for c in conditions):
-            lines.append(f"random {k} {source}: {config.draws} draws from {n} heads")
-        else:
-            lines.append(f"no random control: only {n} {source} heads, {k} are needed")
-    return lines
+    summary = effects.summarize(answers, conditions, config.seed)
+    tests = effects.against_controls(answers, conditions, "worse", config.seed)
+    notes = [line for k in counts for line in changed.describe_heads(study, config, k)]
+    figures = {"masking": (plots.bars(summary.loc[summary["chosen"]]), "Tasks with heads masked; 95% intervals")}
+    tables = {**effects.effect_tables("masking", summary, tests), "masking-answers": (answers, "All replies", 0)}
+    answer = []
+    for kind, heads in different(changed.top_heads(study, counts[0])).items():
+        what = f"Masking the top {counts[0]} {kind} heads ({head_names(heads)})"
+        first = next(c.name for c in conditions if set(c.heads) == set(heads))
+        answer += effects.effect_answer(what, first, summary, tests)
+    return Finding("Masking", [*notes, "", *effects.effect_lines(summary, tests)], notes, figures, tables, answer)
 
 
 def masking_conditions(study: Study, config: MaskConfig, counts: tuple[int, ...]) -> list[changed.Condition]:
     """Unchanged first; then, for every number of heads and mode, the top heads of both kinds, and random sets."""
     conditions = [changed.UNCHANGED]
     for k in counts:
-        sources = {f"random {k} {source}": source for source in config.random_from}
         for mode in config.modes:
             label = "" if mode == "zero" else f", {mode}"
-            conditions += changed.against_random(study, k, sources, config.draws, partial(masked, mode=mode), label)
+            conditions += changed.against_random(study, config, k, partial(masked, mode=mode), label)
     return conditions
 
 

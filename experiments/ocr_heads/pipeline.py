@@ -46,6 +46,9 @@ EXPERIMENTS: tuple[tuple[type[ScoreConfig], Callable[[Study, Any], Finding]], ..
 )
 """(configuration, experiment): a run includes every experiment whose configuration it inherits from."""
 
+MOST_SENTENCES = 5
+"""Of all findings together, shown first."""
+
 
 @dataclass(frozen=True, eq=False)
 class OcrHeadsResult:
@@ -59,6 +62,14 @@ class OcrHeadsResult:
     tokens_per_second: float | None
     """Tokens of prompts and answers, all workers together; None if every result was already stored."""
 
+    @property
+    def answer(self) -> list[str]:
+        """Sentences to quote: the heads, then what every experiment found; its first alone where there are many."""
+        own = [finding.answer for finding in self.findings]
+        if sum(map(len, own)) > MOST_SENTENCES:
+            own = [sentences[:1] for sentences in own]
+        return [answer(self.config, self.scores["ocr"]) + ".", *(s for sentences in own for s in sentences)]
+
     def table(self, name: str) -> Any:
         """A table of the report, with all rows."""
         return next(f.tables[name][0] for f in self.findings if name in f.tables)
@@ -66,7 +77,7 @@ class OcrHeadsResult:
     @property
     def summary(self) -> str:
         """Text for the terminal: the answer, then every experiment's lines."""
-        lines = [answer(self.config, self.scores["ocr"])]
+        lines = list(self.answer)
         for finding in self.findings:
             lines += ["", finding.heading, *finding.lines]
         speed = "" if self.tokens_per_second is None else f" ({self.tokens_per_second:,.0f} tokens a second)"
@@ -95,19 +106,20 @@ def run(config: ScoreConfig, model: HookedVLM | None = None) -> OcrHeadsResult:
         findings = [experiment(study, config) for kind, experiment in EXPERIMENTS if isinstance(config, kind)]
         scores = {"ocr": study.ocr, "retrieval": study.retrieval}
         device = workers.device
+    speed = workers.size / workers.seconds if workers.seconds else None
     page = Report(
         f"OCR heads of {config.model}",
         "Which attention heads read text in images (arXiv 2505.15865)?",
         command_line("ocr-heads", config, Command),
         PAPER,
     )
-    page.answer = [answer(config, scores["ocr"]) + ".", *(s for finding in findings for s in finding.answer)]
+    result = OcrHeadsResult(config, scores, findings, config.out / "report.html", speed)
+    page.answer = result.answer
     for finding in findings:
         page.finding(finding)
     record = {"config": config.as_dict(), **provenance(study.model), "device": device, "data": _data_record(study)}
-    written = page.write(config.out, record, config.zip)
-    speed = workers.size / workers.seconds if workers.seconds else None
-    return OcrHeadsResult(config, scores, findings, written, speed)
+    page.write(config.out, record, config.zip)
+    return result
 
 
 def answer(config: ScoreConfig, ocr: Scores) -> str:

@@ -182,7 +182,7 @@ def over_beta(summary: pd.DataFrame) -> Figure:
 
 
 def _colour(condition: str) -> str:
-    for word, colour in (("OCR", COLOURS[1]), ("retrieval", COLOURS[0]), ("random", COLOURS[-1])):
+    for word, colour in (("random", COLOURS[-1]), ("OCR", COLOURS[1]), ("retrieval", COLOURS[0])):
         if word in condition:
             return colour
     return INK

@@ -4,14 +4,18 @@ from collections.abc import Sequence
 from functools import partial
 
 import numpy as np
+import pandas as pd
 from jaxtyping import Float
 
-from hooked_vlm.experiments.ocr_heads import changed, plots
+from hooked_vlm.experiments.common.frames import each_row
+from hooked_vlm.experiments.ocr_heads import changed, effects, plots
 from hooked_vlm.experiments.ocr_heads.config import SinkConfig
 from hooked_vlm.experiments.ocr_heads.masking import check_counts
 from hooked_vlm.experiments.ocr_heads.sink_shares import PLACES, QUERIES, share_of, sink_attention, sink_table
 from hooked_vlm.experiments.ocr_heads.study import Finding, Study, head_names
 from hooked_vlm.interventions import Head, RedistributeSink
+
+PAPER_BETA = 0.4
 
 
 def sink(study: Study, config: SinkConfig) -> Finding:
@@ -21,15 +25,17 @@ def sink(study: Study, config: SinkConfig) -> Finding:
     tasks = changed.tasks_of(study, config)
     shares = sink_attention(study, tasks)
     answers = changed.answer_all(study, tasks, conditions, "sink")
-    summary = changed.summarize(answers, conditions, config.seed)
-    notes = [
-        _sink_line(f"top {k} {kind} heads", heads, shares, config.seed)
+    summary = effects.summarize(answers, conditions, config.seed)
+    tests = effects.against_controls(answers, conditions, "better", config.seed)
+    held = [
+        _sink_line(f"top {k} {kind} heads", heads, shares)
         for k in config.sink_heads
         for kind, heads in changed.top_heads(study, k).items()
     ]
-    by_head = sink_table(shares, config.seed)
+    by_head = sink_table(shares)
     most = by_head.iloc[0]
-    notes.append(_sink_line("most of all heads", ((int(most["layer"]), int(most["head"])),), shares, config.seed))
+    held.append(_sink_line("most of all heads", ((int(most["layer"]), int(most["head"])),), shares))
+    notes = [*held, *(line for k in config.sink_heads for line in changed.describe_heads(study, config, k))]
     about = [
         *notes,
         "The sink is the first token. A query that sees no other token keeps its attention, so causality holds (the "
@@ -40,7 +46,7 @@ def sink(study: Study, config: SinkConfig) -> Finding:
     ]
     caption = "Change of each task's metric against the unchanged model, by beta"
     tables = {
-        **changed.metric_tables("sink", summary),
+        **effects.effect_tables("sink", summary, tests),
         "sink-attention": (
             by_head,
             f"Share of each head's attention on the first token, unchanged model; 95% intervals over {len(shares)} "
@@ -49,8 +55,8 @@ def sink(study: Study, config: SinkConfig) -> Finding:
         ),
     }
     figures = {"sink": (plots.over_beta(summary.loc[summary["chosen"]]), caption)}
-    lines = [changed.headline(summary), *notes, "", *changed.summary_lines(summary)]
-    return Finding("Sink redistribution", lines, about, figures, tables)
+    lines = [*notes, "", *_beta_lines(summary, tests)]
+    return Finding("Sink redistribution", lines, about, figures, tables, _answer(study, config, summary, tests))
 
 
 def sink_conditions(study: Study, config: SinkConfig) -> list[changed.Condition]:
@@ -59,15 +65,34 @@ def sink_conditions(study: Study, config: SinkConfig) -> list[changed.Condition]
     for k in config.sink_heads:
         for beta in config.betas:
             change = partial(RedistributeSink, beta=float(beta))
-            conditions += changed.against_random(
-                study, k, {f"random {k}": "others"}, config.draws, change, f", beta {beta:g}"
-            )
+            conditions += changed.against_random(study, config, k, change, f", beta {beta:g}")
     return conditions
 
 
-def _sink_line(
-    name: str, heads: Sequence[Head], shares: Float[np.ndarray, "sample place layer head"], seed: int
-) -> str:
-    found = [(place, share_of(heads, shares, place, seed)) for place in PLACES]
+def _answer(study: Study, config: SinkConfig, summary: pd.DataFrame, tests: pd.DataFrame) -> list[str]:
+    """Sentences to quote: the top OCR heads at the beta nearest to the paper's."""
+    k, beta = config.sink_heads[0], min(config.betas, key=lambda beta: abs(beta - PAPER_BETA))
+    heads = changed.top_heads(study, k)["OCR"]
+    what = f"Leaving the first token {beta:g} of its attention in the top {k} OCR heads ({head_names(heads)})"
+    return effects.effect_answer(what, f"top {k} OCR, beta {beta:g}", summary, tests)
+
+
+def _beta_lines(summary: pd.DataFrame, tests: pd.DataFrame) -> list[str]:
+    """One line for each task, kind and beta."""
+    own, lines = summary[summary["chosen"]], []
+    own_tests = tests.loc[tests["chosen"]].drop_duplicates(["task", "condition"]).set_index(["task", "condition"])
+    for task in dict.fromkeys(own["task"]):
+        here = own.loc[own["task"] == task]
+        unchanged = next(each_row(here))
+        lines.append(f"  {task} ({unchanged.metric}, {unchanged.n} samples): unchanged {effects.interval(unchanged)}")
+        for row in each_row(here.loc[here["condition"].str.startswith("top")]):
+            key = (task, row.condition)
+            words = f"  {effects.test_words(own_tests.loc[key])}" if key in own_tests.index else ""
+            lines.append(f"    {row.condition:26s}  {effects.interval(row)}{words}")
+    return lines
+
+
+def _sink_line(name: str, heads: Sequence[Head], shares: Float[np.ndarray, "sample place layer head"]) -> str:
+    found = [(place, share_of(heads, shares, place)) for place in PLACES]
     values = ", ".join(f"{e.value:.2%} ({e.low:.2%} to {e.high:.2%}) {place}" for place, e in found)
     return f"attention on the first token, {name} ({head_names(heads)}): {values} (n = {len(shares)})"

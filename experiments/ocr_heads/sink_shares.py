@@ -9,7 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from hooked_vlm.analysis.rows import attention_rows
-from hooked_vlm.analysis.statistics import Estimate, bootstrap_mean, bootstrap_means
+from hooked_vlm.analysis.statistics import Estimate, mean_score, score_interval
 from hooked_vlm.experiments.ocr_heads.data.tasks import QATask
 from hooked_vlm.experiments.ocr_heads.examples import Example, to_inputs
 from hooked_vlm.experiments.ocr_heads.study import Study, head_table
@@ -65,9 +65,9 @@ def first_token_shares(
     return shares.permute(1, 2, 0, 3).float().cpu().numpy()
 
 
-def sink_table(shares: Float[np.ndarray, "sample place layer head"], seed: int) -> pd.DataFrame:
+def sink_table(shares: Float[np.ndarray, "sample place layer head"]) -> pd.DataFrame:
     """One row per head, largest first: mean share of its attention on the first token, 95% interval over samples."""
-    low, high = bootstrap_means(shares, seed)
+    low, high = score_interval(shares)
     values = {}
     for i, place in enumerate(PLACES):
         values |= {place: shares.mean(0)[i], f"low, {place}": low[i], f"high, {place}": high[i]}
@@ -75,9 +75,7 @@ def sink_table(shares: Float[np.ndarray, "sample place layer head"], seed: int) 
     return table.sort_values(PLACES[0], ascending=False, ignore_index=True)
 
 
-def share_of(
-    heads: Sequence[Head], shares: Float[np.ndarray, "sample place layer head"], place: str, seed: int
-) -> Estimate:
+def share_of(heads: Sequence[Head], shares: Float[np.ndarray, "sample place layer head"], place: str) -> Estimate:
     """Mean over some heads, with its interval over samples."""
     here = shares[:, PLACES.index(place)]
-    return bootstrap_mean(np.mean([here[:, layer, head] for layer, head in heads], axis=0), seed)
+    return mean_score(np.mean([here[:, layer, head] for layer, head in heads], axis=0))

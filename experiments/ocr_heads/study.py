@@ -27,10 +27,7 @@ from hooked_vlm.model.vlm import HookedVLM
 from hooked_vlm.runtime.store import ResultStore
 from hooked_vlm.runtime.tasks import SharedSetup, Task, Workers
 
-__all__ = ["LIVE_SHARE", "Finding", "Study", "head_names", "head_table"]
-
-LIVE_SHARE = 0.1
-"""A head is live if its mean output norm is at least this share of the largest."""
+__all__ = ["Finding", "Study", "head_names", "head_table"]
 
 
 class Study:
@@ -162,31 +159,6 @@ class Study:
         if self.config.measured_by.frequency_rule == "inverted":
             mean = np.where((scores.instances == 0).mean(0) > self.config.min_frequency, mean, 0.0)
         return tuple(ranked(mean)[:k])
-
-    def candidates(self, source: str, masked: Sequence[Head]) -> list[Head]:
-        """Heads to draw a random control from.
-
-        "live": live heads below the threshold in both scores that are not masked; "others": all that are not masked;
-        "any": all.
-        """
-        heads = [(layer, head) for layer in range(self.model.cfg.n_layers) for head in range(self.model.cfg.n_heads)]
-        if source == "any":
-            return heads
-        others = [head for head in heads if head not in set(masked)]
-        if source == "others":
-            return others
-        norms, scores = self.ocr.output_norm, np.maximum(self.ocr.mean, self.retrieval.mean)
-        live = norms >= LIVE_SHARE * norms.max()
-        return [head for head in others if live[head] and scores[head] < self.config.threshold]
-
-    def random_sets(self, source: str, masked: Sequence[Head], k: int, draws: int) -> list[tuple[Head, ...]]:
-        """Draw `draws` sets of `k` heads; no sets if there are fewer than `k` candidates."""
-        candidates = self.candidates(source, masked)
-        if len(candidates) < k:
-            return []
-        rng = np.random.default_rng([self.config.seed, 4])
-        chosen = [rng.choice(len(candidates), size=k, replace=False) for _ in range(draws)]
-        return [tuple(candidates[i] for i in sorted(own)) for own in chosen]
 
     def default_counts(self) -> tuple[int, ...]:
         """Numbers of heads to mask: the paper's 10 and 20, or an eighth of the heads of a small model."""

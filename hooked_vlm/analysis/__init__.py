@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 from hooked_vlm._lazy import lazy_names
 
 if TYPE_CHECKING:
+    from hooked_vlm.analysis.multiple_testing import benjamini_hochberg, holm
     from hooked_vlm.analysis.pictures import heatmap, overlay
     from hooked_vlm.analysis.rows import attention_rows, generate_with_rows
     from hooked_vlm.analysis.statistics import (
@@ -13,14 +14,20 @@ if TYPE_CHECKING:
         bootstrap_mean,
         bootstrap_means,
         bootstrap_ratios,
+        bootstrap_two_way,
+        mean_score,
+        paired_change,
         paired_p,
         permutation_p,
+        rank_p,
         ratio_of_means,
+        score_interval,
         share,
     )
 
 __all__ = [
-    "Estimate", "attention_rows", "bootstrap", "bootstrap_mean", "bootstrap_means", "bootstrap_ratios",
-    "generate_with_rows", "heatmap", "overlay", "paired_p", "permutation_p", "ratio_of_means", "share",
+    "Estimate", "attention_rows", "benjamini_hochberg", "bootstrap", "bootstrap_mean", "bootstrap_means",
+    "bootstrap_ratios", "bootstrap_two_way", "generate_with_rows", "heatmap", "holm", "mean_score", "overlay",
+    "paired_change", "paired_p", "permutation_p", "rank_p", "ratio_of_means", "score_interval", "share",
 ]  # fmt: skip
 __getattr__, __dir__ = lazy_names(__name__)

@@ -7,6 +7,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 from jaxtyping import Float, Shaped
@@ -16,6 +17,8 @@ DRAWS = 2000
 """Resamples of a bootstrap and permutations of a test, by default."""
 CELLS = 1024
 """Number of statistics bootstrapped at a time."""
+Z = float(stats.norm.ppf(0.975))
+"""Half the width of a 95% interval, in standard errors."""
 
 
 @dataclass(frozen=True)
@@ -35,6 +38,65 @@ def share(right: int, n: int) -> Estimate:
     """A proportion with its score interval (Wilson 1927)."""
     low, high = stats.binomtest(right, n).proportion_ci(method="wilson")
     return Estimate(right / n, float(low), float(high), n)
+
+
+def score_interval(
+    values: Float[np.ndarray, "n *dims"],
+) -> tuple[Float[np.ndarray, "*dims"], Float[np.ndarray, "*dims"]]:
+    """95% intervals of means of values in [0, 1], over the first axis.
+
+    Wilson's interval (1927) for the number of independent 0/1 values that would have the variance observed,
+    n mean (1 - mean) / variance; values that are all 0 or 1 give Wilson's own. Unlike a bootstrap interval it has a
+    width where all values are 0 or 1: coverage stays near 95% for shares near either end.
+
+    Raises:
+        ValueError: a value is outside of [0, 1].
+    """
+    if values.size and not (np.min(values) >= 0 and np.max(values) <= 1):
+        raise ValueError(f"a score interval needs values in [0, 1], got {np.min(values):g} to {np.max(values):g}")
+    n, mean, variance = len(values), values.mean(0), values.var(0)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        effective = np.where(variance > 0, n * mean * (1 - mean) / variance, n)
+    shrink = 1 + Z**2 / effective
+    centre = (mean + Z**2 / (2 * effective)) / shrink
+    half = Z / shrink * np.sqrt(mean * (1 - mean) / effective + Z**2 / (4 * effective**2))
+    return np.asarray(np.clip(centre - half, 0, mean)), np.asarray(np.clip(centre + half, mean, 1))
+
+
+def mean_score(values: Float[np.ndarray, "n"]) -> Estimate:
+    """A mean of values in [0, 1] with its `score_interval`."""
+    low, high = score_interval(np.asarray(values, dtype=float))
+    return Estimate(float(np.mean(values)), float(low), float(high), len(values))
+
+
+def paired_change(before: Float[np.ndarray, "n"], after: Float[np.ndarray, "n"]) -> Estimate:
+    """Mean change of paired values in [0, 1] with its 95% interval: Wald's for the changes and two more, one of -1 and
+    one of 1 (Bonett and Price 2012, for 0/1 values), so that few changes, or none, do not give a width of zero."""
+    change = np.asarray(after, dtype=float) - np.asarray(before, dtype=float)
+    widened = np.append(change, [-1.0, 1.0])
+    half = Z * widened.std() / np.sqrt(len(widened))
+    low, high = max(-1.0, widened.mean() - half), min(1.0, widened.mean() + half)
+    return Estimate(float(change.mean()), min(low, float(change.mean())), max(high, float(change.mean())), len(change))
+
+
+def bootstrap_two_way(values: Float[np.ndarray, "draw sample"], seed: int, draws: int = DRAWS) -> Estimate:
+    """Mean of a table with its 95% interval: rows (random draws) and columns (samples) are both resampled, since both
+    were drawn (Owen 2007). `n` counts samples; a single row is not resampled."""
+    n_rows, n = values.shape
+    rng = np.random.default_rng([seed, 10])
+    rows = rng.multinomial(n_rows, np.full(n_rows, 1 / n_rows), size=draws) / n_rows
+    columns = rng.multinomial(n, np.full(n, 1 / n), size=draws) / n
+    means = ((rows @ values) * columns).sum(1)
+    low, high = np.percentile(means, [2.5, 97.5])
+    return Estimate(float(values.mean()), float(low), float(high), n)
+
+
+def rank_p(observed: float, drawn: Float[np.ndarray, "draw"], tail: Literal["lower", "higher"]) -> float:
+    """One-sided p of the hypothesis that `observed` is one more random draw: the share of draws, with itself, that are
+    as low (as high). The draws must be distinct; the smallest p that n of them allow is 1 / (n + 1)."""
+    sign = 1 if tail == "lower" else -1
+    as_far = sign * np.asarray(drawn) <= sign * observed + 1e-12
+    return float((as_far.sum() + 1) / (len(drawn) + 1))
 
 
 def bootstrap_means(

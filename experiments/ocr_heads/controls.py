@@ -1,0 +1,141 @@
+"""Random heads as a control of the top heads: where they come from, how they are matched, distinct draws."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from math import comb
+
+import numpy as np
+from jaxtyping import Float
+
+from hooked_vlm.experiments.ocr_heads.config import Source
+from hooked_vlm.experiments.ocr_heads.image_attention import image_attention
+from hooked_vlm.experiments.ocr_heads.study import Study
+from hooked_vlm.interventions import Head
+
+LIVE_SHARE = 0.1
+"""A head is live if its mean output norm is at least this share of the largest."""
+NEAREST = 8
+"""A matched head is one of this many nearest to the head it stands for, in the quantity that is matched."""
+TRIES = 200
+"""Attempts for each distinct set."""
+
+MATCHED: Mapping[str, Callable[[Study], Float[np.ndarray, "layer head"]]] = {
+    "layer": lambda study: np.indices(study.ocr.mean.shape)[0].astype(float),
+    "norm": lambda study: study.ocr.output_norm,
+    "attention": image_attention,
+}
+"""Sources that match: name -> the matched quantity of every head."""
+QUANTITIES = {"layer": "layer", "norm": "output norm", "attention": "share of attention on the image"}
+
+
+@dataclass(frozen=True)
+class Control:
+    """Distinct sets of random heads."""
+
+    name: str
+    sets: tuple[tuple[Head, ...], ...]
+    origin: str
+    """Where the heads come from and what matching did, in words."""
+
+
+def different(tops: Mapping[str, tuple[Head, ...]]) -> dict[str, tuple[Head, ...]]:
+    """Kinds of top heads, those with the same heads named together: "OCR and retrieval"."""
+    kinds: dict[frozenset[Head], list[str]] = {}
+    for kind, heads in tops.items():
+        kinds.setdefault(frozenset(heads), []).append(kind)
+    return {" and ".join(names): tops[names[0]] for names in kinds.values()}
+
+
+def controls(
+    study: Study, source: Source, tops: Mapping[str, tuple[Head, ...]], k: int, draws: int
+) -> dict[str, Control]:
+    """Draw the control of each kind of top heads: the same for all kinds, or matched to each.
+
+    Returns:
+        Kind -> its control; without sets if there are fewer than `k` candidates.
+    """
+    excluded = [head for heads in tops.values() for head in heads]
+    pool = candidates(study, source, excluded)
+    if source not in MATCHED:
+        sets = distinct_sets([pool] * k, draws, study.config.seed)
+        control = Control(f"random {k} {source}", sets, _origin(sets, pool, k, WORDS[source]))
+        return dict.fromkeys(tops, control)
+    quantity = MATCHED[source](study)
+    found = {}
+    for kinds, heads in different(tops).items():
+        sets = distinct_sets([nearest(head, pool, quantity) for head in heads], draws, study.config.seed)
+        origin = _origin(sets, pool, k, WORDS["matched"])
+        if sets:
+            drawn = np.mean([quantity[head] for own in sets for head in own])
+            masked, all_of_them = (np.mean([quantity[head] for head in own]) for own in (heads, pool))
+            origin += (
+                f", each among the {NEAREST} nearest in {QUANTITIES[source]}: mean {masked:.3g} in the top heads, "
+                f"{drawn:.3g} in the control, {all_of_them:.3g} in all candidates"
+            )
+        found |= dict.fromkeys(kinds.split(" and "), Control(f"random {k} like {kinds} in {source}", sets, origin))
+    return found
+
+
+WORDS = {
+    "live": "live heads that score below the threshold in both scores",
+    "others": "heads that are not changed",
+    "any": "heads, changed ones among them",
+    "matched": "heads that score below the threshold in both scores",
+}
+
+
+def candidates(study: Study, source: Source, excluded: Sequence[Head]) -> list[Head]:
+    """Heads to draw from.
+
+    "any": all; "others": all but the excluded; "live": those of "others" that are live and score below the threshold in
+    both scores; matched sources: those of "others" that score below the threshold in both.
+    """
+    heads = [(layer, head) for layer in range(study.model.cfg.n_layers) for head in range(study.model.cfg.n_heads)]
+    if source == "any":
+        return heads
+    others = [head for head in heads if head not in set(excluded)]
+    if source == "others":
+        return others
+    scores = np.maximum(study.ocr.mean, study.retrieval.mean)
+    low = [head for head in others if scores[head] < study.config.threshold]
+    if source != "live":
+        return low
+    norms = study.ocr.output_norm
+    return [head for head in low if norms[head] >= LIVE_SHARE * norms.max()]
+
+
+def nearest(
+    head: Head, pool: Sequence[Head], quantity: Float[np.ndarray, "layer head"], n: int = NEAREST
+) -> list[Head]:
+    """The `n` heads of a pool nearest to a head in a quantity, with all that are as near as the last of them."""
+    distance = np.array([abs(quantity[other] - quantity[head]) for other in pool])
+    if len(pool) <= n:
+        return list(pool)
+    return [other for other, far in zip(pool, distance, strict=True) if far <= np.sort(distance)[n - 1] + 1e-12]
+
+
+def distinct_sets(pools: Sequence[Sequence[Head]], draws: int, seed: int) -> tuple[tuple[Head, ...], ...]:
+    """Draw different sets with one head from each pool: `draws` of them, or all that were found where there are fewer.
+
+    No sets if the pools hold fewer heads than sets need.
+    """
+    rng, found = np.random.default_rng([seed, 4]), dict[tuple[Head, ...], None]()
+    for _ in range(TRIES * draws):
+        own: list[Head] = []
+        for i in rng.permutation(len(pools)):
+            left = [head for head in pools[i] if head not in own]
+            if left:
+                own.append(left[rng.integers(len(left))])
+        if len(own) == len(pools):
+            found[tuple(sorted(own))] = None
+        if len(found) == draws:
+            break
+    return tuple(found)
+
+
+def _origin(sets: Sequence[tuple[Head, ...]], pool: Sequence[Head], k: int, what: str) -> str:
+    if not sets:
+        return f"no random control: {len(pool)} {what}, {k} are needed"
+    possible = comb(len(pool), k)
+    count = f"all {possible}" if len(sets) == possible else f"{len(sets)}"
+    return f"{count} distinct sets of {k} from {len(pool)} {what}"

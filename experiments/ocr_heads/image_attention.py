@@ -1,0 +1,54 @@
+"""Attention on the image, by head: what a control can be matched on."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import pandas as pd
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from hooked_vlm.analysis.rows import attention_rows
+from hooked_vlm.experiments.ocr_heads.examples import Example, to_inputs
+from hooked_vlm.experiments.ocr_heads.study import Study
+from hooked_vlm.model.vlm import HookedVLM
+
+
+def image_attention(study: Study) -> Float[np.ndarray, "layer head"]:
+    """Mean share of each head's attention on image tokens where the answer begins, over the pages that score heads."""
+    model, found = study.model, []
+    for data in study.scored(as_text=False):
+        units = []
+        for group, n_tokens in study.groups(model, data.examples):
+            key = {
+                "image attention": data.digest,
+                "model": study.identity,
+                "examples": group,
+                "pixels": study.pixels,
+            }
+            own = [data.examples[i] for i in group]
+            units.append(study.unit(key, shares_of, (own, study.pixels), n_tokens))
+        found += study.tables(units, f"attention on images, {data.name}")
+    shares = np.stack([np.asarray(s, dtype=np.float64) for s in pd.concat(found)["shares"]])
+    return shares.mean(0).reshape(model.cfg.n_layers, model.cfg.n_heads)
+
+
+def shares_of(model: HookedVLM, examples: Sequence[Example], pixels: int | None) -> pd.DataFrame:
+    """`image_shares` as a column."""
+    return pd.DataFrame({"shares": [shares.ravel() for shares in image_shares(model, examples, pixels)]})
+
+
+def image_shares(
+    model: HookedVLM, examples: Sequence[Example], pixels: int | None
+) -> Float[np.ndarray, "sample layer head"]:
+    """Share of the last position's attention that is on image tokens."""
+    inputs = to_inputs(model, examples, pixels)
+    keys = torch.zeros(inputs.shape, dtype=torch.bool)
+    for visual in inputs.visuals:
+        keys[visual.row, visual.start : visual.stop] = True
+    last = torch.tensor([[stop - 1] for stop in inputs.stop])
+
+    def on_images(rows: Tensor) -> Float[Tensor, "sample head"]:
+        return (rows[:, :, 0] * keys.to(rows)[:, None]).sum(-1)
+
+    return attention_rows(model, inputs, last, reduce=on_images).transpose(0, 1).float().cpu().numpy()
