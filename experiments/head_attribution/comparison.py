@@ -37,7 +37,8 @@ def compare(config: Compare) -> Path:
     measures = list(dict.fromkeys(name for table in tables for name in table["measure"]))
     columns = {label: _by_name(table) for label, table in zip(labels, tables, strict=True)}
     rows = [
-        {"measure": m} | {label: str(own[m]) if m in own else "–" for label, own in columns.items()} for m in measures
+        {"measure": m} | {label: str(own[m]) if m in own and own[m].n else "–" for label, own in columns.items()}
+        for m in measures
     ]
     report.table("findings", pd.DataFrame(rows), "Findings of every run")
     long = [table.assign(model=label) for label, table in zip(labels, tables, strict=True)]

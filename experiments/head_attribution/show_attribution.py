@@ -62,7 +62,7 @@ def attribution(report: Report, found: Measured, config: HeadAttributionConfig) 
     shape = (found.probes[0].model.cfg.n_layers, -1)
     means = found.coefficients.mean(0).reshape(shape)
     labels = ("layer", "head", f"coefficient ({target})")
-    figure = plots.matrix(means, range(len(means)), range(means.shape[1]), labels)
+    figure = plots.heatmap(means, range(len(means)), range(means.shape[1]), labels)
     report.figure("coefficients", figure, f"Mean coefficient of every head over {len(fits)} pictures")
     report.table("heads", table, f"Heads by mean coefficient over {len(fits)} pictures, with 95% intervals", shown=16)
     per_image = pd.DataFrame(

@@ -27,6 +27,8 @@ LOST = "share lost if this does not see the image: "
 """Findings about a group of text begin with this."""
 OVERLAPS = (0.1, 0.25, 0.5)
 """Shares of a token's area above which it counts as part of the object."""
+SHARE_LOST = ("", "layers", "share lost"), (-1, 1)
+"""Labels and scale of heatmaps, the same so that they compare."""
 SHOWN = 8
 """Pictures drawn with their token coefficients."""
 
@@ -88,7 +90,7 @@ def _receivers(report: Report, found: Measured, config: HeadAttributionConfig, u
     if len(sliding):
         grid = sliding.pivot_table(index="text", columns="first", values="value", sort=False)
         widths = _windows(sliding)
-        figure = plots.matrix(grid.to_numpy(), list(grid.index), widths, ("", "layers", "share lost"))
+        figure = plots.heatmap(grid.to_numpy(), list(grid.index), widths, *SHARE_LOST)
         caption = f"Share lost by group and window of layers; means over {int(usable.sum())} pictures"
         report.figure("receivers_by_layer", figure, caption)
     report.table("receivers", table, "Loss by text tokens and layers (first to stop - 1)", shown=24)
@@ -114,7 +116,9 @@ def _edges(report: Report, found: Measured, config: HeadAttributionConfig, usabl
     )
     if len(sliding):
         grid = sliding.pivot_table(index="edge", columns="first", values="value", sort=False)
-        figure = plots.matrix(grid.to_numpy(), list(grid.index), _windows(sliding), ("", "layers", "share lost"))
+        figure = plots.heatmap(
+            grid.to_numpy(), list(grid.index), _windows(sliding), ("", "layers", "share lost"), (-1, 1)
+        )
         caption = f"Share lost by blocked edge and window of layers; means over {len(frames)} pictures"
         report.figure("edges", figure, caption)
     report.table("edges", table, "Loss by blocked edge and layers (first to stop - 1)", shown=30)

@@ -89,7 +89,7 @@ def _agreement(report: Report, found: Measured, config: HeadAttributionConfig) -
     order = np.argsort(names, kind="stable")
     ordered = names[order].tolist()
     labels = [name if i == 0 or name != ordered[i - 1] else "" for i, name in enumerate(ordered)]
-    figure = plots.matrix(squares["cosine"][np.ix_(order, order)], labels, labels, ("", "", "cosine"), signed=False)
+    figure = plots.heatmap(squares["cosine"][np.ix_(order, order)], labels, labels, ("", "", "cosine"), (-1, 1))
     report.figure("agreement", figure, f"Cosine between the coefficient vectors of {n} pictures, by name")
     causes = causes_of(found.cases, found.probes[0].model)
     frames = [explained(squares[kind], causes, config.seed).assign(similarity=kind) for kind in ("cosine", "Spearman")]
