@@ -150,7 +150,7 @@ def test_each_control_has_a_test_of_its_own() -> None:
 
 @pytest.mark.slow
 def test_a_random_pair_against_random_pairs_is_rarely_worse_and_intervals_cover(
-    qwen: HookedVLM, tmp_path: Path
+    qwen: HookedVLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """All pairs of live heads are masked, one at a time; 200 times one plays the selected pair against 20 others."""
     config = MaskConfig(out=tmp_path, tasks=("text", "page"), quiet=True, device="cpu")
