@@ -8,9 +8,10 @@ from matplotlib.figure import Figure
 from hooked_vlm.analysis.rows import attention_rows
 from hooked_vlm.analysis.statistics import bootstrap_means, share
 from hooked_vlm.experiments.ocr_heads import plots
-from hooked_vlm.experiments.ocr_heads.config import OFFICIAL_CODE, Protocol
-from hooked_vlm.experiments.ocr_heads.examples import Box, Example, to_inputs
-from hooked_vlm.experiments.ocr_heads.reading import reply_tokens
+from hooked_vlm.experiments.ocr_heads.config import Protocol
+from hooked_vlm.experiments.ocr_heads.examples import Box, Example, as_asked, picture_size, to_inputs
+from hooked_vlm.experiments.ocr_heads.official import INTERNVL2, QWEN2_VL
+from hooked_vlm.experiments.ocr_heads.reading import until_stop
 from hooked_vlm.experiments.ocr_heads.scoring import Scores, find_copies
 from hooked_vlm.experiments.ocr_heads.selection import ranked
 from hooked_vlm.experiments.ocr_heads.study import Finding, Study, head_table
@@ -49,7 +50,7 @@ def score(study: Study) -> Finding:
     lines = [_answered(study, "OCR", ocr), *_top_lines(study, ocr)]
     for name, scores in list(named.items())[1:]:
         lines += ["", _answered(study, name, scores), *_top_lines(study, scores, 5)]
-    about = [f"Measured by {protocol_name(config.measured_by)}."]
+    about = [f"Measured by {protocol_name(config.protocol)}."]
     about += [f"{data.name}: {data.source}, {len(data.examples)} examples." for data in _sets(study)]
     return Finding("Scores", lines, about, figures, tables)
 
@@ -75,7 +76,7 @@ def protocol_name(protocol: Protocol) -> str:
     """Name of a protocol, in words."""
     if protocol == Protocol():
         return "the paper's definition"
-    if protocol == OFFICIAL_CODE:
+    if protocol in (QWEN2_VL.protocol, INTERNVL2.protocol):
         return "the paper's code (compat)"
     return "a custom protocol (see the configuration)"
 
@@ -105,7 +106,7 @@ def _top_lines(study: Study, scores: Scores, most: int = 10) -> list[str]:
         name = f"{at[0]}.{at[1]}"
         lines.append(f"  {name:6s}  {mean[at]:.3f}  {low[at]:.3f} to {high[at]:.3f}   {frequency[at]:6.1%}{mark}")
     rule = f"score > {threshold:g} in at least {study.config.min_frequency:.0%} of the {scores.granularity}s"
-    if study.config.measured_by.frequency_rule == "inverted":
+    if study.config.protocol.frequency_rule == "inverted":
         rule = f"zero in more than {study.config.min_frequency:.0%} of the {scores.granularity}s (the code's rule)"
     count = f"  {n_chosen} of {mean.size} heads are {kind} heads: mean score > {threshold:g} and {rule}"
     return [count, *lines]
@@ -117,11 +118,14 @@ def looks(study: Study) -> Figure:
     model, config = study.model, study.config
     layer, head = ranked(study.ocr.mean)[0]
     shown: list[tuple[Example, list[Box], str]] = []
-    for example in study.scored(as_text=False)[0].examples[:PAGES_SHOWN]:
+    stops = [*model.cfg.eos_token_ids, *config.protocol.stop_ids]
+    for made in study.scored(as_text=False)[0].examples[:PAGES_SHOWN]:
+        example = as_asked(made, config.protocol)
         inputs = to_inputs(model, [example], study.pixels)
-        reply = reply_tokens(model, model.generate(inputs, config.new_tokens)[0, inputs.shape[1] :])
+        generated = model.generate(inputs, study.scored_tokens, eos_token_id=stops or None)[0, inputs.shape[1] :]
+        reply = until_stop(generated.tolist(), stops)
         continued = inputs.append([torch.tensor(reply, dtype=torch.long)])
-        copies = find_copies(model, continued, 0, example, reply, protocol=config.measured_by)
+        copies = find_copies(model, continued, 0, example, reply, protocol=config.protocol)
         positions = [c.position for c in copies if c.position is not None]
         boxes = []
         if positions:
@@ -129,6 +133,8 @@ def looks(study: Study) -> Figure:
             page = continued.visuals[example.evidence[0].image]
             keys = [int(k) for k in rows.argmax(-1)]
             boxes = [continued.box_of_token(k) for k in keys if page.start <= k < page.stop]
+            scale = np.divide(picture_size(example.images[page.index]), continued.image_grid(page.index).image_size)
+            boxes = [tuple(np.multiply(box, [*scale, *scale]).tolist()) for box in boxes]
         text = str(model.to_string(reply)).strip()
         shown.append((example, boxes, f"{example.question}\nanswer {example.answer}, reply {text}"))
     examples, boxes, titles = zip(*shown, strict=True)
