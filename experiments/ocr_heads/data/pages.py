@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from PIL import Image, ImageDraw, ImageFont
 
-from hooked_vlm.experiments.ocr_heads.examples import Evidence
+from hooked_vlm.experiments.ocr_heads.examples import Box, Evidence
 
 CHARACTERS_PER_LINE, LINES_PER_PAGE, MARGIN = 50, 15, 15
 
@@ -98,6 +98,6 @@ def evidence_of(lines: Sequence[PageLine], answer_start: int, parts: Sequence[tu
     return tuple(found)
 
 
-def _ink(text: str) -> tuple[float, float, float, float]:
+def _ink(text: str) -> Box:
     """Box of a text's ink, from the pen's position."""
     return ImageDraw.Draw(Image.new("RGB", (1, 1))).textbbox((0, 0), text, ImageFont.load_default())
