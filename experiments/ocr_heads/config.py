@@ -110,7 +110,7 @@ class ScoreConfig(WorkersConfig):
     min_frequency: float = 0.1
     """In at least this share of the instances it scores above the threshold."""
     max_new_tokens: int | None = None
-    """How long an answer may get; by default 8 on toy data, 32 otherwise, and with --compat as in the code (Qwen2-VL: 128
+    """How long an answer may get; by default 8 on toy data, 32 otherwise, with --compat as in the code (Qwen2-VL: 128
     while heads are scored, 256 in tasks; InternVL2: 32)."""
     tokens_per_batch: int = 8192
     """Rows are batched up to this many tokens: less needs less memory."""
@@ -153,7 +153,7 @@ class ScoreConfig(WorkersConfig):
             raise StudyError(f"--min-overlap must lie in [0, 1), got {self.protocol.min_overlap}")
         if self.seed < 0:
             raise StudyError(f"--seed must not be negative, got {self.seed}")
-        if any(not 0 <= beta <= 1 for beta in getattr(self, "betas", ())):
+        if any(not 0 <= beta <= 1 for beta in getattr(self, "betas", None) or ()):
             raise StudyError(f"--betas are shares of attention, between 0 and 1, got {getattr(self, 'betas', ())}")
 
     def as_dict(self) -> dict[str, Any]:
@@ -211,8 +211,9 @@ class MaskConfig(TaskConfig):
 class SinkConfig(TaskConfig):
     """Redistribute attention from the first token, in the top heads and in random ones."""
 
-    betas: tuple[float, ...] = (0.0, 0.2, 0.4, 0.6, 0.8)
-    """The share of its attention that the first token keeps (the paper: 0.4)."""
+    betas: tuple[float, ...] | None = None
+    """The share of its attention that the first token keeps; 0, 0.2, 0.4, 0.6 and 0.8 by default, with --compat 0.4
+    (the paper), and as the code does it."""
     sink_heads: tuple[int, ...] = (2,)
     """In how many top heads (the paper: 2)."""
 

@@ -9,6 +9,7 @@ from hooked_vlm.analysis.rows import attention_rows
 from hooked_vlm.analysis.statistics import bootstrap_means, share
 from hooked_vlm.experiments.ocr_heads import plots
 from hooked_vlm.experiments.ocr_heads.config import Protocol
+from hooked_vlm.experiments.ocr_heads.deviations import DEVIATIONS_CAPTION, deviation_table
 from hooked_vlm.experiments.ocr_heads.examples import Box, Example, as_asked, picture_size, to_inputs
 from hooked_vlm.experiments.ocr_heads.official import INTERNVL2, QWEN2_VL
 from hooked_vlm.experiments.ocr_heads.reading import until_stop
@@ -17,6 +18,11 @@ from hooked_vlm.experiments.ocr_heads.selection import ranked
 from hooked_vlm.experiments.ocr_heads.study import Finding, Study, head_table
 
 PAGES_SHOWN = 6
+UNANSWERED = (
+    "One rule for OCR and retrieval scores: every sample counts, whether the model answered it or not, and a part of "
+    "the answer that it did not write was not copied. Scores among answered samples, whose reply contains (on toy "
+    "data: is) the answer, stand beside them; retrieval heads are usually scored on those alone (Wu et al.)."
+)
 
 
 def score(study: Study) -> Finding:
@@ -26,7 +32,7 @@ def score(study: Study) -> Finding:
     named = {"OCR": ocr, "retrieval": retrieval}
     if sibling is not None:
         named["retrieval in the text model"] = sibling
-    tables = {}
+    tables = {"deviations": (deviation_table(), DEVIATIONS_CAPTION, None)}
     for name, scores in named.items():
         tables[f"{name.lower().replace(' ', '-')}-scores"] = (
             score_table(study, scores),
@@ -50,23 +56,26 @@ def score(study: Study) -> Finding:
     lines = [_answered(study, "OCR", ocr), *_top_lines(study, ocr)]
     for name, scores in list(named.items())[1:]:
         lines += ["", _answered(study, name, scores), *_top_lines(study, scores, 5)]
-    about = [f"Measured by {protocol_name(config.protocol)}."]
+    about = [f"Measured by {protocol_name(config.protocol)}.", UNANSWERED]
     about += [f"{data.name}: {data.source}, {len(data.examples)} examples." for data in _sets(study)]
     return Finding("Scores", lines, about, figures, tables)
 
 
 def score_table(study: Study, scores: Scores) -> pd.DataFrame:
-    """One row per head, top head first: score, interval, activation frequency, output norm, selected."""
+    """One row per head, top head first: score with interval, score among answered samples, activation frequency, output
+    norm, selected."""
     low, high = bootstrap_means(scores.instances, study.config.seed)
     table = head_table(
         {
             "score": scores.mean,
             "low": low,
             "high": high,
+            "score among answered": scores.mean_answered,
             "frequency": scores.frequency(study.config.threshold),
             "output_norm": scores.output_norm,
             "selected": study.selected(scores),
             "n": np.full(scores.mean.shape, len(scores.instances)),
+            "n answered": np.full(scores.mean.shape, len(scores.answered)),
         }
     )
     return table.sort_values(["score", "layer", "head"], ascending=[False, True, True], ignore_index=True)
@@ -97,14 +106,16 @@ def _answered(study: Study, name: str, scores: Scores) -> str:
 def _top_lines(study: Study, scores: Scores, most: int = 10) -> list[str]:
     threshold, chosen = study.config.threshold, study.selected(scores)
     low, high = bootstrap_means(scores.instances, study.config.seed)
-    mean, frequency = scores.mean, scores.frequency(threshold)
+    mean, answered, frequency = scores.mean, scores.mean_answered, scores.frequency(threshold)
     kind = "OCR" if scores.kind == "ocr" else "retrieval"
-    lines = ["  head    score  95% interval     active   selected"]
+    lines = ["  head    score  95% interval     answered   active   selected"]
     n_chosen = int(chosen.sum())
     for at in ranked(mean)[: max(most, min(20, n_chosen))]:
         mark = f"   {kind} head" if chosen[at] else ""
         name = f"{at[0]}.{at[1]}"
-        lines.append(f"  {name:6s}  {mean[at]:.3f}  {low[at]:.3f} to {high[at]:.3f}   {frequency[at]:6.1%}{mark}")
+        interval = f"{low[at]:.3f} to {high[at]:.3f}"
+        alone = "   none" if np.isnan(answered[at]) else f"{answered[at]:7.3f}"
+        lines.append(f"  {name:6s}  {mean[at]:.3f}  {interval}  {alone}    {frequency[at]:6.1%}{mark}")
     rule = f"score > {threshold:g} in at least {study.config.min_frequency:.0%} of the {scores.granularity}s"
     if study.config.protocol.frequency_rule == "inverted":
         rule = f"zero in more than {study.config.min_frequency:.0%} of the {scores.granularity}s (the code's rule)"

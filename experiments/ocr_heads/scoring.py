@@ -15,7 +15,7 @@ import numpy as np
 import pandas as pd
 from jaxtyping import Bool, Float
 
-from hooked_vlm.errors import StudyError
+from hooked_vlm.errors import GeometryError, StudyError
 from hooked_vlm.experiments.ocr_heads.alignment import Span, align, longest_run
 from hooked_vlm.experiments.ocr_heads.answers import is_right
 from hooked_vlm.experiments.ocr_heads.config import Granularity, Protocol
@@ -214,9 +214,12 @@ def _tokens_of(
     grid = inputs.image_grid(visual.index)
     if example.first_resize is not None:  # boxes are those of the picture before its first resizing
         grid = replace(grid, image_size=picture_size(example.images[evidence.image]))
-    if evidence.box[0] >= grid.image_size[0] or evidence.box[1] >= grid.image_size[1]:
-        return ()  # the box of another page (`page_order`)
-    found = grid.tokens_in_box(evidence.box, protocol.min_overlap, truncate=protocol.truncate_boxes)
+    try:
+        found = grid.tokens_in_box(evidence.box, protocol.min_overlap, truncate=protocol.truncate_boxes)
+    except GeometryError:
+        if protocol.page_order == "name":
+            return ()  # a box of another page, which is larger
+        raise
     return tuple(visual.start + i for i in found)
 
 

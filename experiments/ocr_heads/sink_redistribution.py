@@ -1,6 +1,6 @@
 """Experiment: redistribute attention from the first token to the others, in the top heads (papers 1.11)."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import numpy as np
@@ -9,16 +9,20 @@ from jaxtyping import Float
 from hooked_vlm.experiments.ocr_heads import changed, plots
 from hooked_vlm.experiments.ocr_heads.config import SinkConfig
 from hooked_vlm.experiments.ocr_heads.masking import check_counts
+from hooked_vlm.experiments.ocr_heads.official import SINK_BETA, official_code
 from hooked_vlm.experiments.ocr_heads.sink_shares import PLACES, QUERIES, share_of, sink_attention, sink_table
 from hooked_vlm.experiments.ocr_heads.study import Finding, Study, head_names
 from hooked_vlm.interventions import Head, RedistributeSink
+from hooked_vlm.model.vlm import HookedVLM
+
+BETAS = (0.0, 0.2, 0.4, 0.6, 0.8)
 
 
 def sink(study: Study, config: SinkConfig) -> Finding:
     """Answer every task unchanged, and with the sink scaled by every beta in OCR, retrieval and random heads."""
     check_counts(study, config.sink_heads, "sink-heads")
     conditions = sink_conditions(study, config)
-    tasks = changed.tasks_of(study, config)
+    tasks = study.asked(changed.tasks_of(study, config))
     shares = sink_attention(study, tasks)
     answers = changed.answer_all(study, tasks, conditions, "sink")
     summary = changed.summarize(answers, conditions, config.seed)
@@ -32,8 +36,7 @@ def sink(study: Study, config: SinkConfig) -> Finding:
     notes.append(_sink_line("most of all heads", ((int(most["layer"]), int(most["head"])),), shares, config.seed))
     about = [
         *notes,
-        "The sink is the first token. A query that sees no other token keeps its attention, so causality holds (the "
-        "published code spreads the first row over later tokens).",
+        "The sink is the first token. " + _rule(study),
         "Attention on the first token is measured at the last position of each prompt, where the answer begins, and as "
         f"the mean over up to {QUERIES} positions spread over the prompt (early ones see few other tokens). Little "
         "attention on the first token leaves little to redistribute.",
@@ -57,12 +60,30 @@ def sink_conditions(study: Study, config: SinkConfig) -> list[changed.Condition]
     """Unchanged first; then, for every number of heads and beta, the top heads of both kinds, and random sets."""
     conditions = [changed.UNCHANGED]
     for k in config.sink_heads:
-        for beta in config.betas:
-            change = partial(RedistributeSink, beta=float(beta))
+        for beta in config.betas or ((SINK_BETA,) if config.compat else BETAS):
+            change = redistribution(study.model, float(beta), config.compat)
             conditions += changed.against_random(
                 study, k, {f"random {k}": "others"}, config.draws, change, f", beta {beta:g}"
             )
     return conditions
+
+
+def redistribution(model: HookedVLM, beta: float, compat: bool) -> Callable[[tuple[Head, ...]], RedistributeSink]:
+    """The intervention on some heads: with --compat as the published code makes it for this kind of model."""
+    options = official_code(model).sink if compat else {}
+    return partial(RedistributeSink, beta=beta, **options)
+
+
+def _rule(study: Study) -> str:
+    """What becomes of causality, in words."""
+    if not study.config.compat:
+        return (
+            "A query that sees no other token keeps its attention, so causality holds (the published code spreads it "
+            "over later tokens, and has no causal mask over the prompt of Qwen2-VL: --compat)."
+        )
+    if official_code(study.model).sink.get("causal", True):
+        return "As in the published code, a query that sees no other token spreads its attention over later ones."
+    return "As in the published code, the changed heads attend over the whole prompt, without a causal mask."
 
 
 def _sink_line(

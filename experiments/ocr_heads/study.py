@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from hooked_vlm.errors import StudyError
 from hooked_vlm.experiments.common.models import check_takes_images
 from hooked_vlm.experiments.common.workers import workers_of
-from hooked_vlm.experiments.ocr_heads.config import ScoreConfig
+from hooked_vlm.experiments.ocr_heads.config import Protocol, ScoreConfig
 from hooked_vlm.experiments.ocr_heads.data.scored import PAPER_PIXELS, scored_sets
 from hooked_vlm.experiments.ocr_heads.data.store import DataSet
 from hooked_vlm.experiments.ocr_heads.data.tasks import QATask
@@ -147,12 +147,13 @@ class Study:
             exact = data.name.startswith("toy")
             units = []
             for group, n_tokens in self.groups(model, examples, new_tokens):
+                own = [examples[i] for i in group]
                 key = {
                     "score": kind, "model": identity, "sees": model.cfg.vision is not None,
                     "data": data.digest, "examples": group, "pixels": self.pixels,
-                    "granularity": config.granularity, "protocol": vars(protocol), "new_tokens": new_tokens,
+                    "granularity": config.granularity, "protocol": vars(_as_it_acts(protocol, own)),
+                    "new_tokens": new_tokens,
                 }  # fmt: skip
-                own = [examples[i] for i in group]
                 arguments = (kind, own, protocol, self.pixels, new_tokens, exact)
                 units.append(self.unit(key, score_batch, arguments, n_tokens))
             found += self.tables(units, f"{kind} scores, {data.name}", workers)
@@ -231,6 +232,12 @@ class Study:
     def default_tasks(self) -> tuple[str, ...]:
         toy = self.config.data == "toy"
         return ("page", "text", "naming") if toy else ("docvqa", "mpdocvqa", "nq", "hotpotqa", "passkey")
+
+
+def _as_it_acts(protocol: Protocol, examples: Sequence[Example]) -> Protocol:
+    """The protocol without its order of pages, where there are too few of them for it to matter."""
+    many = any(len(example.images) > 10 for example in examples)
+    return protocol if many else replace(protocol, page_order="number")
 
 
 def head_names(heads: Sequence[Head]) -> str:

@@ -71,10 +71,15 @@ def render(lines: Sequence[PageLine], ruler: Ruler = INK) -> list[Image.Image]:
         draw = ImageDraw.Draw(page)
         for i, line in enumerate(chunk):
             draw.text((MARGIN, MARGIN + i * ruler.line_height), line.text, font=font, fill="black")
-        file = io.BytesIO()
-        page.save(file, "JPEG")
-        pages.append(Image.open(file).convert("RGB"))
+        pages.append(as_jpeg(page))
     return pages
+
+
+def as_jpeg(image: Image.Image) -> Image.Image:
+    """The image as the code stores it: with the losses of JPEG at Pillow's default quality."""
+    file = io.BytesIO()
+    image.convert("RGB").save(file, "JPEG")
+    return Image.open(file).convert("RGB")
 
 
 def evidence_of(lines: Sequence[PageLine], answer_start: int, parts: Sequence[tuple[int, int]]) -> tuple[Evidence, ...]:

@@ -2,13 +2,13 @@
 
 import hashlib
 import json
-from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import official_inputs as given
+import pandas as pd
 import pytest
 import torch
 
@@ -17,13 +17,16 @@ from hooked_vlm.experiments.ocr_heads import changed
 from hooked_vlm.experiments.ocr_heads.config import Protocol
 from hooked_vlm.experiments.ocr_heads.data import as_code
 from hooked_vlm.experiments.ocr_heads.data.haystack import HaystackItem, needles_by_code
+from hooked_vlm.experiments.ocr_heads.data.pages import as_jpeg
 from hooked_vlm.experiments.ocr_heads.data.prompts import about_pages
 from hooked_vlm.experiments.ocr_heads.examples import Example, as_asked
 from hooked_vlm.experiments.ocr_heads.masking import masked
 from hooked_vlm.experiments.ocr_heads.official import QWEN2_VL
+from hooked_vlm.experiments.ocr_heads.reading import until_stop
 from hooked_vlm.experiments.ocr_heads.scoring import Scores, gather, score_batch
 from hooked_vlm.experiments.ocr_heads.selection import kept_by_code, ranked, select
-from hooked_vlm.interventions import Head
+from hooked_vlm.experiments.ocr_heads.sink_redistribution import redistribution
+from hooked_vlm.inputs.images import load_image
 
 CODE = QWEN2_VL.protocol
 
@@ -80,8 +83,6 @@ def scores(kind: Any, protocol: Protocol = CODE, new_tokens: int = QWEN2_VL.repl
     examples = [as_asked(e, protocol) for e in (ocr_examples() if kind == "ocr" else text_examples())]
     batches = [examples[i : i + 8] for i in range(0, len(examples), 8)]
     shape = (model.cfg.n_layers, model.cfg.n_heads)
-    import pandas as pd
-
     with torch.no_grad():
         tables = [score_batch(model, kind, own, protocol, given.PIXELS, new_tokens, False) for own in batches]
     return gather(kind, pd.concat(tables, ignore_index=True), shape, protocol.instance(kind))
@@ -102,3 +103,36 @@ def test_scores_of_every_instance_equal_the_codes(kind: Any, new_tokens: int) ->
     """Of 4 tokens, too: the last one of a reply that is cut has no row."""
     expected = expected_scores(f"{kind} scores" + (", 4 tokens" if new_tokens == 4 else ""))
     np.testing.assert_array_equal(scores(kind, new_tokens=new_tokens).instances, expected)
+
+
+# ---------------------------------------------------------------- heads, masked and with the sink redistributed
+
+
+@pytest.mark.parametrize("kind", ["ocr", "retrieval"])
+def test_heads_are_selected_and_ranked_as_the_code_does(kind: Any) -> None:
+    found = scores(kind)
+    chosen = [f"{i}.{j}" for i, j in np.argwhere(select(found, 0.1, 0.1, "inverted"))]
+    assert chosen == official()["selected"][kind]
+    mean = np.where(kept_by_code(found, 0.1), found.mean, 0.0)
+    task = "image" if kind == "ocr" else "text"
+    for experiment in ("mask", "sink"):
+        for k in (1, 2, 4):
+            assert [f"{i}.{j}" for i, j in ranked(mean)[:k]] == official()[experiment][f"{task} {k}"]["heads"]
+
+
+@pytest.mark.parametrize("experiment", ["mask", "sink"])
+def test_replies_with_heads_masked_and_the_sink_redistributed_equal_the_codes(experiment: str, qwen: HookedVLM) -> None:
+    own = [about_pages([as_jpeg(load_image(e.images[0]))], e.question, e.answers) for e in given.documents()]
+    examples = [as_asked(e, CODE) for e in own]
+    with torch.no_grad():
+        inputs = changed.encoded(qwen, examples, given.PIXELS)
+        plain = changed.answers_of(qwen, inputs, None, QWEN2_VL.task_tokens)["reply"]
+        n_changed = 0
+        for name, expected in official()[experiment].items():
+            heads = tuple(tuple(map(int, head.split("."))) for head in expected["heads"])
+            change = masked(heads, "zero") if experiment == "mask" else redistribution(qwen, 0.4, True)(heads)
+            found = changed.answers_of(qwen, inputs, change, QWEN2_VL.task_tokens)["reply"]
+            texts = [qwen.to_string(until_stop(reply, qwen.cfg.eos_token_ids)) for reply in expected["replies"]]
+            assert list(found) == texts, name
+            n_changed += sum(a != b for a, b in zip(found, plain, strict=True))
+    assert n_changed > 5
