@@ -24,7 +24,7 @@ from hooked_vlm.toys import make_page, random_lines
 ROOT = Path(__file__).parents[1]
 FILE, PAGE = ROOT / "experiments/ocr_heads/deviations.json", ROOT / "docs/ocr-heads.md"
 BEGIN, END = "<!-- deviations: python -m tools.deviation_table -->", "<!-- end of deviations -->"
-N, N_LONG, N_PAPER, LENGTHS = 120, 24, 24, (128, 256)
+N, N_LONG, N_PAPER, LENGTHS = 80, 16, 16, (64, 128)
 PIXELS, NEW_TOKENS = 56 * 16 * 16, 8
 WHAT = (
     f"toy-qwen2-vl, {N} toy pages (texts), {N_LONG} documents of twelve toy pages, and {N_PAPER} passkeys and "

@@ -32,7 +32,7 @@ def score(study: Study) -> Finding:
     named = {"OCR": ocr, "retrieval": retrieval}
     if sibling is not None:
         named["retrieval in the text model"] = sibling
-    tables = {"deviations": (deviation_table(), DEVIATIONS_CAPTION, None)}
+    tables: dict[str, tuple[pd.DataFrame, str, int | None]] = {}
     for name, scores in named.items():
         tables[f"{name.lower().replace(' ', '-')}-scores"] = (
             score_table(study, scores),
@@ -53,6 +53,7 @@ def score(study: Study) -> Finding:
         "Pages with the boxes of the answer's characters and the tokens the top head attends to most while the model "
         "reads them",
     )
+    tables["deviations"] = (deviation_table(), DEVIATIONS_CAPTION, None)
     lines = [_answered(study, "OCR", ocr), *_top_lines(study, ocr)]
     for name, scores in list(named.items())[1:]:
         lines += ["", _answered(study, name, scores), *_top_lines(study, scores, 5)]

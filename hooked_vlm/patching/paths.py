@@ -28,7 +28,8 @@ if TYPE_CHECKING:
     from hooked_vlm.model.vlm import HookedVLM
 
 Reads = Literal["q", "k", "v"]
-Receiver = Head | Literal["logits"] | tuple[Head, ...]
+End = Head | Literal["logits"]
+Receiver = End | tuple[Head, ...]
 """One head, the logits, or several heads that all read the changed stream in one run."""
 MLPs = Literal["frozen", "follow"]
 
@@ -54,7 +55,7 @@ class PatchPath(Intervention):
     """
 
     sender: Head
-    receiver: Head | Literal["logits"]
+    receiver: End
     reads: Reads | None
     stream: Float[Tensor, "batch pos d_model"]
     change: Float[Tensor, "batch pos d_head"]
@@ -155,11 +156,11 @@ def patch_paths(
     pairs = pair_list(pairs)
     _check(model, senders, receivers, reads, mlps)
     n_layers = model.cfg.n_layers
-    edges = [(sender, receiver) for sender in senders for receiver in receivers]
+    edges: list[tuple[Head, Receiver]] = [(sender, receiver) for sender in senders for receiver in receivers]
     zs = {f"blocks.{layer}.attn.hook_z" for layer, _ in senders}
-    ends = {end for receiver in receivers for end in _ends(receiver)}
-    streams = {_stream(end, n_layers) for end in ends}
-    last = max(n_layers if end == "logits" else end[0] for end in ends)
+    reached: set[End] = {end for receiver in receivers for end in _ends(receiver)}
+    streams = {_stream(end, n_layers) for end in reached}
+    last = max(n_layers if end == "logits" else end[0] for end in reached)
     between = range(min(layer for layer, _ in senders), last) if mlps == "follow" else range(0)
     mid_names = {f"blocks.{layer}.hook_resid_mid" for layer in between}
 
@@ -171,7 +172,7 @@ def patch_paths(
         _, other = model.run_with_cache(source, names_filter=sorted(zs), return_type=None)
         change = {(i, h): aligned(other["z", i][:, :, h], matches) - edited["z", i][:, :, h] for i, h in senders}
 
-        def path(sender: Head, end: Head | Literal["logits"]) -> PatchPath:
+        def path(sender: Head, end: End) -> PatchPath:
             stop = n_layers if end == "logits" else end[0]
             mids = {i: edited["resid_mid", i] for i in range(sender[0], stop)} if mlps == "follow" else None
             own = None if end == "logits" else reads
@@ -193,14 +194,14 @@ def patch_paths(
     return over_batches(pairs, metric, run, f"paths to {reads or 'logits'}", axes, direction, seed, progress)
 
 
-def _ends(receiver: Receiver) -> list[Head | Literal["logits"]]:
+def _ends(receiver: Receiver) -> list[End]:
     """The heads of a receiver, or the logits."""
     if receiver == "logits":
         return ["logits"]
     return list(receiver) if isinstance(receiver[0], tuple) else [receiver]  # pyright: ignore[reportReturnType]
 
 
-def _stream(end: Head | Literal["logits"], n_layers: int) -> str:
+def _stream(end: End, n_layers: int) -> str:
     """Name of the stream that a receiver reads."""
     return f"blocks.{n_layers - 1}.hook_resid_post" if end == "logits" else f"blocks.{end[0]}.hook_resid_pre"
 

@@ -3,6 +3,7 @@
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -39,7 +40,7 @@ def scored_sets(
     for position, name in enumerate(names):
         share = max(1, n // len(names) + (position < n % len(names)))
         kind = f"{name}-text" if as_text else name
-        settings = {"seed": seed, "n": share} | ({} if name == "toy" else {"lengths": list(lengths)})
+        settings: dict[str, Any] = {"seed": seed, "n": share} | ({} if name == "toy" else {"lengths": list(lengths)})
         if code is not None and name != "toy":
             settings["as code"] = [code.passkey_question, code.passkey_text_question]
         build = {

@@ -129,7 +129,7 @@ def test_replies_with_heads_masked_and_the_sink_redistributed_equal_the_codes(ex
         plain = changed.answers_of(qwen, inputs, None, QWEN2_VL.task_tokens)["reply"]
         n_changed = 0
         for name, expected in official()[experiment].items():
-            heads = tuple(tuple(map(int, head.split("."))) for head in expected["heads"])
+            heads = tuple((int(head[0]), int(head[2])) for head in expected["heads"])
             change = masked(heads, "zero") if experiment == "mask" else redistribution(qwen, 0.4, True)(heads)
             found = changed.answers_of(qwen, inputs, change, QWEN2_VL.task_tokens)["reply"]
             texts = [qwen.to_string(until_stop(reply, qwen.cfg.eos_token_ids)) for reply in expected["replies"]]
