@@ -14,19 +14,25 @@ import torch
 
 from hooked_vlm import HookedVLM
 from hooked_vlm.experiments.ocr_heads import changed
-from hooked_vlm.experiments.ocr_heads.config import Protocol
+from hooked_vlm.experiments.ocr_heads.config import CompareConfig, Protocol, SinkConfig
 from hooked_vlm.experiments.ocr_heads.data import as_code
 from hooked_vlm.experiments.ocr_heads.data.haystack import HaystackItem, needles_by_code
 from hooked_vlm.experiments.ocr_heads.data.pages import as_jpeg
 from hooked_vlm.experiments.ocr_heads.data.prompts import about_pages
-from hooked_vlm.experiments.ocr_heads.examples import Example, as_asked
+from hooked_vlm.experiments.ocr_heads.data.store import DataSet
+from hooked_vlm.experiments.ocr_heads.data.tasks import QATask
+from hooked_vlm.experiments.ocr_heads.deviations import ALL, DEVIATIONS, effect, measured, shipped
+from hooked_vlm.experiments.ocr_heads.examples import Example, as_asked, to_inputs
 from hooked_vlm.experiments.ocr_heads.masking import masked
-from hooked_vlm.experiments.ocr_heads.official import QWEN2_VL
-from hooked_vlm.experiments.ocr_heads.reading import until_stop
+from hooked_vlm.experiments.ocr_heads.official import INTERNVL2, QWEN2_VL, official_code
+from hooked_vlm.experiments.ocr_heads.published import in_order_of_names
+from hooked_vlm.experiments.ocr_heads.reading import read, until_stop
 from hooked_vlm.experiments.ocr_heads.scoring import Scores, gather, score_batch
 from hooked_vlm.experiments.ocr_heads.selection import kept_by_code, ranked, select
-from hooked_vlm.experiments.ocr_heads.sink_redistribution import redistribution
+from hooked_vlm.experiments.ocr_heads.sink_redistribution import redistribution, sink_conditions
+from hooked_vlm.experiments.ocr_heads.study import Study
 from hooked_vlm.inputs.images import load_image
+from tools.deviation_table import NEW_TOKENS, PIXELS, examples, markdown
 
 CODE = QWEN2_VL.protocol
 
@@ -136,3 +142,99 @@ def test_replies_with_heads_masked_and_the_sink_redistributed_equal_the_codes(ex
             assert list(found) == texts, name
             n_changed += sum(a != b for a, b in zip(found, plain, strict=True))
     assert n_changed > 5
+
+
+# ---------------------------------------------------------------- in a study
+
+
+def settings(out: Path, **more: Any) -> dict[str, Any]:
+    return {"out": out, "samples": 8, "quiet": True, "data": "toy", **more}
+
+
+def test_a_study_asks_as_the_code_does(toy: HookedVLM, tmp_path: Path) -> None:
+    """Protocol, lengths of replies and the way of asking are those for the kind of model; what is given counts."""
+    study = Study(SinkConfig(**settings(tmp_path), compat=True), toy)
+    code = official_code(toy)
+    assert code is (INTERNVL2 if toy.cfg.chat_template else QWEN2_VL)
+    assert study.config.protocol == code.protocol
+    assert (study.scored_tokens, study.config.new_tokens) == (code.reply_tokens, code.task_tokens)
+    short = Study(SinkConfig(**settings(tmp_path), compat=True, max_new_tokens=9), toy)
+    assert (short.scored_tokens, short.config.new_tokens) == (9, 9)
+    plain = Study(SinkConfig(**settings(tmp_path)), toy)
+    assert (plain.scored_tokens, plain.config.new_tokens, plain.config.protocol) == (8, 8, Protocol())
+    task = QATask(DataSet("page", given.documents()[:2], "made", "abc"), "exact")
+    (asked,) = study.asked([task])
+    assert asked.data.digest != task.data.digest and asked.data.examples[0].chat == code.protocol.chat
+    assert plain.asked([task]) == [task]
+
+
+def test_the_code_asks_internvl2_without_a_chat_template_and_stops_at_its_token(tmp_path: Path) -> None:
+    model = HookedVLM.from_pretrained("toy-internvl2")
+    example = as_asked(given.documents()[0], INTERNVL2.protocol)
+    inputs = to_inputs(model, [example], given.PIXELS)
+    text = str(model.to_string(inputs.tokens[0]))
+    assert text.startswith("<img><IMG_CONTEXT>") and text.endswith(f"</img>\n{example.question}")
+    text_example = replace(text_examples()[0], chat=False)
+    assert str(model.to_string(to_inputs(model, [text_example], None).tokens[0])).startswith("<img></img>\n")
+    chat = to_inputs(model, [given.documents()[0]], given.PIXELS)
+    (reading,) = read(model, [given.documents()[0]], lambda *_: [], given.PIXELS, 8)
+    assert len(reading.reply) > 2 and chat.shape[1] > inputs.shape[1]
+    (cut,) = read(model, [given.documents()[0]], lambda *_: [], given.PIXELS, 8, stop_ids=(reading.reply[2],))
+    assert cut.reply == reading.reply[: reading.reply.index(reading.reply[2])]
+
+
+def test_comparison_uses_pages_in_the_order_of_their_names(
+    qwen: HookedVLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From 11 pages on, as the published scores do; otherwise nothing is scored again."""
+    long = DataSet("toy", given.many_pages(8), "made", "many")
+    monkeypatch.setattr(Study, "sets", lambda self, as_text, seed, n: [long])
+    study = Study(CompareConfig(**settings(tmp_path)), qwen)
+    found = in_order_of_names(study)
+    protocol = replace(study.config.protocol, page_order="name")
+    expected = Study(replace(study.config, protocol=protocol, out=tmp_path / "2"), qwen).ocr
+    np.testing.assert_array_equal(found.samples, expected.samples)
+    assert study.ocr.mean.max() > 0.2 > found.mean.max()  # boxes lie on other pages
+    short = DataSet("toy", given.documents(), "made", "few")
+    monkeypatch.setattr(Study, "sets", lambda self, as_text, seed, n: [short])
+    study = Study(CompareConfig(**settings(tmp_path)), qwen)
+    assert in_order_of_names(study) is study.ocr
+
+
+def test_the_codes_sink_redistribution_runs_with_one_beta(toy: HookedVLM, tmp_path: Path) -> None:
+    config = SinkConfig(
+        **settings(tmp_path, max_new_tokens=8), compat=True, tasks=("page",), task_samples=2, random_draws=2
+    )
+    study = Study(config, toy)
+    changes = [c.change for c in sink_conditions(study, study.config) if c.change is not None]  # type: ignore[arg-type]
+    assert {change.beta for change in changes} == {0.4}  # type: ignore[union-attr]
+    assert {len(change.heads) for change in changes} == {2}  # type: ignore[union-attr]
+    assert {change.causal for change in changes} == {official_code(toy) is INTERNVL2}  # type: ignore[union-attr]
+    assert {change.alone for change in changes} == {"spread"}  # type: ignore[union-attr]
+
+
+# ---------------------------------------------------------------- the table of deviations
+
+
+def test_every_deviation_is_in_the_table_and_the_table_is_in_the_docs() -> None:
+    differing = {f.name for f in fields(Protocol) if getattr(CODE, f.name) != getattr(Protocol(), f.name)}
+    options = [record["option"] for record in shipped()["deviations"]]
+    assert {*options} - {ALL, "max_new_tokens"} == differing == {*DEVIATIONS} - {"max_new_tokens"}
+    assert options == [*DEVIATIONS, ALL] and options[-1] == ALL
+    page = (Path(__file__).parents[3] / "docs" / "ocr-heads.md").read_text(encoding="utf-8")
+    assert markdown() in page
+
+
+def test_effects_by_hand() -> None:
+    before, after = (np.zeros((20, 1, 3)) for _ in range(2))
+    before[:, 0, 0], before[:, 0, 1], after[:, 0, 0], after[:10, 0, 2] = 0.5, 0.2, 0.9, 0.6
+    both = [Scores("ocr", own, own, np.ones((1, 3)), 20, 20) for own in (before, after)]
+    found = effect(*both, Protocol())
+    assert found == {"heads": 3, "largest": 0.4, "in": ["0.2"], "out": ["0.1"]}
+    assert effect(*both, Protocol(frequency_rule="inverted"))["out"] == ["0.0", "0.1"]
+
+
+@pytest.mark.full
+def test_shipped_effects_are_those_measured_again() -> None:
+    model = HookedVLM.from_pretrained("toy-qwen2-vl")
+    assert measured(model, QWEN2_VL, examples, NEW_TOKENS, PIXELS) == shipped()["deviations"]
