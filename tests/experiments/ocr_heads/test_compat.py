@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from dataclasses import fields, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
