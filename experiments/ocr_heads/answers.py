@@ -62,12 +62,6 @@ def edit_distance(a: Sequence, b: Sequence) -> int:
     return row[-1]
 
 
-def rouge_1_recall(answer: str, reply: str) -> float:
-    """Share of the answer's words that occur in the reply, with multiplicity (Lin 2004)."""
-    expected, found = (Counter(re.findall(r"[a-z0-9]+", text.lower())) for text in (answer, reply))
-    return sum((expected & found).values()) / sum(expected.values()) if expected else 0.0
-
-
 def _normalized(text: str) -> str:
     text = "".join(c for c in text.lower() if c not in string.punctuation)
     return " ".join(re.sub(r"\b(a|an|the)\b", " ", text).split())

@@ -16,7 +16,7 @@ Source = Literal["live", "others", "any", "layer", "norm", "attention"]
 
 @dataclass(frozen=True)
 class Protocol:
-    """How a head's OCR score is measured. The defaults are the paper's definition; `OFFICIAL_CODE` is its code."""
+    """How heads are scored. The defaults are the paper's definition; `OFFICIAL_CODE` is its code."""
 
     min_overlap: float = 0.1
     """A token is evidence if more than this share of a character's box lies in it (the code: 0.001)."""
@@ -29,22 +29,55 @@ class Protocol:
     or all whose id occurs in the answer, the i-th against the i-th box (the code)."""
     missing: Literal["zero", "skip"] = "zero"
     """Answer tokens that were not generated: they count as not copied, or not at all (the code)."""
-    weight_by_run: bool = False
-    """Count a copy by the share of the answer in the longest shared run instead of by 1, as the code does."""
+    weight_by_run: Literal["no", "reply", "prompt_and_reply"] = "no"
+    """Count a copy by 1, or by the share of the answer in the longest run it shares with the reply (the code for
+    InternVL2), or with prompt and reply (the code for Qwen2-VL)."""
     keys: Literal["all", "prompt"] = "all"
     """Where the argmax is taken: over all keys, or over the prompt but its last token (the code)."""
-    instance: Granularity = "sample"
-    """Unit of means and frequencies: samples, or single answer tokens (the official code)."""
+    ocr_instance: Granularity = "sample"
+    """Unit of means and frequencies of OCR scores: samples, or single boxes (the code)."""
+    retrieval_instance: Granularity = "sample"
+    """Unit of means and frequencies of retrieval scores: samples (the code, too), or single tokens of the needle."""
     frequency_rule: Literal["active", "inverted"] = "active"
     """A head is kept if it is active (score above the threshold) in enough instances; the code's rule is
     inverted: it drops heads that are non-zero in 90% of the instances."""
     retrieval: Literal["needle", "same_token"] = "needle"
-    """The text retrieval score: Wu et al.'s (the argmax lies in the needle, on the token that is generated, and the
-    answer was found), or the code's (the argmax has the same token, for every answer token anywhere)."""
+    """The text retrieval score: Wu et al.'s (the argmax lies in the needle, on the token that is generated), or the
+    code's (the argmax has the same token, for every answer token anywhere)."""
+    pages: Literal["paper", "code"] = "paper"
+    """Needles on lines as high as those of passkeys, with line breaks as spaces; or as the code makes them: lines of
+    12 pixels, line breaks deleted, and its questions, boxes and draws of needles."""
+    page_order: Literal["number", "name"] = "number"
+    """Pages by their numbers, or by the names of the code's files ("10" before "2"), whose evidence is then on another
+    page from 11 pages on. The published OCR scores contain this, so `compare` uses it against published heads."""
+    first_resize: int | None = None
+    """Resize pictures to multiples of this many pixels before the model's own resizing (the code for Qwen2-VL: 28)."""
+    chat: bool = True
+    """Ask in the checkpoint's chat template, or without one (the code for InternVL2)."""
+    stop_ids: tuple[int, ...] = ()
+    """Tokens that end a reply beside the checkpoint's own while heads are scored (the code for InternVL2: 281)."""
+
+    def instance(self, kind: Literal["ocr", "retrieval"]) -> Granularity:
+        """Unit of means and frequencies of a kind of score."""
+        return self.ocr_instance if kind == "ocr" else self.retrieval_instance
 
 
-OFFICIAL_CODE = Protocol(0.001, True, "copied", "in_order", "skip", True, "prompt", "token", "inverted", "same_token")
-"""What the code published with the paper does (papers' repository, step2_ocr_retrieval_head.py and step3)."""
+OFFICIAL_CODE = Protocol(
+    min_overlap=0.001,
+    truncate_boxes=True,
+    query="copied",
+    matching="in_order",
+    missing="skip",
+    weight_by_run="prompt_and_reply",
+    keys="prompt",
+    ocr_instance="token",
+    frequency_rule="inverted",
+    retrieval="same_token",
+    pages="code",
+    page_order="name",
+    first_resize=28,
+)
+"""What the code published with the paper does with Qwen2-VL (step1 to step3 of baekingeol/OCR_Head)."""
 
 
 @dataclass(frozen=True)
@@ -72,13 +105,15 @@ class ScoreConfig(WorkersConfig):
     internlm/internlm2_5-7b-chat in the paper)."""
     protocol: Protocol = field(default_factory=Protocol)
     compat: bool = False
-    """Measure as the official code does: replaces the protocol by that of the code."""
+    """Measure as the official code does: replaces the protocol by that of the code for this kind of model, and a length
+    of replies that is not given by the code's."""
     threshold: float = 0.1
     """A head is an OCR (or retrieval) head if it scores above this in the mean, and often enough."""
     min_frequency: float = 0.1
     """In at least this share of the instances it scores above the threshold."""
     max_new_tokens: int | None = None
-    """How long an answer may get; 8 on toy data, 32 otherwise, by default."""
+    """How long an answer may get; by default 8 on toy data, 32 otherwise, with --compat as in the code (Qwen2-VL: 128
+    while heads are scored, 256 in tasks; InternVL2: 32)."""
     tokens_per_batch: int = 8192
     """Rows are batched up to this many tokens: less needs less memory."""
     device: str | None = None
@@ -87,10 +122,6 @@ class ScoreConfig(WorkersConfig):
     """The checkpoint's own by default."""
     quiet: Suppress[bool] = False
     """No progress bars."""
-
-    @property
-    def measured_by(self) -> Protocol:
-        return OFFICIAL_CODE if self.compat else self.protocol
 
     @property
     def new_tokens(self) -> int:
@@ -118,11 +149,13 @@ class ScoreConfig(WorkersConfig):
         for name in ("threshold", "min_frequency"):
             if not 0 <= getattr(self, name) < 1:
                 raise StudyError(f"--{name.replace('_', '-')} must lie in [0, 1), got {getattr(self, name)}")
+        if self.protocol.first_resize is not None and self.protocol.first_resize < 1:
+            raise StudyError(f"--first-resize must be at least 1 pixel, got {self.protocol.first_resize}")
         if not 0 <= self.protocol.min_overlap < 1:
             raise StudyError(f"--min-overlap must lie in [0, 1), got {self.protocol.min_overlap}")
         if self.seed < 0:
             raise StudyError(f"--seed must not be negative, got {self.seed}")
-        if any(not 0 <= beta <= 1 for beta in getattr(self, "betas", ())):
+        if any(not 0 <= beta <= 1 for beta in getattr(self, "betas", None) or ()):
             raise StudyError(f"--betas are shares of attention, between 0 and 1, got {getattr(self, 'betas', ())}")
 
     def as_dict(self) -> dict[str, Any]:
@@ -178,8 +211,9 @@ class MaskConfig(TaskConfig):
 class SinkConfig(TaskConfig):
     """Redistribute attention from the first token, in the top heads and in random ones."""
 
-    betas: tuple[float, ...] = (0.0, 0.2, 0.4, 0.6, 0.8)
-    """The share of its attention that the first token keeps (the paper: 0.4)."""
+    betas: tuple[float, ...] | None = None
+    """The share of its attention that the first token keeps; 0, 0.2, 0.4, 0.6 and 0.8 by default, with --compat 0.4
+    (the paper), and as the code does it."""
     sink_heads: tuple[int, ...] = (2,)
     """In how many top heads (the paper: 2)."""
 

@@ -7,6 +7,9 @@ from typing import Any
 
 from PIL import Image
 
+from hooked_vlm.experiments.ocr_heads.config import Protocol
+from hooked_vlm.inputs.geometry import ImageSize
+from hooked_vlm.inputs.image_processor import smart_resize
 from hooked_vlm.inputs.images import load_image
 from hooked_vlm.inputs.tiles import TileProcessor
 from hooked_vlm.inputs.vlm_inputs import VLMInputs
@@ -44,6 +47,10 @@ class Example:
     """Text in front of the question."""
     answer_at: int | None = None
     """Start of the answer in `context`; None for answers in pictures."""
+    chat: bool = True
+    """Whether it is asked in the checkpoint's chat template."""
+    first_resize: int | None = None
+    """Pictures are first resized to multiples of this many pixels; boxes are those of the pictures before it."""
 
     def __getstate__(self) -> dict[str, Any]:
         """Pickle with the pictures, because another machine may not have their files."""
@@ -69,20 +76,65 @@ def coarse(example: Example) -> Example:
     return replace(example, evidence=(Evidence(0, len(example.answer), page, whole),))
 
 
+def as_asked(example: Example, protocol: Protocol) -> Example:
+    """The example as a protocol puts it to a model: order of pages, first resizing, chat template.
+
+    The evidence keeps its page numbers, so pages in the order of their names move away from under it from 11 pages on,
+    as in the published code.
+    """
+    images = example.images
+    if protocol.page_order == "name":
+        images = tuple(images[i] for i in sorted(range(len(images)), key=str))
+    return replace(example, images=images, chat=protocol.chat, first_resize=protocol.first_resize)
+
+
 def to_inputs(model: HookedVLM, examples: Sequence[Example], pixels: int | None) -> VLMInputs:
-    """Batch the examples.
+    """Batch the examples, which are all asked in the chat template, or none.
 
     `pixels` fixes the area of every resized picture; a model that tiles pictures then sees each as one tile, as in the
     paper.
     """
-    prompts = [e.prompt for e in examples]
+    chat = all(e.chat for e in examples)
+    prompts = [e.prompt if chat else _bare(model, e) for e in examples]
     if not any(e.images for e in examples):  # works with text-only models, too
-        return model.to_inputs(prompts)
+        return model.to_inputs(prompts, chat=chat)
     if isinstance(model.image_processor, TileProcessor):
         bounds: dict[str, Any] = {"max_tiles": None if pixels is None else 1}
     else:
         bounds = {"min_pixels": pixels, "max_pixels": pixels}
-    return model.to_inputs(prompts, [list(e.images) for e in examples], **bounds)
+    images = [[first_resized(image, e.first_resize) for image in e.images] for e in examples]
+    return model.to_inputs(prompts, images, chat=chat, **bounds)
+
+
+def _bare(model: HookedVLM, example: Example) -> str:
+    """A prompt without chat template as the published code writes it: beginning of text, pictures, a line break."""
+    text = model.input_builder.text
+    first = model.tokenizer.decode(model.tokenizer("")["input_ids"])
+    if model.cfg.vision is None:
+        return first + example.prompt
+    pictures = text.marked(text.image_token) * len(example.images) or text.marked("")
+    return f"{first}{pictures}\n{example.prompt}"
+
+
+FIRST_BOUNDS = (4 * 28 * 28, 16384 * 28 * 28)
+"""Area in pixels of a picture after its first resizing (qwen-vl-utils 0.0.8)."""
+
+
+def first_resized(picture: Picture, multiple: int | None) -> Picture:
+    """Resize a picture to the nearest multiples of so many pixels, as qwen-vl-utils' `fetch_image` does."""
+    if multiple is None:
+        return picture
+    image = load_image(picture)
+    height, width = smart_resize(image.height, image.width, multiple, *FIRST_BOUNDS)
+    return image.resize((width, height), Image.Resampling.BICUBIC)
+
+
+def picture_size(picture: Picture) -> ImageSize:
+    """Width and height of a picture, in pixels."""
+    if isinstance(picture, Image.Image):
+        return ImageSize(*picture.size)
+    with Image.open(picture) as opened:
+        return ImageSize(*opened.size)
 
 
 def prompt_length(model: HookedVLM, example: Example, pixels: int | None) -> int:
@@ -96,14 +148,13 @@ def prompt_length(model: HookedVLM, example: Example, pixels: int | None) -> int
         processor = processor.bounded(1, 1)
     elif pixels is not None:
         processor = replace(processor, min_pixels=pixels, max_pixels=pixels)
-    return text + sum(processor.n_tokens(_size(image)) + MARKS for image in example.images)
-
-
-def _size(picture: Picture) -> tuple[int, int]:
-    if isinstance(picture, Image.Image):
-        return picture.size
-    with Image.open(picture) as opened:
-        return opened.size
+    sizes: list[tuple[int, int]] = []
+    for image in example.images:
+        width, height = picture_size(image)
+        if example.first_resize is not None:
+            height, width = smart_resize(height, width, example.first_resize, *FIRST_BOUNDS)
+        sizes.append((width, height))
+    return text + sum(processor.n_tokens(size) + MARKS for size in sizes)
 
 
 def batches(n_tokens: Sequence[int], tokens_per_batch: int) -> list[list[int]]:

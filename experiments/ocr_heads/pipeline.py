@@ -124,12 +124,10 @@ def run(config: ScoreConfig, model: HookedVLM | None = None) -> OcrHeadsResult:
 
 def answer(config: ScoreConfig, ocr: Scores) -> str:
     """One sentence: the number of OCR heads and the names of the first ten, top head first."""
-    chosen = select(ocr, config.threshold, config.min_frequency, config.measured_by.frequency_rule)
+    chosen = select(ocr, config.threshold, config.min_frequency, config.protocol.frequency_rule)
     heads = [head for head in ranked(ocr.mean) if chosen[head]]
     names = head_names(heads[:10]) + (", ..." if len(heads) > 10 else "")
-    found = (
-        f"{len(heads)} of {chosen.size} heads of {config.model} are OCR heads by {protocol_name(config.measured_by)}"
-    )
+    found = f"{len(heads)} of {chosen.size} heads of {config.model} are OCR heads by {protocol_name(config.protocol)}"
     return f"{found}: {names}" if heads else found
 
 

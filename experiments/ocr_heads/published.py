@@ -4,6 +4,7 @@
 """
 
 import json
+from dataclasses import replace
 from importlib import resources
 from pathlib import PurePosixPath
 from typing import Any
@@ -56,7 +57,8 @@ def compare(study: Study, config: CompareConfig) -> Finding:
     if record is None or shape != (record["n_layers"], record["n_heads"]):
         return _only_published(study, config)
     counts, overlap = [], []
-    for kind, scores in (("ocr", study.ocr), ("retrieval", study.retrieval)):
+    ocr = in_order_of_names(study)
+    for kind, scores in (("ocr", ocr), ("retrieval", study.retrieval)):
         prefix = "" if kind == "ocr" else "retrieval_"
         here = per_range(scores.mean)
         counts += [(kind, name, record[f"{prefix}heads_per_bin"][name], here[name]) for name in RANGES]
@@ -79,8 +81,21 @@ def compare(study: Study, config: CompareConfig) -> Finding:
         "published-counts": (count_table, "Heads per score range, published and here", None),
     }
     about = ["Only the ranges of published scores are known, so published ranks are ranks of ranges. The published "
-             "retrieval heads were found with the code's protocol (--compat)."]  # fmt: skip
+             "retrieval heads were found with the code's protocol (--compat). OCR scores are compared with pages in "
+             "the order of their files' names, as the published ones were measured: from 11 pages on, boxes then lie "
+             "on other pages than the answers."]  # fmt: skip
     return Finding("Comparison with the published heads", lines, about, {}, tables)
+
+
+def in_order_of_names(study: Study) -> Scores:
+    """OCR scores with the pages in the order that the published scores contain ("10" before "2")."""
+    config = study.config
+    if config.protocol.page_order == "name" or all(
+        len(e.images) <= 10 for data in study.scored(as_text=False) for e in data.examples
+    ):
+        return study.ocr
+    protocol = replace(config.protocol, page_order="name")
+    return Study(replace(config, protocol=protocol), study.model, study.workers).ocr
 
 
 def overlap_rows(

@@ -59,31 +59,39 @@ def read(
     pixels: int | None,
     new_tokens: int,
     keys: Literal["all", "prompt"] = "all",
+    stop_ids: Sequence[int] = (),
 ) -> list[Reading]:
     """Answer a batch of examples and score the tokens that `ask` selects.
 
     Args:
         keys: keys of the argmax: all, or the prompt without its last token.
+        stop_ids: tokens that end a reply beside the checkpoint's own.
     """
+    stops = [*model.cfg.eos_token_ids, *stop_ids]
     inputs = to_inputs(model, examples, pixels)
     if inputs.has_visuals:
         inputs = inputs.with_image_features(model.encode_images(inputs).detach())
-    readings = _expected(model, inputs, examples, ask, new_tokens, keys)
+    readings = _expected(model, inputs, examples, ask, new_tokens, keys, stops)
     others = [row for row, reading in enumerate(readings) if reading is None]
     if others:
         chosen, own = inputs[others], [examples[row] for row in others]
-        generated = model.generate(chosen, new_tokens)[:, chosen.shape[1] :]
-        replies = [reply_tokens(model, row) for row in generated]
+        generated = model.generate(chosen, new_tokens, eos_token_id=stops or None)[:, chosen.shape[1] :]
+        replies = [until_stop(row.tolist(), stops) for row in generated]
         for row, (reading, _) in zip(others, _look(model, chosen, own, replies, ask, keys), strict=True):
             readings[row] = reading
     return [reading for reading in readings if reading is not None]
 
 
 def _expected(
-    model: HookedVLM, inputs: VLMInputs, examples: Sequence[Example], ask: Ask, new_tokens: int, keys: str
+    model: HookedVLM,
+    inputs: VLMInputs,
+    examples: Sequence[Example],
+    ask: Ask,
+    new_tokens: int,
+    keys: str,
+    stops: Sequence[int],
 ) -> list[Reading | None]:
     """Readings of the examples whose greedy reply is exactly the expected answer; None for the others."""
-    stops = list(model.cfg.eos_token_ids)
     answers = [model.tokenizer(e.answer, add_special_tokens=False)["input_ids"] for e in examples]
     longest = max(map(len, answers))
     if not stops or longest >= new_tokens or inputs.shape[1] + longest + 1 > model.cfg.n_ctx_limit:
@@ -91,7 +99,7 @@ def _expected(
     found = _look(model, inputs, examples, [[*answer, stops[0]] for answer in answers], ask, keys)
     readings: list[Reading | None] = []
     for answer, (reading, predicted) in zip(answers, found, strict=True):
-        as_expected = predicted[:-1] == answer and predicted[-1] in stops
+        as_expected = predicted[:-1] == answer and predicted[-1] in stops and not set(answer) & set(stops)
         readings.append(Reading(answer, reading.copies, reading.hits, reading.norms) if as_expected else None)
     return readings
 
@@ -106,11 +114,9 @@ def _look(
     return [(Reading(replies[row], copies[row], hits[row], norms[row]), predicted[row]) for row in range(len(examples))]
 
 
-def reply_tokens(model: HookedVLM, row: Tensor) -> list[int]:
+def until_stop(ids: list[int], stops: Sequence[int]) -> list[int]:
     """Generated ids up to the first stop token."""
-    stops = set(model.cfg.eos_token_ids)
-    ids = row.tolist()
-    return ids[: next((i for i, t in enumerate(ids) if t in stops), len(ids))]
+    return ids[: next((i for i, token in enumerate(ids) if token in stops), len(ids))]
 
 
 def _hits(

@@ -6,33 +6,37 @@ needle's tokens that are generated while the argmax of the head's attention is t
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
+from itertools import zip_longest
 from typing import Literal
 
 import numpy as np
 import pandas as pd
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 
 from hooked_vlm.analysis.statistics import bootstrap_means, score_interval
-from hooked_vlm.errors import StudyError
+from hooked_vlm.errors import GeometryError, StudyError
 from hooked_vlm.experiments.ocr_heads.alignment import Span, align, longest_run
-from hooked_vlm.experiments.ocr_heads.answers import is_right, rouge_1_recall
+from hooked_vlm.experiments.ocr_heads.answers import is_right
 from hooked_vlm.experiments.ocr_heads.config import Granularity, Protocol
-from hooked_vlm.experiments.ocr_heads.examples import Evidence, Example
-from hooked_vlm.experiments.ocr_heads.reading import Copy, Reading, read
+from hooked_vlm.experiments.ocr_heads.examples import Evidence, Example, picture_size
+from hooked_vlm.experiments.ocr_heads.reading import Ask, Copy, Reading, read
 from hooked_vlm.inputs.vlm_inputs import VLMInputs
 from hooked_vlm.model.vlm import HookedVLM
 
-MIN_ROUGE = 0.5
-"""A retrieval counts if the reply contains more than this share of the answer's words (Wu et al.)."""
+Kind = Literal["ocr", "retrieval"]
 
 
 @dataclass(frozen=True, eq=False)
 class Scores:
-    """Scores of every head, by sample and by answer token."""
+    """Scores of every head, by sample and by answer token.
 
-    kind: Literal["ocr", "retrieval"]
+    One rule for both kinds: every sample counts, answered or not, and what was not generated was not copied. Means
+    among answered samples (whose reply is, or contains, the answer) stand beside those.
+    """
+
+    kind: Kind
     samples: Float[np.ndarray, "sample layer head"]
     tokens: Float[np.ndarray, "token layer head"]
     output_norm: Float[np.ndarray, "layer head"]
@@ -43,14 +47,29 @@ class Scores:
     """Number of examples."""
     granularity: Granularity = "sample"
     """Instances of `mean` and `frequency`."""
+    answered_samples: Bool[np.ndarray, "sample"] | None = None
+    """Which samples are answered correctly; None if this is not known."""
+    answered_tokens: Bool[np.ndarray, "token"] | None = None
+    """Which tokens are those of an answered sample."""
 
     @property
     def instances(self) -> Float[np.ndarray, "instance layer head"]:
         return self.samples if self.granularity == "sample" else self.tokens
 
     @property
+    def answered(self) -> Float[np.ndarray, "instance layer head"]:
+        """The instances of answered samples; none if it is not known which are."""
+        known = self.answered_samples if self.granularity == "sample" else self.answered_tokens
+        return self.instances[np.zeros(len(self.instances), dtype=bool) if known is None else known]
+
+    @property
     def mean(self) -> Float[np.ndarray, "layer head"]:
         return self.instances.mean(0)
+
+    @property
+    def mean_answered(self) -> Float[np.ndarray, "layer head"]:
+        """Mean among answered samples; not numbers if there are none."""
+        return self.answered.mean(0) if len(self.answered) else np.full(self.mean.shape, np.nan)
 
     @property
     def interval(self) -> tuple[Float[np.ndarray, "layer head"], Float[np.ndarray, "layer head"]]:
@@ -65,7 +84,7 @@ class Scores:
 
 def score_batch(
     model: HookedVLM,
-    kind: Literal["ocr", "retrieval"],
+    kind: Kind,
     examples: Sequence[Example],
     protocol: Protocol,
     pixels: int | None,
@@ -78,92 +97,108 @@ def score_batch(
         One row per example: `reply`, `right`, `sample` (the example's scores, empty if it does not count), `tokens`
         (scores of its tokens), `norms` (the heads' output norms); arrays are flattened [.., layer, head].
     """
+    keys = protocol.keys
     if kind == "ocr":
-        ask = partial(find_copies, model, protocol=protocol)
+        ask: Ask = partial(find_copies, model, protocol=protocol, limit=new_tokens)
     elif protocol.retrieval == "same_token":
-        ask = partial(same_tokens, model)
+        ask, keys = partial(same_tokens, model), "prompt"
     else:
         ask = partial(find_retrievals, model)
-    keys = "prompt" if kind == "retrieval" and protocol.retrieval == "same_token" else protocol.keys
     rows = []
-    for example, reading in zip(examples, read(model, examples, ask, pixels, new_tokens, keys), strict=True):
+    for example, reading in zip(
+        examples, read(model, examples, ask, pixels, new_tokens, keys, protocol.stop_ids), strict=True
+    ):
         reply = str(model.to_string(reading.reply))
-        counts = kind == "ocr" or protocol.retrieval == "same_token"
-        counts = counts or rouge_1_recall(example.answer, reply) > MIN_ROUGE
-        sample, tokens = _values(reading, kind, protocol) if counts else (None, None)
+        lost = kind == "retrieval" and protocol.retrieval == "same_token"
+        lost = lost and _lost_its_row(model, example, reading.reply, new_tokens)
+        sample, tokens = (None, None) if lost else _values(reading, kind, protocol)
         rows.append(
             {
                 "reply": reply,
                 "right": is_right(example, reply, "exact" if exact else "contains"),
-                "sample": np.empty(0, np.float32) if sample is None else sample.ravel().astype(np.float32),
-                "tokens": np.empty(0, np.float32) if tokens is None else tokens.ravel().astype(np.float32),
+                "sample": np.empty(0) if sample is None else sample.ravel(),
+                "tokens": np.empty(0) if tokens is None else tokens.ravel(),
                 "norms": reading.norms.ravel().astype(np.float32),
             }
         )
     return pd.DataFrame(rows)
 
 
-def gather(
-    kind: Literal["ocr", "retrieval"], table: pd.DataFrame, shape: tuple[int, int], granularity: Granularity
-) -> Scores:
+def gather(kind: Kind, table: pd.DataFrame, shape: tuple[int, int], granularity: Granularity) -> Scores:
     """Collect the scores of all examples, given as rows of `score_batch`."""
+    right = table["right"].to_numpy(dtype=bool)
 
-    def stacked(column: str) -> np.ndarray:
-        return np.concatenate([np.asarray(v, dtype=np.float64) for v in table[column]]).reshape(-1, *shape)
+    def stacked(column: str) -> tuple[np.ndarray, np.ndarray]:
+        values = [np.asarray(v, dtype=np.float64).reshape(-1, *shape) for v in table[column]]
+        return np.concatenate(values), right.repeat([len(own) for own in values])
 
+    (samples, answered_samples), (tokens, answered_tokens) = stacked("sample"), stacked("tokens")
     return Scores(
-        kind,
-        stacked("sample"),
-        stacked("tokens"),
-        stacked("norms").mean(0),
-        int(table["right"].to_numpy().sum()),
-        len(table),
-        granularity,
-    )
+        kind, samples, tokens, stacked("norms")[0].mean(0), int(right.sum()), len(table), granularity,
+        answered_samples, answered_tokens,
+    )  # fmt: skip
 
 
 def _values(
-    reading: Reading, kind: str, protocol: Protocol
+    reading: Reading, kind: Kind, protocol: Protocol
 ) -> tuple[Float[np.ndarray, "layer head"] | None, Float[np.ndarray, "token layer head"]]:
     """Scores of an example, and scores of its answer's tokens."""
     weights = np.array([copy.weight for copy in reading.copies])
     values = reading.hits * weights[:, None, None]
     if kind == "retrieval":
         tokens = reading.hits[[copy.token for copy in reading.copies]].astype(float)
+        if protocol.retrieval == "same_token":
+            return tokens.mean(0) if len(tokens) else values.sum(0), tokens
         return values.sum(0), tokens
     counted = [copy.position is not None or protocol.missing == "zero" for copy in reading.copies]
     return (values[counted].mean(0) if any(counted) else None), values[counted]
+
+
+def _lost_its_row(model: HookedVLM, example: Example, reply: list[int], new_tokens: int) -> bool:
+    """Whether the code drops a sample: its last token is one of the answer's and was never fed back, so has no row."""
+    cut = len(reply) == new_tokens
+    return cut and reply[-1] in model.tokenizer(example.answer, add_special_tokens=False)["input_ids"]
 
 
 # ---------------------------------------------------------------- evidence in images
 
 
 def find_copies(
-    model: HookedVLM, inputs: VLMInputs, row: int, example: Example, reply: list[int], *, protocol: Protocol
+    model: HookedVLM,
+    inputs: VLMInputs,
+    row: int,
+    example: Example,
+    reply: list[int],
+    *,
+    protocol: Protocol,
+    limit: int | None = None,
 ) -> list[Copy]:
     """Find the tokens of the reply that copy the answer, each with its evidence, and the answer's tokens that none
     copies.
 
-    `inputs` are prompt and reply; the reply starts at `inputs.stop[row] - len(reply)`.
+    `inputs` are prompt and reply; the reply starts at `inputs.stop[row] - len(reply)`. `limit` is the length at which
+    generation ends: the last token of such a reply was not fed back, and has no row where the copied token is asked.
     """
     encoded = model.tokenizer(example.answer, add_special_tokens=False, return_offsets_mapping=True)
     answer, spans = encoded["input_ids"], encoded["offset_mapping"]
     start = inputs.stop[row] - len(reply)
     shift = 0 if protocol.query == "copied" else -1
-    _, _, run = longest_run(answer, reply)
-    weight = run / len(answer) if protocol.weight_by_run else 1.0
-    boxes = [(e, _tokens_of(inputs, row, e, protocol)) for e in example.evidence]
+    weight = 1.0
+    if protocol.weight_by_run != "no":
+        first = start if protocol.weight_by_run == "reply" else inputs.first[row]
+        weight = longest_run(answer, inputs.tokens[row, first : inputs.stop[row]].tolist())[2] / len(answer)
+    boxes = [(e, _tokens_of(inputs, row, example, e, protocol)) for e in example.evidence]
     coarse = len(boxes) == 1 and (boxes[0][0].start, boxes[0][0].stop) == (0, len(example.answer))
     if protocol.matching == "in_order":
         places = [n for n, token in enumerate(reply) if token in set(answer)]
         first = min((e.start for e, _ in boxes), default=0)
-        places = places[sum(b <= first for _, b in spans) :]  # so that the first box belongs to the first of them
+        # where only a later part of the answer has boxes, the first box belongs to the first token of that part
+        places = places[sum(b <= first and any(map(str.isalnum, example.answer[a:b])) for a, b in spans) :]
         if coarse:  # one box around the whole answer serves every place
             boxes = boxes * max(1, len(places))
-        return [
-            Copy(start + places[i] + shift if i < len(places) else None, weight, evidence)
-            for i, (_, evidence) in enumerate(boxes)
-        ]
+        no_row = limit - 1 if protocol.query == "copied" and limit is not None else None
+        with_row = [None if n == no_row else start + n + shift for n in places]
+        return [Copy(p, weight, own) for p, (_, own) in zip_longest(with_row[: len(boxes)], boxes)]
     found = align(model.tokenizer, example.answer, reply)
     parts = [(span, start + n + shift) for n, span in found.spans.items()]
     parts += [(span, None) for span in spans if not found.copied(span)]
@@ -177,12 +212,21 @@ def find_copies(
     return copies
 
 
-def _tokens_of(inputs: VLMInputs, row: int, evidence: Evidence, protocol: Protocol) -> tuple[int, ...]:
+def _tokens_of(
+    inputs: VLMInputs, row: int, example: Example, evidence: Evidence, protocol: Protocol
+) -> tuple[int, ...]:
     """Positions of the image tokens that contain enough of an evidence box."""
     images = [v for v in inputs.visuals if v.row == row]
     visual = images[evidence.image]
     grid = inputs.image_grid(visual.index)
-    found = grid.tokens_in_box(evidence.box, protocol.min_overlap, truncate=protocol.truncate_boxes)
+    if example.first_resize is not None:  # boxes are those of the picture before its first resizing
+        grid = replace(grid, image_size=picture_size(example.images[evidence.image]))
+    try:
+        found = grid.tokens_in_box(evidence.box, protocol.min_overlap, truncate=protocol.truncate_boxes)
+    except GeometryError:
+        if protocol.page_order == "name":
+            return ()  # a box of another page, which is larger
+        raise
     return tuple(visual.start + i for i in found)
 
 
@@ -220,7 +264,7 @@ def same_tokens(model: HookedVLM, inputs: VLMInputs, row: int, example: Example,
     tokens, first, stop = inputs.tokens[row].tolist(), inputs.first[row], inputs.stop[row]
     prompt = range(first, stop - len(reply) - 1)
     queries = [i for i in range(first, stop) if tokens[i] in answer]
-    return [Copy(i, 1 / len(queries), tuple(j for j in prompt if tokens[j] == tokens[i])) for i in queries]
+    return [Copy(i, 1.0, tuple(j for j in prompt if tokens[j] == tokens[i])) for i in queries]
 
 
 def needle_positions(

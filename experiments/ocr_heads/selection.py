@@ -16,12 +16,17 @@ def select(
     """Select heads whose mean score is above the threshold and that are active often enough.
 
     "active" (the paper): the score is above the threshold in at least `min_frequency` of the instances. "inverted" (its
-    code): heads that are non-zero in at least 1 - `min_frequency` of the instances are dropped.
+    code): heads that are non-zero in at least 1 - `min_frequency` of the instances are dropped, and a mean equal to the
+    threshold suffices.
     """
-    above = scores.mean > threshold
     if rule == "inverted":
-        return above & ((scores.instances == 0).mean(0) > min_frequency)
-    return above & (scores.frequency(threshold) >= min_frequency)
+        return (scores.mean >= threshold) & (scores.mean > 0) & kept_by_code(scores, min_frequency)
+    return (scores.mean > threshold) & (scores.frequency(threshold) >= min_frequency)
+
+
+def kept_by_code(scores: Scores, min_frequency: float) -> Bool[np.ndarray, "layer head"]:
+    """Heads whose score is zero in more than a share of the instances, the only ones that the code keeps."""
+    return (scores.instances == 0).sum(0) > min_frequency * len(scores.instances)
 
 
 def ranked(scores: Float[np.ndarray, "layer head"]) -> list[Head]:

@@ -1,6 +1,6 @@
 """Experiment: redistribute attention from the first token to the others, in the top heads (papers 1.11)."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import numpy as np
@@ -11,18 +11,20 @@ from hooked_vlm.experiments.common.frames import each_row
 from hooked_vlm.experiments.ocr_heads import changed, effects, plots
 from hooked_vlm.experiments.ocr_heads.config import SinkConfig
 from hooked_vlm.experiments.ocr_heads.masking import check_counts
+from hooked_vlm.experiments.ocr_heads.official import SINK_BETA, official_code
 from hooked_vlm.experiments.ocr_heads.sink_shares import PLACES, QUERIES, share_of, sink_attention, sink_table
 from hooked_vlm.experiments.ocr_heads.study import Finding, Study, head_names
 from hooked_vlm.interventions import Head, RedistributeSink
+from hooked_vlm.model.vlm import HookedVLM
 
-PAPER_BETA = 0.4
+BETAS = (0.0, 0.2, 0.4, 0.6, 0.8)
 
 
 def sink(study: Study, config: SinkConfig) -> Finding:
     """Answer every task unchanged, and with the sink scaled by every beta in OCR, retrieval and random heads."""
     check_counts(study, config.sink_heads, "sink-heads")
     conditions = sink_conditions(study, config)
-    tasks = changed.tasks_of(study, config)
+    tasks = study.asked(changed.tasks_of(study, config))
     shares = sink_attention(study, tasks)
     answers = changed.answer_all(study, tasks, conditions, "sink")
     summary = effects.summarize(answers, conditions, config.seed)
@@ -38,8 +40,7 @@ def sink(study: Study, config: SinkConfig) -> Finding:
     notes = [*held, *(line for k in config.sink_heads for line in changed.describe_heads(study, config, k))]
     about = [
         *notes,
-        "The sink is the first token. A query that sees no other token keeps its attention, so causality holds (the "
-        "published code spreads the first row over later tokens).",
+        "The sink is the first token. " + _rule(study),
         "Attention on the first token is measured at the last position of each prompt, where the answer begins, and as "
         f"the mean over up to {QUERIES} positions spread over the prompt (early ones see few other tokens). Little "
         "attention on the first token leaves little to redistribute.",
@@ -63,15 +64,20 @@ def sink_conditions(study: Study, config: SinkConfig) -> list[changed.Condition]
     """Unchanged first; then, for every number of heads and beta, the top heads of both kinds, and random sets."""
     conditions = [changed.UNCHANGED]
     for k in config.sink_heads:
-        for beta in config.betas:
-            change = partial(RedistributeSink, beta=float(beta))
+        for beta in betas_of(config):
+            change = redistribution(study.model, float(beta), config.compat)
             conditions += changed.against_random(study, config, k, change, f", beta {beta:g}")
     return conditions
 
 
+def betas_of(config: SinkConfig) -> tuple[float, ...]:
+    """Betas of a run: those configured, or the published code's one under --compat, or a range."""
+    return config.betas or ((SINK_BETA,) if config.compat else BETAS)
+
+
 def _answer(study: Study, config: SinkConfig, summary: pd.DataFrame, tests: pd.DataFrame) -> list[str]:
     """Sentences to quote: the top OCR heads at the beta nearest to the paper's."""
-    k, beta = config.sink_heads[0], min(config.betas, key=lambda beta: abs(beta - PAPER_BETA))
+    k, beta = config.sink_heads[0], min(betas_of(config), key=lambda beta: abs(beta - SINK_BETA))
     heads = changed.top_heads(study, k)["OCR"]
     what = f"Leaving the first token {beta:g} of its attention in the top {k} OCR heads ({head_names(heads)})"
     return effects.effect_answer(what, f"top {k} OCR, beta {beta:g}", summary, tests)
@@ -90,6 +96,24 @@ def _beta_lines(summary: pd.DataFrame, tests: pd.DataFrame) -> list[str]:
             words = f"  {effects.test_words(own_tests.loc[key])}" if key in own_tests.index else ""
             lines.append(f"    {row.condition:26s}  {effects.interval(row)}{words}")
     return lines
+
+
+def redistribution(model: HookedVLM, beta: float, compat: bool) -> Callable[[tuple[Head, ...]], RedistributeSink]:
+    """The intervention on some heads: with --compat as the published code makes it for this kind of model."""
+    options = official_code(model).sink if compat else {}
+    return partial(RedistributeSink, beta=beta, **options)
+
+
+def _rule(study: Study) -> str:
+    """What becomes of causality, in words."""
+    if not study.config.compat:
+        return (
+            "A query that sees no other token keeps its attention, so causality holds (the published code spreads it "
+            "over later tokens, and has no causal mask over the prompt of Qwen2-VL: --compat)."
+        )
+    if official_code(study.model).sink.get("causal", True):
+        return "As in the published code, a query that sees no other token spreads its attention over later ones."
+    return "As in the published code, the changed heads attend over the whole prompt, without a causal mask."
 
 
 def _sink_line(name: str, heads: Sequence[Head], shares: Float[np.ndarray, "sample place layer head"]) -> str:

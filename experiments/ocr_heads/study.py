@@ -14,12 +14,14 @@ from hooked_vlm.errors import StudyError
 from hooked_vlm.experiments.common.finding import Finding
 from hooked_vlm.experiments.common.models import check_takes_images
 from hooked_vlm.experiments.common.workers import workers_of
-from hooked_vlm.experiments.ocr_heads.config import ScoreConfig
+from hooked_vlm.experiments.ocr_heads.config import Protocol, ScoreConfig
 from hooked_vlm.experiments.ocr_heads.data.scored import PAPER_PIXELS, scored_sets
 from hooked_vlm.experiments.ocr_heads.data.store import DataSet
-from hooked_vlm.experiments.ocr_heads.examples import Example, batches, coarse, prompt_length
+from hooked_vlm.experiments.ocr_heads.data.tasks import QATask
+from hooked_vlm.experiments.ocr_heads.examples import Example, as_asked, batches, coarse, prompt_length
+from hooked_vlm.experiments.ocr_heads.official import official_code
 from hooked_vlm.experiments.ocr_heads.scoring import Scores, gather, score_batch
-from hooked_vlm.experiments.ocr_heads.selection import ranked, select
+from hooked_vlm.experiments.ocr_heads.selection import kept_by_code, ranked, select
 from hooked_vlm.interventions import Head
 from hooked_vlm.loading.folders import TOY_MODELS
 from hooked_vlm.model.by_name import load
@@ -37,9 +39,17 @@ class Study:
         if config.data == "auto":
             toy = (TOY_MODELS / Path(config.model).name).exists()
             config = replace(config, data="toy" if toy else "paper")
-        self.config = config
         self.model = model or load(config.model, config.device, config.dtype)
         check_takes_images(self.model, config.model)
+        self.scored_tokens = config.new_tokens
+        """Length of a reply while heads are scored."""
+        code = official_code(self.model)
+        if config.compat:
+            self.scored_tokens = config.max_new_tokens or code.reply_tokens
+            config = replace(config, protocol=code.protocol, max_new_tokens=config.max_new_tokens or code.task_tokens)
+        self.config = config
+        self.code = code if config.protocol.pages == "code" else None
+        """The published code's questions, where its pages are made."""
         self.parts = ResultStore(config.out / "parts")
         self.data_folder = config.data_folder or config.out / "data"
         self.pixels = None if config.data == "toy" else PAPER_PIXELS
@@ -61,7 +71,19 @@ class Study:
     def sets(self, as_text: bool, seed: int, n: int) -> list[DataSet]:
         """Make `n` pages or texts of the kinds that heads are scored on."""
         names = ["passkey", "niah"] if self.config.data == "paper" else [self.config.data]
-        return scored_sets(self.data_folder, names, as_text, seed, n, self.config.lengths)
+        return scored_sets(self.data_folder, names, as_text, seed, n, self.config.lengths, self.code)
+
+    def asked(self, tasks: Sequence[QATask]) -> list[QATask]:
+        """Tasks with their examples as the protocol puts them to the model."""
+        protocol = self.config.protocol
+        way = {"chat": protocol.chat, "first_resize": protocol.first_resize}  # pages of tasks keep their order
+        if way == {"chat": True, "first_resize": None}:
+            return list(tasks)
+        found = []
+        for task in tasks:
+            examples = [as_asked(e, replace(protocol, page_order="number")) for e in task.data.examples]
+            found.append(replace(task, data=replace(task.data, examples=examples, digest=f"{task.data.digest} {way}")))
+        return found
 
     @cached_property
     def ocr(self) -> Scores:
@@ -103,27 +125,30 @@ class Study:
         Raises:
             StudyError: no sample counts, so no head can be scored.
         """
-        config, protocol, found = self.config, self.config.measured_by, []
+        config, protocol, new_tokens, found = self.config, self.config.protocol, self.scored_tokens, []
         for data in sets:
-            examples = [coarse(e) for e in data.examples] if config.granularity == "coarse" else data.examples
+            examples = [as_asked(e, protocol) for e in data.examples]
+            if config.granularity == "coarse":
+                examples = [coarse(e) for e in examples]
             exact = data.name.startswith("toy")
             units = []
-            for group, n_tokens in self.groups(model, examples, config.new_tokens):
+            for group, n_tokens in self.groups(model, examples, new_tokens):
+                own = [examples[i] for i in group]
                 key = {
                     "score": kind, "model": identity, "sees": model.cfg.vision is not None,
                     "data": data.digest, "examples": group, "pixels": self.pixels,
-                    "granularity": config.granularity, "protocol": vars(protocol), "new_tokens": config.new_tokens,
+                    "granularity": config.granularity, "protocol": vars(_as_it_acts(protocol, own)),
+                    "new_tokens": new_tokens,
                 }  # fmt: skip
-                own = [examples[i] for i in group]
-                arguments = (kind, own, protocol, self.pixels, config.new_tokens, exact)
+                arguments = (kind, own, protocol, self.pixels, new_tokens, exact)
                 units.append(self.unit(key, score_batch, arguments, n_tokens))
             found += self.tables(units, f"{kind} scores, {data.name}", workers)
         shape = (model.cfg.n_layers, model.cfg.n_heads)
-        scores = gather(kind, pd.concat(found, ignore_index=True), shape, protocol.instance)
+        scores = gather(kind, pd.concat(found, ignore_index=True), shape, protocol.instance(kind))
         if not len(scores.instances):
             raise StudyError(
                 f"the model answers none of {scores.n_asked} {'pages' if kind == 'ocr' else 'texts'} within "
-                f"{config.new_tokens} tokens, so no head can be scored: raise --max-new-tokens or use another model"
+                f"{new_tokens} tokens, so no head can be scored: raise --max-new-tokens or use another model"
             )
         return scores
 
@@ -151,13 +176,13 @@ class Study:
     # ---------------------------------------------------------------- heads
 
     def selected(self, scores: Scores) -> Bool[np.ndarray, "layer head"]:
-        return select(scores, self.config.threshold, self.config.min_frequency, self.config.measured_by.frequency_rule)
+        return select(scores, self.config.threshold, self.config.min_frequency, self.config.protocol.frequency_rule)
 
     def top(self, scores: Scores, k: int) -> tuple[Head, ...]:
         """Top `k` heads by mean score; under the code's protocol the heads that its rule drops come last."""
         mean = scores.mean
-        if self.config.measured_by.frequency_rule == "inverted":
-            mean = np.where((scores.instances == 0).mean(0) > self.config.min_frequency, mean, 0.0)
+        if self.config.protocol.frequency_rule == "inverted":
+            mean = np.where(kept_by_code(scores, self.config.min_frequency), mean, 0.0)
         return tuple(ranked(mean)[:k])
 
     def default_counts(self) -> tuple[int, ...]:
@@ -168,6 +193,12 @@ class Study:
     def default_tasks(self) -> tuple[str, ...]:
         toy = self.config.data == "toy"
         return ("page", "text", "naming") if toy else ("docvqa", "mpdocvqa", "nq", "hotpotqa", "passkey")
+
+
+def _as_it_acts(protocol: Protocol, examples: Sequence[Example]) -> Protocol:
+    """The protocol without its order of pages, where there are too few of them for it to matter."""
+    many = any(len(example.images) > 10 for example in examples)
+    return protocol if many else replace(protocol, page_order="number")
 
 
 def head_names(heads: Sequence[Head]) -> str:

@@ -1,11 +1,12 @@
 """Interventions that replace attention patterns, with memory linear in the length."""
 
 from abc import abstractmethod
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from hooked_vlm.errors import InputError
@@ -41,6 +42,12 @@ class EditedPattern(HeadIntervention):
     ) -> Float[Tensor, "batch head row key"]:
         """Return the new pattern of some queries (indices into the query axis of `call`) of the chosen heads."""
 
+    def pattern(
+        self, call: AttentionCall, queries: Int[Tensor, "1 row"], heads: Sequence[int]
+    ) -> Float[Tensor, "batch head row key"]:
+        """The pattern to edit."""
+        return call.pattern(queries, heads)
+
     def edits(self, model: "HookedVLM", inputs: VLMInputs, layer: int) -> list[tuple[str, Edit]]:
         table = position_table(self.edited_positions, inputs).to(inputs.device)
 
@@ -50,7 +57,7 @@ class EditedPattern(HeadIntervention):
             selected = here.any(0).nonzero()[:, 0]
             edited, heads = z.clone(), list(chosen.heads)
             for queries in selected.split(QUERIES_AT_ONCE):
-                pattern = self.edit_pattern(call.pattern(queries[None], heads), call, queries[None], inputs)
+                pattern = self.edit_pattern(self.pattern(call, queries[None], heads), call, queries[None], inputs)
                 new = call.z_under(pattern, heads)
                 old = z[:, queries][:, :, heads]
                 change = here[:, queries, None] & chosen.mask[:, None, heads]
@@ -67,11 +74,20 @@ class RedistributeSink(EditedPattern):
     """Attention to the sink is scaled by `beta` and the difference redistributed over the other keys, in proportion.
 
     a_sink' = beta a_sink; a_j' = a_j (1 - beta a_sink) / (1 - a_sink). (arXiv 2505.15865, section on sink tokens.)
-    The sink is each row's first token, or the `sink`-th. A query that attends to nothing else keeps its attention.
+    The sink is each row's first token, or the `sink`-th.
+
+    Args:
+        causal: False lets the heads attend to every position of the pass, later ones too. The paper's code does this
+            with the prompt of Qwen2-VL, by accident (papers 1.15); with a mask over the prompt set aside, a pass over
+            prompt and reply is not what generation computes.
+        alone: what a query does that attends to nothing else: "keep" its attention, or "spread" the difference
+            equally over all other positions of the pass, later ones too (the paper's code).
     """
 
     beta: float
     sink: int = 0
+    causal: bool = True
+    alone: Literal["keep", "spread"] = "keep"
 
     def edits(self, model: "HookedVLM", inputs: VLMInputs, layer: int) -> list[tuple[str, Edit]]:
         if not 0 <= self.beta <= 1:
@@ -79,7 +95,12 @@ class RedistributeSink(EditedPattern):
         spans = zip(inputs.first, inputs.stop, strict=True)
         if any(not first <= first + self.sink < stop for first, stop in spans):
             raise InputError(f"sink={self.sink}: a row has no such token")
+        if self.alone not in ("keep", "spread"):
+            raise InputError(f'alone must be "keep" or "spread", got {self.alone!r}')
         return super().edits(model, inputs, layer)
+
+    def pattern(self, call: AttentionCall, queries: Tensor, heads: Sequence[int]) -> Tensor:
+        return replace(call, mask=replace(call.mask, causal=call.mask.causal and self.causal)).pattern(queries, heads)
 
     def edit_pattern(self, pattern: Tensor, call: AttentionCall, queries: Tensor, inputs: VLMInputs) -> Tensor:
         sinks = torch.tensor(inputs.first, device=pattern.device) + self.sink
@@ -89,7 +110,20 @@ class RedistributeSink(EditedPattern):
         rest = pattern.sum(-1, keepdim=True) - on_sink
         scaled = pattern * torch.where(rest > 1e-9, 1 + (1 - self.beta) * on_sink / rest.clamp(min=1e-9), 1.0)
         kept = torch.where(rest > 1e-9, self.beta * on_sink, on_sink)
+        if self.alone == "spread":
+            others = _real_keys(call, rows).scatter(-1, index[:, :1, :1], False)
+            share = (1 - self.beta) * on_sink * others / others.sum(-1, keepdim=True).clamp(min=1)
+            scaled = torch.where(rest > 1e-9, scaled, pattern + share)
+            kept = self.beta * on_sink
         return scaled.scatter(-1, index, kept)
+
+
+def _real_keys(call: AttentionCall, rows: int) -> Bool[Tensor, "rows 1 1 key"]:
+    """Keys that are not padding."""
+    valid = call.mask.key_valid
+    if valid is None:
+        valid = torch.ones(rows, call.k.shape[1], dtype=torch.bool, device=call.k.device)
+    return valid[:, None, None]
 
 
 @dataclass(frozen=True)

@@ -286,6 +286,41 @@ def test_redistributed_sink(case: tuple[Any, Any]) -> None:
     same(model, batch, iv, expected)
 
 
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("alone", ["keep", "spread"])
+def test_sink_redistribution_as_the_papers_code_does_it(case: tuple[Any, Any], causal: bool, alone: Any) -> None:
+    """Without a causal mask, and with the first query's attention spread over later keys."""
+    model, batch = case
+    beta, scores = 0.4, {}
+
+    def keep(x: Tensor, hook: Any) -> None:
+        scores[hook.name.rsplit(".", 1)[1]] = x.detach().clone()
+
+    def literal(pattern: Tensor, hook: Any) -> Tensor:
+        q, k = (scores[name][:, :, head] for name, head in (("hook_rot_q", 2), ("hook_rot_k", 1)))
+        for row in range(len(batch)):
+            sink, stop = batch.first[row], batch.stop[row]
+            for query in range(sink, stop):
+                last = query + 1 if causal else stop
+                a = torch.zeros(pattern.shape[-1])
+                a[sink:last] = (k[row, sink:last] @ q[row, query] / q.shape[-1] ** 0.5).softmax(-1)
+                rest = a.sum() - a[sink]
+                for key in range(sink, stop):
+                    if rest > 1e-9:
+                        share = a[key] / rest
+                    else:
+                        share = torch.tensor(1 / (stop - sink - 1) if alone == "spread" else float(key == sink))
+                    moved = (1 - beta) * a[sink] * share
+                    pattern[row, 2, query, key] = a[key] + moved if key != sink else beta * a[sink]
+                    if key == sink and rest <= 1e-9 and alone == "keep":
+                        pattern[row, 2, query, key] = a[sink]
+        return pattern
+
+    names = [("blocks.1.attn.hook_rot_q", keep), ("blocks.1.attn.hook_rot_k", keep)]
+    expected = by_hand(model, batch, [*names, ("blocks.1.attn.hook_pattern", literal)])
+    same(model, batch, RedistributeSink(((1, 2),), beta, causal=causal, alone=alone), expected)
+
+
 @pytest.mark.parametrize("positions", [None, "text", "final"])
 def test_uniform_attention(case: tuple[Any, Any], positions: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(patterns, "QUERIES_AT_ONCE", 3)
@@ -468,6 +503,7 @@ def unchecked(intervention: Intervention, **values: Any) -> Intervention:
         (lambda model: ReplaceImageKV(HEADS, tokens="text"), "image token"),
         (lambda model: RedistributeSink(HEADS, 1.5), "beta"),
         (lambda model: RedistributeSink(HEADS, 0.5, sink=7), "sink=7"),
+        (lambda model: RedistributeSink(HEADS, 0.5, alone="drop"), "drop"),  # type: ignore[arg-type]
         (lambda model: MeanHeads(HEADS, torch.zeros(3, 4, 8)), r"\(3, 4, 16\).*\(3, 4, 8\)"),
         (lambda model: PatchActivation("blocks.0.hook_mlp_out", torch.zeros(1), heads=(1,)), "head"),
         (lambda model: PatchActivation("blocks.0.hook_mlp_out", torch.zeros(3, 20, 64)), r"\(3, 20, 64\).*13"),

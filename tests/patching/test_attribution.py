@@ -17,6 +17,7 @@ from hooked_vlm.patching.cells import Cells
 from hooked_vlm.patching.exact import source_activations
 
 METRIC = log_prob(5)
+MLP_MODES: tuple[Any, ...] = ("frozen", "follow")
 
 
 @pytest.fixture(params=FAMILIES)
@@ -142,6 +143,75 @@ def test_a_path_is_the_receivers_input_recomputed(family: str, reads: Any, where
     assert np.abs(result.effects).max() > 1e-5
 
 
+def frozen_but_one(model: Any, pair: Pair, sender: tuple[int, int], mlps: str, record: list[str]) -> dict[str, Tensor]:
+    """Wang et al.'s recording run: every head has its output of the corrupt run, the sender that of the clean one, and
+    MLPs theirs of the corrupt run or what they make of the changed stream."""
+    with torch.no_grad():
+        _, clean = model.run_with_cache(pair.clean)
+        _, corrupt = model.run_with_cache(pair.corrupt)
+    kept: dict[str, Tensor] = {}
+
+    def freeze(x: Tensor, hook: Any) -> Tensor:
+        x = corrupt[hook.name].clone()
+        if hook.name == f"blocks.{sender[0]}.attn.hook_z":
+            x[:, :, sender[1]] = clean[hook.name][:, :, sender[1]]
+        return x
+
+    def keep(x: Tensor, hook: Any) -> None:
+        kept[hook.name] = x.detach().clone()
+
+    hooks: list = [(f"blocks.{layer}.attn.hook_z", freeze) for layer in range(model.cfg.n_layers)]
+    if mlps == "frozen":
+        hooks += [(f"blocks.{i}.hook_mlp_out", lambda x, hook: corrupt[hook.name]) for i in range(model.cfg.n_layers)]
+    with torch.no_grad():
+        model.run_with_hooks(pair.corrupt, fwd_hooks=[*hooks, *((name, keep) for name in record)])
+    return kept
+
+
+@pytest.mark.parametrize("mlps", ["frozen", "follow"])
+@pytest.mark.parametrize("reads", ["q", "k", "v"])
+def test_paths_equal_wang_et_als_two_runs(family: str, reads: Any, mlps: Any) -> None:
+    """A run that records what receivers read, and a run in which they read it; one receiver, several, the logits."""
+    model, pair = model_and_pair(family)
+    last = model.cfg.n_layers - 1
+    senders = [(0, 2), (1, 3), (last, 0)]
+    receivers: list[Any] = [(1, 1), ((1, 0), (2, 1), (2, 0)), "logits"]
+    found = patch_paths(model, pair, senders, receivers, reads, METRIC, mlps=mlps)
+    assert found.axes["receiver"] == ("1.1", "1.0+2.1+2.0", "logits")
+    final = f"blocks.{last}.hook_resid_post"
+    for i, sender in enumerate(senders):
+        for j, receiver in enumerate(receivers):
+            heads = [] if receiver == "logits" else [receiver] if isinstance(receiver[0], int) else list(receiver)
+            names = [final] if not heads else sorted({f"blocks.{layer}.attn.hook_{reads}" for layer, _ in heads})
+            kept = frozen_but_one(model, pair, sender, mlps, names)
+
+            def put(x: Tensor, hook: Any, heads=heads, kept=kept) -> Tensor:
+                if not heads:
+                    return kept[hook.name]
+                x = x.clone()
+                for layer, head in heads:
+                    if hook.layer() == layer:
+                        x[:, :, head] = kept[hook.name][:, :, head]
+                return x
+
+            with torch.no_grad():
+                logits = model.run_with_hooks(pair.corrupt, fwd_hooks=[(name, put) for name in names])
+            expected = METRIC(last_logits(logits, pair.corrupt))
+            np.testing.assert_allclose(found.values[i, j], expected, atol=2e-5)
+    assert np.abs(found.effects[:2]).max() > 1e-5
+    assert found.effects[2, 0, 0] == found.effects[2, 1, 0] == 0 != found.effects[2, 2, 0]
+
+
+def test_mlps_that_follow_carry_a_part_of_the_effect(family: str) -> None:
+    model, pair = model_and_pair(family, "padded")
+    both = [patch_paths(model, pair, [(0, 2)], ["logits"], None, METRIC, mlps=mlps).effects for mlps in MLP_MODES]
+    assert np.abs(both[0] - both[1]).max() > 1e-5
+    only_last = patch_paths(model, pair, [(0, 2)], ["logits"], None, METRIC, where="final").effects
+    np.testing.assert_allclose(only_last, both[0], atol=1e-5)  # the metric reads the last position alone
+    nowhere = patch_paths(model, pair, [(0, 2)], ["logits"], None, METRIC, where="image").effects
+    np.testing.assert_allclose(nowhere, 0, atol=1e-6)
+
+
 def test_paths_from_heads_that_do_not_exist_are_refused() -> None:
     model, pair = model_and_pair("qwen2-vl")
     with pytest.raises(InputError, match=r"0\.9"):
@@ -150,6 +220,10 @@ def test_paths_from_heads_that_do_not_exist_are_refused() -> None:
         patch_paths(model, pair, [(0, 0)], [(1, 2)], "v", METRIC)
     with pytest.raises(InputError, match=r"senders.*0.*1"):
         patch_paths(model, pair, [], [(1, 1)], "v", METRIC)
+    with pytest.raises(InputError, match="reads"):
+        patch_paths(model, pair, [(0, 0)], [(1, 1), "logits"], None, METRIC)
+    with pytest.raises(InputError, match="senders"):
+        patch_paths(model, pair, [(0, 0)], [()], "q", METRIC)
 
 
 def test_a_sender_named_twice_has_its_effect_twice_and_answers_are_metrics(family: str) -> None:

@@ -3,6 +3,7 @@
 Both give the same kind of item; a run's run.json records which it used.
 """
 
+import random
 import socket
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,6 +19,8 @@ from hooked_vlm.errors import StudyError
 PASSKEY_DATASET = "nanotron/simple_needle_in_a_hay_stack"
 NEEDLE_DATASET = "opencompass/NeedleBench"
 PAPER_SEED = 42
+FIRST_ENGLISH_NEEDLE, N_NEEDLES = 191, 150
+"""Row of the first English needle, and how many of them are drawn (the paper's code)."""
 HUB, SYNTHETIC = "the paper's data set, from the hub", "synthetic (the hub cannot be reached)"
 
 
@@ -58,8 +61,11 @@ def passkey_items(seed: int, n: int, lengths: Sequence[int]) -> tuple[list[Hayst
     return items, HUB
 
 
-def niah_items(seed: int, n: int, lengths: Sequence[int]) -> tuple[list[HaystackItem], str]:
+def niah_items(seed: int, n: int, lengths: Sequence[int], by_code: bool = False) -> tuple[list[HaystackItem], str]:
     """Make `n` contexts of the given numbers of characters with one sentence hidden at a random position.
+
+    Args:
+        by_code: draw needles and texts as the published code does: the first `n` of its 150 x lengths.
 
     Returns:
         (items, source in words).
@@ -70,12 +76,15 @@ def niah_items(seed: int, n: int, lengths: Sequence[int]) -> tuple[list[Haystack
     texts = from_hub(NEEDLE_DATASET, "en_haystack_texts", "test")
     needles = from_hub(NEEDLE_DATASET, "retrieval_needles", "test")
     rng = np.random.default_rng([seed, 3])
+    if by_code and texts is not None and needles is not None:
+        rows = [(row["needle"], row["retrieval_question"], row["arg2"]) for row in needles]
+        return needles_by_code(texts["text"], rows, seed, lengths)[:n], HUB
     if texts is None or needles is None:
         made = [_synthetic_needle(rng) for _ in range(n)]
         haystack, source = None, SYNTHETIC
     else:
-        # the English needles are the rows from 191 on (the paper's code)
-        rows = [needles[int(i)] for i in np.sort(rng.permutation(np.arange(191, len(needles)))[:n])]
+        english = np.arange(FIRST_ENGLISH_NEEDLE, len(needles))
+        rows = [needles[int(i)] for i in np.sort(rng.permutation(english)[:n])]
         if not rows:
             raise StudyError(f"{NEEDLE_DATASET} has {len(needles)} needles; English ones are expected from row 191 on")
         # fewer than 200: as in the paper, larger sets hide them again in other texts
@@ -94,6 +103,42 @@ def niah_items(seed: int, n: int, lengths: Sequence[int]) -> tuple[list[Haystack
         at = int(rng.integers(len(context)))
         items.append(HaystackItem(f"{context[:at]} {needle} {context[at:]}", question, answer, length))
     return items, source
+
+
+def needles_by_code(
+    texts: Sequence[str],
+    needles: Sequence[tuple[str, str, str]],
+    seed: int,
+    lengths: Sequence[int],
+    n_needles: int = N_NEEDLES,
+) -> list[HaystackItem]:
+    """Draw needles as the published code does and hide each in one text of every length, read on through the essays.
+
+    Args:
+        texts: essays, joined without space.
+        needles: (needle, question, answer) rows, of which English ones begin at 191.
+        lengths: characters of a text, its needle included.
+
+    Raises:
+        StudyError: too few needles, or one longer than a text.
+    """  # fmt: skip
+    rng = random.Random(PAPER_SEED + seed)
+    candidates = range(FIRST_ENGLISH_NEEDLE, len(needles))
+    if len(candidates) < n_needles:
+        raise StudyError(f"there are {len(candidates)} English needles, from row 191 on; the code draws {n_needles}")
+    essays = "".join(texts)
+    at, items = 0, []
+    for index in sorted(rng.sample(candidates, n_needles)):
+        needle, question, answer = needles[index]
+        for length in lengths:
+            n = length - len(needle)
+            if n <= 0:
+                raise StudyError(f"a needle of {len(needle)} characters does not fit in {length} (--lengths)")
+            around = (essays[at:] + essays)[:n] if at + n > len(essays) else essays[at : at + n]
+            at = at + n if at + n <= len(essays) else n - len(essays[at:])
+            place = rng.randint(0, n)
+            items.append(HaystackItem(around[:place] + needle + around[place:], question, answer, length))
+    return items
 
 
 def from_hub(name: str, subset: str | None, split: str) -> Any:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from PIL import Image, ImageDraw, ImageFont
 
-from hooked_vlm.experiments.ocr_heads.examples import Evidence
+from hooked_vlm.experiments.ocr_heads.examples import Box, Evidence
 
 CHARACTERS_PER_LINE, LINES_PER_PAGE, MARGIN = 50, 15, 15
 
@@ -40,21 +40,46 @@ def wrap(text: str) -> list[PageLine]:
     return lines
 
 
-def render(lines: Sequence[PageLine]) -> list[Image.Image]:
+@dataclass(frozen=True)
+class Ruler:
+    """How the code measures text: its ink (passkeys), or from the pen's position to the ink's end (needles)."""
+
+    from_pen: bool = False
+
+    def width(self, text: str) -> int:
+        left, _, right, _ = _ink(text)
+        return int(right if self.from_pen else right - left)
+
+    @property
+    def line_height(self) -> int:
+        """10 pixels, or 12 from the pen's position."""
+        _, top, _, bottom = _ink("Ay")
+        return int(bottom if self.from_pen else bottom - top)
+
+
+INK, PEN = Ruler(), Ruler(from_pen=True)
+
+
+def render(lines: Sequence[PageLine], ruler: Ruler = INK) -> list[Image.Image]:
     """Render pages, one image for every 15 lines."""
     font = ImageFont.load_default()
     pages = []
     for at in range(0, len(lines), LINES_PER_PAGE):
         chunk = lines[at : at + LINES_PER_PAGE]
-        width = max(_width(line.text) for line in chunk) + 2 * MARGIN
-        page = Image.new("RGB", (width, _line_height() * len(chunk) + 2 * MARGIN), "white")
+        width = max(ruler.width(line.text) for line in chunk) + 2 * MARGIN
+        page = Image.new("RGB", (width, ruler.line_height * len(chunk) + 2 * MARGIN), "white")
         draw = ImageDraw.Draw(page)
         for i, line in enumerate(chunk):
-            draw.text((MARGIN, MARGIN + i * _line_height()), line.text, font=font, fill="black")
-        file = io.BytesIO()
-        page.save(file, "JPEG")
-        pages.append(Image.open(file).convert("RGB"))
+            draw.text((MARGIN, MARGIN + i * ruler.line_height), line.text, font=font, fill="black")
+        pages.append(as_jpeg(page))
     return pages
+
+
+def as_jpeg(image: Image.Image) -> Image.Image:
+    """The image as the code stores it: with the losses of JPEG at Pillow's default quality."""
+    file = io.BytesIO()
+    image.convert("RGB").save(file, "JPEG")
+    return Image.open(file).convert("RGB")
 
 
 def evidence_of(lines: Sequence[PageLine], answer_start: int, parts: Sequence[tuple[int, int]]) -> tuple[Evidence, ...]:
@@ -70,19 +95,14 @@ def evidence_of(lines: Sequence[PageLine], answer_start: int, parts: Sequence[tu
             if left >= right:
                 continue
             page, row = divmod(number, LINES_PER_PAGE)
-            x = MARGIN + _width(line.text[:left])
-            y = MARGIN + row * _line_height()
-            box = (x, y, x + _width(line.text[left:right]), y + _line_height())
+            x = MARGIN + INK.width(line.text[:left])
+            y = MARGIN + row * INK.line_height
+            box = (x, y, x + INK.width(line.text[left:right]), y + INK.line_height)
             first = line.start + left - answer_start
             found.append(Evidence(first, first + right - left, page, box))
     return tuple(found)
 
 
-def _width(text: str) -> int:
-    left, _, right, _ = ImageDraw.Draw(Image.new("RGB", (1, 1))).textbbox((0, 0), text, ImageFont.load_default())
-    return int(right - left)
-
-
-def _line_height() -> int:
-    _, top, _, bottom = ImageDraw.Draw(Image.new("RGB", (1, 1))).textbbox((0, 0), "Ay", ImageFont.load_default())
-    return int(bottom - top)
+def _ink(text: str) -> Box:
+    """Box of a text's ink, from the pen's position."""
+    return ImageDraw.Draw(Image.new("RGB", (1, 1))).textbbox((0, 0), text, ImageFont.load_default())

@@ -3,14 +3,17 @@
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from hooked_vlm.errors import StudyError
+from hooked_vlm.experiments.ocr_heads.data import as_code
 from hooked_vlm.experiments.ocr_heads.data.haystack import niah_items, passkey_items
 from hooked_vlm.experiments.ocr_heads.data.pages import evidence_of, render, wrap
 from hooked_vlm.experiments.ocr_heads.data.store import DataSet, load_or_build
 from hooked_vlm.experiments.ocr_heads.examples import Evidence, Example
+from hooked_vlm.experiments.ocr_heads.official import OfficialCode
 from hooked_vlm.toys import pages as toy
 
 PAPER_PIXELS = 256 * 28 * 28
@@ -20,18 +23,30 @@ PASSKEY_QUESTION = "What is the pass key?"
 
 
 def scored_sets(
-    folder: Path, names: Sequence[str], as_text: bool, seed: int, n: int, lengths: Sequence[int]
+    folder: Path,
+    names: Sequence[str],
+    as_text: bool,
+    seed: int,
+    n: int,
+    lengths: Sequence[int],
+    code: OfficialCode | None = None,
 ) -> list[DataSet]:
-    """Load or build data sets with `n` examples in total, as pages or as text."""
+    """Load or build data sets with `n` examples in total, as pages or as text.
+
+    Args:
+        code: make passkeys and needles as the published code does, with its questions.
+    """
     sets = []
     for position, name in enumerate(names):
         share = max(1, n // len(names) + (position < n % len(names)))
         kind = f"{name}-text" if as_text else name
-        settings = {"seed": seed, "n": share} | ({} if name == "toy" else {"lengths": list(lengths)})
+        settings: dict[str, Any] = {"seed": seed, "n": share} | ({} if name == "toy" else {"lengths": list(lengths)})
+        if code is not None and name != "toy":
+            settings["as code"] = [code.passkey_question, code.passkey_text_question]
         build = {
             "toy": lambda n=share: (toy_pages(seed, n, as_text), SYNTHETIC_TOY),
-            "passkey": lambda n=share: passkey_pages(seed, n, lengths, as_text),
-            "niah": lambda n=share: niah_pages(seed, n, lengths, as_text),
+            "passkey": lambda n=share: passkey_pages(seed, n, lengths, as_text, code),
+            "niah": lambda n=share: niah_pages(seed, n, lengths, as_text, code is not None),
         }[name]
         sets.append(load_or_build(folder, kind, settings, build))
     return sets
@@ -56,13 +71,20 @@ def toy_pages(seed: int, n: int, as_text: bool = False) -> list[Example]:
     return examples
 
 
-def passkey_pages(seed: int, n: int, lengths: Sequence[int], as_text: bool = False) -> tuple[list[Example], str]:
+def passkey_pages(
+    seed: int, n: int, lengths: Sequence[int], as_text: bool = False, code: OfficialCode | None = None
+) -> tuple[list[Example], str]:
     """Make the paper's image passkeys ("The pass key is N." in filler text).
 
     Returns:
         (examples, source in words).
     """
     items, source = passkey_items(seed, n, lengths)
+    if code is not None:
+        make, question = as_code.passkey_example, code.passkey_question
+        if as_text:
+            make, question = as_code.passkey_text, code.passkey_text_question
+        return [make(item, question) for item in items], source
     examples = []
     for item in items:
         # the needle's second statement is deleted, so that the number occurs once
@@ -86,9 +108,13 @@ def single_characters(seed: int, n: int, characters: Sequence[str], length: int)
     return examples, source
 
 
-def niah_pages(seed: int, n: int, lengths: Sequence[int], as_text: bool = False) -> tuple[list[Example], str]:
+def niah_pages(
+    seed: int, n: int, lengths: Sequence[int], as_text: bool = False, by_code: bool = False
+) -> tuple[list[Example], str]:
     """Make the paper's image needles in a haystack: a fact in unrelated prose."""
-    items, source = niah_items(seed, n, lengths)
+    items, source = niah_items(seed, n, lengths, by_code)
+    if by_code:
+        return [(as_code.needle_text if as_text else as_code.needle_example)(item) for item in items], source
     examples = []
     for item in items:
         words = [match.span() for match in re.finditer(r"\b\w+\b", item.answer)]

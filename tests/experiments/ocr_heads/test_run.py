@@ -26,8 +26,11 @@ from hooked_vlm.experiments.ocr_heads import (
     run,
 )
 from hooked_vlm.experiments.ocr_heads import changed as changed_module
+from hooked_vlm.experiments.ocr_heads.chain_of_thought import judged_by_ends
 from hooked_vlm.experiments.ocr_heads.changed import answer_all, tasks_of
 from hooked_vlm.experiments.ocr_heads.data.scored import PAPER_PIXELS, passkey_pages, toy_pages
+from hooked_vlm.experiments.ocr_heads.data.store import DataSet
+from hooked_vlm.experiments.ocr_heads.data.tasks import QATask
 from hooked_vlm.experiments.ocr_heads.examples import prompt_length, to_inputs
 from hooked_vlm.experiments.ocr_heads.masking import masking_conditions
 from hooked_vlm.experiments.ocr_heads.sink_shares import PLACES, QUERIES, first_token_shares
@@ -165,10 +168,27 @@ def test_the_sink_section_says_how_much_there_is_to_redistribute(qwen: HookedVLM
 
 def test_steps_are_written_out_on_samples_that_heads_were_not_scored_on(qwen: HookedVLM, tmp_path: Path) -> None:
     config = ThoughtConfig(**{**SMALL, **TASKS, "samples": 2, "task_samples": 3}, out=tmp_path)
-    assert (run(config, qwen).table("thought")["n"] == 3).all()
+    result = run(config, qwen)
+    table = result.table("thought")
+    assert (table["n"] == 3).all() and set(table["task"]) == {"toy", "toy-steps", "toy-steps, ends"}
+    assert (result.table("thought-lengths")["most tokens"] <= [6, 6, 24]).all()
+    assert {"direct, answered", "with steps, answered"} <= set(result.table("thought-heads").columns)
     study = Study(config, qwen)
     scored, asked = study.scored(as_text=False)[0], study.sets(False, config.seed + 1, 3)[0]
     assert not {e.prompt for e in scored.examples} & {e.prompt for e in asked.examples}
+
+
+def test_replies_with_steps_are_judged_by_ends_as_long_as_direct_replies(qwen: HookedVLM) -> None:
+    """By hand: an answer in the last four tokens counts, one before them does not, however long the reply."""
+    example = toy_pages(3, 1)[0]
+    task = QATask(DataSet("toy-steps", [example] * 3, "made", "abc"), "contains")
+    replies = [f"zz {example.answer}", f"{example.answer} zz zz", f"{example.answer}{'q' * 30}"]
+    answers = pd.DataFrame({"reply": replies, "task": "toy-steps", "sample": range(3), "contains": 1.0})
+    n = len(qwen.tokenizer(example.answer, add_special_tokens=False)["input_ids"])
+    ends = judged_by_ends(qwen, answers, [task], n)
+    assert ends["contains"].tolist() == [1, 0, 0] and set(ends["task"]) == {"toy-steps, ends"}
+    assert ends["reply"].tolist()[0] == example.answer
+    assert judged_by_ends(qwen, answers, [task], 99)["contains"].tolist() == [1, 1, 1]
 
 
 def test_sink_and_uniform_masking_run_and_the_unmodified_model_is_the_same_in_all(
