@@ -119,9 +119,11 @@ class PatchingResult:
         return ratio_of_means(np.moveaxis(self.effects, -1, 0), self._gap)
 
     def estimate(self, **labels: Label) -> Estimate:
-        """The mean of one cell with its 95% interval over examples: `estimate(layer=2, place="image")`. Fewer than three
-        examples have no interval (NaN), fewer than ten Student's, more a bootstrap interval
-        (`hooked_vlm.analysis.intervals`); a metric of 0 and 1 that starts from one value has Wilson's."""
+        """The mean of one cell with its 95% interval over examples: `estimate(layer=2, place="image")`.
+
+        Fewer than three examples have no interval (NaN), fewer than ten Student's, more a bootstrap interval
+        (`hooked_vlm.analysis.intervals`); a metric of 0 and 1 that starts from one value has Wilson's.
+        """
         cell = self.select(**labels)
         if cell.values.ndim > 1 and cell.values[..., 0].size > 1:
             free = [name for name, own in cell.axes.items() if len(own) > 1]
