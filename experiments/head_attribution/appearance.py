@@ -117,11 +117,11 @@ def _features(features: torch.Tensor | None) -> Float[np.ndarray, "token d"]:
     return features.float().cpu().numpy().astype(float)
 
 
-def _tokens(features: Sequence[Float[np.ndarray, "_ d"]]) -> Vectors | None:
+def _tokens(features: Sequence[Float[np.ndarray, "_ _"]]) -> Vectors | None:
     return np.stack([own.ravel() for own in features]) if len({own.shape for own in features}) == 1 else None
 
 
-def _means(features: Sequence[Float[np.ndarray, "_ d"]]) -> Vectors:
+def _means(features: Sequence[Float[np.ndarray, "_ _"]]) -> Vectors:
     return np.stack([own.mean(0) for own in features])
 
 

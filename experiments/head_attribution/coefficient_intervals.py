@@ -28,9 +28,11 @@ def sandwich_interval(x: Design, y: Values, penalty: float, group: int) -> tuple
     """
     centred, n = x - x.mean(0), len(y)
     gone = np.full(x.shape[1], np.nan)
-    inverse = inverse_gram(centred.T @ centred, penalty)
-    if inverse is None:
+    lower = factor(centred.T @ centred, penalty)
+    if lower is None:
         return gone, gone
+    inverse = solve_triangular(lower, np.eye(len(lower)), lower=True, check_finite=False)
+    inverse = inverse.T @ inverse
     influence = centred @ inverse  # [mask, part]: the coefficients are influence.T @ y
     coefficients = influence.T @ y
     residual = y - y.mean() - centred @ coefficients
@@ -47,18 +49,15 @@ def sandwich_interval(x: Design, y: Values, penalty: float, group: int) -> tuple
     return coefficients - reach, coefficients + reach
 
 
-def inverse_gram(gram: Float[np.ndarray, "part part"], penalty: float) -> Float[np.ndarray, "part part"] | None:
-    """Inverse of the Gram matrix plus the penalty; None where it is singular."""
+def factor(gram: Float[np.ndarray, "part part"], penalty: float) -> Float[np.ndarray, "part part"] | None:
+    """Cholesky factor (lower) of the Gram matrix plus the penalty; None where it is singular."""
     gram = gram + penalty * np.eye(len(gram))
     try:
         lower = np.linalg.cholesky(gram)
     except np.linalg.LinAlgError:
         return None
     pivots = np.diag(lower) ** 2
-    if pivots.min() <= SINGULAR * pivots.max():
-        return None
-    inverse = solve_triangular(lower, np.eye(len(gram)), lower=True, check_finite=False)
-    return inverse.T @ inverse
+    return lower if pivots.min() > SINGULAR * pivots.max() else None
 
 
 def _left_out(influence: Design, centred: Design, residual: Values, size: int, n: int) -> Values:

@@ -10,9 +10,10 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from jaxtyping import Bool, Float
+from scipy.linalg import cho_solve
 from sklearn.linear_model import Lasso, LassoCV, LinearRegression, Ridge, RidgeCV
 
-from hooked_vlm.experiments.head_attribution.coefficient_intervals import inverse_gram, sandwich_interval
+from hooked_vlm.experiments.head_attribution.coefficient_intervals import factor, sandwich_interval
 from hooked_vlm.experiments.head_attribution.config import Regression, n_held_out
 
 PENALTIES = np.logspace(-3, 3, 13)
@@ -107,7 +108,7 @@ def convergence(
     most = len(y) // 2 // group * group
     fewest = min(round(1.5 * x.shape[1]), most)
     sizes = np.unique(np.geomspace(fewest, most, steps).round().astype(int) // group * group).tolist()
-    sums = _Sums.of(x, y, sorted({0, *sizes, *(2 * n for n in sizes)}))
+    sums = sums_of(x, y, sorted({0, *sizes, *(2 * n for n in sizes)}))
     held, measured = kept[-n_held:].astype(float), values[-n_held:]
     rows = []
     for n in sizes:
@@ -125,7 +126,7 @@ def convergence(
 
 
 @dataclass(frozen=True, eq=False)
-class _Sums:
+class MaskSums:
     """Sums over masks from which least squares follow."""
 
     n: int
@@ -134,29 +135,30 @@ class _Sums:
     xx: Float[np.ndarray, "part part"]
     xy: Float[np.ndarray, "part"]
 
-    def __sub__(self, other: "_Sums") -> "_Sums":
-        return _Sums(*(a - b for a, b in zip(vars(self).values(), vars(other).values(), strict=True)))
-
-    @staticmethod
-    def of(x: Float[np.ndarray, "mask part"], y: Values, ends: list[int]) -> "dict[int, _Sums]":
-        """Sums over the first masks, up to each of `ends`, of which the first is 0."""
-        parts = x.shape[1]
-        found = {0: _Sums(0, np.zeros(parts), 0.0, np.zeros((parts, parts)), np.zeros(parts))}
-        for start, stop in pairwise(ends):
-            a, b, before = x[start:stop], y[start:stop], found[start]
-            found[stop] = _Sums(
-                stop, before.x + a.sum(0), before.y + float(b.sum()), before.xx + a.T @ a, before.xy + a.T @ b
-            )
-        return found
+    def __sub__(self, other: "MaskSums") -> "MaskSums":
+        return MaskSums(*(a - b for a, b in zip(vars(self).values(), vars(other).values(), strict=True)))
 
 
-def solved(sums: _Sums, penalty: float) -> Coefficients:
+def sums_of(x: Float[np.ndarray, "mask part"], y: Values, ends: list[int]) -> dict[int, MaskSums]:
+    """Sums over the first masks, up to each of `ends`, of which the first is 0."""
+    parts = x.shape[1]
+    found = {0: MaskSums(0, np.zeros(parts), 0.0, np.zeros((parts, parts)), np.zeros(parts))}
+    for start, stop in pairwise(ends):
+        a, b, before = x[start:stop], y[start:stop], found[start]
+        found[stop] = MaskSums(
+            stop, before.x + a.sum(0), before.y + float(b.sum()), before.xx + a.T @ a, before.xy + a.T @ b
+        )
+    return found
+
+
+def solved(sums: MaskSums, penalty: float) -> Coefficients:
     """Least squares with an unpenalised intercept; the shortest solution where there are several."""
     mean = sums.x / sums.n
-    gram = sums.xx - np.outer(mean, sums.x) + penalty * np.eye(len(mean))
-    right = sums.xy - mean * sums.y
-    inverse = inverse_gram(gram, 0.0)
-    return inverse @ right if inverse is not None else np.linalg.lstsq(gram, right, rcond=None)[0]
+    gram, right = sums.xx - np.outer(mean, sums.x), sums.xy - mean * sums.y
+    lower = factor(gram, penalty)
+    if lower is None:
+        return np.linalg.lstsq(gram + penalty * np.eye(len(gram)), right, rcond=None)[0]
+    return cho_solve((lower, True), right, check_finite=False)
 
 
 def settled_at(curve: pd.DataFrame) -> float:

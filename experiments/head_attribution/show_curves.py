@@ -152,7 +152,7 @@ def _answer(own: Compared, table: pd.DataFrame, n_heads: int, n_masks: int) -> t
         mine, others = (own.mean(name, NEEDED_BOTH).brief for name in ("attribution_2x", "alone_single"))
         tested = "" if np.isnan(p) else f" (adjusted p = {p:.2g})"
         sentences.append(
-            f"At an equal budget of {against['runs per picture']} runs a picture, attribution needs {mine}, and keeping "
+            f"At an equal budget of {against['runs per picture']} runs a picture, attribution needs {mine}, keeping "
             f"and ablating single heads {others}: {verdict}{tested}."
         )
     return tuple(sentences)

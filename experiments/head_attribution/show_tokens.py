@@ -65,7 +65,8 @@ def tokens(report: Report, found: Measured, config: HeadAttributionConfig) -> Se
     assert isinstance(own, OverPictures)
     said = f"Text that most needs to see the image: {most} (share of the image's effect lost otherwise: {own.brief})."
     findings |= _edges(report, found, config)
-    return Section(findings | _image(report, found, config), (said,))
+    findings |= _image(report, found, config)
+    return Section(findings, () if found.heads else (said,))  # of a run with heads, these are the answer
 
 
 def _estimates(frames: Sequence[pd.DataFrame], found: Measured, keys: list[str], seed: int) -> pd.DataFrame:

@@ -1,5 +1,6 @@
 """Intervals of coefficients: against literal leaving out, the pairs bootstrap, and planted coefficients."""
 
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -25,7 +26,7 @@ def test_width_is_that_of_literally_leaving_masks_out(penalty: float, group: int
     whole = model.fit(x, y).coef_.copy()
     edges = [*range(0, n // group * group, group), *range(n // group * group, n), n]
     changes = []
-    for start, stop in zip(edges, edges[1:], strict=False):
+    for start, stop in pairwise(edges):
         rest = np.delete(np.arange(n), np.arange(start, stop))
         changes.append(whole - model.fit(x[rest], y[rest]).coef_)
     low, high = sandwich_interval(x, y, penalty, group)

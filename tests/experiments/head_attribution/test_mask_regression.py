@@ -9,8 +9,8 @@ from sklearn.base import clone
 from sklearn.linear_model import Lasso, LinearRegression, Ridge
 
 from hooked_vlm.experiments.head_attribution import Attribute
-from hooked_vlm.experiments.head_attribution.config import n_masks
-from hooked_vlm.experiments.head_attribution.masks import as_frame, from_frame, random_masks
+from hooked_vlm.experiments.head_attribution.config import BLOCK, n_masks
+from hooked_vlm.experiments.head_attribution.masks import as_frame, draw_masks, from_frame, random_masks
 from hooked_vlm.experiments.head_attribution.regression import chosen, convergence, fit, settled_at
 
 
@@ -88,6 +88,26 @@ def test_masks_are_kept_whole_and_keep_their_share() -> None:
     back, values = from_frame(as_frame(kept, np.arange(400.0)), 19)
     assert (back == kept).all() and (values == np.arange(400)).all()
     assert [n_masks(None, 16), n_masks(None, 784), n_masks(50, 784)] == [320, 3920, 50]
+
+
+def test_antithetic_masks_come_with_their_complements() -> None:
+    kept = draw_masks("antithetic", 51, 10, 7, 0.5, [3])
+    assert (kept[:40:2] == ~kept[1:40:2]).all() and len(kept) == 51
+    assert (kept[-10:] == random_masks(10, 7, 0.5, [3])).all()
+
+
+@pytest.mark.parametrize("keep", [0.5, 0.35])
+def test_balanced_masks_keep_every_part_equally_often(keep: float) -> None:
+    kept = draw_masks("balanced", 65, 5, 9, keep, [3])[:60].reshape(3, BLOCK, 9)
+    assert (kept.sum(1) == keep * BLOCK).all()
+    assert len({tuple(column) for column in kept[0].T}) > 5  # each part in an order of its own
+
+
+def test_paired_masks_differ_in_one_part_and_the_parts_take_turns() -> None:
+    kept = draw_masks("paired", 60, 4, 7, 0.5, [3])[:56]
+    first, second = kept[::2], kept[1::2]
+    assert ((first != second).sum(1) == 1).all() and (first[first != second]).all()
+    assert ((first != second).sum(0) == 4).all()  # 28 pairs of 7 parts
 
 
 @pytest.mark.parametrize("regression", ["ols", "ridge", "lasso"])
