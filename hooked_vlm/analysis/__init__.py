@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 __all__ = [
     "Estimate", "attention_rows", "benjamini_hochberg", "bootstrap", "bootstrap_mean", "bootstrap_means",
     "bootstrap_ratios", "estimate_mean", "estimate_ratio", "generate_with_rows", "heatmap", "holm",
-    "jackknife_interval", "mean_interval", "mean_p", "overlay", "paired_p", "permutation_p", "ratio_interval", "ratio_of_means", "share",
+    "jackknife_interval", "mean_interval", "mean_p", "overlay", "paired_p", "permutation_p", "ratio_interval",
+    "ratio_of_means", "share",
 ]  # fmt: skip
 __getattr__, __dir__ = lazy_names(__name__)
