@@ -309,8 +309,9 @@ def as_row(fit: Fit) -> pd.DataFrame:
 def from_row(frame: pd.DataFrame) -> Fit:
     """Read the fit that `as_row` stored."""
     (row,) = frame.to_dict("records")
-    values: dict[str, Any] = {name: np.array(v) if isinstance(v, list) else v for name, v in row.items()}
-    return Fit(**values)
+    # NaN in a list come back as None
+    listed = {name: np.asarray(v, dtype=float) for name, v in row.items() if isinstance(v, list | np.ndarray)}
+    return Fit(**{**row, **listed})
 
 
 def _plain(value: Any) -> Any:

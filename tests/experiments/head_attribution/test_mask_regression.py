@@ -1,5 +1,6 @@
 """Random masks and the regressions over them, against scikit-learn and known coefficients."""
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,9 @@ from sklearn.linear_model import Lasso, LinearRegression, Ridge
 from hooked_vlm.experiments.head_attribution import Attribute
 from hooked_vlm.experiments.head_attribution.config import BLOCK, n_masks
 from hooked_vlm.experiments.head_attribution.masks import as_frame, draw_masks, from_frame, random_masks
+from hooked_vlm.experiments.head_attribution.measurements import as_row, from_row
 from hooked_vlm.experiments.head_attribution.regression import chosen, convergence, fit, settled_at
+from hooked_vlm.runtime.store import ResultStore
 
 
 def linear_case(rng: np.random.Generator, noise: float, n: int = 320) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -116,3 +119,17 @@ def test_the_fewest_masks_are_enough_for_every_regression(regression: Any) -> No
     kept, values, _ = linear_case(np.random.default_rng(0), noise=1.0, n=12)
     assert fit(kept, values, regression, 0.1, 5, seed=0).n_train == 10
     assert convergence(kept, values, regression, 0.1, penalty=0.01)["n"].tolist() == [5]
+
+
+def test_a_fit_without_intervals_is_stored_and_read_back(tmp_path: Path) -> None:
+    """Fewer masks than parts do not determine the coefficients: NaN, not None, after a table on disk."""
+    kept, values, _ = linear_case(np.random.default_rng(0), noise=1.0, n=14)
+    found = fit(kept, values, "ols", 0.1, 5, seed=0)
+    store = ResultStore(tmp_path)
+    store.put({"picture": 0}, as_row(found))
+    table = store.get({"picture": 0})
+    assert table is not None
+    back = from_row(table)
+    assert np.isnan(back.low).all() and np.isnan(back.high).all() and back.low.dtype == float
+    np.testing.assert_array_equal(back.coefficients, found.coefficients)
+    assert (back.penalty, back.n_train) == (0.0, 12)
