@@ -100,10 +100,12 @@ def _names(estimate: Estimate) -> int:
 
 def from_table_row(values: Mapping[str, Any]) -> Estimate:
     """The estimate that `row` wrote."""
-    own = [float(values[name]) for name in ("value", *BY_PICTURE)]
-    named = [float(values[name]) for name in BY_NAME]
+    value, low, high = (float(values[name]) for name in ("value", *BY_PICTURE))
+    low_by_name, high_by_name = (float(values[name]) for name in BY_NAME)
     n, names = int(values["pictures"]), int(values["names"])
-    return OverPictures(*own, n, *named, names) if names else Estimate(*own, n)
+    if not names:
+        return Estimate(value, low, high, n)
+    return OverPictures(value, low, high, n, low_by_name, high_by_name, names)
 
 
 def band(

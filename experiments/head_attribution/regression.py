@@ -110,8 +110,9 @@ def convergence(
     sizes = np.unique(np.geomspace(fewest, most, steps).round().astype(int) // group * group).tolist()
     sums = sums_of(x, y, sorted({0, *sizes, *(2 * n for n in sizes)}))
     held, measured = kept[-n_held:].astype(float), values[-n_held:]
-    rows = []
+    rows: list[dict[str, float]] = []
     for n in sizes:
+        both: np.ndarray
         halves = (slice(0, n), slice(n, 2 * n))
         if kind == "lasso":
             fits = [Lasso(alpha=penalty, max_iter=10000).fit(x[half], y[half]) for half in halves]
@@ -119,7 +120,7 @@ def convergence(
         else:
             both = np.stack([solved(sums[half.stop] - sums[half.start], penalty) for half in halves])
             intercept = float(y[:n].mean() - x[:n].mean(0) @ both[0])
-        reliability = float(np.corrcoef(both)[0, 1]) if (both.std(1) > 0).all() else np.nan
+        reliability = float(np.corrcoef(*both)[0, 1]) if (both.std(1) > 0).all() else np.nan
         pearson, r2 = accuracy(held @ both[0] + intercept, measured)
         rows.append({"n": n, "reliability": reliability, "pearson": pearson, "r2": r2})
     return pd.DataFrame(rows)

@@ -77,7 +77,7 @@ class Compared:
     def censored(self, ranking: str, measure: str) -> float:
         """Number of pictures that reach the level with all heads only; of random orders, their mean number."""
         column = f"{CENSORED}, {measure}"
-        return float(self.values[ranking][column].sum()) if column in self.values[ranking] else np.nan
+        return float(self.values[ranking][column].to_numpy().sum()) if column in self.values[ranking] else np.nan
 
 
 def compared(found: Measured, seed: int) -> Compared:

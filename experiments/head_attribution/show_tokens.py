@@ -116,8 +116,8 @@ def _receivers(report: Report, found: Measured, config: HeadAttributionConfig) -
         caption = f"Share lost by group and window of layers; {n_pictures} pictures"
         report.figure("receivers_by_layer", figure, caption)
     report.table("receivers", table, "Loss by text tokens and layers (first to stop - 1)", shown=24)
-    lost = {f"{LOST}{name}": own[ABLATED] for name, own in groups.items()}
-    return lost | {f"share kept if only this sees the image: {name}": own[ALONE] for name, own in groups.items()}
+    findings: Findings = {f"{LOST}{name}": own[ABLATED] for name, own in groups.items()}
+    return findings | {f"share kept if only this sees the image: {name}": own[ALONE] for name, own in groups.items()}
 
 
 def _edges(report: Report, found: Measured, config: HeadAttributionConfig) -> Findings:
@@ -144,7 +144,7 @@ def _edges(report: Report, found: Measured, config: HeadAttributionConfig) -> Fi
     if rows:
         caption = f"Mean layer of edges, over the pictures that have one; {len(edges) - len(rows)} edges have none"
         report.table("edge_layers", pd.DataFrame(rows), caption)
-    findings = {f"mean layer: {edge}": estimate for edge, estimate in means.items()}
+    findings: Findings = {f"mean layer: {edge}": estimate for edge, estimate in means.items()}
     early, late = "question → assistant header", "image → assistant header"
     if early in centres and late in centres:
         apart = centres[late] - centres[early]
