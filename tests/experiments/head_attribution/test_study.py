@@ -94,6 +94,7 @@ def test_masks_of_every_design_give_coefficients_of_the_same_heads(design: Any, 
     assert (own.heads[0].kept[-held:] == random_masks(held, 16, 0.5, [0, 20, 0])).all()
 
 
+@pytest.mark.slow
 def test_the_answer_names_heads_budgets_and_pictures_and_prints_nothing_twice(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
