@@ -4,15 +4,15 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 import pandas as pd
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Shaped
 from scipy import stats
 
-from hooked_vlm.analysis.statistics import DRAWS, Estimate, permutation_p
+from hooked_vlm.analysis.intervals import jackknife_interval
+from hooked_vlm.analysis.multiple_testing import holm
+from hooked_vlm.experiments.head_attribution.appearance import Looks, Square, Vectors, corrected_partial
+from hooked_vlm.experiments.head_attribution.findings import OverPictures
 from hooked_vlm.experiments.head_attribution.tasks import Case
 from hooked_vlm.model.vlm import HookedVLM
-
-Square = Float[np.ndarray, "image image"]
-Vectors = Float[np.ndarray, "image d"]
 
 
 def cosine(vectors: Vectors) -> Square:
@@ -42,97 +42,108 @@ def similarities(vectors: Vectors, top: int) -> dict[str, Square]:
 
 
 def mean_of_pairs(
-    similarity: Square, pairs: Bool[np.ndarray, "image image"], seed: int, draws: int = DRAWS
-) -> Estimate:
-    """Mean over selected pairs of pictures; the interval resamples pictures (not pairs), n counts pairs."""
-    n = len(similarity)
+    similarity: Square, pairs: Bool[np.ndarray, "image image"], names: Shaped[np.ndarray, "image"]
+) -> OverPictures:
+    """Mean over selected pairs of pictures; intervals leave out pictures or names (jackknife), n counts pictures."""
     pairs = np.triu(pairs, 1)
     if not pairs.any():
-        return Estimate(np.nan, np.nan, np.nan, 0)
-    counts = np.random.default_rng([seed, 13]).multinomial(n, np.full(n, 1 / n), size=draws).astype(float)
-    total = ((counts @ (similarity * pairs)) * counts).sum(1)
-    weight = ((counts @ pairs.astype(float)) * counts).sum(1)
-    low, high = np.percentile(total[weight > 0] / weight[weight > 0], [2.5, 97.5])
-    return Estimate(float(similarity[pairs].mean()), float(low), float(high), int(pairs.sum()))
+        return OverPictures(np.nan, np.nan, np.nan, 0, np.nan, np.nan, 0)
+
+    def mean(used: Bool[np.ndarray, "image"]) -> float:
+        own = pairs & used[:, None] & used
+        return float(similarity[own].mean()) if own.any() else np.nan
+
+    low, high, _ = jackknife_interval(mean, np.arange(len(names)))
+    named = jackknife_interval(mean, names)[:2]
+    return OverPictures(float(similarity[pairs].mean()), low, high, len(names), *named, len(np.unique(names)))
 
 
-def partial_correlation(
-    similarity: Square, cause: Square, fixed: Sequence[Square], counts: Int[np.ndarray, "image"] | None = None
-) -> float:
-    """Partial correlation over pairs of the similarity with a cause, controlling for `fixed`.
+SAME, NAMES = "same name", "name similarity"
+RELIABLE = 0.5
+"""Reliability below which a measure of appearance allows no conclusion."""
+SAY, SILENT, NOISY = "more similar", "no evidence", "cannot say"
 
-    Computed from the inverse of the correlation matrix; `counts` weights pictures. NaN where a column is constant or
-    follows from the others.
+
+def explained(
+    similarity: Square, causes: Mapping[str, Square], looks: Mapping[str, Looks], names: Shaped[np.ndarray, "image"]
+) -> pd.DataFrame:
+    """Whether pictures with the same (or a similar) name need similar heads beyond looking alike, by each measure.
+
+    One row for each cause and measure: the measure's reliability, correlations over pairs, the partial correlation of
+    similarity and cause controlled for appearance (`corrected_partial`) with its 95% interval and p, which leave out
+    one name at a time, Holm's p over the family of all rows, and what can be said: "more similar", "no evidence", or
+    "cannot say" where the reliability is below `RELIABLE` or the partial correlation is undefined.
     """
-    n = len(similarity)
-    i, j = np.triu_indices(n, 1)
-    weights = np.ones(len(i)) if counts is None else (counts[i] * counts[j]).astype(float)
-    columns = np.stack([square[i, j] for square in (similarity, cause, *fixed)])
-    if (weights > 0).sum() < len(columns) + 2:
-        return np.nan
-    covariance = np.cov(columns, aweights=weights, bias=True)
-    scale = np.sqrt(np.diag(covariance))
-    if (scale < 1e-9).any():
-        return np.nan
-    correlation = covariance / np.outer(scale, scale)
-    if np.linalg.cond(correlation) > 1e8:
-        return np.nan
-    precision = np.linalg.inv(correlation)
-    return float(-precision[0, 1] / np.sqrt(precision[0, 0] * precision[1, 1]))
-
-
-SAME, NAMES, PICTURES = "same name", "name similarity", "picture similarity"
-QUESTIONS = ((SAME, (PICTURES,)), (NAMES, (PICTURES,)), (NAMES, (SAME, PICTURES)), (PICTURES, (SAME, NAMES)))
-"""Each cause and its controls: semantics beyond appearance, appearance beyond semantics."""
-
-
-def explained(similarity: Square, causes: Mapping[str, Square], seed: int, draws: int = DRAWS) -> pd.DataFrame:
-    """Correlation of the similarity with each cause of `QUESTIONS`, alone and with controls, one row each.
-
-    Intervals resample pictures; p is one-sided and permutes the coefficient vectors between pictures (Mantel's test
-    with the partial correlation as its statistic).
-    """
-    n = len(similarity)
-    rng = np.random.default_rng([seed, 14])
-    drawn = rng.multinomial(n, np.full(n, 1 / n), size=min(draws, 500))
+    i, j = np.triu_indices(len(similarity), 1)
     rows = []
-    for name, controls in QUESTIONS:
-        cause, fixed = causes[name], [causes[other] for other in controls]
-        partial = partial_correlation(similarity, cause, fixed)
-        low = high = p = np.nan
-        if not np.isnan(partial):
-            resampled = [partial_correlation(similarity, cause, fixed, counts) for counts in drawn]
-            low, high = np.nanpercentile(resampled, [2.5, 97.5])
-            p = permutation_p(
-                lambda shuffled, cause=cause, fixed=fixed: partial_correlation(shuffled, cause, fixed),
-                lambda rng: _exchanged(similarity, rng.permutation(n)),
-                partial,
-                seed,
-                draws,
-            )
-        alone = partial_correlation(similarity, cause, [])
-        rows.append((name, ", ".join(controls), alone, partial, low, high, p, n * (n - 1) // 2, n))
-    columns = ["cause", "controlled for", "correlation", "partial", "low", "high", "p", "pairs", "images"]
-    return pd.DataFrame(rows, columns=columns)
+    for cause, square in causes.items():
+        for measure, own in looks.items():
+            partial, reliability = corrected_partial(similarity, square, own, np.ones(len(names), bool))
+
+            def without(used: Bool[np.ndarray, "image"], square: Square = square, own: Looks = own) -> float:
+                return corrected_partial(similarity, square, own, used)[0]
+
+            low, high, p = jackknife_interval(without, names, bounded=True)
+            if not reliability >= RELIABLE:
+                partial = low = high = p = np.nan
+            alone = [_correlation(a[i, j], b[i, j]) for a, b in _pairs_of(similarity, square, own)]
+            rows.append((cause, measure, reliability, *alone, partial, low, high, p))
+    table = pd.DataFrame(rows, columns=EXPLAINED)
+    table["adjusted p"] = holm(table["p"].to_numpy(dtype=float))
+    positive = (table["adjusted p"] <= 0.05) & (table["partial"] > 0)
+    table["conclusion"] = np.where(table["p"].isna(), NOISY, np.where(positive, SAY, SILENT))
+    return table.assign(pictures=len(names), names=len(np.unique(names)))
 
 
-def _exchanged(similarity: Square, order: Int[np.ndarray, "image"]) -> Square:
-    return similarity[np.ix_(order, order)]
+EXPLAINED = [
+    "cause", "appearance", "reliability", "similarity with cause", "similarity with appearance",
+    "cause with appearance", "partial", "low, by name", "high, by name", "p",
+]  # fmt: skip
+
+
+def _pairs_of(similarity: Square, cause: Square, looks: Looks) -> list[tuple[Square, Square]]:
+    return [(similarity, cause), (similarity, looks.first), (cause, looks.first)]
+
+
+def _correlation(a: Float[np.ndarray, "pair"], b: Float[np.ndarray, "pair"]) -> float:
+    return float(np.corrcoef(a, b)[0, 1]) if a.std() > 1e-9 and b.std() > 1e-9 else np.nan
+
+
+def conclusion(table: pd.DataFrame) -> str:
+    """What can be said of the same name beyond appearance, from the table of `explained`."""
+    own = table.loc[table["cause"] == SAME]
+    by = {said: own.loc[own["conclusion"] == said, "appearance"].tolist() for said in (SAY, SILENT, NOISY)}
+    if not by[SAY] and not by[SILENT]:
+        return (
+            "Whether pictures of one name agree on heads beyond looking alike cannot be said: no measure of "
+            "appearance allows it."
+        )
+    parts = []
+    if by[SAY]:
+        parts.append(f"agree on heads more than their appearance explains, measured by {_listed(by[SAY])}")
+    if by[SILENT]:
+        parts.append(f"show no evidence of that, measured by {_listed(by[SILENT])}")
+    if by[NOISY]:
+        parts.append(f"cannot be judged by {_listed(by[NOISY])}")
+    said = f"Pictures of one name {'; they '.join(parts)}."
+    if by[SILENT] or by[NOISY]:
+        return f"{said} So appearance is not ruled out."
+    return f"{said} Aspects of appearance that none of these measures are not ruled out."
+
+
+def _listed(words: Sequence[str]) -> str:
+    return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} and {words[-1]}"
 
 
 def causes_of(cases: Sequence[Case], model: HookedVLM) -> dict[str, Square]:
-    """Possible causes for two pictures needing the same heads: same name, name similarity, picture similarity.
+    """Semantic causes for two pictures needing the same heads: same name, name similarity.
 
-    Names are compared by the mean embedding of their tokens, pictures by the mean of their image features; both are
-    centred first, which removes what all have in common.
+    Names are compared by the mean embedding of their tokens, centred, which removes what all have in common. Causes
+    that are the same for all pairs are left out.
     """
     names = np.array([case.item.name for case in cases])
-    features = [case.inputs.image_features for case in cases]
-    pictures = np.stack([f.float().mean(0).cpu().numpy() for f in features if f is not None]).astype(float)
     words = {name: model.W_E[model.to_tokens(name)[0]].float().mean(0).detach().cpu().numpy() for name in set(names)}
     texts = np.stack([words[name] for name in names]).astype(float)
-    return {
-        SAME: (names[:, None] == names[None]).astype(float),
-        NAMES: cosine(texts - texts.mean(0)),
-        PICTURES: cosine(pictures - pictures.mean(0)),
-    }
+    squares = {SAME: (names[:, None] == names[None]).astype(float), NAMES: cosine(texts - texts.mean(0))}
+    upper = np.triu_indices(len(names), 1)
+    return {name: square for name, square in squares.items() if square[upper].std() > 1e-9}

@@ -12,6 +12,7 @@ from hooked_vlm.errors import StudyError
 from hooked_vlm.experiments.common.report import Report
 from hooked_vlm.experiments.head_attribution import plots
 from hooked_vlm.experiments.head_attribution.config import Compare
+from hooked_vlm.experiments.head_attribution.findings import BY_NAME, BY_PICTURE, from_table_row
 from hooked_vlm.experiments.head_attribution.rankings import RANKINGS
 from hooked_vlm.runtime.files import writable_folder
 
@@ -33,7 +34,7 @@ def compare(config: Compare) -> Path:
     labels = _labels([run.name for run in finished])
     tables = [run.summary for run in finished]
     report = Report("Head attribution across models", f"{len(labels)} runs: {', '.join(labels)}.")
-    report.section("Findings", "Each with its 95% interval and n; each run's report says what n counts.")
+    report.section("Findings", "Each with its 95% intervals, which resample pictures, or names of objects.")
     measures = list(dict.fromkeys(name for table in tables for name in table["measure"]))
     columns = {label: _by_name(table) for label, table in zip(labels, tables, strict=True)}
     rows = [
@@ -48,7 +49,9 @@ def compare(config: Compare) -> Path:
         bars = {name: {label: own[measure] for label, own in columns.items()} for name, measure in wanted.items()}
         report.section("Heads needed")
         figure = plots.bars(bars, "heads needed for 0.8 of both")
-        caption = "Heads needed for 0.8 of both faithfulness and completeness; means over pictures, 95% intervals"
+        caption = (
+            "Heads needed for 0.8 of both faithfulness and completeness; means over pictures, 95% intervals by picture"
+        )
         report.figure("heads_needed", figure, caption)
     _layers(report, finished, labels)
     return report.write(config.out, {"runs": [run.record for run in finished]}, config.zip)
@@ -69,7 +72,8 @@ def _finished(folder: Path) -> _Finished:
         frame = pd.read_parquet(folder / "tables" / f"{name}.parquet", page_checksum_verification=True)
         return pd.DataFrame(frame[list(types)]).astype(types)
 
-    estimate = {"value": float, "low": float, "high": float}
+    by_picture, by_name = (dict.fromkeys(columns, float) for columns in (BY_PICTURE, BY_NAME))
+    counts = {"pictures": int, "names": int}
     try:
         run = json.loads((folder / "run.json").read_text(encoding="utf-8"))
         record = {"model": str(run["model"]), "weights": str(run["weights"]), "images": len(run["images"])}
@@ -77,8 +81,8 @@ def _finished(folder: Path) -> _Finished:
         return _Finished(
             Path(run["config"]["model"]).name,
             record,
-            table("summary", measure=str, **estimate, n=int),
-            table("layers", layer=int, share=float, low=float, high=float) if has_layers else None,
+            table("summary", measure=str, value=float, **by_picture, **by_name, **counts),
+            table("layers", layer=int, share=float, **by_picture) if has_layers else None,
         )
     except Exception as error:  # readers of damaged files raise whatever they meet
         raise StudyError(f"{folder} has no finished run of head-attribution: give folders that it wrote") from error
@@ -90,7 +94,7 @@ def _labels(names: list[str]) -> list[str]:
 
 
 def _by_name(table: pd.DataFrame) -> dict[str, Estimate]:
-    return {r.measure: Estimate(r.value, r.low, r.high, int(r.n)) for r in table.itertuples(index=False)}  # pyright: ignore
+    return {str(own["measure"]): from_table_row(own) for own in table.to_dict("records")}
 
 
 def _layers(report: Report, finished: list[_Finished], labels: list[str]) -> None:
@@ -104,7 +108,7 @@ def _layers(report: Report, finished: list[_Finished], labels: list[str]) -> Non
     lines = {}
     for label, table in zip(labels, tables, strict=True):
         n = len(table)
-        shares = [n * table[name].to_numpy() for name in ("share", "low", "high")]
+        shares = [n * table[name].to_numpy() for name in ("share", *BY_PICTURE)]
         lines[f"{label}, {n} layers"] = (table["layer"].to_numpy() / max(1, n - 1), *shares)
     figure = plots.over_depth(lines, "share times number of layers")
     report.figure("depth", figure, "1 is a layer's even share; 95% intervals over pictures")

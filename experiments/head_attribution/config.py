@@ -14,11 +14,14 @@ if TYPE_CHECKING:
 
 Target = Literal["logit", "log_prob", "margin", "difference"]
 Regression = Literal["ols", "ridge", "lasso"]
+Design = Literal["random", "antithetic", "balanced", "paired"]
 Section = Literal["attribution", "curves", "where", "tokens"]
 MASKS_PER_UNIT, FEWEST = 5, 320
 """Random masks by default: for each coefficient to be found, and at least."""
 FEWEST_SEEN = 10
 """Masks a regression is made from, at least."""
+BLOCK = 20
+"""Masks in a block of the balanced design."""
 
 
 @dataclass(frozen=True)
@@ -58,12 +61,15 @@ class HeadAttributionConfig(WorkersConfig):
     """Random masks over heads per picture; five per head and 320 at least by default."""
     token_masks: int | None = None
     """Random masks over image tokens per picture; five per token and 320 at least by default."""
+    design: Design = "random"
+    """How masks are drawn: each unit independently; each mask with its complement; in blocks that keep each unit
+    equally often; or in pairs that differ in one unit. Held-out masks are always random."""
     held_out: float = 0.1
     """The share of masks that the regression is judged by and does not see."""
     regression: Regression = "ols"
     """Penalties of ridge and lasso are chosen by cross-validation."""
     bootstrap: int = 200
-    """Resamples of the masks for intervals of coefficients."""
+    """Resamples of the masks for intervals of the lasso's coefficients; others have a formula."""
     random_rankings: int = 10
     """Random orders of the heads per picture for comparison."""
     top: int | None = None
@@ -97,6 +103,10 @@ class HeadAttributionConfig(WorkersConfig):
         for name in ("keep", "held_out"):
             if not 0 < getattr(self, name) < 1:
                 raise StudyError(f"{_option(name)} must lie between 0 and 1, got {getattr(self, name)}")
+        if self.design == "antithetic" and self.keep != 0.5:
+            raise StudyError(f"--design antithetic needs --keep 0.5, which complements keep, got {self.keep:g}")
+        if self.design == "balanced" and round(self.keep * BLOCK, 9) % 1:
+            raise StudyError(f"--design balanced needs a --keep that is a multiple of {1 / BLOCK:g}, got {self.keep:g}")
         for name in ("min_object", "max_object", "object_overlap"):
             if not 0 <= getattr(self, name) <= 1:
                 raise StudyError(f"{_option(name)} must lie in [0, 1], got {getattr(self, name)}")

@@ -79,10 +79,15 @@ def shares(curves: pd.DataFrame) -> pd.DataFrame:
     )
 
 
-def mean_curve(shares: pd.DataFrame, ranking: str, kind: str) -> Curve:
-    """Faithfulness or completeness of one picture by one ranking, averaged over draws if random."""
-    own = shares.loc[shares["ranking"] == ranking]
-    return own.groupby("k")[kind].mean().to_numpy()
+def gains(curves: pd.DataFrame, ranking: str, kind: str) -> Curve:
+    """Numerator of faithfulness or completeness of one picture by one ranking, by k; averaged over draws if random.
+
+    Its last entry is the denominator: what the image adds to the target.
+    """
+    own = curves.loc[curves["ranking"] == ranking]
+    none, full = own.query("k == 0")[["kept", "ablated"]].to_numpy()[0]
+    gained = own["kept"] - none if kind == "faithfulness" else full - own["ablated"]
+    return gained.groupby(own["k"]).mean().to_numpy()
 
 
 def area(k: Int[np.ndarray, "k"], curve: Curve) -> float:
@@ -96,29 +101,48 @@ def first_at(k: Int[np.ndarray, "k"], level: float, *curves: Curve) -> float:
     return float(k[np.argmax(reached)]) if reached.any() else np.nan
 
 
-def measures(curves: pd.DataFrame, units: str = "heads") -> dict[str, float]:
-    """Areas under both curves and units needed for each level, for one picture and one order."""
+def holds_from(k: Int[np.ndarray, "k"], level: float, *curves: Curve) -> float:
+    """Smallest measured k from which on all curves stay at a level or above; NaN if they end below."""
+    reached = np.all([curve >= level for curve in curves], axis=0)
+    if not reached[-1]:
+        return np.nan
+    return float(k[len(k) - int(np.argmin(reached[::-1]))] if not reached.all() else k[0])
+
+
+NEEDED, HOLDS = "{units} needed for {level:g} of {of}", "{units} from which {level:g} of {of} holds"
+"""Names of the first and the last crossing of a level."""
+CENSORED = "censored"
+OF = ("faithfulness", "completeness", "both")
+
+
+def crossings(curves: pd.DataFrame, units: str = "heads") -> dict[str, float]:
+    """First and last crossing of each level, for one picture and one order.
+
+    With all heads both curves are 1 by definition. A picture whose curve reaches a level there only is censored: it
+    counts as if it needed all of them, which is the least that it may need. NaN where the picture has no shares.
+    """
     k = curves["k"].to_numpy()
     faithful, complete = curves["faithfulness"].to_numpy(), curves["completeness"].to_numpy()
-    found = {"faithfulness area": area(k, faithful), "completeness area": area(k, complete)}
+    found = {}
     for level in LEVELS:
-        found |= {
-            f"{units} needed for {level:g} of faithfulness": first_at(k, level, faithful),
-            f"{units} needed for {level:g} of completeness": first_at(k, level, complete),
-            f"{units} needed for {level:g} of both": first_at(k, level, faithful, complete),
-        }
+        for of, own in zip(OF, ((faithful,), (complete,), (faithful, complete)), strict=True):
+            labels = {"units": units, "level": level, "of": of}
+            found[NEEDED.format(**labels)] = first_at(k, level, *own)
+            found[HOLDS.format(**labels)] = holds_from(k, level, *own)
     return found
 
 
 def measures_of_all(curves: Mapping[str, pd.DataFrame], rankings: Sequence[str], units: str = "heads") -> pd.DataFrame:
-    """`measures` of every picture and ranking, one row each; `curves` holds each picture's `shares`.
+    """Crossings of every picture and ranking, one row each; `curves` holds each picture's `shares`.
 
-    Measures of random orders are averaged, not their curves: the k at which a mean curve reaches a level is not the
-    mean k.
+    Those of random orders are averaged, not their curves: the k at which a mean curve reaches a level is not the mean
+    k. For each crossing the column "censored, ..." has the share of orders that are censored there.
     """
     rows = []
     for image, own in curves.items():
         for ranking in rankings:
-            draws = [measures(draw, units) for _, draw in own.query(f"ranking == '{ranking}'").groupby("draw")]
-            rows.append({"image": image, "ranking": ranking, **pd.DataFrame(draws).mean()})
+            draws = [crossings(draw, units) for _, draw in own.query(f"ranking == '{ranking}'").groupby("draw")]
+            table = pd.DataFrame(draws)
+            late = (table == own["k"].max()).where(table.notna()).mean().add_prefix(f"{CENSORED}, ")
+            rows.append({"image": image, "ranking": ranking, **table.mean(), **late})
     return pd.DataFrame(rows)

@@ -9,11 +9,18 @@ import numpy as np
 import pandas as pd
 
 from hooked_vlm.experiments.head_attribution.ablation import Probe, make_probes, probe_on
-from hooked_vlm.experiments.head_attribution.config import HeadAttributionConfig, Regression, n_masks
+from hooked_vlm.experiments.head_attribution.config import (
+    Design,
+    HeadAttributionConfig,
+    Regression,
+    Section,
+    n_held_out,
+    n_masks,
+)
 from hooked_vlm.experiments.head_attribution.curves import measure_curves, orders
 from hooked_vlm.experiments.head_attribution.image_flow import attention_to_tokens, coverage
-from hooked_vlm.experiments.head_attribution.masks import from_frame, measured
-from hooked_vlm.experiments.head_attribution.rankings import other_rankings
+from hooked_vlm.experiments.head_attribution.masks import PAIRED, as_frame, draw_masks, from_frame
+from hooked_vlm.experiments.head_attribution.rankings import at_budgets, other_rankings, with_sums
 from hooked_vlm.experiments.head_attribution.regression import Fit, fit
 from hooked_vlm.experiments.head_attribution.tasks import Case, ask, items_of, right_cases
 from hooked_vlm.experiments.head_attribution.text_flow import blocked_edges, receivers
@@ -81,27 +88,49 @@ def measure(model: HookedVLM, config: HeadAttributionConfig, workers: Workers) -
     """
     items = items_of(config)
     key: dict[str, Any] = {"model": model.identity()}
-    answers = ask(workers, items, ResultStore(config.out / "parts" / "answers"), key, config.quiet)
+    steps = [name for name, (_, sections) in STEPS.items() if set(sections) & set(config.sections)]
+
+    def label(number: int, what: str) -> str:
+        return f"step {number} of {1 + len(steps)}: {what}"
+
+    answers = ask(workers, items, ResultStore(config.out / "parts" / "answers"), key, config.quiet, label(1, "answers"))
     cases = right_cases(model, items, answers)
     probes = make_probes(model, cases, config)
     key |= {name: getattr(config, name) for name in ("target", "baseline", "rope", "seed")}
     if config.baseline == "dataset":
         key["dataset"] = [case.item.id for case in cases]
     pictures = [_Picture(config, key, index, probe) for index, probe in enumerate(probes)]
-    stages = {"ablating": _Picture.ablations, "regressing": _Picture.regressions, "ranking": _Picture.curves}
-    for what, stage in stages.items():  # each needs the tables of those before it
-        wanted = [(picture.tables, name, task) for picture in pictures for name, task in stage(picture).items()]
-        made = workers.tables([task for *_, task in wanted], what, each="table", quiet=config.quiet or not wanted)
-        for (tables, name, _), table in zip(wanted, made, strict=True):
-            tables[name] = table
+    for number, name in enumerate(steps, start=2):  # each needs the tables of those before it
+        tasks = [picture.step(name) for picture in pictures]
+        what = label(number, STEPS[name][0])
+        for picture, table in zip(
+            pictures, workers.tables(tasks, what, each="picture", quiet=config.quiet), strict=True
+        ):
+            picture.tables[name] = table
     return _gathered(answers, pictures)
 
 
+EVERY: tuple[Section, ...] = ("attribution", "curves", "where", "tokens")
+STEPS: dict[str, tuple[str, tuple[Section, ...]]] = {
+    "ends": ("with all heads and with none", EVERY),
+    "heads_masks": ("masks over heads", ("attribution",)),
+    "heads_coefficients": ("regression over heads", ("attribution",)),
+    "rankings": ("other rankings", ("curves", "where")),
+    "curves": ("faithfulness and completeness", ("curves",)),
+    "receivers": ("text that sees the image", ("tokens",)),
+    "edges": ("blocked edges", ("tokens",)),
+    "tokens_masks": ("masks over image tokens", ("tokens",)),
+    "tokens_coefficients": ("regression over image tokens", ("tokens",)),
+    "token_curves": ("curves over image tokens", ("tokens",)),
+}
+"""Tables of each picture, in the order they are made: folder of the store -> label, sections that need it."""
 Units = Literal["heads", "tokens"]
 UNITS: tuple[Units, ...] = ("heads", "tokens")
 """Units that random masks keep or ablate: heads, or image tokens."""
-SCORED = ("keep", "held_out", "regression")
-"""Settings that coefficients depend on, besides the masks."""
+DRAWN = ("keep", "held_out", "design")
+"""Settings that masks depend on, besides their number."""
+SCORED = (*DRAWN, "regression")
+"""Settings that coefficients depend on, besides the number of masks."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -130,55 +159,60 @@ class _Picture:
         """The probe on a worker's replica of the model."""
         return SharedSetup(probe_on, self.probe.portable())
 
-    def ablations(self) -> dict[str, Task]:
-        """Tasks that need only the picture."""
-        config, wanted = self.config, self.config.sections
-        found = {"ends": self.task("ends", ends_of, ())}
-        if "attribution" in wanted:
-            found["heads_masks"] = self.task("heads_masks", over_heads, self._masks("heads"), "keep", "masks")
-        if "curves" in wanted or "where" in wanted:
-            found["rankings"] = self.task("rankings", rankings_of, ())
-        if "tokens" in wanted:
-            found["receivers"] = self.task("receivers", receivers_of, (config.window,), "window")
-            found["edges"] = self.task("edges", edges_of, (config.window,), "window")
-            found["tokens_masks"] = self.task("tokens_masks", over_tokens, self._masks("tokens"), "keep", "token_masks")
-        return found
+    def step(self, name: str) -> Task:
+        """The task of one of `STEPS`."""
+        config = self.config
+        match name:
+            case "ends":
+                return self.task(name, ends_of, ())
+            case "rankings":
+                return self.task(name, rankings_of, ())
+            case "receivers" | "edges":
+                work = receivers_of if name == "receivers" else edges_of
+                return self.task(name, work, (config.window,), "window")
+            case "heads_masks":
+                return self.task(name, over_heads, self._masks("heads"), *DRAWN, "masks")
+            case "tokens_masks":
+                return self.task(name, over_tokens, self._masks("tokens"), *DRAWN, "token_masks")
+            case "heads_coefficients":
+                return self._regression("heads", "masks")
+            case "tokens_coefficients":
+                return self._regression("tokens", "token_masks")
+            case "curves":
+                ranked = orders(self._scores(), config.random_rankings, [config.seed, 22, self.index])
+                return self.task(name, curves_of, (ranked,), *SCORED, "masks", "random_rankings")
+        assert name == "token_curves"
+        arguments = (
+            self.regressed("tokens").fit.coefficients,
+            config.random_rankings,
+            [config.seed, 23, self.index],
+        )
+        return self.task(name, token_curves_of, arguments, *SCORED, "random_rankings", "token_masks")
 
-    def _masks(self, units: Units) -> tuple[int, float, list[int]]:
-        """Number of masks over heads or image tokens, the share they keep, and their seed."""
-        asked, number = (self.config.masks, 20) if units == "heads" else (self.config.token_masks, 21)
-        return n_masks(asked, self.n_units(units)), self.config.keep, [self.config.seed, number, self.index]
+    def _masks(self, units: Units) -> tuple[Design, int, int, float, list[int]]:
+        """Design, number of masks over heads or image tokens, how many are held out, share kept, seed."""
+        config = self.config
+        asked, number = (config.masks, 20) if units == "heads" else (config.token_masks, 21)
+        n = n_masks(asked, self.n_units(units))
+        return config.design, n, n_held_out(n, config.held_out), config.keep, [config.seed, number, self.index]
 
     def n_units(self, units: Units) -> int:
         return len(self.probe.heads if units == "heads" else self.probe.image)
 
-    def regressions(self) -> dict[str, Task]:
-        """Regressions on random masks."""
-        config, found = self.config, {}
-        for units in UNITS:
-            asked = "masks" if units == "heads" else "token_masks"
-            if f"{units}_masks" in self.tables:
-                arguments = (self.tables[f"{units}_masks"], self.n_units(units), config.regression, config.held_out)
-                arguments = (*arguments, config.bootstrap, config.seed)
-                name, settings = f"{units}_coefficients", (*SCORED, asked, "bootstrap")
-                found[name] = self.task(name, regression_of, arguments, *settings, on_probe=False)
-        return found
+    def _regression(self, units: Units, number: str) -> Task:
+        config = self.config
+        arguments = (self.tables[f"{units}_masks"], self.n_units(units), config.regression, config.held_out)
+        arguments = (*arguments, config.bootstrap, config.seed, PAIRED[config.design])
+        settings = (*SCORED, number, "bootstrap")
+        return self.task(f"{units}_coefficients", regression_of, arguments, *settings, on_probe=False)
 
-    def curves(self) -> dict[str, Task]:
-        """Curves over the ranking by attribution, and over others."""
-        config, found = self.config, {}
-        settings = (*SCORED, "masks", "random_rankings")
-        if "curves" in config.sections:
-            others = self.tables["rankings"].drop(columns=["layer", "head"])
-            scores = {"attribution": self.regressed("heads").fit.coefficients}
-            scores |= {name: others[name].to_numpy() for name in others}
-            ranked = orders(scores, config.random_rankings, [config.seed, 22, self.index])
-            found["curves"] = self.task("curves", curves_of, (ranked,), *settings)
-        if "tokens" in config.sections:
-            seed = [config.seed, 23, self.index]
-            arguments = (self.regressed("tokens").fit.coefficients, config.random_rankings, seed)
-            found["token_curves"] = self.task("token_curves", token_curves_of, arguments, *settings, "token_masks")
-        return found
+    def _scores(self) -> dict[str, np.ndarray]:
+        """Scores of every ranking: attribution from all masks, from few, and the others."""
+        found = self.regressed("heads")
+        others = self.tables["rankings"].drop(columns=["layer", "head"])
+        scores = {"attribution": found.fit.coefficients}
+        scores |= at_budgets(found.kept, found.values, found.fit.n_train, self.config.regression)
+        return with_sums(scores | {name: others[name].to_numpy() for name in others})
 
     def regressed(self, units: Units) -> Regressed:
         masks, values = from_frame(self.tables[f"{units}_masks"], self.n_units(units))
@@ -204,14 +238,20 @@ def ends_of(model: HookedVLM, probe: Probe) -> pd.DataFrame:
     return pd.DataFrame([probe.ends], columns=["full", "none"])
 
 
-def over_heads(model: HookedVLM, probe: Probe, n: int, keep: float, seed: list[int]) -> pd.DataFrame:
-    """Target under random masks over heads."""
-    return measured(probe.over_heads, n, len(probe.heads), keep, seed)
+def over_heads(
+    model: HookedVLM, probe: Probe, design: Design, n: int, n_random: int, keep: float, seed: list[int]
+) -> pd.DataFrame:
+    """Target under masks over heads."""
+    kept = draw_masks(design, n, n_random, len(probe.heads), keep, seed)
+    return as_frame(kept, probe.over_heads(kept))
 
 
-def over_tokens(model: HookedVLM, probe: Probe, n: int, keep: float, seed: list[int]) -> pd.DataFrame:
-    """Target under random masks over image tokens."""
-    return measured(probe.over_tokens, n, len(probe.image), keep, seed)
+def over_tokens(
+    model: HookedVLM, probe: Probe, design: Design, n: int, n_random: int, keep: float, seed: list[int]
+) -> pd.DataFrame:
+    """Target under masks over image tokens."""
+    kept = draw_masks(design, n, n_random, len(probe.image), keep, seed)
+    return as_frame(kept, probe.over_tokens(kept))
 
 
 def rankings_of(model: HookedVLM, probe: Probe) -> pd.DataFrame:
@@ -237,9 +277,10 @@ def regression_of(
     held_out: float,
     bootstrap: int,
     seed: int,
+    group: int,
 ) -> pd.DataFrame:
-    """Fit of the random masks; does not use the model."""
-    return as_row(fit(*from_frame(masks, n_units), regression, held_out, bootstrap, seed))
+    """Fit of the masks; does not use the model."""
+    return as_row(fit(*from_frame(masks, n_units), regression, held_out, bootstrap, seed, group))
 
 
 def curves_of(model: HookedVLM, probe: Probe, ranked: Mapping[tuple[str, int], np.ndarray]) -> pd.DataFrame:
@@ -268,8 +309,9 @@ def as_row(fit: Fit) -> pd.DataFrame:
 def from_row(frame: pd.DataFrame) -> Fit:
     """Read the fit that `as_row` stored."""
     (row,) = frame.to_dict("records")
-    values: dict[str, Any] = {name: np.array(v) if isinstance(v, list) else v for name, v in row.items()}
-    return Fit(**values)
+    # NaN in a list come back as None
+    listed = {name: np.asarray(v, dtype=float) for name, v in row.items() if isinstance(v, list | np.ndarray)}
+    return Fit(**{**row, **listed})
 
 
 def _plain(value: Any) -> Any:

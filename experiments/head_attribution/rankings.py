@@ -5,16 +5,21 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from hooked_vlm.experiments.head_attribution.ablation import Probe
+from hooked_vlm.experiments.head_attribution.config import Regression
+from hooked_vlm.experiments.head_attribution.regression import chosen
 from hooked_vlm.nn.attention import attention_pattern
 
 RANKINGS = {
     "attribution": "head attribution",
-    "single": "single-head ablation",
+    "attribution_2x": "head attribution, two runs per head",
+    "attribution_1x": "head attribution, one run per head",
+    "alone_single": "single head kept + ablated",
     "alone": "single head kept",
+    "single": "single-head ablation",
     "attention": "attention to the image",
     "attention_final": "attention of the final token",
     "value_weighted": "value-weighted attention",
@@ -22,9 +27,41 @@ RANKINGS = {
     "random": "random",
 }
 """Name of each ranking: column in the tables -> label in the figures."""
-
-
+BUDGETS = {"attribution_1x": 1, "attribution_2x": 2}
+"""Rankings by attribution from few masks -> masks per head."""
+EQUAL_BUDGET = {"single": "attribution_1x", "alone": "attribution_1x", "alone_single": "attribution_2x"}
+"""Rankings by runs of single heads -> attribution from as many runs."""
 Scores = Float[np.ndarray, "layer head"]
+
+
+def runs_per_picture(ranking: str, n_heads: int, n_masks: int) -> int:
+    """Model runs that a ranking costs, those with all heads and none apart. A backward pass counts as a run."""
+    fixed = {"attribution": n_masks, "attention": 1, "attention_final": 1, "value_weighted": 1, "gradient": 2}
+    per_head = BUDGETS | {"single": 1, "alone": 1, "alone_single": 2}
+    return fixed[ranking] if ranking in fixed else n_heads * per_head.get(ranking, 0)
+
+
+def with_sums(scores: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Add the ranking by what a head adds alone plus what is lost without it; all in the order of `RANKINGS`."""
+    scores = scores | {"alone_single": scores["alone"] + scores["single"]}
+    return {name: scores[name] for name in RANKINGS if name in scores}
+
+
+def at_budgets(
+    kept: Bool[np.ndarray, "mask head"], values: Float[np.ndarray, "mask"], n_train: int, kind: Regression
+) -> dict[str, np.ndarray]:
+    """Coefficients from the first masks, one and two per head; ridge, as these hardly determine least squares.
+
+    Budgets that exceed the training masks are left out.
+    """
+    kind = "ridge" if kind == "ols" else kind
+    found = {}
+    for name, per_head in BUDGETS.items():
+        n = per_head * kept.shape[1]
+        if n <= n_train:
+            x, y = kept[:n].astype(float), values[:n]
+            found[name] = chosen(kind, x, y).fit(x, y).coef_
+    return found
 
 
 def other_rankings(probe: Probe) -> pd.DataFrame:

@@ -4,13 +4,16 @@ value(mask) = intercept + sum of the coefficients of the parts that are kept
 """
 
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
 import pandas as pd
 from jaxtyping import Bool, Float
+from scipy.linalg import cho_solve
 from sklearn.linear_model import Lasso, LassoCV, LinearRegression, Ridge, RidgeCV
 
+from hooked_vlm.experiments.head_attribution.coefficient_intervals import factor, sandwich_interval
 from hooked_vlm.experiments.head_attribution.config import Regression, n_held_out
 
 PENALTIES = np.logspace(-3, 3, 13)
@@ -29,25 +32,34 @@ class Fit:
     coefficients: Coefficients
     low: Coefficients
     high: Coefficients
-    """95% bootstrap interval over masks."""
+    """95% interval over masks; NaN where these do not determine the coefficients."""
     intercept: float
     pearson: float
     """Pearson correlation of predicted and measured values of held-out masks; NaN where these are constant."""
     r2: float
     n_train: int
     n_held_out: int
+    penalty: float
+    """Of ridge or lasso; 0 for least squares."""
 
 
-def fit(kept: Masks, values: Values, kind: Regression, held_out: float, draws: int, seed: int) -> Fit:
-    """Fit all but the last masks, and predict those."""
+def fit(kept: Masks, values: Values, kind: Regression, held_out: float, draws: int, seed: int, group: int = 1) -> Fit:
+    """Fit all but the last masks, and predict those.
+
+    Args:
+        draws: bootstrap resamples of the lasso's intervals; the others' are `sandwich_interval`.
+        group: number of consecutive masks that were drawn together (`masks.PAIRED`).
+    """
     n_held = n_held_out(len(values), held_out)
     train, test = slice(None, -n_held), slice(-n_held, None)
     x, y = kept[train].astype(float), values[train]
     model = chosen(kind, x, y)
     found = model.fit(x, y)
-    low, high = bootstrap(model, x, y, draws, seed)
+    coefficients, penalty = found.coef_.copy(), float(getattr(model, "alpha", 0.0))
     pearson, r2 = accuracy(found.predict(kept[test].astype(float)), values[test])
-    return Fit(found.coef_, low, high, float(found.intercept_), pearson, r2, len(y), n_held)
+    intercept = float(found.intercept_)
+    low, high = bootstrap(model, x, y, draws, seed) if kind == "lasso" else sandwich_interval(x, y, penalty, group)
+    return Fit(coefficients, low, high, intercept, pearson, r2, len(y), n_held, penalty)
 
 
 def chosen(kind: Regression, x: Float[np.ndarray, "mask part"], y: Values) -> Any:
@@ -71,52 +83,83 @@ def accuracy(predicted: Values, measured: Values) -> tuple[float, float]:
 
 
 def bootstrap(
-    model: Any, x: Float[np.ndarray, "mask part"], y: Values, draws: int, seed: int
+    model: Lasso, x: Float[np.ndarray, "mask part"], y: Values, draws: int, seed: int
 ) -> tuple[Coefficients, Coefficients]:
-    """95% percentile bootstrap intervals of the coefficients, resampling masks."""
+    """95% percentile bootstrap intervals of the lasso's coefficients, resampling masks at the same penalty."""
     rng = np.random.default_rng([seed, 12])
     n = len(y)
     counts = rng.multinomial(n, np.full(n, 1 / n), size=draws).astype(float)
-    if isinstance(model, Lasso):
-        found = [model.fit(x, y, sample_weight=own).coef_.copy() for own in counts]
-    else:
-        penalty = model.alpha if isinstance(model, Ridge) else 0.0
-        found = [least_squares(x, y, own, penalty) for own in counts]
+    found = [model.fit(x, y, sample_weight=own).coef_.copy() for own in counts]
     low, high = np.percentile(found, [2.5, 97.5], axis=0)
     return low, high
 
 
-def least_squares(x: Float[np.ndarray, "mask part"], y: Values, weights: Values, penalty: float) -> Coefficients:
-    """Weighted least squares with an unpenalised intercept.
-
-    Equals scikit-learn's, without its input checks, which dominate the time of thousands of small regressions.
-    """
-    with_intercept = np.column_stack((x, np.ones(len(x))))
-    gram = with_intercept.T @ (weights[:, None] * with_intercept)
-    gram[np.arange(x.shape[1]), np.arange(x.shape[1])] += penalty
-    return np.linalg.lstsq(gram, with_intercept.T @ (weights * y), rcond=None)[0][:-1]
-
-
-def convergence(kept: Masks, values: Values, kind: Regression, held_out: float, steps: int = 8) -> pd.DataFrame:
+def convergence(
+    kept: Masks, values: Values, kind: Regression, held_out: float, penalty: float, group: int = 1, steps: int = 8
+) -> pd.DataFrame:
     """Reliability of the coefficients by number of masks.
 
     One row per number of masks `n`, up to half of all: `reliability`, the correlation between coefficients from `n`
-    masks and from `n` others, and held-out `r2` and `pearson` after `n`.
+    masks and from `n` others, and held-out `r2` and `pearson` after `n`. The penalty is that of the fit to all masks.
+    Gram matrices grow from size to size, so that all of them together cost as much as one.
     """
     n_held = n_held_out(len(values), held_out)
     x, y = kept[:-n_held].astype(float), values[:-n_held]
-    n_parts, most = x.shape[1], len(y) // 2
-    fewest = min(round(1.5 * n_parts), most)
-    sizes = np.unique(np.geomspace(fewest, most, steps).round().astype(int))
-    rows = []
-    for n in sizes.tolist():
-        first = chosen(kind, x[:n], y[:n]).fit(x[:n], y[:n])
-        second = chosen(kind, x[n : 2 * n], y[n : 2 * n]).fit(x[n : 2 * n], y[n : 2 * n])
-        both = np.stack([first.coef_, second.coef_])
-        reliability = float(np.corrcoef(both)[0, 1]) if (both.std(1) > 0).all() else np.nan
-        pearson, r2 = accuracy(first.predict(kept[-n_held:].astype(float)), values[-n_held:])
+    most = len(y) // 2 // group * group
+    fewest = min(round(1.5 * x.shape[1]), most)
+    sizes = np.unique(np.geomspace(fewest, most, steps).round().astype(int) // group * group).tolist()
+    sums = sums_of(x, y, sorted({0, *sizes, *(2 * n for n in sizes)}))
+    held, measured = kept[-n_held:].astype(float), values[-n_held:]
+    rows: list[dict[str, float]] = []
+    for n in sizes:
+        both: np.ndarray
+        halves = (slice(0, n), slice(n, 2 * n))
+        if kind == "lasso":
+            fits = [Lasso(alpha=penalty, max_iter=10000).fit(x[half], y[half]) for half in halves]
+            both, intercept = np.stack([fit.coef_ for fit in fits]), float(fits[0].intercept_)
+        else:
+            both = np.stack([solved(sums[half.stop] - sums[half.start], penalty) for half in halves])
+            intercept = float(y[:n].mean() - x[:n].mean(0) @ both[0])
+        reliability = float(np.corrcoef(*both)[0, 1]) if (both.std(1) > 0).all() else np.nan
+        pearson, r2 = accuracy(held @ both[0] + intercept, measured)
         rows.append({"n": n, "reliability": reliability, "pearson": pearson, "r2": r2})
     return pd.DataFrame(rows)
+
+
+@dataclass(frozen=True, eq=False)
+class MaskSums:
+    """Sums over masks from which least squares follow."""
+
+    n: int
+    x: Float[np.ndarray, "part"]
+    y: float
+    xx: Float[np.ndarray, "part part"]
+    xy: Float[np.ndarray, "part"]
+
+    def __sub__(self, other: "MaskSums") -> "MaskSums":
+        return MaskSums(*(a - b for a, b in zip(vars(self).values(), vars(other).values(), strict=True)))
+
+
+def sums_of(x: Float[np.ndarray, "mask part"], y: Values, ends: list[int]) -> dict[int, MaskSums]:
+    """Sums over the first masks, up to each of `ends`, of which the first is 0."""
+    parts = x.shape[1]
+    found = {0: MaskSums(0, np.zeros(parts), 0.0, np.zeros((parts, parts)), np.zeros(parts))}
+    for start, stop in pairwise(ends):
+        a, b, before = x[start:stop], y[start:stop], found[start]
+        found[stop] = MaskSums(
+            stop, before.x + a.sum(0), before.y + float(b.sum()), before.xx + a.T @ a, before.xy + a.T @ b
+        )
+    return found
+
+
+def solved(sums: MaskSums, penalty: float) -> Coefficients:
+    """Least squares with an unpenalised intercept; the shortest solution where there are several."""
+    mean = sums.x / sums.n
+    gram, right = sums.xx - np.outer(mean, sums.x), sums.xy - mean * sums.y
+    lower = factor(gram, penalty)
+    if lower is None:
+        return np.linalg.lstsq(gram + penalty * np.eye(len(gram)), right, rcond=None)[0]
+    return cho_solve((lower, True), right, check_finite=False)
 
 
 def settled_at(curve: pd.DataFrame) -> float:

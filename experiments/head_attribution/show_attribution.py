@@ -6,12 +6,15 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from hooked_vlm.analysis.statistics import Estimate, bootstrap_mean, share
+from hooked_vlm.analysis.intervals import FEWEST, mean_interval, mean_p
+from hooked_vlm.analysis.multiple_testing import holm
+from hooked_vlm.analysis.statistics import Estimate, share
 from hooked_vlm.experiments.common.report import Report
 from hooked_vlm.experiments.head_attribution import plots
 from hooked_vlm.experiments.head_attribution.ablation import chosen
 from hooked_vlm.experiments.head_attribution.config import HeadAttributionConfig
-from hooked_vlm.experiments.head_attribution.findings import Findings, band
+from hooked_vlm.experiments.head_attribution.findings import BY_NAME, BY_PICTURE, Findings, Section, band, over_pictures
+from hooked_vlm.experiments.head_attribution.masks import PAIRED
 from hooked_vlm.experiments.head_attribution.measurements import Measured
 from hooked_vlm.experiments.head_attribution.regression import RELIABLE, Fit, convergence, settled_at
 from hooked_vlm.sweeps.plan import make_plan
@@ -19,43 +22,52 @@ from hooked_vlm.sweeps.plan import make_plan
 TARGETS = {"logit": "logit", "log_prob": "log-probability", "margin": "margin", "difference": "logit difference"}
 SHOWN = 4
 """Pictures in the scatter plots."""
+NAMED = 4
+"""Heads named in the answer."""
 
 
-def task(report: Report, found: Measured, config: HeadAttributionConfig) -> Findings:
+def task(report: Report, found: Measured, config: HeadAttributionConfig) -> Section:
     """Report the question, how many answers are correct, and what the image adds to the target."""
     answers = found.answers
     right = share(len(found.cases), len(answers))
-    full, none = (bootstrap_mean(np.array(ends), config.seed) for ends in zip(*found.ends, strict=True))
-    gap = bootstrap_mean(found.gaps, config.seed)
+    full, none = (over_pictures(np.array(e), found.names, config.seed) for e in zip(*found.ends, strict=True))
     target = TARGETS[config.target]
     report.section(
         "Task",
         f"The model answers “{found.cases[0].item.question}” correctly for {len(found.cases)} of {len(answers)} "
         f"pictures ({right.value:.1%}, 95% interval {right.low:.1%} to {right.high:.1%}); the rest of this report is "
-        "about these. Intervals of means are bootstrap intervals over pictures.",
-        f"The image adds {gap} to the target, the {target} of the answer's first token: {full} with all heads, {none} "
-        f"when no head of any text token sees the image (baseline: {config.baseline}, {config.rope} RoPE). Shares "
-        "below are shares of this difference.",
+        f"about these, of {len(set(found.names))} names. Means over pictures have 95% intervals that resample "
+        "pictures, and intervals that resample names of objects with all their pictures: the second are for other "
+        "objects than these. Fewer than three of either have no interval, fewer than ten Student's, more a bootstrap "
+        "interval (bias-corrected and accelerated).",
+        f"The target is the {target} of the answer's first token. The image adds {found.gaps.mean():.3f}: the "
+        f"difference between all heads and no head of any text token seeing it (baseline: {config.baseline}, "
+        f"{config.rope} RoPE). Shares below are shares of this difference.",
     )
     table = answers.groupby("name", sort=True)["right"].agg(["size", "sum"]).reset_index()
     report.table("names", table.set_axis(["name", "pictures", "correct"], axis=1), "Correct answers by name")
     report.table("answers", answers, "All answers", shown=10)
-    return {"answered correctly": right, f"{target}, all heads": full, f"{target}, no head": none}
+    n_names = len(set(found.names))
+    unit = "names of objects" if n_names >= FEWEST else "pictures"
+    said = (
+        f"{len(found.cases)} of {len(answers)} pictures were answered correctly, of {n_names} "
+        f"{'name' if n_names == 1 else 'names'}; intervals here are 95% and resample {unit}."
+    )
+    return Section({"answered correctly": right, f"{target}, all heads": full, f"{target}, no head": none}, (said,))
 
 
-def attribution(report: Report, found: Measured, config: HeadAttributionConfig) -> Findings:
+def attribution(report: Report, found: Measured, config: HeadAttributionConfig) -> Section:
     """Report the coefficients of all heads, how well they predict held-out masks, and how reliable they are."""
     fits = [one.fit for one in found.heads]
-    pearson, r2 = held_out(fits, config.seed)
+    pearson, r2 = held_out(fits, found.names, config.seed)
     n_masks = len(found.heads[0].values)
     n_heads, target = found.coefficients.shape[1], TARGETS[config.target]
     report.section(
         "Head attribution",
-        f"The regression predicts held-out masks with Pearson correlation {pearson}, R² {r2} (means over pictures). A "
-        "head's coefficient is what keeping it adds to the target, averaged over which other heads are kept. "
-        f"{n_masks} random masks per picture, each keeping a head with probability {config.keep:g}: the {target} is "
-        f"regressed on {fits[0].n_train} masks ({config.regression}) and predicted for the other "
-        f"{fits[0].n_held_out}.",
+        "A head's coefficient is what keeping it adds to the target, averaged over which other heads are kept. "
+        f"{n_masks} masks per picture ({config.design} design), keeping a head with probability {config.keep:g}: the "
+        f"{target} is regressed on {fits[0].n_train} masks ({config.regression}) and predicted for the other "
+        f"{fits[0].n_held_out}. {_intervals(config)}",
     )
     report.figure("predicted", _predicted(found, target), f"Held-out masks of {min(SHOWN, len(fits))} pictures")
     table = heads_table(found, config)
@@ -64,7 +76,14 @@ def attribution(report: Report, found: Measured, config: HeadAttributionConfig) 
     labels = ("layer", "head", f"coefficient ({target})")
     figure = plots.heatmap(means, range(len(means)), range(means.shape[1]), labels)
     report.figure("coefficients", figure, f"Mean coefficient of every head over {len(fits)} pictures")
-    report.table("heads", table, f"Heads by mean coefficient over {len(fits)} pictures, with 95% intervals", shown=16)
+    report.table(
+        "heads",
+        table,
+        f"Heads by mean coefficient over {len(fits)} pictures. p: two-sided t test by {unit_of(found)}; adjusted: "
+        f"Holm's for the family of {n_heads} heads. Pictures above 0: those whose own 95% interval lies above 0, which "
+        f"{0.025 * len(fits):.1f} do by chance for a head without an effect",
+        shown=16,
+    )
     per_image = pd.DataFrame(
         {
             "image": found.images,
@@ -85,23 +104,58 @@ def attribution(report: Report, found: Measured, config: HeadAttributionConfig) 
     )
     settled = _convergence(report, found, config)
     _cost(report, found, config, n_heads)
-    return {"held-out Pearson": pearson, "held-out R²": r2} | settled
+    return Section({"held-out Pearson": pearson, "held-out R²": r2} | settled, (_named_heads(table, found, target),))
 
 
-def held_out(fits: Sequence[Fit], seed: int) -> tuple[Estimate, Estimate]:
+def _named_heads(table: pd.DataFrame, found: Measured, target: str) -> str:
+    """The heads with the largest mean coefficients, of those that are not 0 by Holm's p, for the answer."""
+    positive = table.loc[table["coefficient"] > 0]
+    certain = positive.loc[positive["adjusted p"] <= 0.05]
+    columns = BY_NAME if unit_of(found) == "name" else BY_PICTURE
+    told = []
+    for own in (certain if len(certain) else positive).head(NAMED).to_dict("records"):
+        low, high = (own[column] for column in columns)
+        interval = "" if np.isnan(low) else f", {low:.2f} to {high:.2f}"
+        told.append(f"{own['layer']}.{own['head']} ({own['coefficient']:.2f}{interval})")
+    if not told:
+        return "No head adds to the answer when it sees the image."
+    counted = f"{len(certain)} of {len(table)} heads are above 0 (p <= 0.05, Holm)"
+    return f"Heads that add most to the {target} of the name when they see the image: {', '.join(told)}; {counted}."
+
+
+def held_out(fits: Sequence[Fit], names: Sequence[str], seed: int) -> tuple[Estimate, Estimate]:
     """Pearson correlation and R² on held-out masks, means over pictures."""
-    pearson, r2 = (bootstrap_mean(np.array([getattr(fit, name) for fit in fits]), seed) for name in ("pearson", "r2"))
+    pearson, r2 = (
+        over_pictures(np.array([getattr(fit, own) for fit in fits]), names, seed) for own in ("pearson", "r2")
+    )
     return pearson, r2
 
 
+def _intervals(config: HeadAttributionConfig) -> str:
+    """How each picture's intervals are made."""
+    if config.regression == "lasso":
+        return f"Intervals of a picture's coefficients resample its masks {config.bootstrap} times."
+    together = "pairs of masks" if PAIRED[config.design] > 1 else "masks"
+    return f"Intervals of a picture's coefficients are robust to uneven noise (residuals that leave {together} out)."
+
+
+def unit_of(found: Measured) -> str:
+    """Unit over which heads are tested: names, or pictures where there are fewer than three names."""
+    return "name" if len(set(found.names)) >= FEWEST else "picture"
+
+
 def heads_table(found: Measured, config: HeadAttributionConfig) -> pd.DataFrame:
-    """One row per head, largest first: mean over images, its interval, and the number of images with an interval
-    above 0."""
-    mean, low, high = band(found.coefficients, config.seed)
-    above = (np.stack([one.fit.low for one in found.heads]) > 0).sum(0)
+    """One row per head, largest first: mean over pictures with its intervals, p, Holm's p, and the number of pictures
+    with an interval above 0."""
+    names = np.array(found.names)
     heads = pd.DataFrame(found.probes[0].heads, columns=["layer", "head"])
-    heads = heads.assign(coefficient=mean, low=low, high=high)
-    heads = heads.assign(**{"images above 0": above, "n": len(found.heads)})
+    heads["coefficient"] = found.coefficients.mean(0)
+    for columns, groups in ((BY_PICTURE, None), (BY_NAME, names)):
+        heads[list(columns)] = np.stack(mean_interval(found.coefficients, config.seed, groups), axis=1)
+    heads["p"] = mean_p(found.coefficients, names if unit_of(found) == "name" else None)
+    heads["adjusted p"] = holm(heads["p"].to_numpy())
+    heads["pictures above 0"] = (np.stack([one.fit.low for one in found.heads]) > 0).sum(0)
+    heads["pictures"] = len(found.heads)
     return heads.sort_values("coefficient", ascending=False, kind="stable", ignore_index=True)
 
 
@@ -125,25 +179,26 @@ def _all_coefficients(found: Measured) -> pd.DataFrame:
 
 
 def _convergence(report: Report, found: Measured, config: HeadAttributionConfig) -> Findings:
-    curves = [convergence(one.kept, one.values, config.regression, config.held_out) for one in found.heads]
+    group = PAIRED[config.design]
+    curves = [
+        convergence(one.kept, one.values, config.regression, config.held_out, one.fit.penalty, group)
+        for one in found.heads
+    ]
     sizes = curves[0]["n"].to_numpy()
     panels = {
         label: {"all": band([curve[name] for curve in curves], config.seed)}
         for name, label in (("reliability", "reliability of coefficients"), ("r2", "held-out R²"))
     }
     needed = np.array([settled_at(curve) for curve in curves])
-    half = bootstrap_mean(np.array([curve["reliability"].iloc[-1] for curve in curves]), config.seed)
-    value, low, high = (2 * r / (1 + r) for r in (half.value, half.low, half.high))
-    whole = Estimate(value, low, high, half.n)
-    settled = bootstrap_mean(needed, config.seed)
-    enough = f"The correlation stays above {RELIABLE} on none of {len(curves)} pictures: use more --masks."
-    if settled.n:
-        enough = (
-            f"The correlation stays above {RELIABLE} on {settled.n} of {len(curves)} pictures, after {settled} masks."
-        )
+    half = over_pictures(np.array([c["reliability"].iloc[-1] for c in curves]), found.names, config.seed)
+    settled = over_pictures(needed, found.names, config.seed)
+    enough = f"The correlation stays above {RELIABLE} on {settled.n} of {len(curves)} pictures."
+    if settled.n < len(curves):
+        enough += f" For the others {sizes[-1]} masks are too few: use more --masks."
     report.text(
-        f"Coefficients from two disjoint sets of {sizes[-1]} masks correlate by {half}; the estimate for all "
-        f"{found.heads[0].fit.n_train} masks is {whole} (Spearman–Brown). {enough}"
+        f"Coefficients from two disjoint sets of {sizes[-1]} masks are correlated. By the formula of Spearman and "
+        f"Brown, those from all {found.heads[0].fit.n_train} masks have a reliability of "
+        f"{2 * half.value / (1 + half.value):.3f}. {enough}"
     )
     figure = plots.bands(sizes, panels, "masks", {next(iter(panels)): RELIABLE})
     caption = f"Reliability and prediction by number of masks, {len(curves)} pictures"

@@ -6,84 +6,107 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
-from hooked_vlm.analysis.statistics import Estimate, bootstrap, bootstrap_mean
+from hooked_vlm.analysis.intervals import mean_interval
 from hooked_vlm.experiments.common.report import Report
 from hooked_vlm.experiments.head_attribution import plots
-from hooked_vlm.experiments.head_attribution.agreement import causes_of, explained, mean_of_pairs, similarities
+from hooked_vlm.experiments.head_attribution.agreement import (
+    RELIABLE,
+    SAME,
+    causes_of,
+    conclusion,
+    explained,
+    mean_of_pairs,
+    similarities,
+)
+from hooked_vlm.experiments.head_attribution.appearance import looks_of
 from hooked_vlm.experiments.head_attribution.config import HeadAttributionConfig
-from hooked_vlm.experiments.head_attribution.findings import Findings, band, row
+from hooked_vlm.experiments.head_attribution.findings import (
+    BY_NAME,
+    BY_PICTURE,
+    Findings,
+    OverPictures,
+    Section,
+    band,
+    over_pictures,
+    row,
+)
 from hooked_vlm.experiments.head_attribution.measurements import Measured
 from hooked_vlm.experiments.head_attribution.rankings import RANKINGS
 
 SCORES = ("attention", "attention_final", "value_weighted", "gradient", "single", "alone")
 
 
-def where(report: Report, found: Measured, config: HeadAttributionConfig) -> Findings:
+def where(report: Report, found: Measured, config: HeadAttributionConfig) -> Section:
     """Report importance by layer, attention against importance, agreement between pictures and its causes."""
     report.section("Layers, attention, agreement")
     findings = _layers(report, found, config)
     findings |= _attention(report, found, config)
     findings |= _agreement(report, found, config)
-    return findings
+    causes, *said = _causes(report, found, config)
+    return Section(findings | causes, tuple(said))
 
 
 def _layers(report: Report, found: Measured, config: HeadAttributionConfig) -> Findings:
     n_layers = found.probes[0].model.cfg.n_layers
     positive = found.coefficients.clip(0).reshape(len(found.heads), n_layers, -1).sum(2)
-    positive = positive[positive.sum(1) > 0]  # lasso may find nothing
-    by_layer = positive / positive.sum(1, keepdims=True)
+    some = positive.sum(1) > 0  # lasso may find nothing
+    by_layer, names = positive[some] / positive[some].sum(1, keepdims=True), np.array(found.names)[some]
     mean, low, high = band(by_layer, config.seed)
-    table = pd.DataFrame({"layer": range(n_layers), "share": mean, "low": low, "high": high, "n": len(by_layer)})
-    centre = bootstrap_mean(by_layer @ np.arange(n_layers), config.seed)
+    table = pd.DataFrame({"layer": range(n_layers), "share": mean, BY_PICTURE[0]: low, BY_PICTURE[1]: high})
+    table[list(BY_NAME)] = np.stack(mean_interval(by_layer, config.seed, names), axis=1)
+    centre = over_pictures(by_layer @ np.arange(n_layers), names.tolist(), config.seed)
     report.text(
-        f"The mean layer of importance is {centre}, of layers 0 to {n_layers - 1}. A layer's importance is its share "
-        f"of the sum of all positive coefficients, averaged over {len(by_layer)} pictures."
+        f"Layers are numbered from 0 to {n_layers - 1}. A layer's importance is its share of the sum of all positive "
+        f"coefficients, averaged over {len(by_layer)} pictures."
     )
     figure = plots.bands(np.arange(n_layers), {"share of positive coefficients": {"": (mean, low, high)}}, "layer")
-    report.figure("layers", figure, f"Importance by layer, {len(by_layer)} pictures, 95% intervals")
-    report.table("layers", table, "Importance by layer")
+    report.figure("layers", figure, f"Importance by layer, {len(by_layer)} pictures, 95% intervals by picture")
+    report.table("layers", table.assign(pictures=len(by_layer)), "Importance by layer")
     return {"mean layer of coefficients": centre}
 
 
 def _attention(report: Report, found: Measured, config: HeadAttributionConfig) -> Findings:
     rows, findings = [], {}
-    means = found.coefficients.mean(0)
     for name in SCORES:
         scores = np.stack([frame[name].to_numpy() for frame in found.rankings])
         each = np.array([_spearman(a, b) for a, b in zip(scores, found.coefficients, strict=True)])
-        own = bootstrap_mean(each, config.seed)
-        over_heads = bootstrap(_spearman, scores.mean(0), means, seed=config.seed, draws=500)
-        rows.append(row(own, score=RANKINGS[name], of="each picture (n pictures)"))
-        rows.append(row(over_heads, score=RANKINGS[name], of="means over pictures (n heads)"))
+        own = over_pictures(each, found.names, config.seed)
+        of_means = _spearman(scores.mean(0), found.coefficients.mean(0))
+        rows.append(row(own, score=RANKINGS[name], **{"correlation of means": of_means}))
         findings[f"Spearman of coefficients with {RANKINGS[name]}"] = own
+    means = found.coefficients.mean(0)
     attention = np.stack([frame["attention"].to_numpy() for frame in found.rankings]).mean(0)
     layers = np.array([layer for layer, _ in found.probes[0].heads])
     label = ("attention to the image (mean over text behind it)", "coefficient")
     caption = f"One point per head ({len(means)} heads), means over {len(found.heads)} pictures"
     report.figure("attention", plots.scatter(attention, means, layers, label), caption)
-    caption = "Rank correlation of coefficients with other scores; intervals over pictures, or over heads"
-    report.table("attention", pd.DataFrame(rows), caption)
+    report.table(
+        "attention",
+        pd.DataFrame(rows),
+        "Rank correlation of coefficients with other scores over heads: mean over pictures with intervals, and, "
+        "without, that of the means over pictures",
+    )
     return findings
 
 
 def _agreement(report: Report, found: Measured, config: HeadAttributionConfig) -> Findings:
-    vectors, n = found.coefficients, len(found.heads)
+    vectors, n, names = found.coefficients, len(found.heads), np.array(found.names)
     if n < 3:
         report.text(f"Agreement between pictures needs at least three; there are {n}.")
         return {}
-    top = config.top or max(1, vectors.shape[1] // 8)
-    names = np.array(found.names)
     same = names[:, None] == names[None]
     rows, findings = [], {}
-    squares = similarities(vectors, top)
+    squares = similarities(vectors, config.top or max(1, vectors.shape[1] // 8))
     for kind, square in squares.items():
         for label, pairs in (("same name", same), ("other names", ~same)):
-            estimate = mean_of_pairs(square, pairs, config.seed)
-            rows.append(row(estimate, similarity=kind, pairs=label))
-            findings[f"{kind} between pictures, {label}"] = estimate
+            estimate = mean_of_pairs(square, pairs, names)
+            if estimate.n:
+                number = int(np.triu(pairs, 1).sum())
+                rows.append(row(estimate, similarity=kind, pairs=label, **{"number of pairs": number}))
+                findings[f"{kind} between pictures, {label}"] = estimate
     report.text(
-        f"Similarity of the coefficient vectors of {n} pictures with {len(set(names))} names; n counts pairs, "
-        "intervals resample pictures."
+        f"Similarity of the coefficient vectors of {n} pictures with {len(set(names))} names. Intervals leave out one "
+        "picture, or one name, at a time (jackknife)."
     )
     report.table("agreement", pd.DataFrame(rows), "Similarity between pictures")
     order = np.argsort(names, kind="stable")
@@ -91,27 +114,47 @@ def _agreement(report: Report, found: Measured, config: HeadAttributionConfig) -
     labels = [name if i == 0 or name != ordered[i - 1] else "" for i, name in enumerate(ordered)]
     figure = plots.heatmap(squares["cosine"][np.ix_(order, order)], labels, labels, ("", "", "cosine"), (-1, 1))
     report.figure("agreement", figure, f"Cosine between the coefficient vectors of {n} pictures, by name")
+    return findings
+
+
+def _causes(report: Report, found: Measured, config: HeadAttributionConfig) -> tuple[Any, ...]:
+    """Report whether names explain agreement beyond appearance; the findings, and what can be said if anything can."""
+    names = np.array(found.names)
     causes = causes_of(found.cases, found.probes[0].model)
-    frames = [explained(squares[kind], causes, config.seed).assign(similarity=kind) for kind in ("cosine", "Spearman")]
-    table = pd.concat(frames, ignore_index=True)
-    table.insert(0, "similarity", table.pop("similarity"))
+    if SAME not in causes or len(set(names)) < 3:
+        report.text(
+            "Whether names or appearance explain agreement needs three names, and pairs of pictures of the same name: "
+            f"there are {len(names)} pictures of {len(set(names))} names."
+        )
+        return ({},)
+    looks = looks_of(found.cases, found.probes[0].model, config.seed)
+    squares = similarities(found.coefficients, 1)
+    table = explained(squares["cosine"], causes, looks, names)
+    said = conclusion(table)
+    report.text(
+        f"{said} Appearance is measured in several ways. Each is taken twice, of every picture and of a "
+        "second look at it (a little crop and noise); the correlation over pairs of pictures is its reliability. "
+        "Partial correlations are corrected for it, since what a noisy measure leaves uncontrolled would count for the "
+        f"name. Below a reliability of {RELIABLE} nothing is concluded."
+    )
     report.table(
         "explained",
         table,
-        "Possible causes of similar coefficients: correlation over pairs, alone and controlled for the other causes "
-        "(interval and one-sided permutation p of the latter). Names are compared by the mean embedding of their "
-        "tokens, pictures by their mean image features, both centred",
+        "Cosine between coefficient vectors and the same name (or similar names: mean embeddings of their tokens), "
+        "controlled for appearance: partial correlation over pairs, its interval and two-sided p (jackknife over "
+        f"names), and Holm's p for the family of these {len(table)} tests",
     )
-    return findings | _partial_findings(frames[0])
-
-
-def _partial_findings(table: pd.DataFrame) -> Findings:
-    return {
-        f"cosine with {own['cause']}, controlled for {own['controlled for']}": Estimate(
-            own["partial"], own["low"], own["high"], 0 if np.isnan(own["partial"]) else own["images"]
-        )
+    findings: Findings = {
+        f"cosine with {own['cause']}, controlled for {own['appearance']}": _partial(own)
         for own in table.to_dict("records")
+        if not np.isnan(own["partial"])
     }
+    return findings, said
+
+
+def _partial(own: dict[Any, Any]) -> OverPictures:
+    ends = (own["low, by name"], own["high, by name"])
+    return OverPictures(own["partial"], np.nan, np.nan, own["pictures"], *ends, own["names"])
 
 
 def _spearman(a: Any, b: Any) -> float:

@@ -100,14 +100,16 @@ def _bare(text: str) -> str:
     return " ".join(re.findall(r"\w+", text.lower()))
 
 
-def ask(workers: Workers, items: Sequence[Item], parts: ResultStore, key: dict[str, Any], quiet: bool) -> pd.DataFrame:
-    """Ask about every picture.
+def ask(
+    workers: Workers, items: Sequence[Item], parts: ResultStore, key: dict[str, Any], quiet: bool, what: str
+) -> pd.DataFrame:
+    """Ask about every picture; `what` labels the progress bar.
 
     Returns:
         Table with `image`, `name`, `reply`, `token` (the reply's first) and `right`.
     """
     tasks = [Task(parts, key | {"image": item.id}, answer_of, (item,)) for item in items]
-    return pd.concat(workers.tables(tasks, "answering", each="image", quiet=quiet), ignore_index=True)
+    return pd.concat(workers.tables(tasks, what, each="picture", quiet=quiet), ignore_index=True)
 
 
 def answer_of(model: HookedVLM, item: Item) -> pd.DataFrame:

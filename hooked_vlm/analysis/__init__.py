@@ -5,6 +5,14 @@ from typing import TYPE_CHECKING
 from hooked_vlm._lazy import lazy_names
 
 if TYPE_CHECKING:
+    from hooked_vlm.analysis.intervals import (
+        estimate_mean,
+        estimate_ratio,
+        jackknife_interval,
+        mean_interval,
+        mean_p,
+        ratio_interval,
+    )
     from hooked_vlm.analysis.multiple_testing import benjamini_hochberg, holm
     from hooked_vlm.analysis.pictures import heatmap, overlay
     from hooked_vlm.analysis.rows import attention_rows, generate_with_rows
@@ -28,8 +36,8 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Estimate", "attention_rows", "benjamini_hochberg", "bootstrap", "bootstrap_mean", "bootstrap_means",
-    "bootstrap_ratios", "bootstrap_two_way", "generate_with_rows", "half_sampling", "heatmap", "holm", "mean_score",
-    "overlay",
-    "paired_change", "paired_p", "permutation_p", "rank_p", "ratio_of_means", "score_interval", "share",
+    "bootstrap_ratios", "bootstrap_two_way", "estimate_mean", "estimate_ratio", "generate_with_rows", "half_sampling",
+    "heatmap", "holm", "jackknife_interval", "mean_interval", "mean_p", "mean_score", "overlay", "paired_change",
+    "paired_p", "permutation_p", "rank_p", "ratio_interval", "ratio_of_means", "score_interval", "share",
 ]  # fmt: skip
 __getattr__, __dir__ = lazy_names(__name__)

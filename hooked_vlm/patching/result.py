@@ -10,8 +10,9 @@ import pandas as pd
 from jaxtyping import Bool, Float
 from matplotlib.figure import Figure
 
+from hooked_vlm.analysis.intervals import ratio_interval, share_interval
 from hooked_vlm.analysis.pictures import heatmap, overlay
-from hooked_vlm.analysis.statistics import Estimate, bootstrap_ratios, paired_p, ratio_of_means
+from hooked_vlm.analysis.statistics import Estimate, paired_p, ratio_of_means
 from hooked_vlm.errors import InputError
 from hooked_vlm.inputs.vlm_inputs import VLMInputs
 from hooked_vlm.patching.pairs import Direction
@@ -50,7 +51,7 @@ class PatchingResult:
     """The metric of the run the patches come from; None where nothing is patched in (knock-out)."""
     direction: Direction | None
     seed: int = 0
-    """Seed of the bootstrap and the permutations."""
+    """Seed of the bootstrap and of the flips of signs."""
     estimated: bool = False
     """Whether effects are estimates from gradients instead of real runs."""
     agreement: Agreement | None = None
@@ -100,7 +101,16 @@ class PatchingResult:
 
     @cached_property
     def _interval(self) -> tuple[Float[np.ndarray, "*cells"], Float[np.ndarray, "*cells"]]:
-        return bootstrap_ratios(np.moveaxis(self.effects, -1, 0), self._gap, self.seed)
+        """Intervals of `mean`: Wilson's where it is a share of the examples, else those of `ratio_interval`."""
+        values, gap = np.where(self.counted, self.values, np.nan), self._gap
+        start = self.base[np.isfinite(self.base)]
+        whole = gap[np.isfinite(gap)]
+        shares = len(start) and (start == start[0]).all() and (whole == whole[0]).all() and abs(whole[0]) == 1
+        if shares and np.isin(values[self.counted], (0.0, 1.0)).all() and start[0] in (0.0, 1.0):
+            ends = np.stack(share_interval(np.moveaxis(values, -1, 0)))
+            low, high = np.sort((ends - start[0]) / whole[0], axis=0)
+            return low, high
+        return ratio_interval(np.moveaxis(self.effects, -1, 0), gap, self.seed)
 
     @property
     def mean(self) -> Float[np.ndarray, "*cells"]:
@@ -109,8 +119,11 @@ class PatchingResult:
         return ratio_of_means(np.moveaxis(self.effects, -1, 0), self._gap)
 
     def estimate(self, **labels: Label) -> Estimate:
-        """The mean of one cell with its 95% bootstrap interval over examples: `estimate(layer=2, place="image")`. One
-        example has no interval (NaN)."""
+        """The mean of one cell with its 95% interval over examples: `estimate(layer=2, place="image")`.
+
+        Fewer than three examples have no interval (NaN), fewer than ten Student's, more a bootstrap interval
+        (`hooked_vlm.analysis.intervals`); a metric of 0 and 1 that starts from one value has Wilson's.
+        """
         cell = self.select(**labels)
         if cell.values.ndim > 1 and cell.values[..., 0].size > 1:
             free = [name for name, own in cell.axes.items() if len(own) > 1]

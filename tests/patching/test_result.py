@@ -7,9 +7,10 @@ import numpy as np
 import pandas as pd
 import pytest
 from matplotlib.figure import Figure
+from scipy import stats
 
 from hooked_vlm import HookedVLM, InputError
-from hooked_vlm.analysis.statistics import bootstrap_ratios, ratio_of_means
+from hooked_vlm.analysis.statistics import bootstrap_ratios, ratio_of_means, share
 from hooked_vlm.patching import PatchingResult, Region
 from hooked_vlm.patching.attribution import agreement_of
 from hooked_vlm.patching.places import n_patches, patches_in_box
@@ -51,6 +52,30 @@ def test_the_interval_is_that_of_resampled_examples() -> None:
     assert estimate.value == 1.0 and estimate.n == 2
     with pytest.raises(InputError, match="place"):
         result().estimate(layer=1)
+
+
+def test_intervals_over_few_examples_are_students_or_none() -> None:
+    found = result()  # three examples; of the last cell, two are known
+    low, high = found._interval
+    assert np.isnan([low[1, 1], high[1, 1]]).all()
+    np.testing.assert_allclose([low[1, 0], high[1, 0]], 0.5)  # half of each way
+    effects = np.array([0.9, 1.0, 1.4, 0.7])
+    one = PatchingResult("z", {"layer": (0,)}, effects[None], np.zeros(4), np.full(4, 2.0), "denoising")
+    estimate, reference = one.estimate(), stats.ttest_1samp(effects / 2, 0.0).confidence_interval()
+    assert (estimate.low, estimate.high) == pytest.approx(tuple(reference))
+
+
+def test_answers_that_flip_have_wilsons_interval() -> None:
+    flips = np.array([[1.0, 1, 1, 1, 0], [0, 0, 0, 0, 0], [1, np.nan, 1, 0, np.nan]])
+    axes: Any = {"layer": (0, 1, 2)}
+    patched = PatchingResult("z", axes, flips, np.zeros(5), np.ones(5), "denoising")
+    assert patched.estimate(layer=0) == share(4, 5) and patched.estimate(layer=1) == share(0, 5)
+    assert patched.estimate(layer=2) == share(2, 3)
+    lost = PatchingResult("knock-out", axes, flips, np.ones(5), None, None).estimate(layer=0)
+    assert (lost.value, lost.low, lost.high) == pytest.approx((-0.2, share(4, 5).low - 1, share(4, 5).high - 1))
+    # where some were right before, the mean is no share
+    mixed = PatchingResult("z", axes, flips, np.array([1.0, 0, 0, 0, 0]), np.ones(5), "denoising").estimate(layer=0)
+    assert mixed.low != share(4, 5).low
 
 
 def test_p_values_flip_signs_example_by_example() -> None:

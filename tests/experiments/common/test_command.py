@@ -15,7 +15,7 @@ from hooked_vlm.experiments.ocr_heads import config as ocr_heads
 RUNS = [
     ("ocr-heads", ocr_heads, ocr_heads.MaskConfig()),
     ("ocr-heads", ocr_heads, ocr_heads.ScoreConfig(model="a folder/model", compat=True, lengths=(64, 128))),
-    ("ocr-heads", ocr_heads, ocr_heads.CaseConfig(protocol=ocr_heads.Protocol(min_overlap=0.25, weight_by_run="reply"))),
+    ("ocr-heads", ocr_heads, ocr_heads.CaseConfig(protocol=ocr_heads.Protocol(0.25, weight_by_run="reply"))),
     ("ocr-heads", ocr_heads, ocr_heads.OcrHeadsConfig(random_from=("any", "live"), tasks=("page",), betas=(0.5,))),
     ("head-attribution", head_attribution, head_attribution.All(images=Path("my pictures"), question="What's it?")),
     ("head-attribution", head_attribution, head_attribution.Tokens(keep=0.25, masks=7, seed=3)),

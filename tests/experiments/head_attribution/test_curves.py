@@ -1,19 +1,26 @@
 """Faithfulness and completeness of the heads kept or removed in order, by hand."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 from probes import ablation, probe_of, value_under
+from scipy import stats
 
+from hooked_vlm.analysis.multiple_testing import holm
 from hooked_vlm.experiments.head_attribution.curves import (
     area,
+    crossings,
     first_at,
-    mean_curve,
+    gains,
+    holds_from,
     measure_curves,
     measures_of_all,
     orders,
     shares,
     sizes,
 )
+from hooked_vlm.experiments.head_attribution.show_curves import KINDS, MAIN, NEEDED_BOTH, Compared, differences
 
 
 def test_areas_and_numbers_of_heads_by_hand() -> None:
@@ -23,6 +30,9 @@ def test_areas_and_numbers_of_heads_by_hand() -> None:
     assert first_at(k, 0.8, curve) == 2 and first_at(k, 0.95, curve) == 4
     assert first_at(k, 0.8, curve, np.array([0.0, 0.9, 0.7, 0.8])) == 4
     assert np.isnan(first_at(k, 1.1, curve))
+    dips = np.array([0.0, 0.9, 0.7, 0.8])
+    assert first_at(k, 0.8, dips) == 1 and holds_from(k, 0.8, dips) == 4 and holds_from(k, 0.7, dips) == 1
+    assert holds_from(k, 0.0, dips) == 0 and np.isnan(holds_from(k, 0.85, dips))
     assert sizes(4).tolist() == [0, 1, 2, 3, 4]
     assert sizes(784)[0] == 0 and sizes(784)[-1] == 784 and len(sizes(784)) <= 33
 
@@ -53,8 +63,60 @@ def test_pictures_that_add_nothing_have_no_shares() -> None:
 def test_random_orders_are_measured_one_by_one() -> None:
     """Of two heads one does it all: the k at which the mean of both orders' curves reaches 0.8 is 2, the mean k 1.5."""
     ranked = {("attribution", 0): np.array([0, 1]), ("random", 0): np.array([0, 1]), ("random", 1): np.array([1, 0])}
-    frame = shares(measure_curves(lambda kept: kept[:, 0].astype(float), ranked))
-    table = measures_of_all({"a": frame}, ["attribution", "random"]).set_index("ranking")
+    curves = measure_curves(lambda kept: kept[:, 0].astype(float), ranked)
+    table = measures_of_all({"a": shares(curves)}, ["attribution", "random"]).set_index("ranking")
     assert table["heads needed for 0.8 of both"].to_dict() == {"attribution": 1.0, "random": 1.5}
-    assert table["faithfulness area"].to_dict() == {"attribution": 0.75, "random": 0.5}
-    assert mean_curve(frame, "random", "faithfulness").tolist() == [0.0, 0.5, 1.0]
+    assert table["censored, heads needed for 0.8 of both"].to_dict() == {"attribution": 0.0, "random": 0.5}
+    gained = gains(curves, "random", "faithfulness")
+    assert gained.tolist() == [0.0, 0.5, 1.0]
+    assert area(np.arange(3), gained) == 0.5
+
+
+def test_pictures_that_need_all_heads_are_censored_and_not_dropped() -> None:
+    """Two heads of three are needed together, and ranked first and last: no smaller set reaches the level."""
+    ranked = {("attribution", 0): np.array([0, 1, 2])}
+    needs_both = measure_curves(lambda kept: 5.0 * (kept[:, 0] & kept[:, 2]), ranked)
+    found = crossings(shares(needs_both))
+    assert found["heads needed for 0.8 of faithfulness"] == 3 and found["heads needed for 0.8 of completeness"] == 1
+    table = measures_of_all({"a": shares(needs_both)}, ["attribution"])
+    assert table["censored, heads needed for 0.8 of faithfulness"].item() == 1
+    assert table["censored, heads needed for 0.8 of completeness"].item() == 0
+
+
+def compared_of(kept_values: list[np.ndarray], names: list[str]) -> Compared:
+    """Curves of two rankings over three heads, each picture with its own weights of heads."""
+    orders_ = {("attribution", 0): np.array([0, 1, 2]), ("single", 0): np.array([2, 1, 0])}
+    frames = [measure_curves(lambda kept, w=weights: kept @ w, orders_) for weights in kept_values]
+    gaps = np.array([weights.sum() for weights in kept_values])
+    ks, values = np.arange(4), {}
+    table = measures_of_all({str(i): shares(frame) for i, frame in enumerate(frames)}, ["attribution", "single"])
+    for name in ("attribution", "single"):
+        areas = {f"{kind} area": [area(ks, gains(f, name, kind)) for f in frames] for kind in KINDS}
+        values[name] = table.query(f"ranking == '{name}'").reset_index(drop=True).assign(**areas)
+    return Compared(["attribution", "single"], names, gaps, values, 0)
+
+
+def test_areas_are_ratios_of_means_over_all_pictures() -> None:
+    """A picture to which the image adds next to nothing has a share far from 1, and hardly counts."""
+    weights = [np.array([3.0, 2.0, 1.0]), np.array([6.0, 1.0, 1.0]), np.array([-5.0, 0.05, 4.96])]
+    own = compared_of(weights, ["a", "b", "c"])
+    numerators = [(w[0] / 2 + w[:2].sum() + w.sum() / 2 + w[0] / 2) / 3 for w in weights]
+    expected = sum(numerators) / sum(w.sum() for w in weights)
+    assert own.mean("attribution", "faithfulness area").value == pytest.approx(expected)
+    assert own.mean("attribution", "faithfulness area").n == 3
+    assert own.mean("attribution", NEEDED_BOTH).n == 2  # of the third, no share is known
+
+
+def test_differences_are_paired_and_their_family_is_the_table() -> None:
+    rng = np.random.default_rng(0)
+    weights = [np.array([3.0, 2.0, 1.0]) + 0.3 * rng.normal(size=3) for _ in range(12)]
+    table: Any = differences(compared_of(weights, [str(i % 4) for i in range(12)]), 3, 40)
+    assert table["ranking"].unique().tolist() == ["head attribution"] and len(table) == len(MAIN)
+    assert table["runs per picture"].tolist() == [40] * 3 and table["runs per picture, against"].tolist() == [3] * 3
+    assert not table["equal budget"].any()
+    np.testing.assert_allclose(table["adjusted p, by name"], holm(table["p, by name"].to_numpy()))
+    row = table.loc[table["measure"] == "faithfulness area"].iloc[0]
+    gaps = np.array([w.sum() for w in weights])
+    changes = np.array([(w[0] - w[2]) * 2 / 3 for w in weights])
+    assert row["value"] == pytest.approx(changes.sum() / gaps.sum())
+    assert row["p, by picture"] == pytest.approx(stats.ttest_1samp(changes, 0.0)[1])

@@ -123,7 +123,7 @@ def test_only_right_answers_are_studied(toy: str, tmp_path: Path) -> None:
     model = bundled(toy)
     items = toy_items(3, 0, NAMING_PROMPT)
     items[1] = Item(items[1].image, "elephant", NAMING_PROMPT)
-    answers = ask(InProcess(model), items, ResultStore(tmp_path), {}, quiet=True)
+    answers = ask(InProcess(model), items, ResultStore(tmp_path), {}, quiet=True, what="asking")
     cases = right_cases(model, items, answers)
     assert answers["right"].tolist() == [True, False, True]
     assert [case.item.name for case in cases] == ["circle", "triangle"]

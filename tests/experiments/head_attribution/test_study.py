@@ -15,7 +15,9 @@ from hooked_vlm import cli
 from hooked_vlm.errors import StudyError
 from hooked_vlm.experiments.head_attribution import All, Attribute, Compare, Curves, Tokens, compare, run
 from hooked_vlm.experiments.head_attribution import measurements as measure_module
+from hooked_vlm.experiments.head_attribution.masks import random_masks
 from hooked_vlm.experiments.head_attribution.pages import heads_page, tokens_page
+from hooked_vlm.experiments.head_attribution.study import summary
 from hooked_vlm.experiments.head_attribution.text_flow import blocked_edges
 from hooked_vlm.runtime.tasks import InProcess
 from hooked_vlm.viewer.quantisation import decoded
@@ -70,7 +72,7 @@ def test_attribution_foretells_and_needs_fewer_heads_than_other_rankings(name: s
     assert found["answered correctly"].value >= 0.8
     assert found["held-out Pearson"].low >= 0.9
     needed = {
-        key.split(", ")[1]: value.value
+        key.split(", ", 1)[1]: value.value
         for key, value in found.items()
         if key.startswith("heads needed for 0.8 of both")
     }
@@ -79,6 +81,42 @@ def test_attribution_foretells_and_needs_fewer_heads_than_other_rankings(name: s
     assert needed["head attribution"] < needed["random"]
     table: Any = pd.read_parquet(tmp_path / "tables" / "summary.parquet").set_index("measure")
     assert table["value"]["held-out Pearson"] == found["held-out Pearson"].value
+
+
+@pytest.mark.parametrize("design", ["antithetic", "balanced", "paired"])
+def test_masks_of_every_design_give_coefficients_of_the_same_heads(design: Any, tmp_path: Path) -> None:
+    model, settings = bundled("toy-qwen2-vl"), {**SMALL, "masks": 200}
+    runs = [Attribute(out=tmp_path / name, design=name, **settings) for name in ("random", design)]
+    plain, own = (measure_module.measure(model, config, InProcess(model)) for config in runs)
+    correlations = [np.corrcoef(a, b)[0, 1] for a, b in zip(plain.coefficients, own.coefficients, strict=True)]
+    assert min(correlations) > 0.9
+    held = own.heads[0].fit.n_held_out
+    assert (own.heads[0].kept[-held:] == random_masks(held, 16, 0.5, [0, 20, 0])).all()
+
+
+@pytest.mark.slow
+def test_the_answer_names_heads_budgets_and_pictures_and_prints_nothing_twice(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """20 pictures of ten names; steps count pictures."""
+    config = All(out=tmp_path, **{**SMALL, "samples": 20, "masks": 60, "quiet": False})
+    result = run(config, bundled("toy-qwen2-vl"))
+    progress = capsys.readouterr().err
+    assert "step 1 of 11" in progress and "step 11 of 11" in progress and "picture" in progress
+    assert 3 <= len(result.answer) <= 5
+    best = int(np.argmax(result.measured.coefficients.mean(0)))
+    assert "{}.{} (".format(*result.measured.probes[0].heads[best]) in result.answer[0]
+    assert "32 runs a picture" in " ".join(result.answer) and "of 10 names" in result.answer[-1]
+    shown = summary(result)
+    assert shown.startswith(result.answer[0]) and "nan" not in shown and "n=0" not in shown
+    tables = {path.stem: pd.read_parquet(path) for path in (tmp_path / "tables").glob("*.parquet")}
+    assert all(len(table) for table in tables.values())
+    budgets = tables["curve_measures"].groupby("ranking")["runs per picture"].first().to_dict()
+    assert budgets["head attribution"] == 60 and budgets["single head kept + ablated"] == 32
+    assert budgets["head attribution, one run per head"] == budgets["single-head ablation"] == 16
+    assert int(tables["curve_differences"]["equal budget"].to_numpy().sum()) == 9
+    assert {"low, by picture", "low, by name", "pictures", "names"} <= set(tables["summary"].columns)
+    assert {"p", "adjusted p", "pictures above 0"} <= set(tables["heads"].columns)
 
 
 def test_a_picture_of_a_run_is_a_page(tmp_path: Path) -> None:
@@ -139,6 +177,8 @@ def test_tokens_alone_need_no_masks_over_heads(tmp_path: Path) -> None:
         ({"seed": -1}, "--seed"),
         ({"masks": 11}, r"--masks 11.*--held-out 0\.1.*9.*10"),
         ({"held_out": 0.99}, r"--masks 320.*--held-out 0\.99.*3"),
+        ({"design": "antithetic", "keep": 0.4}, r"--design antithetic.*0\.4"),
+        ({"design": "balanced", "keep": 0.33}, r"--design balanced.*0\.33"),
         ({"min_object": 0.9}, r"--min-object 0\.9.*--max-object 0\.8"),
     ],
 )

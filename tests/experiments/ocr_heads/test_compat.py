@@ -229,10 +229,10 @@ def test_every_deviation_is_in_the_table_and_the_table_is_in_the_docs() -> None:
 def test_effects_by_hand() -> None:
     before, after = (np.zeros((20, 1, 3)) for _ in range(2))
     before[:, 0, 0], before[:, 0, 1], after[:, 0, 0], after[:10, 0, 2] = 0.5, 0.2, 0.9, 0.6
-    both = [Scores("ocr", own, own, np.ones((1, 3)), 20, 20) for own in (before, after)]
-    found = effect(*both, Protocol())
+    one, other = (Scores("ocr", own, own, np.ones((1, 3)), 20, 20) for own in (before, after))
+    found = effect(one, other, Protocol())
     assert found == {"heads": 3, "largest": 0.4, "in": ["0.2"], "out": ["0.1"]}
-    assert effect(*both, Protocol(frequency_rule="inverted"))["out"] == ["0.0", "0.1"]
+    assert effect(one, other, Protocol(frequency_rule="inverted"))["out"] == ["0.0", "0.1"]
 
 
 @pytest.mark.full
