@@ -74,7 +74,10 @@ def describe_heads(study: Study, config: TaskConfig, k: int) -> list[str]:
 def tasks_of(study: Study, config: TaskConfig) -> list[QATask]:
     """Configured tasks, with samples that heads were not scored on."""
     names = config.tasks or study.default_tasks()
-    return load_tasks(study.data_folder, names, config.seed + 1, config.task_samples, config.lengths, config.task_files)
+    found = load_tasks(
+        study.data_folder, names, config.seed + 1, config.task_samples, config.lengths, config.task_files
+    )
+    return study.asked(found)
 
 
 def answer_all(study: Study, tasks: Sequence[QATask], conditions: Sequence[Condition], what: str) -> pd.DataFrame:

@@ -24,7 +24,7 @@ def sink(study: Study, config: SinkConfig) -> Finding:
     """Answer every task unchanged, and with the sink scaled by every beta in OCR, retrieval and random heads."""
     check_counts(study, config.sink_heads, "sink-heads")
     conditions = sink_conditions(study, config)
-    tasks = study.asked(changed.tasks_of(study, config))
+    tasks = changed.tasks_of(study, config)
     shares = sink_attention(study, tasks)
     answers = changed.answer_all(study, tasks, conditions, "sink")
     summary = effects.summarize(answers, conditions, config.seed)

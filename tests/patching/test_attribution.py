@@ -208,6 +208,7 @@ def test_mlps_that_follow_carry_a_part_of_the_effect(family: str) -> None:
     assert np.abs(both[0] - both[1]).max() > 1e-5
     only_last = patch_paths(model, pair, [(0, 2)], ["logits"], None, METRIC, where="final").effects
     np.testing.assert_allclose(only_last, both[0], atol=1e-5)  # the metric reads the last position alone
+    model, pair = model_and_pair(family)
     nowhere = patch_paths(model, pair, [(0, 2)], ["logits"], None, METRIC, where="image").effects
     np.testing.assert_allclose(nowhere, 0, atol=1e-6)
 
