@@ -414,6 +414,7 @@ def test_several_at_one_point_act_in_order() -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("rows", ["one image", "padded"])
+@pytest.mark.repeats_shapes
 def test_generation_under_an_intervention_equals_passes_without_a_cache(family: str, rows: str, kind: str) -> None:
     model, batch = model_and_inputs(family, rows)
     iv = of_every_kind(model, batch)[kind]
@@ -432,6 +433,7 @@ def test_generation_under_an_intervention_equals_passes_without_a_cache(family: 
 
 
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.repeats_shapes
 def test_inputs_and_model_are_as_before(family: str, kind: str) -> None:
     model, batch = model_and_inputs(family, "padded")
     with torch.no_grad():

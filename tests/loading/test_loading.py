@@ -189,6 +189,7 @@ def test_an_unsupported_architecture_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", KNOWN_MODELS)
+@pytest.mark.repeats_shapes
 def test_published_sizes_have_the_published_number_of_parameters(name: str) -> None:
     known = KNOWN_MODELS[name]
     cfg = model_config(converter_for(known.config), known.config, {})

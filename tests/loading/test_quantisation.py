@@ -102,6 +102,7 @@ def test_logits_are_those_of_a_float_model_with_the_rounded_weights(models: Any)
     assert torch.equal(new, reference.generate(inputs, 3, stop_at_eos=False))
 
 
+@pytest.mark.repeats_shapes
 @torch.no_grad()
 def test_every_hook_fires_an_identity_changes_nothing_and_an_edit_something(models: Any) -> None:
     _, plain, quantised, inputs = models

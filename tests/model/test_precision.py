@@ -115,6 +115,7 @@ def long_batch(family: str, seed: int) -> tuple[dict[str, Tensor], dict[str, Ten
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, pytest.param(torch.float16, marks=pytest.mark.full)], ids=str)
 @pytest.mark.parametrize("family", ["qwen2-vl", pytest.param("internvl2", marks=pytest.mark.full)])
+@pytest.mark.repeats_shapes
 @torch.no_grad()
 def test_over_long_texts_and_through_the_cache_errors_are_no_larger_than_the_references(
     family: str, dtype: torch.dtype

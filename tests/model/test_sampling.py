@@ -64,6 +64,7 @@ def test_settings_change_tokens() -> None:
     ],
     ids=str,
 )
+@pytest.mark.repeats_shapes
 def test_the_checkpoints_settings_act_on_request_only(file: dict[str, Any]) -> None:
     """A plain greedy `generate` of `transformers` keeps the file's penalty; here the logits are the model's own."""
     hf = tiny_hf()

@@ -155,6 +155,7 @@ def test_every_hook_fires_once_with_the_shape_of_the_table(case):
 
 
 @pytest.mark.parametrize("edit", [lambda x, hook: x, lambda x, hook: x.clone()], ids=["itself", "clone"])
+@pytest.mark.repeats_shapes
 def test_an_identity_edit_changes_nothing_bit_for_bit(case, edit):
     model, inputs = case
     plain = real_logits(model, inputs)
@@ -167,6 +168,7 @@ def test_an_identity_edit_changes_nothing_bit_for_bit(case, edit):
     assert changed == []
 
 
+@pytest.mark.repeats_shapes
 def test_a_real_edit_changes_the_output_and_in_place_is_as_good_as_returned(case):
     model, inputs = case
     plain = real_logits(model, inputs)
@@ -181,6 +183,7 @@ def test_a_real_edit_changes_the_output_and_in_place_is_as_good_as_returned(case
     assert differ == []
 
 
+@pytest.mark.repeats_shapes
 def test_an_edit_in_place_leaves_no_trace(case):
     """Nor does it reach what was recorded upstream of it in the same run, or in an earlier one."""
     model, inputs = case
@@ -209,6 +212,7 @@ def test_an_edit_in_place_leaves_no_trace(case):
     assert real_logits(model, inputs).equal(plain)
 
 
+@pytest.mark.repeats_shapes
 def test_an_edit_in_place_leaves_shared_image_features_as_they_were():
     model, inputs = own_model(False), tiny.inputs(MIXED)
     with torch.no_grad():

@@ -69,6 +69,7 @@ def agrees(result: Any, model: Any, pair: Pair, direction: Any) -> None:
 
 @pytest.mark.parametrize("direction", ["denoising", "noising"])
 @pytest.mark.parametrize("what", [*STREAMS, *SUFFIX])
+@pytest.mark.repeats_shapes
 def test_a_sweep_over_groups_equals_the_loop(family: str, what: Any, direction: Any) -> None:
     model, pair = model_and_pair(family, places={"here": (1, 3)})
     where = ("image", "final", "here")
@@ -157,6 +158,7 @@ def test_keys_and_values_are_patched_by_key_value_head(family: str, what: Any) -
 
 
 @pytest.mark.parametrize("what", ["resid_pre", "resid_mid", "attn_out", "mlp_out", "z", "k", "pattern"])
+@pytest.mark.repeats_shapes
 def test_patches_of_the_vision_tower_equal_the_loop(family: str, what: Any) -> None:
     model, pair = model_and_pair(family)
     heads = (1,) if what in SUFFIX else None

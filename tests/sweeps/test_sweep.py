@@ -131,6 +131,7 @@ def random_intervention(draw: Any, model: Any, batch: Any, cache: Any) -> Interv
     return together
 
 
+@pytest.mark.repeats_shapes
 @given(data=st.data())
 def test_random_sweeps(data: Any) -> None:
     family, rows = data.draw(st.sampled_from(FAMILIES)), data.draw(st.sampled_from(list(ROWS)))
@@ -219,6 +220,7 @@ def test_positions_past_the_end_of_a_shorter_row(family: str) -> None:
 
 @pytest.mark.parametrize("switch", ["use_split_qkv_input", "use_attn_result", "use_hook_mlp_in"])
 @pytest.mark.parametrize("ragged", [False, True])
+@pytest.mark.repeats_shapes
 def test_switches(family: str, switch: str, ragged: bool) -> None:
     model, batch = model_and_inputs(family, "padded")
     batch = right_padded(model, batch) if ragged else batch
