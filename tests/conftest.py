@@ -44,7 +44,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def _many_cases(config: pytest.Config) -> bool:
-    return config.getoption("--full") or config.getoption("--further")
+    return bool(config.getoption("--full") or config.getoption("--further"))
 
 
 def pytest_report_header(config: pytest.Config) -> str:
