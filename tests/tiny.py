@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoTokenizer, Qwen2VLConfig, Qwen2VLForConditionalGeneration
+import transformers
 
 from hooked_vlm import HookedVLM
 from hooked_vlm.inputs.image_processor import ImageProcessor
@@ -20,9 +20,9 @@ from tools.toy_training.tokenizer import END_OF_TEXT, IM_END, save_tokenizer
 IMAGE, VIDEO, VISION_START, VISION_END, STOP, PAD = 100, 101, 102, 103, 3, 0
 
 
-def tiny_config(tied: bool = False, **text: Any) -> Qwen2VLConfig:
+def tiny_config(tied: bool = False, **text: Any) -> "transformers.Qwen2VLConfig":
     """Three layers, four query and two key-value heads of width 16; a vision tower of two layers."""
-    return Qwen2VLConfig(
+    return transformers.Qwen2VLConfig(
         text_config={
             "vocab_size": 200,
             "hidden_size": 64,
@@ -70,7 +70,9 @@ def randomise(model: torch.nn.Module, seed: int = 0) -> None:
 @lru_cache(maxsize=4)
 def tiny_hf(tied: bool = False) -> Any:
     """The reference, with attention written out. Shared: tests must not change its weights."""
-    model = Qwen2VLForConditionalGeneration._from_config(tiny_config(tied), attn_implementation="eager").eval()
+    model = transformers.Qwen2VLForConditionalGeneration._from_config(
+        tiny_config(tied), attn_implementation="eager"
+    ).eval()
     randomise(model)
     model.generation_config.eos_token_id = STOP
     model.generation_config.pad_token_id = PAD
@@ -192,11 +194,11 @@ def reading_model() -> Any:
     """A tiny model with the toy models' tokenizer and chat template, 8 pixels to a token. Shared."""
     with tempfile.TemporaryDirectory() as folder:
         save_tokenizer(Path(folder), toy.SPECIAL_TOKENS, chat_template=toy.CHAT_TEMPLATE)
-        tokenizer = AutoTokenizer.from_pretrained(folder)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     ids = {token: tokenizer.convert_tokens_to_ids(token) for token in toy.SPECIAL_TOKENS}
     config = tiny_config(vocab_size=len(tokenizer), eos_token_id=ids[IM_END], pad_token_id=ids[END_OF_TEXT])
     config.image_token_id, config.video_token_id = ids[toy.IMAGE_PAD], ids[toy.VIDEO_PAD]
     config.vision_start_token_id, config.vision_end_token_id = ids[toy.VISION_START], ids[toy.VISION_END]
-    hf = Qwen2VLForConditionalGeneration(config).eval()
+    hf = transformers.Qwen2VLForConditionalGeneration(config).eval()
     randomise(hf)
     return HookedVLM.from_hf(hf, tokenizer, ImageProcessor(patch_size=4, min_pixels=256, max_pixels=64 * 400))

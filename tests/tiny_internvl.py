@@ -7,8 +7,8 @@ from typing import Any
 
 import sentencepiece
 import torch
+import transformers
 from tiny import left_padded, randomise
-from transformers import InternVLConfig, InternVLForConditionalGeneration
 
 from hooked_vlm import HookedVLM
 
@@ -52,10 +52,10 @@ KINDS: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
 }
 
 
-def tiny_config(kind: str, **changes: Any) -> InternVLConfig:
+def tiny_config(kind: str, **changes: Any) -> "transformers.InternVLConfig":
     """Three layers and a vision tower of two, tiles of 32 pixels, patches of 4: 16 tokens to a tile."""
     text, vision, model_type = KINDS[kind]
-    return InternVLConfig(
+    return transformers.InternVLConfig(
         text_config={"model_type": model_type, **SIZES, **text},
         vision_config={
             "hidden_size": 32,
@@ -77,7 +77,9 @@ def tiny_config(kind: str, **changes: Any) -> InternVLConfig:
 @lru_cache(maxsize=8)
 def tiny_hf(kind: str) -> Any:
     """The reference, with attention written out. Shared: tests must not change its weights."""
-    model = InternVLForConditionalGeneration._from_config(tiny_config(kind), attn_implementation="eager").eval()
+    model = transformers.InternVLForConditionalGeneration._from_config(
+        tiny_config(kind), attn_implementation="eager"
+    ).eval()
     randomise(model)
     model.generation_config.eos_token_id = STOP
     model.generation_config.pad_token_id = PAD

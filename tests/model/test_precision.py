@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 import tiny_internvl
 import torch
+import transformers
 from tiny import CASES, hf_batch, in_dtype, inputs, published_positions, randomise, tiny_config, tiny_hf, tiny_model
 from torch import Tensor
-from transformers import InternVLForConditionalGeneration, Qwen2VLConfig, Qwen2VLForConditionalGeneration
 
 from hooked_vlm import HookedVLM
 from hooked_vlm.converters import KNOWN_MODELS
@@ -92,11 +92,13 @@ LONG, STEPS = 320, 24
 def long_family(family: str, dtype: torch.dtype) -> tuple[Any, Any, Any]:
     """The reference in `dtype`, in float64 with the same rounded weights, and ours in `dtype`; room for long texts."""
     if family == "qwen2-vl":
-        hf = Qwen2VLForConditionalGeneration._from_config(tiny_config(), attn_implementation="eager").eval()
+        hf = transformers.Qwen2VLForConditionalGeneration._from_config(
+            tiny_config(), attn_implementation="eager"
+        ).eval()
     else:
         config: Any = tiny_internvl.tiny_config("qwen2")
         config.text_config.max_position_embeddings = 512
-        hf = InternVLForConditionalGeneration._from_config(config, attn_implementation="eager").eval()
+        hf = transformers.InternVLForConditionalGeneration._from_config(config, attn_implementation="eager").eval()
     randomise(hf)
     low = in_dtype(hf, dtype)
     return low, deepcopy(low).double(), HookedVLM.from_hf(low)
@@ -184,9 +186,9 @@ def image_features(reference: Any, batch: dict[str, Tensor]) -> Tensor:
 @torch.no_grad()
 def test_the_real_shape_of_qwen2_vl_2b_equals_the_reference() -> None:
     """Random weights in float32 (9 GB, shared by both): logits, every layer, the vision tower, greedy tokens."""
-    config = Qwen2VLConfig(**KNOWN_MODELS["Qwen/Qwen2-VL-2B-Instruct"].config)
+    config = transformers.Qwen2VLConfig(**KNOWN_MODELS["Qwen/Qwen2-VL-2B-Instruct"].config)
     config.dtype = torch.float32
-    hf: Any = Qwen2VLForConditionalGeneration._from_config(config, attn_implementation="sdpa").eval()
+    hf: Any = transformers.Qwen2VLForConditionalGeneration._from_config(config, attn_implementation="sdpa").eval()
     generator = torch.Generator().manual_seed(0)
     for parameter in hf.parameters():  # biases and norm weights start as zeros and ones
         if parameter.ndim == 1:
