@@ -27,12 +27,12 @@ def original(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[str, Path]
 @lru_cache
 @torch.no_grad()
 def reference(kind: str) -> torch.Tensor:
-    return tiny_hf(kind)(**for_hf(hf_batch(CASES["one-tile"]))).logits
+    return tiny_hf(kind)(**for_hf(hf_batch(CASES["one-image"]))).logits
 
 
 @torch.no_grad()
 def logits(model: HookedVLM) -> torch.Tensor:
-    return model(model.inputs_from_hf(hf_batch(CASES["one-tile"])))
+    return model(model.inputs_from_hf(hf_batch(CASES["one-image"])))
 
 
 def test_the_published_layout_gives_the_references_numbers(original: tuple[str, Path]) -> None:
@@ -61,7 +61,7 @@ def test_saving_for_transformers_and_loading_it_there(original: tuple[str, Path]
         tmp_path / "hf", attn_implementation="eager"
     ).eval()
     with torch.no_grad():
-        theirs = hf(**for_hf(hf_batch(CASES["one-tile"]))).logits
+        theirs = hf(**for_hf(hf_batch(CASES["one-image"]))).logits
     torch.testing.assert_close(theirs, reference(kind), atol=2e-5, rtol=0)
     names = load_file(tmp_path / "hf" / "model.safetensors").keys()
     assert all(n.startswith(("language_model.", "vision_tower.", "multi_modal_projector.")) for n in names)
@@ -220,7 +220,7 @@ def test_pixel_shuffle_v1_transposes_the_tokens_of_a_tile() -> None:
     assert v1.cfg.vision is not None
     v1.cfg = v1.cfg.with_(vision=type(v1.cfg.vision)(**internvl.config_kwargs(config)["vision"]))
     with torch.no_grad():
-        batch = hf_batch(CASES["one-tile"])
+        batch = hf_batch(CASES["one-image"])
         row_by_row, column_by_column = (m.encode_images(m.inputs_from_hf(batch)).view(4, 4, -1) for m in (v2, v1))
     assert torch.equal(row_by_row, column_by_column.transpose(0, 1))
     with pytest.raises(CheckpointError, match="v1"):

@@ -10,7 +10,8 @@ import torch
 import transformers
 from families import bundled
 from PIL import Image
-from tiny import randomise, reading_model
+from tiny import randomise
+from tiny_qwen2_vl import reading_model
 
 from hooked_vlm import HookedVLM, InputError
 

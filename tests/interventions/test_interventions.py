@@ -4,9 +4,9 @@ from typing import Any
 
 import pytest
 import torch
-from every_kind import KINDS, of_every_kind, some_of_the_image
+from every_kind import HEADS, KINDS, of_every_kind, some_of_the_image
 from families import ROWS, model_and_inputs
-from tiny import PADDED, inputs, tiny_model
+from tiny_qwen2_vl import PADDED, inputs, tiny_model
 from torch import Tensor
 
 from hooked_vlm import InputError
@@ -33,13 +33,6 @@ from hooked_vlm.interventions.attention import all_heads
 from hooked_vlm.interventions.base import position_table
 from hooked_vlm.nn.attention import attention_scores
 from hooked_vlm.nn.forward_pass import inputs_rotation
-
-HEADS = ((0, 1), (1, 0), (1, 3), (2, 2))
-
-
-@pytest.fixture(params=["qwen2-vl", "internvl2"])
-def family(request: pytest.FixtureRequest) -> str:
-    return request.param
 
 
 @pytest.fixture(params=list(ROWS))

@@ -7,7 +7,7 @@ import pytest
 import torch
 from every_kind import KINDS, of_every_kind
 from families import inputs_of, tiny_model
-from tiny import inputs as tiny_inputs
+from tiny_qwen2_vl import inputs as tiny_inputs
 
 from hooked_vlm import InputError
 from hooked_vlm.interventions import AddVector, PatchActivation, ZeroHeads

@@ -10,7 +10,8 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file
-from tiny import PADDED, STOP, hf_batch, inputs, reading_model, tiny_hf, tiny_model
+from tiny import STOP
+from tiny_qwen2_vl import PADDED, hf_batch, inputs, reading_model, tiny_hf, tiny_model
 from torch import Tensor
 
 from hooked_vlm import HookedVLM

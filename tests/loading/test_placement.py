@@ -11,7 +11,7 @@ import pytest
 import torch
 from families import FAMILIES, model_and_inputs
 from pretend_devices import FIRST, SECOND, PretendDevices
-from tiny import PADDED, inputs, tiny_model
+from tiny_qwen2_vl import PADDED, inputs, tiny_model
 from torch import Tensor
 
 from hooked_vlm import HookedVLM, sweep

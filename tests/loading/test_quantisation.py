@@ -190,7 +190,7 @@ def test_quantised_weights_take_a_quarter_of_the_memory(models: Any) -> None:
 @torch.no_grad()
 @pytest.mark.parametrize("bits", ["int8", "int4"])
 def test_quantised_weights_on_an_accelerator(bits: str, tmp_path: Path) -> None:
-    import tiny
+    import tiny_qwen2_vl as tiny
 
     wide: Any = tiny.Qwen2VLForConditionalGeneration(tiny.tiny_config(hidden_size=256, intermediate_size=512))
     tiny.randomise(wide)

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import (
+from tiny_qwen2_vl import (
     LONG_VIDEO,
     ONE_IMAGE,
     PAD,

@@ -4,8 +4,8 @@ import math
 from typing import Any
 
 import pytest
-import tiny
 import tiny_internvl
+import tiny_qwen2_vl as tiny
 import torch
 from PIL import Image
 from torch import Tensor

@@ -5,10 +5,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-import tiny
+import tiny_qwen2_vl as tiny
 import torch
 from families import bundled
-from tiny import ONE_IMAGE, PAD, PADDED, STOP, TEXT, hf_batch, inputs, tiny_hf, tiny_model
+from tiny import PAD, STOP
+from tiny_qwen2_vl import ONE_IMAGE, PADDED, TEXT, hf_batch, inputs, tiny_hf, tiny_model
 
 from hooked_vlm import HookedVLM, HookError, InputError
 from hooked_vlm.errors import NotFiniteError

@@ -16,8 +16,8 @@ from typing import Any
 
 import pandas as pd
 import pytest
-import tiny
 import tiny_internvl
+import tiny_qwen2_vl as tiny
 import torch
 from families import model_and_inputs
 from torch import Tensor

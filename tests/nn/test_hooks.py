@@ -4,8 +4,8 @@ from collections import Counter
 from functools import lru_cache, partial
 
 import pytest
-import tiny
 import tiny_internvl
+import tiny_qwen2_vl as tiny
 import torch
 from jaxtyping import TypeCheckError
 from torch.utils._python_dispatch import TorchDispatchMode

@@ -4,9 +4,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-import tiny
+import tiny_qwen2_vl as tiny
 import torch
-from pairs import FAMILIES, last_logits, model_and_pair, patched_by_hand
+from pairs import last_logits, model_and_pair, patched_by_hand
 from torch import Tensor
 
 from hooked_vlm import HookedVLM, InputError
@@ -23,11 +23,6 @@ SUFFIX = {
     "pattern": "attn.hook_pattern",
 }
 STREAMS = ("resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out")
-
-
-@pytest.fixture(params=FAMILIES)
-def family(request: pytest.FixtureRequest) -> str:
-    return request.param
 
 
 def positions(inputs: Any, place: str | int) -> list[list[int]]:
