@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from pairs import FAMILIES, last_logits, model_and_pair, patched_by_hand
+from pairs import last_logits, model_and_pair, patched_by_hand
 from torch import Tensor
 
 from hooked_vlm import InputError
@@ -17,11 +17,6 @@ from hooked_vlm.patching.cells import Cells
 from hooked_vlm.patching.exact import source_activations
 
 METRIC = log_prob(5)
-
-
-@pytest.fixture(params=FAMILIES)
-def family(request: pytest.FixtureRequest) -> str:
-    return request.param
 
 
 # ---- attribution patching ----

@@ -36,11 +36,6 @@ FAMILIES = ("qwen2-vl", "internvl2")
 SWEEP = import_module("hooked_vlm.sweeps.run")  # the package's attribute of this name is the function
 
 
-@pytest.fixture(params=FAMILIES)
-def family(request: pytest.FixtureRequest) -> str:
-    return request.param
-
-
 def naive(model: Any, batch: Any, interventions: list[Intervention], metric: Any, logits_at: str = "last") -> Tensor:
     """One forward pass, from the pixels on, for each intervention."""
     values = []
