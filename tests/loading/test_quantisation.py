@@ -190,9 +190,12 @@ def test_quantised_weights_take_a_quarter_of_the_memory(models: Any) -> None:
 @torch.no_grad()
 @pytest.mark.parametrize("bits", ["int8", "int4"])
 def test_quantised_weights_on_an_accelerator(bits: str, tmp_path: Path) -> None:
-    import tiny_qwen2_vl as tiny
+    import tiny
+    import tiny_qwen2_vl
+    import transformers
 
-    wide: Any = tiny.Qwen2VLForConditionalGeneration(tiny.tiny_config(hidden_size=256, intermediate_size=512))
+    config = tiny_qwen2_vl.tiny_config(hidden_size=256, intermediate_size=512)
+    wide: Any = transformers.Qwen2VLForConditionalGeneration(config)
     tiny.randomise(wide)
     HookedVLM.from_hf(wide.to(torch.bfloat16)).save_pretrained(tmp_path / "model")
     plain = HookedVLM.from_pretrained(tmp_path / "model", device="cuda")
