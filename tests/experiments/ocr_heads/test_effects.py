@@ -38,6 +38,7 @@ def table_of(values: dict[str, np.ndarray], task: str = "page") -> pd.DataFrame:
 # ---------------------------------------------------------------- where random heads come from
 
 
+@pytest.mark.repeats_shapes
 def test_where_random_heads_come_from(qwen: HookedVLM, tmp_path: Path) -> None:
     study = Study(MaskConfig(**SMALL, out=tmp_path), qwen)
     top = study.top(study.ocr, 2)
@@ -50,6 +51,7 @@ def test_where_random_heads_come_from(qwen: HookedVLM, tmp_path: Path) -> None:
     assert controls(study, "any", tops, 3, 2)["OCR"] == controls(study, "any", tops, 3, 2)["OCR"]
 
 
+@pytest.mark.repeats_shapes
 @pytest.mark.parametrize("source", list(MATCHED))
 def test_matched_heads_are_near_in_what_they_are_matched_on(source: Any, toy: HookedVLM, tmp_path: Path) -> None:
     study = Study(MaskConfig(**SMALL, out=tmp_path), toy)
@@ -84,6 +86,7 @@ def test_draws_are_distinct_and_all_sets_where_there_are_few() -> None:
     assert counts.min() > 55 and counts.max() < 120  # 600 / 7 = 86 each, sd 8
 
 
+@pytest.mark.repeats_shapes
 def test_random_controls_hold_no_changed_head_of_either_kind(toy: HookedVLM, tmp_path: Path) -> None:
     config = MaskConfig(**SMALL, out=tmp_path, random_from=("live", "others", "layer"))
     study = Study(config, toy)
