@@ -179,7 +179,7 @@ def _looked(reading: Reading) -> dict[str, np.ndarray]:
 
 
 def _gather_looked(table: pd.DataFrame, shape: tuple[int, int]) -> list[Looked]:
-    if "looked" not in table or table["looked"].isna().any():  # retrieval, or parts of a run of before
+    if "looked" not in table:
         return []
     rows = zip(table["looked"], table["evidence"], table["evidence_sizes"], strict=True)
     return [

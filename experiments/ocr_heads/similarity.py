@@ -15,7 +15,7 @@ from jaxtyping import Float, Shaped
 from scipy import stats
 from scipy.spatial.distance import jensenshannon
 
-from hooked_vlm.analysis.statistics import half_sampling
+from hooked_vlm.analysis.statistics import Estimate, half_sampling
 
 Scored = Float[np.ndarray, "sample layer head"]
 HALVES = 200
@@ -37,6 +37,7 @@ class Measure:
     """[layer, head] values of some samples."""
     distance: bool = False
     """Smaller is more similar."""
+    limits: tuple[float, float] = (0.0, 1.0)
     by_head: bool = True
     """It depends on which head has which value, so that exchanging heads is a test."""
 
@@ -72,7 +73,7 @@ def measures(threshold: float) -> list[Measure]:
     """Measures of the paper's comparison; a head is in a set if its mean score is above `threshold`."""
     return [
         Measure(f"Jaccard, score > {threshold:g}", lambda a, b: jaccard(a > threshold, b > threshold)),
-        Measure("Spearman", spearman),
+        Measure("Spearman", spearman, limits=(-1.0, 1.0)),
         Measure("Jensen-Shannon distance", shannon, distance=True),
         Measure("Wasserstein distance of scores", wasserstein, distance=True, by_head=False),
     ]
@@ -91,7 +92,7 @@ def compare_scores(compared: Sequence[Measure], a: Scored, b: Scored, seed: int,
     different = different_p(compared, a, b, seed, draws)
     rows = []
     for i, measure in enumerate(compared):
-        found = half_sampling(partial(_of_samples, measure), a, b, seed=seed, draws=HALVES)
+        found = over_samples(measure, a, b, seed)
         chance, more, less = against_chance(measure, measure.values(a), measure.values(b), seed, draws)
         rows.append(
             {"measure": measure.name, "value": found.value, "low": found.low, "high": found.high}
@@ -99,6 +100,13 @@ def compare_scores(compared: Sequence[Measure], a: Scored, b: Scored, seed: int,
             | {"halves": halves[i], "same heads": same[i], "p different": different[i]}
         )
     return pd.DataFrame(rows)
+
+
+def over_samples(measure: Measure, a: Scored, b: Scored, seed: int) -> Estimate:
+    """A measure with its 95% interval over the samples of both kinds."""
+    found = half_sampling(partial(_of_samples, measure), a, b, seed=seed, draws=HALVES)
+    low, high = np.clip([found.low, found.high], *measure.limits)
+    return Estimate(found.value, float(low), float(high), found.n)
 
 
 def against_chance(

@@ -13,7 +13,14 @@ from hooked_vlm import HookedVLM
 from hooked_vlm.experiments.ocr_heads import MaskConfig, effects
 from hooked_vlm.experiments.ocr_heads.answers import METRICS
 from hooked_vlm.experiments.ocr_heads.changed import UNCHANGED, Condition, answer_all, tasks_of, top_heads
-from hooked_vlm.experiments.ocr_heads.controls import MATCHED, NEAREST, candidates, controls, distinct_sets, nearest
+from hooked_vlm.experiments.ocr_heads.controls import (
+    MATCHED,
+    NEAREST,
+    candidates,
+    distinct_sets,
+    nearest,
+    random_controls,
+)
 from hooked_vlm.experiments.ocr_heads.data.scored import toy_pages
 from hooked_vlm.experiments.ocr_heads.effects import Tested, against_controls, effect_answer, summarize
 from hooked_vlm.experiments.ocr_heads.examples import to_inputs
@@ -46,9 +53,9 @@ def test_where_random_heads_come_from(qwen: HookedVLM, tmp_path: Path) -> None:
     assert set(live) <= set(others) < set(every) and len(every) == 16 and not set(others) & set(top)
     assert all(study.ocr.mean[head] < 0.1 and study.retrieval.mean[head] < 0.1 for head in live)
     tops = {"OCR": top}
-    assert controls(study, "live", tops, 17, 3)["OCR"].sets == ()
-    assert "17 are needed" in controls(study, "live", tops, 17, 3)["OCR"].origin
-    assert controls(study, "any", tops, 3, 2)["OCR"] == controls(study, "any", tops, 3, 2)["OCR"]
+    assert random_controls(study, "live", tops, 17, 3)["OCR"].sets == ()
+    assert "17 are needed" in random_controls(study, "live", tops, 17, 3)["OCR"].origin
+    assert random_controls(study, "any", tops, 3, 2)["OCR"] == random_controls(study, "any", tops, 3, 2)["OCR"]
 
 
 @pytest.mark.repeats_shapes
@@ -56,7 +63,7 @@ def test_where_random_heads_come_from(qwen: HookedVLM, tmp_path: Path) -> None:
 def test_matched_heads_are_near_in_what_they_are_matched_on(source: Any, toy: HookedVLM, tmp_path: Path) -> None:
     study = Study(MaskConfig(**SMALL, out=tmp_path), toy)
     tops, quantity = top_heads(study, 3), MATCHED[source](study)
-    for kind, control in controls(study, source, tops, 3, 20).items():
+    for kind, control in random_controls(study, source, tops, 3, 20).items():
         assert len(set(control.sets)) == 20 and source in control.name
         pool = candidates(study, source, [head for heads in tops.values() for head in heads])
         near = {head for top in tops[kind] for head in nearest(top, pool, quantity)}
