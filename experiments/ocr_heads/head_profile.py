@@ -18,7 +18,7 @@ from hooked_vlm.analysis.statistics import half_sampling
 from hooked_vlm.experiments.common.frames import each_row
 from hooked_vlm.experiments.ocr_heads import plots
 from hooked_vlm.experiments.ocr_heads.config import Granularity, SelectConfig
-from hooked_vlm.experiments.ocr_heads.position_null import PositionNull, position_null
+from hooked_vlm.experiments.ocr_heads.position_null import PositionNull, null_of_positions
 from hooked_vlm.experiments.ocr_heads.published import RANGES, per_range, published_models, range_of
 from hooked_vlm.experiments.ocr_heads.scoring import Scores
 from hooked_vlm.experiments.ocr_heads.selection import select
@@ -36,7 +36,7 @@ def profile(study: Study, config: SelectConfig) -> Finding:
     both = chosen["ocr"] & chosen["retrieval"]
     sparsity, similarity = sparsity_table(study), similarity_table(study, config)
     activation = activation_table(study)
-    null = position_null(ocr, config.seed, config.permutations)
+    null = null_of_positions(ocr, config.seed, config.permutations)
     by_position = {} if null is None else {"ocr, others' boxes": null.mean, "p": null.p, "p, adjusted": null.adjusted}
     heads = head_table(
         {

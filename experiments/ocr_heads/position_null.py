@@ -27,7 +27,7 @@ class PositionNull:
     """p adjusted for all heads (Benjamini-Hochberg)."""
 
 
-def position_null(scores: Scores, seed: int, draws: int) -> PositionNull | None:
+def null_of_positions(scores: Scores, seed: int, draws: int) -> PositionNull | None:
     """Test every head's hits against those on other samples' boxes; None if fewer than three samples have tokens."""
     samples = [own for own in scores.looked if len(own.evidence)]
     if len(samples) < 3:

@@ -18,6 +18,8 @@ from scipy.spatial.distance import jensenshannon
 from hooked_vlm.analysis.statistics import Estimate, half_sampling
 
 Scored = Float[np.ndarray, "sample layer head"]
+Other = Float[np.ndarray, "other layer head"]
+"""Samples of the other kind, of another number."""
 HALVES = 200
 """Random halves of the samples."""
 
@@ -79,7 +81,7 @@ def measures(threshold: float) -> list[Measure]:
     ]
 
 
-def compare_scores(compared: Sequence[Measure], a: Scored, b: Scored, seed: int, draws: int) -> pd.DataFrame:
+def compare_scores(compared: Sequence[Measure], a: Scored, b: Other, seed: int, draws: int) -> pd.DataFrame:
     """Compare two scorings of the same heads, each by its samples, one row per measure.
 
     Columns: `value` with `low` and `high` (95%, over samples); `chance`, its mean where one kind's values are permuted
@@ -102,7 +104,7 @@ def compare_scores(compared: Sequence[Measure], a: Scored, b: Scored, seed: int,
     return pd.DataFrame(rows)
 
 
-def over_samples(measure: Measure, a: Scored, b: Scored, seed: int) -> Estimate:
+def over_samples(measure: Measure, a: Scored, b: Other, seed: int) -> Estimate:
     """A measure with its 95% interval over the samples of both kinds."""
     found = half_sampling(partial(_of_samples, measure), a, b, seed=seed, draws=HALVES)
     low, high = np.clip([found.low, found.high], *measure.limits)
@@ -127,7 +129,7 @@ def against_chance(
 
 
 def noise_ceiling(
-    compared: Sequence[Measure], a: Scored, b: Scored, seed: int, draws: int = HALVES
+    compared: Sequence[Measure], a: Scored, b: Other, seed: int, draws: int = HALVES
 ) -> tuple[list[float], list[float]]:
     """Each measure of both kinds in halves of their samples, and of one kind with itself in its other half."""
     rng = np.random.default_rng([seed, 17])
@@ -140,7 +142,7 @@ def noise_ceiling(
     return [_mean(x) for x in np.transpose(across)], [_mean(x) for x in np.transpose(within)]
 
 
-def different_p(compared: Sequence[Measure], a: Scored, b: Scored, seed: int, draws: int) -> list[float]:
+def different_p(compared: Sequence[Measure], a: Scored, b: Other, seed: int, draws: int) -> list[float]:
     """One-sided p, for each measure, of the hypothesis that samples of both kinds give every head the same scores."""
     rng, pooled = np.random.default_rng([seed, 18]), np.concatenate([a, b])
     drawn = np.empty((draws, len(compared)))
@@ -155,7 +157,7 @@ def different_p(compared: Sequence[Measure], a: Scored, b: Scored, seed: int, dr
     ]
 
 
-def _of_samples(measure: Measure, a: Scored, b: Scored) -> float:
+def _of_samples(measure: Measure, a: Scored, b: Other) -> float:
     return measure.of(measure.values(a), measure.values(b))
 
 

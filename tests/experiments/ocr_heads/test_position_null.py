@@ -6,7 +6,7 @@ import pytest
 from hooked_vlm import HookedVLM
 from hooked_vlm.experiments.ocr_heads.config import Protocol
 from hooked_vlm.experiments.ocr_heads.data.scored import toy_pages
-from hooked_vlm.experiments.ocr_heads.position_null import position_null
+from hooked_vlm.experiments.ocr_heads.position_null import null_of_positions
 from hooked_vlm.experiments.ocr_heads.reading import NOWHERE
 from hooked_vlm.experiments.ocr_heads.scoring import Looked, Scores, gather, score_batch
 
@@ -31,12 +31,12 @@ def made(rng: np.random.Generator, n: int = 40, places: int = 20) -> list[Looked
 
 
 def test_a_head_that_reads_is_told_from_heads_with_habits() -> None:
-    null = position_null(scores_of(made(np.random.default_rng(0))), 0, 500)
+    null = null_of_positions(scores_of(made(np.random.default_rng(0))), 0, 500)
     assert null is not None
     assert null.p[0, 0] == 1 / 501 and null.adjusted[0, 0] < 0.01
     assert (null.p[0, 1:] > 0.05).all() and null.p[0, 3] == 1.0
     assert null.mean[0] == pytest.approx([0.05, 0.05, 0.05, 0.0], abs=0.02)
-    assert position_null(scores_of(made(np.random.default_rng(0), 2)), 0, 10) is None
+    assert null_of_positions(scores_of(made(np.random.default_rng(0), 2)), 0, 10) is None
 
 
 def test_the_null_is_the_mean_over_pairs_by_hand() -> None:
@@ -46,7 +46,7 @@ def test_the_null_is_the_mean_over_pairs_by_hand() -> None:
     looked = [
         Looked(np.array(at).reshape(-1, 1, 1), [np.array(b) for b in own]) for at, own in zip(ats, boxes, strict=True)
     ]
-    null = position_null(scores_of(looked), 0, 50)
+    null = null_of_positions(scores_of(looked), 0, 50)
     assert null is not None
     # looks of 0 on boxes of 1, 2: 1, 0; of 1 on 0 (box 0 twice), 2: 1/2, 0; of 2 on 0, 1: 0, 1
     assert null.mean.item() == pytest.approx((1 + 0 + 0.5 + 0 + 0 + 1) / 6)
@@ -57,7 +57,7 @@ def test_the_null_errs_at_its_rate() -> None:
     rng, runs = np.random.default_rng(0), 300
     ps = []
     for seed in range(runs):
-        null = position_null(scores_of(made(rng, 20, 5)), seed, 199)
+        null = null_of_positions(scores_of(made(rng, 20, 5)), seed, 199)
         assert null is not None
         ps.append(null.p[0, 1])
     assert np.mean(np.array(ps) <= 0.05) <= 0.08
@@ -68,7 +68,7 @@ def test_looks_give_the_scores_again(toy: HookedVLM) -> None:
     scores = gather("ocr", table, (toy.cfg.n_layers, toy.cfg.n_heads), "sample")
     assert len(scores.looked) == 6
     np.testing.assert_allclose(scores_of(list(scores.looked)).samples, scores.samples)
-    null = position_null(scores, 0, 200)
+    null = null_of_positions(scores, 0, 200)
     assert null is not None
     top = np.unravel_index(scores.mean.argmax(), scores.mean.shape)
     assert null.mean[top] < scores.mean[top] / 2

@@ -78,7 +78,7 @@ def test_masking_equals_zeroing_outputs_by_hand(toy: HookedVLM, tmp_path: Path) 
 def small(kind: Any, out: Path) -> Any:
     """The study at its smallest."""
     few = {**SMALL, "samples": 3, "task_samples": 2, "random_draws": 1, "tokens_per_batch": 400}
-    more = {"betas": (0.4,), "case_samples": 1, "characters": "7q", "permutations": 5} if kind is OcrHeadsConfig else {}
+    more = {"betas": (0.4,), "case_samples": 2, "characters": "7q", "permutations": 5} if kind is OcrHeadsConfig else {}
     return kind(**few, **more, data_folder=out.parent / "data", out=out)
 
 
@@ -277,6 +277,7 @@ def test_settings_out_of_range_are_refused_before_anything_is_loaded(
         (MaskConfig(tasks=("vqa",)), "'vqa'"),
         (CaseConfig(characters="A"), "--characters.*'A'"),
         (CaseConfig(characters=""), "--characters.*''"),
+        (CaseConfig(case_samples=1), "--case-samples.*1"),
         (ThoughtConfig(task_samples=-1), "--task-samples"),
     ],
 )
