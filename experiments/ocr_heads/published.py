@@ -5,6 +5,7 @@
 
 import json
 from dataclasses import replace
+from functools import partial
 from importlib import resources
 from pathlib import PurePosixPath
 from typing import Any
@@ -13,16 +14,17 @@ import numpy as np
 import pandas as pd
 from jaxtyping import Float, Int
 
-from hooked_vlm.analysis.statistics import bootstrap
+from hooked_vlm.analysis.statistics import half_sampling
 from hooked_vlm.experiments.common.frames import each_row
 from hooked_vlm.experiments.ocr_heads.config import CompareConfig
 from hooked_vlm.experiments.ocr_heads.scoring import Scores
 from hooked_vlm.experiments.ocr_heads.selection import ranked
-from hooked_vlm.experiments.ocr_heads.similarity import jaccard, spearman
+from hooked_vlm.experiments.ocr_heads.similarity import Measure, against_chance, jaccard, spearman, within_limits
 from hooked_vlm.experiments.ocr_heads.study import Finding, Study
 
 RANGES = ("[0, 0.01)", "[0.01, 0.1]", "(0.1, 0.3]", "(0.3, 0.5]", "(0.5, 1]")
 """Score ranges of the paper."""
+PERMUTATIONS = 2000
 _UPPER = np.array([0.01, 0.1, 0.3, 0.5, 1.0])
 
 
@@ -65,26 +67,38 @@ def compare(study: Study, config: CompareConfig) -> Finding:
         groups = record["ocr_heads" if kind == "ocr" else "retrieval_heads"]
         overlap += [(kind, *row) for row in overlap_rows(scores, groups, config.seed)]
     count_table = pd.DataFrame(counts, columns=["heads", "score range", "published", "here"])
-    overlap_table = pd.DataFrame(overlap, columns=["heads", "measure", "value", "low", "high", "n"])
+    overlap_table = pd.DataFrame(overlap, columns=["heads", "measure", "value", "low", "high", "chance", "p", "n"])
     lines = [
         f"comparison with the heads published for {record['name']}",
-        "  heads       measure                                  value  95% interval    n",
+        "  heads       measure                                  value  95% interval    chance  p       n",
     ]
     lines += [
-        f"  {r.heads:10s}  {r.measure:38s}  {r.value:.3f}  {r.low:.3f} to {r.high:.3f}  {r.n}"
+        f"  {r.heads:10s}  {r.measure:38s}  {r.value:.3f}  "
+        + ("" if np.isnan(r.low) else f"{r.low:.3f} to {r.high:.3f}  {r.chance:.3f}   {r.p:.4f}  {r.n}")
         for r in each_row(overlap_table)
     ]
     lines += ["  heads       score range    published   here"]
     lines += [f"  {r[1]:10s}  {r[2]:12s}  {r[3]:9d}  {r[4]:5d}" for r in count_table.itertuples()]
     tables = {
-        "published-overlap": (overlap_table, "Agreement with the published lists", None),
+        "published-overlap": (
+            overlap_table,
+            "Agreement with the published lists: interval over samples; chance and one-sided p of more agreement "
+            "permute scores over the heads of each layer",
+            None,
+        ),
         "published-counts": (count_table, "Heads per score range, published and here", None),
     }
     about = ["Only the ranges of published scores are known, so published ranks are ranks of ranges. The published "
              "retrieval heads were found with the code's protocol (--compat). OCR scores are compared with pages in "
              "the order of their files' names, as the published ones were measured: from 11 pages on, boxes then lie "
              "on other pages than the answers."]  # fmt: skip
-    return Finding("Comparison with the published heads", lines, about, {}, tables)
+    agreement = overlap_table.iloc[0]
+    answer = [
+        f"Against the OCR heads published for {record['name']}: {agreement['measure']} {agreement['value']:.2f} "
+        f"({agreement['low']:.2f} to {agreement['high']:.2f}), by chance within layers {agreement['chance']:.2f} "
+        f"(p = {agreement['p']:.4f} for more)."
+    ]
+    return Finding("Comparison with the published heads", lines, about, {}, tables, answer)
 
 
 def in_order_of_names(study: Study) -> Scores:
@@ -100,11 +114,12 @@ def in_order_of_names(study: Study) -> Scores:
 
 def overlap_rows(
     scores: Scores, groups: dict[str, list[list[int]]], seed: int
-) -> list[tuple[str, float, float, float, int]]:
+) -> list[tuple[str, float, float, float, float, float, int]]:
     """Compare scores with published lists {score range: heads}.
 
     Returns:
-        (measure, value, low, high, n) rows.
+        (measure, value, low, high, chance, p, n) rows: the interval is over our instances; chance, and the one-sided p
+        of being more similar, permute our scores over the heads of each layer; n counts instances, or heads.
     """
     theirs = np.zeros(scores.mean.shape)
     for name, heads in groups.items():
@@ -112,17 +127,24 @@ def overlap_rows(
             theirs[layer, head] = RANGES.index(name)
     lowest = min(RANGES.index(name) for name in groups)
     edge = float(_UPPER[lowest - 1])
-    listed, ours = (theirs > 0).ravel(), (scores.mean > edge).ravel()
-
-    same = bootstrap(jaccard, listed, ours, seed=seed, draws=500)
-    rank = bootstrap(spearman, theirs.ravel(), scores.mean.ravel(), seed=seed, draws=500)
-    rows = [(f"Jaccard of heads above {edge:g}", same.value, same.low, same.high, same.n)]
-    rows.append(("Spearman of scores", rank.value, rank.low, rank.high, rank.n))
+    rows = []
+    for measure in (
+        Measure(f"Jaccard of heads above {edge:g}", lambda listed, ours: jaccard(listed > 0, ours > edge)),
+        Measure("Spearman of scores", spearman, limits=(-1.0, 1.0)),
+    ):
+        agreement = partial(_agreement, measure, theirs)
+        found = within_limits(half_sampling(agreement, scores.instances, seed=seed), measure)
+        chance, more, _ = against_chance(measure, theirs, scores.mean, seed, PERMUTATIONS)
+        rows.append((measure.name, found.value, found.low, found.high, chance, more, len(scores.instances)))
     for name in ("(0.5, 1]",):
         top = {(layer, head) for layer, head in groups[name]}
         found = len(top & set(ranked(scores.mean)[: len(top)])) / len(top)
-        rows.append((f"published {name} in our top {len(top)}", found, np.nan, np.nan, len(top)))
+        rows.append((f"published {name} in our top {len(top)}", found, np.nan, np.nan, np.nan, np.nan, len(top)))
     return rows
+
+
+def _agreement(measure: Measure, theirs: np.ndarray, instances: np.ndarray) -> float:
+    return measure.of(theirs, instances.mean(0))
 
 
 def _only_published(study: Study, config: CompareConfig) -> Finding:

@@ -15,7 +15,8 @@ import numpy as np
 import pandas as pd
 from jaxtyping import Bool, Float, Int
 
-from hooked_vlm.analysis.statistics import bootstrap_means, score_interval
+from hooked_vlm.analysis.intervals import mean_interval
+from hooked_vlm.analysis.statistics import score_interval
 from hooked_vlm.errors import GeometryError, StudyError
 from hooked_vlm.experiments.ocr_heads.alignment import Span, align, longest_run
 from hooked_vlm.experiments.ocr_heads.answers import is_right
@@ -77,7 +78,7 @@ class Scores:
     def interval(self) -> tuple[Float[np.ndarray, "layer head"], Float[np.ndarray, "layer head"]]:
         """95% interval of the mean over instances. Retrieval scores above 1 (a token copied twice) are bootstrapped."""
         within = self.instances.max() <= 1 + 1e-6
-        return score_interval(self.instances.clip(0, 1)) if within else bootstrap_means(self.instances, 0)
+        return score_interval(self.instances.clip(0, 1)) if within else mean_interval(self.instances, 0)
 
     def frequency(self, threshold: float) -> Float[np.ndarray, "layer head"]:
         """Share of instances in which a head scores above `threshold`."""

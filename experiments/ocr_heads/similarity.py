@@ -106,7 +106,11 @@ def compare_scores(compared: Sequence[Measure], a: Scored, b: Other, seed: int, 
 
 def over_samples(measure: Measure, a: Scored, b: Other, seed: int) -> Estimate:
     """A measure with its 95% interval over the samples of both kinds."""
-    found = half_sampling(partial(_of_samples, measure), a, b, seed=seed, draws=HALVES)
+    return within_limits(half_sampling(partial(_of_samples, measure), a, b, seed=seed, draws=HALVES), measure)
+
+
+def within_limits(found: Estimate, measure: Measure) -> Estimate:
+    """Cut an interval at the ends of what a measure can be."""
     low, high = np.clip([found.low, found.high], *measure.limits)
     return Estimate(found.value, float(low), float(high), found.n)
 

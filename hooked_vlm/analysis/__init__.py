@@ -18,16 +18,11 @@ if TYPE_CHECKING:
     from hooked_vlm.analysis.rows import attention_rows, generate_with_rows
     from hooked_vlm.analysis.statistics import (
         Estimate,
-        bootstrap,
-        bootstrap_mean,
-        bootstrap_means,
-        bootstrap_ratios,
         bootstrap_two_way,
         half_sampling,
         mean_score,
         paired_change,
         paired_p,
-        permutation_p,
         rank_p,
         ratio_of_means,
         score_interval,
@@ -35,9 +30,9 @@ if TYPE_CHECKING:
     )
 
 __all__ = [
-    "Estimate", "attention_rows", "benjamini_hochberg", "bootstrap", "bootstrap_mean", "bootstrap_means",
-    "bootstrap_ratios", "bootstrap_two_way", "estimate_mean", "estimate_ratio", "generate_with_rows", "half_sampling",
+    "Estimate", "attention_rows", "benjamini_hochberg", 
+    "bootstrap_two_way", "estimate_mean", "estimate_ratio", "generate_with_rows", "half_sampling",
     "heatmap", "holm", "jackknife_interval", "mean_interval", "mean_p", "mean_score", "overlay", "paired_change",
-    "paired_p", "permutation_p", "rank_p", "ratio_interval", "ratio_of_means", "score_interval", "share",
+    "paired_p", "rank_p", "ratio_interval", "ratio_of_means", "score_interval", "share",
 ]  # fmt: skip
 __getattr__, __dir__ = lazy_names(__name__)

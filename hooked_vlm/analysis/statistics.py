@@ -1,7 +1,5 @@
-"""Intervals and tests that every result carries: bootstrap, exact shares, paired and permutation tests.
+"""Numbers with intervals, tests against random draws, paired tests.
 
-`scipy.stats.bootstrap` needs 30 times the time and memory for means of many cells (784 cells, 60 observations: 11 s and
-780 MB, here 0.3 s and 26 MB), and its interval is NaN if a correlation is undefined on one resample.
 `scipy.stats.permutation_test` samples where `paired_p` is exact, having left out differences of zero.
 """
 
@@ -99,31 +97,6 @@ def rank_p(observed: float, drawn: Float[np.ndarray, "draw"], tail: Literal["low
     return float((as_far.sum() + 1) / (len(drawn) + 1))
 
 
-def bootstrap_means(
-    values: Float[np.ndarray, "n *dims"], seed: int, draws: int = DRAWS
-) -> tuple[Float[np.ndarray, "*dims"], Float[np.ndarray, "*dims"]]:
-    """95% percentile intervals of means over the first axis, whose entries are resampled together. NaN for fewer than
-    two entries, which have no spread."""
-    n = len(values)
-    if n < 2:
-        return np.full(values.shape[1:], np.nan), np.full(values.shape[1:], np.nan)
-    # how often each entry is drawn: a matrix product instead of `draws` copies of the data
-    counts = np.random.default_rng([seed, 5]).multinomial(n, np.full(n, 1 / n), size=draws) / n
-    means = counts @ values.reshape(n, -1)
-    low, high = np.percentile(means, [2.5, 97.5], axis=0)
-    return low.reshape(values.shape[1:]), high.reshape(values.shape[1:])
-
-
-def bootstrap_mean(values: Float[np.ndarray, "n"], seed: int, draws: int = DRAWS) -> Estimate:
-    """A mean with its 95% percentile interval. NaN entries are missing observations and left out."""
-    values = np.asarray(values, dtype=float)
-    values = values[~np.isnan(values)]
-    if not len(values):
-        return Estimate(np.nan, np.nan, np.nan, 0)
-    low, high = bootstrap_means(values, seed, draws)
-    return Estimate(float(values.mean()), float(low), float(high), len(values))
-
-
 def ratio_of_means(values: Float[np.ndarray, "n *dims"], scale: Float[np.ndarray, "n"]) -> Float[np.ndarray, "*dims"]:
     """mean(values) / mean(scale) over the first axis. Where a value or its scale is not a finite number, the entry is
     left out of both means; a ratio to a mean of 0 is NaN."""
@@ -134,52 +107,12 @@ def ratio_of_means(values: Float[np.ndarray, "n *dims"], scale: Float[np.ndarray
     return ratio.reshape(values.shape[1:])
 
 
-def bootstrap_ratios(
-    values: Float[np.ndarray, "n *dims"], scale: Float[np.ndarray, "n"], seed: int, draws: int = DRAWS
-) -> tuple[Float[np.ndarray, "*dims"], Float[np.ndarray, "*dims"]]:
-    """95% percentile intervals of `ratio_of_means`; entries of the first axis are resampled together. NaN where fewer
-    than two entries are finite."""
-    n, flat = len(values), values.reshape(len(values), -1)
-    counts = np.random.default_rng([seed, 9]).multinomial(n, np.full(n, 1 / n), size=draws)
-    ends = np.full((2, flat.shape[1]), np.nan)
-    for start in range(0, flat.shape[1], CELLS):  # all draws of all cells would not fit
-        part = slice(start, start + CELLS)
-        above, below = _known(flat[:, part], scale)
-        with np.errstate(divide="ignore", invalid="ignore"):
-            drawn = (counts @ above) / (counts @ below)
-        drawn[~np.isfinite(drawn)] = np.nan
-        drawn[:, (np.isfinite(flat[:, part]) & np.isfinite(scale[:, None])).sum(0) < 2] = np.nan
-        some = ~np.isnan(drawn).all(0)
-        if some.any():
-            ends[:, part][:, some] = np.nanpercentile(drawn[:, some], [2.5, 97.5], axis=0)
-    return ends[0].reshape(values.shape[1:]), ends[1].reshape(values.shape[1:])
-
-
 def _known(
     values: Float[np.ndarray, "n cell"], scale: Float[np.ndarray, "n"]
 ) -> tuple[Float[np.ndarray, "n cell"], Float[np.ndarray, "n cell"]]:
     """Values and their scales, both 0 where either is not finite."""
     known = np.isfinite(values) & np.isfinite(scale)[:, None]
     return np.where(known, values, 0.0), np.where(known, scale[:, None], 0.0)
-
-
-def bootstrap(
-    statistic: Callable[..., float], *samples: Shaped[np.ndarray, "n"], seed: int, draws: int = DRAWS
-) -> Estimate:
-    """A statistic of paired samples with its 95% percentile interval.
-
-    Resamples on which it is NaN (a correlation of constants) are left out.
-    """
-    n = len(samples[0])
-    rng = np.random.default_rng([seed, 6])
-    drawn = []
-    for _ in range(draws):
-        chosen = rng.integers(n, size=n)
-        value = statistic(*(sample[chosen] for sample in samples))
-        if not np.isnan(value):
-            drawn.append(value)
-    low, high = np.percentile(drawn, [2.5, 97.5]) if drawn else (np.nan, np.nan)
-    return Estimate(float(statistic(*samples)), float(low), float(high), n)
 
 
 def half_sampling(
@@ -217,16 +150,3 @@ def paired_p(a: Float[np.ndarray, "n"], b: Float[np.ndarray, "n"], seed: int, dr
     signs = 1 - 2 * np.random.default_rng([seed, 7]).integers(2, size=(draws, len(changed)))
     as_far = np.abs(signs @ changed) >= abs(changed.sum()) - 1e-12
     return float((as_far.sum() + 1) / (draws + 1))
-
-
-def permutation_p(
-    statistic: Callable[[np.ndarray], float],
-    shuffle: Callable[[np.random.Generator], np.ndarray],
-    observed: float,
-    seed: int,
-    draws: int = DRAWS,
-) -> float:
-    """One-sided p: how often the statistic of shuffled data is at least as large as `observed`."""
-    rng = np.random.default_rng([seed, 8])
-    as_large = sum(statistic(shuffle(rng)) >= observed - 1e-12 for _ in range(draws))
-    return (as_large + 1) / (draws + 1)

@@ -10,7 +10,8 @@ from matplotlib.figure import Figure
 from scipy import stats
 
 from hooked_vlm import HookedVLM, InputError
-from hooked_vlm.analysis.statistics import bootstrap_ratios, ratio_of_means, share
+from hooked_vlm.analysis.intervals import ratio_interval
+from hooked_vlm.analysis.statistics import ratio_of_means, share
 from hooked_vlm.patching import PatchingResult, Region
 from hooked_vlm.patching.attribution import agreement_of
 from hooked_vlm.patching.places import n_patches, patches_in_box
@@ -42,10 +43,10 @@ def test_normalised_effects_are_shares_of_the_way() -> None:
 def test_the_interval_is_that_of_resampled_examples() -> None:
     rng = np.random.default_rng(0)
     values, scale = rng.normal(2, 1, (40, 2)), rng.normal(4, 1, 40)
-    low, high = bootstrap_ratios(values, scale, seed=0)
+    low, high = ratio_interval(values, scale, seed=0)
     np.testing.assert_allclose(ratio_of_means(values, scale), values.mean(0) / scale.mean())
     many = np.tile(values, (1, 700))  # more than are resampled at a time
-    np.testing.assert_allclose(bootstrap_ratios(many, scale, seed=0), np.tile([low, high], (1, 700)))
+    np.testing.assert_allclose(ratio_interval(many, scale, seed=0), np.tile([low, high], (1, 700)))
     drawn = np.array([(values[i].mean(0) / scale[i].mean()) for i in (rng.integers(40, size=40) for _ in range(4000))])
     np.testing.assert_allclose([low, high], np.percentile(drawn, [2.5, 97.5], axis=0), atol=0.02)
     estimate = result().estimate(layer=1, place="final")
