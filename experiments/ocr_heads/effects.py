@@ -40,7 +40,8 @@ def summarize(answers: pd.DataFrame, conditions: Sequence[Condition], seed: int)
 
 
 def against_controls(answers: pd.DataFrame, conditions: Sequence[Condition], tested: Tested, seed: int) -> pd.DataFrame:
-    """Test every condition against each of its random controls, one row per task, condition, control and metric.
+    """Test every condition against each of its random controls, one row per task, condition, control and metric; a
+    condition with the heads of an earlier one is not tested twice.
 
     `difference` is the condition's mean minus the control's, with a 95% interval over draws and samples. `p` is the
     one-sided rank of the condition among the control's distinct draws: the share of draws, with itself, that are at
@@ -48,7 +49,7 @@ def against_controls(answers: pd.DataFrame, conditions: Sequence[Condition], tes
     """
     rows = []
     for task, metric, chosen, values in _by_metric(answers):
-        for condition in conditions:
+        for condition in (c for c in conditions if not c.same_as):
             for control in condition.controls:
                 own, drawn = values[condition.name].mean(axis=0), values[control].mean(axis=1)
                 found = _difference(own[None], values[control], seed)

@@ -32,10 +32,10 @@ class Copy:
     """Weight of a hit."""
     evidence: tuple[int, ...]
     """Positions of the tokens it may be copied from."""
-    origin: int = 0
-    """Where the page with the evidence begins."""
     token: bool = True
     """Whether it is a token of the answer (an instance of a score by token)."""
+    origin: int = 0
+    """Where the page with the evidence begins."""
 
 
 Ask = Callable[[VLMInputs, int, Example, list[int]], list[Copy]]
