@@ -78,9 +78,7 @@ class Measured:
         return np.array([full - none for full, none in self.ends])
 
 
-def measure(
-    model: HookedVLM, config: HeadAttributionConfig, workers: Workers, step: Step = untimed
-) -> Measured:
+def measure(model: HookedVLM, config: HeadAttributionConfig, workers: Workers, step: Step = untimed) -> Measured:
     """Measure everything that the configured sections need; finished tables are read from the result store.
 
     This process encodes the pictures; `workers` do the rest on replicas of the model.

@@ -51,9 +51,7 @@ class HeadAttributionResult:
     """Tables of the report, with all rows."""
 
 
-def run(
-    config: HeadAttributionConfig, model: HookedVLM | None = None, step: Step = untimed
-) -> HeadAttributionResult:
+def run(config: HeadAttributionConfig, model: HookedVLM | None = None, step: Step = untimed) -> HeadAttributionResult:
     """Run the study, or resume an interrupted run, and write the report to `config.out`.
 
     Args:

@@ -5,7 +5,7 @@ by a value alone: a claim passes if the interval lies where the claim says, diff
 otherwise nothing can be said.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -38,8 +38,8 @@ class Number:
     n: int
     """Observations it is of."""
     p: float = np.nan
-    percent: bool = False
-    """Shown in percent (points, where it is a difference)."""
+    unit: Literal["", "%", "points"] = ""
+    """Shares are shown in percent, their differences in points."""
 
     @property
     def interval(self) -> str:
@@ -52,7 +52,9 @@ class Number:
 
     def show(self, value: float) -> str:
         """A value in the number's unit."""
-        return f"{100 * value:.1f}%" if self.percent else f"{value:.3g}"
+        if not self.unit:
+            return f"{value:.3g}"
+        return f"{100 * value:.1f}%" if self.unit == "%" else f"{100 * value:+.1f} points"
 
     def __str__(self) -> str:
         tested = "" if np.isnan(self.p) else f", p = {self.p:.2g}"
@@ -137,6 +139,14 @@ def all_of(judgements: Sequence[Judgement], published: str = "no number found") 
     worst = next(own for verdict in ("differs", "cannot say", "pass") for own in judgements if own.verdict == verdict)
     reason = worst.reason if worst.verdict != "pass" else "; ".join(own.reason for own in judgements)
     return Judgement(worst.verdict, reason, worst.number, published)
+
+
+def measured(
+    name: str, ends: Iterable[float], n: int, p: float = np.nan, unit: Literal["", "%", "points"] = ""
+) -> Number:
+    """Number of a value with the ends of its interval (`ends`: value, low, high)."""
+    value, low, high = map(float, ends)
+    return Number(name, value, low, high, int(n), float(p), unit)
 
 
 def number_of(name: str, estimate: Estimate | None) -> Number:
