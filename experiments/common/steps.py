@@ -44,13 +44,10 @@ class Clock:
             OutputError: the file cannot be written.
         """
         before, finished = self._steps.get(name, [0.0, False])
-        start = time.perf_counter()
+        start, done = time.perf_counter(), False
         try:
             yield
             done = True
-        except BaseException:
-            done = False
-            raise
         finally:
             if not finished:
                 self._steps[name] = [before + time.perf_counter() - start, done]

@@ -43,7 +43,9 @@ class Number:
 
     @property
     def interval(self) -> str:
-        return f"{self.show(self.low)} to {self.show(self.high)}" if self.known else "none"
+        if not self.known:
+            return "none"
+        return f"{self.show(self.low).removesuffix(' points')} to {self.show(self.high).removesuffix(' points')}"
 
     @property
     def known(self) -> bool:
@@ -121,7 +123,7 @@ def decide(number: Number, holds: bool, contradicted: bool, published: str = "no
         return cannot_say(f"{number.name} has no interval", number, published)
     if holds or contradicted:
         return Judgement("pass" if holds else "differs", str(number), number, published)
-    return cannot_say(f"the interval allows either: {number}", number, published)
+    return cannot_say(f"the interval and its test allow either: {number}", number, published)
 
 
 def above(number: Number, bound: float, published: str = "no number found") -> Judgement:
@@ -141,10 +143,8 @@ def all_of(judgements: Sequence[Judgement], published: str = "no number found") 
     return Judgement(worst.verdict, reason, worst.number, published)
 
 
-def measured(
-    name: str, ends: Iterable[float], n: int, p: float = np.nan, unit: Literal["", "%", "points"] = ""
-) -> Number:
-    """Number of a value with the ends of its interval (`ends`: value, low, high)."""
+def measured(name: str, ends: Iterable[Any], n: Any, p: Any = np.nan, unit: Literal["", "%", "points"] = "") -> Number:
+    """Number of a table's cells; `ends` are its value and the low and high end of its interval."""
     value, low, high = map(float, ends)
     return Number(name, value, low, high, int(n), float(p), unit)
 

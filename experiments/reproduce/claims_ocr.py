@@ -44,7 +44,7 @@ def heads_above(scores: pd.DataFrame, name: str) -> Number:
     interval is, possibly above those whose interval is in part.
     """
     n = len(scores)
-    ends = ((scores[end] > THRESHOLD).sum() / n for end in ("score", "low", "high"))
+    ends = (int((scores[end] > THRESHOLD).to_numpy().sum()) / n for end in ("score", "low", "high"))
     return measured(name, ends, scores["n"].iloc[0], unit="%")
 
 
@@ -105,7 +105,7 @@ def distinct(evidence: Evidence) -> Judgement:
     number = measured(name, (row["value"], row["low"], row["high"]), instances.iloc[0], row["p different"])
     if np.isnan(row["value"]):
         return cannot_say("no head of either kind scores above 0.1", number, PUBLISHED_JACCARD)
-    ceiling = row["same heads"]
+    ceiling = float(row["same heads"])
     return decide(number, number.p <= ALPHA and number.high < ceiling, bool(number.low >= ceiling), PUBLISHED_JACCARD)
 
 

@@ -128,9 +128,9 @@ EFFECTS = (
     Claim(
         "sink redistribution",
         "Redistributing the first token's attention in OCR heads improves reading.",
-        f"For the first of {', '.join(READING)} that was run, two heads and beta {BETA:g}, the interval of the change of "
-        f"F1 lies above 0 and the task's own metric ranks among random heads with p <= {ALPHA}; it differs if the paper's "
-        f"gain of {100 * GAIN:.1f} points is excluded.",
+        f"For the first of {', '.join(READING)} that was run, two heads and beta {BETA:g}, the interval of the change "
+        f"of F1 lies above 0 and the task's own metric ranks among random heads with p <= {ALPHA}; it differs if the "
+        f"paper's gain of {100 * GAIN:.1f} points is excluded.",
         sink_improves,
     ),
 )
