@@ -8,7 +8,7 @@
 Nothing of size positions x vocabulary is kept.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -219,16 +219,6 @@ def head_lens(
     names = [f"blocks.{layer}.attn.hook_z" for layer in range(model.cfg.n_layers)]
     model.run_with_hooks(inputs, return_type=None, fwd_hooks=[(name, read) for name in names])
     return torch.stack([found[layer] for layer in range(model.cfg.n_layers)], 1).cpu().double().numpy()
-
-
-def ocr_lens(
-    model: "HookedVLM", inputs: Iterable[VLMInputs], targets: Iterable[Tokens]
-) -> Float[np.ndarray, "layer head"]:
-    """`head_lens` averaged over many inputs, each with the first token of the word its image shows."""
-    scores = [head_lens(model, one, target) for one, target in zip(inputs, targets, strict=True)]
-    if not scores:
-        raise InputError("there are no inputs to score heads on")
-    return np.concatenate(scores).mean(0)
 
 
 # ---------------------------------------------------------------- direct logit attribution

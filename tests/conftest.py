@@ -3,12 +3,14 @@
 import os
 import socket
 from collections import defaultdict
+from collections.abc import Iterator
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is imported, so before anything else
 os.environ["TRANSFORMERS_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["MPLBACKEND"] = "Agg"
 
+import jaxtyping
 import pytest
 import torch
 from hypothesis import settings
@@ -38,8 +40,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    many = config.getoption("--full") or config.getoption("--further")
-    settings.load_profile("full" if many else "few")
+    settings.load_profile("full" if _many_cases(config) else "few")
+
+
+def _many_cases(config: pytest.Config) -> bool:
+    return bool(config.getoption("--full") or config.getoption("--further"))
 
 
 def pytest_report_header(config: pytest.Config) -> str:
@@ -110,6 +115,16 @@ def _values(case: pytest.Item) -> set[tuple[int, str]]:
 def family(request: pytest.FixtureRequest) -> str:
     """The families of `families.FAMILIES` (named again here: a conftest is imported before shapes are executed)."""
     return request.param
+
+
+@pytest.fixture(autouse=True)
+def shapes(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Execute shape annotations, which takes four fifths of a tiny model's pass: not where they only repeat."""
+    repeats = request.node.get_closest_marker("repeats_shapes")
+    off = bool(repeats) and not _many_cases(request.config)
+    jaxtyping.config.update("jaxtyping_disable", off)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
 
 
 @pytest.fixture(autouse=True)

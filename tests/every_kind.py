@@ -4,22 +4,7 @@ from typing import Any
 
 import torch
 
-from hooked_vlm.interventions import (
-    AddVector,
-    BlockAttention,
-    Compose,
-    Intervention,
-    MeanHeads,
-    PatchActivation,
-    RedistributeSink,
-    ReplaceImageKV,
-    ReplaceImageTokens,
-    ScaleHeads,
-    UniformAttention,
-    ZeroHeads,
-    mean_head_outputs,
-    mean_image_kv,
-)
+from hooked_vlm import interventions as iv
 
 KINDS = (
     "zero",
@@ -48,29 +33,29 @@ def some_of_the_image(batch: Any) -> tuple[tuple[int, ...], ...]:
     return tuple(tuple(positions[1::3].tolist()) for positions in batch.positions.image)
 
 
-def of_every_kind(model: Any, batch: Any) -> dict[str, Intervention]:
+def of_every_kind(model: Any, batch: Any) -> dict[str, iv.Intervention]:
     """One intervention of each kind that acts on the text side."""
     generator = torch.Generator().manual_seed(1)
     _, cache = model.run_with_cache(batch)
     vector = torch.randn(model.cfg.d_model, generator=generator)
-    kinds: dict[str, Intervention] = {
-        "zero": ZeroHeads(HEADS),
-        "scale": ScaleHeads(HEADS, 0.5, "text"),
-        "mean": MeanHeads(HEADS, mean_head_outputs(model, [batch])),
-        "image mean": ReplaceImageKV(HEADS),
-        "image mean after RoPE": ReplaceImageKV(HEADS, before_rope=False),
-        "image zero": ReplaceImageKV(HEADS, "zero"),
-        "image knocked out": ReplaceImageKV(HEADS, "knockout"),
-        "image mean of a dataset": ReplaceImageKV(HEADS, mean_image_kv(model, [batch])),
-        "some image tokens, some queries": ReplaceImageKV(HEADS, queries="text", tokens=some_of_the_image(batch)),
-        "blocked": BlockAttention(HEADS, "text", "image"),
-        "sink": RedistributeSink(HEADS, 0.3),
-        "uniform": UniformAttention(HEADS),
-        "uniform while generating": UniformAttention(HEADS, "generated"),
-        "patch": PatchActivation("blocks.1.hook_resid_mid", cache["resid_mid", 2], "question"),
-        "steering": AddVector("blocks.1.hook_resid_post", vector, positions="text"),
-        "image tokens": ReplaceImageTokens("image", "mean"),
-        "together": Compose((ZeroHeads(((2, 0),)), BlockAttention(((1, 1),), "final", "image"))),
+    kinds: dict[str, iv.Intervention] = {
+        "zero": iv.ZeroHeads(HEADS),
+        "scale": iv.ScaleHeads(HEADS, 0.5, "text"),
+        "mean": iv.MeanHeads(HEADS, iv.mean_head_outputs(model, [batch])),
+        "image mean": iv.ReplaceImageKV(HEADS),
+        "image mean after RoPE": iv.ReplaceImageKV(HEADS, before_rope=False),
+        "image zero": iv.ReplaceImageKV(HEADS, "zero"),
+        "image knocked out": iv.ReplaceImageKV(HEADS, "knockout"),
+        "image mean of a dataset": iv.ReplaceImageKV(HEADS, iv.mean_image_kv(model, [batch])),
+        "some image tokens, some queries": iv.ReplaceImageKV(HEADS, queries="text", tokens=some_of_the_image(batch)),
+        "blocked": iv.BlockAttention(HEADS, "text", "image"),
+        "sink": iv.RedistributeSink(HEADS, 0.3),
+        "uniform": iv.UniformAttention(HEADS),
+        "uniform while generating": iv.UniformAttention(HEADS, "generated"),
+        "patch": iv.PatchActivation("blocks.1.hook_resid_mid", cache["resid_mid", 2], "question"),
+        "steering": iv.AddVector("blocks.1.hook_resid_post", vector, positions="text"),
+        "image tokens": iv.ReplaceImageTokens("image", "mean"),
+        "together": iv.Compose((iv.ZeroHeads(((2, 0),)), iv.BlockAttention(((1, 1),), "final", "image"))),
     }
     assert tuple(kinds) == KINDS
     return kinds

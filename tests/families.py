@@ -1,40 +1,116 @@
-"""Both families' tiny and bundled models, with inputs of the same kinds, for laws that hold in either."""
+"""Tiny and bundled models of every family, with inputs of the same kinds: the laws of the tests run over them.
+
+A new family adds an entry to `KINDS` (and its name to `FAMILIES`, and to the fixture `family` of conftest.py).
+"""
 
 import copy
-from functools import lru_cache
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache, partial
 from typing import Any
 
 import pytest
-import tiny
 import tiny_internvl
+import tiny_qwen2_vl
 
 from hooked_vlm import HookedVLM
 
+Batch = dict[str, Any]
+
+
+@dataclass(frozen=True, eq=False)
+class Kind:
+    """A tiny model of a family, its reference, and inputs for both."""
+
+    hf: Callable[[], Any]
+    """The model of `transformers`, with random weights and attention written out. Shared."""
+    batch: Callable[..., Batch]
+    """Rows of token ids and pictures, and a seed for the pixels, to what a Hugging Face processor returns."""
+    for_hf: Callable[[Batch], Batch]
+    """What the reference's `forward` takes of a batch."""
+    images: dict[str, Any]
+    """What stands for the "small" and the "large" image of a row."""
+    cases: dict[str, list[list[Any]]]
+    """Batches of the parity tests: "one-image", "images-of-two-sizes", "text", "left-padded" and the family's own."""
+    vision: dict[str, str]
+    """Hook points of the image side: module of the reference whose output (or attention) they show, `{l}`: layer."""
+    placeholders: tuple[int, ...]
+    """Tokens that the loss leaves out."""
+    mixed: bool = True
+    """Whether rows of a batch are in the reference what they are alone."""
+    n_new: int = 12
+    """Number of tokens that the reference generates as without a cache."""
+
+
+QWEN2_VL = {
+    "vision.blocks.0.hook_resid_pre": "model.visual.patch_embed",
+    "vision.blocks.{l}.hook_resid_post": "model.visual.blocks.{l}",
+    "hook_image_features": "model.visual.merger",
+}
+INTERNVL = {
+    "vision.blocks.0.hook_resid_pre": "model.vision_tower.embeddings",
+    "vision.blocks.{l}.hook_resid_post": "model.vision_tower.encoder.layer.{l}",
+    "vision.blocks.{l}.attn.hook_pattern": "model.vision_tower.encoder.layer.{l}.attention",
+    "hook_image_features": "model.multi_modal_projector",
+}
+
+
+def qwen2_vl(tied: bool) -> Kind:
+    return Kind(
+        hf=partial(tiny_qwen2_vl.tiny_hf, tied),
+        batch=tiny_qwen2_vl.hf_batch,
+        for_hf=tiny_qwen2_vl.for_hf,
+        images={"small": ("image", (1, 4, 4)), "large": ("image", (1, 4, 6))},
+        cases=tiny_qwen2_vl.CASES,
+        vision=QWEN2_VL,
+        placeholders=(tiny_qwen2_vl.IMAGE, tiny_qwen2_vl.VIDEO),
+    )
+
+
+def internvl(text: str, **differs: Any) -> Kind:
+    return Kind(
+        hf=partial(tiny_internvl.tiny_hf, text),
+        batch=tiny_internvl.hf_batch,
+        for_hf=tiny_internvl.for_hf,
+        images={"small": ("image", 1), "large": ("image", 2)},
+        cases=tiny_internvl.CASES,
+        vision=INTERNVL,
+        placeholders=(tiny_internvl.IMAGE,),
+        **{"n_new": 40, **differs},
+    )
+
+
+# The first of a family bears its name; the others differ in the language model, the tower or the unembedding.
+KINDS = {
+    "qwen2-vl": qwen2_vl(tied=False),
+    "qwen2-vl, tied": qwen2_vl(tied=True),
+    "internvl2": internvl("qwen2"),
+    "internvl2, llama, large tower": internvl("llama"),
+    "internvl2, dynamic": internvl("llama-dynamic"),
+    # Longrope changes the frequencies of a row beyond its trained length: the reference does so for the whole batch,
+    # and generates anew without its cache there (docs/references.md)
+    "internvl2, phi3": internvl("phi3", mixed=False, n_new=6),
+}
 FAMILIES = ("qwen2-vl", "internvl2")
 
-# name: (row of both families; a number stands for an image, of two sizes)
+# name: (row of every family; a word stands for an image, of two sizes)
 ROWS: dict[str, list[list[Any]]] = {
     "one image": [[5, 6, "small", 7, 8, 9, 10]],
     "two images": [[5, "small", 7, "large", 8, 9]],
     "padded": [[5, 6, "small", 7, 8], [11, 12, 13], [5, "large", "small", 9]],
 }
-IMAGES = {
-    "qwen2-vl": {"small": ("image", (1, 4, 4)), "large": ("image", (1, 4, 6))},
-    "internvl2": {"small": ("image", 1), "large": ("image", 2)},
-}
 
 
 @lru_cache
-def tiny_model(family: str) -> Any:
-    """Shared: weights must not be changed, hooks not left."""
-    return tiny.tiny_model() if family == "qwen2-vl" else tiny_internvl.tiny_model("qwen2")
+def tiny_model(kind: str) -> Any:
+    """Ours, on the reference's storage. Shared: weights must not be changed, hooks not left."""
+    return HookedVLM.from_hf(KINDS[kind].hf())
 
 
-def inputs_of(family: str, rows: list[list[Any]], seed: int = 0) -> Any:
-    """Rows as in `ROWS` for the family's tiny model, about pictures of this seed."""
-    filled = [[IMAGES[family].get(item, item) for item in row] for row in rows]
-    batch = tiny.hf_batch if family == "qwen2-vl" else tiny_internvl.hf_batch
-    return tiny_model(family).inputs_from_hf(batch(filled, seed))
+def inputs_of(kind: str, rows: list[list[Any]], seed: int = 0) -> Any:
+    """Rows as in `ROWS` for a tiny model, about pictures of this seed."""
+    filled = [[KINDS[kind].images.get(item, item) for item in row] for row in rows]
+    return tiny_model(kind).inputs_from_hf(KINDS[kind].batch(filled, seed))
 
 
 def model_and_inputs(family: str, rows: str) -> tuple[Any, Any]:

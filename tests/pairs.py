@@ -4,7 +4,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from families import FAMILIES as FAMILIES
 from families import ROWS, inputs_of, tiny_model
 from torch import Tensor
 

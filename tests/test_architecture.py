@@ -3,6 +3,7 @@
 import ast
 import builtins
 from collections.abc import Iterator
+from functools import cache
 from graphlib import TopologicalSorter
 from importlib import import_module
 from pathlib import Path
@@ -39,20 +40,27 @@ def modules() -> dict[str, Path]:
 
 
 MODULES = modules()
-TREES = {name: ast.parse(path.read_text(encoding="utf-8")) for name, path in MODULES.items()}
 PACKAGES = sorted(name for name, path in MODULES.items() if path.name == "__init__.py")
 
 
-def guarded(tree: ast.Module) -> list[ast.If]:
-    """The `if TYPE_CHECKING:` blocks."""
-    return [node for node in ast.walk(tree) if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"]
+@cache
+def trees() -> dict[str, ast.Module]:
+    return {name: ast.parse(path.read_text(encoding="utf-8")) for name, path in MODULES.items()}
 
 
+@cache
+def guarded(name: str) -> list[ast.If]:
+    """A module's `if TYPE_CHECKING:` blocks."""
+    ifs = (node for node in ast.walk(trees()[name]) if isinstance(node, ast.If))
+    return [node for node in ifs if ast.unparse(node.test) == "TYPE_CHECKING"]
+
+
+@cache
 def face(package: str) -> dict[str, str]:
     """The modules that a package's lazy names come from."""
     return {
         alias.name: node.module
-        for block in guarded(TREES[package])
+        for block in guarded(package)
         for node in block.body
         if isinstance(node, ast.ImportFrom) and node.module
         for alias in node.names
@@ -61,8 +69,8 @@ def face(package: str) -> dict[str, str]:
 
 def imports(name: str) -> Iterator[str]:
     """Modules of the library that a module imports at run time, wherever in the file; faces are looked through."""
-    typing_only = {node for block in guarded(TREES[name]) for node in ast.walk(block)}
-    for node in ast.walk(TREES[name]):
+    typing_only = {node for block in guarded(name) for node in ast.walk(block)}
+    for node in ast.walk(trees()[name]):
         if node in typing_only:
             continue
         if isinstance(node, ast.Import):
@@ -74,7 +82,9 @@ def imports(name: str) -> Iterator[str]:
                 yield module if module in MODULES else homes.get(alias.name, node.module)
 
 
-IMPORTS = {name: sorted(set(imports(name))) for name in MODULES}
+@cache
+def all_imports() -> dict[str, list[str]]:
+    return {name: sorted(set(imports(name))) for name in MODULES}
 
 
 def layer(name: str) -> int:
@@ -83,16 +93,16 @@ def layer(name: str) -> int:
 
 
 def test_arrows_point_down() -> None:
-    upwards = [(name, target) for name in MODULES for target in IMPORTS[name] if layer(target) < layer(name)]
+    upwards = [(name, target) for name in MODULES for target in all_imports()[name] if layer(target) < layer(name)]
     assert not upwards
 
 
 def test_no_modules_import_each_other_in_a_circle() -> None:
-    TopologicalSorter(IMPORTS).prepare()  # names the circle
+    TopologicalSorter(all_imports()).prepare()  # names the circle
 
 
 def test_converters_know_nothing_of_the_model() -> None:
-    known = {target for name in MODULES if name.startswith("hooked_vlm.converters") for target in IMPORTS[name]}
+    known = {target for name in MODULES if name.startswith("hooked_vlm.converters") for target in all_imports()[name]}
     assert {target for target in known if not target.startswith("hooked_vlm.converters")} == {"hooked_vlm.errors"}
 
 
@@ -105,7 +115,7 @@ def test_no_function_or_class_bears_the_name_of_its_module() -> None:
     kinds = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
     twins = [
         name
-        for name, tree in TREES.items()
+        for name, tree in trees().items()
         for node in tree.body
         if isinstance(node, kinds) and node.name == name.rpartition(".")[2]
     ]
@@ -116,7 +126,7 @@ def test_every_error_is_in_the_module_of_errors() -> None:
     bases = {name for module in (builtins, errors) for name, value in vars(module).items() if is_exception(value)}
     elsewhere = [
         (name, node.name)
-        for name, tree in TREES.items()
+        for name, tree in trees().items()
         for node in ast.walk(tree)
         if isinstance(node, ast.ClassDef)
         and name != "hooked_vlm.errors"

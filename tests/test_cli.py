@@ -68,6 +68,7 @@ def test_a_warning_is_one_line_of_the_command(
     assert capsys.readouterr().err == "hooked-vlm: results are made anew\n" and not recwarn.list
 
 
+@pytest.mark.repeats_shapes
 def test_json_is_all_that_is_printed(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

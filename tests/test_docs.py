@@ -28,6 +28,7 @@ def name_of(page: Path) -> str:
 @pytest.mark.parametrize(
     "page", [p for p in PAGES if BLOCK.search(p.read_text("utf-8")) and name_of(p) not in RUN_ELSEWHERE], ids=name_of
 )
+@pytest.mark.repeats_shapes
 def test_the_code_of_a_page_runs(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     run_page(page.relative_to(ROOT).as_posix())

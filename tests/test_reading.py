@@ -36,6 +36,7 @@ def files_entered(call: Callable[[], Any]) -> set[str]:
 
 
 @pytest.mark.parametrize("toy", ["toy-qwen2-vl", "toy-internvl2"])
+@pytest.mark.repeats_shapes
 def test_a_first_pass_enters_ten_files_and_a_sweep_seventeen(toy: str) -> None:
     model = HookedVLM.from_pretrained(toy, device="cpu")
     page = make_page(np.random.default_rng(7), n_lines=4)

@@ -20,6 +20,7 @@ def test_every_python_block_of_the_page_about_sweeps_runs(capsys) -> None:
     assert names["result"].values.shape == (16, 1)
 
 
+@pytest.mark.repeats_shapes
 def test_every_python_block_of_the_page_about_patching_runs() -> None:
     names = run_page("docs/patching.md")
     assert names["result"].estimate(layer=2, place="value").value > 0.9
@@ -27,6 +28,7 @@ def test_every_python_block_of_the_page_about_patching_runs() -> None:
     assert names["folded"].cfg.processed == ("fold_ln", "center_unembed", "fold_value_biases")
 
 
+@pytest.mark.repeats_shapes
 def test_every_python_block_of_the_page_about_head_attribution_runs(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -37,6 +39,7 @@ def test_every_python_block_of_the_page_about_head_attribution_runs(
     assert (tmp_path / "out" / "head-attribution" / "report.html").exists()
 
 
+@pytest.mark.repeats_shapes
 def test_every_python_block_of_the_page_about_the_viewer_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     names = run_page("docs/viewer.md")

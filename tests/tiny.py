@@ -1,57 +1,34 @@
-"""Small random Qwen2-VL models and inputs, made on the spot and shared by the tests.
+"""What tiny models of every family share: sizes, random weights, and batches as a Hugging Face processor pads them."""
 
-Models and inputs are typed `Any`: tests reach into modules and optional fields.
-"""
-
-import tempfile
+from collections.abc import Callable
 from copy import deepcopy
-from functools import lru_cache
-from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoTokenizer, Qwen2VLConfig, Qwen2VLForConditionalGeneration
 
-from hooked_vlm import HookedVLM
-from hooked_vlm.inputs.image_processor import ImageProcessor
-from tools.toy_training import qwen2_vl as toy
-from tools.toy_training.tokenizer import END_OF_TEXT, IM_END, save_tokenizer
+STOP, PAD = 3, 0
+LANGUAGE_MODEL: dict[str, Any] = {
+    "vocab_size": 200,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "rms_norm_eps": 1e-6,
+    "bos_token_id": 1,
+    "eos_token_id": STOP,
+    "pad_token_id": PAD,
+}
+"""Three layers, four query and two key-value heads of width 16."""
 
-IMAGE, VIDEO, VISION_START, VISION_END, STOP, PAD = 100, 101, 102, 103, 3, 0
 
-
-def tiny_config(tied: bool = False, **text: Any) -> Qwen2VLConfig:
-    """Three layers, four query and two key-value heads of width 16; a vision tower of two layers."""
-    return Qwen2VLConfig(
-        text_config={
-            "vocab_size": 200,
-            "hidden_size": 64,
-            "intermediate_size": 96,
-            "num_hidden_layers": 3,
-            "num_attention_heads": 4,
-            "num_key_value_heads": 2,
-            "max_position_embeddings": 512,
-            "rms_norm_eps": 1e-6,
-            "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [2, 3, 3]},
-            "bos_token_id": 1,
-            "eos_token_id": STOP,
-            "pad_token_id": PAD,
-            **text,
-        },
-        vision_config={
-            "depth": 2,
-            "embed_dim": 32,
-            "hidden_size": 64,
-            "num_heads": 2,
-            "mlp_ratio": 4,
-            "patch_size": 4,
-        },
-        image_token_id=IMAGE,
-        video_token_id=VIDEO,
-        vision_start_token_id=VISION_START,
-        vision_end_token_id=VISION_END,
-        tie_word_embeddings=tied,
-    )
+def reference(model_class: Any, config: Any) -> Any:
+    """A model of `transformers` with random weights, its attention written out."""
+    model = model_class._from_config(config, attn_implementation="eager").eval()
+    randomise(model)
+    model.generation_config.eos_token_id = STOP
+    model.generation_config.pad_token_id = PAD
+    return model
 
 
 def randomise(model: torch.nn.Module, seed: int = 0) -> None:
@@ -67,22 +44,6 @@ def randomise(model: torch.nn.Module, seed: int = 0) -> None:
                 parameter.copy_(noise / parameter[0].numel() ** 0.5)
 
 
-@lru_cache(maxsize=4)
-def tiny_hf(tied: bool = False) -> Any:
-    """The reference, with attention written out. Shared: tests must not change its weights."""
-    model = Qwen2VLForConditionalGeneration._from_config(tiny_config(tied), attn_implementation="eager").eval()
-    randomise(model)
-    model.generation_config.eos_token_id = STOP
-    model.generation_config.pad_token_id = PAD
-    return model
-
-
-@lru_cache(maxsize=4)
-def tiny_model(tied: bool = False) -> Any:
-    """Ours, on the same storage. Shared: tests must not change its weights and must leave no hooks."""
-    return HookedVLM.from_hf(tiny_hf(tied))
-
-
 def in_dtype(hf: Any, dtype: torch.dtype) -> Any:
     """The reference in another dtype as `from_pretrained(dtype=...)` makes it: weights rounded, rotary frequencies not
     (`hf.to(dtype)` rounds them too, which turns far positions by another angle)."""
@@ -93,110 +54,13 @@ def in_dtype(hf: Any, dtype: torch.dtype) -> Any:
     return low
 
 
-def left_padded(ids: list[list[int]], pad: int) -> dict[str, torch.Tensor]:
-    """Rows of token ids as a Hugging Face tokenizer pads them."""
+def spelled(rows: list[list[Any]], placeholders: Callable[[Any], list[int]]) -> dict[str, torch.Tensor]:
+    """Token ids and attention mask, padded on the left, of rows of token ids and of what stands for pictures."""
+    ids = [
+        [token for item in row for token in ([item] if isinstance(item, int) else placeholders(item))] for row in rows
+    ]
     width = max(map(len, ids))
     return {
-        "input_ids": torch.tensor([[pad] * (width - len(r)) + r for r in ids]),
+        "input_ids": torch.tensor([[PAD] * (width - len(r)) + r for r in ids]),
         "attention_mask": torch.tensor([[0] * (width - len(r)) + [1] * len(r) for r in ids]),
     }
-
-
-def hf_batch(rows: list[list[Any]], seed: int = 0, d_patch: int = 96, marked: bool = True) -> dict[str, torch.Tensor]:
-    """A batch as a Hugging Face processor returns it, padded on the left.
-
-    A row is a list of token ids and of grids: ("image", (1, h, w)) or ("video", (t, h, w)), between the tokens that
-    open and close a picture if `marked`.
-    """
-    opened, closed = ([VISION_START], [VISION_END]) if marked else ([], [])
-    generator = torch.Generator().manual_seed(seed)
-    ids: list[list[int]] = []
-    grids: dict[str, list[tuple[int, int, int]]] = {"image": [], "video": []}
-    for row in rows:
-        tokens: list[int] = []
-        for item in row:
-            if isinstance(item, int):
-                tokens.append(item)
-                continue
-            kind, (t, h, w) = item
-            grids[kind].append((t, h, w))
-            placeholder = IMAGE if kind == "image" else VIDEO
-            tokens += [*opened, *[placeholder] * (t * h * w // 4), *closed]
-        ids.append(tokens)
-    batch = left_padded(ids, PAD)
-    for kind, pixels, thw in (
-        ("image", "pixel_values", "image_grid_thw"),
-        ("video", "pixel_values_videos", "video_grid_thw"),
-    ):
-        if grids[kind]:
-            batch[thw] = torch.tensor(grids[kind])
-            n = int(batch[thw].prod(1).sum())
-            batch[pixels] = torch.randn(n, d_patch, generator=generator)
-    batch["mm_token_type_ids"] = (batch["input_ids"] == IMAGE).int() + 2 * (batch["input_ids"] == VIDEO).int()
-    return batch
-
-
-ONE_IMAGE = [[5, 6, ("image", (1, 4, 6)), 7, 8, 9, 10]]
-TWO_IMAGES = [[5, ("image", (1, 4, 6)), 7, ("image", (1, 8, 4)), 8, 9, 10]]
-TEXT = [[5, 6, 7, 8, 9, 10, 11]]
-PADDED = [[5, 6, ("image", (1, 4, 6)), 7, 8], [11, 12, 13], [5, ("image", (1, 4, 4)), ("image", (1, 2, 6)), 9]]
-VIDEO_CLIP = [[5, ("video", (2, 4, 6)), 7, 8, ("image", (1, 4, 4)), 9]]
-LONG_VIDEO = [[5, ("video", (7, 4, 4)), 7, 8, 9]]
-PADDED_VIDEOS = [[5, ("video", (3, 4, 2)), 6, 7], [8, ("image", (1, 6, 4)), 9, ("video", (5, 4, 2)), 10, 11, 12]]
-
-CASES: dict[str, list[list[Any]]] = {
-    "one-image": ONE_IMAGE,
-    "images-of-two-sizes": TWO_IMAGES,
-    "text": TEXT,
-    "left-padded": PADDED,
-    "video-and-image": VIDEO_CLIP,
-    "long-video": LONG_VIDEO,
-    "padded-videos": PADDED_VIDEOS,
-}
-
-
-def published_positions(batch: dict[str, torch.Tensor], merge: int = 2) -> torch.Tensor:
-    """M-RoPE position ids [3, batch, pos] by the rule of the published code, counted token by token."""
-    grids = {
-        IMAGE: iter(batch.get("image_grid_thw", torch.zeros(0, 3)).tolist()),
-        VIDEO: iter(batch.get("video_grid_thw", torch.zeros(0, 3)).tolist()),
-    }
-    ids = torch.zeros(3, *batch["input_ids"].shape, dtype=torch.long)
-    for row, (tokens, mask) in enumerate(
-        zip(batch["input_ids"].tolist(), batch["attention_mask"].tolist(), strict=True)
-    ):
-        triples: list[tuple[int, int, int]] = []
-        real = [token for token, is_real in zip(tokens, mask, strict=True) if is_real]
-        while len(triples) < len(real):
-            token = real[len(triples)]
-            following = 1 + max((max(triple) for triple in triples), default=-1)
-            if token not in grids:
-                triples.append((following, following, following))
-                continue
-            t, h, w = map(int, next(grids[token]))
-            for frame in range(t):
-                for y in range(h // merge):
-                    for x in range(w // merge):
-                        triples.append((following + frame, following + y, following + x))
-        ids[:, row, torch.tensor(mask).bool()] = torch.tensor(triples).T
-    return ids
-
-
-def inputs(rows: list[list[Any]], seed: int = 0, tied: bool = False) -> Any:
-    """`hf_batch(rows)` as inputs of the tiny model."""
-    return tiny_model(tied).inputs_from_hf(hf_batch(rows, seed))
-
-
-@lru_cache(maxsize=1)
-def reading_model() -> Any:
-    """A tiny model with the toy models' tokenizer and chat template, 8 pixels to a token. Shared."""
-    with tempfile.TemporaryDirectory() as folder:
-        save_tokenizer(Path(folder), toy.SPECIAL_TOKENS, chat_template=toy.CHAT_TEMPLATE)
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-    ids = {token: tokenizer.convert_tokens_to_ids(token) for token in toy.SPECIAL_TOKENS}
-    config = tiny_config(vocab_size=len(tokenizer), eos_token_id=ids[IM_END], pad_token_id=ids[END_OF_TEXT])
-    config.image_token_id, config.video_token_id = ids[toy.IMAGE_PAD], ids[toy.VIDEO_PAD]
-    config.vision_start_token_id, config.vision_end_token_id = ids[toy.VISION_START], ids[toy.VISION_END]
-    hf = Qwen2VLForConditionalGeneration(config).eval()
-    randomise(hf)
-    return HookedVLM.from_hf(hf, tokenizer, ImageProcessor(patch_size=4, min_pixels=256, max_pixels=64 * 400))

@@ -7,26 +7,13 @@ from typing import Any
 
 import sentencepiece
 import torch
-from tiny import left_padded, randomise
-from transformers import InternVLConfig, InternVLForConditionalGeneration
+import transformers
+from tiny import LANGUAGE_MODEL, reference, spelled
 
 from hooked_vlm import HookedVLM
 
-IMAGE, IMAGE_START, IMAGE_END, STOP, PAD = 193, 191, 192, 3, 0
+IMAGE, IMAGE_START, IMAGE_END = 193, 191, 192
 
-SIZES = {
-    "vocab_size": 200,
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 128,
-    "rms_norm_eps": 1e-6,
-    "bos_token_id": 1,
-    "eos_token_id": STOP,
-    "pad_token_id": PAD,
-}
 SMALL_VIT = {"norm_type": "layer_norm", "attention_bias": True, "use_qk_norm": False}
 LARGE_VIT = {"norm_type": "rms_norm", "attention_bias": False, "use_qk_norm": True}
 LONGROPE = {
@@ -39,7 +26,7 @@ LONGROPE = {
 DYNAMIC = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
 PLAIN = {"rope_type": "default", "rope_theta": 1e6}
 
-# name: (text configuration on top of SIZES, vision tower, model type of transformers' text model)
+# name: (text configuration on top of LANGUAGE_MODEL, vision tower, model type of transformers' text model)
 KINDS: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
     "qwen2": ({"rope_parameters": PLAIN}, SMALL_VIT, "qwen2"),
     "llama": ({"rope_parameters": {**PLAIN, "rope_theta": 5e5}}, LARGE_VIT, "llama"),
@@ -52,11 +39,11 @@ KINDS: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
 }
 
 
-def tiny_config(kind: str, **changes: Any) -> InternVLConfig:
-    """Three layers and a vision tower of two, tiles of 32 pixels, patches of 4: 16 tokens to a tile."""
+def tiny_config(kind: str, **changes: Any) -> "transformers.InternVLConfig":
+    """A vision tower of two layers, tiles of 32 pixels, patches of 4: 16 tokens to a tile."""
     text, vision, model_type = KINDS[kind]
-    return InternVLConfig(
-        text_config={"model_type": model_type, **SIZES, **text},
+    return transformers.InternVLConfig(
+        text_config={"model_type": model_type, **LANGUAGE_MODEL, "max_position_embeddings": 128, **text},
         vision_config={
             "hidden_size": 32,
             "num_hidden_layers": 2,
@@ -76,12 +63,8 @@ def tiny_config(kind: str, **changes: Any) -> InternVLConfig:
 
 @lru_cache(maxsize=8)
 def tiny_hf(kind: str) -> Any:
-    """The reference, with attention written out. Shared: tests must not change its weights."""
-    model = InternVLForConditionalGeneration._from_config(tiny_config(kind), attn_implementation="eager").eval()
-    randomise(model)
-    model.generation_config.eos_token_id = STOP
-    model.generation_config.pad_token_id = PAD
-    return model
+    """The reference. Shared: tests must not change its weights."""
+    return reference(transformers.InternVLForConditionalGeneration, tiny_config(kind))
 
 
 @lru_cache(maxsize=8)
@@ -96,19 +79,13 @@ def hf_batch(rows: list[list[Any]], seed: int = 0, tile_size: int = 32) -> dict[
     A row is a list of token ids and of ("image", number of tiles).
     """
     generator = torch.Generator().manual_seed(seed)
-    ids: list[list[int]] = []
     num_tiles: list[int] = []
-    per_tile = (tile_size // 8) ** 2
-    for row in rows:
-        tokens: list[int] = []
-        for item in row:
-            if isinstance(item, int):
-                tokens.append(item)
-                continue
-            num_tiles.append(item[1])
-            tokens += [IMAGE_START, *[IMAGE] * (per_tile * item[1]), IMAGE_END]
-        ids.append(tokens)
-    batch = left_padded(ids, PAD)
+
+    def placeholders(item: tuple[str, int]) -> list[int]:
+        num_tiles.append(item[1])
+        return [IMAGE_START, *[IMAGE] * ((tile_size // 8) ** 2 * item[1]), IMAGE_END]
+
+    batch = spelled(rows, placeholders)
     if num_tiles:
         batch["num_tiles"] = torch.tensor(num_tiles)
         batch["pixel_values"] = torch.randn(sum(num_tiles), 3, tile_size, tile_size, generator=generator)
@@ -122,8 +99,8 @@ def for_hf(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 CASES: dict[str, list[list[Any]]] = {
-    "one-tile": [[5, 6, ("image", 1), 7, 8, 9, 10]],
-    "images-of-different-tiles": [[5, ("image", 3), 7, ("image", 1), 8, 9]],
+    "one-image": [[5, 6, ("image", 1), 7, 8, 9, 10]],
+    "images-of-two-sizes": [[5, ("image", 3), 7, ("image", 1), 8, 9]],
     "text": [[5, 6, 7, 8, 9, 10, 11]],
     "left-padded": [[5, ("image", 2), 7, 8], [11, 12, 13], [("image", 1), ("image", 1), 9]],
 }

@@ -56,7 +56,8 @@ A package imports packages below it only. The last column is computed from the i
 - **An experiment**: the study's folder in `experiments/` (configuration, computation, report section); the report and
   its figures come from `experiments/common`. Tests: `tests/experiments`.
 - **A model family**: a converter in `converters/` and, where its arithmetic differs, values of `VLMConfig` and
-  `VisionConfig` ([adding a checkpoint](adding-a-checkpoint.md)). List it in `tests/families.py`: the laws run on it.
+  `VisionConfig` ([adding a checkpoint](adding-a-checkpoint.md)). An entry in `KINDS` of `tests/families.py` (a tiny
+  reference and its batches) runs the laws on it.
 - **A prompt or image format**: `inputs/`; `tests/inputs` compares it with the reference's tokens and pixels.
 - **A command**: a module in `commands/`; tests in `tests/commands`.
 - **An error class**: `errors.py`, derived from `HookedVLMError`.
@@ -102,7 +103,9 @@ the toy models. `benchmarks/` times the packages, `tests/` mirrors them.
 `make test` runs every law on the fewest cases in which each value of each parameter (family, inputs, switch) occurs
 once; `make test-full` runs the other combinations (`pytest --full`: all), and `make test-slow` the browser, cluster,
 kill, notebook and long fuzzing tests. Mark a costly further case of a law with `pytest.mark.full`, and a test that
-takes more than a few seconds with `pytest.mark.slow`.
+takes more than a few seconds with `pytest.mark.slow`. Shape annotations are executed in tests, which takes four fifths
+of a tiny model's pass; mark a costly test whose calls other tests make too with `pytest.mark.repeats_shapes`, and a
+plain run leaves them out of it.
 """
 
 

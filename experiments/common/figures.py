@@ -26,18 +26,35 @@ ON_LIGHT, ON_DARK = "#111111", "#fefefe"
 """Text on coloured cells, the same on light and dark pages."""
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#999999")
 """Colour-blind safe (Okabe and Ito 2008); grey comes last, for controls."""
+MORE_COLOURS = ("#882255", "#117733", "#aa7744")
+"""For figures of more than seven lines (after Tol's schemes)."""
 SEQUENTIAL, DIVERGING = "viridis", "RdBu_r"
 DARK: dict[str, str] = dict(
     zip(
-        (INK, "#000000", PAPER, *COLOURS),
-        ("#e8e8ea", "#e8e8ea", "#17181a", "#4a9fe0", "#ff8a3d", "#2fc598", "#e39bc4", "#f2b632", "#8fd3ff", "#8b8f96"),
+        (INK, "#000000", PAPER, *COLOURS, *MORE_COLOURS),
+        (
+            "#e8e8ea",
+            "#e8e8ea",
+            "#17181a",
+            "#4a9fe0",
+            "#ff8a3d",
+            "#2fc598",
+            "#e39bc4",
+            "#f2b632",
+            "#8fd3ff",
+            "#8b8f96",
+            "#e0709f",
+            "#6fcf7f",
+            "#d9a877",
+        ),
         strict=True,
     )
 )
 """Colour on a light page -> colour on a dark one."""
-LINES = (*COLOURS[:-1], INK)
+LINES = (*COLOURS[:-1], INK, *MORE_COLOURS)
 DASHES: tuple[Any, ...] = (
     "-", (0, (4, 1.5)), (0, (5, 1.5, 1, 1.5)), (0, (1, 1)), (0, (7, 2)), (0, (3, 1, 1, 1, 1, 1)), (0, (2, 1)),
+    (0, (8, 1, 2, 1)), (0, (3, 3)), (0, (6, 1, 1, 1, 1, 1)),
 )  # fmt: skip
 CONTROL = "random"
 """Lines whose name begins with this are controls: grey, and dotted widely."""
@@ -77,7 +94,7 @@ def new_figure(width: int | float, height: int | float) -> Figure:
 
 
 def line_styles(names: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """Colour and dash of every line; no two lines have the same pair, and up to seven share neither."""
+    """Colour and dash of every line; no two lines have the same pair, and up to ten share neither."""
     styles, n = {}, 0
     for name in names:
         if name.startswith(CONTROL):

@@ -17,7 +17,6 @@ from functools import partial
 
 import pandas as pd
 
-from hooked_vlm.analysis.statistics import half_sampling
 from hooked_vlm.experiments.ocr_heads import changed, effects, plots
 from hooked_vlm.experiments.ocr_heads.answers import judge
 from hooked_vlm.experiments.ocr_heads.config import ThoughtConfig
@@ -25,7 +24,7 @@ from hooked_vlm.experiments.ocr_heads.data.store import DataSet, load_or_build
 from hooked_vlm.experiments.ocr_heads.data.tasks import QATask
 from hooked_vlm.experiments.ocr_heads.examples import Example
 from hooked_vlm.experiments.ocr_heads.masking import masked
-from hooked_vlm.experiments.ocr_heads.similarity import measures
+from hooked_vlm.experiments.ocr_heads.similarity import measures, over_samples
 from hooked_vlm.experiments.ocr_heads.study import Finding, Study, head_table
 from hooked_vlm.model.vlm import HookedVLM
 
@@ -64,15 +63,13 @@ def thought(study: Study, config: ThoughtConfig) -> Finding:
     heads = heads.sort_values("direct", ascending=False, ignore_index=True)
     answered_samples = [s.answered for s in scores.values()]
     lines = [
-        *effects.effect_lines(summary, tests),
+        *effects.effect_lines(effects.without_repeats(summary, conditions), tests),
         "",
         "  OCR scores of all heads among answered samples, direct against with steps",
     ]
     rows = []
     for measure in measures(config.threshold)[:2] if all(map(len, answered_samples)) else []:
-        found = half_sampling(
-            lambda x, y, m=measure: m.of(m.values(x), m.values(y)), *answered_samples, seed=config.seed
-        )
+        found = over_samples(measure, answered_samples[0], answered_samples[1], config.seed)
         rows.append((measure.name, found.value, found.low, found.high, found.n))
         lines.append(f"    {measure.name:24s} {found.value:.3f} ({found.low:.3f} to {found.high:.3f})")
     similarity = pd.DataFrame(rows, columns=["measure", "value", "low", "high", "n"])

@@ -7,7 +7,7 @@ import pandas as pd
 
 from hooked_vlm.experiments.ocr_heads.answers import METRICS, judge
 from hooked_vlm.experiments.ocr_heads.config import TaskConfig
-from hooked_vlm.experiments.ocr_heads.controls import controls
+from hooked_vlm.experiments.ocr_heads.controls import random_controls
 from hooked_vlm.experiments.ocr_heads.data.tasks import QATask, load_tasks
 from hooked_vlm.experiments.ocr_heads.examples import Example, to_inputs
 from hooked_vlm.experiments.ocr_heads.study import Study, head_names
@@ -28,6 +28,8 @@ class Condition:
     """Number of the random set."""
     controls: tuple[str, ...] = ()
     """Names of the random conditions that it is compared with."""
+    same_as: str = ""
+    """Name of an earlier condition with the same heads."""
 
 
 UNCHANGED = Condition("unchanged")
@@ -47,12 +49,12 @@ def against_random(
         label: suffix of the conditions' names.
     """
     tops = top_heads(study, k)
-    randoms = [controls(study, source, tops, k, config.random_draws) for source in config.random_from]
-    conditions = [
-        Condition(f"top {k} {kind}{label}", heads, change(heads),
-                  controls=tuple(own[kind].name + label for own in randoms if own[kind].sets))
-        for kind, heads in tops.items()
-    ]  # fmt: skip
+    randoms = [random_controls(study, source, tops, k, config.random_draws) for source in config.random_from]
+    conditions: list[Condition] = []
+    for kind, heads in tops.items():
+        tested = tuple(own[kind].name + label for own in randoms if own[kind].sets)
+        same = next((c.name for c in conditions if set(c.heads) == set(heads)), "")
+        conditions.append(Condition(f"top {k} {kind}{label}", heads, change(heads), controls=tested, same_as=same))
     shared = {control.name: control for own in randoms for control in own.values()}
     for control in shared.values():
         conditions += [
@@ -66,7 +68,8 @@ def describe_heads(study: Study, config: TaskConfig, k: int) -> list[str]:
     tops = top_heads(study, k)
     lines = [f"top {k} {kind} heads: {head_names(heads)}" for kind, heads in tops.items()]
     for source in config.random_from:
-        shared = {control.name: control for control in controls(study, source, tops, k, config.random_draws).values()}
+        found = random_controls(study, source, tops, k, config.random_draws)
+        shared = {control.name: control for control in found.values()}
         lines += [f"{control.name}: {control.origin}" for control in shared.values()]
     return lines
 
@@ -74,7 +77,10 @@ def describe_heads(study: Study, config: TaskConfig, k: int) -> list[str]:
 def tasks_of(study: Study, config: TaskConfig) -> list[QATask]:
     """Configured tasks, with samples that heads were not scored on."""
     names = config.tasks or study.default_tasks()
-    return load_tasks(study.data_folder, names, config.seed + 1, config.task_samples, config.lengths, config.task_files)
+    found = load_tasks(
+        study.data_folder, names, config.seed + 1, config.task_samples, config.lengths, config.task_files
+    )
+    return study.asked(found)
 
 
 def answer_all(study: Study, tasks: Sequence[QATask], conditions: Sequence[Condition], what: str) -> pd.DataFrame:

@@ -28,6 +28,11 @@ def case(study: Study, config: CaseConfig) -> Finding:
     """Score every head for every character, on pages where it is (part of) the answer."""
     if not config.characters or set(config.characters) - set(toy.CHARACTERS):
         raise StudyError(f"--characters takes digits and lower-case letters, at least one; got {config.characters!r}")
+    if config.case_samples < 2:
+        raise StudyError(
+            f"--case-samples must be at least 2, got {config.case_samples}: heads are ranked on one half of a "
+            "character's pages and scored on the other"
+        )
     characters = tuple(dict.fromkeys(config.characters))
     scored = [
         study.score("ocr", [character_pages(study, config, character)], study.model, study.identity)
@@ -66,8 +71,6 @@ def top_table(characters: Sequence[str], scored: Sequence[Scores]) -> pd.DataFra
     rows = []
     for character, scores in zip(characters, scored, strict=True):
         ranking, rest = scores.instances[::2], scores.instances[1::2]
-        if not len(rest):
-            continue
         for rank, (layer, head) in enumerate(ranked(ranking.mean(0))[:TOP], 1):
             found = mean_score(rest[:, layer, head])
             rows.append((character, rank, f"{layer}.{head}", found.value, found.low, found.high, found.n, scores.right))

@@ -8,7 +8,7 @@ import numpy as np
 from jaxtyping import Float
 
 from hooked_vlm.experiments.ocr_heads.config import Source
-from hooked_vlm.experiments.ocr_heads.image_attention import image_attention
+from hooked_vlm.experiments.ocr_heads.image_attention import attention_on_images
 from hooked_vlm.experiments.ocr_heads.study import Study
 from hooked_vlm.interventions import Head
 
@@ -22,7 +22,7 @@ TRIES = 200
 MATCHED: Mapping[str, Callable[[Study], Float[np.ndarray, "layer head"]]] = {
     "layer": lambda study: np.indices(study.ocr.mean.shape)[0].astype(float),
     "norm": lambda study: study.ocr.output_norm,
-    "attention": image_attention,
+    "attention": attention_on_images,
 }
 """Sources that match: name -> the matched quantity of every head."""
 QUANTITIES = {"layer": "layer", "norm": "output norm", "attention": "share of attention on the image"}
@@ -46,7 +46,7 @@ def different(tops: Mapping[str, tuple[Head, ...]]) -> dict[str, tuple[Head, ...
     return {" and ".join(names): tops[names[0]] for names in kinds.values()}
 
 
-def controls(
+def random_controls(
     study: Study, source: Source, tops: Mapping[str, tuple[Head, ...]], k: int, draws: int
 ) -> dict[str, Control]:
     """Draw the control of each kind of top heads: the same for all kinds, or matched to each.

@@ -127,6 +127,11 @@ def effect_tables(
     return tables
 
 
+def without_repeats(summary: pd.DataFrame, conditions: Sequence[Condition]) -> pd.DataFrame:
+    """Leave out conditions that change the same heads in the same way as an earlier one."""
+    return summary.loc[~summary["condition"].isin([c.name for c in conditions if c.same_as])]
+
+
 def effect_lines(summary: pd.DataFrame, tests: pd.DataFrame) -> list[str]:
     """Each task's own metric under every condition, for the terminal; tests below the condition they are of."""
     own, own_tests = summary.loc[summary["chosen"]], tests.loc[tests["chosen"]]

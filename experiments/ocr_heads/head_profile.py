@@ -18,7 +18,9 @@ from hooked_vlm.analysis.statistics import half_sampling
 from hooked_vlm.experiments.common.frames import each_row
 from hooked_vlm.experiments.ocr_heads import plots
 from hooked_vlm.experiments.ocr_heads.config import Granularity, SelectConfig
+from hooked_vlm.experiments.ocr_heads.position_null import PositionNull, null_of_positions
 from hooked_vlm.experiments.ocr_heads.published import RANGES, per_range, published_models, range_of
+from hooked_vlm.experiments.ocr_heads.scoring import Scores
 from hooked_vlm.experiments.ocr_heads.selection import select
 from hooked_vlm.experiments.ocr_heads.similarity import Measure, compare_scores, jaccard, measures
 from hooked_vlm.experiments.ocr_heads.study import Finding, Study, head_names, head_table
@@ -34,9 +36,12 @@ def profile(study: Study, config: SelectConfig) -> Finding:
     both = chosen["ocr"] & chosen["retrieval"]
     sparsity, similarity = sparsity_table(study), similarity_table(study, config)
     activation = activation_table(study)
+    null = null_of_positions(ocr, config.seed, config.permutations)
+    by_position = {} if null is None else {"ocr, others' boxes": null.mean, "p": null.p, "p, adjusted": null.adjusted}
     heads = head_table(
         {
             "ocr": ocr.mean,
+            **by_position,
             "retrieval": retrieval.mean,
             "ocr_head": chosen["ocr"],
             "retrieval_head": chosen["retrieval"],
@@ -51,7 +56,7 @@ def profile(study: Study, config: SelectConfig) -> Finding:
     width = max(34, similarity["measure"].str.len().max())
     title = f"OCR against retrieval ({len(heads)} heads)"
     lines += ["", f"  {title:{width}s} value   95% interval     chance  same heads  p more   p less   p different"]
-    for row in similarity.to_dict("records"):
+    for row in similarity.dropna(subset="value").to_dict("records"):
         interval = f"{row['low']:.3f} to {row['high']:.3f}"
         tests = "  ".join(f"{row[name]:.4f} " for name in ("p more", "p less", "p different"))
         lines.append(
@@ -59,7 +64,7 @@ def profile(study: Study, config: SelectConfig) -> Finding:
             f"{row['same heads']:10.3f}  {tests}".replace("nan", "  –")
         )
     lines += ["", f"  {'frequency against mean':32s} Pearson 95% interval"]
-    for row in each_row(activation):
+    for row in each_row(activation.dropna(subset="pearson")):
         name = f"{row.heads}, by {row.granularity}"
         lines.append(f"  {name:32s} {row.pearson:6.3f}  {row.low:.3f} to {row.high:.3f}")
     figures = {
@@ -74,7 +79,13 @@ def profile(study: Study, config: SelectConfig) -> Finding:
         ),
     }
     tables = {
-        "heads": (heads, "OCR and retrieval score of every head", 30),
+        "heads": (
+            heads,
+            "OCR and retrieval score of every head. others' boxes: OCR score on the boxes of other samples, what a "
+            f"head's habits of position give; p: one-sided, {config.permutations:,} random pairings of samples; "
+            "adjusted for all heads (Benjamini-Hochberg)",
+            30,
+        ),
         "sparsity": (sparsity, "Heads per score range, here and published", None),
         "similarity": (similarity, _similarity_caption(config), None),
         "activation": (activation, "Correlation of activation frequency and mean score over heads", None),
@@ -91,7 +102,7 @@ def profile(study: Study, config: SelectConfig) -> Finding:
         about,
         figures,
         tables,
-        [_similarity_answer(similarity.to_dict("records")[0])],
+        [*_null_answer(chosen["ocr"], null), _similarity_answer(similarity.to_dict("records")[0])],
     )
 
 
@@ -143,8 +154,20 @@ def similarity_table(study: Study, config: SelectConfig) -> pd.DataFrame:
 def _selected(
     samples: Float[np.ndarray, "sample layer head"], study: Study, rule: Literal["active", "inverted"]
 ) -> Bool[np.ndarray, "layer head"]:
-    own = replace(study.ocr, samples=samples, granularity="sample")
+    own = Scores("ocr", samples, samples, study.ocr.output_norm, len(samples), len(samples))
     return select(own, study.config.threshold, study.config.min_frequency, rule)
+
+
+def _null_answer(chosen: Bool[np.ndarray, "layer head"], null: PositionNull | None) -> list[str]:
+    """Sentence to quote: OCR heads against what position alone gives."""
+    if null is None or not chosen.any():
+        return []
+    found = int((chosen & (null.adjusted <= 0.05)).sum())
+    return [
+        f"{found} of {int(chosen.sum())} OCR heads look at the box more often than at the boxes of other samples "
+        f"(which gives them {null.mean[chosen].mean():.3f} on average); p <= 0.05, adjusted for all {chosen.size} "
+        "heads."
+    ]
 
 
 def _similarity_answer(row: Mapping[str, Any]) -> str:

@@ -14,7 +14,7 @@ from hooked_vlm.experiments.ocr_heads.study import Study
 from hooked_vlm.model.vlm import HookedVLM
 
 
-def image_attention(study: Study) -> Float[np.ndarray, "layer head"]:
+def attention_on_images(study: Study) -> Float[np.ndarray, "layer head"]:
     """Mean share of each head's attention on image tokens where the answer begins, over the pages that score heads."""
     model, found = study.model, []
     for data in study.scored(as_text=False):

@@ -26,7 +26,8 @@ def mask(study: Study, config: MaskConfig) -> Finding:
         what = f"Masking the top {counts[0]} {kind} heads ({head_names(heads)})"
         first = next(c.name for c in conditions if set(c.heads) == set(heads))
         answer += effects.effect_answer(what, first, summary, tests)
-    return Finding("Masking", [*notes, "", *effects.effect_lines(summary, tests)], notes, figures, tables, answer)
+    lines = [*notes, "", *effects.effect_lines(effects.without_repeats(summary, conditions), tests)]
+    return Finding("Masking", lines, notes, figures, tables, answer)
 
 
 def masking_conditions(study: Study, config: MaskConfig, counts: tuple[int, ...]) -> list[changed.Condition]:

@@ -32,6 +32,8 @@ class Copy:
     """Weight of a hit."""
     evidence: tuple[int, ...]
     """Positions of the tokens it may be copied from."""
+    origin: int = 0
+    """Where the page with the evidence begins."""
     token: bool = True
     """Whether it is a token of the answer (an instance of a score by token)."""
 
@@ -40,16 +42,25 @@ Ask = Callable[[VLMInputs, int, Example, list[int]], list[Copy]]
 """(prompts and replies, row, example, reply) -> tokens to score. The reply begins at `stop[row] - len(reply)`."""
 
 
+NOWHERE = -1
+
+
 @dataclass(frozen=True, eq=False)
 class Reading:
     """Reply to one example, and the heads' hits."""
 
     reply: list[int]
     copies: list[Copy]
-    hits: Bool[np.ndarray, "copy layer head"]
-    """Whether the argmax of a head's attention is on the evidence."""
+    looked: Int[np.ndarray, "copy layer head"]
+    """Position of the argmax of a head's attention; NOWHERE for tokens that were not generated."""
     norms: Float[np.ndarray, "layer head"]
     """Mean norm of a head's output in the residual stream, over the prompt's positions without padding."""
+
+    @property
+    def hits(self) -> Bool[np.ndarray, "copy layer head"]:
+        """Whether the argmax of a head's attention is on the evidence."""
+        found = [np.isin(own, copy.evidence) for own, copy in zip(self.looked, self.copies, strict=True)]
+        return np.array(found, dtype=bool).reshape(self.looked.shape)
 
 
 def read(
@@ -100,7 +111,7 @@ def _expected(
     readings: list[Reading | None] = []
     for answer, (reading, predicted) in zip(answers, found, strict=True):
         as_expected = predicted[:-1] == answer and predicted[-1] in stops and not set(answer) & set(stops)
-        readings.append(Reading(answer, reading.copies, reading.hits, reading.norms) if as_expected else None)
+        readings.append(Reading(answer, reading.copies, reading.looked, reading.norms) if as_expected else None)
     return readings
 
 
@@ -110,8 +121,9 @@ def _look(
     """Run one pass over prompts and replies: each example's reading, and the greedy prediction of its reply."""
     continued = inputs.append([torch.tensor(reply, dtype=torch.long) for reply in replies])
     copies = [ask(continued, row, example, replies[row]) for row, example in enumerate(examples)]
-    hits, norms, predicted = _hits(model, continued, inputs.shape[1], copies, [len(r) for r in replies], keys)
-    return [(Reading(replies[row], copies[row], hits[row], norms[row]), predicted[row]) for row in range(len(examples))]
+    looked, norms, predicted = _argmax(model, continued, inputs.shape[1], copies, [len(r) for r in replies], keys)
+    readings = [Reading(*own) for own in zip(replies, copies, looked, norms, strict=True)]
+    return list(zip(readings, predicted, strict=True))
 
 
 def until_stop(ids: list[int], stops: Sequence[int]) -> list[int]:
@@ -119,15 +131,15 @@ def until_stop(ids: list[int], stops: Sequence[int]) -> list[int]:
     return ids[: next((i for i, token in enumerate(ids) if token in stops), len(ids))]
 
 
-def _hits(
+def _argmax(
     model: HookedVLM,
     inputs: VLMInputs,
     n_prompt: int,
     copies: list[list[Copy]],
     n_reply: list[int],
     keys: str,
-) -> tuple[list[Bool[np.ndarray, "copy layer head"]], Float[np.ndarray, "row layer head"], list[list[int]]]:
-    """Hits of every copy (heads whose argmax is in its evidence), output norms on the prompts, greedy predictions."""
+) -> tuple[list[Int[np.ndarray, "copy layer head"]], Float[np.ndarray, "row layer head"], list[list[int]]]:
+    """Argmax of every head at every copy, output norms on the prompts, greedy predictions."""
     queries = [[copy.position for copy in own if copy.position is not None] for own in copies]
     width = max(1, *map(len, queries))
     # the last position fills unused columns
@@ -157,16 +169,15 @@ def _hits(
             ("ln_final.hook_out", predict),
         ],
     ).cpu()
-    hits = []
+    looked = []
     for row, own in enumerate(copies):
-        found = np.zeros((len(own), model.cfg.n_layers, model.cfg.n_heads), dtype=bool)
+        found = np.full((len(own), model.cfg.n_layers, model.cfg.n_heads), NOWHERE)
         generated = [i for i, copy in enumerate(own) if copy.position is not None]
         for column, i in enumerate(generated):
-            evidence = torch.tensor(own[i].evidence, dtype=torch.long)
-            found[i] = torch.isin(argmax[:, row, :, column], evidence).numpy()
-        hits.append(found)
+            found[i] = argmax[:, row, :, column].numpy()
+        looked.append(found)
     stacked = torch.stack([norms[layer] for layer in range(model.cfg.n_layers)], dim=1)
-    return hits, stacked.float().cpu().numpy(), predicted
+    return looked, stacked.float().cpu().numpy(), predicted
 
 
 def _output_norm(z: Tensor, attn: Attention, where: Int[Tensor, "batch pos"]) -> Float[Tensor, "batch head"]:

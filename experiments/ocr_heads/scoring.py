@@ -13,7 +13,7 @@ from typing import Literal
 
 import numpy as np
 import pandas as pd
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 
 from hooked_vlm.analysis.statistics import bootstrap_means, score_interval
 from hooked_vlm.errors import GeometryError, StudyError
@@ -21,7 +21,7 @@ from hooked_vlm.experiments.ocr_heads.alignment import Span, align, longest_run
 from hooked_vlm.experiments.ocr_heads.answers import is_right
 from hooked_vlm.experiments.ocr_heads.config import Granularity, Protocol
 from hooked_vlm.experiments.ocr_heads.examples import Evidence, Example, picture_size
-from hooked_vlm.experiments.ocr_heads.reading import Ask, Copy, Reading, read
+from hooked_vlm.experiments.ocr_heads.reading import NOWHERE, Ask, Copy, Reading, read
 from hooked_vlm.inputs.vlm_inputs import VLMInputs
 from hooked_vlm.model.vlm import HookedVLM
 
@@ -51,6 +51,8 @@ class Scores:
     """Which samples are answered correctly; None if this is not known."""
     answered_tokens: Bool[np.ndarray, "token"] | None = None
     """Which tokens are those of an answered sample."""
+    looked: Sequence["Looked"] = ()
+    """Where heads look in each sample's page; of OCR scores."""
 
     @property
     def instances(self) -> Float[np.ndarray, "instance layer head"]:
@@ -119,6 +121,7 @@ def score_batch(
                 "sample": np.empty(0) if sample is None else sample.ravel(),
                 "tokens": np.empty(0) if tokens is None else tokens.ravel(),
                 "norms": reading.norms.ravel().astype(np.float32),
+                **(_looked(reading) if kind == "ocr" else {}),
             }
         )
     return pd.DataFrame(rows)
@@ -135,7 +138,7 @@ def gather(kind: Kind, table: pd.DataFrame, shape: tuple[int, int], granularity:
     (samples, answered_samples), (tokens, answered_tokens) = stacked("sample"), stacked("tokens")
     return Scores(
         kind, samples, tokens, stacked("norms")[0].mean(0), int(right.sum()), len(table), granularity,
-        answered_samples, answered_tokens,
+        answered_samples, answered_tokens, _gather_looked(table, shape),
     )  # fmt: skip
 
 
@@ -152,6 +155,39 @@ def _values(
         return values.sum(0), tokens
     counted = [copy.position is not None or protocol.missing == "zero" for copy in reading.copies]
     return (values[counted].mean(0) if any(counted) else None), values[counted]
+
+
+@dataclass(frozen=True, eq=False)
+class Looked:
+    """Where heads look while a sample's tokens are read, and where these are; both from where the page begins."""
+
+    at: Int[np.ndarray, "token layer head"]
+    """NOWHERE, or another negative number, for places outside of the page."""
+    evidence: list[Int[np.ndarray, "_"]]
+
+
+def _looked(reading: Reading) -> dict[str, np.ndarray]:
+    """Columns of `Looked`, flattened."""
+    origins = np.array([copy.origin for copy in reading.copies], dtype=int)
+    at = np.where(reading.looked == NOWHERE, NOWHERE, reading.looked - origins[:, None, None])
+    evidence = [np.array(copy.evidence, dtype=np.int32) - copy.origin for copy in reading.copies]
+    return {
+        "looked": at.ravel().astype(np.int32),
+        "evidence": np.concatenate([*evidence, np.empty(0, np.int32)]).astype(np.int32),
+        "evidence_sizes": np.array([len(own) for own in evidence], dtype=np.int32),
+    }
+
+
+def _gather_looked(table: pd.DataFrame, shape: tuple[int, int]) -> list[Looked]:
+    if "looked" not in table:
+        return []
+    rows = zip(table["looked"], table["evidence"], table["evidence_sizes"], strict=True)
+    return [
+        Looked(np.asarray(at).reshape(-1, *shape), np.split(np.asarray(evidence), np.cumsum(sizes)[:-1]))
+        if len(sizes)
+        else Looked(np.empty((0, *shape), dtype=int), [])
+        for at, evidence, sizes in rows
+    ]
 
 
 def _lost_its_row(model: HookedVLM, example: Example, reply: list[int], new_tokens: int) -> bool:
@@ -188,6 +224,8 @@ def find_copies(
         first = start if protocol.weight_by_run == "reply" else inputs.first[row]
         weight = longest_run(answer, inputs.tokens[row, first : inputs.stop[row]].tolist())[2] / len(answer)
     boxes = [(e, _tokens_of(inputs, row, example, e, protocol)) for e in example.evidence]
+    pages = [visual for visual in inputs.visuals if visual.row == row]
+    origin = pages[example.evidence[0].image].start if example.evidence else 0
     coarse = len(boxes) == 1 and (boxes[0][0].start, boxes[0][0].stop) == (0, len(example.answer))
     if protocol.matching == "in_order":
         places = [n for n, token in enumerate(reply) if token in set(answer)]
@@ -198,7 +236,7 @@ def find_copies(
             boxes = boxes * max(1, len(places))
         no_row = limit - 1 if protocol.query == "copied" and limit is not None else None
         with_row = [None if n == no_row else start + n + shift for n in places]
-        return [Copy(p, weight, own) for p, (_, own) in zip_longest(with_row[: len(boxes)], boxes)]
+        return [Copy(p, weight, own, origin=origin) for p, (_, own) in zip_longest(with_row[: len(boxes)], boxes)]
     found = align(model.tokenizer, example.answer, reply)
     parts = [(span, start + n + shift) for n, span in found.spans.items()]
     parts += [(span, None) for span in spans if not found.copied(span)]
@@ -208,7 +246,7 @@ def find_copies(
         if not own:
             continue  # white space, or a character without a box
         evidence = {t for tokens in own for t in tokens}  # empty if no token contains enough of a large box
-        copies.append(Copy(position, weight, tuple(sorted(evidence))))
+        copies.append(Copy(position, weight, tuple(sorted(evidence)), origin=origin))
     return copies
 
 

@@ -15,9 +15,11 @@ from jaxtyping import Float, Shaped
 from scipy import stats
 from scipy.spatial.distance import jensenshannon
 
-from hooked_vlm.analysis.statistics import half_sampling
+from hooked_vlm.analysis.statistics import Estimate, half_sampling
 
 Scored = Float[np.ndarray, "sample layer head"]
+Other = Float[np.ndarray, "other layer head"]
+"""Samples of the other kind, of another number."""
 HALVES = 200
 """Random halves of the samples."""
 
@@ -37,6 +39,7 @@ class Measure:
     """[layer, head] values of some samples."""
     distance: bool = False
     """Smaller is more similar."""
+    limits: tuple[float, float] = (0.0, 1.0)
     by_head: bool = True
     """It depends on which head has which value, so that exchanging heads is a test."""
 
@@ -72,13 +75,13 @@ def measures(threshold: float) -> list[Measure]:
     """Measures of the paper's comparison; a head is in a set if its mean score is above `threshold`."""
     return [
         Measure(f"Jaccard, score > {threshold:g}", lambda a, b: jaccard(a > threshold, b > threshold)),
-        Measure("Spearman", spearman),
+        Measure("Spearman", spearman, limits=(-1.0, 1.0)),
         Measure("Jensen-Shannon distance", shannon, distance=True),
         Measure("Wasserstein distance of scores", wasserstein, distance=True, by_head=False),
     ]
 
 
-def compare_scores(compared: Sequence[Measure], a: Scored, b: Scored, seed: int, draws: int) -> pd.DataFrame:
+def compare_scores(compared: Sequence[Measure], a: Scored, b: Other, seed: int, draws: int) -> pd.DataFrame:
     """Compare two scorings of the same heads, each by its samples, one row per measure.
 
     Columns: `value` with `low` and `high` (95%, over samples); `chance`, its mean where one kind's values are permuted
@@ -91,7 +94,7 @@ def compare_scores(compared: Sequence[Measure], a: Scored, b: Scored, seed: int,
     different = different_p(compared, a, b, seed, draws)
     rows = []
     for i, measure in enumerate(compared):
-        found = half_sampling(partial(_of_samples, measure), a, b, seed=seed, draws=HALVES)
+        found = over_samples(measure, a, b, seed)
         chance, more, less = against_chance(measure, measure.values(a), measure.values(b), seed, draws)
         rows.append(
             {"measure": measure.name, "value": found.value, "low": found.low, "high": found.high}
@@ -99,6 +102,13 @@ def compare_scores(compared: Sequence[Measure], a: Scored, b: Scored, seed: int,
             | {"halves": halves[i], "same heads": same[i], "p different": different[i]}
         )
     return pd.DataFrame(rows)
+
+
+def over_samples(measure: Measure, a: Scored, b: Other, seed: int) -> Estimate:
+    """A measure with its 95% interval over the samples of both kinds."""
+    found = half_sampling(partial(_of_samples, measure), a, b, seed=seed, draws=HALVES)
+    low, high = np.clip([found.low, found.high], *measure.limits)
+    return Estimate(found.value, float(low), float(high), found.n)
 
 
 def against_chance(
@@ -119,7 +129,7 @@ def against_chance(
 
 
 def noise_ceiling(
-    compared: Sequence[Measure], a: Scored, b: Scored, seed: int, draws: int = HALVES
+    compared: Sequence[Measure], a: Scored, b: Other, seed: int, draws: int = HALVES
 ) -> tuple[list[float], list[float]]:
     """Each measure of both kinds in halves of their samples, and of one kind with itself in its other half."""
     rng = np.random.default_rng([seed, 17])
@@ -132,7 +142,7 @@ def noise_ceiling(
     return [_mean(x) for x in np.transpose(across)], [_mean(x) for x in np.transpose(within)]
 
 
-def different_p(compared: Sequence[Measure], a: Scored, b: Scored, seed: int, draws: int) -> list[float]:
+def different_p(compared: Sequence[Measure], a: Scored, b: Other, seed: int, draws: int) -> list[float]:
     """One-sided p, for each measure, of the hypothesis that samples of both kinds give every head the same scores."""
     rng, pooled = np.random.default_rng([seed, 18]), np.concatenate([a, b])
     drawn = np.empty((draws, len(compared)))
@@ -147,7 +157,7 @@ def different_p(compared: Sequence[Measure], a: Scored, b: Scored, seed: int, dr
     ]
 
 
-def _of_samples(measure: Measure, a: Scored, b: Scored) -> float:
+def _of_samples(measure: Measure, a: Scored, b: Other) -> float:
     return measure.of(measure.values(a), measure.values(b))
 
 

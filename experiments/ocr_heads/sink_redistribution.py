@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -24,7 +25,7 @@ def sink(study: Study, config: SinkConfig) -> Finding:
     """Answer every task unchanged, and with the sink scaled by every beta in OCR, retrieval and random heads."""
     check_counts(study, config.sink_heads, "sink-heads")
     conditions = sink_conditions(study, config)
-    tasks = study.asked(changed.tasks_of(study, config))
+    tasks = changed.tasks_of(study, config)
     shares = sink_attention(study, tasks)
     answers = changed.answer_all(study, tasks, conditions, "sink")
     summary = effects.summarize(answers, conditions, config.seed)
@@ -56,7 +57,7 @@ def sink(study: Study, config: SinkConfig) -> Finding:
         ),
     }
     figures = {"sink": (plots.over_beta(summary.loc[summary["chosen"]]), caption)}
-    lines = [*notes, "", *_beta_lines(summary, tests)]
+    lines = [*notes, "", *_beta_lines(effects.without_repeats(summary, conditions), tests)]
     return Finding("Sink redistribution", lines, about, figures, tables, _answer(study, config, summary, tests))
 
 
@@ -84,18 +85,30 @@ def _answer(study: Study, config: SinkConfig, summary: pd.DataFrame, tests: pd.D
 
 
 def _beta_lines(summary: pd.DataFrame, tests: pd.DataFrame) -> list[str]:
-    """One line for each task, kind and beta."""
-    own, lines = summary[summary["chosen"]], []
+    """One line for each kind of heads and beta, all tasks side by side."""
+    own = summary.loc[summary["chosen"]]
     own_tests = tests.loc[tests["chosen"]].drop_duplicates(["task", "condition"]).set_index(["task", "condition"])
-    for task in dict.fromkeys(own["task"]):
-        here = own.loc[own["task"] == task]
-        unchanged = next(each_row(here))
-        lines.append(f"  {task} ({unchanged.metric}, {unchanged.n} samples): unchanged {effects.interval(unchanged)}")
-        for row in each_row(here.loc[here["condition"].str.startswith("top")]):
-            key = (task, row.condition)
-            words = f"  {effects.test_words(own_tests.loc[key])}" if key in own_tests.index else ""
-            lines.append(f"    {row.condition:26s}  {effects.interval(row)}{words}")
+    unchanged = [f"{row.task} {effects.interval(row)}, {row.metric}" for row in each_row(own) if _is_unchanged(row)]
+    lines = [f"  unchanged: {'; '.join(unchanged)}"]
+    if len(own_tests):
+        lines.append("  points more than random heads, with 95% interval and one-sided p for better")
+    for name in dict.fromkeys(own.loc[own["condition"].str.startswith("top"), "condition"]):
+        cells = []
+        for row in each_row(own.loc[own["condition"] == name]):
+            key = (row.task, name)
+            tested = f" {_test(own_tests.loc[key])}" if key in own_tests.index else ""
+            cells.append(f"{row.task} {row.value:.1%}{tested}")
+        lines.append(f"    {name:26s}  {'   '.join(cells)}")
     return lines
+
+
+def _is_unchanged(row: Any) -> bool:
+    return row.condition == changed.UNCHANGED.name
+
+
+def _test(test: Any) -> str:
+    points = (f"{100 * x:+.1f}" for x in (test.difference, test.low, test.high))
+    return "{} ({} to {}), p = {:.3f}".format(*points, test.p)
 
 
 def redistribution(model: HookedVLM, beta: float, compat: bool) -> Callable[[tuple[Head, ...]], RedistributeSink]:

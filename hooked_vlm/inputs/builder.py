@@ -13,7 +13,7 @@ from hooked_vlm.inputs.batching import left_pad, left_padding_mask
 from hooked_vlm.inputs.context_length import too_long_message
 from hooked_vlm.inputs.image_processor import ImageProcessor
 from hooked_vlm.inputs.messages import Messages, as_images, as_prompts, as_videos, per_prompt
-from hooked_vlm.inputs.pictures import Bounds, Pictures, bound_pixels, prepare_pictures
+from hooked_vlm.inputs.pixels import Bounds, Pictures, bound_pixels, prepare_pictures
 from hooked_vlm.inputs.prompts import Prompt, check_placeholders, expand_placeholders, read_prompt
 from hooked_vlm.inputs.templates import template_named
 from hooked_vlm.inputs.text import TextCodec, check_ids

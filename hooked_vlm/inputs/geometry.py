@@ -30,8 +30,44 @@ class ImageSize(NamedTuple):
     height: int
 
 
+class _TokensInBox:
+    """Tokens by the boxes that they overlap, for every kind of grid."""
+
+    def tokens_of(self, part: Part) -> range:
+        """Numbers of the tokens of a part."""
+        raise NotImplementedError
+
+    def overlaps(
+        self, box: Box, of: Literal["box", "token"] = "box", truncate: bool = False
+    ) -> Float[np.ndarray, "tokens"]:
+        """The share of the box that lies in each token."""
+        raise NotImplementedError
+
+    def tokens_in_box(
+        self,
+        box: Box,
+        min_overlap: float | int = 0.0,
+        of: Literal["box", "token"] = "box",
+        truncate: bool = False,
+        part: Part = "all",
+    ) -> list[int]:
+        """Tokens of a part whose `overlaps(box, of, truncate)` is greater than `min_overlap`, in rising order.
+
+        With 0, every token that shares any area with the box. The OCR-heads paper uses 0.1; its code 0.001
+        with `truncate=True`. A box that covers many tokens may leave none above a threshold `of="box"`.
+
+        Raises:
+            GeometryError: see `overlaps`; `min_overlap` is not in [0, 1); or there is no such part.
+        """
+        if not 0 <= min_overlap < 1:
+            raise GeometryError(f"min_overlap is a share of the {of}'s area, 0 <= min_overlap < 1, got {min_overlap}")
+        tokens = self.tokens_of(part)
+        shares = self.overlaps(box, of, truncate)[tokens.start : tokens.stop]
+        return (np.flatnonzero(shares > min_overlap) + tokens.start).tolist()
+
+
 @dataclass(frozen=True)
-class ImageGrid:
+class ImageGrid(_TokensInBox):
     """One image (or video) as tokens.
 
     The processor stretches the image to whole patches; a `merge_size` x `merge_size` block of patches becomes
@@ -84,6 +120,13 @@ class ImageGrid:
         return ImageSize(self.grid_thw[2] * self.patch_size, self.grid_thw[1] * self.patch_size)
 
     # tokens
+
+    def tokens_of(self, part: Part) -> range:
+        """Numbers of the tokens of a part; all of them, since an image seen whole has no thumbnail."""
+        _check_part(part)
+        if part == "thumbnail":
+            raise GeometryError("this model sees images whole: there is no thumbnail")
+        return range(self.n_tokens)
 
     def index(self, row: int, col: int, frame: int = 0) -> int:
         """Number of a token in the image. Raises `GeometryError` if there is no such token."""
@@ -148,26 +191,6 @@ class ImageGrid:
         )
         return np.tile(np.outer(row_shares, col_shares).ravel(), self.frames)
 
-    def tokens_in_box(
-        self,
-        box: Box,
-        min_overlap: float | int = 0.0,
-        of: Literal["box", "token"] = "box",
-        truncate: bool = False,
-        part: Part = "all",
-    ) -> list[int]:
-        """Tokens whose `overlaps(box, of, truncate)` is greater than `min_overlap`, in rising order.
-
-        With 0, every token that shares any area with the box. The OCR-heads paper uses 0.1; its code 0.001
-        with `truncate=True`. A box that covers many tokens may leave none above a threshold `of="box"`.
-
-        Raises:
-            GeometryError: see `overlaps`; `min_overlap` is not in [0, 1); or part="thumbnail".
-        """
-        _refuse_thumbnail(part)
-        _check_share(min_overlap, of)
-        return np.flatnonzero(self.overlaps(box, of, truncate) > min_overlap).tolist()
-
     # patches and pictures
 
     def patch_order(self) -> Int[np.ndarray, "patches 3"]:
@@ -184,7 +207,7 @@ class ImageGrid:
         self, values: Shaped[np.ndarray | torch.Tensor, "*lead tokens"], part: Part = "all"
     ) -> Shaped[np.ndarray, "*lead frames rows cols"]:
         """Lay one value per token out as the picture (a tensor is moved to the CPU, bfloat16 as float32)."""
-        _refuse_thumbnail(part)
+        self.tokens_of(part)  # refuses a thumbnail
         if isinstance(values, torch.Tensor):
             values = values.detach().cpu()
             values = (values.float() if values.dtype == torch.bfloat16 else values).numpy()
@@ -224,18 +247,13 @@ class ImageGrid:
         return corners
 
 
-def _refuse_thumbnail(part: Part) -> None:
-    if part == "thumbnail":
-        raise GeometryError("this model sees images whole: there is no thumbnail")
-
-
-def _check_share(min_overlap: float | int, of: str) -> None:
-    if not 0 <= min_overlap < 1:
-        raise GeometryError(f"min_overlap is a share of the {of}'s area, 0 <= min_overlap < 1, got {min_overlap}")
+def _check_part(part: Part) -> None:
+    if part not in ("all", "tiles", "thumbnail"):
+        raise GeometryError(f'part must be "all", "tiles" or "thumbnail", got {part!r}')
 
 
 @dataclass(frozen=True)
-class TileGrid:
+class TileGrid(_TokensInBox):
     """One image cut into tiles, as tokens.
 
     The processor stretches the image to `layout` square tiles; each becomes a square of tokens. Tokens are
@@ -297,9 +315,8 @@ class TileGrid:
 
     def tokens_of(self, part: Part) -> range:
         """Numbers of the tokens of a part."""
+        _check_part(part)
         of_tiles = self.rows * self.cols
-        if part not in ("all", "tiles", "thumbnail"):
-            raise GeometryError(f'part must be "all", "tiles" or "thumbnail", got {part!r}')
         return range(of_tiles if part == "thumbnail" else 0, of_tiles if part == "tiles" else self.n_tokens)
 
     def is_thumbnail(self, index: int) -> bool:
@@ -328,20 +345,6 @@ class TileGrid:
         if self.thumbnail:
             shares.append(self.overview.overlaps(box, of, truncate)[self._raster_of_thumbnail()])
         return np.concatenate(shares)
-
-    def tokens_in_box(
-        self,
-        box: Box,
-        min_overlap: float | int = 0.0,
-        of: Literal["box", "token"] = "box",
-        truncate: bool = False,
-        part: Part = "all",
-    ) -> list[int]:
-        """As `ImageGrid.tokens_in_box`, among the tokens of a part."""
-        _check_share(min_overlap, of)
-        tokens = self.tokens_of(part)
-        shares = self.overlaps(box, of, truncate)[tokens.start : tokens.stop]
-        return (np.flatnonzero(shares > min_overlap) + tokens.start).tolist()
 
     # pictures
 

@@ -162,18 +162,19 @@ def locate_visuals(
     """
     tokens = tokens.cpu()
     visuals: list[Visual] = []
-    for kind, token_id, grid_thw in (
+    kinds: tuple[tuple[Kind, int | None, Tensor | None], ...] = (
         ("image", spec.image_token_id, image_grid_thw),
         ("video", spec.video_token_id, video_grid_thw),
-    ):
+    )
+    for kind, token_id, grid_thw in kinds:
         grids = [] if grid_thw is None else _checked_grids(kind, grid_thw, spec.merge_size)
         at = (tokens == token_id).nonzero().tolist() if token_id is not None else []
-        expected = sum(spec.n_tokens(g) for g in grids)  # type: ignore[arg-type]
+        expected = sum(spec.n_tokens(g) for g in grids)
         if len(at) != expected:
             raise InputError(_mismatch(kind, len(at), expected, len(grids)))
         done = 0
         for index, grid in enumerate(grids):
-            n = spec.n_tokens(grid)  # type: ignore[arg-type]
+            n = spec.n_tokens(grid)
             (row, start), (last_row, last) = at[done], at[done + n - 1]
             if last_row != row or last != start + n - 1:
                 raise InputError(
@@ -182,7 +183,7 @@ def locate_visuals(
                 )
             if not first[row] <= start < stop[row]:
                 raise InputError(f"the placeholders of {kind} {index} lie under the padding of row {row}")
-            visuals.append(Visual(kind, index, row, start, n, grid))  # type: ignore[arg-type]
+            visuals.append(Visual(kind, index, row, start, n, grid))
             done += n
     return tuple(sorted(visuals, key=lambda v: (v.row, v.start)))
 

@@ -90,6 +90,7 @@ def test_batches_of_padded_rows_and_many_pictures_differ_by_rounding(model: Hook
     compare(model, acts, lambda found, expected: torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4))
 
 
+@pytest.mark.repeats_shapes
 def test_the_index_says_what_the_inputs_say(model: HookedVLM, tmp_path: Path) -> None:
     index = stream(model, tmp_path / "acts").index
     seen: set[Any] = set()
@@ -152,6 +153,7 @@ def test_patches_lie_where_the_picture_has_them(model: HookedVLM, tmp_path: Path
         ((0, -1), lambda t: (t["position"] == 0) | (t["position"] == t.groupby("sample")["position"].transform("max"))),
     ],
 )
+@pytest.mark.repeats_shapes
 def test_chosen_tokens_are_those_rows_of_all(tokens: Any, meant: Any, tmp_path: Path) -> None:
     model = model_of("toy-qwen2-vl")
     names = ["blocks.1.hook_resid_post", "hook_image_features"]

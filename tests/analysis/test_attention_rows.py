@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from tiny import ONE_IMAGE, PADDED, TEXT, inputs, tiny_model
+from tiny_qwen2_vl import ONE_IMAGE, PADDED, TEXT, inputs, tiny_model
 
 from hooked_vlm import InputError
 from hooked_vlm.analysis.rows import attention_rows, generate_with_rows

@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file
-from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
 
 TEXT = {
     "vocab_size": 60,
@@ -61,8 +61,10 @@ class Tiny:
 
 def make_tiny(folder: Path, tied: bool, dtype: torch.dtype = torch.float32) -> Tiny:
     torch.manual_seed(0)
-    config = Qwen2VLConfig(text_config=deepcopy(TEXT), vision_config=dict(VISION), tie_word_embeddings=tied, **IDS)
-    model: Any = Qwen2VLForConditionalGeneration(config).eval()
+    config = transformers.Qwen2VLConfig(
+        text_config=deepcopy(TEXT), vision_config=dict(VISION), tie_word_embeddings=tied, **IDS
+    )
+    model: Any = transformers.Qwen2VLForConditionalGeneration(config).eval()
     with torch.no_grad():
         for parameter in model.parameters():  # biases and norms start as constants: a mix-up would not show
             parameter.normal_()

@@ -4,8 +4,8 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-import tiny
 import tiny_internvl
+import tiny_qwen2_vl as tiny
 import torch
 from torch import Tensor
 

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 from tiny_internvl import CASES, IMAGE, KINDS, by_hand, for_hf, hf_batch, original_config, tiny_config, tiny_hf
-from transformers import AutoModelForCausalLM, InternVLConfig, InternVLForConditionalGeneration
 
 from hooked_vlm import CheckpointError, HookedVLM
 from hooked_vlm.converters import KNOWN_MODELS, converter_for, internvl
@@ -27,12 +27,12 @@ def original(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[str, Path]
 @lru_cache
 @torch.no_grad()
 def reference(kind: str) -> torch.Tensor:
-    return tiny_hf(kind)(**for_hf(hf_batch(CASES["one-tile"]))).logits
+    return tiny_hf(kind)(**for_hf(hf_batch(CASES["one-image"]))).logits
 
 
 @torch.no_grad()
 def logits(model: HookedVLM) -> torch.Tensor:
-    return model(model.inputs_from_hf(hf_batch(CASES["one-tile"])))
+    return model(model.inputs_from_hf(hf_batch(CASES["one-image"])))
 
 
 def test_the_published_layout_gives_the_references_numbers(original: tuple[str, Path]) -> None:
@@ -57,9 +57,11 @@ def test_saving_in_the_published_layout_is_bit_exact(original: tuple[str, Path],
 def test_saving_for_transformers_and_loading_it_there(original: tuple[str, Path], tmp_path: Path) -> None:
     kind, folder = original
     HookedVLM.from_pretrained(folder).save_pretrained(tmp_path / "hf", layout="hf")
-    hf = InternVLForConditionalGeneration.from_pretrained(tmp_path / "hf", attn_implementation="eager").eval()
+    hf = transformers.InternVLForConditionalGeneration.from_pretrained(
+        tmp_path / "hf", attn_implementation="eager"
+    ).eval()
     with torch.no_grad():
-        theirs = hf(**for_hf(hf_batch(CASES["one-tile"]))).logits
+        theirs = hf(**for_hf(hf_batch(CASES["one-image"]))).logits
     torch.testing.assert_close(theirs, reference(kind), atol=2e-5, rtol=0)
     names = load_file(tmp_path / "hf" / "model.safetensors").keys()
     assert all(n.startswith(("language_model.", "vision_tower.", "multi_modal_projector.")) for n in names)
@@ -110,7 +112,7 @@ def test_a_text_only_checkpoint_that_transformers_wrote(tied: bool, tmp_path: Pa
     config: Any = tiny_config("qwen2").text_config
     config.tie_word_embeddings = tied
     torch.manual_seed(0)
-    hf = AutoModelForCausalLM.from_config(config).eval()
+    hf = transformers.AutoModelForCausalLM.from_config(config).eval()
     hf.save_pretrained(tmp_path / "qwen2")
     model, tokens = HookedVLM.from_pretrained(tmp_path / "qwen2"), torch.arange(4, 30)[None]
     with torch.no_grad():
@@ -125,9 +127,9 @@ def test_a_text_only_checkpoint_that_transformers_wrote(tied: bool, tmp_path: Pa
 def test_known_sizes(name: str) -> None:
     """Against the reference implementation, without memory for the numbers."""
     known = KNOWN_MODELS[name]
-    config = InternVLConfig(**internvl.published_config(known.config, layout="hf"))
+    config = transformers.InternVLConfig(**internvl.published_config(known.config, layout="hf"))
     with torch.device("meta"):
-        model = InternVLForConditionalGeneration(config)
+        model = transformers.InternVLForConditionalGeneration(config)
     assert sum(parameter.numel() for parameter in model.parameters()) == known.n_params
     in_original = set(internvl._table(*_parts(known.config), "original"))
     assert all(entry.theirs.startswith(("language_model.", "vision_model.", "mlp1.")) for entry in in_original)
@@ -218,7 +220,7 @@ def test_pixel_shuffle_v1_transposes_the_tokens_of_a_tile() -> None:
     assert v1.cfg.vision is not None
     v1.cfg = v1.cfg.with_(vision=type(v1.cfg.vision)(**internvl.config_kwargs(config)["vision"]))
     with torch.no_grad():
-        batch = hf_batch(CASES["one-tile"])
+        batch = hf_batch(CASES["one-image"])
         row_by_row, column_by_column = (m.encode_images(m.inputs_from_hf(batch)).view(4, 4, -1) for m in (v2, v1))
     assert torch.equal(row_by_row, column_by_column.transpose(0, 1))
     with pytest.raises(CheckpointError, match="v1"):

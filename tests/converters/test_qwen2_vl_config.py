@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import save_file
-from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
 
 from hooked_vlm.config import VisionConfig, VLMConfig
 from hooked_vlm.converters import KNOWN_MODELS, converter_for, qwen2_vl
@@ -29,7 +29,7 @@ RESAVED_ROPE = {"mrope_section": [16, 24, 24], "rope_type": "default", "type": "
 
 def reference(config: dict[str, Any]) -> Any:
     """As transformers reads it."""
-    return Qwen2VLConfig(**deepcopy(config))
+    return transformers.Qwen2VLConfig(**deepcopy(config))
 
 
 def test_every_form_gives_the_values_of_the_model(tiny: Any, form: Form) -> None:
@@ -268,7 +268,7 @@ def test_transformers_loads_the_published_form_with_equal_weights(tiny: Any, for
     save_file(theirs, tmp_path / "model.safetensors", metadata={"format": "pt"})
     (tmp_path / "config.json").write_text(json.dumps(qwen2_vl.published_config(config)))
     loaded: Any
-    loaded, report = Qwen2VLForConditionalGeneration.from_pretrained(tmp_path, output_loading_info=True)  # pyright: ignore[reportGeneralTypeIssues]
+    loaded, report = transformers.Qwen2VLForConditionalGeneration.from_pretrained(tmp_path, output_loading_info=True)  # pyright: ignore[reportGeneralTypeIssues]
     assert not any(report[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     assert loaded.state_dict().keys() == tiny.in_memory.keys()
     assert all(torch.equal(tensor, tiny.in_memory[name]) for name, tensor in loaded.state_dict().items())
@@ -316,7 +316,7 @@ def test_known_sizes(name: str) -> None:
     """Against the reference implementation without memory for the numbers."""
     known = KNOWN[name]
     with torch.device("meta"):
-        model = Qwen2VLForConditionalGeneration(reference(known.config))
+        model = transformers.Qwen2VLForConditionalGeneration(reference(known.config))
     assert sum(parameter.numel() for parameter in model.parameters()) == known.n_params
     ours = qwen2_vl.from_hf(model.state_dict(), known.config)
     assert sum({id(tensor): tensor.numel() for tensor in ours.values()}.values()) == known.n_params

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from tiny import reading_model
+from tiny_qwen2_vl import reading_model
 from torch import Tensor
 
 from hooked_vlm import HookedVLM, InputError

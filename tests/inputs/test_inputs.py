@@ -3,10 +3,10 @@
 from dataclasses import FrozenInstanceError, replace
 
 import pytest
-import tiny
+import tiny_qwen2_vl as tiny
 import torch
 from PIL import Image
-from tiny import IMAGE, VISION_END, VISION_START
+from tiny_qwen2_vl import IMAGE, VISION_END, VISION_START
 
 from hooked_vlm import InputError, VLMInputs
 

@@ -12,7 +12,7 @@ from families import bundled
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from tiny import reading_model
+from tiny_qwen2_vl import reading_model
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from hooked_vlm import HookedVLM, ImageError, InputError, VLMInputs

@@ -5,9 +5,9 @@ from itertools import pairwise
 from typing import Any
 
 import pytest
-import tiny
+import tiny_qwen2_vl as tiny
 import torch
-from tiny import IMAGE, VIDEO, VISION_END, VISION_START, tiny_model
+from tiny_qwen2_vl import IMAGE, VIDEO, VISION_END, VISION_START, tiny_model
 
 Row = list[Any]
 

@@ -7,10 +7,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import transformers
 from families import bundled
 from PIL import Image
-from tiny import randomise, reading_model
-from transformers import Qwen2Config, Qwen2ForCausalLM
+from tiny import randomise
+from tiny_qwen2_vl import reading_model
 
 from hooked_vlm import HookedVLM, InputError
 
@@ -46,11 +47,11 @@ def language_model(template: str) -> Any:
     """A language model alone, with the toy models' tokenizer and a chat template."""
     tokenizer = deepcopy(reading_model().tokenizer)
     tokenizer.chat_template = template
-    config = Qwen2Config(
+    config = transformers.Qwen2Config(
         vocab_size=len(tokenizer), hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
         num_key_value_heads=2, tie_word_embeddings=False,
     )  # fmt: skip
-    hf = Qwen2ForCausalLM(config).eval()
+    hf = transformers.Qwen2ForCausalLM(config).eval()
     randomise(hf)
     return HookedVLM.from_hf(hf, tokenizer)
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tiny import reading_model
+from tiny_qwen2_vl import reading_model
 
 from hooked_vlm import ImageError
 from hooked_vlm.inputs import remote

@@ -210,7 +210,7 @@ def test_a_box_lies_in_tiles_and_in_the_thumbnail() -> None:
 def test_inputs_of_unknown_image_size_have_no_geometry_of_tiles() -> None:
     from tiny_internvl import CASES, hf_batch
 
-    inputs = tiny_model("qwen2").inputs_from_hf(hf_batch(CASES["images-of-different-tiles"]))
+    inputs = tiny_model("qwen2").inputs_from_hf(hf_batch(CASES["images-of-two-sizes"]))
     with pytest.raises(ValueError, match="Hugging Face"):
         inputs.image_grid(0)
     assert inputs.image_grid(1).n_tokens == 16 and inputs.tokens_in_box(1, (0, 0, 8, 8)) == [inputs.image_tokens(1)[0]]

@@ -14,7 +14,7 @@ from families import bundled
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from tiny import reading_model
+from tiny_qwen2_vl import reading_model
 
 from hooked_vlm import ImageError, InputError
 from hooked_vlm.inputs import videos

@@ -4,9 +4,9 @@ from typing import Any
 
 import pytest
 import torch
-from every_kind import KINDS, of_every_kind, some_of_the_image
+from every_kind import HEADS, KINDS, of_every_kind, some_of_the_image
 from families import ROWS, model_and_inputs
-from tiny import PADDED, inputs, tiny_model
+from tiny_qwen2_vl import PADDED, inputs, tiny_model
 from torch import Tensor
 
 from hooked_vlm import InputError
@@ -33,13 +33,6 @@ from hooked_vlm.interventions.attention import all_heads
 from hooked_vlm.interventions.base import position_table
 from hooked_vlm.nn.attention import attention_scores
 from hooked_vlm.nn.forward_pass import inputs_rotation
-
-HEADS = ((0, 1), (1, 0), (1, 3), (2, 2))
-
-
-@pytest.fixture(params=["qwen2-vl", "internvl2"])
-def family(request: pytest.FixtureRequest) -> str:
-    return request.param
 
 
 @pytest.fixture(params=list(ROWS))
@@ -449,6 +442,7 @@ def test_several_at_one_point_act_in_order() -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("rows", ["one image", "padded"])
+@pytest.mark.repeats_shapes
 def test_generation_under_an_intervention_equals_passes_without_a_cache(family: str, rows: str, kind: str) -> None:
     model, batch = model_and_inputs(family, rows)
     iv = of_every_kind(model, batch)[kind]
@@ -467,6 +461,7 @@ def test_generation_under_an_intervention_equals_passes_without_a_cache(family: 
 
 
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.repeats_shapes
 def test_inputs_and_model_are_as_before(family: str, kind: str) -> None:
     model, batch = model_and_inputs(family, "padded")
     with torch.no_grad():

@@ -7,7 +7,7 @@ import pytest
 import torch
 from every_kind import KINDS, of_every_kind
 from families import inputs_of, tiny_model
-from tiny import inputs as tiny_inputs
+from tiny_qwen2_vl import inputs as tiny_inputs
 
 from hooked_vlm import InputError
 from hooked_vlm.interventions import AddVector, PatchActivation, ZeroHeads
@@ -47,6 +47,7 @@ def test_hooks_of_other_inputs_are_refused(model: Any, family: str, kind: str, o
 
 @torch.no_grad()
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.repeats_shapes
 def test_hooks_run_on_equal_layouts_and_on_rows_with_tokens_appended(model: Any, family: str, kind: str) -> None:
     own, kinds = kinds_of(family)
     intervention = kinds[kind]
@@ -129,6 +130,7 @@ def test_an_image_of_another_shape_with_as_many_tokens_is_another() -> None:
 
 @torch.no_grad()
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.repeats_shapes
 def test_interventions_act_on_every_sample_of_every_row(model: Any, family: str, kind: str) -> None:
     batch = inputs_of(family, [ROW, [11, 12, 13]])
     intervention = of_every_kind(model, batch)[kind]

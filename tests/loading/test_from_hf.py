@@ -10,7 +10,7 @@ import torch
 from accelerate import cpu_offload
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
-from tiny import PADDED, hf_batch, tiny_hf
+from tiny_qwen2_vl import PADDED, hf_batch, tiny_hf
 from torch import nn
 
 from hooked_vlm import CheckpointError, HookedVLM

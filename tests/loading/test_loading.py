@@ -8,10 +8,11 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file
-from tiny import PADDED, STOP, hf_batch, inputs, reading_model, tiny_hf, tiny_model
+from tiny import STOP
+from tiny_qwen2_vl import PADDED, hf_batch, inputs, reading_model, tiny_hf, tiny_model
 from torch import Tensor
-from transformers import AutoTokenizer, Qwen2VLForConditionalGeneration
 
 from hooked_vlm import HookedVLM
 from hooked_vlm.converters import KNOWN_MODELS, converter_for
@@ -67,7 +68,9 @@ def test_a_saved_folder_loads_in_transformers_and_here_bit_for_bit(
     hf = deepcopy(tiny_hf(tied)).to(dtype)
     model, folder = HookedVLM.from_hf(hf), tmp_path / "ours"
     model.save_pretrained(folder)
-    loaded: Any = Qwen2VLForConditionalGeneration.from_pretrained(folder, dtype="auto", output_loading_info=True)
+    loaded: Any = transformers.Qwen2VLForConditionalGeneration.from_pretrained(
+        folder, dtype="auto", output_loading_info=True
+    )
     theirs, report = loaded
     assert not any(report[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     equal(dict(theirs.state_dict()), dict(hf.state_dict()))
@@ -107,7 +110,7 @@ def test_tokenizer_and_image_processor_are_saved_along(tmp_path: Path) -> None:
     assert again.image_processor == model.image_processor
     messages = [{"role": "user", "content": "What is the value of a"}]
     assert torch.equal(again.to_inputs(messages).tokens, model.to_inputs(messages).tokens)
-    theirs = AutoTokenizer.from_pretrained(tmp_path / "ours")
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "ours")
     assert theirs.apply_chat_template(messages, tokenize=False) == model.tokenizer.apply_chat_template(
         messages, tokenize=False
     )
@@ -189,6 +192,7 @@ def test_an_unsupported_architecture_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", KNOWN_MODELS)
+@pytest.mark.repeats_shapes
 def test_published_sizes_have_the_published_number_of_parameters(name: str) -> None:
     known = KNOWN_MODELS[name]
     cfg = model_config(converter_for(known.config), known.config, {})

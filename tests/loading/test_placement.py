@@ -11,7 +11,7 @@ import pytest
 import torch
 from families import FAMILIES, model_and_inputs
 from pretend_devices import FIRST, SECOND, PretendDevices
-from tiny import PADDED, inputs, tiny_model
+from tiny_qwen2_vl import PADDED, inputs, tiny_model
 from torch import Tensor
 
 from hooked_vlm import HookedVLM, sweep
@@ -217,6 +217,7 @@ WORK += [patching, generation, rows, lenses, weights]
 
 
 @pytest.mark.parametrize("work", WORK, ids=lambda work: work.__name__)
+@pytest.mark.repeats_shapes
 @torch.no_grad()
 def test_a_spread_model_computes_what_one_device_computes(models: Any, work: Callable[[Any, Any], Any]) -> None:
     family, plain, spread, devices = models

@@ -102,6 +102,7 @@ def test_logits_are_those_of_a_float_model_with_the_rounded_weights(models: Any)
     assert torch.equal(new, reference.generate(inputs, 3, stop_at_eos=False))
 
 
+@pytest.mark.repeats_shapes
 @torch.no_grad()
 def test_every_hook_fires_an_identity_changes_nothing_and_an_edit_something(models: Any) -> None:
     _, plain, quantised, inputs = models
@@ -190,8 +191,11 @@ def test_quantised_weights_take_a_quarter_of_the_memory(models: Any) -> None:
 @pytest.mark.parametrize("bits", ["int8", "int4"])
 def test_quantised_weights_on_an_accelerator(bits: str, tmp_path: Path) -> None:
     import tiny
+    import tiny_qwen2_vl
+    import transformers
 
-    wide: Any = tiny.Qwen2VLForConditionalGeneration(tiny.tiny_config(hidden_size=256, intermediate_size=512))
+    config = tiny_qwen2_vl.tiny_config(hidden_size=256, intermediate_size=512)
+    wide: Any = transformers.Qwen2VLForConditionalGeneration(config)
     tiny.randomise(wide)
     HookedVLM.from_hf(wide.to(torch.bfloat16)).save_pretrained(tmp_path / "model")
     plain = HookedVLM.from_pretrained(tmp_path / "model", device="cuda")

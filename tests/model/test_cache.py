@@ -5,7 +5,7 @@ import pickle
 
 import numpy as np
 import pytest
-import tiny
+import tiny_qwen2_vl as tiny
 import torch
 from safetensors.torch import save_file
 from transformer_lens import ActivationCache

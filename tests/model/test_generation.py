@@ -5,10 +5,10 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import (
+from tiny import PAD
+from tiny_qwen2_vl import (
     LONG_VIDEO,
     ONE_IMAGE,
-    PAD,
     PADDED,
     TEXT,
     TWO_IMAGES,

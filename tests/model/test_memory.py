@@ -4,8 +4,8 @@ import math
 from typing import Any
 
 import pytest
-import tiny
 import tiny_internvl
+import tiny_qwen2_vl as tiny
 import torch
 from PIL import Image
 from torch import Tensor
@@ -119,6 +119,7 @@ def test_allocations_are_counted_until_they_are_freed() -> None:
 # ---------------------------------------------------------------- GPUs
 
 
+@pytest.mark.repeats_shapes
 def test_a_plan_needs_no_weights_and_knows_the_published_sizes() -> None:
     for name, known in KNOWN_MODELS.items():
         model = HookedVLM.without_weights(name)
@@ -151,6 +152,7 @@ def test_gpus_by_hand() -> None:
     assert n_gpus(model, prompt, torch.bfloat16, 2 * 10**9) is None
 
 
+@pytest.mark.repeats_shapes
 def test_more_to_store_never_needs_fewer_gpus() -> None:
     model = HookedVLM.without_weights("OpenGVLab/InternVL2-26B")
     prompt = prompt_with_picture(model, 4096)

@@ -3,8 +3,8 @@
 from typing import Any
 
 import pytest
-import tiny
 import tiny_internvl
+import tiny_qwen2_vl as tiny
 import torch
 from families import model_and_inputs, own_copy
 from torch import Tensor

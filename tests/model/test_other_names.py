@@ -7,8 +7,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from families import bundled, inputs_of, tiny_model
-from tiny import PADDED, TEXT, inputs
-from tiny import tiny_model as tiny_qwen
+from tiny_qwen2_vl import PADDED, TEXT, inputs
+from tiny_qwen2_vl import tiny_model as tiny_qwen
 
 from hooked_vlm import CheckpointError, HookedVLM, InputError
 from hooked_vlm.inputs.other_names import ARGUMENTS, ATTRIBUTES, LOADING

@@ -8,9 +8,11 @@ from typing import Any
 import pytest
 import tiny_internvl
 import torch
-from tiny import CASES, hf_batch, in_dtype, inputs, published_positions, randomise, tiny_config, tiny_hf, tiny_model
+import transformers
+from families import KINDS
+from tiny import in_dtype, randomise
+from tiny_qwen2_vl import CASES, hf_batch, inputs, published_positions, tiny_config, tiny_hf, tiny_model
 from torch import Tensor
-from transformers import InternVLForConditionalGeneration, Qwen2VLConfig, Qwen2VLForConditionalGeneration
 
 from hooked_vlm import HookedVLM
 from hooked_vlm.converters import KNOWN_MODELS
@@ -23,9 +25,9 @@ EXPLICIT = [(f"blocks.{layer}.attn.hook_pattern", lambda pattern, hook: pattern)
 
 
 @lru_cache(maxsize=2)
-def rounded(dtype: torch.dtype) -> tuple[Any, Any]:
+def rounded(kind: str, dtype: torch.dtype) -> tuple[Any, Any]:
     """The reference in `dtype`, and in float64 with the same rounded weights."""
-    low = in_dtype(tiny_hf(), dtype)
+    low = in_dtype(KINDS[kind].hf(), dtype)
     return low, deepcopy(low).double()
 
 
@@ -34,25 +36,29 @@ def difference(a: Tensor, b: Tensor) -> float:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("case", ["images-of-two-sizes", "long-video"])
+@pytest.mark.parametrize(
+    ("kind", "case"),
+    [("qwen2-vl", "long-video"), *((kind, "images-of-two-sizes") for kind in KINDS if "tied" not in kind)],
+)
 @pytest.mark.parametrize("kernel", ["fused", "explicit"])
 @torch.no_grad()
-def test_rounding_errors_are_no_larger_than_the_references(dtype: torch.dtype, case: str, kernel: str) -> None:
-    low, exact = rounded(dtype)
+def test_rounding_errors_are_no_larger_than_the_references(
+    kind: str, case: str, dtype: torch.dtype, kernel: str
+) -> None:
+    (low, exact), family = rounded(kind, dtype), KINDS[kind]
     low.set_attn_implementation("sdpa" if kernel == "fused" else "eager")
     model = HookedVLM.from_hf(low)
     ours, theirs = [], []
     for seed in SEEDS:
-        batch = hf_batch(CASES[case], seed)
+        batch = family.batch(family.cases[case], seed)
         batch["input_ids"] = torch.where(batch["input_ids"] < 100, batch["input_ids"] + 10 * seed, batch["input_ids"])
-        positions = published_positions(batch)
-        truth = exact(**batch, position_ids=positions).logits
+        given = family.for_hf(batch)
+        truth = exact(**given).logits
         logits = model.run_with_hooks(model.inputs_from_hf(batch), fwd_hooks=EXPLICIT if kernel == "explicit" else [])
         assert logits.dtype is dtype
         ours.append(difference(logits, truth))
-        theirs.append(difference(low(**batch, position_ids=positions).logits, truth))
-    assert sum(ours) <= 1.03 * sum(theirs)
-    assert sum(ours) > 0
+        theirs.append(difference(low(**given).logits, truth))
+    assert 0 < sum(ours) <= 1.03 * sum(theirs)
 
 
 @pytest.mark.parametrize("case", ["one-image", "text", "video-and-image", "long-video"])
@@ -92,11 +98,13 @@ LONG, STEPS = 320, 24
 def long_family(family: str, dtype: torch.dtype) -> tuple[Any, Any, Any]:
     """The reference in `dtype`, in float64 with the same rounded weights, and ours in `dtype`; room for long texts."""
     if family == "qwen2-vl":
-        hf = Qwen2VLForConditionalGeneration._from_config(tiny_config(), attn_implementation="eager").eval()
+        hf = transformers.Qwen2VLForConditionalGeneration._from_config(
+            tiny_config(), attn_implementation="eager"
+        ).eval()
     else:
         config: Any = tiny_internvl.tiny_config("qwen2")
         config.text_config.max_position_embeddings = 512
-        hf = InternVLForConditionalGeneration._from_config(config, attn_implementation="eager").eval()
+        hf = transformers.InternVLForConditionalGeneration._from_config(config, attn_implementation="eager").eval()
     randomise(hf)
     low = in_dtype(hf, dtype)
     return low, deepcopy(low).double(), HookedVLM.from_hf(low)
@@ -115,6 +123,7 @@ def long_batch(family: str, seed: int) -> tuple[dict[str, Tensor], dict[str, Ten
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, pytest.param(torch.float16, marks=pytest.mark.full)], ids=str)
 @pytest.mark.parametrize("family", ["qwen2-vl", pytest.param("internvl2", marks=pytest.mark.full)])
+@pytest.mark.repeats_shapes
 @torch.no_grad()
 def test_over_long_texts_and_through_the_cache_errors_are_no_larger_than_the_references(
     family: str, dtype: torch.dtype
@@ -183,9 +192,9 @@ def image_features(reference: Any, batch: dict[str, Tensor]) -> Tensor:
 @torch.no_grad()
 def test_the_real_shape_of_qwen2_vl_2b_equals_the_reference() -> None:
     """Random weights in float32 (9 GB, shared by both): logits, every layer, the vision tower, greedy tokens."""
-    config = Qwen2VLConfig(**KNOWN_MODELS["Qwen/Qwen2-VL-2B-Instruct"].config)
+    config = transformers.Qwen2VLConfig(**KNOWN_MODELS["Qwen/Qwen2-VL-2B-Instruct"].config)
     config.dtype = torch.float32
-    hf: Any = Qwen2VLForConditionalGeneration._from_config(config, attn_implementation="sdpa").eval()
+    hf: Any = transformers.Qwen2VLForConditionalGeneration._from_config(config, attn_implementation="sdpa").eval()
     generator = torch.Generator().manual_seed(0)
     for parameter in hf.parameters():  # biases and norm weights start as zeros and ones
         if parameter.ndim == 1:

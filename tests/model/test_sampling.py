@@ -5,10 +5,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-import tiny
+import tiny_qwen2_vl as tiny
 import torch
 from families import bundled
-from tiny import ONE_IMAGE, PAD, PADDED, STOP, TEXT, hf_batch, inputs, tiny_hf, tiny_model
+from tiny import PAD, STOP
+from tiny_qwen2_vl import ONE_IMAGE, PADDED, TEXT, hf_batch, inputs, tiny_hf, tiny_model
 
 from hooked_vlm import HookedVLM, HookError, InputError
 from hooked_vlm.errors import NotFiniteError
@@ -64,6 +65,7 @@ def test_settings_change_tokens() -> None:
     ],
     ids=str,
 )
+@pytest.mark.repeats_shapes
 def test_the_checkpoints_settings_act_on_request_only(file: dict[str, Any]) -> None:
     """A plain greedy `generate` of `transformers` keeps the file's penalty; here the logits are the model's own."""
     hf = tiny_hf()

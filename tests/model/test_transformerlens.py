@@ -16,8 +16,8 @@ from typing import Any
 
 import pandas as pd
 import pytest
-import tiny
 import tiny_internvl
+import tiny_qwen2_vl as tiny
 import torch
 from families import model_and_inputs
 from torch import Tensor
@@ -299,6 +299,7 @@ def test_activation_patching_equals_a_patch_by_hand(tool):
     assert (results - true_difference(corrupt)).abs().max() > 1e-4  # the patches do something
 
 
+@pytest.mark.repeats_shapes
 @torch.no_grad()
 def test_whole_sweeps_and_every_reduction_have_the_right_shape_and_ends():
     cache = cached(clean)

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-import tiny
+import tiny_qwen2_vl as tiny
 import torch
 from families import model_and_inputs
 from torch import Tensor

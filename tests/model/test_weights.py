@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import ONE_IMAGE, PADDED, hf_batch, inputs, tiny_hf, tiny_model
+from tiny_qwen2_vl import ONE_IMAGE, PADDED, hf_batch, inputs, tiny_hf, tiny_model
 from torch import Tensor
 
 from hooked_vlm import HookedVLM

@@ -4,9 +4,9 @@ from collections import Counter
 from functools import lru_cache, partial
 
 import pytest
-import tiny
-import tiny_internvl
+import tiny_qwen2_vl as tiny
 import torch
+from families import FAMILIES, KINDS
 from jaxtyping import TypeCheckError
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -30,14 +30,10 @@ OWN_INPUTS = ("use_split_qkv_input", "use_attn_in")
 """Switches that exclude each other."""
 
 
-MIXED_TILES = [[5, ("image", 3), 7, 8], [11, 12, 13], [("image", 1), ("image", 2), 9]]
-"""Left-padded, images of different numbers of tiles."""
-
-
 @lru_cache
-def own_model(switched: bool, tiles: str = "", own_inputs: str = "use_split_qkv_input") -> HookedVLM:
-    """A model on the shared weights whose switches these tests may turn; Qwen2-VL or a kind of InternVL."""
-    model = HookedVLM.from_hf(tiny_internvl.tiny_hf(tiles) if tiles else tiny.tiny_hf())
+def own_model(switched: bool, kind: str = "qwen2-vl", own_inputs: str = "use_split_qkv_input") -> HookedVLM:
+    """A model on the shared weights whose switches these tests may turn."""
+    model = HookedVLM.from_hf(KINDS[kind].hf())
     for switch in (*SWITCHES, own_inputs):
         getattr(model, f"set_{switch}")(switched)
     return model
@@ -50,27 +46,21 @@ def live_names(model: HookedVLM) -> list[str]:
 
 @pytest.fixture(
     params=[
-        "switches, padding, mixed sizes, video",
-        "tiles",
-        pytest.param("inputs of all heads", marks=pytest.mark.full),
-        pytest.param("inputs of all heads, padding", marks=pytest.mark.full),
-        pytest.param("one image", marks=pytest.mark.full),
-        pytest.param("switches, padding, tiles, large tower", marks=pytest.mark.full),
-        pytest.param("phi3, tiles", marks=pytest.mark.full),
+        *(f"{family}, switches, padding" for family in FAMILIES),
+        *(pytest.param(f"{kind}, one image", marks=pytest.mark.full) for kind in KINDS),
+        *(pytest.param(f"{kind}, switches, padding", marks=pytest.mark.full) for kind in KINDS if kind not in FAMILIES),
+        pytest.param("qwen2-vl, inputs of all heads, one image", marks=pytest.mark.full),
+        pytest.param("qwen2-vl, inputs of all heads, padding", marks=pytest.mark.full),
     ]
 )
 def case(request) -> tuple[HookedVLM, VLMInputs]:
-    if request.param == "one image":
-        return own_model(False), tiny.inputs(tiny.ONE_IMAGE)
-    if request.param == "switches, padding, mixed sizes, video":
-        return own_model(True), tiny.inputs(MIXED)
-    if request.param.startswith("inputs of all heads"):
-        rows = MIXED if request.param.endswith("padding") else tiny.ONE_IMAGE
-        return own_model(True, own_inputs="use_attn_in"), tiny.inputs(rows)
-    kind = {"tiles": "qwen2", "phi3, tiles": "phi3"}.get(request.param, "llama")
-    model = own_model(kind == "llama", kind)
-    rows = MIXED_TILES if kind == "llama" else [[5, ("image", 2), 7, 8]]
-    return model, model.inputs_from_hf(tiny_internvl.hf_batch(rows))
+    kind = max((kind for kind in KINDS if request.param.startswith(kind)), key=len)
+    rows = KINDS[kind].cases["left-padded" if request.param.endswith("padding") else "one-image"]
+    if kind == "qwen2-vl" and request.param.endswith("padding"):
+        rows = MIXED
+    own_inputs = "use_attn_in" if "all heads" in request.param else "use_split_qkv_input"
+    model = own_model("switches" in request.param or "all heads" in request.param, kind, own_inputs)
+    return model, model.inputs_from_hf(KINDS[kind].batch(rows))
 
 
 @torch.no_grad()
@@ -155,6 +145,7 @@ def test_every_hook_fires_once_with_the_shape_of_the_table(case):
 
 
 @pytest.mark.parametrize("edit", [lambda x, hook: x, lambda x, hook: x.clone()], ids=["itself", "clone"])
+@pytest.mark.repeats_shapes
 def test_an_identity_edit_changes_nothing_bit_for_bit(case, edit):
     model, inputs = case
     plain = real_logits(model, inputs)
@@ -167,6 +158,7 @@ def test_an_identity_edit_changes_nothing_bit_for_bit(case, edit):
     assert changed == []
 
 
+@pytest.mark.repeats_shapes
 def test_a_real_edit_changes_the_output_and_in_place_is_as_good_as_returned(case):
     model, inputs = case
     plain = real_logits(model, inputs)
@@ -181,6 +173,7 @@ def test_a_real_edit_changes_the_output_and_in_place_is_as_good_as_returned(case
     assert differ == []
 
 
+@pytest.mark.repeats_shapes
 def test_an_edit_in_place_leaves_no_trace(case):
     """Nor does it reach what was recorded upstream of it in the same run, or in an earlier one."""
     model, inputs = case
@@ -209,6 +202,7 @@ def test_an_edit_in_place_leaves_no_trace(case):
     assert real_logits(model, inputs).equal(plain)
 
 
+@pytest.mark.repeats_shapes
 def test_an_edit_in_place_leaves_shared_image_features_as_they_were():
     model, inputs = own_model(False), tiny.inputs(MIXED)
     with torch.no_grad():

@@ -243,6 +243,7 @@ SWITCHES = ("use_attn_result", "use_split_qkv_input", "use_attn_in", "use_hook_m
 
 
 @pytest.mark.parametrize("switch", ["", *SWITCHES])
+@pytest.mark.repeats_shapes
 def test_an_adapter_takes_part_under_every_switch(adapted: tuple[Any, Any, Any], switch: str) -> None:
     model, plain, inputs = adapted
     for each in (model, plain) if switch else ():
@@ -256,6 +257,7 @@ def test_an_adapter_takes_part_under_every_switch(adapted: tuple[Any, Any, Any],
             close(cache[name][real], expected[name][real])
 
 
+@pytest.mark.repeats_shapes
 def test_lenses_head_results_and_paths_go_through_an_adapter(adapted: tuple[Any, Any, Any]) -> None:
     model, plain, inputs = adapted
     np.testing.assert_allclose(head_lens(model, inputs, 5), head_lens(plain, inputs, 5), atol=2e-5)
@@ -308,6 +310,7 @@ def test_an_adapter_of_the_unembedding_takes_part_and_its_matrix_is_refused(fami
             reads()
 
 
+@pytest.mark.repeats_shapes
 def test_sweeps_with_an_adapter_equal_the_loop(adapted: tuple[Any, Any, Any]) -> None:
     model, _, inputs = adapted
     runs = [ZeroHeads(((layer, 1),)) for layer in range(3)]
@@ -349,6 +352,7 @@ def in_place_of(model: HookedVLM, name: str, module: nn.Module) -> Iterator[None
 
 
 @pytest.mark.parametrize("rows", ["one image", "padded"])
+@pytest.mark.repeats_shapes
 def test_a_module_in_the_place_of_any_hook_point_acts_as_a_hook_there(family: str, rows: str) -> None:
     model, inputs = model_and_inputs(family, rows)
     model = own_copy(model)
@@ -535,6 +539,7 @@ def test_shortcuts_refuse_permanent_hooks(family: str) -> None:
 
 
 @pytest.mark.parametrize("rows", ["one image", "padded"])
+@pytest.mark.repeats_shapes
 def test_sweeps_over_someone_elses_module_equal_the_loop(family: str, rows: str) -> None:
     """One that looks at all positions of a row, in a middle and in the last block; and one in a hook point's place."""
     model, inputs = model_and_inputs(family, rows)
@@ -622,6 +627,7 @@ def scaled(family: str, rows: str) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("rows", ["one image", "padded"])
 @pytest.mark.parametrize("means", EDITS)
+@pytest.mark.repeats_shapes
 def test_an_edit_by_any_means_is_as_good_as_a_returned_one(family: str, rows: str, means: str) -> None:
     model, inputs = model_and_inputs(family, rows)
     expected = scaled(family, rows).items()
@@ -640,6 +646,7 @@ def test_an_edit_by_any_means_is_as_good_as_a_returned_one(family: str, rows: st
     ],
     ids=["a norm", "a part", "another dtype", "flat", "a tuple", "a number"],
 )
+@pytest.mark.repeats_shapes
 def test_a_hook_that_returns_something_else_is_an_error(family: str, returns: Callable, says: str) -> None:
     model, inputs = model_and_inputs(family, "padded")
     accepted = []

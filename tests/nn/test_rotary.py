@@ -2,10 +2,10 @@
 
 import pytest
 import torch
+import transformers
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
-from transformers import Qwen2VLConfig
 from transformers.models.qwen2_vl.modeling_qwen2_vl import (
     Qwen2VLRotaryEmbedding,
     apply_rotary_pos_emb,
@@ -77,7 +77,9 @@ def test_frequencies_of_m_rope_are_shared_out_between_the_axes(seed: int) -> Non
 def test_m_rope_is_that_of_transformers(seed: int) -> None:
     ids, x = positions_of(seed), torch.randn(2, 9, 4, D_HEAD)
     rope = {"rope_type": "default", "rope_theta": THETA, "mrope_section": list(SECTIONS)}
-    config = Qwen2VLConfig(text_config={"hidden_size": 64, "num_attention_heads": 4, "rope_parameters": rope})
+    config = transformers.Qwen2VLConfig(
+        text_config={"hidden_size": 64, "num_attention_heads": 4, "rope_parameters": rope}
+    )
     cos, sin = Qwen2VLRotaryEmbedding(config.text_config)(x, ids)  # pyright: ignore[reportArgumentType]
     theirs, _ = apply_rotary_pos_emb(x, x, cos, sin, unsqueeze_dim=2)
     close(text_rotation(ids, D_HEAD, THETA, SECTIONS, TEXT)(x), theirs)

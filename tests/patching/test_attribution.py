@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from pairs import FAMILIES, last_logits, model_and_pair, patched_by_hand
+from pairs import last_logits, model_and_pair, patched_by_hand
 from torch import Tensor
 
 from hooked_vlm import InputError
@@ -18,11 +18,6 @@ from hooked_vlm.patching.exact import source_activations
 
 METRIC = log_prob(5)
 MLP_MODES: tuple[Any, ...] = ("frozen", "follow")
-
-
-@pytest.fixture(params=FAMILIES)
-def family(request: pytest.FixtureRequest) -> str:
-    return request.param
 
 
 # ---- attribution patching ----
@@ -67,6 +62,7 @@ def test_rows_are_estimated_in_one_pass_and_weights_keep_no_gradient(family: str
     np.testing.assert_allclose(both.source, real.source, atol=1e-5)
 
 
+@pytest.mark.repeats_shapes
 def test_the_check_patches_cells_for_real(family: str) -> None:
     model, pair = model_and_pair(family)
     found = attribute(model, pair, "mlp_out", METRIC, where="each", check=12)
@@ -91,6 +87,7 @@ def test_frozen_weights_do_not_matter_and_a_metric_without_gradient_does(family:
         attribute(model, pair, "z", lambda logits: logits.argmax(-1).float(), where="final")
 
 
+@pytest.mark.repeats_shapes
 def test_estimates_approach_real_patches_as_the_change_becomes_small() -> None:
     """In the vision tower, whole regions included: what large changes lack is the rest of the Taylor series."""
     model, pair = model_and_pair("qwen2-vl")
@@ -208,6 +205,7 @@ def test_mlps_that_follow_carry_a_part_of_the_effect(family: str) -> None:
     assert np.abs(both[0] - both[1]).max() > 1e-5
     only_last = patch_paths(model, pair, [(0, 2)], ["logits"], None, METRIC, where="final").effects
     np.testing.assert_allclose(only_last, both[0], atol=1e-5)  # the metric reads the last position alone
+    model, pair = model_and_pair(family)
     nowhere = patch_paths(model, pair, [(0, 2)], ["logits"], None, METRIC, where="image").effects
     np.testing.assert_allclose(nowhere, 0, atol=1e-6)
 

@@ -4,9 +4,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-import tiny
+import tiny_qwen2_vl as tiny
 import torch
-from pairs import FAMILIES, last_logits, model_and_pair, patched_by_hand
+from pairs import last_logits, model_and_pair, patched_by_hand
 from torch import Tensor
 
 from hooked_vlm import HookedVLM, InputError
@@ -23,11 +23,6 @@ SUFFIX = {
     "pattern": "attn.hook_pattern",
 }
 STREAMS = ("resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out")
-
-
-@pytest.fixture(params=FAMILIES)
-def family(request: pytest.FixtureRequest) -> str:
-    return request.param
 
 
 def positions(inputs: Any, place: str | int) -> list[list[int]]:
@@ -69,6 +64,7 @@ def agrees(result: Any, model: Any, pair: Pair, direction: Any) -> None:
 
 @pytest.mark.parametrize("direction", ["denoising", "noising"])
 @pytest.mark.parametrize("what", [*STREAMS, *SUFFIX])
+@pytest.mark.repeats_shapes
 def test_a_sweep_over_groups_equals_the_loop(family: str, what: Any, direction: Any) -> None:
     model, pair = model_and_pair(family, places={"here": (1, 3)})
     where = ("image", "final", "here")
@@ -157,6 +153,7 @@ def test_keys_and_values_are_patched_by_key_value_head(family: str, what: Any) -
 
 
 @pytest.mark.parametrize("what", ["resid_pre", "resid_mid", "attn_out", "mlp_out", "z", "k", "pattern"])
+@pytest.mark.repeats_shapes
 def test_patches_of_the_vision_tower_equal_the_loop(family: str, what: Any) -> None:
     model, pair = model_and_pair(family)
     heads = (1,) if what in SUFFIX else None

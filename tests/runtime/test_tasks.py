@@ -108,6 +108,7 @@ def cases_of(family: str) -> tuple[Any, list[SweepCase]]:
 
 
 @pytest.mark.parametrize("family", ["qwen2-vl", "internvl2"])
+@pytest.mark.repeats_shapes
 def test_many_sweeps_are_sweeps_one_after_the_other(family: str, tmp_path: Path) -> None:
     model, cases = cases_of(family)
     found: Any = sweep_many(model, cases, tmp_path, runs_per_block=5)

@@ -36,11 +36,6 @@ FAMILIES = ("qwen2-vl", "internvl2")
 SWEEP = import_module("hooked_vlm.sweeps.run")  # the package's attribute of this name is the function
 
 
-@pytest.fixture(params=FAMILIES)
-def family(request: pytest.FixtureRequest) -> str:
-    return request.param
-
-
 def naive(model: Any, batch: Any, interventions: list[Intervention], metric: Any, logits_at: str = "last") -> Tensor:
     """One forward pass, from the pixels on, for each intervention."""
     values = []
@@ -131,6 +126,7 @@ def random_intervention(draw: Any, model: Any, batch: Any, cache: Any) -> Interv
     return together
 
 
+@pytest.mark.repeats_shapes
 @given(data=st.data())
 def test_random_sweeps(data: Any) -> None:
     family, rows = data.draw(st.sampled_from(FAMILIES)), data.draw(st.sampled_from(list(ROWS)))
@@ -219,6 +215,7 @@ def test_positions_past_the_end_of_a_shorter_row(family: str) -> None:
 
 @pytest.mark.parametrize("switch", ["use_split_qkv_input", "use_attn_result", "use_hook_mlp_in"])
 @pytest.mark.parametrize("ragged", [False, True])
+@pytest.mark.repeats_shapes
 def test_switches(family: str, switch: str, ragged: bool) -> None:
     model, batch = model_and_inputs(family, "padded")
     batch = right_padded(model, batch) if ragged else batch

@@ -16,7 +16,6 @@ import numpy as np
 from hooked_vlm.errors import StudyError
 from hooked_vlm.experiments.ocr_heads.data import made_up
 from hooked_vlm.experiments.ocr_heads.data.haystack import HUB, SYNTHETIC, from_hub
-from hooked_vlm.experiments.ocr_heads.data.pages import as_jpeg
 from hooked_vlm.experiments.ocr_heads.data.prompts import about_pages, about_passages, shuffled
 from hooked_vlm.experiments.ocr_heads.data.scored import SYNTHETIC_TOY, niah_pages, passkey_pages, toy_pages
 from hooked_vlm.experiments.ocr_heads.data.store import DataSet, load_or_build
@@ -107,7 +106,7 @@ def _docvqa(seed: int, n: int, files: Path | None) -> tuple[list[Example], str]:
         return made_up.documents(seed, n, pages=1), SYNTHETIC
     examples = []
     for row in _answered(rows, n, "DocVQA", ("question", "image", "answers")):
-        examples.append(about_pages([as_jpeg(row["image"])], row["question"], row["answers"]))
+        examples.append(about_pages([row["image"]], row["question"], row["answers"]))
     return examples, HUB
 
 
@@ -121,7 +120,7 @@ def _mpdocvqa(seed: int, n: int, files: Path | None) -> tuple[list[Example], str
         if len(pages) > MOST_PAGES:
             continue
         answers = ast.literal_eval(row["answers"]) if isinstance(row["answers"], str) else row["answers"]
-        examples.append(about_pages([as_jpeg(page) for page in pages], row["question"], answers))
+        examples.append(about_pages(pages, row["question"], answers))
         if len(examples) == n:
             break
     return examples, HUB

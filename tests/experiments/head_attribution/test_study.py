@@ -38,6 +38,7 @@ def files_of(folder: Path) -> dict[str, bytes]:
 
 
 @pytest.mark.parametrize("kind", [Tokens, pytest.param(All, marks=pytest.mark.full)])
+@pytest.mark.repeats_shapes
 def test_an_interrupted_run_goes_on_to_the_same_bytes(
     kind: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -64,6 +65,7 @@ def test_an_interrupted_run_goes_on_to_the_same_bytes(
 
 
 @pytest.mark.parametrize("name", ONE_TOY)
+@pytest.mark.repeats_shapes
 def test_attribution_foretells_and_needs_fewer_heads_than_other_rankings(name: str, tmp_path: Path) -> None:
     # as many masks as by default; more of them held out, since a correlation over 32 is itself uncertain by 0.05
     config = Curves(out=tmp_path, samples=8, held_out=0.25, bootstrap=20, random_rankings=1, quiet=True)
@@ -83,7 +85,11 @@ def test_attribution_foretells_and_needs_fewer_heads_than_other_rankings(name: s
     assert table["value"]["held-out Pearson"] == found["held-out Pearson"].value
 
 
-@pytest.mark.parametrize("design", ["antithetic", "balanced", "paired"])
+@pytest.mark.repeats_shapes
+@pytest.mark.parametrize(
+    "design",
+    ["antithetic", pytest.param("balanced", marks=pytest.mark.full), pytest.param("paired", marks=pytest.mark.full)],
+)
 def test_masks_of_every_design_give_coefficients_of_the_same_heads(design: Any, tmp_path: Path) -> None:
     model, settings = bundled("toy-qwen2-vl"), {**SMALL, "masks": 200}
     runs = [Attribute(out=tmp_path / name, design=name, **settings) for name in ("random", design)]
@@ -119,6 +125,7 @@ def test_the_answer_names_heads_budgets_and_pictures_and_prints_nothing_twice(
     assert {"p", "adjusted p", "pictures above 0"} <= set(tables["heads"].columns)
 
 
+@pytest.mark.repeats_shapes
 def test_a_picture_of_a_run_is_a_page(tmp_path: Path) -> None:
     model = bundled("toy-qwen2-vl")
     found = measure_module.measure(model, Attribute(out=tmp_path / "heads", **SMALL), InProcess(model))
@@ -203,6 +210,7 @@ def test_a_model_without_a_tokenizer_is_refused(tmp_path: Path) -> None:
         run(Attribute(out=tmp_path, quiet=True), mute)
 
 
+@pytest.mark.repeats_shapes
 def test_the_command_line_has_one_command_for_each_result(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

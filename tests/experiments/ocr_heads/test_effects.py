@@ -13,7 +13,14 @@ from hooked_vlm import HookedVLM
 from hooked_vlm.experiments.ocr_heads import MaskConfig, effects
 from hooked_vlm.experiments.ocr_heads.answers import METRICS
 from hooked_vlm.experiments.ocr_heads.changed import UNCHANGED, Condition, answer_all, tasks_of, top_heads
-from hooked_vlm.experiments.ocr_heads.controls import MATCHED, NEAREST, candidates, controls, distinct_sets, nearest
+from hooked_vlm.experiments.ocr_heads.controls import (
+    MATCHED,
+    NEAREST,
+    candidates,
+    distinct_sets,
+    nearest,
+    random_controls,
+)
 from hooked_vlm.experiments.ocr_heads.data.scored import toy_pages
 from hooked_vlm.experiments.ocr_heads.effects import Tested, against_controls, effect_answer, summarize
 from hooked_vlm.experiments.ocr_heads.examples import to_inputs
@@ -38,6 +45,7 @@ def table_of(values: dict[str, np.ndarray], task: str = "page") -> pd.DataFrame:
 # ---------------------------------------------------------------- where random heads come from
 
 
+@pytest.mark.repeats_shapes
 def test_where_random_heads_come_from(qwen: HookedVLM, tmp_path: Path) -> None:
     study = Study(MaskConfig(**SMALL, out=tmp_path), qwen)
     top = study.top(study.ocr, 2)
@@ -45,16 +53,17 @@ def test_where_random_heads_come_from(qwen: HookedVLM, tmp_path: Path) -> None:
     assert set(live) <= set(others) < set(every) and len(every) == 16 and not set(others) & set(top)
     assert all(study.ocr.mean[head] < 0.1 and study.retrieval.mean[head] < 0.1 for head in live)
     tops = {"OCR": top}
-    assert controls(study, "live", tops, 17, 3)["OCR"].sets == ()
-    assert "17 are needed" in controls(study, "live", tops, 17, 3)["OCR"].origin
-    assert controls(study, "any", tops, 3, 2)["OCR"] == controls(study, "any", tops, 3, 2)["OCR"]
+    assert random_controls(study, "live", tops, 17, 3)["OCR"].sets == ()
+    assert "17 are needed" in random_controls(study, "live", tops, 17, 3)["OCR"].origin
+    assert random_controls(study, "any", tops, 3, 2)["OCR"] == random_controls(study, "any", tops, 3, 2)["OCR"]
 
 
+@pytest.mark.repeats_shapes
 @pytest.mark.parametrize("source", list(MATCHED))
 def test_matched_heads_are_near_in_what_they_are_matched_on(source: Any, toy: HookedVLM, tmp_path: Path) -> None:
     study = Study(MaskConfig(**SMALL, out=tmp_path), toy)
     tops, quantity = top_heads(study, 3), MATCHED[source](study)
-    for kind, control in controls(study, source, tops, 3, 20).items():
+    for kind, control in random_controls(study, source, tops, 3, 20).items():
         assert len(set(control.sets)) == 20 and source in control.name
         pool = candidates(study, source, [head for heads in tops.values() for head in heads])
         near = {head for top in tops[kind] for head in nearest(top, pool, quantity)}
@@ -84,6 +93,7 @@ def test_draws_are_distinct_and_all_sets_where_there_are_few() -> None:
     assert counts.min() > 55 and counts.max() < 120  # 600 / 7 = 86 each, sd 8
 
 
+@pytest.mark.repeats_shapes
 def test_random_controls_hold_no_changed_head_of_either_kind(toy: HookedVLM, tmp_path: Path) -> None:
     config = MaskConfig(**SMALL, out=tmp_path, random_from=("live", "others", "layer"))
     study = Study(config, toy)

@@ -47,6 +47,7 @@ def masks(out: Path, **changes: Any) -> MaskConfig:
 # ---------------------------------------------------------------- masking
 
 
+@pytest.mark.repeats_shapes
 def test_masking_equals_zeroing_outputs_by_hand(toy: HookedVLM, tmp_path: Path) -> None:
     config = masks(tmp_path, tasks=("page",))
     study = Study(config, toy)
@@ -77,11 +78,12 @@ def test_masking_equals_zeroing_outputs_by_hand(toy: HookedVLM, tmp_path: Path) 
 def small(kind: Any, out: Path) -> Any:
     """The study at its smallest."""
     few = {**SMALL, "samples": 3, "task_samples": 2, "random_draws": 1, "tokens_per_batch": 400}
-    more = {"betas": (0.4,), "case_samples": 1, "characters": "7q", "permutations": 5} if kind is OcrHeadsConfig else {}
+    more = {"betas": (0.4,), "case_samples": 2, "characters": "7q", "permutations": 5} if kind is OcrHeadsConfig else {}
     return kind(**few, **more, data_folder=out.parent / "data", out=out)
 
 
 @pytest.mark.parametrize("kind", [MaskConfig, pytest.param(OcrHeadsConfig, marks=pytest.mark.full)])
+@pytest.mark.repeats_shapes
 def test_an_interrupted_run_ends_with_the_same_bytes(
     kind: Any, qwen: HookedVLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -130,6 +132,7 @@ def test_everything_runs(qwen: HookedVLM, tmp_path: Path) -> None:
     ("kind", "more"),
     [(ScoreConfig, {}), (SelectConfig, {"permutations": 20}), (CompareConfig, {}), (ScoreConfig, {"compat": True})],
 )
+@pytest.mark.repeats_shapes
 def test_single_experiments_run_in_both_families(kind: Any, more: dict, toy: HookedVLM, tmp_path: Path) -> None:
     result = run(kind(**SMALL, out=tmp_path, **more), toy)
     assert result.report.exists()
@@ -152,6 +155,7 @@ def test_attention_on_the_first_token_is_that_of_the_patterns(toy: HookedVLM) ->
             np.testing.assert_allclose(found[i, 0, layer], rows[:, -1, 0].detach().numpy(), atol=1e-6)
 
 
+@pytest.mark.repeats_shapes
 def test_the_sink_section_says_how_much_there_is_to_redistribute(qwen: HookedVLM, tmp_path: Path) -> None:
     result = run(SinkConfig(**SMALL, **TASKS, out=tmp_path, betas=(1.0,), tasks=("page", "text")), qwen)
     table = result.table("sink-attention")
@@ -166,6 +170,7 @@ def test_the_sink_section_says_how_much_there_is_to_redistribute(qwen: HookedVLM
     assert f" {np.mean([by_head[2, 0], by_head[2, 1]]):.2%} (" in line and "n = 8" in line
 
 
+@pytest.mark.repeats_shapes
 def test_steps_are_written_out_on_samples_that_heads_were_not_scored_on(qwen: HookedVLM, tmp_path: Path) -> None:
     config = ThoughtConfig(**{**SMALL, **TASKS, "samples": 2, "task_samples": 3}, out=tmp_path)
     result = run(config, qwen)
@@ -191,6 +196,7 @@ def test_replies_with_steps_are_judged_by_ends_as_long_as_direct_replies(qwen: H
     assert judged_by_ends(qwen, answers, [task], 99)["contains"].tolist() == [1, 1, 1]
 
 
+@pytest.mark.repeats_shapes
 def test_sink_and_uniform_masking_run_and_the_unmodified_model_is_the_same_in_all(
     qwen: HookedVLM, tmp_path: Path
 ) -> None:
@@ -202,6 +208,7 @@ def test_sink_and_uniform_masking_run_and_the_unmodified_model_is_the_same_in_al
     assert {"top 2 OCR, uniform", "top 2 retrieval, uniform"} <= set(mask["condition"])
 
 
+@pytest.mark.repeats_shapes
 def test_a_text_only_sibling_with_the_same_decoder_has_the_same_scores(
     toy: HookedVLM, text_only: Callable[[HookedVLM, Path], Path], tmp_path: Path
 ) -> None:
@@ -270,9 +277,11 @@ def test_settings_out_of_range_are_refused_before_anything_is_loaded(
         (MaskConfig(tasks=("vqa",)), "'vqa'"),
         (CaseConfig(characters="A"), "--characters.*'A'"),
         (CaseConfig(characters=""), "--characters.*''"),
+        (CaseConfig(case_samples=1), "--case-samples.*1"),
         (ThoughtConfig(task_samples=-1), "--task-samples"),
     ],
 )
+@pytest.mark.repeats_shapes
 def test_what_the_model_or_the_data_do_not_have_is_named(
     config: Any, words: str, qwen: HookedVLM, tmp_path: Path
 ) -> None:

@@ -147,6 +147,7 @@ def literal_ocr(model: HookedVLM, examples: list[Example], protocol: Protocol, m
 
 
 @pytest.mark.parametrize("protocol", PROTOCOLS)
+@pytest.mark.repeats_shapes
 def test_ocr_scores_equal_a_literal_loop_over_the_steps_of_generation(protocol: str, toy: HookedVLM) -> None:
     examples = toy_pages(3, 5)
     scores = score(toy, "ocr", examples, PROTOCOLS[protocol])
