@@ -81,7 +81,7 @@ def head_attribution(command: tyro.conf.OmitArgPrefixes[head_attribution_config.
 def reproduce(config: tyro.conf.OmitArgPrefixes[ReproduceConfig], output: Shared) -> None:
     """Judge the claims of a paper on a model: pass, differs or cannot say. Exit status 0 if nothing differs, else 1."""
     found = _run("experiments.reproduce.commands", replace(config, quiet=output.quiet), output)
-    sys.exit(1 if found["differs"] else 0)
+    sys.exit(0 if found["passed"] else 1)
 
 
 @app.command(name="completion")

@@ -19,7 +19,7 @@ def answer(config: ReproduceConfig) -> tuple[str, dict[str, Any]]:
         "study": str(result.page.parent / config.paper / "report.html"),
         "claims": [plain(claim, own) for claim, own in result.judged],
         "verdicts": counts,
-        "differs": result.n_differs,
+        "passed": result.passed,
         "seconds": dict(result.seconds),
     }
     return "\n".join(lines), data

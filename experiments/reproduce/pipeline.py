@@ -41,8 +41,9 @@ class Reproduction:
     answer: Sequence[str]
 
     @property
-    def n_differs(self) -> int:
-        return sum(own.verdict == "differs" for _, own in self.judged)
+    def passed(self) -> bool:
+        """Whether nothing differs."""
+        return all(own.verdict != "differs" for _, own in self.judged)
 
 
 def run(config: ReproduceConfig, model: HookedVLM | None = None) -> Reproduction:

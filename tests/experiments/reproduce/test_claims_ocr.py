@@ -29,6 +29,13 @@ def test_ocr_heads_exist(heads: list[Any], expected: str) -> None:
     assert verdict(CLAIMS, "exist", evidence({"ocr-scores": scores(*heads)}))[0] == expected
 
 
+@pytest.mark.parametrize(("p", "expected"), [(0.01, "pass"), (0.3, "cannot say"), (NAN, "cannot say")])
+def test_a_head_that_looks_at_a_place_is_no_ocr_head(p: float, expected: str) -> None:
+    table = scores((1, *HIGH), (99, *ZERO))
+    heads = table[["layer", "head"]].iloc[::-1].assign(**{"p, adjusted": [0.01] * 99 + [p]})
+    assert verdict(CLAIMS, "exist", evidence({"ocr-scores": table, "heads": heads}))[0] == expected
+
+
 def test_three_samples_show_nothing() -> None:
     table = scores((1, 1.0, 0.6, 1.0), (99, *ZERO), n=3)
     assert verdict(CLAIMS, "exist", evidence({"ocr-scores": table}))[0] == "cannot say"
