@@ -14,6 +14,7 @@ from hooked_vlm.commands.config import CacheConfig, HooksConfig, ModelsConfig, V
 from hooked_vlm.errors import HookedVLMError
 from hooked_vlm.experiments.head_attribution import config as head_attribution_config
 from hooked_vlm.experiments.ocr_heads import config as ocr_heads_config
+from hooked_vlm.experiments.reproduce.config import ReproduceConfig
 from hooked_vlm.verify.config import VerifyConfig
 
 app = tyro.extras.SubcommandApp()
@@ -74,6 +75,13 @@ def head_attribution(command: tyro.conf.OmitArgPrefixes[head_attribution_config.
     """Study: which attention heads carry information from image to text (arXiv 2509.17588)."""
     asked = command if isinstance(command, head_attribution_config.Compare) else replace(command, quiet=output.quiet)
     _run("experiments.head_attribution.commands", asked, output)
+
+
+@app.command(name="reproduce")
+def reproduce(config: tyro.conf.OmitArgPrefixes[ReproduceConfig], output: Shared) -> None:
+    """Judge the claims of a paper on a model: pass, differs or cannot say. Exit status 0 if nothing differs, else 1."""
+    found = _run("experiments.reproduce.commands", replace(config, quiet=output.quiet), output)
+    sys.exit(0 if found["passed"] else 1)
 
 
 @app.command(name="completion")

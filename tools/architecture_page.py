@@ -12,7 +12,7 @@ LIBRARY = ROOT / "hooked_vlm"
 LAYERS = (
     ("cli", "command line"),
     ("commands", "one module per command"),
-    ("experiments", "the two studies"),
+    ("experiments", "the two studies, and the reproduction of their papers"),
     ("viewer", "HTML pages of attention and other values"),
     ("verify", "comparison with transformers on a checkpoint"),
     ("activations", "activations of a data set on disk"),

@@ -109,6 +109,11 @@ class Report:
         else:
             self.text(f"{caption}: there is nothing to show.")
 
+    @property
+    def frames(self) -> dict[str, pd.DataFrame]:
+        """Tables by name, with all rows."""
+        return {name: table.frame for name, table in self._tables.items()}
+
     def write(self, out: Path, record: Mapping[str, Any], zipped: bool = False) -> Path:
         """Write report.html, figures/, tables/ and run.json (`record`: configuration, versions, counts).
 

@@ -8,6 +8,7 @@ from typing import Any, Literal
 import numpy as np
 import pandas as pd
 
+from hooked_vlm.experiments.common.steps import Step, untimed
 from hooked_vlm.experiments.head_attribution.ablation import Probe, make_probes, probe_on
 from hooked_vlm.experiments.head_attribution.config import (
     Design,
@@ -77,7 +78,7 @@ class Measured:
         return np.array([full - none for full, none in self.ends])
 
 
-def measure(model: HookedVLM, config: HeadAttributionConfig, workers: Workers) -> Measured:
+def measure(model: HookedVLM, config: HeadAttributionConfig, workers: Workers, step: Step = untimed) -> Measured:
     """Measure everything that the configured sections need; finished tables are read from the result store.
 
     This process encodes the pictures; `workers` do the rest on replicas of the model.
@@ -93,7 +94,9 @@ def measure(model: HookedVLM, config: HeadAttributionConfig, workers: Workers) -
     def label(number: int, what: str) -> str:
         return f"step {number} of {1 + len(steps)}: {what}"
 
-    answers = ask(workers, items, ResultStore(config.out / "parts" / "answers"), key, config.quiet, label(1, "answers"))
+    store = ResultStore(config.out / "parts" / "answers")
+    with step("answers"):
+        answers = ask(workers, items, store, key, config.quiet, label(1, "answers"))
     cases = right_cases(model, items, answers)
     probes = make_probes(model, cases, config)
     key |= {name: getattr(config, name) for name in ("target", "baseline", "rope", "seed")}
@@ -102,10 +105,10 @@ def measure(model: HookedVLM, config: HeadAttributionConfig, workers: Workers) -
     pictures = [_Picture(config, key, index, probe) for index, probe in enumerate(probes)]
     for number, name in enumerate(steps, start=2):  # each needs the tables of those before it
         tasks = [picture.step(name) for picture in pictures]
-        what = label(number, STEPS[name][0])
-        for picture, table in zip(
-            pictures, workers.tables(tasks, what, each="picture", quiet=config.quiet), strict=True
-        ):
+        what = STEPS[name][0]
+        with step(what):
+            tables = workers.tables(tasks, label(number, what), each="picture", quiet=config.quiet)
+        for picture, table in zip(pictures, tables, strict=True):
             picture.tables[name] = table
     return _gathered(answers, pictures)
 

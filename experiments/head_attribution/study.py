@@ -1,13 +1,16 @@
 """Run the study end to end and write its report."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
+
 from hooked_vlm.experiments.common.command import command_line
 from hooked_vlm.experiments.common.models import check_takes_images
 from hooked_vlm.experiments.common.report import Report
+from hooked_vlm.experiments.common.steps import Step, untimed
 from hooked_vlm.experiments.common.workers import workers_of
 from hooked_vlm.experiments.head_attribution.config import Command, HeadAttributionConfig
 from hooked_vlm.experiments.head_attribution.findings import Findings, Section, as_table
@@ -44,13 +47,16 @@ class HeadAttributionResult:
     """report.html; figures/, tables/ and run.json lie beside it."""
     answer: list[str]
     """Sentences that answer the study's question, which the report and the terminal begin with."""
+    tables: Mapping[str, pd.DataFrame]
+    """Tables of the report, with all rows."""
 
 
-def run(config: HeadAttributionConfig, model: HookedVLM | None = None) -> HeadAttributionResult:
+def run(config: HeadAttributionConfig, model: HookedVLM | None = None, step: Step = untimed) -> HeadAttributionResult:
     """Run the study, or resume an interrupted run, and write the report to `config.out`.
 
     Args:
         model: a loaded model to use instead of loading `config.model`.
+        step: times the measurements.
 
     Raises:
         StudyError: a setting out of range, unusable data, or no picture answered correctly.
@@ -64,7 +70,7 @@ def run(config: HeadAttributionConfig, model: HookedVLM | None = None) -> HeadAt
     check_takes_images(model, config.model)
     config.check_against(model)
     with workers_of(config, model, config.device) as workers:
-        found = measure(model, config, workers)
+        found = measure(model, config, workers, step)
         device = workers.device
     name = Path(config.model).name
     report = Report(
@@ -81,7 +87,8 @@ def run(config: HeadAttributionConfig, model: HookedVLM | None = None) -> HeadAt
     report.section("Summary", "The main numbers above, by which `compare` compares models.")
     report.table("summary", as_table(findings), "Findings, with 95% intervals")
     record: dict[str, Any] = {"config": _about(config), "images": found.images, **provenance(model), "device": device}
-    return HeadAttributionResult(found, findings, report.write(config.out, record, config.zip), answer)
+    page = report.write(config.out, record, config.zip)
+    return HeadAttributionResult(found, findings, page, answer, report.frames)
 
 
 def _about(config: HeadAttributionConfig) -> dict[str, Any]:

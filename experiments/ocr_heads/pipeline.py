@@ -7,6 +7,7 @@ from typing import Any
 
 from hooked_vlm.experiments.common.command import command_line
 from hooked_vlm.experiments.common.report import Report
+from hooked_vlm.experiments.common.steps import Step, untimed
 from hooked_vlm.experiments.ocr_heads.chain_of_thought import thought
 from hooked_vlm.experiments.ocr_heads.characters import case
 from hooked_vlm.experiments.ocr_heads.config import (
@@ -35,16 +36,16 @@ PAPER = (
     "Ingeol Baek, Hwan Chang, Sunghyun Ryu and Hwanhee Lee. How Do Large Vision-Language Models See Text in Image? "
     "Unveiling the Distinctive Role of OCR Heads. EMNLP 2025. arXiv:2505.15865"
 )
-EXPERIMENTS: tuple[tuple[type[ScoreConfig], Callable[[Study, Any], Finding]], ...] = (
-    (ScoreConfig, lambda study, config: score(study)),
-    (SelectConfig, profile),
-    (MaskConfig, mask),
-    (SinkConfig, sink),
-    (ThoughtConfig, thought),
-    (CaseConfig, case),
-    (CompareConfig, compare),
+EXPERIMENTS: tuple[tuple[str, type[ScoreConfig], Callable[[Study, Any], Finding]], ...] = (
+    ("scores", ScoreConfig, lambda study, config: score(study)),
+    ("selection", SelectConfig, profile),
+    ("masking", MaskConfig, mask),
+    ("sink redistribution", SinkConfig, sink),
+    ("chain of thought", ThoughtConfig, thought),
+    ("single characters", CaseConfig, case),
+    ("published heads", CompareConfig, compare),
 )
-"""(configuration, experiment): a run includes every experiment whose configuration it inherits from."""
+"""(name, configuration, experiment): a run includes every experiment whose configuration it inherits from."""
 
 MOST_SENTENCES = 5
 """Of all findings together, shown first."""
@@ -84,13 +85,14 @@ class OcrHeadsResult:
         return "\n".join([*lines, "", f"report: {self.report}{speed}"])
 
 
-def run(config: ScoreConfig, model: HookedVLM | None = None) -> OcrHeadsResult:
+def run(config: ScoreConfig, model: HookedVLM | None = None, step: Step = untimed) -> OcrHeadsResult:
     """Run the experiments of `config`, and write report.html, figures and tables to `config.out`.
 
     An interrupted run resumes where it stopped.
 
     Args:
         model: a loaded model to use instead of loading `config.model`.
+        step: times the experiments.
 
     Raises:
         StudyError: a setting out of range, an unusable data set, or a model without vision tower or tokenizer.
@@ -103,7 +105,11 @@ def run(config: ScoreConfig, model: HookedVLM | None = None) -> OcrHeadsResult:
     study = Study(config, model)
     config = study.config  # with "auto" resolved
     with study.workers as workers:
-        findings = [experiment(study, config) for kind, experiment in EXPERIMENTS if isinstance(config, kind)]
+        findings = []
+        for name, kind, experiment in EXPERIMENTS:
+            if isinstance(config, kind):
+                with step(name):
+                    findings.append(experiment(study, config))
         scores = {"ocr": study.ocr, "retrieval": study.retrieval}
         device = workers.device
     speed = workers.size / workers.seconds if workers.seconds else None

@@ -1,0 +1,32 @@
+"""`hooked-vlm reproduce MODEL --paper ...`."""
+
+from typing import Any
+
+from hooked_vlm.experiments.common.report import files_of
+from hooked_vlm.experiments.reproduce.claims import VERDICTS, Claim, Judgement
+from hooked_vlm.experiments.reproduce.config import ReproduceConfig
+from hooked_vlm.experiments.reproduce.page import terminal_lines
+from hooked_vlm.experiments.reproduce.pipeline import run
+
+
+def answer(config: ReproduceConfig) -> tuple[str, dict[str, Any]]:
+    """Run a reproduction; what to print, and the same as data: files, claims, number of each verdict, seconds."""
+    result = run(config)
+    lines = [*result.answer, "", *terminal_lines(result.judged), "", f"report: {result.page}"]
+    counts = {verdict: sum(own.verdict == verdict for _, own in result.judged) for verdict in VERDICTS}
+    data = {
+        **files_of(result.page),
+        "study": str(result.page.parent / config.paper / "report.html"),
+        "claims": [plain(claim, own) for claim, own in result.judged],
+        "verdicts": counts,
+        "passed": result.passed,
+        "seconds": dict(result.seconds),
+    }
+    return "\n".join(lines), data
+
+
+def plain(claim: Claim, own: Judgement) -> dict[str, Any]:
+    """A judged claim for JSON, which has no NaN."""
+    number = None if own.number is None else {k: None if v != v else v for k, v in vars(own.number).items()}
+    told = {"claim": claim.name, "says": claim.says, "rule": claim.rule, "verdict": own.verdict}
+    return told | {"reason": own.reason, "number": number, "published": own.published}
