@@ -94,7 +94,7 @@ def test_json_is_all_that_is_printed(
         "--json",
     )
     printed = capsys.readouterr()
-    assert "ablating" in printed.err  # bars go where they do not mix with the answer
+    assert "step 1 of" in printed.err  # bars go where they do not mix with the answer
     found = json.loads(printed.out)["findings"]
     assert set(found["held-out Pearson"]) == {"value", "low", "high", "n"} and found["answered correctly"]["n"] == 2
     with pytest.raises(SystemExit) as stopped:
