@@ -96,7 +96,8 @@ def test_json_is_all_that_is_printed(
     printed = capsys.readouterr()
     assert "step 1 of" in printed.err  # bars go where they do not mix with the answer
     found = json.loads(printed.out)["findings"]
-    assert set(found["held-out Pearson"]) == {"value", "low", "high", "n"} and found["answered correctly"]["n"] == 2
+    ends = {"low", "high", "low_by_name", "high_by_name"}
+    assert set(found["held-out Pearson"]) == {"value", "n", "names", *ends} and found["answered correctly"]["n"] == 2
     with pytest.raises(SystemExit) as stopped:
         call(monkeypatch, "ocr-heads", "score", "--samples", "0", "--out", str(out), "--json")
     assert stopped.value.code == 1
