@@ -106,7 +106,7 @@ def _pairs_of(similarity: Square, cause: Square, looks: Looks) -> list[tuple[Squ
 
 
 def _correlation(a: Float[np.ndarray, "pair"], b: Float[np.ndarray, "pair"]) -> float:
-    return float(np.corrcoef(a, b)[0, 1]) if a.std() > 1e-9 and b.std() > 1e-9 else np.nan
+    return float(np.corrcoef(a, b)[0, 1]) if len(a) and a.std() > 1e-9 and b.std() > 1e-9 else np.nan
 
 
 def conclusion(table: pd.DataFrame) -> str:
@@ -146,4 +146,4 @@ def causes_of(cases: Sequence[Case], model: HookedVLM) -> dict[str, Square]:
     texts = np.stack([words[name] for name in names]).astype(float)
     squares = {SAME: (names[:, None] == names[None]).astype(float), NAMES: cosine(texts - texts.mean(0))}
     upper = np.triu_indices(len(names), 1)
-    return {name: square for name, square in squares.items() if square[upper].std() > 1e-9}
+    return {name: own for name, own in squares.items() if len(upper[0]) and own[upper].std() > 1e-9}

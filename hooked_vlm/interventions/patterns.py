@@ -87,7 +87,7 @@ class RedistributeSink(EditedPattern):
     beta: float
     sink: int = 0
     causal: bool = True
-    alone: Literal["keep", "spread"] = "keep"
+    alone: str = "keep"
 
     def edits(self, model: "HookedVLM", inputs: VLMInputs, layer: int) -> list[tuple[str, Edit]]:
         if not 0 <= self.beta <= 1:

@@ -498,7 +498,7 @@ def unchecked(intervention: Intervention, **values: Any) -> Intervention:
         (lambda model: ReplaceImageKV(HEADS, tokens="text"), "image token"),
         (lambda model: RedistributeSink(HEADS, 1.5), "beta"),
         (lambda model: RedistributeSink(HEADS, 0.5, sink=7), "sink=7"),
-        (lambda model: RedistributeSink(HEADS, 0.5, alone="drop"), "drop"),  # type: ignore[arg-type]
+        (lambda model: RedistributeSink(HEADS, 0.5, alone="drop"), "drop"),
         (lambda model: MeanHeads(HEADS, torch.zeros(3, 4, 8)), r"\(3, 4, 16\).*\(3, 4, 8\)"),
         (lambda model: PatchActivation("blocks.0.hook_mlp_out", torch.zeros(1), heads=(1,)), "head"),
         (lambda model: PatchActivation("blocks.0.hook_mlp_out", torch.zeros(3, 20, 64)), r"\(3, 20, 64\).*13"),

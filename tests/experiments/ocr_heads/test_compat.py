@@ -35,6 +35,8 @@ from hooked_vlm.experiments.ocr_heads.study import Study
 from hooked_vlm.inputs.images import load_image
 from tools.deviation_table import NEW_TOKENS, PIXELS, examples, markdown
 
+pytestmark = pytest.mark.repeats_shapes  # the scores of whole replies
+
 CODE = QWEN2_VL.protocol
 
 
