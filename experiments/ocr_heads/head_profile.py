@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 
 from hooked_vlm.analysis.statistics import half_sampling
 from hooked_vlm.experiments.common.frames import each_row
@@ -186,16 +186,15 @@ def _similarity_answer(row: Mapping[str, Any]) -> str:
 
 def activation_table(study: Study) -> pd.DataFrame:
     """Pearson correlation of activation frequency and mean score over the heads that score above 0; 95% intervals over
-    instances."""
+    samples."""
     rows = []
     for name, scores in (("OCR", study.ocr), ("retrieval", study.retrieval)):
         for granularity in GRANULARITIES:
             own = replace(scores, granularity=granularity)
             mean, frequency = own.mean.ravel(), own.frequency(study.config.threshold).ravel()
             live = mean > 0
-            found = half_sampling(
-                partial(_frequency_pearson, study.config.threshold), own.instances, seed=study.config.seed
-            )
+            pearson = partial(_frequency_pearson, study.config.threshold, own)
+            found = half_sampling(pearson, np.unique(own.instance_samples), seed=study.config.seed)
             values = (found.value, found.low, found.high)
             gap = float((frequency - mean)[live].mean()) if live.any() else np.nan
             rows.append((name, granularity, *values, gap, int(live.sum()), len(own.instances)))
@@ -204,8 +203,9 @@ def activation_table(study: Study) -> pd.DataFrame:
     )
 
 
-def _frequency_pearson(threshold: float, instances: Float[np.ndarray, "instance layer head"]) -> float:
-    """Pearson correlation over heads that score above 0 in some instance."""
+def _frequency_pearson(threshold: float, scores: Scores, samples: Int[np.ndarray, "sample"]) -> float:
+    """Pearson correlation over heads that score above 0, in some samples."""
+    instances = scores.instances[np.isin(scores.instance_samples, samples)]
     mean, frequency = instances.mean(0), (instances > threshold).mean(0)
     live = mean > 0
     if live.sum() < 2 or not np.ptp(mean[live]) or not np.ptp(frequency[live]):

@@ -52,6 +52,8 @@ class Scores:
     """Which samples are answered correctly; None if this is not known."""
     answered_tokens: Bool[np.ndarray, "token"] | None = None
     """Which tokens are those of an answered sample."""
+    token_samples: Int[np.ndarray, "token"] | None = None
+    """Number of the sample that each token is of; None if every token is a sample of its own."""
     looked: Sequence["Looked"] = ()
     """Where heads look in each sample's page; of OCR scores."""
 
@@ -76,9 +78,18 @@ class Scores:
 
     @property
     def interval(self) -> tuple[Float[np.ndarray, "layer head"], Float[np.ndarray, "layer head"]]:
-        """95% interval of the mean over instances. Retrieval scores above 1 (a token copied twice) are bootstrapped."""
-        within = self.instances.max() <= 1 + 1e-6
-        return score_interval(self.instances.clip(0, 1)) if within else mean_interval(self.instances, 0)
+        """95% interval of the mean over instances, for other samples. Retrieval scores above 1 (a token copied twice)
+        are bootstrapped."""
+        if self.instances.max() > 1 + 1e-6:
+            return mean_interval(self.instances, 0, self.instance_samples)
+        return score_interval(self.instances.clip(0, 1), self.instance_samples)
+
+    @property
+    def instance_samples(self) -> Int[np.ndarray, "instance"]:
+        """Number of the sample that each instance is of."""
+        if self.granularity == "sample" or self.token_samples is None:
+            return np.arange(len(self.instances))
+        return self.token_samples
 
     def frequency(self, threshold: float) -> Float[np.ndarray, "layer head"]:
         """Share of instances in which a head scores above `threshold`."""
@@ -139,7 +150,9 @@ def gather(kind: Kind, table: pd.DataFrame, shape: tuple[int, int], granularity:
     (samples, answered_samples), (tokens, answered_tokens) = stacked("sample"), stacked("tokens")
     return Scores(
         kind, samples, tokens, stacked("norms")[0].mean(0), int(right.sum()), len(table), granularity,
-        answered_samples, answered_tokens, _gather_looked(table, shape),
+        answered_samples, answered_tokens,
+        np.arange(len(table)).repeat([np.asarray(own).size // np.prod(shape) for own in table["tokens"]]),
+        _gather_looked(table, shape),
     )  # fmt: skip
 
 

@@ -39,7 +39,7 @@ def share(right: int, n: int) -> Estimate:
 
 
 def score_interval(
-    values: Float[np.ndarray, "n *dims"],
+    values: Float[np.ndarray, "n *dims"], groups: Shaped[np.ndarray, "n"] | None = None
 ) -> tuple[Float[np.ndarray, "*dims"], Float[np.ndarray, "*dims"]]:
     """95% intervals of means of values in [0, 1], over the first axis.
 
@@ -47,14 +47,24 @@ def score_interval(
     n mean (1 - mean) / variance; values that are all 0 or 1 give Wilson's own. Unlike a bootstrap interval it has a
     width where all values are 0 or 1: coverage stays near 95% for shares near either end.
 
+    Args:
+        groups: the group of each entry (tokens of a sample), whose entries depend on each other: the variance is that
+            of sums over groups. Entries are independent by default.
+
     Raises:
         ValueError: a value is outside of [0, 1].
     """
     if values.size and not (np.min(values) >= 0 and np.max(values) <= 1):
         raise ValueError(f"a score interval needs values in [0, 1], got {np.min(values):g} to {np.max(values):g}")
-    n, mean, variance = len(values), values.mean(0), values.var(0)
+    mean = values.mean(0)
+    sums, n = values - mean, len(values)
+    if groups is not None:
+        _, index = np.unique(groups, return_inverse=True)
+        n = int(index.max()) + 1
+        sums = np.tensordot(np.eye(n)[:, index], sums, 1)
+    variance = (sums**2).sum(0) / len(values) ** 2
     with np.errstate(divide="ignore", invalid="ignore"):
-        effective = np.where(variance > 0, n * mean * (1 - mean) / variance, n)
+        effective = np.where(variance > 1e-18, mean * (1 - mean) / variance, n)
     shrink = 1 + Z**2 / effective
     centre = (mean + Z**2 / (2 * effective)) / shrink
     half = Z / shrink * np.sqrt(mean * (1 - mean) / effective + Z**2 / (4 * effective**2))

@@ -57,6 +57,19 @@ def test_score_intervals_cover_the_mean_of_scores(n: int, tokens: int, score: fl
     assert 0.90 <= ((low <= score) & (score <= high)).mean() <= 0.99
 
 
+def test_score_intervals_of_tokens_generalise_over_samples() -> None:
+    """Six tokens that are all copied or none: as many observations as samples; ungrouped intervals are too narrow."""
+    rng, covered, alone = np.random.default_rng(0), 0, 0
+    for _ in range(300):
+        own = (rng.random(60) < 0.9).astype(float)
+        tokens, groups = own.repeat(6), np.arange(60).repeat(6)
+        low, high = score_interval(tokens, groups)
+        assert (float(low), float(high)) == pytest.approx([float(end) for end in score_interval(own)])
+        covered += bool(low <= 0.9 <= high)
+        alone += bool(score_interval(tokens)[0] <= 0.9 <= score_interval(tokens)[1])
+    assert 0.90 * 300 <= covered <= 0.99 * 300 and alone < 0.75 * 300
+
+
 def test_paired_change_by_hand_and_without_changes() -> None:
     found = paired_change(np.array([1.0, 1, 1, 0]), np.array([0.0, 0, 1, 0]))  # -1 -1 0 0, widened by -1 and 1
     half = 1.959964 * np.sqrt(4 / 6 - (2 / 6) ** 2) / np.sqrt(6)

@@ -323,6 +323,8 @@ def test_samples_that_were_not_answered_count_in_both_scores_alike(kind: Any, qw
     by_token = replace(found, granularity="token")
     n = [len(qwen.tokenizer(e.answer, add_special_tokens=False)["input_ids"]) for e in examples]
     assert len(by_token.instances) == sum(n) and len(by_token.answered) == sum(n) - n[1]
+    assert np.bincount(by_token.instance_samples).tolist() == n
+    assert found.instance_samples.tolist() == [0, 1, 2, 3]
     none = score(qwen, kind, examples[1:2], Protocol())
     assert np.isnan(none.mean_answered).all() and np.isfinite(none.mean).all()
 
