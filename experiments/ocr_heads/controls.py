@@ -16,6 +16,8 @@ LIVE_SHARE = 0.1
 """A head is live if its mean output norm is at least this share of the largest."""
 NEAREST = 8
 """A matched head is one of this many nearest to the head it stands for, in the quantity that is matched."""
+ENOUGH = 19
+"""Fewer draws cannot reach p = 0.05."""
 TRIES = 200
 """Attempts for each distinct set."""
 
@@ -138,4 +140,5 @@ def _origin(sets: Sequence[tuple[Head, ...]], pool: Sequence[Head], k: int, what
         return f"no random control: {len(pool)} {what}, {k} are needed"
     possible = comb(len(pool), k)
     count = f"all {possible}" if len(sets) == possible else f"{len(sets)}"
-    return f"{count} distinct sets of {k} from {len(pool)} {what}"
+    reach = "" if len(sets) >= ENOUGH else f" (fewer than {ENOUGH} cannot reach p = 0.05)"
+    return f"{count} distinct sets{reach} of {k} from {len(pool)} {what}"

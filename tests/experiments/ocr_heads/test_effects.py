@@ -55,6 +55,8 @@ def test_where_random_heads_come_from(qwen: HookedVLM, tmp_path: Path) -> None:
     tops = {"OCR": top}
     assert random_controls(study, "live", tops, 17, 3)["OCR"].sets == ()
     assert "17 are needed" in random_controls(study, "live", tops, 17, 3)["OCR"].origin
+    few, enough = (random_controls(study, "any", tops, 2, n)["OCR"].origin for n in (18, 19))
+    assert "0.05" in few and "0.05" not in enough
     assert random_controls(study, "any", tops, 3, 2)["OCR"] == random_controls(study, "any", tops, 3, 2)["OCR"]
 
 
