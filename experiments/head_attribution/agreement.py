@@ -9,16 +9,18 @@ from scipy import stats
 
 from hooked_vlm.analysis.intervals import jackknife_interval
 from hooked_vlm.analysis.multiple_testing import holm
-from hooked_vlm.experiments.head_attribution.appearance import Looks, Square, Vectors, corrected_partial
+from hooked_vlm.experiments.common.words import listed
+from hooked_vlm.experiments.head_attribution.appearance import (
+    Looks,
+    Square,
+    Vectors,
+    centred_cosine,
+    corrected_partial,
+    cosine,
+)
 from hooked_vlm.experiments.head_attribution.findings import OverPictures
 from hooked_vlm.experiments.head_attribution.tasks import Case
 from hooked_vlm.model.vlm import HookedVLM
-
-
-def cosine(vectors: Vectors) -> Square:
-    """Cosine similarity between rows; 0 with a row of zeros."""
-    unit = vectors / np.linalg.norm(vectors, axis=1, keepdims=True).clip(min=1e-12)
-    return unit @ unit.T
 
 
 def spearman(vectors: Vectors) -> Square:
@@ -120,19 +122,15 @@ def conclusion(table: pd.DataFrame) -> str:
         )
     parts = []
     if by[SAY]:
-        parts.append(f"agree on heads more than their appearance explains, measured by {_listed(by[SAY])}")
+        parts.append(f"agree on heads more than their appearance explains, measured by {listed(by[SAY])}")
     if by[SILENT]:
-        parts.append(f"show no evidence of that, measured by {_listed(by[SILENT])}")
+        parts.append(f"show no evidence of that, measured by {listed(by[SILENT])}")
     if by[NOISY]:
-        parts.append(f"cannot be judged by {_listed(by[NOISY])}")
+        parts.append(f"cannot be judged by {listed(by[NOISY])}")
     said = f"Pictures of one name {'; they '.join(parts)}."
     if by[SILENT] or by[NOISY]:
         return f"{said} So appearance is not ruled out."
     return f"{said} Aspects of appearance that none of these measures are not ruled out."
-
-
-def _listed(words: Sequence[str]) -> str:
-    return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} and {words[-1]}"
 
 
 def causes_of(cases: Sequence[Case], model: HookedVLM) -> dict[str, Square]:
@@ -144,6 +142,6 @@ def causes_of(cases: Sequence[Case], model: HookedVLM) -> dict[str, Square]:
     names = np.array([case.item.name for case in cases])
     words = {name: model.W_E[model.to_tokens(name)[0]].float().mean(0).detach().cpu().numpy() for name in set(names)}
     texts = np.stack([words[name] for name in names]).astype(float)
-    squares = {SAME: (names[:, None] == names[None]).astype(float), NAMES: cosine(texts - texts.mean(0))}
+    squares = {SAME: (names[:, None] == names[None]).astype(float), NAMES: centred_cosine(texts)}
     upper = np.triu_indices(len(names), 1)
     return {name: own for name, own in squares.items() if len(upper[0]) and own[upper].std() > 1e-9}

@@ -59,11 +59,15 @@ def looks_of(cases: Sequence[Case], model: HookedVLM, seed: int) -> dict[str, Lo
     }
 
 
-def centred_cosine(vectors: Vectors) -> Square:
-    """Cosine between rows less their mean."""
-    vectors = vectors - vectors.mean(0)
+def cosine(vectors: Vectors) -> Square:
+    """Cosine similarity between rows; 0 with a row of zeros."""
     unit = vectors / np.linalg.norm(vectors, axis=1, keepdims=True).clip(min=1e-12)
     return unit @ unit.T
+
+
+def centred_cosine(vectors: Vectors) -> Square:
+    """Cosine between rows less their mean."""
+    return cosine(vectors - vectors.mean(0))
 
 
 def second_look(item: Item, seed: list[int]) -> Item:

@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 from jaxtyping import Float
 
-from hooked_vlm.analysis.intervals import estimate_ratio, mean_interval
+from hooked_vlm.analysis.intervals import estimate_ratio, mean_interval, ratio_interval, ratio_of_means
 from hooked_vlm.analysis.statistics import Estimate
 
 Findings = dict[str, Estimate]
@@ -106,6 +106,17 @@ def from_table_row(values: Mapping[str, Any]) -> Estimate:
     if not names:
         return Estimate(value, low, high, n)
     return OverPictures(value, low, high, n, low_by_name, high_by_name, names)
+
+
+def ratio_band(
+    gained: Float[np.ndarray, "picture x"],
+    gaps: Float[np.ndarray, "picture"],
+    seed: int,
+    groups: Sequence[str] | None = None,
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Pointwise ratio of means over pictures with its interval: by picture, or by group."""
+    named = None if groups is None else np.array(groups)
+    return ratio_of_means(gained, gaps), *ratio_interval(gained, gaps, seed, named)
 
 
 def band(

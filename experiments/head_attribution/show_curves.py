@@ -6,9 +6,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from hooked_vlm.analysis.intervals import mean_p, ratio_interval
+from hooked_vlm.analysis.intervals import mean_p
 from hooked_vlm.analysis.multiple_testing import holm
-from hooked_vlm.analysis.statistics import ratio_of_means
 from hooked_vlm.experiments.common.report import Report
 from hooked_vlm.experiments.head_attribution import plots
 from hooked_vlm.experiments.head_attribution.config import HeadAttributionConfig
@@ -31,6 +30,7 @@ from hooked_vlm.experiments.head_attribution.findings import (
     OverPictures,
     Section,
     over_pictures,
+    ratio_band,
     ratio_over_pictures,
     row,
 )
@@ -177,8 +177,7 @@ def differences(own: Compared, n_heads: int, n_masks: int) -> pd.DataFrame:
 
 def _curve(own: Compared, found: Measured, ranking: str, kind: str, by_name: bool = False) -> plots.Band:
     stacked = np.stack([gains(frame, ranking, kind) for frame in found.curves])
-    groups = np.array(own.names) if by_name else None
-    return ratio_of_means(stacked, own.gaps), *ratio_interval(stacked, own.gaps, own.seed, groups)
+    return ratio_band(stacked, own.gaps, own.seed, own.names if by_name else None)
 
 
 def _summary(own: Compared, n_heads: int, n_masks: int) -> pd.DataFrame:

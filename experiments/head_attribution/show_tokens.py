@@ -5,8 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 import pandas as pd
 
-from hooked_vlm.analysis.intervals import mean_p, ratio_interval
-from hooked_vlm.analysis.statistics import ratio_of_means
+from hooked_vlm.analysis.intervals import mean_p
 from hooked_vlm.experiments.common.report import Report
 from hooked_vlm.experiments.head_attribution import plots
 from hooked_vlm.experiments.head_attribution.config import HeadAttributionConfig
@@ -25,6 +24,7 @@ from hooked_vlm.experiments.head_attribution.findings import (
     Section,
     from_table_row,
     over_pictures,
+    ratio_band,
     ratio_over_pictures,
     row,
 )
@@ -137,9 +137,7 @@ def _edges(report: Report, found: Measured, config: HeadAttributionConfig) -> Fi
     )
     if len(sliding):
         grid = sliding.pivot_table(index="edge", columns="first", values="value", sort=False)
-        figure = plots.heatmap(
-            grid.to_numpy(), list(grid.index), _windows(sliding), ("", "layers", "share lost"), (-1, 1)
-        )
+        figure = plots.heatmap(grid.to_numpy(), list(grid.index), _windows(sliding), *SHARE_LOST)
         caption = f"Share lost by blocked edge and window of layers; {len(frames)} pictures"
         report.figure("edges", figure, caption)
     report.table("edges", table, "Loss by blocked edge and layers (first to stop - 1)", shown=30)
@@ -228,7 +226,9 @@ def _keep_only(report: Report, found: Measured, config: HeadAttributionConfig) -
     ms = sizes(n_tokens)
     panels = {
         f"{kind} (top m {verb})": {
-            TOKEN_RANKINGS[name]: _ratio(np.stack([gains(own, name, kind) for own in own.values()]), gaps, config.seed)
+            TOKEN_RANKINGS[name]: ratio_band(
+                np.stack([gains(own, name, kind) for own in own.values()]), gaps, config.seed
+            )
             for name in rankings
         }
         for kind, verb in (("faithfulness", "kept"), ("completeness", "replaced"))
@@ -254,10 +254,6 @@ def _centres(frames: Sequence[pd.DataFrame], found: Measured, edge: str, n_layer
         own = with_losses(frame.query(f"edge == '{edge}'"), full, full - none) if full - none >= MIN_GAP else None
         centres.append(np.nan if own is None else mean_layer(own, n_layers))
     return np.array(centres)
-
-
-def _ratio(gained: np.ndarray, gaps: np.ndarray, seed: int) -> plots.Band:
-    return ratio_of_means(gained, gaps), *ratio_interval(gained, gaps, seed)
 
 
 def _kept(lost: OverPictures) -> OverPictures:

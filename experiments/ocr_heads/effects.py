@@ -10,6 +10,7 @@ from jaxtyping import Float
 from hooked_vlm.analysis.multiple_testing import holm
 from hooked_vlm.analysis.statistics import Estimate, bootstrap_two_way, mean_score, paired_change, rank_p
 from hooked_vlm.experiments.common.frames import each_row
+from hooked_vlm.experiments.common.words import listed
 from hooked_vlm.experiments.ocr_heads.answers import METRICS
 from hooked_vlm.experiments.ocr_heads.changed import UNCHANGED, Condition
 
@@ -159,7 +160,8 @@ def effect_answer(what: str, condition: str, summary: pd.DataFrame, tests: pd.Da
     tasks = list(dict.fromkeys(summary["task"]))
     before = own["value"][UNCHANGED.name]
     changes = [f"{task} from {before[task]:.1%} to {interval(own.loc[(condition, task)])}" for task in tasks]
-    sentences = [f"{what} takes {_listed(changes)} (n = {_listed_once(own['n'].to_list())})."]
+    counts = ", ".join(map(str, dict.fromkeys(own["n"])))
+    sentences = [f"{what} takes {listed(changes)} (n = {counts})."]
     own_tests = tests.loc[tests["chosen"] & (tests["condition"] == condition)]
     if len(own_tests):
         first = own_tests.loc[own_tests["control"] == own_tests["control"].iloc[0]]
@@ -189,11 +191,3 @@ def test_words(test: Any, named: bool = True) -> str:
 
 
 WORD = {"worse": "bad", "better": "good"}
-
-
-def _listed(parts: Sequence[str]) -> str:
-    return parts[0] if len(parts) == 1 else f"{', '.join(parts[:-1])} and {parts[-1]}"
-
-
-def _listed_once(counts: Sequence[int]) -> str:
-    return ", ".join(map(str, dict.fromkeys(counts)))

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
         mean_interval,
         mean_p,
         ratio_interval,
+        ratio_of_means,
     )
     from hooked_vlm.analysis.multiple_testing import benjamini_hochberg, holm
     from hooked_vlm.analysis.pictures import heatmap, overlay
@@ -24,7 +25,6 @@ if TYPE_CHECKING:
         paired_change,
         paired_p,
         rank_p,
-        ratio_of_means,
         score_interval,
         share,
     )

@@ -17,12 +17,15 @@ import numpy as np
 from jaxtyping import Bool, Float, Shaped
 from scipy import stats
 
-from hooked_vlm.analysis.statistics import CELLS, DRAWS, Estimate, ratio_of_means, share
+from hooked_vlm.analysis.statistics import DRAWS, Estimate, group_sums, share
 
 FEWEST = 3
 """Units with an interval, at least."""
 SMALL = 10
 """Units from which on an interval is a bootstrap interval."""
+
+CELLS = 1024
+"""Number of statistics bootstrapped at a time."""
 
 Ends = tuple[Float[np.ndarray, "*dims"], Float[np.ndarray, "*dims"]]
 Flat = Float[np.ndarray, "unit cell"]
@@ -47,18 +50,23 @@ def ratio_interval(
     Args:
         groups: the group of each entry; groups are resampled whole. Entries themselves by default.
     """
-    flat = values.reshape(len(values), -1)
-    known = np.isfinite(flat) & np.isfinite(scale)[:, None]
-    above, below = np.where(known, flat, 0.0), np.where(known, scale[:, None], 0.0)
-    if groups is not None:
-        _, index = np.unique(groups, return_inverse=True)
-        member = (index == np.arange(index.max() + 1)[:, None]).astype(float)  # [group, n]
-        above, below, known = member @ above, member @ below, member @ known > 0
-    ends = np.full((2, flat.shape[1]), np.nan)
-    for start in range(0, flat.shape[1], CELLS):  # all draws of all cells would not fit
+    above, below, used = (group_sums(part, groups) for part in _parts(values, scale))
+    known = used > 0
+    ends = np.full((2, above.shape[1]), np.nan)
+    for start in range(0, above.shape[1], CELLS):  # all draws of all cells would not fit
         part = slice(start, start + CELLS)
         ends[:, part] = _ends(above[:, part], below[:, part], known[:, part], seed, draws)
     return ends[0].reshape(values.shape[1:]), ends[1].reshape(values.shape[1:])
+
+
+def ratio_of_means(values: Float[np.ndarray, "n *dims"], scale: Float[np.ndarray, "n"]) -> Float[np.ndarray, "*dims"]:
+    """mean(values) / mean(scale) over the first axis. Where a value or its scale is not a finite number, the entry is
+    left out of both means; a ratio to a mean of 0 is NaN."""
+    above, below, _ = _parts(values, scale)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        ratio = above.sum(0) / below.sum(0)
+    ratio[~np.isfinite(ratio)] = np.nan
+    return ratio.reshape(values.shape[1:])
 
 
 def estimate_mean(values: Float[np.ndarray, "n"], seed: int, groups: Shaped[np.ndarray, "n"] | None = None) -> Estimate:
@@ -82,9 +90,7 @@ def estimate_ratio(
 def mean_p(values: Float[np.ndarray, "n *dims"], groups: Shaped[np.ndarray, "n"] | None = None) -> Any:
     """Two-sided p that means over the first axis are 0: Student's t over entries, or over whole groups. NaN below
     `FEWEST` of these, and where all are the same number; 1 where all are 0."""
-    flat = values.reshape(len(values), -1)
-    if groups is not None:
-        flat = np.stack([flat[groups == group].sum(0) for group in np.unique(groups)])
+    flat = group_sums(values.reshape(len(values), -1), groups)
     n = len(flat)
     if n < FEWEST:
         return np.full(values.shape[1:], np.nan)
@@ -143,6 +149,13 @@ def share_interval(right: Float[np.ndarray, "n *dims"]) -> Ends:
 
 
 # ---------------------------------------------------------------- of sums over units
+
+
+def _parts(values: Float[np.ndarray, "n *dims"], scale: Float[np.ndarray, "n"]) -> tuple[Flat, Flat, Flat]:
+    """Values and their scales, both 0 where either is not finite, and where (1.0) both are finite."""
+    flat = values.reshape(len(values), -1)
+    known = np.isfinite(flat) & np.isfinite(scale)[:, None]
+    return np.where(known, flat, 0.0), np.where(known, scale[:, None], 0.0), known.astype(float)
 
 
 def _ends(

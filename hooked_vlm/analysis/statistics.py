@@ -13,8 +13,6 @@ from scipy import stats
 
 DRAWS = 2000
 """Resamples of a bootstrap and permutations of a test, by default."""
-CELLS = 1024
-"""Number of statistics bootstrapped at a time."""
 Z = float(stats.norm.ppf(0.975))
 """Half the width of a 95% interval, in standard errors."""
 
@@ -57,18 +55,24 @@ def score_interval(
     if values.size and not (np.min(values) >= 0 and np.max(values) <= 1):
         raise ValueError(f"a score interval needs values in [0, 1], got {np.min(values):g} to {np.max(values):g}")
     mean = values.mean(0)
-    sums, n = values - mean, len(values)
-    if groups is not None:
-        _, index = np.unique(groups, return_inverse=True)
-        n = int(index.max()) + 1
-        sums = np.tensordot(np.eye(n)[:, index], sums, 1)
-    variance = (sums**2).sum(0) / len(values) ** 2
+    residuals = group_sums(values - mean, groups)
+    variance = (residuals**2).sum(0) / len(values) ** 2
     with np.errstate(divide="ignore", invalid="ignore"):
-        effective = np.where(variance > 1e-18, mean * (1 - mean) / variance, n)
+        effective = np.where(variance > 1e-18, mean * (1 - mean) / variance, len(residuals))
     shrink = 1 + Z**2 / effective
     centre = (mean + Z**2 / (2 * effective)) / shrink
     half = Z / shrink * np.sqrt(mean * (1 - mean) / effective + Z**2 / (4 * effective**2))
     return np.asarray(np.clip(centre - half, 0, mean)), np.asarray(np.clip(centre + half, mean, 1))
+
+
+def group_sums(
+    values: Float[np.ndarray, "n *dims"], groups: Shaped[np.ndarray, "n"] | None
+) -> Float[np.ndarray, "group *dims"]:
+    """Sums over the entries of each group; the entries themselves without groups."""
+    if groups is None:
+        return values
+    _, index = np.unique(groups, return_inverse=True)
+    return np.tensordot(np.eye(int(index.max()) + 1)[:, index], values, 1)
 
 
 def mean_score(values: Float[np.ndarray, "n"]) -> Estimate:
@@ -105,24 +109,6 @@ def rank_p(observed: float, drawn: Float[np.ndarray, "draw"], tail: Literal["low
     sign = 1 if tail == "lower" else -1
     as_far = sign * np.asarray(drawn) <= sign * observed + 1e-12
     return float((as_far.sum() + 1) / (len(drawn) + 1))
-
-
-def ratio_of_means(values: Float[np.ndarray, "n *dims"], scale: Float[np.ndarray, "n"]) -> Float[np.ndarray, "*dims"]:
-    """mean(values) / mean(scale) over the first axis. Where a value or its scale is not a finite number, the entry is
-    left out of both means; a ratio to a mean of 0 is NaN."""
-    above, below = _known(values.reshape(len(values), -1), scale)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        ratio = above.sum(0) / below.sum(0)
-    ratio[~np.isfinite(ratio)] = np.nan
-    return ratio.reshape(values.shape[1:])
-
-
-def _known(
-    values: Float[np.ndarray, "n cell"], scale: Float[np.ndarray, "n"]
-) -> tuple[Float[np.ndarray, "n cell"], Float[np.ndarray, "n cell"]]:
-    """Values and their scales, both 0 where either is not finite."""
-    known = np.isfinite(values) & np.isfinite(scale)[:, None]
-    return np.where(known, values, 0.0), np.where(known, scale[:, None], 0.0)
 
 
 def half_sampling(

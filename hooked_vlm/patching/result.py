@@ -10,9 +10,9 @@ import pandas as pd
 from jaxtyping import Bool, Float
 from matplotlib.figure import Figure
 
-from hooked_vlm.analysis.intervals import ratio_interval, share_interval
+from hooked_vlm.analysis.intervals import ratio_interval, ratio_of_means, share_interval
 from hooked_vlm.analysis.pictures import heatmap, overlay
-from hooked_vlm.analysis.statistics import Estimate, paired_p, ratio_of_means
+from hooked_vlm.analysis.statistics import Estimate, paired_p
 from hooked_vlm.errors import InputError
 from hooked_vlm.inputs.vlm_inputs import VLMInputs
 from hooked_vlm.patching.pairs import Direction

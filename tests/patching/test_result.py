@@ -10,8 +10,8 @@ from matplotlib.figure import Figure
 from scipy import stats
 
 from hooked_vlm import HookedVLM, InputError
-from hooked_vlm.analysis.intervals import ratio_interval
-from hooked_vlm.analysis.statistics import ratio_of_means, share
+from hooked_vlm.analysis.intervals import ratio_interval, ratio_of_means
+from hooked_vlm.analysis.statistics import share
 from hooked_vlm.patching import PatchingResult, Region
 from hooked_vlm.patching.attribution import agreement_of
 from hooked_vlm.patching.places import n_patches, patches_in_box
