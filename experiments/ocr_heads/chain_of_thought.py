@@ -20,6 +20,7 @@ import pandas as pd
 from hooked_vlm.experiments.ocr_heads import changed, effects, plots
 from hooked_vlm.experiments.ocr_heads.answers import judge
 from hooked_vlm.experiments.ocr_heads.config import ThoughtConfig
+from hooked_vlm.experiments.ocr_heads.controls import choose_heads
 from hooked_vlm.experiments.ocr_heads.data.store import DataSet, load_or_build
 from hooked_vlm.experiments.ocr_heads.data.tasks import QATask
 from hooked_vlm.experiments.ocr_heads.examples import Example
@@ -46,7 +47,7 @@ def thought(study: Study, config: ThoughtConfig) -> Finding:
     }
     k = study.default_counts()[0]
     zero = partial(masked, mode="zero")
-    conditions = [changed.UNCHANGED, *changed.against_random(study, config, k, zero)]
+    conditions = [changed.UNCHANGED, *changed.conditions_of(choose_heads(study, config, k), zero)]
     sets = study.sets(False, config.seed + 1, config.task_samples * len(direct))  # heads were not scored on these
     tasks = study.asked([QATask(data, "contains") for data in sets])
     tasks_with_steps = study.asked([QATask(_with_steps(study, data), "contains") for data in sets])

@@ -7,7 +7,7 @@ import pandas as pd
 
 from hooked_vlm.experiments.ocr_heads.answers import METRICS, judge
 from hooked_vlm.experiments.ocr_heads.config import TaskConfig
-from hooked_vlm.experiments.ocr_heads.controls import random_controls
+from hooked_vlm.experiments.ocr_heads.controls import ChangedHeads, different
 from hooked_vlm.experiments.ocr_heads.data.tasks import QATask, load_tasks
 from hooked_vlm.experiments.ocr_heads.examples import Example, to_inputs
 from hooked_vlm.experiments.ocr_heads.study import Study, head_names
@@ -35,43 +35,26 @@ class Condition:
 UNCHANGED = Condition("unchanged")
 
 
-def top_heads(study: Study, k: int) -> dict[str, tuple[Head, ...]]:
-    """Top `k` OCR heads and top `k` retrieval heads."""
-    return {"OCR": study.top(study.ocr, k), "retrieval": study.top(study.retrieval, k)}
-
-
-def against_random(
-    study: Study, config: TaskConfig, k: int, change: Callable[[tuple[Head, ...]], Intervention], label: str = ""
+def conditions_of(
+    chosen: ChangedHeads, change: Callable[[tuple[Head, ...]], Intervention], label: str = ""
 ) -> list[Condition]:
-    """Change the top `k` heads of either kind, and as many random heads from every configured source.
+    """Change the top heads of every kind, and their random controls.
 
     Args:
         label: suffix of the conditions' names.
     """
-    tops = top_heads(study, k)
-    randoms = [random_controls(study, source, tops, k, config.random_draws) for source in config.random_from]
     conditions: list[Condition] = []
-    for kind, heads in tops.items():
-        tested = tuple(own[kind].name + label for own in randoms if own[kind].sets)
-        same = next((c.name for c in conditions if set(c.heads) == set(heads)), "")
-        conditions.append(Condition(f"top {k} {kind}{label}", heads, change(heads), controls=tested, same_as=same))
-    shared = {control.name: control for own in randoms for control in own.values()}
-    for control in shared.values():
+    for kinds, heads in different(chosen.tops).items():
+        names = [f"top {chosen.k} {kind}{label}" for kind in kinds]
+        for kind, name in zip(kinds, names, strict=True):
+            tested = tuple(own[kind].name + label for own in chosen.randoms if own[kind].sets)
+            same = "" if name == names[0] else names[0]
+            conditions.append(Condition(name, chosen.tops[kind], change(heads), controls=tested, same_as=same))
+    for control in chosen.controls:
         conditions += [
             Condition(control.name + label, heads, change(heads), draw) for draw, heads in enumerate(control.sets)
         ]
     return conditions
-
-
-def describe_heads(study: Study, config: TaskConfig, k: int) -> list[str]:
-    """Lines that name the top heads, and say where each random control comes from."""
-    tops = top_heads(study, k)
-    lines = [f"top {k} {kind} heads: {head_names(heads)}" for kind, heads in tops.items()]
-    for source in config.random_from:
-        found = random_controls(study, source, tops, k, config.random_draws)
-        shared = {control.name: control for control in found.values()}
-        lines += [f"{control.name}: {control.origin}" for control in shared.values()]
-    return lines
 
 
 def tasks_of(study: Study, config: TaskConfig) -> list[QATask]:

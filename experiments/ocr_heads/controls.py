@@ -7,9 +7,9 @@ from math import comb
 import numpy as np
 from jaxtyping import Float
 
-from hooked_vlm.experiments.ocr_heads.config import Source
+from hooked_vlm.experiments.ocr_heads.config import Source, TaskConfig
 from hooked_vlm.experiments.ocr_heads.image_attention import attention_on_images
-from hooked_vlm.experiments.ocr_heads.study import Study
+from hooked_vlm.experiments.ocr_heads.study import Study, head_names
 from hooked_vlm.interventions import Head
 
 LIVE_SHARE = 0.1
@@ -40,12 +40,45 @@ class Control:
     """Where the heads come from and what matching did, in words."""
 
 
-def different(tops: Mapping[str, tuple[Head, ...]]) -> dict[str, tuple[Head, ...]]:
-    """Kinds of top heads, those with the same heads named together: "OCR and retrieval"."""
-    kinds: dict[frozenset[Head], list[str]] = {}
+@dataclass(frozen=True)
+class ChangedHeads:
+    """Top heads of every kind, and their random controls: drawn once, changed in one way or several."""
+
+    k: int
+    tops: Mapping[str, tuple[Head, ...]]
+    """Kind -> heads."""
+    randoms: Sequence[Mapping[str, Control]]
+    """Of each source: kind -> control."""
+
+    @property
+    def controls(self) -> list[Control]:
+        """Every control once; kinds may share one."""
+        return list({control.name: control for own in self.randoms for control in own.values()}.values())
+
+    def describe(self) -> list[str]:
+        """Lines that name the top heads, and say where each random control comes from."""
+        lines = [f"top {self.k} {kind} heads: {head_names(heads)}" for kind, heads in self.tops.items()]
+        return lines + [f"{control.name}: {control.origin}" for control in self.controls]
+
+
+def top_heads(study: Study, k: int) -> dict[str, tuple[Head, ...]]:
+    """Top `k` OCR heads and top `k` retrieval heads."""
+    return {"OCR": study.top(study.ocr, k), "retrieval": study.top(study.retrieval, k)}
+
+
+def choose_heads(study: Study, config: TaskConfig, k: int) -> ChangedHeads:
+    """Top `k` heads of either kind, with random heads from every configured source."""
+    tops = top_heads(study, k)
+    randoms = [random_controls(study, source, tops, k, config.random_draws) for source in config.random_from]
+    return ChangedHeads(k, tops, randoms)
+
+
+def different(tops: Mapping[str, tuple[Head, ...]]) -> dict[tuple[str, ...], tuple[Head, ...]]:
+    """Top heads by the kinds that have them: kinds with the same heads are together."""
+    kinds: dict[frozenset[Head], tuple[str, ...]] = {}
     for kind, heads in tops.items():
-        kinds.setdefault(frozenset(heads), []).append(kind)
-    return {" and ".join(names): tops[names[0]] for names in kinds.values()}
+        kinds[frozenset(heads)] = (*kinds.get(frozenset(heads), ()), kind)
+    return {own: tops[own[0]] for own in kinds.values()}
 
 
 def random_controls(
@@ -74,7 +107,8 @@ def random_controls(
                 f", each among the {NEAREST} nearest in {QUANTITIES[source]}: mean {masked:.3g} in the top heads, "
                 f"{drawn:.3g} in the control, {all_of_them:.3g} in all candidates"
             )
-        found |= dict.fromkeys(kinds.split(" and "), Control(f"random {k} like {kinds} in {source}", sets, origin))
+        control = Control(f"random {k} like {' and '.join(kinds)} in {source}", sets, origin)
+        found |= dict.fromkeys(kinds, control)
     return found
 
 

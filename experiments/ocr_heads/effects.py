@@ -179,13 +179,18 @@ def interval(row: Any) -> str:
     return f"{row.value:.1%} ({row.low:.1%} to {row.high:.1%})"
 
 
+def points(test: Any, unit: str = "") -> str:
+    """A difference from random heads with its interval, in percentage points."""
+    difference, low, high = (f"{100 * x:+.1f}" for x in (test.difference, test.low, test.high))
+    return f"{difference}{unit} ({low} to {high})"
+
+
 def test_words(test: Any, named: bool = True) -> str:
     """A test against random heads: the difference, the direction tested, the rank among the draws."""
     as_far = round(test.p * (test.draws + 1)) - 1
-    difference, low, high = (f"{100 * x:+.1f}" for x in (test.difference, test.low, test.high))
     against = f" against {test.control}" if named else ""
     return (
-        f"{difference} points ({low} to {high}){against}, p = {test.p:.3f} for {test.tested} "
+        f"{points(test, ' points')}{against}, p = {test.p:.3f} for {test.tested} "
         f"({as_far or 'none'} of {test.draws} draws as {WORD[test.tested]})"
     )
 

@@ -11,6 +11,7 @@ from jaxtyping import Float
 from hooked_vlm.experiments.common.frames import each_row
 from hooked_vlm.experiments.ocr_heads import changed, effects, plots
 from hooked_vlm.experiments.ocr_heads.config import SinkConfig
+from hooked_vlm.experiments.ocr_heads.controls import ChangedHeads, choose_heads
 from hooked_vlm.experiments.ocr_heads.masking import check_counts
 from hooked_vlm.experiments.ocr_heads.official import SINK_BETA, official_code
 from hooked_vlm.experiments.ocr_heads.sink_shares import PLACES, QUERIES, share_of, sink_attention, sink_table
@@ -24,21 +25,20 @@ BETAS = (0.0, 0.2, 0.4, 0.6, 0.8)
 def sink(study: Study, config: SinkConfig) -> Finding:
     """Answer every task unchanged, and with the sink scaled by every beta in OCR, retrieval and random heads."""
     check_counts(study, config.sink_heads, "sink-heads")
-    conditions = sink_conditions(study, config)
+    chosen = [choose_heads(study, config, k) for k in config.sink_heads]
+    conditions = sink_conditions(study, config, chosen)
     tasks = changed.tasks_of(study, config)
     shares = sink_attention(study, tasks)
     answers = changed.answer_all(study, tasks, conditions, "sink")
     summary = effects.summarize(answers, conditions, config.seed)
     tests = effects.against_controls(answers, conditions, "better", config.seed)
     held = [
-        _sink_line(f"top {k} {kind} heads", heads, shares)
-        for k in config.sink_heads
-        for kind, heads in changed.top_heads(study, k).items()
+        _sink_line(f"top {own.k} {kind} heads", heads, shares) for own in chosen for kind, heads in own.tops.items()
     ]
     by_head = sink_table(shares)
     most = by_head.iloc[0]
     held.append(_sink_line("most of all heads", ((int(most["layer"]), int(most["head"])),), shares))
-    notes = [*held, *(line for k in config.sink_heads for line in changed.describe_heads(study, config, k))]
+    notes = [*held, *(line for own in chosen for line in own.describe())]
     about = [
         *notes,
         "The sink is the first token. " + _rule(study),
@@ -58,16 +58,16 @@ def sink(study: Study, config: SinkConfig) -> Finding:
     }
     figures = {"sink": (plots.over_beta(summary.loc[summary["chosen"]]), caption)}
     lines = [*notes, "", *_beta_lines(effects.without_repeats(summary, conditions), tests)]
-    return Finding("Sink redistribution", lines, about, figures, tables, _answer(study, config, summary, tests))
+    return Finding("Sink redistribution", lines, about, figures, tables, _answer(config, chosen[0], summary, tests))
 
 
-def sink_conditions(study: Study, config: SinkConfig) -> list[changed.Condition]:
+def sink_conditions(study: Study, config: SinkConfig, chosen: Sequence[ChangedHeads]) -> list[changed.Condition]:
     """Unchanged first; then, for every number of heads and beta, the top heads of both kinds, and random sets."""
     conditions = [changed.UNCHANGED]
-    for k in config.sink_heads:
+    for own in chosen:
         for beta in betas_of(config):
             change = redistribution(study.model, float(beta), config.compat)
-            conditions += changed.against_random(study, config, k, change, f", beta {beta:g}")
+            conditions += changed.conditions_of(own, change, f", beta {beta:g}")
     return conditions
 
 
@@ -76,10 +76,10 @@ def betas_of(config: SinkConfig) -> tuple[float, ...]:
     return config.betas or ((SINK_BETA,) if config.compat else BETAS)
 
 
-def _answer(study: Study, config: SinkConfig, summary: pd.DataFrame, tests: pd.DataFrame) -> list[str]:
+def _answer(config: SinkConfig, chosen: ChangedHeads, summary: pd.DataFrame, tests: pd.DataFrame) -> list[str]:
     """Sentences to quote: the top OCR heads at the beta nearest to the paper's."""
-    k, beta = config.sink_heads[0], min(betas_of(config), key=lambda beta: abs(beta - SINK_BETA))
-    heads = changed.top_heads(study, k)["OCR"]
+    k, beta = chosen.k, min(betas_of(config), key=lambda beta: abs(beta - SINK_BETA))
+    heads = chosen.tops["OCR"]
     what = f"Leaving the first token {beta:g} of its attention in the top {k} OCR heads ({head_names(heads)})"
     return effects.effect_answer(what, f"top {k} OCR, beta {beta:g}", summary, tests)
 
@@ -96,7 +96,11 @@ def _beta_lines(summary: pd.DataFrame, tests: pd.DataFrame) -> list[str]:
         cells = []
         for row in each_row(own.loc[own["condition"] == name]):
             key = (row.task, name)
-            tested = f" {_test(own_tests.loc[key])}" if key in own_tests.index else ""
+            tested = (
+                f" {effects.points(own_tests.loc[key])}, p = {own_tests.loc[key, 'p']:.3f}"
+                if key in own_tests.index
+                else ""
+            )
             cells.append(f"{row.task} {row.value:.1%}{tested}")
         lines.append(f"    {name:26s}  {'   '.join(cells)}")
     return lines
@@ -104,11 +108,6 @@ def _beta_lines(summary: pd.DataFrame, tests: pd.DataFrame) -> list[str]:
 
 def _is_unchanged(row: Any) -> bool:
     return row.condition == changed.UNCHANGED.name
-
-
-def _test(test: Any) -> str:
-    points = (f"{100 * x:+.1f}" for x in (test.difference, test.low, test.high))
-    return "{} ({} to {}), p = {:.3f}".format(*points, test.p)
 
 
 def redistribution(model: HookedVLM, beta: float, compat: bool) -> Callable[[tuple[Head, ...]], RedistributeSink]:

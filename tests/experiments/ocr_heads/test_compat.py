@@ -16,6 +16,7 @@ import torch
 from hooked_vlm import HookedVLM
 from hooked_vlm.experiments.ocr_heads import changed
 from hooked_vlm.experiments.ocr_heads.config import CompareConfig, Protocol, SinkConfig
+from hooked_vlm.experiments.ocr_heads.controls import choose_heads
 from hooked_vlm.experiments.ocr_heads.data import as_code
 from hooked_vlm.experiments.ocr_heads.data.haystack import HaystackItem, needles_by_code
 from hooked_vlm.experiments.ocr_heads.data.pages import as_jpeg
@@ -211,7 +212,8 @@ def test_the_codes_sink_redistribution_runs_with_one_beta(toy: HookedVLM, tmp_pa
         **settings(tmp_path, max_new_tokens=8), compat=True, tasks=("page",), task_samples=2, random_draws=2
     )
     study = Study(config, toy)
-    changes = [c.change for c in sink_conditions(study, study.config) if c.change is not None]  # type: ignore[arg-type]
+    chosen = [choose_heads(study, config, 2)]
+    changes = [c.change for c in sink_conditions(study, study.config, chosen) if c.change is not None]  # type: ignore[arg-type]
     assert {change.beta for change in changes} == {0.4}  # type: ignore[union-attr]
     assert {len(change.heads) for change in changes} == {2}  # type: ignore[union-attr]
     assert {change.causal for change in changes} == {official_code(toy) is INTERNVL2}  # type: ignore[union-attr]

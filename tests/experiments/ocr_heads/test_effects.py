@@ -12,14 +12,16 @@ import torch
 from hooked_vlm import HookedVLM
 from hooked_vlm.experiments.ocr_heads import MaskConfig, effects
 from hooked_vlm.experiments.ocr_heads.answers import METRICS
-from hooked_vlm.experiments.ocr_heads.changed import UNCHANGED, Condition, answer_all, tasks_of, top_heads
+from hooked_vlm.experiments.ocr_heads.changed import UNCHANGED, Condition, answer_all, tasks_of
 from hooked_vlm.experiments.ocr_heads.controls import (
     MATCHED,
     NEAREST,
     candidates,
+    choose_heads,
     distinct_sets,
     nearest,
     random_controls,
+    top_heads,
 )
 from hooked_vlm.experiments.ocr_heads.data.scored import toy_pages
 from hooked_vlm.experiments.ocr_heads.effects import Tested, against_controls, effect_answer, summarize
@@ -99,7 +101,7 @@ def test_draws_are_distinct_and_all_sets_where_there_are_few() -> None:
 def test_random_controls_hold_no_changed_head_of_either_kind(toy: HookedVLM, tmp_path: Path) -> None:
     config = MaskConfig(**SMALL, out=tmp_path, random_from=("live", "others", "layer"))
     study = Study(config, toy)
-    conditions = masking_conditions(study, config, (3,))
+    conditions = masking_conditions([choose_heads(study, config, 3)], config.modes)
     tops = {head for c in conditions if c.name.startswith("top") for head in c.heads}
     randoms = [c for c in conditions if c.name.startswith("random")]
     assert len(tops) > 3 and not any(tops & set(c.heads) for c in randoms)  # the two kinds differ

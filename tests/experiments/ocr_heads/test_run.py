@@ -28,6 +28,7 @@ from hooked_vlm.experiments.ocr_heads import (
 from hooked_vlm.experiments.ocr_heads import changed as changed_module
 from hooked_vlm.experiments.ocr_heads.chain_of_thought import judged_by_ends
 from hooked_vlm.experiments.ocr_heads.changed import answer_all, tasks_of
+from hooked_vlm.experiments.ocr_heads.controls import choose_heads
 from hooked_vlm.experiments.ocr_heads.data.scored import PAPER_PIXELS, passkey_pages, toy_pages
 from hooked_vlm.experiments.ocr_heads.data.store import DataSet
 from hooked_vlm.experiments.ocr_heads.data.tasks import QATask
@@ -51,7 +52,7 @@ def masks(out: Path, **changes: Any) -> MaskConfig:
 def test_masking_equals_zeroing_outputs_by_hand(toy: HookedVLM, tmp_path: Path) -> None:
     config = masks(tmp_path, tasks=("page",))
     study = Study(config, toy)
-    conditions = masking_conditions(study, config, (2,))
+    conditions = masking_conditions([choose_heads(study, config, 2)], config.modes)
     answers = answer_all(study, tasks_of(study, config), conditions, "")
     top = next(c for c in conditions if c.name == "top 2 OCR")
 
