@@ -20,20 +20,29 @@ def command_line(study: str, config: Any, commands: Any) -> str:
     names = {kind: marker.name for kind, marker in map(get_args, get_args(commands))}
     if type(config) not in names:
         return ""
-    settings = {"model": [str(config.model)]} | _changed(config)
-    words = [word for name, values in settings.items() for word in ("--" + name.replace("_", "-"), *values)]
-    return shlex.join(["hooked-vlm", study, names[type(config)], *words])
+    model = ["--model", str(config.model)]
+    return shlex.join(["hooked-vlm", study, names[type(config)], *model, *changed_settings(config, type(config)())])
 
 
-def _changed(config: Any) -> dict[str, list[str]]:
-    """Settings that differ from the defaults, as words of a command line; those of nested settings have no prefix."""
-    default, changed = type(config)(), {}
+def changed_settings(config: Any, default: Any) -> list[str]:
+    """Settings that differ from the defaults, as words of a command line, without the model; those of nested settings
+    have no prefix."""
+    return [
+        word
+        for name, values in _changed(config, default).items()
+        if name != "model"
+        for word in ("--" + name.replace("_", "-"), *values)
+    ]
+
+
+def _changed(config: Any, default: Any) -> dict[str, list[str]]:
+    changed = {}
     for field in fields(config):
         value = getattr(config, field.name)
         if field.name in LEFT_OUT or value == getattr(default, field.name):
             continue
         if is_dataclass(value):
-            changed |= _changed(value)
+            changed |= _changed(value, type(value)())
         elif isinstance(value, bool):
             changed[field.name] = []
         else:

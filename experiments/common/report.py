@@ -14,7 +14,7 @@ import re
 import time
 import zipfile
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from importlib import resources
 from importlib.metadata import version
@@ -153,7 +153,8 @@ class Report:
         software = version("hooked-vlm")
         return environment.from_string(template).render(
             report=self,
-            sections=self._numbered(),
+            sections=self._sections,
+            numbers=self._numbers(),
             pictures=pictures,
             facts=_facts(record),
             software=f"The hooked_vlm authors. {SOFTWARE}. Version {software}.",
@@ -161,14 +162,10 @@ class Report:
             look=page_file("look.css"),
         )
 
-    def _numbered(self) -> list[_Section]:
-        """Sections with tables numbered as they appear: raw ones last."""
+    def _numbers(self) -> dict[str, int]:
+        """Number of each table by name, in the order they appear: raw ones last."""
         order = [t.name for raw in (False, True) for section in self._sections for t in section.shown(raw)]
-        numbers = {name: i for i, name in enumerate(order, 1)}
-        return [
-            replace(section, tables=[replace(table, number=numbers[table.name]) for table in section.tables])
-            for section in self._sections
-        ]
+        return {name: i for i, name in enumerate(order, 1)}
 
 
 def files_of(page: Path) -> dict[str, Any]:

@@ -4,7 +4,8 @@ import base64
 import gzip
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import cached_property
 from io import BytesIO
 from pathlib import Path
 from typing import Any, Literal
@@ -53,8 +54,6 @@ class Table:
     frame: pd.DataFrame
     caption: str
     limit: int | None = None
-    number: int = field(default=0, kw_only=True)
-    """Its number on the page."""
 
     @property
     def visible(self) -> pd.DataFrame:
@@ -71,22 +70,23 @@ class Table:
             return f" ({len(self.frame):,} rows)"
         return f" ({len(self.visible):,} of {len(self.frame):,} rows)" if len(self.visible) < len(self.frame) else ""
 
-    @property
+    @cached_property
     def columns(self) -> list[Column]:
         return _columns(self.visible)
 
     @property
     def rows(self) -> list[tuple[tuple[Column, Cell], ...]]:
-        columns = self.columns
-        return [tuple(zip(columns, row, strict=True)) for row in zip(*(c.cells for c in columns), strict=True)]
+        return [
+            tuple(zip(self.columns, row, strict=True)) for row in zip(*(c.cells for c in self.columns), strict=True)
+        ]
 
-    @property
+    @cached_property
     def data(self) -> pd.DataFrame:
         """What files hold: every column that is no picture."""
         pictures = [is_picture(self.frame.iloc[:, i]) for i in range(self.frame.shape[1])]
         return self.frame.loc[:, ~np.array(pictures, dtype=bool)]
 
-    @property
+    @cached_property
     def csv(self) -> bytes:
         return self.data.to_csv(index=False, lineterminator="\n").encode()
 

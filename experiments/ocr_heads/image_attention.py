@@ -3,12 +3,12 @@
 from collections.abc import Sequence
 
 import numpy as np
-import pandas as pd
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from hooked_vlm.analysis.rows import attention_rows
+from hooked_vlm.experiments.ocr_heads.attention_shares import measured_by_sample
 from hooked_vlm.experiments.ocr_heads.examples import Example, to_inputs
 from hooked_vlm.experiments.ocr_heads.study import Study
 from hooked_vlm.model.vlm import HookedVLM
@@ -16,26 +16,8 @@ from hooked_vlm.model.vlm import HookedVLM
 
 def attention_on_images(study: Study) -> Float[np.ndarray, "layer head"]:
     """Mean share of each head's attention on image tokens where the answer begins, over the pages that score heads."""
-    model, found = study.model, []
-    for data in study.scored(as_text=False):
-        units = []
-        for group, n_tokens in study.groups(model, data.examples):
-            key = {
-                "image attention": data.digest,
-                "model": study.identity,
-                "examples": group,
-                "pixels": study.pixels,
-            }
-            own = [data.examples[i] for i in group]
-            units.append(study.unit(key, shares_of, (own, study.pixels), n_tokens))
-        found += study.tables(units, f"attention on images, {data.name}")
-    shares = np.stack([np.asarray(s, dtype=np.float64) for s in pd.concat(found)["shares"]])
-    return shares.mean(0).reshape(model.cfg.n_layers, model.cfg.n_heads)
-
-
-def shares_of(model: HookedVLM, examples: Sequence[Example], pixels: int | None) -> pd.DataFrame:
-    """`image_shares` as a column."""
-    return pd.DataFrame({"shares": [shares.ravel() for shares in image_shares(model, examples, pixels)]})
+    sets = {f"attention on images, {data.name}": data for data in study.scored(as_text=False)}
+    return measured_by_sample(study, image_shares, sets, "image attention", {}).mean(0)
 
 
 def image_shares(

@@ -23,6 +23,7 @@ from hooked_vlm.experiments.ocr_heads.answers import is_right
 from hooked_vlm.experiments.ocr_heads.config import Granularity, Protocol
 from hooked_vlm.experiments.ocr_heads.examples import Evidence, Example, picture_size
 from hooked_vlm.experiments.ocr_heads.reading import NOWHERE, Ask, Copy, Reading, read
+from hooked_vlm.inputs.token_layout import Visual
 from hooked_vlm.inputs.vlm_inputs import VLMInputs
 from hooked_vlm.model.vlm import HookedVLM
 
@@ -144,15 +145,14 @@ def gather(kind: Kind, table: pd.DataFrame, shape: tuple[int, int], granularity:
     right = table["right"].to_numpy(dtype=bool)
 
     def stacked(column: str) -> tuple[np.ndarray, np.ndarray]:
+        """Values of all examples, and the example that each is of."""
         values = [np.asarray(v, dtype=np.float64).reshape(-1, *shape) for v in table[column]]
-        return np.concatenate(values), right.repeat([len(own) for own in values])
+        return np.concatenate(values), np.arange(len(table)).repeat([len(own) for own in values])
 
-    (samples, answered_samples), (tokens, answered_tokens) = stacked("sample"), stacked("tokens")
+    (samples, of_samples), (tokens, of_tokens) = stacked("sample"), stacked("tokens")
     return Scores(
         kind, samples, tokens, stacked("norms")[0].mean(0), int(right.sum()), len(table), granularity,
-        answered_samples, answered_tokens,
-        np.arange(len(table)).repeat([np.asarray(own).size // np.prod(shape) for own in table["tokens"]]),
-        _gather_looked(table, shape),
+        right[of_samples], right[of_tokens], of_tokens, _gather_looked(table, shape),
     )  # fmt: skip
 
 
@@ -237,8 +237,8 @@ def find_copies(
     if protocol.weight_by_run != "no":
         first = start if protocol.weight_by_run == "reply" else inputs.first[row]
         weight = longest_run(answer, inputs.tokens[row, first : inputs.stop[row]].tolist())[2] / len(answer)
-    boxes = [(e, _tokens_of(inputs, row, example, e, protocol)) for e in example.evidence]
     pages = [visual for visual in inputs.visuals if visual.row == row]
+    boxes = [(e, _tokens_of(inputs, pages[e.image], example, e, protocol)) for e in example.evidence]
     origin = pages[example.evidence[0].image].start if example.evidence else 0
     coarse = len(boxes) == 1 and (boxes[0][0].start, boxes[0][0].stop) == (0, len(example.answer))
     if protocol.matching == "in_order":
@@ -265,11 +265,9 @@ def find_copies(
 
 
 def _tokens_of(
-    inputs: VLMInputs, row: int, example: Example, evidence: Evidence, protocol: Protocol
+    inputs: VLMInputs, visual: Visual, example: Example, evidence: Evidence, protocol: Protocol
 ) -> tuple[int, ...]:
     """Positions of the image tokens that contain enough of an evidence box."""
-    images = [v for v in inputs.visuals if v.row == row]
-    visual = images[evidence.image]
     grid = inputs.image_grid(visual.index)
     if example.first_resize is not None:  # boxes are those of the picture before its first resizing
         grid = replace(grid, image_size=picture_size(example.images[evidence.image]))

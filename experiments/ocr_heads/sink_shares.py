@@ -10,6 +10,7 @@ from torch import Tensor
 
 from hooked_vlm.analysis.rows import attention_rows
 from hooked_vlm.analysis.statistics import Estimate, mean_score, score_interval
+from hooked_vlm.experiments.ocr_heads.attention_shares import measured_by_sample
 from hooked_vlm.experiments.ocr_heads.data.tasks import QATask
 from hooked_vlm.experiments.ocr_heads.examples import Example, to_inputs
 from hooked_vlm.experiments.ocr_heads.study import Study, head_table
@@ -25,28 +26,9 @@ PLACES = ("where the answer begins", "over the prompt")
 
 def sink_attention(study: Study, tasks: Sequence[QATask]) -> Float[np.ndarray, "sample place layer head"]:
     """Share of each head's attention on the first token, for each sample of the tasks, in `PLACES`."""
-    model, found = study.model, []
-    for task in tasks:
-        units = []
-        for group, n_tokens in study.groups(model, task.data.examples):
-            key = {
-                "sink attention": task.data.digest,
-                "model": study.identity,
-                "examples": group,
-                "pixels": study.pixels,
-                "queries": QUERIES,
-                "places": PLACES,
-            }
-            own = [task.data.examples[i] for i in group]
-            units.append(study.unit(key, shares_of, (own, study.pixels), n_tokens))
-        found += study.tables(units, f"sink, {task.name}")
-    shape = (-1, len(PLACES), model.cfg.n_layers, model.cfg.n_heads)
-    return np.stack([np.asarray(s, dtype=np.float64) for s in pd.concat(found)["shares"]]).reshape(shape)
-
-
-def shares_of(model: HookedVLM, examples: Sequence[Example], pixels: int | None) -> pd.DataFrame:
-    """`first_token_shares` as a column."""
-    return pd.DataFrame({"shares": [shares.ravel() for shares in first_token_shares(model, examples, pixels)]})
+    sets = {f"sink, {task.name}": task.data for task in tasks}
+    settings = {"queries": QUERIES, "places": PLACES}
+    return measured_by_sample(study, first_token_shares, sets, "sink attention", settings)
 
 
 def first_token_shares(

@@ -187,7 +187,7 @@ def _listed(kind: str, name: str) -> Claim:
     return Claim(
         f"published list, {name}",
         f"The {name} of the model are those of the published list.",
-        f"The interval of the Jaccard index of both lists, over heads, lies above {AGREES}, in a run with --compat.",
+        f"The interval of the Jaccard index of both lists, over samples, lies above {AGREES}, in a run with --compat.",
         judge,
     )
 

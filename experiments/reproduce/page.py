@@ -2,12 +2,12 @@
 
 import shlex
 from collections.abc import Mapping, Sequence
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
+from hooked_vlm.experiments.common.command import changed_settings
 from hooked_vlm.experiments.common.report import Report
 from hooked_vlm.experiments.head_attribution.study import PAPER as HEAD_ATTRIBUTION
 from hooked_vlm.experiments.ocr_heads.pipeline import PAPER as OCR_HEADS
@@ -99,14 +99,9 @@ def terminal_lines(judged: Judged) -> list[str]:
 
 def command_of(config: ReproduceConfig) -> str:
     """The command that repeats the run: the model, the paper, and every setting that is not the default."""
-    words = ["hooked-vlm", "reproduce", config.model, "--paper", config.paper]
     default = ReproduceConfig(config.model, config.paper)
-    for field in fields(config):
-        value = getattr(config, field.name)
-        if field.name in ("out", "quiet", "ray", "workers", "zip") or value == getattr(default, field.name):
-            continue
-        words += [f"--{field.name.replace('_', '-')}", *([] if value is True else [str(value)])]
-    return shlex.join(words)
+    words = ["hooked-vlm", "reproduce", config.model, "--paper", config.paper]
+    return shlex.join([*words, *changed_settings(config, default)])
 
 
 def _sentence(text: str) -> str:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from hooked_vlm.experiments import head_attribution, ocr_heads
+from hooked_vlm.experiments.common.command import LEFT_OUT
 from hooked_vlm.experiments.common.steps import Clock, Step
 from hooked_vlm.experiments.head_attribution.config import All
 from hooked_vlm.experiments.ocr_heads.config import OcrHeadsConfig
@@ -23,8 +24,6 @@ from hooked_vlm.runtime.files import writable_folder
 VERIFY, LOAD, STUDY = "verify", "load the model", "study"
 STEPS_OF_ALL = (VERIFY, LOAD, STUDY)
 """Steps that together are the run; others are parts of the study."""
-NO_RESULT = ("out", "quiet", "ray", "workers", "zip")
-"""Settings that no result depends on."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -96,5 +95,5 @@ def study(config: OcrHeadsConfig | All, model: HookedVLM, step: Step, name: str)
 
 def recorded(config: ReproduceConfig) -> dict[str, Any]:
     """Settings that results depend on."""
-    values = {field.name: getattr(config, field.name) for field in fields(config) if field.name not in NO_RESULT}
+    values = {field.name: getattr(config, field.name) for field in fields(config) if field.name not in LEFT_OUT}
     return {name: str(value) if isinstance(value, Path) else value for name, value in values.items()}

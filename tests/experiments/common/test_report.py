@@ -5,7 +5,6 @@ import gzip
 import json
 import re
 import zipfile
-from collections.abc import Iterator
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,6 @@ import pandas as pd
 import pytest
 import torch
 from PIL import Image
-from viewing import CHROMIUM
 
 from hooked_vlm import HookedVLM
 from hooked_vlm.experiments.common.figures import DOUBLE, SINGLE, new_figure
@@ -203,17 +201,6 @@ def test_a_finding_is_a_section_of_the_report(tmp_path: Path) -> None:
 
 def test_the_software_to_cite_is_that_of_the_citation_file() -> None:
     assert f'title: "{SOFTWARE}"' in (Path(__file__).parents[3] / "CITATION.cff").read_text()
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    playwright = pytest.importorskip("playwright.sync_api", reason="Playwright is not installed")
-    if CHROMIUM is None:
-        pytest.skip("there is no chromium, chromium-browser or google-chrome on the PATH")
-    with playwright.sync_playwright() as driver:
-        own = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        yield own
-        own.close()
 
 
 @pytest.mark.slow

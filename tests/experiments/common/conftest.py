@@ -1,0 +1,5 @@
+"""A browser for the tests that need one."""
+
+from browsers import browser
+
+__all__ = ["browser"]
