@@ -96,12 +96,9 @@ def _beta_lines(summary: pd.DataFrame, tests: pd.DataFrame) -> list[str]:
         cells = []
         for row in each_row(own.loc[own["condition"] == name]):
             key = (row.task, name)
-            tested = (
-                f" {effects.points(own_tests.loc[key])}, p = {own_tests.loc[key, 'p']:.3f}"
-                if key in own_tests.index
-                else ""
-            )
-            cells.append(f"{row.task} {row.value:.1%}{tested}")
+            cells.append(f"{row.task} {row.value:.1%}")
+            if key in own_tests.index:
+                cells[-1] += f" {effects.points(own_tests.loc[key])}, p = {own_tests.loc[key, 'p']:.3f}"
         lines.append(f"    {name:26s}  {'   '.join(cells)}")
     return lines
 
