@@ -42,8 +42,10 @@ def score_interval(
     """95% intervals of means of values in [0, 1], over the first axis.
 
     Wilson's interval (1927) for the number of independent 0/1 values that would have the variance observed,
-    n mean (1 - mean) / variance; values that are all 0 or 1 give Wilson's own. Unlike a bootstrap interval it has a
-    width where all values are 0 or 1: coverage stays near 95% for shares near either end.
+    mean (1 - mean) / variance; values that are all 0 or 1 give Wilson's own. Unlike a bootstrap interval it has a
+    width where all values are 0 or 1: coverage stays near 95% for shares near either end. A variance that rests on few
+    values away from the nearer end is itself unsure, so it is averaged with the largest that values in [0, 1] can have,
+    that of 0/1 values, which counts as one such value.
 
     Args:
         groups: the group of each entry (tokens of a sample), whose entries depend on each other: the variance is that
@@ -56,9 +58,11 @@ def score_interval(
         raise ValueError(f"a score interval needs values in [0, 1], got {np.min(values):g} to {np.max(values):g}")
     mean = values.mean(0)
     residuals = group_sums(values - mean, groups)
-    variance = (residuals**2).sum(0) / len(values) ** 2
+    n = len(residuals)
+    largest, away = mean * (1 - mean) / n, n * np.minimum(mean, 1 - mean)
+    variance = ((residuals**2).sum(0) / len(values) ** 2 * away + largest) / (away + 1)
     with np.errstate(divide="ignore", invalid="ignore"):
-        effective = np.where(variance > 1e-18, mean * (1 - mean) / variance, len(residuals))
+        effective = np.where(variance > 1e-18, mean * (1 - mean) / variance, n)
     shrink = 1 + Z**2 / effective
     centre = (mean + Z**2 / (2 * effective)) / shrink
     half = Z / shrink * np.sqrt(mean * (1 - mean) / effective + Z**2 / (4 * effective**2))
