@@ -194,13 +194,28 @@ def _vision_kwargs(section: Mapping[str, Any], text_width: int) -> dict[str, Any
         "d_mlp": width * vision.size("mlp_ratio", default=4),
         "d_out": d_out,
         "act_fn": vision.one_of("hidden_act", ("quick_gelu",), default="quick_gelu"),
+        "gated_mlp": False,
         "normalization_type": "LN",
         "eps": 1e-6,  # not in the configuration: modeling_qwen2_vl.py, Qwen2VLVisionBlock and PatchMerger
+        "pre_norm": False,
+        "post_norm": False,
         "rope_theta": rope.number("rope_theta", default=10000.0),
+        "window": None,
+        "full_layers": (),
+        "deepstack_layers": (),
         "patch_size": vision.size("patch_size", default=14),
         "temporal_patch_size": vision.size("temporal_patch_size", default=2),
         "in_channels": vision.size("in_channels", default=3),
+        "patch_bias": False,
+        "patch_order": "blocks",
+        "class_token": False,
+        "n_positions": 0,
+        "processor": "resized",
+        "projector": ("norm", "merge", "linear", "activation", "linear"),
         "merge_size": vision.size("spatial_merge_size", default=2),
+        "projector_norm_type": "LN",
+        "projector_eps": 1e-6,
+        "projector_bias": True,
     }
 
 

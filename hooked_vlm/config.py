@@ -6,9 +6,14 @@ module keeps a copy of a field that can change.
 """
 
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from math import isqrt
+from typing import Any, Literal, get_args
 
 import torch
+
+from hooked_vlm.errors import InputError
+
+ProjectorStep = Literal["norm", "merge", "pool", "linear", "activation"]
 
 
 @dataclass(frozen=True)
@@ -40,28 +45,49 @@ class VisionConfig:
     d_out: int
     """Width the projector hands to the language model."""
     act_fn: str = "quick_gelu"
+    gated_mlp: bool = False
     normalization_type: str = "LN"
     eps: float = 1e-6
+    pre_norm: bool = False
+    """Whether the embedded patches are normalised before the first block."""
+    post_norm: bool = False
+    """Whether the stream is normalised behind the last block that runs."""
     qkv_bias: bool = True
     qk_norm: bool = False
     """RMSNorm of queries and of keys over all heads together, before they are told apart."""
     layer_scale: bool = False
     """Whether the outputs of attention and MLP are multiplied by a learned vector (layer scale)."""
     rope_theta: float | None = 10000.0
-    """Base of the rotary positions (row, column) of patches; None: absolute positions are learned."""
-    tile_size: int | None = None
-    """Side in pixels of the square tiles that images are cut into; None: each image is seen whole.
-
-    A tower of tiles has a class token before each tile's patches and one learned position for each."""
-    n_positions: int = 0
-    """Learned positions of patches (the class token's not counted); other tile sizes interpolate them."""
+    """Base of the rotary positions (row, column) of patches; None: patches are not rotated."""
+    window: int | None = None
+    """Side in patches of the square windows that attention stays in; None: patches see their whole picture."""
+    full_layers: tuple[int, ...] = ()
+    """Blocks whose patches see their whole picture although the others have windows."""
     n_layers_used: int | None = None
     """Blocks that run, if not all: the projector reads what leaves the last of them."""
+    deepstack_layers: tuple[int, ...] = ()
+    """Blocks behind which patches are read for the language model's first blocks, too (DeepStack)."""
+
     patch_size: int = 14
     temporal_patch_size: int = 2
     in_channels: int = 3
-    merge_size: int = 2
-    """Patches of a `merge_size` x `merge_size` block become one image token."""
+    patch_bias: bool = False
+    """Whether the patch embedding has a bias."""
+    patch_order: Literal["blocks", "raster"] = "blocks"
+    """Blocks: patches follow each other merge block by merge block, and pixels are flattened patches [patch, d_patch].
+    Raster: row by row, and pixels are square pictures [picture, channel, height, width]."""
+    class_token: bool = False
+    """Whether a learned token stands before the patches of each picture."""
+    n_positions: int = 0
+    """Learned positions of patches, a square table (the class token's is not counted); 0: none."""
+    position_fit: Literal["table", "bicubic", "bilinear"] = "table"
+    """How the learned positions fit a picture. Table: its side is the table's. Bicubic and bilinear (with aligned
+    corners): the table is resized to its rows and columns."""
+
+    tile_size: int | None = None
+    """Side of the square pictures that a tower of raster order takes; None: pictures have any shape."""
+    processor: str = "resized"
+    """What prepares pictures (`hooked_vlm.loading.processors`): "resized" whole, or as "tiles"."""
     transposed_tokens: bool = False
     """The tokens of a tile are numbered column by column (pixel shuffle "v1")."""
     min_tiles: int = 1
@@ -69,19 +95,48 @@ class VisionConfig:
     """Bounds on the tiles of an image, its thumbnail not counted."""
     thumbnail: bool = True
     """Whether the whole image, as one more tile, follows the tiles of an image that has several."""
+
+    projector: tuple[ProjectorStep, ...] = ("norm", "merge", "linear", "activation", "linear")
+    """What makes image tokens of patches, in order. Norm: of patches, or behind "merge" and "pool" of tokens. Merge:
+    the patches of a block side by side. Pool: the mean of a block. One linear map, or two with a GELU between them."""
+    merge_size: int = 2
+    """Merge: patches of a `merge_size` x `merge_size` block become one image token."""
+    pool_size: int = 1
+    """Pool: the same of its blocks."""
     d_projector: int | None = None
-    """Hidden width of the projector; None: as wide as a merge block."""
-    projector_norm: Literal["patch", "token"] = "patch"
-    """Whether the projector's norm sees single patches or whole merge blocks."""
+    """Width between two linear maps; None: that of their input."""
+    projector_norm_type: Literal["LN", "RMS"] = "LN"
     projector_eps: float = 1e-6
+    projector_bias: bool = True
+
+    def __post_init__(self) -> None:
+        _check_projector(self)
+        _check_patches(self)
+        for name in ("full_layers", "deepstack_layers"):
+            layers = getattr(self, name)
+            if not all(0 <= layer < self.n_layers_run for layer in layers):
+                raise InputError(f"{name} must be blocks that run, 0 to {self.n_layers_run - 1}, got {layers}")
 
     @property
     def n_layers_run(self) -> int:
         return self.n_layers if self.n_layers_used is None else self.n_layers_used
 
     @property
+    def norm_of(self) -> Literal["patches", "tokens"] | None:
+        """What the projector's norm sees: patches before they become tokens, or tokens; None without a norm."""
+        if "norm" not in self.projector:
+            return None
+        makes_tokens = [step for step in self.projector if step in ("norm", "merge", "pool")]
+        return "tokens" if makes_tokens[-1] == "norm" else "patches"
+
+    @property
+    def token_size(self) -> int:
+        """Side in patches of the square that one image token covers."""
+        return self.merge_size * self.pool_size
+
+    @property
     def d_merged(self) -> int:
-        """Width of the patches of a merge block side by side."""
+        """Width of the patches of a merge block side by side: what the projector's first linear map reads."""
         return self.d_model * self.merge_size**2
 
     @property
@@ -92,7 +147,71 @@ class VisionConfig:
     @property
     def pixels_per_token(self) -> int:
         """Side of the square of (resized) pixels that one image token covers."""
-        return self.patch_size * self.merge_size
+        return self.patch_size * self.token_size
+
+
+def _check_projector(cfg: VisionConfig) -> None:
+    """Refuse steps that make no projector.
+
+    Raises:
+        InputError: names the step that is too many, lacks or stands in the wrong place.
+    """
+    steps = cfg.projector
+    if unknown := set(steps) - set(get_args(ProjectorStep)):
+        raise InputError(f"projector has steps {', '.join(get_args(ProjectorStep))}, got {', '.join(sorted(unknown))}")
+    first = steps.index("linear") if "linear" in steps else len(steps)
+    before, maps = steps[:first], steps[first:]
+    if maps not in (("linear",), ("linear", "activation", "linear")):
+        expected = 'one "linear", or "linear", "activation", "linear"'
+        raise InputError(f"projector must end in {expected}, and have no others before, got {steps}")
+    if len(set(before)) < len(before):
+        raise InputError(f'projector has "norm", "merge" and "pool" at most once each, got {steps}')
+    if {"merge", "pool"} <= set(before):
+        raise InputError(f'projector makes tokens by "merge" or by "pool", not by both, got {steps}')
+    for step, name, size in (("merge", "merge_size", cfg.merge_size), ("pool", "pool_size", cfg.pool_size)):
+        if size < 1 or (size > 1 and step not in before):
+            raise InputError(f'{name} must be 1 in a projector without "{step}" and at least 1 in others, got {size}')
+    if cfg.d_projector is not None and len(maps) == 1:
+        raise InputError(f"d_projector is the width between two linear maps, got {cfg.d_projector} for {steps}")
+
+
+def _check_patches(cfg: VisionConfig) -> None:
+    """Refuse an order of patches, or positions, that pictures do not have.
+
+    Raises:
+        InputError: names the fields that do not fit each other.
+    """
+    raster = cfg.patch_order == "raster"
+    if raster != (cfg.tile_size is not None):
+        expected = "the side of its square pictures" if raster else "None (its pictures have any shape)"
+        raise InputError(f'tile_size with patch_order="{cfg.patch_order}" must be {expected}, got {cfg.tile_size}')
+    if raster and cfg.temporal_patch_size != 1:
+        raise InputError(f"pictures in raster order have temporal_patch_size=1, got {cfg.temporal_patch_size}")
+    if "pool" in cfg.projector and not raster:
+        raise InputError(f'"pool" needs patch_order="raster", got "{cfg.patch_order}"')
+    if cfg.rope_theta is not None and (raster or cfg.class_token):
+        raise InputError(
+            'rotary positions are those of patches in patch_order="blocks" without a class token: set rope_theta=None, '
+            f'got {cfg.rope_theta} with patch_order="{cfg.patch_order}" and class_token={cfg.class_token}'
+        )
+    side = isqrt(cfg.n_positions)
+    if side**2 != cfg.n_positions:
+        raise InputError(f"n_positions must be the number of places of a square table, got {cfg.n_positions}")
+    if cfg.tile_size is None:
+        if cfg.n_positions and cfg.position_fit == "table":
+            raise InputError('pictures of any shape need position_fit="bicubic" or "bilinear", got "table"')
+        return
+    patches = cfg.tile_size // cfg.patch_size
+    if patches % cfg.token_size:
+        raise InputError(
+            f"a picture of tile_size={cfg.tile_size} has {patches} rows of patches, which must be a multiple of the "
+            f"{cfg.token_size} of a token"
+        )
+    if cfg.n_positions and cfg.position_fit == "table" and side != patches:
+        raise InputError(
+            f'position_fit="table" needs a position for each patch, {patches} x {patches}, got n_positions='
+            f'{cfg.n_positions}: give "bicubic" or "bilinear" to resize them'
+        )
 
 
 @dataclass(frozen=True)
@@ -150,7 +269,7 @@ class VLMConfig:
     use_attn_result: bool = False
     use_split_qkv_input: bool = False
     use_hook_mlp_in: bool = False
-    use_attn_in: bool = field(default=False, repr=False)  # not part of `provenance.weights_hash`
+    use_attn_in: bool = field(default=False, repr=False)  # not part of `fingerprints.weights_hash`
 
     def __post_init__(self) -> None:
         if self.n_heads % self.n_key_value_heads:

@@ -110,15 +110,27 @@ are learned and enter with `vision.hook_embed`, so queries and keys are not rota
 Blocks behind the layer that the projector reads (`select_layer`) do not run. These shapes differ:
 """
 
+_OTHERS = """\
+## Where other towers differ
 
-def markdown(rows: list[HookRow], rows_of_tiles: list[HookRow]) -> str:
-    """The page docs/hooks.md: a table of Qwen2-VL's points, and what is different in InternVL2."""
+What a tower and a projector are made of is in `model.cfg.vision`, and some points exist with some parts only:
+`vision.ln_pre` with `pre_norm`, `vision.ln_post` with `post_norm`, the vision tower's `mlp.hook_pre_linear` with
+`gated_mlp`, `projector.ln` with the step "norm" in `projector` (of patches if "merge" or "pool" follows, else of
+tokens), `projector.hook_pre` and `projector.hook_post` with the step "activation". `patch` starts with a class token
+where `class_token` is set. These are not in the tables above:
+"""
+
+
+def markdown(rows: list[HookRow], rows_of_tiles: list[HookRow], rows_of_others: list[HookRow]) -> str:
+    """The page docs/hooks.md: a table of Qwen2-VL's points, and what is different in InternVL2 and in other towers."""
     parts = [_HEAD]
     for title, belongs, note in _SECTIONS:
         parts.append(f"## {title}\n\n{note}\n\n" + _table([row for row in rows if belongs(row.name)]))
     absent = sorted({row.name for row in rows} - {row.name for row in rows_of_tiles})
     parts.append(_TILES.format(absent=", ".join(f"`{name}`" for name in absent)))
     parts.append(_table([row for row in rows_of_tiles if row not in rows]))
+    parts.append(_OTHERS)
+    parts.append(_table([row for row in rows_of_others if row not in rows + rows_of_tiles]))
     return "\n".join(parts)
 
 
@@ -129,18 +141,22 @@ def _table(rows: list[HookRow]) -> str:
 
 
 def page() -> str:
-    """docs/hooks.md for both families; sizes do not matter, so the models are minute and random."""
+    """docs/hooks.md for all towers; sizes do not matter, so the models are minute and random."""
     sizes = VisionConfig(n_layers=1, d_model=4, n_heads=1, d_head=4, d_mlp=4, d_out=4, patch_size=2)
     tiles = replace(
         sizes,
+        patch_order="raster",
         tile_size=4,
+        temporal_patch_size=1,
+        class_token=True,
         n_positions=4,
         rope_theta=None,
         layer_scale=True,
         qk_norm=True,
+        projector=("merge", "norm", "linear", "activation", "linear"),
         d_projector=4,
-        projector_norm="token",
     )
+    others = replace(sizes, pre_norm=True, post_norm=True, gated_mlp=True)
     cfg = VLMConfig(
         n_layers=1,
         d_model=4,
@@ -152,8 +168,8 @@ def page() -> str:
         n_ctx=8,
         rope_theta=1e4,
     )
-    whole, tiled = (hook_table(HookedVLM(cfg.with_(vision=vision))) for vision in (sizes, tiles))
-    return markdown(whole, tiled)
+    tables = [hook_table(HookedVLM(cfg.with_(vision=vision))) for vision in (sizes, tiles, others)]
+    return markdown(*tables)
 
 
 if __name__ == "__main__":

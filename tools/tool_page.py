@@ -54,13 +54,13 @@ class Setup:
             d_vocab=16,
             n_ctx=32,
             rope_theta=1e4,
-            mrope_section=None if vision.tile_size else (1, 1, 0),
+            mrope_section=None if vision.patch_order == "raster" else (1, 1, 0),
             image_token_id=1,
             vision=vision,
         )
         model = HookedVLM(cfg).eval()
         tokens, grid, spec = torch.tensor([[5, *[1] * 4, 6, 7]]), torch.tensor([[1, 4, 4]]), model.input_spec()
-        shape = (1, 3, 8, 8) if vision.tile_size else (16, vision.d_patch)
+        shape = (1, 3, 8, 8) if vision.patch_order == "raster" else (16, vision.d_patch)
         clean, corrupt = (
             VLMInputs(tokens, spec, pixel_values=torch.randn(shape), image_grid_thw=grid) for _ in range(2)
         )
@@ -338,13 +338,16 @@ def setups() -> tuple[Setup, Setup, Setup]:
     whole = VisionConfig(n_layers=1, d_model=4, n_heads=1, d_head=4, d_mlp=4, d_out=8, patch_size=2)
     tiles = replace(
         whole,
+        patch_order="raster",
         tile_size=8,
-        n_positions=16,
         temporal_patch_size=1,
+        patch_bias=True,
+        class_token=True,
+        n_positions=16,
         rope_theta=None,
         layer_scale=True,
+        projector=("merge", "norm", "linear", "activation", "linear"),
         d_projector=4,
-        projector_norm="token",
     )
     return Setup.of(whole), Setup.of(tiles), Setup.of(whole, n_key_value_heads=2)
 

@@ -174,7 +174,7 @@ def take_rows(name: str, tensor: Float[Tensor, "..."], slots: Int[Tensor, "row"]
 
 def _class_tokens(cfg: VLMConfig) -> int:
     """Before the patches of every tile."""
-    return 0 if cfg.vision is None or cfg.vision.tile_size is None else 1
+    return int(cfg.vision is not None and cfg.vision.class_token)
 
 
 def _column(lists: list[list[str]]) -> np.ndarray:

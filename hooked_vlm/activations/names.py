@@ -24,7 +24,7 @@ def kind_of(name: str, cfg: VLMConfig) -> Kind:
     if not is_vision(name):
         return "tokens"
     of_patches = name.startswith("vision.") or (
-        name.startswith("projector.ln.") and cfg.vision is not None and cfg.vision.projector_norm == "patch"
+        name.startswith("projector.ln.") and cfg.vision is not None and cfg.vision.norm_of == "patches"
     )
     return "patches" if of_patches else "image_tokens"
 

@@ -1,8 +1,9 @@
 """A model spread over devices, through `accelerate`: which part lies where, and how it gets to where it computes.
 
-Parts are whole blocks of either tower, the patch embedding, the projector, and the three ends of the stream (embedding,
-final norm, unembedding), which stay together on the main device: inputs, logits and `model.cfg.device` are there. A
-part may also be kept on the CPU or on disk and be loaded, matrix by matrix, when it computes (offloading).
+Parts are whole blocks of either tower, the patch embedding, the vision tower's norms before and behind its blocks, the
+projector, and the three ends of the stream (embedding, final norm, unembedding), which stay together on the main
+device: inputs, logits and `model.cfg.device` are there. A part may also be kept on the CPU or on disk and be loaded,
+matrix by matrix, when it computes (offloading).
 """
 
 from collections.abc import Mapping
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from hooked_vlm.model.vlm import HookedVLM
 
 ENDS = ("embed", "ln_final", "unembed")
+VISION_NORMS = ("vision.ln_pre", "vision.ln_post")
 _WHOLE = ["Block", "PatchEmbed", "TileEmbed", "Projector"]
 
 DeviceMap = str | Mapping[str, int | str | torch.device]
@@ -88,7 +90,8 @@ def planned(model: "HookedVLM", spread: Spread, dtype: torch.dtype) -> Placement
 
 def _parts(model: "HookedVLM") -> list[str]:
     """Names of the parts that are placed as a whole, in the order of a pass."""
-    return [name for name, module in model.named_modules() if name in ENDS or type(module).__name__ in _WHOLE]
+    alone = (*ENDS, *VISION_NORMS)
+    return [name for name, module in model.named_modules() if name in alone or type(module).__name__ in _WHOLE]
 
 
 def _complete(given: Mapping[str, str], parts: list[str]) -> dict[str, str]:

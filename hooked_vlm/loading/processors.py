@@ -71,7 +71,7 @@ def processor_of(
     vision = cfg.vision
     if vision is None:
         return None
-    if vision.tile_size is not None:
+    if vision.processor == "tiles":
         names = ("tile_size", "patch_size", "merge_size", "min_tiles", "max_tiles", "thumbnail", "transposed_tokens")
         sizes = {name: getattr(vision, name) for name in names}
         of_transformers = images.file is not None and cfg.original_architecture == HF
@@ -79,6 +79,8 @@ def processor_of(
             return TileProcessor.from_dict(images.values, **sizes, **(SILENT_TILES if of_transformers else {}))
         except ImageError as error:
             raise _refusal(images, error) from error
+    if vision.processor != "resized":
+        raise CheckpointError(f'an image processor is "resized" or "tiles", got {vision.processor!r}')
     processor = _whole_images(images, SILENT_IMAGES, vision)
     if videos.file is None:
         return processor

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import platform
+from dataclasses import fields, is_dataclass
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
@@ -45,13 +46,14 @@ def provenance(model: "HookedVLM") -> dict[str, Any]:
 def weights_hash(model: "HookedVLM") -> str:
     """Sixteen digits that stand for a model: its weights as they are now and its configuration, on any device.
 
-    Of the configuration: all that decides results (rotary bases, epsilons, stop tokens, ...). Of each tensor: name,
-    shape, dtype, and the sum of its bytes, eight at a time as whole numbers, each times an odd number of its column and
-    one of its row. Any change of one weight alters it, and so does any exchange of rows, columns or single weights but
-    for a chance of one in 2^60. A bar shows how far it is where it takes longer than a second.
+    Of the configuration: all that decides results (rotary bases, epsilons, stop tokens, ...) and is not at its
+    default, so that a field that is added later leaves the hashes of models without it. Of each tensor: name, shape,
+    dtype, and the sum of its bytes, eight at a time as whole numbers, each times an odd number of its column and one of
+    its row. Any change of one weight alters it, and so does any exchange of rows, columns or single weights but for a
+    chance of one in 2^60. A bar shows how far it is where it takes longer than a second.
     """
     plain = model.cfg.with_(model_name="", device=torch.device("cpu"))  # wherever it was found, wherever it runs
-    digest = hashlib.sha256(f"{plain}\n".encode())
+    digest = hashlib.sha256(f"{_told(plain)}\n".encode())
     tensors = sorted_values(model)
     for name, tensor in tqdm(tensors, desc="hashing weights", unit="tensor", delay=1, leave=False, disable=None):
         words = _words(tensor)
@@ -60,6 +62,16 @@ def weights_hash(model: "HookedVLM") -> str:
         total = int((rows * _odd(len(rows), rows.device)).sum())
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype} {total}\n".encode())
     return digest.hexdigest()[:16]
+
+
+def _told(cfg: Any) -> str:
+    """The fields of a configuration that are not at their defaults, as text."""
+    told = [
+        f"{field.name}={_told(value) if is_dataclass(value) else repr(value)}"
+        for field in fields(cfg)
+        if field.repr and (value := getattr(cfg, field.name)) != field.default
+    ]
+    return f"{type(cfg).__name__}({', '.join(told)})"
 
 
 def _words(tensor: Tensor) -> Int[Tensor, "row word"]:

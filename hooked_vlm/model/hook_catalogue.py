@@ -72,7 +72,10 @@ _TEXT = {
     "ln_final.hook_out": ("d_model", ONCE, "what the unembedding reads"),
 }
 _VISION = {
-    "vision.hook_embed": ("d_model", ENCODES, "what enters block 0: patch embeddings"),
+    "vision.hook_embed": ("d_model", ENCODES, "patch embeddings: what enters block 0, or `ln_pre` if there is one"),
+    "vision.ln_pre.hook_scale": ("1", ENCODES, "denominator of the norm before block 0, if there is one"),
+    "vision.ln_pre.hook_normalized": ("d_model", ENCODES, "normalised embeddings before the norm's weight and bias"),
+    "vision.ln_pre.hook_out": ("d_model", ENCODES, "what enters block 0, if there is a norm before it"),
     **{
         f"vision.blocks.{{l}}.{suffix}": (
             axes.replace("kv_head", "head"),
@@ -81,15 +84,17 @@ _VISION = {
         )
         for suffix, (axes, fires, what) in _BLOCK.items()
     },
+    "vision.ln_post.hook_scale": ("1", ENCODES, "denominator of the norm behind the last block, if there is one"),
+    "vision.ln_post.hook_normalized": ("d_model", ENCODES, "normalised stream before the norm's weight and bias"),
+    "vision.ln_post.hook_out": ("d_model", ENCODES, "what the projector reads, if there is a norm before it"),
 }
-_PROJECTOR_NORM = {"patch": ("image patch", "d_model", "patches"), "token": ("image token", "d_merged", "tokens")}
 _PROJECTOR = {
     "projector.hook_pre": (
         "image token d_projector",
         ENCODES,
-        "before the activation function; one row per token",
+        "before the activation function, if there is one; one row per token",
     ),
-    "projector.hook_post": ("image token d_projector", ENCODES, "after the activation function"),
+    "projector.hook_post": ("image token d_projector", ENCODES, "after the activation function, if there is one"),
     "hook_image_features": (
         "image_token d_model_text",
         IMAGES,
@@ -130,7 +135,8 @@ def _vision_row(name: str, axes: str, fires: str, what: str) -> HookRow:
 
 
 def _projector_norm_rows(vision: VisionConfig) -> dict[str, HookRow]:
-    at, width, what = _PROJECTOR_NORM[vision.projector_norm]
+    at, what = ("image patch", "patches") if vision.norm_of == "patches" else ("image token", "tokens")
+    width = "d_model" if vision.norm_of == "patches" else "d_merged"
     rows = {
         "hook_scale": ("1", "denominator of the projector's norm"),
         "hook_normalized": (width, f"normalised {what} before the norm's weight and bias"),

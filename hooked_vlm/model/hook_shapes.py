@@ -40,10 +40,10 @@ def prompt_with_picture(model: "HookedVLM", n_tokens: int, picture: tuple[int, i
         return PromptSize(n_tokens)
     if isinstance(processor, TileProcessor):
         n_tiles = min(processor.grid(picture).n_tiles, n_tokens // processor.tokens_per_tile)
-        patches = processor.tokens_per_tile * vision.merge_size**2
-        return PromptSize(n_tokens, n_tiles, patches + 1, processor.tokens_per_tile)
+        patches = processor.tokens_per_tile * vision.token_size**2
+        return PromptSize(n_tokens, n_tiles, patches + vision.class_token, processor.tokens_per_tile)
     n_image_tokens = min(processor.n_tokens(picture), n_tokens)
-    return PromptSize(n_tokens, 1, n_image_tokens * vision.merge_size**2, n_image_tokens)
+    return PromptSize(n_tokens, 1, n_image_tokens * vision.token_size**2 + vision.class_token, n_image_tokens)
 
 
 def axis_sizes(cfg: VLMConfig, name: str) -> dict[str, int]:

@@ -6,8 +6,8 @@ With s bytes to a number, n tokens and, on the image side, P patches of all imag
 - key-value cache: 2 x layers x n x key-value heads x d_head x s;
 - activations, the most that is alive at one time in a forward pass that stores nothing: 8 (n + 1) for positions, and
   whichever of three is largest: the MLP of a language block, n (5 d_model + 4 d_mlp + 2 d_head) s; that of a vision
-  block, P ((5 d_model + k d_mlp) s + 4 (d_patch + 2 d_head)) + n (d_model + 2 d_head) s with k = 2 (3 for quick_gelu;
-  pixels and angles are float32); the logits, n (2 d_model + d_vocab) s;
+  block, P ((5 d_model + k d_mlp) s + 4 (d_patch + 2 d_head)) + n (d_model + 2 d_head) s with k = 2 (3 for
+  quick_gelu, 4 with a gate; pixels and angles are float32); the logits, n (2 d_model + d_vocab) s;
 - full cache, what `run_with_cache` stores by default: the hook table with numbers for its axes, without
   `hook_resid_pre`, which is the tensor of the hook point before it;
 - gradients, for `run_with_cache(..., incl_bwd=True)`: one for every weight and for every number of the full cache; and
@@ -25,7 +25,7 @@ import torch
 
 from hooked_vlm.model.hook_catalogue import HookRow, hook_table
 from hooked_vlm.model.hook_shapes import PromptSize, filled, layers_of
-from hooked_vlm.nn.hooks import is_quadratic
+from hooked_vlm.nn.hooks import is_encoder, is_quadratic
 
 if TYPE_CHECKING:
     from hooked_vlm.model.vlm import HookedVLM
@@ -86,9 +86,9 @@ def _is_shared(row: HookRow) -> bool:
 def _centered(row: HookRow, model: "HookedVLM") -> bool:
     """Whether a norm's hook point belongs to a LayerNorm."""
     vision = model.cfg.vision
-    if row.name.startswith("projector."):
-        return True
-    return vision is not None and row.name.startswith("vision.") and vision.normalization_type == "LN"
+    if vision is None or not is_encoder(row.name):
+        return False
+    return (vision.projector_norm_type if row.name.startswith("projector.") else vision.normalization_type) == "LN"
 
 
 def _kv_bytes(model: "HookedVLM", n_tokens: int, dtype: torch.dtype) -> int:
@@ -103,7 +103,7 @@ def _activation_bytes(model: "HookedVLM", prompt: PromptSize, dtype: torch.dtype
     logits = n * (2 * cfg.d_model + cfg.d_vocab) * dtype.itemsize
     if vision is None or not prompt.n_images:
         return positions + max(block, logits)
-    wide = 3 if vision.act_fn == "quick_gelu" else 2
+    wide = 4 if vision.gated_mlp else 3 if vision.act_fn == "quick_gelu" else 2
     per_patch = (5 * vision.d_model + wide * vision.d_mlp) * dtype.itemsize + 4 * (vision.d_patch + 2 * vision.d_head)
     waiting = n * (cfg.d_model + 2 * cfg.d_head) * dtype.itemsize  # the tokens' embeddings and rotations
     tower = prompt.n_images * prompt.n_patches * per_patch + waiting
@@ -159,6 +159,8 @@ def _part(name: str) -> str:
 def _order(part: str) -> tuple[int, int]:
     """Tower, projector, embedding, blocks, and what follows them."""
     layer = int(part.rsplit(".", 1)[1]) if "blocks." in part else -1
+    if part == "vision.ln_post":
+        return (1, -2)
     if part.startswith("vision."):
         return (0, layer)
     if part.startswith("blocks."):

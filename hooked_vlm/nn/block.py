@@ -119,7 +119,7 @@ def text_blocks(cfg: VLMConfig) -> nn.ModuleList:
 
 
 def vision_blocks(cfg: VisionConfig) -> nn.ModuleList:
-    """The vision tower's blocks: full attention within an image or tile, a plain MLP with biases."""
+    """The vision tower's blocks: attention within a picture, an MLP with biases."""
     centered = cfg.normalization_type == "LN"
     return nn.ModuleList(
         Block(
@@ -137,7 +137,7 @@ def vision_blocks(cfg: VisionConfig) -> nn.ModuleList:
                 qk_norm_eps=cfg.eps if cfg.qk_norm else None,
             ),
             Norm(cfg.d_model, cfg.eps, centered),
-            MLP(cfg.d_model, cfg.d_mlp, cfg.act_fn, gated=False, bias=True),
+            MLP(cfg.d_model, cfg.d_mlp, cfg.act_fn, gated=cfg.gated_mlp, bias=True),
             layer_scale=cfg.d_model if cfg.layer_scale else None,
         )
         for layer in range(cfg.n_layers)

@@ -1,16 +1,14 @@
-"""The vision tower and the projector.
+"""The vision tower and the projector, each made of the parts that `VisionConfig` names.
 
 A video counts as one image for each of its temporal patches (two frames), and a tiled image as one for each of its
 tiles, because attention never crosses them. Images of different sizes are packed (`hooked_vlm.nn.packing`).
-
-Two kinds of tower differ in what goes into the first block: Qwen2-VL's sees whole images, patches merge block
-by merge block, with rotary positions; InternViT sees square tiles, patches in raster order behind a class
-token, with learned positions.
 """
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import groupby
+from math import isqrt
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -20,6 +18,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from hooked_vlm.config import VisionConfig
+from hooked_vlm.errors import InputError
 from hooked_vlm.inputs.token_layout import Grid
 from hooked_vlm.inputs.vlm_inputs import VLMInputs
 from hooked_vlm.nn.block import run_blocks, vision_blocks
@@ -93,9 +92,8 @@ def image_pass(
         packing = rows if packs else None
         return ForwardPass(model.cfg, device, mask, rotate, None, context or {}, packing, recorder), rows
 
-    class_tokens = 0 if cfg.tile_size is None else 1
-    patches, patch_rows = over([class_tokens + n for n in seen], rotate)
-    tokens, token_rows = over([n // cfg.merge_size**2 for n in seen], None)
+    patches, patch_rows = over([cfg.class_token + n for n in seen], rotate)
+    tokens, token_rows = over([n // cfg.token_size**2 for n in seen], None)
     return ImagePass(cfg, len(seen), patches, tokens, patch_rows, token_rows)
 
 
@@ -104,118 +102,186 @@ class PatchEmbed(nn.Module):
 
     def __init__(self, cfg: VisionConfig) -> None:
         super().__init__()
-        self.proj = nn.Linear(cfg.d_patch, cfg.d_model, bias=cfg.tile_size is not None)
+        self.proj = nn.Linear(cfg.d_patch, cfg.d_model, bias=cfg.patch_bias)
 
     def forward(self, pixels: Float[Tensor, "patch d_patch"]) -> Float[Tensor, "patch d_model"]:
         return self.proj(pixels.to(next(self.parameters()).dtype))
 
 
 class TileEmbed(nn.Module):
-    """Class token and learned positions of a tile's patches."""
+    """Class token and learned positions of a picture's patches, each where the tower has them."""
 
     def __init__(self, cfg: VisionConfig) -> None:
         super().__init__()
-        self.class_token = nn.Parameter(torch.empty(1, 1, cfg.d_model))
-        self.positions = nn.Parameter(torch.empty(1, 1 + cfg.n_positions, cfg.d_model))
+        self.cfg = cfg
+        if cfg.class_token:
+            self.class_token = nn.Parameter(torch.empty(1, 1, cfg.d_model))
+        if cfg.n_positions:
+            self.positions = nn.Parameter(torch.empty(1, cfg.class_token + cfg.n_positions, cfg.d_model))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        for parameter in (self.class_token, self.positions):
+        for parameter in self.parameters(recurse=False):
             nn.init.normal_(parameter, std=0.02)
 
-    def forward(self, patches: Float[Tensor, "tile patch d_model"], side: int) -> Float[Tensor, "tile seq d_model"]:
-        """`patches` are `side` rows of as many, in raster order."""
-        class_tokens = self.class_token.expand(len(patches), -1, -1)
-        return torch.cat((class_tokens, patches), dim=1) + self.positions_for(side)
+    def forward(self, patches: Float[Tensor, "patch d_model"], grids: Sequence[Grid]) -> Float[Tensor, "seq d_model"]:
+        """`patches` are those of all pictures, one picture after the other; so is what comes out."""
+        sizes = [(h, w) for t, h, w in grids for _ in range(t)]
+        runs = [(size, len(list(run))) for size, run in groupby(sizes)]  # pictures of one size in a row
+        parts = []
+        for ((rows, cols), n), own in zip(runs, patches.split([h * w * n for (h, w), n in runs]), strict=True):
+            pictures = own.unflatten(0, (n, rows * cols))
+            if self.cfg.n_positions:
+                pictures = pictures + self.positions_for(rows, cols)
+            if self.cfg.class_token:
+                class_token = self.class_token
+                if self.cfg.n_positions:
+                    class_token = class_token + self.positions[:, :1]
+                pictures = torch.cat((class_token.expand(n, -1, -1), pictures), dim=1)
+            parts.append(pictures.flatten(0, 1))
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
 
-    def positions_for(self, side: int) -> Float[Tensor, "1 seq d_model"]:
-        """The learned positions, of patches bicubically resized to `side` x `side`."""
-        of_class, of_patches = self.positions[:, :1], self.positions[:, 1:]
-        learned = round(of_patches.shape[1] ** 0.5)
-        if side == learned:
-            return self.positions
-        full = of_patches.to(torch.promote_types(of_patches.dtype, torch.float32))
-        square = full.view(1, learned, learned, -1).permute(0, 3, 1, 2)
-        resized = F.interpolate(square, size=(side, side), mode="bicubic", align_corners=False)
-        return torch.cat((of_class, resized.flatten(2).transpose(1, 2).to(of_class.dtype)), dim=1)
+    def positions_for(self, rows: int, cols: int) -> Float[Tensor, "1 patch d_model"]:
+        """The learned positions of patches, fitted to a picture of `rows` x `cols`, in the order of its patches."""
+        cfg, learned = self.cfg, self.positions[:, int(self.cfg.class_token) :]
+        side = isqrt(cfg.n_positions)
+        if (rows, cols) != (side, side):
+            learned = self._resized(learned, side, (rows, cols))
+        if cfg.patch_order == "raster":
+            return learned
+        rows_cols = _rows_cols((1, rows, cols), cfg.merge_size).to(learned.device)
+        return learned[:, rows_cols[:, 0] * cols + rows_cols[:, 1]]
+
+    def _resized(
+        self, learned: Float[Tensor, "1 place d_model"], side: int, size: tuple[int, int]
+    ) -> Float[Tensor, "1 patch d_model"]:
+        if self.cfg.position_fit == "table":
+            raise InputError(
+                f"this vision tower has positions for {side} x {side} patches, got a picture of {size[0]} x {size[1]}: "
+                f"prepare it with the model's image processor, {side * self.cfg.patch_size} pixels high and wide"
+            )
+        full = learned.to(torch.promote_types(learned.dtype, torch.float32))
+        square = full.view(1, side, side, -1).permute(0, 3, 1, 2)
+        corners = self.cfg.position_fit == "bilinear"
+        resized = F.interpolate(square, size=size, mode=self.cfg.position_fit, align_corners=corners)
+        return resized.flatten(2).transpose(1, 2).to(learned.dtype)
 
 
 class VisionTower(nn.Module):
-    """A pre-norm transformer over patches, without a final norm."""
+    """A pre-norm transformer over patches."""
 
     def __init__(self, cfg: VisionConfig) -> None:
         super().__init__()
+        self.cfg = cfg
         self.n_layers_run = cfg.n_layers_run
+        centered = cfg.normalization_type == "LN"
         self.patch_embed = PatchEmbed(cfg)
-        if cfg.tile_size is not None:
-            self.tile_embed = TileEmbed(cfg)
+        self.tile_embed = TileEmbed(cfg) if cfg.class_token or cfg.n_positions else None
         self.hook_embed = HookPoint()  # [image, patch, d_model]
+        self.ln_pre = Norm(cfg.d_model, cfg.eps, centered) if cfg.pre_norm else None
         self.blocks = vision_blocks(cfg)
+        self.ln_post = Norm(cfg.d_model, cfg.eps, centered) if cfg.post_norm else None
 
     def forward(
-        self, pixels: Float[Tensor, "all_patches d_patch"] | Float[Tensor, "tile channel height width"], here: ImagePass
+        self,
+        pixels: Float[Tensor, "all_patches d_patch"] | Float[Tensor, "picture channel height width"],
+        grids: tuple[Grid, ...],
+        here: ImagePass,
     ) -> Float[Tensor, "*image patch d_model"]:
-        """The stream behind the last block that is read. `pixels` are as the checkpoint's image processor makes them,
-        image after image."""
+        """What the projector reads. `pixels` are as the checkpoint's image processor makes them, image after image."""
         with running(here.patches):
-            return self.run(self.embed(pixels, here), here)
+            return self.normed(self.run(self.embed(pixels, grids, here), here), here)
 
     def embed(
-        self, pixels: Float[Tensor, "all_patches d_patch"] | Float[Tensor, "tile channel height width"], here: ImagePass
+        self,
+        pixels: Float[Tensor, "all_patches d_patch"] | Float[Tensor, "picture channel height width"],
+        grids: tuple[Grid, ...],
+        here: ImagePass,
     ) -> Float[Tensor, "*image patch d_model"]:
         """Patch embeddings, with class tokens and learned positions where the tower has them, before `hook_embed`."""
-        tiled = here.cfg.tile_size is not None
-        embedded = self._embed_tiles(pixels, here.cfg.patch_size) if tiled else self.patch_embed(pixels)
-        return here.by_image(embedded)
+        patches = _cut(pixels, self.cfg.patch_size) if self.cfg.patch_order == "raster" else pixels
+        embedded = self.patch_embed(patches)
+        return here.by_image(embedded if self.tile_embed is None else self.tile_embed(embedded, grids))
 
     def run(
         self, stream: Float[Tensor, "*image patch d_model"], here: ImagePass, first: int = -1, stop: int | None = None
     ) -> Float[Tensor, "*image patch d_model"]:
-        """The stream through `hook_embed` (-1) and the blocks that are read, or some of these steps in a row."""
+        """The stream through `hook_embed` and `ln_pre` (-1) and the blocks that are read, or some of these steps in a
+        row."""
         stop = self.n_layers_run if stop is None else stop
         with running(here.patches):
             if first < 0 <= stop:
                 stream = self.hook_embed(stream)  # [image, patch, d_model]
+                stream = stream if self.ln_pre is None else self.ln_pre(stream)
             return run_blocks(self.blocks, stream, max(first, 0), max(stop, 0))
 
-    def _embed_tiles(
-        self, pixels: Float[Tensor, "tile channel height width"], size: int
-    ) -> Float[Tensor, "patch d_model"]:
-        patches = pixels.unfold(2, size, size).unfold(3, size, size)  # tile channel row col y x
-        side = patches.shape[2]
-        patches = patches.permute(0, 2, 3, 1, 4, 5).flatten(3).flatten(0, 2)
-        embedded = self.patch_embed(patches).view(len(pixels), side * side, -1)
-        return self.tile_embed(embedded, side).flatten(0, 1)
+    def normed(
+        self, stream: Float[Tensor, "*image patch d_model"], here: ImagePass
+    ) -> Float[Tensor, "*image patch d_model"]:
+        """The stream behind the last block, through `ln_post` where the tower has it: what the projector reads."""
+        if self.ln_post is None:
+            return stream
+        with running(here.patches):
+            return self.ln_post(stream)
+
+
+def _cut(pictures: Float[Tensor, "picture channel height width"], size: int) -> Float[Tensor, "patch d_patch"]:
+    """The flattened patches of square pictures, row by row; a rest of pixels at the right and at the bottom is lost."""
+    patches = pictures.unfold(2, size, size).unfold(3, size, size)  # picture channel row col y x
+    return patches.permute(0, 2, 3, 1, 4, 5).flatten(3).flatten(0, 2)
 
 
 class Projector(nn.Module):
-    """The patches of a merge block side by side, a norm before or after that, a two-layer MLP."""
+    """Image tokens from patches, in the steps that the configuration names."""
 
     def __init__(self, cfg: VisionConfig) -> None:
         super().__init__()
+        self.cfg = cfg
         hidden = cfg.d_merged if cfg.d_projector is None else cfg.d_projector
-        norm_width = cfg.d_model if cfg.projector_norm == "patch" else cfg.d_merged
-        self.ln = Norm(norm_width, cfg.projector_eps, centered=True)
-        self.in_proj = nn.Linear(cfg.d_merged, hidden)
-        self.hook_pre = HookPoint()  # [image, token, d_projector]
-        self.hook_post = HookPoint()  # [image, token, d_projector]
-        self.out_proj = nn.Linear(hidden, cfg.d_out)
+        if cfg.norm_of is not None:
+            width = cfg.d_model if cfg.norm_of == "patches" else cfg.d_merged
+            self.ln = Norm(width, cfg.projector_eps, centered=cfg.projector_norm_type == "LN")
+        if "activation" in cfg.projector:
+            self.in_proj = nn.Linear(cfg.d_merged, hidden, bias=cfg.projector_bias)
+            self.hook_pre = HookPoint()  # [image, token, d_projector]
+            self.hook_post = HookPoint()  # [image, token, d_projector]
+        self.out_proj = nn.Linear(hidden, cfg.d_out, bias=cfg.projector_bias)
 
     def forward(
         self, patches: Float[Tensor, "*image patch d_model"], grids: tuple[Grid, ...], here: ImagePass
     ) -> Float[Tensor, "all_tokens d_out"]:
         """The features of all images' tokens, one image after the other."""
-        cfg = here.cfg
-        if cfg.projector_norm == "patch":
+        cfg = self.cfg
+        if cfg.norm_of == "patches":
             with running(here.patches):
                 patches = self.ln(patches)
-        merged = _side_by_side(patches, cfg) if cfg.tile_size is None else _merge_raster(patches, grids[0], cfg)
+        tokens = self._tokens(_without_class_tokens(patches, here) if cfg.class_token else patches, grids[0])
         with running(here.tokens):
-            if cfg.projector_norm == "token":
-                merged = self.ln(merged)
-            pre = self.hook_pre(self.in_proj(merged))  # [image, token, d_projector]
-            post = self.hook_post(ACTIVATIONS["gelu"](pre))  # [image, token, d_projector]
-            return here.in_a_row(self.out_proj(post))
+            if cfg.norm_of == "tokens":
+                tokens = self.ln(tokens)
+            if "activation" in cfg.projector:
+                pre = self.hook_pre(self.in_proj(tokens))  # [image, token, d_projector]
+                tokens = self.hook_post(ACTIVATIONS["gelu"](pre))  # [image, token, d_projector]
+            return here.in_a_row(self.out_proj(tokens))
+
+    def _tokens(
+        self, patches: Float[Tensor, "*image patch d_model"], grid: Grid
+    ) -> Float[Tensor, "*image token d_merged"]:
+        """The patches of each token side by side, or their mean. `grid` is that of all pictures in raster order."""
+        cfg = self.cfg
+        if "pool" in cfg.projector:
+            return _pool_raster(patches, grid, cfg)
+        if "merge" not in cfg.projector:
+            return patches
+        return _merge_raster(patches, grid, cfg) if cfg.patch_order == "raster" else _side_by_side(patches, cfg)
+
+
+def _without_class_tokens(
+    patches: Float[Tensor, "*image seq d_model"], here: ImagePass
+) -> Float[Tensor, "*image patch d_model"]:
+    if here.patches.packing is None:
+        return patches[:, 1:]
+    return torch.cat([image[1:] for image in patches.split(here.patches.packing.lengths)])
 
 
 def _side_by_side(
@@ -226,14 +292,22 @@ def _side_by_side(
 
 
 def _merge_raster(
-    patches: Float[Tensor, "tile patch d_model"], grid: Grid, cfg: VisionConfig
-) -> Float[Tensor, "tile token d_merged"]:
-    """Pixel shuffle: class tokens dropped, the patches of every merge block side by side, row by row."""
+    patches: Float[Tensor, "picture patch d_model"], grid: Grid, cfg: VisionConfig
+) -> Float[Tensor, "picture token d_merged"]:
+    """Pixel shuffle: the patches of every merge block side by side, row by row."""
     (_, rows, cols), m = grid, cfg.merge_size
-    blocks = patches[:, 1:].reshape(-1, rows // m, m, cols // m, m, patches.shape[-1]).transpose(2, 3)
+    blocks = patches.reshape(-1, rows // m, m, cols // m, m, patches.shape[-1]).transpose(2, 3)
     if cfg.transposed_tokens:
         blocks = blocks.transpose(1, 2)
     return blocks.reshape(len(patches), rows * cols // m**2, -1)
+
+
+def _pool_raster(
+    patches: Float[Tensor, "picture patch d_model"], grid: Grid, cfg: VisionConfig
+) -> Float[Tensor, "picture token d_model"]:
+    """The means of blocks of patches, row by row."""
+    pictures = patches.unflatten(1, grid[1:]).permute(0, 3, 1, 2)  # picture d_model row col
+    return F.avg_pool2d(pictures, cfg.pool_size).flatten(2).transpose(1, 2)
 
 
 @lru_cache(maxsize=256)
@@ -253,4 +327,4 @@ def encode(
     """Run the tower and the projector over the pixels of the inputs: features of images first, then of videos."""
     pixels = [p for p in (inputs.pixel_values, inputs.pixel_values_videos) if p is not None]
     images = image_pass(model, inputs.grids, inputs.device, context, recorder)
-    return model.projector(model.vision(torch.cat(pixels), images), inputs.grids, images)
+    return model.projector(model.vision(torch.cat(pixels), inputs.grids, images), inputs.grids, images)

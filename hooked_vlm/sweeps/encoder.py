@@ -67,11 +67,11 @@ class PlainEncoding:
         n_layers, streams = model.vision.n_layers_run, {}
         images = image_pass(model, inputs.grids, inputs.device)
         pixels = [p for p in (inputs.pixel_values, inputs.pixel_values_videos) if p is not None]
-        stream, at = model.vision.embed(torch.cat(pixels), images), EMBEDDING
+        stream, at = model.vision.embed(torch.cat(pixels), inputs.grids, images), EMBEDDING
         for layer in sorted({*layers, n_layers}):
             stream, at = model.vision.run(stream, images, at, layer), layer
             streams[layer] = stream
-        return cls(streams, model.projector(stream, inputs.grids, images))
+        return cls(streams, model.projector(model.vision.normed(stream, images), inputs.grids, images))
 
 
 def encoded(
@@ -104,7 +104,7 @@ def _encode(
         images = image_pass(model, inputs.grids * n_runs, inputs.device, {"inputs": inputs})
         stream = model.vision.run(stream, images, layer, min(until, n_layers))
     assert images is not None
-    return model.projector(stream, inputs.grids * n_runs, images)
+    return model.projector(model.vision.normed(stream, images), inputs.grids * n_runs, images)
 
 
 def _hooks(model: "HookedVLM", inputs: VLMInputs, interventions: Sequence[Intervention], n_tokens: int) -> Hooks:

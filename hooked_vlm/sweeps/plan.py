@@ -198,7 +198,7 @@ def first_vision_layer(intervention: Intervention, model: "HookedVLM", inputs: V
 
 
 def _layer(name: str, n_layers: int) -> int:
-    if name == "vision.hook_embed":
+    if name.startswith(("vision.hook_embed", "vision.ln_pre.")):
         return EMBEDDING
     return int(name.split(".")[2]) if name.startswith("vision.blocks.") else n_layers
 

@@ -66,7 +66,7 @@ def compare(model: HookedVLM, acts: Activations, check: Callable[[Tensor, Tensor
             if name not in cache:
                 assert not sample.images and not mine.any()
                 continue
-            expected = unpadded(name, cache[name], inputs, model.cfg.vision.tile_size is not None)
+            expected = unpadded(name, cache[name], inputs, model.cfg.vision.class_token)
             check(acts[name][mine], expected)
             compared += 1
     return compared
@@ -119,7 +119,7 @@ def test_the_index_says_what_the_inputs_say(model: HookedVLM, tmp_path: Path) ->
             assert list(row.evidence) == list(dict.fromkeys(held))
             seen |= {row.thumbnail, *held}
     assert seen >= {"key", "value", False}
-    assert (True in seen) == (model.cfg.vision is not None and model.cfg.vision.tile_size is not None)
+    assert (True in seen) == (model.cfg.vision is not None and model.cfg.vision.processor == "tiles")
 
 
 def test_patches_lie_where_the_picture_has_them(model: HookedVLM, tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from tiny_internvl import CASES, IMAGE, KINDS, by_hand, for_hf, hf_batch, original_config, tiny_config, tiny_hf
 
 from hooked_vlm import CheckpointError, HookedVLM
+from hooked_vlm.config import VisionConfig
 from hooked_vlm.converters import KNOWN_MODELS, converter_for, internvl
 from hooked_vlm.inputs.tiles import TileProcessor
 
@@ -216,9 +217,9 @@ def test_the_root_says_whether_transformers_model_is_tied(root: bool | None, tex
 
 def test_pixel_shuffle_v1_transposes_the_tokens_of_a_tile() -> None:
     config = {**original_config("qwen2"), "ps_version": "v1"}
-    v2, v1 = (HookedVLM.from_hf(tiny_hf("qwen2")) for _ in range(2))
-    assert v1.cfg.vision is not None
-    v1.cfg = v1.cfg.with_(vision=type(v1.cfg.vision)(**internvl.config_kwargs(config)["vision"]))
+    v2 = HookedVLM.from_hf(tiny_hf("qwen2"))
+    v1 = HookedVLM(v2.cfg.with_(vision=VisionConfig(**internvl.config_kwargs(config)["vision"])))
+    v1.load_state_dict(v2.state_dict())
     with torch.no_grad():
         batch = hf_batch(CASES["one-image"])
         row_by_row, column_by_column = (m.encode_images(m.inputs_from_hf(batch)).view(4, 4, -1) for m in (v2, v1))

@@ -87,7 +87,7 @@ def expected_shape(row: HookRow, name: str, model: HookedVLM, inputs: VLMInputs)
     cfg, vision = model.cfg, model.cfg.vision
     assert vision is not None
     seen = [h * w for t, h, w in inputs.grids for _ in range(t)]
-    patches = [n + 1 for n in seen] if vision.tile_size else seen  # a class token
+    patches = [n + vision.class_token for n in seen]
     n_image_tokens = sum(v.n_tokens for v in inputs.visuals)
     sizes = {
         "1": 1,
@@ -103,7 +103,7 @@ def expected_shape(row: HookRow, name: str, model: HookedVLM, inputs: VLMInputs)
         "token": max(seen) // vision.merge_size**2,
         "image_token": n_image_tokens,
         "d_merged": vision.d_model * vision.merge_size**2,
-        "d_projector": cfg.d_model if vision.tile_size else vision.d_model * vision.merge_size**2,
+        "d_projector": vision.d_projector or vision.d_model * vision.merge_size**2,
         "d_model_text": cfg.d_model,
     }
     own = vision if is_vision(name) else cfg

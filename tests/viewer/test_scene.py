@@ -30,7 +30,7 @@ def made(family: str, *pictures: Any) -> tuple[Any, Any]:
 def seen_by_token(model: Any, inputs: Any) -> np.ndarray:
     """The mean colour of the pixels that each image token is made from, read off `pixel_values`: [token, 3]."""
     processor, pixels = inputs.spec.image_processor, inputs.pixel_values.numpy()
-    if model.cfg.vision.tile_size is None:  # the four patches of a token follow each other
+    if model.cfg.vision.patch_order == "blocks":  # the four patches of a token follow each other
         colours = pixels.reshape(-1, 4, 3, 2, 8, 8).mean((1, 3, 4, 5))
     else:  # the tokens of a tile, row by row
         side = model.cfg.vision.tile_size // 16

@@ -163,7 +163,7 @@ def test_patches_equal_the_towers_pattern(family: str) -> None:
     model, page, _ = asked(family, (256, 128))
     inputs = model.to_inputs("Read.", images=[page.image, page.image])
     _, cache = model.run_with_cache(inputs)
-    tiled = model.cfg.vision.tile_size is not None
+    tiled = model.cfg.vision.class_token
     n_patches = inputs.image_grid(1).n_tokens * 4
     asked_for = [0, 17, n_patches - 1]
     view = viewer.vision_attention(model, inputs, image=1, patches=asked_for)
