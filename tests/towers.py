@@ -43,6 +43,14 @@ ORDERS: dict[str, dict[str, Any]] = {
     "raster": {"patch_order": "raster", "temporal_patch_size": 1, "tile_size": 12},
 }
 PLAIN: dict[str, Any] = {**SIZES, "patch_size": 2, "rope_theta": None, "act_fn": "gelu"}
+EVERY_PART: dict[str, Any] = {
+    **PLAIN,
+    "class_token": True,
+    "n_positions": 9,
+    "position_fit": "bicubic",
+    **dict.fromkeys(("patch_bias", "pre_norm", "post_norm", "gated_mlp", "layer_scale"), True),
+}
+"""A tower with everything that a value adds."""
 GRIDS: dict[str, tuple[Grid, ...]] = {"blocks": ((1, 4, 6), (2, 2, 4), (1, 4, 6)), "raster": ((2, 4, 6), (1, 4, 6))}
 """Of several pictures in either order: of two sizes and with two frames, or all of one size that is not square."""
 
@@ -234,7 +242,7 @@ def plain_projector(
             if cfg.transposed_tokens:
                 corners.sort(key=lambda corner: corner[::-1])
             blocks = [[at[r + i, c + j] for i in range(n) for j in range(n)] for r, c in corners]
-            x = torch.stack([torch.cat(block) if step == "merge" else sum(block) / n**2 for block in blocks])
+            x = torch.stack([torch.cat(block) if step == "merge" else torch.stack(block).mean(0) for block in blocks])
         elif step == "activation":
             x = activation("gelu", x)
         else:

@@ -60,7 +60,7 @@ def with_tokens(cfg: VLMConfig, tokenizer: Any) -> VLMConfig:
         CheckpointError: config.json names a conversation template that is not known, or the tokenizer has tokens
             outside the vocabulary that config.json states.
     """
-    if cfg.vision is None or cfg.vision.tile_size is None or tokenizer is None:
+    if cfg.vision is None or cfg.vision.processor != "tiles" or tokenizer is None:
         return cfg
     known = tokenizer.get_vocab()
     names = {

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import towers
 from families import FAMILIES, model_and_inputs
 from pretend_devices import FIRST, SECOND, PretendDevices
 from tiny_qwen2_vl import PADDED, inputs, tiny_model
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from hooked_vlm import HookedVLM, sweep
 from hooked_vlm.analysis.rows import attention_rows, generate_with_rows
+from hooked_vlm.config import VisionConfig
 from hooked_vlm.errors import CheckpointError, InputError
 from hooked_vlm.interventions import (
     AddVector,
@@ -32,6 +34,7 @@ from hooked_vlm.interventions import (
     mean_image_kv,
 )
 from hooked_vlm.lens import head_lens, logit_attribution, logit_lens
+from hooked_vlm.loading import placement
 from hooked_vlm.metrics import log_prob
 from hooked_vlm.model.fingerprints import weights_hash
 from hooked_vlm.model.weight_processing import fold_ln
@@ -301,6 +304,14 @@ def test_automatic_maps_fill_the_devices_within_their_memory(folders: dict[str, 
 def test_a_map_that_does_not_fit_is_refused(folders: dict[str, Path], device_map: Any, message: str) -> None:
     with pytest.raises(CheckpointError, match=message):
         HookedVLM.from_pretrained(folders["qwen2-vl"], device_map=device_map)
+
+
+def test_every_part_of_a_tower_has_a_place() -> None:
+    model = towers.vlm(VisionConfig(**{**towers.EVERY_PART, **towers.PROJECTORS["LLaVA"]}))
+    devices = placement.planned(model, placement.Spread({"": "cpu", "vision.ln_post": "disk"}), torch.float64).devices
+    assert {"vision.tile_embed", "vision.ln_pre", "vision.ln_post"} <= set(devices)
+    for name in model.state_dict():
+        assert sum(name.startswith(f"{part}.") for part in devices) == 1, name
 
 
 def test_arguments_that_do_not_go_together_are_refused(folders: dict[str, Path], tmp_path: Path) -> None:

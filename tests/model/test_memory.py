@@ -7,10 +7,12 @@ import pytest
 import tiny_internvl
 import tiny_qwen2_vl as tiny
 import torch
+import towers
 from PIL import Image
 from torch import Tensor
 
-from hooked_vlm import HookedVLM
+from hooked_vlm import HookedVLM, VLMInputs
+from hooked_vlm.config import VisionConfig
 from hooked_vlm.converters import KNOWN_MODELS
 from hooked_vlm.model.hook_catalogue import hook_table
 from hooked_vlm.model.hook_shapes import PromptSize, filled, prompt_with_picture
@@ -81,6 +83,26 @@ def test_activations_are_the_most_that_is_alive_in_a_pass(name: str, with_image:
     assert 0.9 * plan.activations <= made.peak <= plan.activations
     _, cache = model.run_with_cache(inputs)
     assert plan.full_cache == allocated(all_of(cache))
+
+
+@pytest.mark.parametrize("norms", ["LN", "RMS"])
+@pytest.mark.parametrize("name", ["LLaVA", "PaliGemma", "Qwen2-VL, Qwen3-VL"])
+@torch.no_grad()
+def test_a_full_cache_of_a_tower_with_every_part_is_what_it_really_takes(name: str, norms: str) -> None:
+    parts = {**towers.EVERY_PART, **towers.PROJECTORS[name], "normalization_type": norms, "projector_norm_type": norms}
+    model, grid = towers.vlm(VisionConfig(**parts)).to(torch.bfloat16), (1, 4, 4)
+    assert model.cfg.vision is not None
+    n_tokens = 16 // model.cfg.vision.token_size**2
+    inputs = VLMInputs(
+        torch.tensor([[5, *[1] * n_tokens, 6]]),
+        model.input_spec(),
+        pixel_values=towers.pixels_of(model.cfg.vision, (grid,)),
+        image_grid_thw=torch.tensor([grid]),
+    )
+    _, cache = model.run_with_cache(inputs)
+    prompt = PromptSize(n_tokens + 2, 1, 17, n_tokens)
+    assert memory_plan(model, prompt, torch.bfloat16).full_cache == allocated(all_of(cache))
+    assert prompt_with_picture(model, 20) == PromptSize(20)  # it has no image processor
 
 
 @pytest.mark.parametrize("name", ["toy-qwen2-vl", "toy-internvl2"])

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from towers import (
+    EVERY_PART,
     GRIDS,
     ORDERS,
     PLAIN,
@@ -36,14 +37,6 @@ CASES = [
     for order in ORDERS
     if order == "raster" or "pool" not in PROJECTORS[name]["projector"]
 ]
-ALL: dict[str, Any] = {
-    **PLAIN,
-    "class_token": True,
-    "n_positions": 9,
-    "position_fit": "bicubic",
-    **dict.fromkeys(("patch_bias", "pre_norm", "post_norm", "gated_mlp", "layer_scale"), True),
-}
-"""A tower with everything that a value adds."""
 
 
 def close(found: torch.Tensor, expected: torch.Tensor, cfg: VisionConfig) -> None:
@@ -75,7 +68,7 @@ def test_features_equal_the_formulas(name: str, order: str, seed: int) -> None:
 
 @torch.no_grad()
 def test_one_picture_has_the_same_tokens_in_either_order() -> None:
-    values = {**ALL, **PROJECTORS["InternVL"], "temporal_patch_size": 1}
+    values = {**EVERY_PART, **PROJECTORS["InternVL"], "temporal_patch_size": 1}
     raster = VisionConfig(**{**values, "patch_order": "raster", "tile_size": 12})
     model = vlm(raster)
     blocks = without(raster, model, patch_order="blocks", tile_size=None)
@@ -87,7 +80,7 @@ def test_one_picture_has_the_same_tokens_in_either_order() -> None:
 
 @torch.no_grad()
 def test_tokens_numbered_by_columns_are_those_by_rows() -> None:
-    cfg = VisionConfig(**{**ALL, **ORDERS["raster"], **PROJECTORS["InternVL"], "transposed_tokens": True})
+    cfg = VisionConfig(**{**EVERY_PART, **ORDERS["raster"], **PROJECTORS["InternVL"], "transposed_tokens": True})
     grids, model = GRIDS["raster"], vlm(cfg)
     pixels = pixels_of(cfg, grids)
     by_columns = features(model, pixels, grids)
@@ -120,7 +113,7 @@ TAKEN_AWAY: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 @pytest.mark.parametrize("value", TAKEN_AWAY)
 def test_taking_a_value_away_moves_numbers(value: str) -> None:
     besides, changes = TAKEN_AWAY[value]
-    cfg = VisionConfig(**{**ALL, **ORDERS["blocks"], **PROJECTORS["Qwen2-VL, Qwen3-VL"], **besides})
+    cfg = VisionConfig(**{**EVERY_PART, **ORDERS["blocks"], **PROJECTORS["Qwen2-VL, Qwen3-VL"], **besides})
     model, grids = vlm(cfg), GRIDS["blocks"]
     pixels = pixels_of(cfg, grids)
     moved = features(without(cfg, model, **changes), pixels, grids) - features(model, pixels, grids)
@@ -129,7 +122,7 @@ def test_taking_a_value_away_moves_numbers(value: str) -> None:
 
 @torch.no_grad()
 def test_a_mean_of_patches_is_none_of_them() -> None:
-    cfg = VisionConfig(**{**ALL, **ORDERS["raster"], **PROJECTORS["Gemma 3"]})
+    cfg = VisionConfig(**{**EVERY_PART, **ORDERS["raster"], **PROJECTORS["Gemma 3"]})
     model, grids = vlm(cfg), GRIDS["raster"]
     pixels = pixels_of(cfg, grids)
     pooled = features(model, pixels, grids)
@@ -141,7 +134,7 @@ def test_a_mean_of_patches_is_none_of_them() -> None:
 @torch.no_grad()
 def test_a_table_of_positions_fits_its_own_pictures_only() -> None:
     tables = {"n_positions": 36, "position_fit": "table"}
-    cfg = VisionConfig(**{**ALL, **ORDERS["raster"], **PROJECTORS["PaliGemma"], **tables})
+    cfg = VisionConfig(**{**EVERY_PART, **ORDERS["raster"], **PROJECTORS["PaliGemma"], **tables})
     model, square = vlm(cfg), ((2, 6, 6),)
     pixels = pixels_of(cfg, square)
     for fit in ("table", "bicubic", "bilinear"):  # nothing is resized where sizes are equal
@@ -151,7 +144,7 @@ def test_a_table_of_positions_fits_its_own_pictures_only() -> None:
 
 
 def test_pixels_beyond_the_last_whole_patch_are_never_seen() -> None:
-    cfg = VisionConfig(**{**ALL, **ORDERS["raster"], **PROJECTORS["PaliGemma"], "tile_size": 13})
+    cfg = VisionConfig(**{**EVERY_PART, **ORDERS["raster"], **PROJECTORS["PaliGemma"], "tile_size": 13})
     model, pixels = vlm(cfg), torch.randn(1, 3, 13, 13, dtype=torch.float64)
     seen = features(model, pixels, ((1, 6, 6),))
     assert seen.equal(features(model, pixels[:, :, :12, :12], ((1, 6, 6),)))
@@ -159,7 +152,7 @@ def test_pixels_beyond_the_last_whole_patch_are_never_seen() -> None:
 
 @pytest.mark.parametrize(("name", "order"), CASES)
 def test_gradients_reach_every_weight_and_pixel(name: str, order: str) -> None:
-    cfg, grids = VisionConfig(**{**ALL, **ORDERS[order], **PROJECTORS[name]}), GRIDS[order]
+    cfg, grids = VisionConfig(**{**EVERY_PART, **ORDERS[order], **PROJECTORS[name]}), GRIDS[order]
     model, pixels = vlm(cfg), pixels_of(cfg, grids).requires_grad_()
     found = features(model, pixels, grids)
     (found * torch.randn(found.shape, dtype=found.dtype, generator=torch.Generator().manual_seed(5))).sum().backward()
@@ -179,7 +172,7 @@ def with_hooks(model: HookedVLM, name: Any, hook: Callable, pixels: torch.Tensor
 
 @pytest.mark.parametrize(("name", "order"), CASES)
 def test_hooks_fire_once_with_the_shape_of_the_table_and_act(name: str, order: str) -> None:
-    cfg, grids = VisionConfig(**{**ALL, **ORDERS[order], **PROJECTORS[name]}), GRIDS[order]
+    cfg, grids = VisionConfig(**{**EVERY_PART, **ORDERS[order], **PROJECTORS[name]}), GRIDS[order]
     model, pixels = vlm(cfg), pixels_of(cfg, grids)
     with torch.no_grad():
         plain = features(model, pixels, grids)
@@ -230,7 +223,7 @@ def scaled(factor: float, x: torch.Tensor, hook: HookPoint) -> torch.Tensor:
 @torch.no_grad()
 @pytest.mark.parametrize("point", ["vision.hook_embed", "vision.ln_pre.hook_out", "vision.ln_post.hook_normalized"])
 def test_sweeps_over_the_norms_of_a_tower_equal_the_loop(point: str) -> None:
-    cfg = VisionConfig(**{**ALL, **ORDERS["blocks"], **PROJECTORS["Qwen2-VL, Qwen3-VL"], "class_token": False})
+    cfg = VisionConfig(**{**EVERY_PART, **ORDERS["blocks"], **PROJECTORS["Qwen2-VL, Qwen3-VL"], "class_token": False})
     model, grid = vlm(cfg), (1, 4, 4)
     inputs = VLMInputs(
         torch.tensor([[5, *[1] * 4, 6, 7]]),
@@ -251,7 +244,7 @@ def test_sweeps_over_the_norms_of_a_tower_equal_the_loop(point: str) -> None:
 
 
 def test_weights_keep_their_names_and_exist_where_their_parts_do() -> None:
-    every = VisionConfig(**{**ALL, **ORDERS["raster"], **PROJECTORS["InternVL"]})
+    every = VisionConfig(**{**EVERY_PART, **ORDERS["raster"], **PROJECTORS["InternVL"]})
     names = {
         name
         for name in vlm(every).state_dict()
@@ -275,7 +268,7 @@ def test_weights_keep_their_names_and_exist_where_their_parts_do() -> None:
 
 
 def test_a_gated_mlp_shows_its_weights_and_biases() -> None:
-    mlp = vlm(VisionConfig(**{**PLAIN, "gated_mlp": True})).vision.blocks[0].mlp
+    mlp: Any = vlm(VisionConfig(**{**PLAIN, "gated_mlp": True})).vision.blocks[0].mlp
     assert mlp.W_gate is not None and mlp.W_gate.shape == mlp.W_in.shape == (8, 12)
     assert all(linear.bias is not None for linear in (mlp.gate_proj, mlp.in_proj, mlp.out_proj))
 

@@ -1,6 +1,7 @@
 """What results record of themselves."""
 
 from collections.abc import Callable
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,7 @@ import pytest
 import torch
 
 from hooked_vlm import HookedVLM
+from hooked_vlm.config import VisionConfig
 from hooked_vlm.model import weight_processing
 from hooked_vlm.model.fingerprints import _words, provenance, weights_hash
 from hooked_vlm.runtime import provenance as provenance_module
@@ -53,6 +55,41 @@ def test_the_weights_hash_sees_the_configuration_but_not_where_the_model_is() ->
     assert weights_hash(model) == before
     model.cfg = model.cfg.with_(rope_theta=2 * model.cfg.rope_theta)
     assert weights_hash(model) != before
+
+
+def test_the_weights_hash_sees_every_value_of_a_vision_tower() -> None:
+    model = HookedVLM.from_pretrained("toy-internvl2")
+    vision = model.cfg.vision
+    assert vision is not None
+    others: dict[str, Any] = {
+        "n_layers_used": 1,
+        "window": 2,
+        "full_layers": (0,),
+        "deepstack_layers": (0,),
+        "patch_size": 4,
+        "patch_order": {"patch_order": "blocks", "tile_size": None},
+        "tile_size": 2 * (vision.tile_size or 0),
+        "n_positions": 4,
+        "rope_theta": {"rope_theta": 1.0, "patch_order": "blocks", "tile_size": None, "class_token": False},
+        "temporal_patch_size": {"temporal_patch_size": 2, "patch_order": "blocks", "tile_size": None},
+        "position_fit": "bilinear",
+        "projector": ("norm", "merge", "linear", "activation", "linear"),
+        "merge_size": 1,
+        "pool_size": {"pool_size": 2, "merge_size": 1, "projector": ("pool", "linear", "activation", "linear")},
+        "projector_norm_type": "RMS",
+    }
+
+    def changed(name: str) -> VisionConfig:
+        value = getattr(vision, name)
+        by_kind = {bool: lambda: not value, int: lambda: value + 1, float: lambda: 2 * value, str: lambda: value + "2"}
+        other = others[name] if name in others else by_kind[type(value)]()
+        return replace(vision, **(other if isinstance(other, dict) else {name: other}))
+
+    hashes = [weights_hash(model)]
+    for name in (field.name for field in fields(VisionConfig)):
+        model.cfg = model.cfg.with_(vision=changed(name))
+        hashes.append(weights_hash(model))
+    assert len(set(hashes)) == len(fields(VisionConfig)) + 1
 
 
 @torch.no_grad()
