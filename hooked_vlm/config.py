@@ -87,7 +87,7 @@ class VisionConfig:
     tile_size: int | None = None
     """Side of the square pictures that a tower of raster order takes; None: pictures have any shape."""
     processor: str = "resized"
-    """What prepares pictures (`hooked_vlm.loading.processors`): "resized" whole, or as "tiles"."""
+    """What prepares pictures (`hooked_vlm.inputs.processors`): "resized" whole, or as "tiles"."""
     transposed_tokens: bool = False
     """The tokens of a tile are numbered column by column (pixel shuffle "v1")."""
     min_tiles: int = 1
@@ -251,6 +251,8 @@ class VLMConfig:
     """Name of the conversation template of checkpoints that do not carry one (`hooked_vlm.inputs.templates`)."""
     system_message: str | None = None
     """In place of that template's own."""
+    prompt_style: str = field(default="chatml", repr=False)
+    """Name of the marks around turns and pictures (`hooked_vlm.inputs.prompt_styles`)."""
     pad_token_id: int | None = None
 
     vision: VisionConfig | None = None
