@@ -29,6 +29,16 @@ class RopeScaling:
 
 
 @dataclass(frozen=True)
+class LayerKind:
+    """Layers of the language model that share a window and rotary positions."""
+
+    window: int | None
+    """As `VLMConfig.sliding_window`."""
+    rope_theta: float
+    rope_scaling: RopeScaling | None = None
+
+
+@dataclass(frozen=True)
 class VisionConfig:
     """The vision tower and its projector (sizes in elements, image sizes in pixels)."""
 
@@ -74,6 +84,29 @@ class VisionConfig:
     projector_norm: Literal["patch", "token"] = "patch"
     """Whether the projector's norm sees single patches or whole merge blocks."""
     projector_eps: float = 1e-6
+    window: int | None = field(default=None, repr=False)
+    """Side in patches of the square windows that patches see each other in; None: they see the whole image."""
+    full_layers: tuple[int, ...] = field(default=(), repr=False)
+    """Blocks that see the whole image in a tower with windows."""
+
+    def __post_init__(self) -> None:
+        if self.window is None:
+            if self.full_layers:
+                raise ValueError(f"full_layers {self.full_layers} are for a tower with windows, but window is None")
+            return
+        if self.tile_size is not None:
+            raise ValueError(f"a tower of tiles ({self.tile_size} pixels) sees them whole: window must be None")
+        if self.window < 1 or self.window % self.merge_size:
+            raise ValueError(f"window must be a multiple of merge_size ({self.merge_size}), got {self.window} patches")
+        if any(not 0 <= layer < self.n_layers for layer in self.full_layers):
+            raise ValueError(f"full_layers must be among blocks 0 to {self.n_layers - 1}, got {self.full_layers}")
+
+    @property
+    def layer_kind_of(self) -> tuple[int, ...]:
+        """Kind of each block: 0 sees whole images, 1 windows; empty where none has windows."""
+        if self.window is None:
+            return ()
+        return tuple(int(layer not in self.full_layers) for layer in range(self.n_layers))
 
     @property
     def n_layers_run(self) -> int:
@@ -151,6 +184,14 @@ class VLMConfig:
     use_split_qkv_input: bool = False
     use_hook_mlp_in: bool = False
     use_attn_in: bool = field(default=False, repr=False)  # not part of `provenance.weights_hash`
+    layer_kinds: tuple[LayerKind, ...] = field(default=(), repr=False)
+    """Kinds of layers; empty where all are alike (one kind, of `sliding_window`, `rope_theta` and `rope_scaling`)."""
+    layer_kind_of: tuple[int, ...] = field(default=(), repr=False)
+    """The kind of each layer, as an index into `layer_kinds`."""
+    bidirectional: Literal["image", "prompt"] | None = field(default=None, repr=False)
+    """Tokens that see each other both ways: those of one picture, or the whole prompt (all that is not generated)."""
+    window_cuts_blocks: bool = field(default=True, repr=False)
+    """Whether a window hides earlier tokens of a picture or prompt whose tokens see each other both ways."""
 
     def __post_init__(self) -> None:
         if self.n_heads % self.n_key_value_heads:
@@ -164,6 +205,36 @@ class VLMConfig:
                 f"mrope_section {self.mrope_section} must sum to d_head/2 = {self.d_head // 2}, "
                 f"but sums to {sum(self.mrope_section)}"
             )
+        if self.bidirectional not in ("image", "prompt", None):
+            raise ValueError(f'bidirectional must be "image", "prompt" or None, got {self.bidirectional!r}')
+        self._check_kinds()
+
+    def _check_kinds(self) -> None:
+        n_kinds = len(self.layer_kinds)
+        if not n_kinds and not self.layer_kind_of:
+            return
+        if len(self.layer_kind_of) != self.n_layers:
+            raise ValueError(
+                f"layer_kind_of must name the kind of each of {self.n_layers} layers, got {len(self.layer_kind_of)}"
+            )
+        if any(not 0 <= kind < n_kinds for kind in self.layer_kind_of):
+            raise ValueError(f"layer_kind_of must be among kinds 0 to {n_kinds - 1}, got {self.layer_kind_of}")
+        if self.sliding_window is not None or self.rope_scaling is not None:
+            raise ValueError(
+                "layer_kinds have a window and a rope_scaling each: leave sliding_window, rope_scaling out"
+            )
+        if self.rope_theta not in [kind.rope_theta for kind in self.layer_kinds]:
+            bases = [kind.rope_theta for kind in self.layer_kinds]
+            raise ValueError(f"rope_theta must be that of one of the layer_kinds, {bases}, got {self.rope_theta}")
+
+    @property
+    def kinds(self) -> tuple[LayerKind, ...]:
+        """Kinds of layers, at least one."""
+        return self.layer_kinds or (LayerKind(self.sliding_window, self.rope_theta, self.rope_scaling),)
+
+    def kind_of(self, layer: int) -> LayerKind:
+        """The window and rotary positions of a layer."""
+        return self.kinds[self.layer_kind_of[layer] if self.layer_kind_of else 0]
 
     @property
     def n_ctx_limit(self) -> int:

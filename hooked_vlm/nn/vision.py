@@ -9,7 +9,7 @@ token, with learned positions.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
@@ -27,8 +27,8 @@ from hooked_vlm.nn.components import ACTIVATIONS, Norm
 from hooked_vlm.nn.forward_pass import ForwardPass, Recorder
 from hooked_vlm.nn.hooks import HookPoint, running, shows_modules
 from hooked_vlm.nn.masks import AttentionMask
-from hooked_vlm.nn.packing import Packing
-from hooked_vlm.nn.rotary import Rotation, patch_rotation
+from hooked_vlm.nn.packing import Packing, Windows
+from hooked_vlm.nn.rotary import Rotation, Rotations, patch_rotation
 
 if TYPE_CHECKING:
     from hooked_vlm.model.vlm import HookedVLM
@@ -87,16 +87,36 @@ def image_pass(
             valid = torch.from_numpy(np.arange(max(lengths)) < np.array(lengths)[:, None]).to(device)
             rows, mask = Packing.of(lengths, device), AttentionMask(causal=False, key_valid=valid)
         if rotate is not None and not packs:
-            rotate = (
-                rotate.by_row(len(lengths)) if rows is None else Rotation(rows.pad(rotate.cos), rows.pad(rotate.sin))
-            )
+            rotate = rotate.by_row(len(lengths)) if rows is None else rotate.changed(rows.pad)
+        rotations = None if rotate is None else Rotations(lambda kind: rotate)
         packing = rows if packs else None
-        return ForwardPass(model.cfg, device, mask, rotate, None, context or {}, packing, recorder), rows
+        return ForwardPass(model.cfg, device, (mask,), rotations, None, context or {}, packing, recorder), rows
 
     class_tokens = 0 if cfg.tile_size is None else 1
     patches, patch_rows = over([class_tokens + n for n in seen], rotate)
+    if cfg.window is not None:
+        patches = _in_windows(patches, cfg, grids)
     tokens, token_rows = over([n // cfg.merge_size**2 for n in seen], None)
     return ImagePass(cfg, len(seen), patches, tokens, patch_rows, token_rows)
+
+
+def _in_windows(patches: ForwardPass, cfg: VisionConfig, grids: tuple[Grid, ...]) -> ForwardPass:
+    """A pass over patches with a second kind of blocks, which see windows."""
+    assert cfg.window is not None
+    slices = [_windows((1, *grid[1:]), cfg.merge_size, cfg.window) for grid in grids for _ in range(grid[0])]
+    begins = np.cumsum([0, *(own.max() + 1 for own in slices)])
+    numbers = np.full((len(slices), max(map(len, slices))), -1)  # [image, patch]
+    for image, own in enumerate(slices):
+        numbers[image, : len(own)] = begins[image] + own
+    blocks = torch.from_numpy(numbers).to(patches.device)
+    flat = numbers.ravel() if patches.packing is None else numbers[numbers >= 0]
+    whole = patches.masks[0]
+    return replace(
+        patches,
+        masks=(whole, replace(whole, blocks=blocks)),
+        kind_of=cfg.layer_kind_of,
+        windows=(None, Windows(flat, patches.device)),
+    )
 
 
 class PatchEmbed(nn.Module):
@@ -234,6 +254,14 @@ def _merge_raster(
     if cfg.transposed_tokens:
         blocks = blocks.transpose(1, 2)
     return blocks.reshape(len(patches), rows * cols // m**2, -1)
+
+
+@lru_cache(maxsize=256)
+def _windows(grid: Grid, merge: int, side: int) -> Int[np.ndarray, "patch"]:
+    """Number of the window of every patch, merge block by merge block; windows begin at the top left, the last row and
+    column of them may be smaller."""
+    rows, cols = _rows_cols(grid, merge).numpy().T // side
+    return rows * (cols.max() + 1) + cols
 
 
 @lru_cache(maxsize=256)
