@@ -81,7 +81,7 @@ def _derivation(side: str, facts: dict[str, Any], stored: dict[str, Tensor]) -> 
         facts["masks"] = [] if rule is None else [{**rule, "tensors": present}]
     masks = []
     for rule in facts["masks"]:
-        tensors = {field: stored[_MASK.format(side=side, field=field)] for field in rule.pop("tensors")}
+        tensors: dict[str, Any] = {field: stored[_MASK.format(side=side, field=field)] for field in rule.pop("tensors")}
         masks.append(AttentionMask(**rule, **tensors))
     kinds = tuple(facts.get("kind_of", ()))
     return Derivation(**{**facts, "exchanged": frozenset(facts["exchanged"]), "masks": tuple(masks), "kind_of": kinds})

@@ -309,8 +309,7 @@ def grouped_attention(
     Groups number the positions of packed rows, [position, head, d_head], or those of all rows of a batch.
     """
     if not packed:
-        rows = (x.flatten(0, 1) for x in (q, k, v))
-        return grouped_attention(*rows, groups, causal).view_as(q)
+        return grouped_attention(q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), groups, causal).view_as(q)
     z = torch.empty_like(q) if sum(group.n_positions for group in groups) == len(q) else torch.zeros_like(q)
     for group in groups:
         own = fused_attention(group.take(q), group.take(k), group.take(v), group.mask(causal))

@@ -109,7 +109,7 @@ def frequencies(d_rotary: int, theta: float, device: torch.device) -> Float[Tens
 
 def scaled_frequencies(
     d_rotary: int, theta: float, scaling: RopeScaling, lengths: Int[Tensor, "batch"]
-) -> Float[Tensor, "batch 1 half"]:
+) -> Float[Tensor, "#batch 1 half"]:
     """Angles per unit of position for rows that are `lengths` positions long so far.
 
     linear: all divided by `factor`. dynamic (neural tangent kernel): beyond the trained length n the base
