@@ -120,9 +120,7 @@ def test_a_model_of_one_kind_is_the_same_with_and_without_its_name(family: str) 
 
 @pytest.mark.parametrize("mode", MODES)
 @torch.no_grad()
-def test_the_explicit_kernel_and_derived_patterns_agree_with_the_fused_one(
-    family: str, mode: str, tmp_path: Any
-) -> None:
+def test_the_explicit_kernel_and_derived_patterns_agree_with_the_fused(family: str, mode: str, tmp_path: Any) -> None:
     model, inputs = with_kinds(family, mode), answered(family, "padded")
     logits, cache = model.run_with_cache(inputs)
     explicit, stored = model.run_with_cache(inputs, names_filter=lambda name: name.endswith("hook_pattern"))

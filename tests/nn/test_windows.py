@@ -9,7 +9,7 @@ import torch
 from families import own_copy
 from hypothesis import given
 from hypothesis import strategies as st
-from test_hooks import Largest
+from largest import Largest
 from tiny_qwen2_vl import hf_batch, tiny_model
 
 from hooked_vlm.config import VisionConfig
@@ -99,9 +99,8 @@ def test_windows_are_the_same_without_packing_and_image_by_image(rows: str) -> N
     n = 0
     for visual in inputs.in_feature_order:
         pixels = inputs.pixel_values if visual.kind == "image" else inputs.pixel_values_videos
-        first = sum(
-            np.prod(v.grid) for v in inputs.in_feature_order if v.kind == visual.kind and v.index < visual.index
-        )
+        before = [v for v in inputs.visuals if v.kind == visual.kind and v.index < visual.index]
+        first = sum(np.prod(v.grid) for v in before)
         own = pixels[first : first + np.prod(visual.grid)]
         here = image_pass(model, (visual.grid,), CPU)
         alone = model.projector(model.vision(own, here), (visual.grid,), here)
