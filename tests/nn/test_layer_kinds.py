@@ -19,7 +19,7 @@ from hooked_vlm.nn.forward_pass import block_spans, inputs_masks
 
 FAMILY = "internvl2"  # its text positions are plain
 MODES = list(BOTH_WAYS)
-CLOSE = {"atol": 2e-5, "rtol": 1e-5}
+CLOSE: dict[str, Any] = {"atol": 2e-5, "rtol": 1e-5}
 
 
 def answered(family: str, rows: str) -> Any:

@@ -20,7 +20,7 @@ from hooked_vlm.nn.packing import Windows
 from hooked_vlm.nn.vision import image_pass
 
 CPU = torch.device("cpu")
-CLOSE = {"atol": 2e-5, "rtol": 1e-5}
+CLOSE: dict[str, Any] = {"atol": 2e-5, "rtol": 1e-5}
 ROWS = {
     "one size": [[5, ("image", (1, 8, 12)), 7, ("image", (1, 8, 12))]],
     "several sizes": [[5, ("image", (1, 14, 10)), 7, ("image", (1, 4, 6)), 8, ("image", (1, 8, 8))]],

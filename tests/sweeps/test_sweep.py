@@ -90,7 +90,10 @@ def test_a_prefix_is_shared_up_to_the_tokens_that_see_each_other_both_ways(mode:
     agrees(model, batch, [change], log_prob(7))
     # between query and key of a blocked edge, both orders, where all layers see far
     model = with_kinds("qwen2-vl", mode, layer_kind_of=(1, 1, 1))
-    edges = [BlockAttention(((1, 0), (1, 1)), (5,), (8,)), BlockAttention(((1, 0), (1, 1)), (8,), (5,))]
+    edges: list[Intervention] = [
+        BlockAttention(((1, 0), (1, 1)), (5,), (8,)),
+        BlockAttention(((1, 0), (1, 1)), (8,), (5,)),
+    ]
     effects = agrees(model, batch, edges, log_prob(7)).effects.abs()
     assert (effects[0] > 1e-6) == (mode != "causal") and effects[1] > 1e-6
 
