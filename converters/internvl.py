@@ -70,6 +70,7 @@ def config_kwargs(hf_config: Mapping[str, Any]) -> dict[str, Any]:
         **text,
         "tie_word_embeddings": tied,
         "image_token_id": root.token_id("img_context_token_id", default=stated),
+        "prompt_style": "internvl",
         "chat_template": root.text("template"),
         "system_message": root.text("system_message"),
         "vision": _vision_kwargs(hf_config, text["d_model"]),

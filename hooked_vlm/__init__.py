@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     )  # fmt: skip
     from hooked_vlm.config import VisionConfig, VLMConfig
     from hooked_vlm.errors import CheckpointError, GeometryError, HookedVLMError, HookError, ImageError, InputError
-    from hooked_vlm.inputs.geometry import ImageGrid
+    from hooked_vlm.inputs.geometry import ImageLayout
     from hooked_vlm.inputs.vlm_inputs import VLMInputs
     from hooked_vlm.model.cache import VLMCache
     from hooked_vlm.model.vlm import HookedVLM
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from hooked_vlm.sweeps.run import SweepResult, sweep
 
 __all__ = [
-    "CheckpointError", "GeometryError", "HookError", "HookedVLM", "HookedVLMError", "ImageError", "ImageGrid",
+    "CheckpointError", "GeometryError", "HookError", "HookedVLM", "HookedVLMError", "ImageError", "ImageLayout",
     "InputError", "SweepCase", "SweepResult", "VLMCache", "VLMConfig", "VLMInputs", "VisionConfig", "activations",
     "analysis", "converters", "experiments", "inputs", "interventions", "lens", "loading", "metrics", "model", "nn",
     "patching", "runtime", "sweep", "sweep_many", "sweeps", "toys", "verify", "viewer",

@@ -109,6 +109,18 @@ class VisionConfig:
         return tuple(int(layer not in self.full_layers) for layer in range(self.n_layers))
 
     @property
+    def class_token(self) -> bool:
+        return self.tile_size is not None
+
+    @property
+    def patch_order(self) -> str:
+        return "blocks" if self.tile_size is None else "raster"
+
+    @property
+    def processor(self) -> str:
+        return "resized" if self.tile_size is None else "tiles"
+
+    @property
     def n_layers_run(self) -> int:
         return self.n_layers if self.n_layers_used is None else self.n_layers_used
 
@@ -168,6 +180,8 @@ class VLMConfig:
     """Name of the conversation template of checkpoints that do not carry one (`hooked_vlm.inputs.templates`)."""
     system_message: str | None = None
     """In place of that template's own."""
+    prompt_style: str = field(default="chatml", repr=False)
+    """Name of the marks around turns and pictures (`hooked_vlm.inputs.prompt_styles`)."""
     pad_token_id: int | None = None
 
     vision: VisionConfig | None = None

@@ -22,7 +22,11 @@ def coverage(probe: Probe) -> Float[np.ndarray, "token"] | None:
         return None
     shares = []
     for position in probe.image:
-        x0, y0, x1, y1 = probe.case.inputs.box_of_token(position)
+        box = probe.case.inputs.box_of_token(position)
+        if box is None:  # a line break
+            shares.append(0.0)
+            continue
+        x0, y0, x1, y1 = box
         pixels = mask[math.floor(y0) : math.ceil(y1), math.floor(x0) : math.ceil(x1)]
         shares.append(float(pixels.mean()))
     return np.array(shares)

@@ -177,7 +177,8 @@ def _image(report: Report, found: Measured, config: HeadAttributionConfig) -> Fi
     shown = []
     for probe, one in list(zip(found.probes, found.tokens, strict=True))[:SHOWN]:
         places = [probe.case.inputs.box_of_token(position) for position in probe.image]
-        boxes = list(zip(places, one.fit.coefficients.tolist(), strict=True))
+        values = zip(places, one.fit.coefficients.tolist(), strict=True)
+        boxes = [(box, value) for box, value in values if box is not None]
         boxes.sort(key=lambda item: item[0][0] - item[0][2])  # a thumbnail's large tokens below the tiles' small ones
         shown.append((probe.case.item.name, probe.case.item.image, boxes))
     report.figure(

@@ -11,7 +11,7 @@ from hooked_vlm.experiments.ocr_heads.config import Protocol
 from hooked_vlm.inputs.geometry import ImageSize
 from hooked_vlm.inputs.image_processor import smart_resize
 from hooked_vlm.inputs.images import load_image
-from hooked_vlm.inputs.tiles import TileProcessor
+from hooked_vlm.inputs.picture_processor import Bounds
 from hooked_vlm.inputs.vlm_inputs import VLMInputs
 from hooked_vlm.model.vlm import HookedVLM
 
@@ -98,10 +98,7 @@ def to_inputs(model: HookedVLM, examples: Sequence[Example], pixels: int | None)
     prompts = [e.prompt if chat else _bare(model, e) for e in examples]
     if not any(e.images for e in examples):  # works with text-only models, too
         return model.to_inputs(prompts, chat=chat)
-    if isinstance(model.image_processor, TileProcessor):
-        bounds: dict[str, Any] = {"max_tiles": None if pixels is None else 1}
-    else:
-        bounds = {"min_pixels": pixels, "max_pixels": pixels}
+    bounds: dict[str, Any] = {} if model.image_processor is None else model.image_processor.bounds_for(pixels)
     images = [[first_resized(image, e.first_resize) for image in e.images] for e in examples]
     return model.to_inputs(prompts, images, chat=chat, **bounds)
 
@@ -144,10 +141,7 @@ def prompt_length(model: HookedVLM, example: Example, pixels: int | None) -> int
         return text
     processor = model.image_processor
     assert processor is not None  # `check_takes_images`
-    if isinstance(processor, TileProcessor) and pixels is not None:
-        processor = processor.bounded(1, 1)
-    elif pixels is not None:
-        processor = replace(processor, min_pixels=pixels, max_pixels=pixels)
+    processor = processor.with_bounds(Bounds(**processor.bounds_for(pixels)))
     sizes: list[tuple[int, int]] = []
     for image in example.images:
         width, height = picture_size(image)

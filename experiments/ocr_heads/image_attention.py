@@ -27,7 +27,7 @@ def image_shares(
     inputs = to_inputs(model, examples, pixels)
     keys = torch.zeros(inputs.shape, dtype=torch.bool)
     for visual in inputs.visuals:
-        keys[visual.row, visual.start : visual.stop] = True
+        keys[visual.row, visual.positions] = True
     last = torch.tensor([[stop - 1] for stop in inputs.stop])
 
     def on_images(rows: Tensor) -> Float[Tensor, "sample head"]:

@@ -9,7 +9,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from hooked_vlm.experiments.ocr_heads.config import OFFICIAL_CODE, Protocol
-from hooked_vlm.inputs.tiles import TileProcessor
 from hooked_vlm.model.vlm import HookedVLM
 
 
@@ -43,5 +42,5 @@ SINK_BETA = 0.4
 
 
 def official_code(model: HookedVLM) -> OfficialCode:
-    """Settings of the code for a model: those for models that cut pictures into tiles, or those for others."""
-    return INTERNVL2 if isinstance(model.image_processor, TileProcessor) else QWEN2_VL
+    """Settings of the code for a model: those for InternVL2, or those for Qwen2-VL and every other family."""
+    return INTERNVL2 if model.cfg.prompt_style == "internvl" else QWEN2_VL

@@ -6,7 +6,7 @@ needle's tokens that are generated while the argmax of the head's attention is t
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from itertools import zip_longest
 from typing import Literal
@@ -270,14 +270,14 @@ def _tokens_of(
     """Positions of the image tokens that contain enough of an evidence box."""
     grid = inputs.image_grid(visual.index)
     if example.first_resize is not None:  # boxes are those of the picture before its first resizing
-        grid = replace(grid, image_size=picture_size(example.images[evidence.image]))
+        grid = grid.scaled_to(picture_size(example.images[evidence.image]))
     try:
         found = grid.tokens_in_box(evidence.box, protocol.min_overlap, truncate=protocol.truncate_boxes)
     except GeometryError:
         if protocol.page_order == "name":
             return ()  # a box of another page, which is larger
         raise
-    return tuple(visual.start + i for i in found)
+    return tuple(visual.positions[found].tolist())
 
 
 # ---------------------------------------------------------------- evidence in text

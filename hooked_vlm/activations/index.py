@@ -112,10 +112,10 @@ class Indexer:
         columns["token"] = np.array([self.text_of(token) for token in ids], dtype=object)
         columns["evidence"] = _column([[] for _ in range(n)])
         for visual in inputs.visuals:
-            described = self._described(token_places(inputs.image_grid(visual.index)), sample, visual.index)
+            described = self._described(token_places(visual.layout), sample, visual.index)
             for name, values in described.items():
-                columns[name][visual.start : visual.stop] = values
-            columns["image_token"][visual.start : visual.stop] = np.arange(visual.n_tokens)
+                columns[name][visual.positions] = values
+            columns["image_token"][visual.positions] = np.arange(visual.n_tokens)
         chosen = self._chosen(group, final, columns["evidence"])
         return _table("tokens", sample, {name: values[chosen] for name, values in columns.items()})
 
@@ -136,7 +136,8 @@ class Indexer:
         tables = []
         for visual in inputs.visuals:
             t, h, w = visual.grid
-            columns = self._described(patch_places(inputs.image_grid(visual.index)), sample, visual.index)
+            places = patch_places(visual.layout, _class_tokens(self.cfg))
+            columns = self._described(places, sample, visual.index)
             columns["patch"] = np.tile(np.arange(_class_tokens(self.cfg) + h * w), t)
             tables.append(_table("patches", sample, columns))
         return pa.concat_tables([SCHEMA.empty_table(), *tables])
@@ -144,9 +145,9 @@ class Indexer:
     def _image_tokens(self, sample: Sample, inputs: VLMInputs) -> pa.Table:
         tables = []
         for visual in inputs.visuals:
-            columns = self._described(token_places(inputs.image_grid(visual.index)), sample, visual.index)
+            columns = self._described(token_places(visual.layout), sample, visual.index)
             columns["image_token"] = np.arange(visual.n_tokens)
-            columns["position"] = np.arange(visual.start, visual.stop)
+            columns["position"] = visual.positions.numpy()
             tables.append(_table("image_tokens", sample, columns))
         return pa.concat_tables([SCHEMA.empty_table(), *tables])
 
@@ -174,7 +175,7 @@ def take_rows(name: str, tensor: Float[Tensor, "..."], slots: Int[Tensor, "row"]
 
 def _class_tokens(cfg: VLMConfig) -> int:
     """Before the patches of every tile."""
-    return 0 if cfg.vision is None or cfg.vision.tile_size is None else 1
+    return int(cfg.vision is not None and cfg.vision.class_token)
 
 
 def _column(lists: list[list[str]]) -> np.ndarray:

@@ -8,6 +8,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from hooked_vlm.errors import InputError
+from hooked_vlm.inputs.geometry import ImageLayout
 from hooked_vlm.inputs.picture_settings import PictureSettings
 from hooked_vlm.inputs.token_layout import InputSpec, Kind
 
@@ -22,7 +23,7 @@ class ImageSlice:
     kind: Kind
     grid_thw: Tensor
     pixels: Tensor | None
-    size: tuple[int, int] | None
+    layout: ImageLayout
     settings: PictureSettings | None
     features: Tensor | None
 
@@ -66,7 +67,7 @@ def _image_slices(inputs: "VLMInputs") -> dict[tuple[str, int], ImageSlice]:
             v.kind,
             all_grids[v.index],
             None if all_pixels is None else all_pixels[a:b],
-            inputs.image_sizes[v.index] if v.kind == "image" and inputs.image_sizes is not None else None,
+            v.layout,
             inputs.image_settings[v.index] if v.kind == "image" and inputs.image_settings is not None else None,
             None if features is None else features[feature_start : feature_start + v.n_tokens],
         )
@@ -86,7 +87,6 @@ def join(rows: list[Row], spec: InputSpec) -> dict[str, Any]:
     tokens, mask = left_pad([r.tokens for r in rows], [r.mask for r in rows], spec.pad_token_id)
     images = [s for r in rows for s in r.slices if s.kind == "image"]
     videos = [s for r in rows for s in r.slices if s.kind == "video"]
-    sizes = tuple(s.size for s in images if s.size is not None)
     settings = tuple(s.settings or PictureSettings() for s in images)
     features = [s.features for s in (*images, *videos) if s.features is not None]
     return {
@@ -97,7 +97,8 @@ def join(rows: list[Row], spec: InputSpec) -> dict[str, Any]:
         "image_grid_thw": torch.stack([s.grid_thw for s in images]) if images else None,
         "pixel_values_videos": _cat([s.pixels for s in videos]),
         "video_grid_thw": torch.stack([s.grid_thw for s in videos]) if videos else None,
-        "image_sizes": sizes if images and len(sizes) == len(images) else None,
+        "image_layouts": tuple(s.layout for s in images) or None,
+        "video_layouts": tuple(s.layout for s in videos) or None,
         "image_settings": settings if any(s.resizes for s in settings) else None,
         "image_features": torch.cat(features) if features else None,
         "n_generated": tuple(r.n_generated for r in rows),

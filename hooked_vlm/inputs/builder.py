@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,18 +12,22 @@ from hooked_vlm.config import VLMConfig
 from hooked_vlm.errors import InputError
 from hooked_vlm.inputs.batching import left_pad, left_padding_mask
 from hooked_vlm.inputs.context_length import too_long_message
-from hooked_vlm.inputs.image_processor import ImageProcessor
 from hooked_vlm.inputs.messages import Messages, as_images, as_prompts, as_videos, per_prompt
-from hooked_vlm.inputs.pixels import Bounds, Pictures, bound_pixels, prepare_pictures
-from hooked_vlm.inputs.prompts import Prompt, check_placeholders, expand_placeholders, read_prompt
-from hooked_vlm.inputs.templates import template_named
+from hooked_vlm.inputs.picture_processor import Bounds, PictureProcessor, as_tensor
+from hooked_vlm.inputs.pixels import Pictures, prepare_pictures
+from hooked_vlm.inputs.processors import processor_of
+from hooked_vlm.inputs.prompt_styles import PromptStyle
+from hooked_vlm.inputs.prompts import Prompt, check_placeholders, expand_placeholders, read_prompt, with_runs
+from hooked_vlm.inputs.templates import style_of
 from hooked_vlm.inputs.text import TextCodec, check_ids
-from hooked_vlm.inputs.tiles import TileProcessor
-from hooked_vlm.inputs.token_layout import InputSpec, tile_grids
+from hooked_vlm.inputs.token_layout import InputSpec, Turns
 from hooked_vlm.inputs.vlm_inputs import VLMInputs
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+OF_IMAGES = ("pixel_values", "image_grid_thw", "num_tiles", "image_sizes")
+"""What a Hugging Face batch says of its images, in one family or another."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,7 +36,7 @@ class InputBuilder:
 
     cfg: VLMConfig
     tokenizer: "PreTrainedTokenizerBase | None"
-    image_processor: ImageProcessor | TileProcessor | None
+    image_processor: PictureProcessor | None
 
     @property
     def text(self) -> TextCodec:
@@ -41,33 +46,31 @@ class InputBuilder:
     def input_spec(self) -> InputSpec:
         """The model's placeholders, patches, chat turns and processors, which its inputs carry."""
         cfg, vision = self.cfg, self.cfg.vision
+        style = style_of(cfg)
         return InputSpec(
             image_token_id=cfg.image_token_id if vision else None,
             video_token_id=cfg.video_token_id if vision else None,
             vision_start_token_id=cfg.vision_start_token_id,
             vision_end_token_id=cfg.vision_end_token_id,
-            patch_size=vision.patch_size if vision else 1,
-            merge_size=vision.merge_size if vision else 1,
+            vision=vision,
             mrope=cfg.mrope_section is not None,
-            tile_size=vision.tile_size if vision else None,
             pad_token_id=self.text.pad_ids[0],
-            **self._turns(),
+            style=style,
+            turns=self._turns(style),
             tokenizer=self.tokenizer,
             image_processor=self.image_processor,
+            layouts=self.image_processor or processor_of(cfg),
         )
 
-    def _turns(self) -> dict[str, Any]:
-        """The tokens that open and close a chat turn; empty if the vocabulary has none that opens one."""
-        starts, stop, header = ("<|im_start|>",), "<|im_end|>", "<|im_start|>user\n"
-        if self.cfg.chat_template is not None:
-            template = template_named(self.cfg.chat_template)
-            starts, stop, header = template.turn_starts, template.stop, template.user_header
-        ids = [self.text.special_id(start) for start in dict.fromkeys(starts)]
+    def _turns(self, style: PromptStyle) -> Turns | None:
+        """The tokens of a style's turns; None if the vocabulary has none that opens one."""
+        ids = [self.text.special_id(start) for start in dict.fromkeys(style.turn_starts)]
         opening = tuple(i for i in ids if i is not None)
-        if not opening:
-            return {}
-        length = len(self.text.encode(header))
-        return {"turn_start_ids": opening, "turn_end_id": self.text.special_id(stop), "user_header": length}
+        if self.tokenizer is None or (style.turn_starts and not opening):
+            return None
+        end = None if style.turn_end is None else self.text.special_id(style.turn_end)
+        headers = (tuple(self.text.encode(header)) for header in (style.user_header, style.assistant_header))
+        return Turns(opening, end, *headers)
 
     # ---------------------------------------------------------------- prompts with pictures
 
@@ -114,12 +117,12 @@ class InputBuilder:
         """
         prompts = self._read(prompt, images, videos, chat, template)
         bounds = Bounds(min_pixels, max_pixels, max_tiles)
-        processor = None if self.image_processor is None else bound_pixels(self.image_processor, bounds)
+        processor = None if self.image_processor is None else self.image_processor.with_bounds(bounds)
         spec = replace(self.input_spec(), image_processor=processor)  # for with_image, too
         pictures = prepare_pictures(prompts, processor, bounds, allow_remote)
         rows = self._tokenize(prompts, pictures, spec, chat)
         if max(map(len, rows)) > self.cfg.n_ctx_limit:
-            raise InputError(too_long_message(rows, pictures.bounded_by_call(prompts), processor, max_pixels, self.cfg))
+            raise InputError(too_long_message(rows, pictures.bounded_by_call(prompts), processor, bounds, self.cfg))
         settings = tuple(image.settings for prompt in prompts for image in prompt.images)
         ids = [torch.tensor(row) for row in rows]
         tokens, mask = left_pad(ids, [torch.ones_like(row) for row in ids], spec.pad_token_id)
@@ -131,7 +134,8 @@ class InputBuilder:
             image_grid_thw=pictures.grids,
             pixel_values_videos=pictures.video_pixels,
             video_grid_thw=pictures.video_grids,
-            image_sizes=tuple((int(w), int(h)) for w, h in pictures.sizes) or None,
+            image_layouts=tuple(pictures.layouts) or None,
+            video_layouts=tuple(pictures.video_layouts) or None,
             image_settings=settings if any(own.resizes for own in settings) else None,
         )
         return inputs.to(self.cfg.device)
@@ -151,20 +155,19 @@ class InputBuilder:
 
     def _tokenize(self, prompts: list[Prompt], pictures: Pictures, spec: InputSpec, chat: bool) -> list[list[int]]:
         """Token ids of every prompt, each placeholder repeated to the tokens of its picture."""
-        grids = {
-            token_id: iter([] if all_grids is None else [(t, h, w) for t, h, w in all_grids.tolist()])
-            for token_id, all_grids in (
-                (spec.image_token_id, pictures.grids),
-                (spec.video_token_id, pictures.video_grids),
-            )
-        }
-        marks = (self.cfg.vision_start_token_id, self.cfg.vision_end_token_id)
+        images, videos = iter(pictures.layouts), iter(pictures.video_layouts)
         rows = []
         for row, prompt in enumerate(prompts):
             ids = self.text.encode_prompt(prompt.text, chat)
             check_ids(torch.tensor([ids], dtype=torch.long), self.cfg.d_vocab)
             check_placeholders(ids, row, len(prompt.images), len(prompt.videos), spec)
-            rows.append(list(expand_placeholders(ids, grids, spec, marks)))
+            own = list(islice(images, len(prompt.images))), list(islice(videos, len(prompt.videos)))
+            written = with_runs(with_runs(prompt.text, self.text.image_token, own[0]), self.text.video_token, own[1])
+            if written != prompt.text:
+                ids = self.text.encode_prompt(written, chat)
+            runs = [iter([n for layout in layouts for n in layout.runs]) for layouts in own]
+            by_token = dict(zip((spec.image_token_id, spec.video_token_id), runs, strict=True))
+            rows.append(list(expand_placeholders(ids, by_token, spec)))
         return rows
 
     def _check_sight(self, pictures: bool) -> None:
@@ -250,13 +253,17 @@ class InputBuilder:
         mask = self._tensor(batch, "attention_mask")
         if mask is not None and mask.numel() != tokens.numel():
             raise InputError(f"attention_mask is {tuple(mask.shape)}, input_ids are {tuple(tokens.shape)}")
-        pixels, grids = self._tensor(batch, "pixel_values"), self._tensor(batch, "image_grid_thw")
-        self._check_pixel_width(pixels)
-        if spec.tile_size is not None and pixels is not None:
-            grids = tile_grids(tokens, pixels, self._tensor(batch, "num_tiles"), spec)
+        pictures = {name: self._tensor(batch, name) for name in OF_IMAGES}
+        self._check_pixel_width(pictures["pixel_values"])
+        pixels, grids, layouts = pictures["pixel_values"], pictures["image_grid_thw"], None
+        if spec.layouts is not None and pixels is not None:
+            pixels, grids, sizes = spec.layouts.read_batch(tokens, pictures, spec)
+            if sizes is not None and grids is not None:
+                every = zip(grids.tolist(), sizes, strict=True)
+                layouts = tuple(spec.layout_of((t, h, w), "image", size) for (t, h, w), size in every)
         videos = (self._tensor(batch, "pixel_values_videos"), self._tensor(batch, "video_grid_thw"))
         mask = torch.ones_like(tokens) if mask is None else mask.reshape(tokens.shape)
-        return VLMInputs(tokens, spec, mask, pixels, grids, *videos)
+        return VLMInputs(tokens, spec, mask, pixels, grids, *videos, image_layouts=layouts)
 
     def _input_ids(self, batch: Mapping[str, Any]) -> Tensor:
         tokens = self._tensor(batch, "input_ids")
@@ -269,13 +276,7 @@ class InputBuilder:
         return tokens
 
     def _tensor(self, batch: Mapping[str, Any], name: str) -> Tensor | None:
-        value = batch.get(name)
-        try:
-            return None if value is None else torch.as_tensor(value).to(self.cfg.device)
-        except (TypeError, ValueError, RuntimeError) as error:
-            raise InputError(
-                f"{name} must be a tensor ({error}): call the processor with return_tensors='pt', padding=True"
-            ) from error
+        return as_tensor(batch, name, self.cfg.device)
 
     def _check_pixel_width(self, pixels: Tensor | None) -> None:
         self._check_sight(pixels is not None)
@@ -284,11 +285,11 @@ class InputBuilder:
             return
         if not pixels.ndim:
             raise InputError("pixel_values must be a tensor of pixels, got a single number")
-        if vision.tile_size is None:
+        if vision.patch_order == "blocks":
             width, layout, expected = pixels.shape[-1], "[patch, d_patch]", f"d_patch = {vision.d_patch}"
             fits = width == vision.d_patch
         else:
-            width, layout = pixels.shape[min(1, pixels.ndim - 1)], "[tile, channel, height, width]"
+            width, layout = pixels.shape[max(-3, -pixels.ndim)], "[tile, channel, height, width]"
             fits, expected = width == vision.in_channels, f"{vision.in_channels} channels"
         if not fits:
             raise InputError(f"pixel_values must be {layout} with {expected}, got {tuple(pixels.shape)}")

@@ -10,8 +10,10 @@ from torch import Tensor
 
 from hooked_vlm.errors import InputError
 from hooked_vlm.inputs.batching import left_pad
+from hooked_vlm.inputs.geometry import ImageLayout
 from hooked_vlm.inputs.images import load_image
 from hooked_vlm.inputs.picture_settings import PictureSettings, process_images
+from hooked_vlm.inputs.token_layout import InputSpec, Visual
 
 if TYPE_CHECKING:
     from hooked_vlm.inputs.vlm_inputs import VLMInputs
@@ -66,27 +68,41 @@ def replace_image(inputs: "VLMInputs", i: int, image: Any) -> "VLMInputs":
         raise InputError("these inputs have no image processor: make them with model.to_inputs(...)")
     visual = inputs.visual("image", i)
     settings = PictureSettings() if inputs.image_settings is None else inputs.image_settings[i]
-    pixels, grid_thw, (size,) = process_images([load_image(image)], [settings], spec.image_processor)
+    pixels, grid_thw, (layout,) = process_images([load_image(image)], [settings], spec.image_processor)
     assert inputs.image_grid_thw is not None and inputs.pixel_values is not None
     grids = inputs.image_grid_thw.clone()
     pieces = list(inputs.pixel_values.split([spec.n_pixel_rows(tuple(grid)) for grid in grids.tolist()]))
     grids[i] = grid_thw[0].to(grids)
     pieces[i] = pixels.to(inputs.pixel_values)
-    n_tiles, n_rows, n_cols = grid_thw[0].tolist()
-    n_new = spec.n_tokens((n_tiles, n_rows, n_cols))
     rows, masks = list(inputs.tokens), list(inputs.attention_mask)
     row, mask = rows[visual.row], masks[visual.row]
-    placeholders = row.new_full((n_new,), int(row[visual.start]))
+    placeholders = _placeholders(spec, row, visual, layout)
     rows[visual.row] = torch.cat((row[: visual.start], placeholders, row[visual.stop :]))
-    masks[visual.row] = torch.cat((mask[: visual.start], mask.new_ones(n_new), mask[visual.stop :]))
+    masks[visual.row] = torch.cat((mask[: visual.start], mask.new_ones(len(placeholders)), mask[visual.stop :]))
     tokens, attention_mask = left_pad(rows, masks, spec.pad_token_id)
-    sizes = inputs.image_sizes
+    layouts = inputs.image_layouts or ()
     return replace(
         inputs,
         tokens=tokens,
         attention_mask=attention_mask,
         pixel_values=torch.cat(pieces),
         image_grid_thw=grids,
-        image_sizes=None if sizes is None else (*sizes[:i], tuple(size), *sizes[i + 1 :]),
+        image_layouts=(*layouts[:i], layout, *layouts[i + 1 :]),
         image_features=None,
+    )
+
+
+def _placeholders(spec: InputSpec, row: Tensor, visual: Visual, layout: ImageLayout) -> Int[Tensor, "pos"]:
+    """The tokens of another picture from the first of its placeholders to the last.
+
+    Raises:
+        InputError: it has other runs of placeholders, between which stands text.
+    """
+    if len(layout.runs) == 1 == len(visual.runs):
+        return row.new_full((layout.n_tokens,), int(row[visual.start]))
+    if layout.runs == visual.layout.runs:
+        return row[visual.start : visual.stop]
+    raise InputError(
+        f"image {visual.index} has {len(visual.runs)} runs of tokens with text between them, the new picture others "
+        f"({', '.join(map(str, layout.runs))}): give one of the same shape, or make new inputs"
     )

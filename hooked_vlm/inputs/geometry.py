@@ -1,12 +1,16 @@
-"""Image geometry: from pixels of the original image to patches and tokens, and back.
+"""Where image tokens lie: from pixels of the original image to tokens and patches, and back.
 
 Coordinates are pixels of the displayed image (after EXIF orientation, before resizing), x to the right
 and y down; boxes are half-open, `(x0, y0, x1, y1)` covers x0 <= x < x1 and y0 <= y < y1.
+
+An image processor says by an `ImageLayout` how a picture became tokens; everything that asks where a token lies asks
+the layout, never the family.
 """
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
 from typing import Literal, NamedTuple, SupportsFloat
 
 import numpy as np
@@ -18,9 +22,9 @@ from hooked_vlm.errors import GeometryError
 Box = Sequence[SupportsFloat]
 """`(x0, y0, x1, y1)`, half-open, in pixels of the original image."""
 
-
-Part = Literal["all", "tiles", "thumbnail"]
-"""A part of a tiled image: the tokens of its tiles, those of its thumbnail, or both."""
+Part = str
+""""tiles" (the picture, or its tiles put together), "thumbnail" (a small copy of the whole picture), a name that a
+layout gives to another part; "all" of them."""
 
 
 class ImageSize(NamedTuple):
@@ -30,18 +34,279 @@ class ImageSize(NamedTuple):
     height: int
 
 
-class _TokensInBox:
-    """Tokens by the boxes that they overlap, for every kind of grid."""
+@dataclass(frozen=True, eq=False)
+class LayoutPart:
+    """A grid of tokens over a rectangle of the picture.
 
-    def tokens_of(self, part: Part) -> range:
-        """Numbers of the tokens of a part."""
-        raise NotImplementedError
+    Cells need not touch (pixels that no patch covers) and may overlap (features that were resampled).
+    """
+
+    name: Part
+    cells: Int[np.ndarray, "frame row col"]
+    """Number of the token at each cell."""
+    area: tuple[float | int, float | int, float | int, float | int]
+    """The rectangle, in pixels of the original image: less than the image where it was cropped, more where it was
+    padded."""
+    seen: ImageSize
+    """The rectangle as the vision tower sees it, in pixels."""
+    columns: Shaped[np.ndarray, "col 2"]
+    """Where each column of cells begins and ends, in seen pixels."""
+    rows: Shaped[np.ndarray, "row 2"]
+    tiles: tuple[int, int] = (1, 1)
+    """(columns, rows) of tiles that it is put together of."""
+
+    def edges(
+        self, of: Literal["image", "seen"] = "image"
+    ) -> tuple[Float[np.ndarray, "col 2"], Float[np.ndarray, "row 2"]]:
+        """Where columns and rows of cells begin and end: x, y in pixels of the original image or in seen pixels."""
+        if of == "seen":
+            return self.columns.astype(float), self.rows.astype(float)
+        x0, y0, x1, y1 = self.area
+        return x0 + self.columns * (x1 - x0) / self.seen.width, y0 + self.rows * (y1 - y0) / self.seen.height
+
+    def shares(
+        self,
+        box: tuple[float | int, float | int, float | int, float | int],
+        of: Literal["box", "token"],
+        edges: Literal["image", "seen"],
+    ) -> Float[np.ndarray, "row col"]:
+        """Area of the intersection of a box with each cell / area of the box, or of the cell."""
+        low, high = box[:2], box[2:]
+        # area(intersection) / area(box) is a product of a share in x and a share in y
+        by_column, by_row = (
+            np.clip(np.minimum(spans[:, 1], high[axis]) - np.maximum(spans[:, 0], low[axis]), 0, None)
+            / (high[axis] - low[axis] if of == "box" else spans[:, 1] - spans[:, 0])
+            for axis, spans in enumerate(self.edges(edges))
+        )
+        return np.outer(by_row, by_column)
+
+
+@dataclass(frozen=True, eq=False)
+class ImageLayout:
+    """One image (or video) as tokens, numbered in the order of their placeholders.
+
+    Every part is a grid of tokens over the picture or over a piece of it; several parts may show the same place. Tokens
+    of no part stand for no place (line breaks, markers). A box covers all frames of a video.
+    """
+
+    image_size: ImageSize
+    """Size of the original image in pixels; as the tower sees it where that is not known."""
+    parts: tuple[LayoutPart, ...]
+    """The main part first; none if it is not known where the tokens lie."""
+    n_tokens: int
+    grid: tuple[int, int, int]
+    """What the tower sees: (tiles or frames, rows, columns) of patches."""
+    tiles: Int[np.ndarray, "token"]
+    """Number of the tile (or frame) of each token, as the tower counts them; -1 for tokens that stand for no place."""
+    tower_order: Int[np.ndarray, "tile patch"]
+    """Number in `patches` of each patch that the tower sees, in its order."""
+    make_patches: Callable[[], "ImageLayout"] | None = None
+    """Returns `patches`; None for a layout of patches."""
+    runs: tuple[int, ...] = ()
+    """Numbers of placeholders side by side; one run of all tokens by default."""
+    between: tuple[str, ...] = ()
+    """Texts before each run and behind the last; none by default."""
+    features: Int[np.ndarray, "token"] | None = None
+    """Which output of the projector each token is, -1 for a learned line break; None: in the same order."""
+    size_known: bool = True
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "runs", self.runs or (self.n_tokens,))
+        placed = np.concatenate([part.cells.ravel() for part in self.parts]) if self.parts else np.zeros(0, dtype=int)
+        if sum(self.runs) != self.n_tokens or len(self.tiles) != self.n_tokens:
+            raise GeometryError(f"runs {self.runs} and {len(self.tiles)} tiles do not count {self.n_tokens} tokens")
+        inside = (placed >= 0) & (placed < self.n_tokens)
+        if not inside.all() or len(np.unique(placed)) != len(placed):
+            raise GeometryError(f"the cells of a layout's parts must be different numbers below {self.n_tokens}")
+        if self.between and len(self.between) != len(self.runs) + 1:
+            n = len(self.runs)
+            raise GeometryError(f"{n} runs need {n + 1} texts around them, got {self.between}")
+
+    def __repr__(self) -> str:
+        parts = ", ".join(f"{part.name} {part.cells.shape[1]} x {part.cells.shape[2]}" for part in self.parts)
+        width, height = self.image_size
+        return f"ImageLayout({width} x {height} pixels, {self.n_tokens} tokens: {parts or 'places not known'})"
+
+    # ---------------------------------------------------------------- parts
+
+    @property
+    def frames(self) -> int:
+        return self._main.cells.shape[0]
+
+    @property
+    def rows(self) -> int:
+        """Rows of tokens in the main part."""
+        return self._main.cells.shape[1]
+
+    @property
+    def cols(self) -> int:
+        """Columns of tokens in the main part."""
+        return self._main.cells.shape[2]
+
+    @property
+    def resized_size(self) -> ImageSize:
+        """The main part as the vision tower sees it."""
+        return self._main.seen
+
+    @property
+    def layout(self) -> tuple[int, int]:
+        """(columns, rows) of tiles of the main part."""
+        return self._main.tiles
+
+    @property
+    def n_tiles(self) -> int:
+        """Number of pictures that the tower sees: tiles with the thumbnail, or frames."""
+        return len(self.tower_order)
+
+    @property
+    def thumbnail(self) -> bool:
+        """Whether a part is a small copy of the whole picture."""
+        return "thumbnail" in (part.name for part in self.parts)
+
+    @property
+    def _main(self) -> LayoutPart:
+        return self._known()[0]
+
+    def part(self, name: Part) -> LayoutPart:
+        """A part by its name.
+
+        Raises:
+            GeometryError: there is no such part; those there are are listed.
+        """
+        for part in self._known():
+            if part.name == name:
+                return part
+        known = ", ".join(repr(part.name) for part in self.parts)
+        seen = "this picture is seen whole" if len(self.parts) == 1 else "this picture has other parts"
+        raise GeometryError(f'{seen}: there is no part {name!r}, choose "all" or one of {known}')
+
+    def tokens_of(self, part: Part) -> Int[np.ndarray, "placed"]:
+        """Numbers of the tokens of a part, or of all parts, in rising order."""
+        parts = self._known() if part == "all" else (self.part(part),)
+        return np.sort(np.concatenate([own.cells.ravel() for own in parts]))
+
+    def part_of(self, index: int | np.integer) -> Part | None:
+        """The part that a token belongs to; None if it stands for no place."""
+        self._check(index)
+        return next((part.name for part in self._known() if index in part.cells), None)
+
+    def is_thumbnail(self, index: int | np.integer) -> bool:
+        """Whether a token belongs to the thumbnail."""
+        return self.part_of(index) == "thumbnail"
+
+    def tile_of(self, index: int | np.integer) -> int:
+        """Number of the tile (or frame) of a token, as the tower counts them; -1 if it stands for no place."""
+        self._check(index)
+        return int(self.tiles[index])
+
+    def same_as(self, other: "ImageLayout") -> bool:
+        """Whether tokens and patches with the same numbers lie at the same places of pictures scaled alike, as far as
+        is known."""
+        if not (self.parts and other.parts):
+            return self.n_tokens == other.n_tokens and self.tower_order.shape == other.tower_order.shape
+        return self.runs == other.runs and [(p.name, p.tiles, p.cells.tolist()) for p in self.parts] == [
+            (p.name, p.tiles, p.cells.tolist()) for p in other.parts
+        ]
+
+    def scaled_to(self, size: tuple[int, int]) -> "ImageLayout":
+        """The layout of the same picture in another size: boxes are in its pixels."""
+
+        def scaled(part: LayoutPart) -> LayoutPart:
+            x0, y0, x1, y1 = part.area
+            (old_width, old_height), (width, height) = self.image_size, size
+            area = (x0 * width / old_width, y0 * height / old_height, x1 * width / old_width, y1 * height / old_height)
+            return replace(part, area=area)
+
+        parts = tuple(map(scaled, self.parts))
+        patches = None if self.make_patches is None else partial(_scaled_patches, self, size)
+        return replace(self, image_size=ImageSize(*size), parts=parts, make_patches=patches)
+
+    # ---------------------------------------------------------------- tokens
+
+    def index(self, row: int, col: int, frame: int = 0) -> int:
+        """Number of a token of the main part. Raises `GeometryError` if there is no such token."""
+        if not (0 <= frame < self.frames and 0 <= row < self.rows and 0 <= col < self.cols):
+            raise GeometryError(
+                f"no token at row {row}, column {col}, frame {frame}: counted from 0, the image has "
+                f"{self.rows} rows, {self.cols} columns and {self.frames} frame(s)"
+            )
+        return int(self._main.cells[frame, row, col])
+
+    def row_col(self, index: int | np.integer) -> tuple[int, int]:
+        """Row and column of a token within its part and frame.
+
+        Raises:
+            GeometryError: there is no such token, or it stands for no place.
+        """
+        found = self._cell(index)
+        if found is None:
+            raise GeometryError(f"token {index} stands for no place in the picture: it is a line break or a marker")
+        return found[1], found[2]
+
+    def box_of(self, index: int | np.integer) -> tuple[float, float, float, float] | None:
+        """The pixels a token covers; None if it stands for no place.
+
+        Neighbours share their edge to the last bit where nothing lies between them.
+        """
+        found = self._cell(index)
+        if found is None:
+            return None
+        part, row, col = found
+        x, y = part.edges()
+        return float(x[col, 0]), float(y[row, 0]), float(x[col, 1]), float(y[row, 1])
+
+    @cached_property
+    def boxes(self) -> Float[np.ndarray, "token 4"]:
+        """The box of every token; not a number where it stands for no place."""
+        boxes = np.full((self.n_tokens, 4), np.nan)
+        for part in self._known():
+            x, y = part.edges()
+            boxes[part.cells, 0::2] = x[None, None]
+            boxes[part.cells, 1::2] = y[None, :, None]
+        return boxes
+
+    def _cell(self, index: int | np.integer) -> tuple[LayoutPart, int, int] | None:
+        self._check(index)
+        for part in self._known():
+            found = np.argwhere(part.cells == index)
+            if len(found):
+                return part, int(found[0, 1]), int(found[0, 2])
+        return None
+
+    # ---------------------------------------------------------------- boxes
 
     def overlaps(
         self, box: Box, of: Literal["box", "token"] = "box", truncate: bool = False
-    ) -> Float[np.ndarray, "tokens"]:
-        """The share of the box that lies in each token."""
-        raise NotImplementedError
+    ) -> Float[np.ndarray, "token"]:
+        """The share of the box that lies in each token: area of the intersection / area of the box.
+
+        Args:
+            box: half-open, in pixels of the original image. It is first clipped to the image, so the overlaps
+                of a frame sum to 1 over a part that shows all of it.
+            of: "token" divides by the token's area instead (the share of the token that lies in the box).
+            truncate: exactly as the code published with the OCR-heads paper (arXiv 2505.15865;
+                `return_weights` and `compute_tile_weights`): the box is scaled to the resized image and its
+                corners truncated to whole pixels; it is not clipped to the image; a box left without area
+                overlaps nothing. (That code then multiplies by 100.)
+
+        Raises:
+            GeometryError: the box is empty, reversed, not finite, entirely outside the image, or in a part of it that
+                the model does not see.
+        """
+        if of not in ("box", "token"):
+            raise GeometryError(f'overlap is measured of="box" or of="token", got of={of!r}')
+        corners = self._checked(box)
+        shares = np.zeros(self.n_tokens)
+        for part in self._known():
+            placed = _truncated(corners, part) if truncate else self._clipped(corners)
+            if placed[0] != placed[2] and placed[1] != placed[3]:
+                shares[part.cells] = part.shares(placed, of, "seen" if truncate else "image")
+        if not truncate and not shares.any():
+            raise GeometryError(
+                f"the box {_shown(corners)} lies where the model does not see the picture: pixels that were cropped or "
+                f"that no patch covers (it sees {'; '.join(_shown(part.area) for part in self.parts)})"
+            )
+        return shares
 
     def tokens_in_box(
         self,
@@ -62,321 +327,91 @@ class _TokensInBox:
         if not 0 <= min_overlap < 1:
             raise GeometryError(f"min_overlap is a share of the {of}'s area, 0 <= min_overlap < 1, got {min_overlap}")
         tokens = self.tokens_of(part)
-        shares = self.overlaps(box, of, truncate)[tokens.start : tokens.stop]
-        return (np.flatnonzero(shares > min_overlap) + tokens.start).tolist()
+        return tokens[self.overlaps(box, of, truncate)[tokens] > min_overlap].tolist()
 
-
-@dataclass(frozen=True)
-class ImageGrid(_TokensInBox):
-    """One image (or video) as tokens.
-
-    The processor stretches the image to whole patches; a `merge_size` x `merge_size` block of patches becomes
-    one token. Tokens are numbered frame by frame, and in a frame row by row (raster order). A box covers all
-    frames of a video.
-    """
-
-    image_size: tuple[int, int]
-    """(width, height) of the original image in pixels."""
-    grid_thw: tuple[int, int, int]
-    """(frames, rows, columns) of patches; a frame is one temporal patch."""
-    patch_size: int = 14
-    """Side of a patch in pixels of the resized image."""
-    merge_size: int = 2
-
-    def __post_init__(self) -> None:
-        if min(*self.image_size, *self.grid_thw, self.patch_size, self.merge_size) < 1:
-            raise GeometryError(f"sizes must be at least 1, got {self}")
-        if self.grid_thw[1] % self.merge_size or self.grid_thw[2] % self.merge_size:
-            raise GeometryError(
-                f"a grid of {self.grid_thw} (frames, rows, columns of patches) cannot be cut into blocks "
-                f"of {self.merge_size} x {self.merge_size}: rows and columns must be multiples of that"
-            )
-
-    @property
-    def frames(self) -> int:
-        return self.grid_thw[0]
-
-    @property
-    def rows(self) -> int:
-        """Rows of tokens in a frame."""
-        return self.grid_thw[1] // self.merge_size
-
-    @property
-    def cols(self) -> int:
-        """Columns of tokens in a frame."""
-        return self.grid_thw[2] // self.merge_size
-
-    @property
-    def n_tokens(self) -> int:
-        return self.frames * self.rows * self.cols
-
-    @property
-    def n_patches(self) -> int:
-        return math.prod(self.grid_thw)
-
-    @property
-    def resized_size(self) -> ImageSize:
-        """The image as the vision tower sees it."""
-        return ImageSize(self.grid_thw[2] * self.patch_size, self.grid_thw[1] * self.patch_size)
-
-    # tokens
-
-    def tokens_of(self, part: Part) -> range:
-        """Numbers of the tokens of a part; all of them, since an image seen whole has no thumbnail."""
-        _check_part(part)
-        if part == "thumbnail":
-            raise GeometryError("this model sees images whole: there is no thumbnail")
-        return range(self.n_tokens)
-
-    def index(self, row: int, col: int, frame: int = 0) -> int:
-        """Number of a token in the image. Raises `GeometryError` if there is no such token."""
-        if not (0 <= frame < self.frames and 0 <= row < self.rows and 0 <= col < self.cols):
-            raise GeometryError(
-                f"no token at row {row}, column {col}, frame {frame}: counted from 0, the image has "
-                f"{self.rows} rows, {self.cols} columns and {self.frames} frame(s)"
-            )
-        return (frame * self.rows + row) * self.cols + col
-
-    def row_col(self, index: int) -> tuple[int, int]:
-        """Row and column of a token within its frame (the frame is `index // (rows * cols)`)."""
-        if not 0 <= index < self.n_tokens:
-            raise GeometryError(f"no token {index}: the image has {self.n_tokens} tokens, counted from 0")
-        return divmod(index % (self.rows * self.cols), self.cols)
-
-    def box_of(self, index: int) -> tuple[float, float, float, float]:
-        """The pixels a token covers.
-
-        Neighbours share their edge to the last bit, so the boxes of a frame tile the image.
-        """
-        row, col = self.row_col(index)
-        x, y = self._edges(self.image_size)
-        return float(x[col]), float(y[row]), float(x[col + 1]), float(y[row + 1])
-
-    # boxes
-
-    def overlaps(
-        self, box: Box, of: Literal["box", "token"] = "box", truncate: bool = False
-    ) -> Float[np.ndarray, "tokens"]:
-        """The share of the box that lies in each token: area of the intersection / area of the box.
-
-        Args:
-            box: half-open, in pixels of the original image. It is first clipped to the image, so the overlaps
-                of a frame sum to 1.
-            of: "token" divides by the token's area instead (the share of the token that lies in the box).
-            truncate: exactly as the code published with the OCR-heads paper (arXiv 2505.15865;
-                `return_weights` and `compute_tile_weights`): the box is scaled to the resized image and its
-                corners truncated to whole pixels; it is not clipped to the image; a box left without area
-                overlaps nothing. (That code then multiplies by 100.)
-
-        Raises:
-            GeometryError: the box is empty, reversed, not finite, or entirely outside the image.
-        """
-        if of not in ("box", "token"):
-            raise GeometryError(f'overlap is measured of="box" or of="token", got of={of!r}')
-        x0, y0, x1, y1 = self._checked(box)
-        if truncate:
-            size = self.resized_size
-            x_scale, y_scale = size.width / self.image_size[0], size.height / self.image_size[1]
-            x0, y0, x1, y1 = int(x0 * x_scale), int(y0 * y_scale), int(x1 * x_scale), int(y1 * y_scale)
-        else:
-            size = self.image_size
-            x0, y0, x1, y1 = max(x0, 0.0), max(y0, 0.0), min(x1, size[0]), min(y1, size[1])
-        if x0 == x1 or y0 == y1:
-            return np.zeros(self.n_tokens)
-        # area(intersection) / area(box) is a product of a share in x and a share in y
-        col_shares, row_shares = (
-            np.clip(np.minimum(edges[1:], high) - np.maximum(edges[:-1], low), 0, None)
-            / (high - low if of == "box" else np.diff(edges))
-            for edges, low, high in zip(self._edges(size), (x0, y0), (x1, y1), strict=True)
-        )
-        return np.tile(np.outer(row_shares, col_shares).ravel(), self.frames)
-
-    # patches and pictures
-
-    def patch_order(self) -> Int[np.ndarray, "patches 3"]:
-        """(frame, row, column) of each row of `pixel_values`.
-
-        The checkpoint's order: block by block, and within a block row by row, so that the patches of token i
-        are the rows `i * merge_size**2` up to `(i + 1) * merge_size**2`.
-        """
-        blocks = (self.frames, self.rows, self.merge_size, self.cols, self.merge_size)
-        places = np.indices(self.grid_thw).reshape(3, *blocks)
-        return places.transpose(1, 2, 4, 3, 5, 0).reshape(-1, 3)
-
-    def to_image(
-        self, values: Shaped[np.ndarray | torch.Tensor, "*lead tokens"], part: Part = "all"
-    ) -> Shaped[np.ndarray, "*lead frames rows cols"]:
-        """Lay one value per token out as the picture (a tensor is moved to the CPU, bfloat16 as float32)."""
-        self.tokens_of(part)  # refuses a thumbnail
-        if isinstance(values, torch.Tensor):
-            values = values.detach().cpu()
-            values = (values.float() if values.dtype == torch.bfloat16 else values).numpy()
-        if values.shape[-1] != self.n_tokens:
-            raise GeometryError(
-                f"expected one value for each of the image's {self.n_tokens} tokens "
-                f"({self.frames} frame(s) of {self.rows} x {self.cols}), got shape {values.shape}"
-            )
-        return values.reshape(*values.shape[:-1], self.frames, self.rows, self.cols)
-
-    def _edges(
-        self, size: tuple[int, int]
-    ) -> tuple[Float[np.ndarray, "cols_plus_1"], Float[np.ndarray, "rows_plus_1"]]:
-        """x of the column edges and y of the row edges in an image of this (width, height)."""
-        return (
-            np.arange(self.cols + 1) * size[0] / self.cols,
-            np.arange(self.rows + 1) * size[1] / self.rows,
-        )
+    def _clipped(self, box: tuple[float, float, float, float]) -> tuple[float, float, float, float]:
+        (x0, y0, x1, y1), (width, height) = box, self.image_size
+        return max(x0, 0.0), max(y0, 0.0), min(x1, float(width)), min(y1, float(height))
 
     def _checked(self, box: Box) -> tuple[float, float, float, float]:
         if len(box) != 4:
             raise GeometryError(f"a box is four numbers (x0, y0, x1, y1), got {len(box)}: {box}")
         x0, y0, x1, y1 = corners = (float(box[0]), float(box[1]), float(box[2]), float(box[3]))
-        shown = f"({x0:g}, {y0:g}, {x1:g}, {y1:g})"
         if not all(map(math.isfinite, corners)):
-            raise GeometryError(f"the corners of a box must be finite numbers, got {shown}")
+            raise GeometryError(f"the corners of a box must be finite numbers, got {_shown(corners)}")
         if x0 >= x1 or y0 >= y1:
             raise GeometryError(
-                f"the box {shown} has no area: expected (x0, y0, x1, y1) with x0 < x1 and y0 < y1, in pixels"
+                f"the box {_shown(corners)} has no area: expected (x0, y0, x1, y1) with x0 < x1 and y0 < y1, in pixels"
             )
         width, height = self.image_size
         if x0 >= width or y0 >= height or x1 <= 0 or y1 <= 0:
             raise GeometryError(
-                f"the box {shown} lies outside the image, which is {width} x {height} pixels "
+                f"the box {_shown(corners)} lies outside the image, which is {width} x {height} pixels "
                 "(width x height, original size after EXIF orientation)"
             )
         return corners
 
-
-def _check_part(part: Part) -> None:
-    if part not in ("all", "tiles", "thumbnail"):
-        raise GeometryError(f'part must be "all", "tiles" or "thumbnail", got {part!r}')
-
-
-@dataclass(frozen=True)
-class TileGrid(_TokensInBox):
-    """One image cut into tiles, as tokens.
-
-    The processor stretches the image to `layout` square tiles; each becomes a square of tokens. Tokens are
-    numbered tile by tile (tiles row by row), in a tile row by row, and those of the thumbnail, a small copy
-    of the whole image, come last. A box of the image lies both in tokens of tiles and in tokens of the
-    thumbnail: `part` chooses between them.
-    """
-
-    image_size: tuple[int, int]
-    """(width, height) of the original image in pixels."""
-    layout: tuple[int, int]
-    """(columns, rows) of tiles, the thumbnail not counted."""
-    thumbnail: bool
-    patch_size: int = 14
-    """Side of a patch in pixels of a tile."""
-    merge_size: int = 2
-    tile_size: int = 448
-    """Side of a tile in pixels."""
-    transposed_tokens: bool = False
-    """The tokens of a tile are numbered column by column (pixel shuffle "v1")."""
-
-    @property
-    def n_tiles(self) -> int:
-        """Number of tiles, with the thumbnail."""
-        return self.layout[0] * self.layout[1] + self.thumbnail
-
-    @property
-    def tile_side(self) -> int:
-        """Tokens along the side of a tile."""
-        return self.tile_size // (self.patch_size * self.merge_size)
-
-    @property
-    def rows(self) -> int:
-        """Rows of tokens in all tiles put together."""
-        return self.layout[1] * self.tile_side
-
-    @property
-    def cols(self) -> int:
-        """Columns of tokens in all tiles put together."""
-        return self.layout[0] * self.tile_side
-
-    @property
-    def n_tokens(self) -> int:
-        return self.n_tiles * self.tile_side**2
-
-    @property
-    def whole(self) -> ImageGrid:
-        """The tiles put together: one grid over the image, in raster order."""
-        return self._grid(*self.layout)
-
-    @property
-    def overview(self) -> ImageGrid:
-        """The thumbnail: one tile over the whole image. Raises `GeometryError` if there is none."""
-        if not self.thumbnail:
-            raise GeometryError("this image has one tile and no thumbnail")
-        return self._grid(1, 1)
-
-    # tokens
-
-    def tokens_of(self, part: Part) -> range:
-        """Numbers of the tokens of a part."""
-        _check_part(part)
-        of_tiles = self.rows * self.cols
-        return range(of_tiles if part == "thumbnail" else 0, of_tiles if part == "tiles" else self.n_tokens)
-
-    def is_thumbnail(self, index: int) -> bool:
-        """Whether a token belongs to the thumbnail."""
-        self._check(index)
-        return index in self.tokens_of("thumbnail")
-
-    def tile_of(self, index: int) -> int:
-        """Number of the tile of a token; the thumbnail's is the last."""
-        self._check(index)
-        return index // self.tile_side**2
-
-    def box_of(self, index: int) -> tuple[float, float, float, float]:
-        """The pixels a token covers; tokens of the tiles cover the image once, those of the thumbnail again."""
-        if self.is_thumbnail(index):
-            return self.overview.box_of(int(self._raster_of_thumbnail()[index - self.rows * self.cols]))
-        return self.whole.box_of(int(self._raster_of_tiles()[index]))
-
-    # boxes
-
-    def overlaps(
-        self, box: Box, of: Literal["box", "token"] = "box", truncate: bool = False
-    ) -> Float[np.ndarray, "tokens"]:
-        """As `ImageGrid.overlaps`; of="box" they sum to 1 over the tiles, and over the thumbnail again."""
-        shares = [self.whole.overlaps(box, of, truncate)[self._raster_of_tiles()]]
-        if self.thumbnail:
-            shares.append(self.overview.overlaps(box, of, truncate)[self._raster_of_thumbnail()])
-        return np.concatenate(shares)
-
-    # pictures
+    # ---------------------------------------------------------------- pictures and patches
 
     def to_image(
-        self, values: Shaped[np.ndarray | torch.Tensor, "*lead tokens"], part: Literal["tiles", "thumbnail"] = "tiles"
-    ) -> Shaped[np.ndarray, "*lead 1 rows cols"]:
-        """Lay one value per token of the image out as the picture of a part."""
-        if values.shape[-1] != self.n_tokens:
+        self, values: Shaped[np.ndarray | torch.Tensor, "*lead token"], part: Part = "tiles"
+    ) -> Shaped[np.ndarray, "*lead frame row col"]:
+        """Lay one value per token out as a part of the picture (a tensor is moved to the CPU, bfloat16 as float32)."""
+        if isinstance(values, torch.Tensor):
+            values = values.detach().cpu()
+            values = (values.float() if values.dtype == torch.bfloat16 else values).numpy()
+        if values.shape[-1:] != (self.n_tokens,):
             raise GeometryError(
-                f"expected one value for each of the image's {self.n_tokens} tokens ({self.n_tiles} tiles of "
-                f"{self.tile_side} x {self.tile_side}), got shape {tuple(values.shape)}"
+                f"expected one value for each of the image's {self.n_tokens} tokens "
+                f"({self.frames} frame(s) of {self.rows} x {self.cols}), got shape {tuple(values.shape)}"
             )
-        order = self._raster_of_tiles() if part == "tiles" else self._raster_of_thumbnail()
-        tokens = self.tokens_of(part)
-        in_raster = values[..., tokens.start : tokens.stop][..., np.argsort(order)]
-        return (self.whole if part == "tiles" else self.overview).to_image(in_raster)
+        return values[..., self.part(part).cells]
 
-    def _grid(self, cols: int, rows: int) -> ImageGrid:
-        side = self.tile_size // self.patch_size
-        return ImageGrid(self.image_size, (1, rows * side, cols * side), self.patch_size, self.merge_size)
+    @cached_property
+    def patches(self) -> "ImageLayout":
+        """The same picture with a token for each patch of the tower, class tokens left out."""
+        return self if self.make_patches is None else self.make_patches()
 
-    def _raster_of_thumbnail(self) -> Int[np.ndarray, "tokens"]:
-        """Raster index of each token of the thumbnail."""
-        places = np.arange(self.tile_side**2).reshape(self.tile_side, self.tile_side)
-        return (places.T if self.transposed_tokens else places).ravel()
+    @property
+    def n_patches(self) -> int:
+        return self.tower_order.size
 
-    def _raster_of_tiles(self) -> Int[np.ndarray, "tokens"]:
-        """Raster index, in all tiles put together, of each token of the tiles."""
-        (cols, rows), side = self.layout, self.tile_side
-        places = np.arange(self.rows * self.cols).reshape(rows, side, cols, side).swapaxes(1, 2)
-        return (places.swapaxes(2, 3) if self.transposed_tokens else places).ravel()
+    def patch_order(self) -> Int[np.ndarray, "patch 3"]:
+        """(frame, row, column) in the main part of each patch in the order of the tower; -1 for those of other
+        parts."""
+        places = np.full((self.n_patches, 3), -1)
+        cells = self.patches._main.cells
+        places[cells.ravel()] = np.indices(cells.shape).reshape(3, -1).T
+        return places[self.tower_order.ravel()]
 
-    def _check(self, index: int) -> None:
+    def _known(self) -> tuple[LayoutPart, ...]:
+        if not self.parts:
+            raise GeometryError(
+                f"where the {self.n_tokens} tokens of this picture of {self.n_tiles} tiles lie follows from its size, "
+                "which a Hugging Face batch does not carry: make the inputs with model.to_inputs(...)"
+            )
+        return self.parts
+
+    def _check(self, index: int | np.integer) -> None:
         if not 0 <= index < self.n_tokens:
             raise GeometryError(f"no token {index}: the image has {self.n_tokens} tokens, counted from 0")
+
+
+def _scaled_patches(layout: ImageLayout, size: tuple[int, int]) -> ImageLayout:
+    return layout.patches.scaled_to(size)
+
+
+def _truncated(
+    box: tuple[float, float, float, float], part: LayoutPart
+) -> tuple[float | int, float | int, float | int, float | int]:
+    """A box in seen pixels, its corners truncated to whole ones."""
+    x0, y0, x1, y1 = part.area
+    x_scale, y_scale = part.seen.width / (x1 - x0), part.seen.height / (y1 - y0)
+    return (
+        int((box[0] - x0) * x_scale), int((box[1] - y0) * y_scale),
+        int((box[2] - x0) * x_scale), int((box[3] - y0) * y_scale),
+    )  # fmt: skip
+
+
+def _shown(box: Sequence[float | int]) -> str:
+    return "(" + ", ".join(f"{corner:g}" for corner in box) + ")"

@@ -8,22 +8,41 @@ differ by up to one grey level). That class is not used itself because importing
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import torch
 from jaxtyping import Float, Int, UInt8
 from PIL import Image
 
-from hooked_vlm.errors import ImageError
-from hooked_vlm.inputs.geometry import ImageSize
-from hooked_vlm.inputs.image_settings import colours, common_settings, normalisation_tables, processor_settings, whole
+from hooked_vlm.config import VisionConfig, VLMConfig
+from hooked_vlm.errors import CheckpointError, ImageError
+from hooked_vlm.inputs.geometry import ImageLayout, ImageSize
+from hooked_vlm.inputs.image_settings import (
+    IMAGES,
+    VIDEOS,
+    Settings,
+    colours,
+    common_settings,
+    normalisation_tables,
+    processor_settings,
+    whole,
+)
 from hooked_vlm.inputs.images import checked_images, load_image
+from hooked_vlm.inputs.layouts import whole_layout
+from hooked_vlm.inputs.picture_processor import Bounds, PictureProcessor, Prepared
+
+if TYPE_CHECKING:
+    from hooked_vlm.inputs.token_layout import Grid
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
 MAX_ASPECT_RATIO = 200  # as in the reference's smart_resize
+# Where a file is silent, the class of transformers decides: Qwen2VLImageProcessorPil, Qwen2VLVideoProcessor (if videos
+# have settings of their own; else 4.x prepared them as images, with which the models were published)
+SILENT_IMAGES = {"min_pixels": 56 * 56, "max_pixels": 28 * 28 * 1280}
+SILENT_VIDEOS = {"min_pixels": 128 * 28 * 28, "max_pixels": 28 * 28 * 768}
 VIDEO_TOKENS = 128_000  # `max_video_tokens` of transformers' Qwen2VLVideoProcessor
 MOST_ENLARGED = 2**24
 """Largest area in pixels to which a small image is enlarged; a little above the published `max_pixels`."""
@@ -62,8 +81,13 @@ def smart_resize(
 
 
 @dataclass(frozen=True)
-class ImageProcessor:
+class ImageProcessor(PictureProcessor):
     """Turn images and videos into the rows of `pixel_values`; the defaults are the published checkpoints'."""
+
+    bounds: ClassVar[tuple[str, ...]] = ("min_pixels", "max_pixels")
+    resizes_single: ClassVar[bool] = True
+    takes_videos: ClassVar[bool] = True
+    sees: ClassVar[str] = "this model sees images whole"
 
     patch_size: int = 14
     temporal_patch_size: int = 2
@@ -102,10 +126,20 @@ class ImageProcessor:
         """Side of the square of resized pixels that one token covers."""
         return self.patch_size * self.merge_size
 
+    def layout(self, size: tuple[int, int]) -> ImageLayout:
+        """The layout of an image of (width, height) pixels."""
+        height, width = smart_resize(size[1], size[0], self.pixels_per_token, self.min_pixels, self.max_pixels)
+        return self.layout_of((1, height // self.patch_size, width // self.patch_size), size)
+
     def n_tokens(self, size: tuple[int, int]) -> int:
         """Image tokens of an image of (width, height) pixels."""
         height, width = smart_resize(size[1], size[0], self.pixels_per_token, self.min_pixels, self.max_pixels)
         return height * width // self.pixels_per_token**2
+
+    def layout_of(self, grid: "Grid", size: tuple[int, int] | None = None, kind: str = "image") -> ImageLayout:
+        """The layout of an image or video that the tower sees as `grid`; without a size, in resized pixels."""
+        resized = (grid[2] * self.patch_size, grid[1] * self.patch_size)
+        return whole_layout(size or resized, grid, self.patch_size, self.merge_size, size_known=size is not None)
 
     @classmethod
     def from_dict(cls, config: Mapping[str, Any], **defaults: Any) -> "ImageProcessor":
@@ -134,8 +168,9 @@ class ImageProcessor:
         images: Sequence[Any],
         min_pixels: int | None = None,
         max_pixels: int | None = None,
+        *,
         resized: Sequence[tuple[int, int] | None] | None = None,
-    ) -> tuple[Float[torch.Tensor, "patches d_patch"], Int[torch.Tensor, "images 3"], list[ImageSize]]:
+    ) -> Prepared:
         """Prepare images (anything `load_image` takes).
 
         Args:
@@ -145,10 +180,10 @@ class ImageProcessor:
 
         Returns:
             pixel_values: float32, the patches of all images one after the other, in each image in merge-block
-                order (`ImageGrid.patch_order`); a patch is (channel, frame, y, x) flattened, a still image being
+                order (`ImageLayout.patch_order`); a patch is (channel, frame, y, x) flattened, a still image being
                 repeated for all `temporal_patch_size` frames.
             image_grid_thw: int64, (1, rows, columns) of patches per image.
-            sizes: width and height of each original image (after EXIF orientation).
+            layouts: where the tokens of each image lie in the original (after EXIF orientation).
 
         Raises:
             ImageError: see `load_image` and `smart_resize`; the message starts with the number of the image.
@@ -160,7 +195,9 @@ class ImageProcessor:
             for i, (image, size) in enumerate(zip(images, sizes, strict=True))
         ]
         pixel_values, grid_thw = bounded._pack([[patches] for _, patches in prepared])
-        return pixel_values, grid_thw, [size for size, _ in prepared]
+        grids = [(t, h, w) for t, h, w in grid_thw.tolist()]
+        layouts = [self.layout_of(grid, size) for grid, (size, _) in zip(grids, prepared, strict=True)]
+        return pixel_values, grid_thw, layouts
 
     def video(
         self,
@@ -214,6 +251,85 @@ class ImageProcessor:
             max_pixels=self.max_pixels if max_pixels is None else max_pixels,
             for_videos=None if self.for_videos is None else self.for_videos.bounded(min_pixels, max_pixels),
         )
+
+    def _bounded(self, bounds: Bounds) -> "ImageProcessor":
+        return self.bounded(bounds.min_pixels, bounds.max_pixels)
+
+    def bounds_for(self, pixels: int | None) -> dict[str, int | None]:
+        """Arguments of `to_inputs` with which every picture has about this area."""
+        return {"min_pixels": pixels, "max_pixels": pixels}
+
+    def bounds_below(self, n_tokens: int, n_tiles: int) -> dict[str, int]:
+        """Arguments of `to_inputs` with which a picture has at most so many tokens, where the checkpoint allows it."""
+        return {"max_pixels": max(min(n_tokens * self.pixels_per_token**2, self.max_pixels), self.min_pixels)}
+
+    def tighter(
+        self, n_text: list[int], pictures: Sequence[Sequence[Any]], n_ctx: int, given: Bounds
+    ) -> Iterator[tuple[str, "ImageProcessor"]]:
+        """Smaller and smaller areas."""
+        area, least = self.pixels_per_token**2, self.min_pixels
+        now = "the checkpoint's own" if given.max_pixels is None else str(given.max_pixels)
+        # tokens for each picture if all take their full share; a narrow picture takes more, as no side is below a
+        # token's
+        rows = zip(n_text, pictures, strict=True)
+        shares = [(n_ctx - n) // sum(frames for _, frames in row) for n, row in rows if row]
+        for most in range(min(shares, default=0) * area, 0, -area):
+            lower = f"min_pixels={most} and " if least > most else ""
+            yield f"{lower}max_pixels={most} (now {now})", self.bounded(min(least, most), most)
+
+    def patch_colours(self, pixels: Float[np.ndarray, "patch d_patch"]) -> Float[np.ndarray, "patch 3 side side"]:
+        """The first frame of each patch."""
+        sides = (3, self.temporal_patch_size, self.patch_size, self.patch_size)
+        return pixels.reshape(len(pixels), *sides)[:, :, 0]
+
+    @classmethod
+    def from_checkpoint(cls, cfg: VLMConfig, images: Settings, videos: Settings) -> "ImageProcessor":
+        """The checkpoint's processor of images and, where they have settings of their own, of videos.
+
+        Raises:
+            CheckpointError: settings that are not supported, or that contradict config.json.
+        """
+        assert cfg.vision is not None
+        processor = cls._from_settings(images, SILENT_IMAGES, cfg.vision)
+        if videos.file is None:
+            return processor
+        silent = SILENT_IMAGES if videos.file == IMAGES else SILENT_VIDEOS
+        of_videos = cls._from_settings(videos, silent, cfg.vision)
+        return processor if of_videos == processor else replace(processor, for_videos=of_videos)
+
+    @classmethod
+    def _from_settings(cls, settings: Settings, silent: Mapping[str, int], vision: VisionConfig) -> "ImageProcessor":
+        """Without any file, with the published bounds."""
+        sizes = {name: getattr(vision, name) for name in ("patch_size", "temporal_patch_size", "merge_size")}
+        bounds = {} if settings.file is None else silent
+        try:
+            processor = cls.from_dict(settings.values, **sizes, **bounds)
+        except ImageError as error:
+            raise settings.refusal(error) from error
+        for name, size in sizes.items():
+            if getattr(processor, name) != size:
+                raise CheckpointError(f"{settings.file} says {name} = {getattr(processor, name)}, config.json {size}")
+        return processor
+
+    def to_files(self) -> dict[str, dict[str, Any]]:
+        """Settings of images, and of videos where they are others."""
+        files = {IMAGES: {"image_processor_type": "Qwen2VLImageProcessor", **self._settings()}}
+        if self.for_videos is not None:
+            files[VIDEOS] = {**self.for_videos._settings(), "video_processor_type": "Qwen2VLVideoProcessor"}
+        return files
+
+    def _settings(self) -> dict[str, Any]:
+        budget = self.video_tokens
+        return {
+            "patch_size": self.patch_size,
+            "temporal_patch_size": self.temporal_patch_size,
+            "merge_size": self.merge_size,
+            "min_pixels": self.min_pixels,
+            "max_pixels": self.max_pixels,
+            **({} if budget is None else {"cap_pixels_per_frame": True, "max_video_tokens": budget}),
+            "image_mean": list(self.image_mean),
+            "image_std": list(self.image_std),
+        }
 
     def _sharing(self, n_frames: int) -> "ImageProcessor":
         """The processor of a frame that shares the budget of `video_tokens` with the others.

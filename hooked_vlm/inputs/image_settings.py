@@ -1,13 +1,30 @@
 """Settings that the image processors of all families share, from `preprocessor_config.json`."""
 
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 from jaxtyping import Float
 from PIL import Image
 
-from hooked_vlm.errors import ImageError
+from hooked_vlm.errors import CheckpointError, ImageError
+
+PROCESSOR, IMAGES, VIDEOS = "processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json"
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The settings of one processor in a checkpoint folder, and the file that they come from."""
+
+    values: Mapping[str, Any] = field(default_factory=dict)
+    file: str | None = None
+    """None: no file has any."""
+
+    def refusal(self, error: ImageError) -> CheckpointError:
+        """The error of settings that are not supported, with the file that holds them."""
+        where = "what config.json says of images" if self.file is None else f"{self.file} (or config.json)"
+        return CheckpointError(f"{where}: {error}")
 
 
 def processor_settings(config: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -11,14 +11,12 @@ from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
 from PIL import Image
 
 from hooked_vlm.errors import ImageError
-from hooked_vlm.inputs.geometry import ImageSize
 from hooked_vlm.inputs.image_processor import MOST_ENLARGED, ImageProcessor, smart_resize
 from hooked_vlm.inputs.image_settings import whole
-from hooked_vlm.inputs.tiles import TileProcessor
+from hooked_vlm.inputs.picture_processor import PictureProcessor, Prepared
 
 IMAGE_SETTINGS = ("min_pixels", "max_pixels", "resized_height", "resized_width")
 VIDEO_SETTINGS = (*IMAGE_SETTINGS, "total_pixels", "fps", "nframes", "min_frames", "max_frames")
@@ -164,17 +162,18 @@ class PictureSettings:
 
 
 def process_images(
-    images: Sequence[Image.Image], settings: Sequence[PictureSettings], processor: ImageProcessor | TileProcessor
-) -> tuple[Float[torch.Tensor, "..."], Int[torch.Tensor, "image 3"], list[ImageSize]]:
-    """Pixels, grids and sizes of images, each resized by its own settings where it has any.
+    images: Sequence[Image.Image], settings: Sequence[PictureSettings], processor: PictureProcessor
+) -> Prepared:
+    """Pixels, grids and layouts of images, each resized by its own settings where it has any.
 
     Raises:
-        ImageError: settings that cannot be met, or of one image for a model that cuts images into tiles.
+        ImageError: settings that cannot be met, or of one image for a model that does not resize single images.
     """
     resized: list[tuple[int, int] | None] = []
     if not isinstance(processor, ImageProcessor):
         if any(own.resizes for own in settings):
-            raise ImageError("this model cuts images into tiles: bound them by max_tiles, not by settings of one")
+            instead = f"bound all by {' and '.join(processor.bounds)}" if processor.bounds else "they have one size"
+            raise ImageError(f"{processor.sees}: {instead}, not by settings of one")
         return processor(images)
     for i, (image, own) in enumerate(zip(images, settings, strict=True)):
         with naming(f"image {i}"):

@@ -8,41 +8,32 @@ from torch import Tensor
 
 from hooked_vlm.errors import InputError
 from hooked_vlm.inputs.files import is_file_source
-from hooked_vlm.inputs.geometry import ImageSize
+from hooked_vlm.inputs.geometry import ImageLayout, ImageSize
 from hooked_vlm.inputs.image_processor import ImageProcessor
 from hooked_vlm.inputs.images import load_image
 from hooked_vlm.inputs.messages import Picture
+from hooked_vlm.inputs.picture_processor import Bounds, PictureProcessor, Prepared
 from hooked_vlm.inputs.picture_settings import naming, process_images
 from hooked_vlm.inputs.prompts import Prompt
-from hooked_vlm.inputs.tiles import TileProcessor
 from hooked_vlm.inputs.videos import open_video
 
 
 @dataclass(frozen=True, eq=False)
-class Bounds:
-    """Bounds on the size of images that hold for a whole call; None: the checkpoint's."""
-
-    min_pixels: int | None = None
-    max_pixels: int | None = None
-    max_tiles: int | None = None
-
-
-@dataclass(frozen=True, eq=False)
 class Pictures:
-    """Pixels and grids of all images and of all videos (None without any), and the sizes of the originals."""
+    """Pixels and grids of all images and of all videos (None without any), and where their tokens lie."""
 
     pixels: Tensor | None = None
     grids: Tensor | None = None
-    sizes: list[ImageSize] = field(default_factory=list)
+    layouts: list[ImageLayout] = field(default_factory=list)
     video_pixels: Tensor | None = None
     video_grids: Tensor | None = None
-    video_sizes: list[ImageSize] = field(default_factory=list)
+    video_layouts: list[ImageLayout] = field(default_factory=list)
 
     def bounded_by_call(self, prompts: Sequence[Prompt]) -> list[list[tuple[ImageSize, int]]]:
         """For each prompt, size and number of temporal patches of its pictures that bounds of the call resize."""
         n_frames = [] if self.video_grids is None else self.video_grids[:, 0].tolist()
-        images = iter([(size, 1) for size in self.sizes])
-        videos = zip(self.video_sizes, n_frames, strict=True)
+        images = iter([(layout.image_size, 1) for layout in self.layouts])
+        videos = zip([layout.image_size for layout in self.video_layouts], n_frames, strict=True)
         by_prompt = []
         for prompt in prompts:
             of_images = [size for image, size in zip(prompt.images, images, strict=False) if not image.settings.resizes]
@@ -57,7 +48,7 @@ class Pictures:
 
 def prepare_pictures(
     prompts: Sequence[Prompt],
-    processor: ImageProcessor | TileProcessor | None,
+    processor: PictureProcessor | None,
     bounds: Bounds,
     allow_remote: bool = False,
 ) -> Pictures:
@@ -68,7 +59,7 @@ def prepare_pictures(
         allow_remote: fetch http(s) addresses.
 
     Raises:
-        InputError: there are pictures but no image processor, or videos for a model that tiles images.
+        InputError: there are pictures but no image processor, or videos for a model that takes none.
         ImageError: a picture cannot be read, or has settings that cannot be met.
     """
     images = [image for prompt in prompts for image in prompt.images]
@@ -80,20 +71,18 @@ def prepare_pictures(
     prepared = Pictures(*_images(images, processor, allow_remote)) if images else Pictures()
     if not videos:
         return prepared
-    if not isinstance(processor, ImageProcessor):
+    if not isinstance(processor, ImageProcessor):  # the only kind that takes videos
         raise InputError("this model takes no videos: give their frames as images")
     parts = [_video(video, i, processor, bounds, allow_remote) for i, video in enumerate(videos)]
     return replace(
         prepared,
         video_pixels=torch.cat([pixels for pixels, _, _ in parts]),
         video_grids=torch.cat([grids for _, grids, _ in parts]),
-        video_sizes=[size for _, _, size in parts],
+        video_layouts=[layout for _, _, layout in parts],
     )
 
 
-def _images(
-    images: Sequence[Picture], processor: ImageProcessor | TileProcessor, allow_remote: bool
-) -> tuple[Tensor, Tensor, list[ImageSize]]:
+def _images(images: Sequence[Picture], processor: PictureProcessor, allow_remote: bool) -> Prepared:
     loaded = []
     for i, image in enumerate(images):
         with naming(f"image {i}"):
@@ -103,7 +92,7 @@ def _images(
 
 def _video(
     video: Picture, number: int, processor: ImageProcessor, bounds: Bounds, allow_remote: bool
-) -> tuple[Tensor, Tensor, ImageSize]:
+) -> tuple[Tensor, Tensor, ImageLayout]:
     with naming(f"video {number}"):
         clip = open_video(video.source, video.settings, processor, allow_remote)
         settings = video.settings.over(bounds.min_pixels, bounds.max_pixels) if clip.from_file else video.settings
@@ -111,20 +100,5 @@ def _video(
         if clip.from_file or settings.resizes:
             resized = settings.frame_size(*clip.size, processor, clip.n_frames, clip.from_file)
         pixels, grid, _ = processor.video(clip.frames, resized=resized)
-        return pixels, grid, clip.size
-
-
-def bound_pixels(processor: ImageProcessor | TileProcessor, bounds: Bounds) -> ImageProcessor | TileProcessor:
-    """The processor with other bounds on the size of images.
-
-    Raises:
-        InputError: a bound that this kind of processor does not have.
-        ImageError: bounds that contradict each other.
-    """
-    if isinstance(processor, TileProcessor):
-        if bounds.min_pixels is not None or bounds.max_pixels is not None:
-            raise InputError("this model cuts images into tiles: bound them by max_tiles, not min_pixels or max_pixels")
-        return processor.bounded(None, bounds.max_tiles)
-    if bounds.max_tiles is not None:
-        raise InputError("this model sees images whole: bound them by min_pixels and max_pixels, not max_tiles")
-    return processor.bounded(bounds.min_pixels, bounds.max_pixels)
+        t, h, w = grid[0].tolist()
+        return pixels, grid, processor.layout_of((t, h, w), clip.size, "video")

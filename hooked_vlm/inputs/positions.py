@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from hooked_vlm.inputs.token_layout import Visual
+from hooked_vlm.inputs.token_layout import Turns, Visual
 
 Span = tuple[int, int, int, tuple[int, int, int]]
 """Row, first position, number of tokens and patch grid of an image or video."""
@@ -30,8 +30,15 @@ def opened_spans(
         here = [v for v in visuals if (v.row, v.kind) == (row, kind)]
         before = [int(host[row, v.start - 1]) if v.start > first[row] else None for v in here]
         n_opened = len(here) if start_id is None else before.count(start_id)
-        spans += [(v.row, v.start, v.n_tokens, v.grid) for v in here[:n_opened]]
+        spans += [span for v in here[:n_opened] for span in _spans_of(v)]
     return spans
+
+
+def _spans_of(visual: Visual) -> list[Span]:
+    """One span for each run: a video whose temporal patches are runs of their own counts each by itself."""
+    t, h, w = visual.grid
+    grid = (t // len(visual.runs), h, w)
+    return [(visual.row, start, stop - start, grid) for start, stop in visual.runs]
 
 
 def mrope_positions(
@@ -86,37 +93,55 @@ def prompt_groups(
     first: int,
     stop: int,
     n_generated: int,
-    visuals: Sequence[tuple[str, int, int]],
-    turn: tuple[tuple[int, ...], int | None, int],
+    visuals: Sequence[Visual],
+    turns: Turns | None,
     markers: frozenset[int | None],
 ) -> dict[str, list[int]]:
     """The fields of `TokenGroups` for one row.
 
     Args:
         first, stop: the row's real tokens lie at first <= pos < stop; the last `n_generated` were appended.
-        visuals: (kind, start, stop) of the row's images and videos in order.
-        turn: the tokens that open a chat turn, the one that closes it, and the number of tokens that open a user's.
+        visuals: the row's images and videos in order.
+        turns: the tokens of the turns of a chat; None: there is no chat.
         markers: placeholders and the token that closes an image: never part of the question.
     """
     prompt_stop = stop - n_generated
-    turn_starts, turn_end, user_header = turn
-    ends = [p for p in range(first, prompt_stop) if tokens[p] == turn_end]
-    starts = [p for p in range(first, prompt_stop) if tokens[p] in turn_starts]
-    is_chat = bool(ends and starts) and starts[-1] > ends[-1]
-    header_start = ends[-1] if is_chat else prompt_stop
-    opening = [p for p in starts if p < header_start]
-    user_start = opening[-1] + user_header if is_chat and opening else first
-    last_visual = max((end for _, _, end in visuals if end <= header_start), default=user_start)
+    user_start, header_start = _last_turn(tokens[:prompt_stop], first, turns)
+    last_visual = max((v.stop for v in visuals if v.stop <= header_start), default=user_start)
     text = range(max(last_visual, user_start), header_start)
     question = [p for p in text if tokens[p] not in markers]
     if not question:  # the image closes the turn: the question comes before it
-        before = [start for _, start, _ in visuals if start > user_start]
+        before = [v.start for v in visuals if v.start > user_start]
         question = list(range(user_start, min(before) - 1)) if before else []
     return {
-        "image": [p for kind, a, b in visuals if kind == "image" for p in range(a, b)],
-        "video": [p for kind, a, b in visuals if kind == "video" for p in range(a, b)],
+        "image": [p for v in visuals if v.kind == "image" for p in v.positions.tolist()],
+        "video": [p for v in visuals if v.kind == "video" for p in v.positions.tolist()],
         "question": question,
         "assistant_header": list(range(header_start, prompt_stop)),
         "final": [prompt_stop - 1],
         "generated": list(range(prompt_stop, stop)),
     }
+
+
+def _last_turn(tokens: Sequence[int], first: int, turns: Turns | None) -> tuple[int, int]:
+    """Where the last user's text begins, and the assistant's header behind it; both ends of a row without a chat."""
+    if turns is None:
+        return first, len(tokens)
+    if not turns.starts:
+        return _last_turn_by_headers(tokens, first, turns)
+    ends = [p for p in range(first, len(tokens)) if tokens[p] == turns.end]
+    starts = [p for p in range(first, len(tokens)) if tokens[p] in turns.starts]
+    if not (ends and starts) or starts[-1] < ends[-1]:
+        return first, len(tokens)
+    opening = [p for p in starts if p < ends[-1]]
+    return opening[-1] + len(turns.user) if opening else first, ends[-1]
+
+
+def _last_turn_by_headers(tokens: Sequence[int], first: int, turns: Turns) -> tuple[int, int]:
+    """The same where headers are plain text: the row must end with the one of an answer."""
+    header = len(tokens) - len(turns.assistant)
+    if header < first or tuple(tokens[header:]) != turns.assistant:
+        return first, len(tokens)
+    n = len(turns.user)
+    users = [p for p in range(first, header - n + 1) if tuple(tokens[p : p + n]) == turns.user]
+    return users[-1] + n if users else first, header

@@ -1,16 +1,17 @@
 """Prompts as text with one placeholder per picture, and as token ids with all placeholders."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from jinja2 import Environment, TemplateError
 
 from hooked_vlm.errors import InputError
+from hooked_vlm.inputs.geometry import ImageLayout
 from hooked_vlm.inputs.messages import Messages, Picture, take_pictures
 from hooked_vlm.inputs.templates import IMAGE_SLOT, render_with_tokenizer, template_named
 from hooked_vlm.inputs.text import TextCodec
-from hooked_vlm.inputs.token_layout import Grid, InputSpec
+from hooked_vlm.inputs.token_layout import InputSpec
 
 _OF_RENDERING = ("add_generation_prompt", "chat_template", "continue_final_message")
 """Arguments of `apply_chat_template` that act on every template."""
@@ -170,25 +171,35 @@ def check_placeholders(ids: list[int], row: int, n_images: int, n_videos: int, s
 
 def expand_placeholders(
     ids: list[int],
-    grids: dict[int | None, Iterator[Grid]],
+    runs: dict[int | None, Iterator[int]],
     spec: InputSpec,
-    marks: tuple[int | None, int | None],
 ) -> Iterator[int]:
-    """Repeat every placeholder to the number of tokens of its picture.
+    """Repeat every placeholder to the length of its run.
+
+    The tokens that open and close a picture are added where a template leaves them out (transformers' InternVL).
 
     Args:
-        grids: for each placeholder id, the grids of the pictures still to come.
-        marks: the tokens that open and close a picture. transformers' InternVL templates leave both out; they are
-            added here.
+        runs: for each placeholder id, the lengths of the runs still to come.
     """
-    start, end = marks
+    start, end = spec.vision_start_token_id, spec.vision_end_token_id
     for at, token in enumerate(ids):
-        if token not in grids:
+        if token not in runs:
             yield token
             continue
-        unmarked = spec.tile_size is not None and start is not None and (at == 0 or ids[at - 1] != start)
+        unmarked = spec.style.adds_marks and start is not None and (at == 0 or ids[at - 1] != start)
         if unmarked and start is not None:
             yield start
-        yield from [token] * spec.n_tokens(next(grids[token]))
+        yield from [token] * next(runs[token])
         if unmarked and end is not None:
             yield end
+
+
+def with_runs(text: str, placeholder: str, layouts: Sequence[ImageLayout]) -> str:
+    """Write the placeholder of each run, and the texts between runs, in place of the placeholder of each picture."""
+    if not any(layout.between for layout in layouts):
+        return text
+    pieces = text.split(placeholder)
+    written = [pieces[0]]
+    for layout, following in zip(layouts, pieces[1:], strict=True):
+        written += [placeholder.join(layout.between or ("", "")), following]
+    return "".join(written)

@@ -6,10 +6,12 @@ InternVL's published layout only names its template; the texts here are those of
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from hooked_vlm.config import VLMConfig
 from hooked_vlm.errors import InputError
+from hooked_vlm.inputs.prompt_styles import STYLES, PromptStyle
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -40,10 +42,16 @@ class ChatTemplate:
         """The token that ends an answer."""
         return self.separator.strip()
 
-    @property
-    def turn_starts(self) -> tuple[str, str]:
-        """The special tokens that open a user's turn and an assistant's."""
-        return _first_token(self.user_header), _first_token(self.assistant_header)
+    def styled(self, style: PromptStyle) -> PromptStyle:
+        """A family's style with the turns of this template."""
+        return replace(
+            style,
+            user_header=self.user_header,
+            assistant_header=self.assistant_header,
+            turn_starts=(_first_token(self.user_header), _first_token(self.assistant_header)),
+            turn_end=self.stop,
+            stop=self.stop,
+        )
 
     def render(self, messages: Sequence[Mapping[str, Any]], system_message: str | None = None) -> str:
         """The prompt that asks for the next answer.
@@ -134,6 +142,16 @@ def template_named(name: str) -> ChatTemplate:
     if name not in TEMPLATES:
         raise InputError(f"config.json names the template {name!r}; supported are {', '.join(TEMPLATES)}")
     return TEMPLATES[name]
+
+
+def style_of(cfg: VLMConfig) -> PromptStyle:
+    """The marks of a model's prompts: its family's, with the turns of the template that its configuration names.
+
+    Raises:
+        InputError: no template has this name.
+    """
+    style = STYLES[cfg.prompt_style]
+    return style if cfg.chat_template is None else template_named(cfg.chat_template).styled(style)
 
 
 def render_with_tokenizer(tokenizer: "PreTrainedTokenizerBase", messages: list[Any], **arguments: Any) -> str:

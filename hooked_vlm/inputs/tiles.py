@@ -5,30 +5,53 @@ tile. `hooked_vlm.inputs.images` reads the pictures (orientation, transparency, 
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import Any
+from itertools import groupby
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import torch
 from jaxtyping import Float, Int, UInt8
 from PIL import Image
+from torch import Tensor
 
-from hooked_vlm.errors import ImageError
-from hooked_vlm.inputs.geometry import ImageSize, TileGrid
-from hooked_vlm.inputs.image_settings import colours, common_settings, normalisation_tables, processor_settings, whole
-from hooked_vlm.inputs.images import checked_images, load_image
+from hooked_vlm.config import VLMConfig
+from hooked_vlm.errors import ImageError, InputError
+from hooked_vlm.inputs.geometry import ImageLayout
+from hooked_vlm.inputs.image_settings import (
+    IMAGES,
+    Settings,
+    colours,
+    common_settings,
+    normalisation_tables,
+    processor_settings,
+    whole,
+)
+from hooked_vlm.inputs.layouts import tiled_layout, unplaced_layout
+from hooked_vlm.inputs.picture_processor import Bounds, PictureProcessor, Prepared, cut_pictures, each_image
+
+if TYPE_CHECKING:
+    from hooked_vlm.inputs.token_layout import Grid, InputSpec
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
+SILENT_TILES = {
+    "image_mean": (0.48145466, 0.4578275, 0.40821073),
+    "image_std": (0.26862954, 0.26130258, 0.27577711),
+}
+"""Where a file for `transformers` is silent (GotOcr2ImageProcessorPil)."""
 MOST_TILES, MOST_PIXELS = 256, 2**26
 """Limits for one image; published checkpoints cut it into at most 40 tiles of 448 x 448 pixels."""
 
 
 @dataclass(frozen=True)
-class TileProcessor:
+class TileProcessor(PictureProcessor):
     """Turn images into `pixel_values` [tile, 3, tile_size, tile_size]; the defaults are the published checkpoints'."""
+
+    bounds: ClassVar[tuple[str, ...]] = ("max_tiles",)
+    sees: ClassVar[str] = "this model cuts images into tiles"
 
     tile_size: int = 448
     """Side of a tile in pixels."""
@@ -73,7 +96,7 @@ class TileProcessor:
     def tokens_per_tile(self) -> int:
         return (self.tile_size // self.pixels_per_token) ** 2
 
-    def layout(self, width: int, height: int) -> tuple[int, int]:
+    def tiling(self, width: int, height: int) -> tuple[int, int]:
         """Columns and rows of tiles for an image of these pixels.
 
         The grid of `min_tiles` to `max_tiles` tiles with the aspect ratio closest to the image's; of two equally
@@ -87,53 +110,67 @@ class TileProcessor:
                 best, least = (cols, rows), difference
         return best
 
-    def grid(self, size: tuple[int, int]) -> TileGrid:
-        """The geometry of an image of (width, height) pixels."""
-        layout = self.layout(*size)
-        return TileGrid(
-            image_size=(size[0], size[1]),
-            layout=layout,
-            thumbnail=self.thumbnail and layout != (1, 1),
-            patch_size=self.patch_size,
-            merge_size=self.merge_size,
-            tile_size=self.tile_size,
-            transposed_tokens=self.transposed_tokens,
-        )
+    def layout(self, size: tuple[int, int]) -> ImageLayout:
+        """The layout of an image of (width, height) pixels."""
+        return self._layout((size[0], size[1]), self.tiling(*size))
 
-    def n_tokens(self, size: tuple[int, int]) -> int:
-        """Image tokens of an image of (width, height) pixels."""
-        return self.grid(size).n_tokens
+    def layout_of(self, grid: "Grid", size: tuple[int, int] | None = None, kind: str = "image") -> ImageLayout:
+        """The layout of an image of `grid[0]` tiles: without its size only that of a single tile is known.
 
-    def __call__(
-        self, images: Sequence[Any]
-    ) -> tuple[Float[torch.Tensor, "tile 3 side side"], Int[torch.Tensor, "image 3"], list[ImageSize]]:
-        """Prepare images (anything `load_image` takes).
+        Raises:
+            InputError: this processor makes no such grid of a picture of this size.
+        """
+        n_tiles, side = grid[0], grid[1] * self.patch_size
+        if size is None:
+            alone = replace(self, tile_size=side)
+            return alone._layout((side, side), (1, 1), False) if n_tiles == 1 else self._unplaced(grid)
+        layout = self.layout(size)
+        if layout.n_tiles != n_tiles or self.tile_size != side:
+            raise InputError(
+                f"an image of {size[0]} x {size[1]} pixels has {n_tiles} tiles {side} wide, but this processor makes "
+                f"{layout.n_tiles} tiles {self.tile_size} wide"
+            )
+        return layout
+
+    def _layout(self, size: tuple[int, int], tiling: tuple[int, int], size_known: bool = True) -> ImageLayout:
+        thumbnail = self.thumbnail and tiling != (1, 1)
+        sizes = (self.patch_size, self.merge_size, self.tile_size)
+        return tiled_layout(size, tiling, thumbnail, *sizes, self.transposed_tokens, size_known)
+
+    def _unplaced(self, grid: "Grid") -> ImageLayout:
+        return unplaced_layout(grid[0], grid[1], self.merge_size)
+
+    def __call__(self, images: Sequence[Any], *, resized: Sequence[tuple[int, int] | None] | None = None) -> Prepared:
+        """Prepare images (anything `load_image` takes); all are resized to tiles.
 
         Returns:
-            pixel_values: float32, the tiles of all images one after the other: row by row, the thumbnail last.
+            pixel_values: float32 [tile, 3, side, side], the tiles of all images one after the other: row by row, the
+                thumbnail last.
             grids: int64, (tiles with the thumbnail, rows, columns) of patches per image.
-            sizes: width and height of each original image (after EXIF orientation).
+            layouts: where the tokens of each image lie in the original (after EXIF orientation).
 
         Raises:
             ImageError: see `load_image`; the message starts with the number of the image.
         """
-        sizes, tiles, counts = [], [], []
-        for i, image in enumerate(checked_images(images, "images")):
-            try:
-                rgb = load_image(image)
-            except ImageError as error:
-                raise ImageError(f"image {i}: {error}") from error
+        tiles, layouts = [], []
+        for _, rgb in each_image(images):
             tiles.append(self._cut(rgb))
-            sizes.append(ImageSize(*rgb.size))
-            counts.append(len(tiles[-1]))
+            layouts.append(self.layout(rgb.size))
         side = self.tile_size // self.patch_size
-        grids = torch.tensor([[n, side, side] for n in counts], dtype=torch.int64).reshape(-1, 3)
+        grids = torch.tensor([[len(own), side, side] for own in tiles], dtype=torch.int64).reshape(-1, 3)
         pixels = np.concatenate(tiles) if tiles else np.zeros((0, self.tile_size, self.tile_size, 3), np.uint8)
-        return torch.from_numpy(self._normalised(pixels)), grids, sizes
+        return torch.from_numpy(self._normalised(pixels)), grids, layouts
+
+    def read_batch(
+        self, tokens: Int[Tensor, "batch pos"], batch: Mapping[str, Tensor | None], spec: "InputSpec"
+    ) -> tuple[Tensor | None, Tensor | None, list[tuple[int, int]] | None]:
+        """Pixels and grids, from `num_tiles` or else the runs of placeholders."""
+        pixels = batch["pixel_values"]
+        return pixels, None if pixels is None else tile_grids(tokens, pixels, batch["num_tiles"], spec), None
 
     def _cut(self, rgb: Image.Image) -> UInt8[np.ndarray, "tile side side 3"]:
         side = self.tile_size
-        cols, rows = self.layout(*rgb.size)
+        cols, rows = self.tiling(*rgb.size)
         whole = np.asarray(rgb.resize((cols * side, rows * side), Image.Resampling.BICUBIC))
         tiles = whole.reshape(rows, side, cols, side, 3).swapaxes(1, 2).reshape(-1, side, side, 3)
         if self.thumbnail and cols * rows > 1:
@@ -177,6 +214,59 @@ class TileProcessor:
         least = min(self.min_tiles, most) if min_tiles is None else min_tiles
         return replace(self, min_tiles=least, max_tiles=most)
 
+    def _bounded(self, bounds: Bounds) -> "TileProcessor":
+        return self.bounded(None, bounds.max_tiles)
+
+    def bounds_for(self, pixels: int | None) -> dict[str, int | None]:
+        """Arguments of `to_inputs` with which every picture is one tile, if an area is given."""
+        return {"max_tiles": None if pixels is None else 1}
+
+    def bounds_below(self, n_tokens: int, n_tiles: int) -> dict[str, int]:
+        """Arguments of `to_inputs` with which a picture has at most so many tiles."""
+        return {"max_tiles": min(n_tiles, self.max_tiles)}
+
+    def tighter(
+        self, n_text: list[int], pictures: Sequence[Sequence[Any]], n_ctx: int, given: Bounds
+    ) -> Iterator[tuple[str, "TileProcessor"]]:
+        """Fewer and fewer tiles."""
+        for fewer in range(self.max_tiles - 1, 0, -1):
+            yield f"max_tiles={fewer} (now {self.max_tiles})", self.bounded(None, fewer)
+
+    def patch_colours(self, pixels: Float[np.ndarray, "tile 3 side side"]) -> Float[np.ndarray, "patch 3 side side"]:
+        """The patches of all tiles."""
+        return cut_pictures(pixels, self.patch_size)
+
+    @classmethod
+    def from_checkpoint(cls, cfg: VLMConfig, images: Settings, videos: Settings) -> "TileProcessor":
+        """The checkpoint's processor of images; it takes no videos.
+
+        Raises:
+            CheckpointError: settings that are not supported.
+        """
+        names = ("tile_size", "patch_size", "merge_size", "min_tiles", "max_tiles", "thumbnail", "transposed_tokens")
+        sizes = {name: getattr(cfg.vision, name) for name in names}
+        of_transformers = images.file is not None and cfg.original_architecture.endswith("ForConditionalGeneration")
+        try:
+            return cls.from_dict(images.values, **sizes, **(SILENT_TILES if of_transformers else {}))
+        except ImageError as error:
+            raise images.refusal(error) from error
+
+    def to_files(self) -> dict[str, dict[str, Any]]:
+        """Settings of images."""
+        return {
+            IMAGES: {
+                "image_processor_type": "GotOcr2ImageProcessor",
+                "processor_class": "InternVLProcessor",
+                "crop_to_patches": self.max_tiles > 1,
+                "min_patches": self.min_tiles,
+                "max_patches": self.max_tiles,
+                "use_thumbnail": self.thumbnail,
+                "size": {"height": self.tile_size, "width": self.tile_size},
+                "image_mean": list(self.image_mean),
+                "image_std": list(self.image_std),
+            }
+        }
+
 
 @lru_cache(maxsize=32)
 def _grids(least: int, most: int) -> tuple[tuple[int, int], ...]:
@@ -193,3 +283,52 @@ def _grids(least: int, most: int) -> tuple[tuple[int, int], ...]:
         if least <= cols * rows <= most
     }
     return tuple(sorted(every, key=lambda grid: grid[0] * grid[1]))
+
+
+def tile_grids(
+    tokens: Int[Tensor, "batch pos"],
+    pixels: Float[Tensor, "tile ..."],
+    num_tiles: Int[Tensor, "image"] | None,
+    spec: "InputSpec",
+) -> Int[Tensor, "image 3"]:
+    """Grids of the images of a model that tiles them: (tiles, rows, columns) of patches.
+
+    Without `num_tiles`, every run of placeholders is one image.
+
+    Raises:
+        InputError: tiles that are not square, or do not fit the placeholders.
+    """
+    if pixels.ndim != 4 or pixels.shape[2] != pixels.shape[3] or pixels.shape[2] % (spec.patch_size * spec.merge_size):
+        side = spec.patch_size * spec.merge_size
+        raise InputError(
+            f"pixel_values must be [tile, channels, side, side] with a side that is a multiple of {side}, got "
+            f"{tuple(pixels.shape)}"
+        )
+    side = pixels.shape[2] // spec.patch_size
+    per_tile = (side // spec.merge_size) ** 2
+    if num_tiles is None:
+        runs = _runs(tokens == spec.image_token_id)
+        if any(n % per_tile for n in runs):
+            raise InputError(
+                f"a tile has {per_tile} placeholders, but their runs are {runs} long: pass num_tiles, the number of "
+                "tiles of each image"
+            )
+        counts = [n // per_tile for n in runs]
+    else:
+        if num_tiles.dtype.is_floating_point:
+            raise InputError(f"num_tiles must be whole numbers, got {num_tiles.dtype}")
+        counts = [int(n) for n in num_tiles.reshape(-1).tolist()]
+    if sum(counts) != len(pixels) or min(counts, default=1) < 1:
+        source = "num_tiles" if num_tiles is not None else "the runs of placeholders"
+        raise InputError(f"got {len(pixels)} tiles, but {source} count {counts} for the images")
+    return torch.tensor([[n, side, side] for n in counts], device=tokens.device).reshape(-1, 3)
+
+
+def _runs(marked: Tensor) -> list[int]:
+    """Lengths of the runs of true values in the rows of a [batch, pos] tensor, in order."""
+    lengths: list[int] = []
+    for row in marked.tolist():
+        for is_one, run in groupby(row):
+            if is_one:
+                lengths.append(len(list(run)))
+    return lengths

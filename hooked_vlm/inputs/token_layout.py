@@ -1,24 +1,41 @@
 """Positions of images and videos in the token stream, and the model's placeholders."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from itertools import groupby
+from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING, Literal
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Int
 from torch import Tensor
 
+from hooked_vlm.config import VisionConfig
 from hooked_vlm.errors import InputError
-from hooked_vlm.inputs.image_processor import ImageProcessor
-from hooked_vlm.inputs.tiles import TileProcessor
+from hooked_vlm.inputs.geometry import ImageLayout
+from hooked_vlm.inputs.picture_processor import PictureProcessor
+from hooked_vlm.inputs.prompt_styles import CHATML, PromptStyle
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Grid = tuple[int, int, int]
-"""Numbers of patches: (temporal patches, rows, columns), or for a tiled image (tiles, rows, columns)."""
+"""What the vision tower sees of an image or video: (pictures, rows, columns) of patches; a picture is the image, one of
+its tiles, or a temporal patch of a video."""
 Kind = Literal["image", "video"]
+
+
+@dataclass(frozen=True)
+class Turns:
+    """Token ids of the turns of a chat."""
+
+    starts: tuple[int, ...]
+    """Tokens that open a turn (`<|im_start|>`, or one for each role); none in a style without such tokens."""
+    end: int | None
+    """The token that closes a turn (`<|im_end|>`)."""
+    user: tuple[int, ...]
+    """What opens a user's turn: `<|im_start|> user \\n`."""
+    assistant: tuple[int, ...]
+    """What opens an answer."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,37 +45,52 @@ class InputSpec:
     image_token_id: int | None
     video_token_id: int | None
     vision_end_token_id: int | None
-    patch_size: int
-    merge_size: int
     pad_token_id: int
+    vision: VisionConfig | None = None
     vision_start_token_id: int | None = None
     """The token that opens an image or video."""
-    turn_start_ids: tuple[int, ...] = ()
-    """The tokens that open a chat turn (`<|im_start|>`, or one for each role)."""
-    turn_end_id: int | None = None
-    """The token that closes a chat turn (`<|im_end|>`)."""
-    user_header: int = 3
-    """Number of tokens that open a user's turn: `<|im_start|> user \\n`."""
+    style: PromptStyle = CHATML
+    turns: "Turns | None" = None
+    """The tokens of the style's turns; None for a vocabulary without them."""
     tokenizer: "PreTrainedTokenizerBase | None" = None
-    image_processor: ImageProcessor | TileProcessor | None = None
+    image_processor: PictureProcessor | None = None
+    layouts: PictureProcessor | None = field(default=None, repr=False)
+    """The processor that says where tokens lie, also of models that have none to prepare pictures."""
     mrope: bool = True
     """Whether positions have three axes (M-RoPE); otherwise every token counts one position."""
-    tile_size: int | None = None
-    """Side in pixels of the tiles that images are cut into; None: each image is seen whole."""
 
     @property
     def placeholder_ids(self) -> tuple[int, ...]:
         return tuple(i for i in (self.image_token_id, self.video_token_id) if i is not None)
 
-    def n_tokens(self, grid: Grid) -> int:
-        """Number of placeholders of an image or video of `grid` patches."""
-        t, h, w = grid
-        return t * h * w // self.merge_size**2
+    @property
+    def patch_size(self) -> int:
+        return self.vision.patch_size if self.vision else 1
+
+    @property
+    def merge_size(self) -> int:
+        return self.vision.merge_size if self.vision else 1
+
+    @property
+    def takes_patches(self) -> bool:
+        """Whether a row of the pixel tensor is a patch; otherwise it is a picture that the tower sees."""
+        return self.vision is None or self.vision.patch_order == "blocks"
+
+    @property
+    def class_tokens(self) -> int:
+        """Number of class tokens before the patches of a picture in the tower."""
+        return int(self.vision is not None and self.vision.class_token)
+
+    def layout_of(self, grid: Grid, kind: Kind, size: tuple[int, int] | None = None) -> ImageLayout:
+        """The layout of an image or video that the tower sees as `grid`."""
+        if self.layouts is None:
+            raise InputError("these inputs have pictures, and their model has no vision tower")
+        return self.layouts.layout_of(grid, size, kind)
 
     def n_pixel_rows(self, grid: Grid) -> int:
-        """Number of rows of the pixel tensor for an image or video of `grid`: patches, or whole tiles."""
+        """Number of rows of the pixel tensor for an image or video of `grid`: patches, or whole pictures."""
         t, h, w = grid
-        return t * h * w if self.tile_size is None else t
+        return t * h * w if self.takes_patches else t
 
 
 @dataclass(frozen=True)
@@ -69,15 +101,39 @@ class Visual:
     index: int
     """Its number among the images (or among the videos) of the batch, in order of appearance."""
     row: int
-    start: int
-    """Position of its first placeholder."""
-    n_tokens: int
+    runs: tuple[tuple[int, int], ...]
+    """First position of each run of its placeholders, and one past its last."""
     grid: Grid
-    """Patches: (temporal patches or tiles, rows, columns)."""
+    """Patches that the tower sees: (pictures, rows, columns)."""
+    layout: ImageLayout = field(compare=False, repr=False)
+
+    @property
+    def start(self) -> int:
+        """Position of its first placeholder."""
+        return self.runs[0][0]
 
     @property
     def stop(self) -> int:
-        return self.start + self.n_tokens
+        """One past the position of its last placeholder."""
+        return self.runs[-1][1]
+
+    @property
+    def n_tokens(self) -> int:
+        return sum(stop - start for start, stop in self.runs)
+
+    @cached_property
+    def positions(self) -> Int[Tensor, "token"]:
+        """Positions of its placeholders in its row."""
+        return torch.cat([torch.arange(start, stop) for start, stop in self.runs])
+
+    @property
+    def span(self) -> "slice | Int[Tensor, 'token']":
+        """Index of its positions: a slice where they are one run."""
+        return slice(*self.runs[0]) if len(self.runs) == 1 else self.positions
+
+    def holds(self, pos: int) -> bool:
+        """Whether a position is one of its placeholders."""
+        return any(start <= pos < stop for start, stop in self.runs)
 
 
 def real_span(mask: Tensor) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -98,97 +154,64 @@ def real_span(mask: Tensor) -> tuple[tuple[int, ...], tuple[int, ...]]:
     return tuple(first.tolist()), tuple(stop.tolist())
 
 
-def tile_grids(
-    tokens: Int[Tensor, "batch pos"],
-    pixels: Float[Tensor, "tile ..."],
-    num_tiles: Int[Tensor, "image"] | None,
-    spec: InputSpec,
-) -> Int[Tensor, "image 3"]:
-    """Grids of the images of a model that tiles them: (tiles, rows, columns) of patches.
-
-    Without `num_tiles`, every run of placeholders is one image.
-
-    Raises:
-        InputError: tiles that are not square, or do not fit the placeholders.
-    """
-    if pixels.ndim != 4 or pixels.shape[2] != pixels.shape[3] or pixels.shape[2] % (spec.patch_size * spec.merge_size):
-        side = spec.patch_size * spec.merge_size
-        raise InputError(
-            f"pixel_values must be [tile, channels, side, side] with a side that is a multiple of {side}, got "
-            f"{tuple(pixels.shape)}"
-        )
-    side = pixels.shape[2] // spec.patch_size
-    per_tile = spec.n_tokens((1, side, side))
-    if num_tiles is None:
-        runs = _runs(tokens == spec.image_token_id)
-        if any(n % per_tile for n in runs):
-            raise InputError(
-                f"a tile has {per_tile} placeholders, but their runs are {runs} long: pass num_tiles, the number of "
-                "tiles of each image"
-            )
-        counts = [n // per_tile for n in runs]
-    else:
-        if num_tiles.dtype.is_floating_point:
-            raise InputError(f"num_tiles must be whole numbers, got {num_tiles.dtype}")
-        counts = [int(n) for n in num_tiles.reshape(-1).tolist()]
-    if sum(counts) != len(pixels) or min(counts, default=1) < 1:
-        source = "num_tiles" if num_tiles is not None else "the runs of placeholders"
-        raise InputError(f"got {len(pixels)} tiles, but {source} count {counts} for the images")
-    return torch.tensor([[n, side, side] for n in counts], device=tokens.device).reshape(-1, 3)
-
-
-def _runs(marked: Tensor) -> list[int]:
-    """Lengths of the runs of true values in the rows of a [batch, pos] tensor, in order."""
-    lengths: list[int] = []
-    for row in marked.tolist():
-        for is_one, run in groupby(row):
-            if is_one:
-                lengths.append(len(list(run)))
-    return lengths
-
-
 def locate_visuals(
     tokens: Int[Tensor, "batch pos"],
     spec: InputSpec,
-    image_grid_thw: Int[Tensor, "image 3"] | None,
-    video_grid_thw: Int[Tensor, "video 3"] | None,
+    pictures: dict[Kind, tuple[list[Grid], list[ImageLayout]]],
     first: Sequence[int],
     stop: Sequence[int],
 ) -> tuple[Visual, ...]:
-    """Find the run of placeholders of every image and video, in order of appearance.
+    """Find the runs of placeholders of every image and video, in order of appearance.
+
+    Args:
+        pictures: grids and layouts of the images and of the videos.
 
     Raises:
         InputError: placeholders that do not match the grids.
     """
     tokens = tokens.cpu()
     visuals: list[Visual] = []
-    kinds: tuple[tuple[Kind, int | None, Tensor | None], ...] = (
-        ("image", spec.image_token_id, image_grid_thw),
-        ("video", spec.video_token_id, video_grid_thw),
-    )
-    for kind, token_id, grid_thw in kinds:
-        grids = [] if grid_thw is None else _checked_grids(kind, grid_thw, spec.merge_size)
+    for kind, (grids, layouts) in pictures.items():
+        token_id = spec.image_token_id if kind == "image" else spec.video_token_id
         at = (tokens == token_id).nonzero().tolist() if token_id is not None else []
-        expected = sum(spec.n_tokens(g) for g in grids)
+        expected = sum(layout.n_tokens for layout in layouts)
         if len(at) != expected:
             raise InputError(_mismatch(kind, len(at), expected, len(grids)))
         done = 0
-        for index, grid in enumerate(grids):
-            n = spec.n_tokens(grid)
-            (row, start), (last_row, last) = at[done], at[done + n - 1]
-            if last_row != row or last != start + n - 1:
-                raise InputError(
-                    f"the {n} placeholders of {kind} {index} are not one run of tokens in one row "
-                    f"(they start at row {row}, position {start})"
-                )
-            if not first[row] <= start < stop[row]:
+        for index, (grid, layout) in enumerate(zip(grids, layouts, strict=True)):
+            row = at[done][0]
+            runs = _runs_of(at[done : done + layout.n_tokens], layout, f"{kind} {index}")
+            if not first[row] <= runs[0][0] < stop[row]:
                 raise InputError(f"the placeholders of {kind} {index} lie under the padding of row {row}")
-            visuals.append(Visual(kind, index, row, start, n, grid))
-            done += n
+            visuals.append(Visual(kind, index, row, runs, grid, layout))
+            done += layout.n_tokens
     return tuple(sorted(visuals, key=lambda v: (v.row, v.start)))
 
 
-def _checked_grids(kind: str, grid_thw: Tensor, merge: int) -> list[Grid]:
+def _runs_of(at: list[list[int]], layout: ImageLayout, name: str) -> tuple[tuple[int, int], ...]:
+    """The runs of one picture's placeholders, given the (row, position) of each."""
+    runs, done = [], 0
+    for n in layout.runs:
+        (row, start), (last_row, last) = at[done], at[done + n - 1]
+        if last_row != at[0][0] or row != last_row or last != start + n - 1:
+            lengths = "one run" if len(layout.runs) == 1 else f"runs of {', '.join(map(str, layout.runs))}"
+            raise InputError(
+                f"the {layout.n_tokens} placeholders of {name} are not {lengths} of tokens in one row "
+                f"(they start at row {row}, position {start})"
+            )
+        runs.append((start, start + n))
+        done += n
+    return tuple(runs)
+
+
+def checked_grids(kind: str, grid_thw: Tensor | None, merge: int) -> list[Grid]:
+    """Grids of images or videos, if they are whole merge blocks.
+
+    Raises:
+        InputError: they are no whole numbers [picture, 3], or no multiples of `merge`.
+    """
+    if grid_thw is None:
+        return []
     whole = not grid_thw.dtype.is_floating_point and grid_thw.dtype != torch.bool
     grids = grid_thw.tolist() if whole and grid_thw.ndim == 2 and grid_thw.shape[1] == 3 else [(0, 0, 0)]
     if any(min(t, h, w) < 1 or h % merge or w % merge for t, h, w in grids):

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from copy import copy
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,11 +20,10 @@ from torch import Tensor
 from hooked_vlm.errors import InputError
 from hooked_vlm.inputs.batching import join, rows_of
 from hooked_vlm.inputs.edits import Answer, append_answer, replace_image
-from hooked_vlm.inputs.geometry import Box, ImageGrid, Part, TileGrid
+from hooked_vlm.inputs.geometry import Box, ImageLayout, Part
 from hooked_vlm.inputs.picture_settings import PictureSettings
 from hooked_vlm.inputs.positions import TokenGroups, mrope_positions, opened_spans, prompt_groups
-from hooked_vlm.inputs.tiles import TileProcessor
-from hooked_vlm.inputs.token_layout import Grid, InputSpec, Kind, Visual, locate_visuals, real_span
+from hooked_vlm.inputs.token_layout import Grid, InputSpec, Kind, Visual, checked_grids, locate_visuals, real_span
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,8 +31,8 @@ class VLMInputs:
     """A batch of token sequences with their images and videos.
 
     Tensors have Hugging Face's layout: `tokens` and `attention_mask` [batch, pos], `pixel_values`
-    [patch, channels * frames * patch height * patch width] of all images one after the other (models that
-    tile images: [tile, channels, height, width]), `image_grid_thw` [image, 3], the same for videos. Padding
+    [patch, channels * frames * patch height * patch width] of all images one after the other (of towers that see
+    pictures of one size: [picture, channels, height, width]), `image_grid_thw` [image, 3], the same for videos. Padding
     must lie at the ends of a row.
 
     Raises:
@@ -49,8 +48,9 @@ class VLMInputs:
     """Patches of every image: (1, rows, columns), or (tiles, rows, columns) of a tile."""
     pixel_values_videos: Float[Tensor, "video_patch d_patch"] | None = None
     video_grid_thw: Int[Tensor, "video 3"] | None = None
-    image_sizes: tuple[tuple[int, int], ...] | None = None
-    """(width, height) of the original images in pixels, after EXIF orientation; None if not known."""
+    image_layouts: tuple[ImageLayout, ...] | None = None
+    """Where the tokens of each image lie; of the grids alone if left out (then the original sizes are not known)."""
+    video_layouts: tuple[ImageLayout, ...] | None = None
     image_settings: tuple[PictureSettings, ...] | None = None
     """Settings that messages gave the images; `with_image` keeps them."""
     image_features: Float[Tensor, "token d_model"] | None = None
@@ -80,14 +80,31 @@ class VLMInputs:
         first, stop = real_span(self.attention_mask)
         set_(self, "first", first)
         set_(self, "stop", stop)
-        grids = (self.image_grid_thw, self.video_grid_thw)
-        set_(self, "visuals", locate_visuals(self.tokens, self.spec, *grids, first, stop))
+        pictures: dict[Kind, Any] = {"image": self._placed("image"), "video": self._placed("video")}
+        set_(self, "image_layouts", tuple(pictures["image"][1]) or None)
+        set_(self, "video_layouts", tuple(pictures["video"][1]) or None)
+        set_(self, "visuals", locate_visuals(self.tokens, self.spec, pictures, first, stop))
         self._check_pixels()
         spans = opened_spans(self.tokens, self.visuals, first, self.spec.vision_start_token_id)
         positions = mrope_positions(
             self.tokens.shape, first, stop, spans if self.spec.mrope else [], self.spec.merge_size
         )
         set_(self, "position_ids", positions.to(self.tokens.device))
+
+    def _placed(self, kind: Kind) -> tuple[list[Grid], list[ImageLayout]]:
+        """Grids and layouts of the images, or of the videos."""
+        grids = checked_grids(
+            kind, self.image_grid_thw if kind == "image" else self.video_grid_thw, self.spec.merge_size
+        )
+        layouts = self.image_layouts if kind == "image" else self.video_layouts
+        if layouts is None:
+            return grids, [self.spec.layout_of(grid, kind) for grid in grids]
+        if [layout.grid for layout in layouts] != grids:
+            raise InputError(
+                f"the layouts of the {kind}s are for grids {[layout.grid for layout in layouts]}, but their grids are "
+                f"{grids}: give {kind}_layouts=None to make them anew"
+            )
+        return grids, list(layouts)
 
     def _check_pixels(self) -> None:
         for kind, pixels, grid_thw in (
@@ -99,11 +116,9 @@ class VLMInputs:
             if pixels is None:
                 continue
             n = sum(self.spec.n_pixel_rows(tuple(g)) for g in ([] if grid_thw is None else grid_thw.tolist()))
-            n_pixels, unit = len(pixels) if pixels.ndim else 0, "patches" if self.spec.tile_size is None else "tiles"
+            n_pixels, unit = len(pixels) if pixels.ndim else 0, "patches" if self.spec.takes_patches else "tiles"
             if not pixels.ndim or n_pixels != n:
                 raise InputError(f"got {n_pixels} {kind} {unit}, but the grids describe {n}")
-        if self.image_sizes is not None and len(self.image_sizes) != self.n_images:
-            raise InputError(f"got {len(self.image_sizes)} image sizes for {self.n_images} images")
 
     @cached_property
     @torch.inference_mode(False)
@@ -184,6 +199,14 @@ class VLMInputs:
     # ---------------------------------------------------------------- images and geometry
 
     @property
+    def image_sizes(self) -> tuple[tuple[int, int], ...] | None:
+        """(width, height) of the original images in pixels, after EXIF orientation; None if not known."""
+        layouts = self.image_layouts
+        if layouts is None or not all(layout.size_known for layout in layouts):
+            return None
+        return tuple(layout.image_size for layout in layouts)
+
+    @property
     def n_images(self) -> int:
         return sum(v.kind == "image" for v in self.visuals)
 
@@ -200,7 +223,7 @@ class VLMInputs:
     @torch.inference_mode(False)
     def feature_slots(self) -> Int[Tensor, "token"]:
         """Index into the flattened [batch * pos] tokens of every image feature, in feature order."""
-        spans = [v.row * self.shape[1] + v.start + torch.arange(v.n_tokens) for v in self.in_feature_order]
+        spans = [v.row * self.shape[1] + v.positions for v in self.in_feature_order]
         return (torch.cat(spans) if spans else torch.zeros(0, dtype=torch.long)).to(self.device)
 
     @property
@@ -225,48 +248,20 @@ class VLMInputs:
         return self.visual("image", i).row
 
     def image_tokens(self, i: int) -> Int[Tensor, "token"]:
-        """Positions of image `i`'s tokens in its row, in the grid's raster order."""
-        visual = self.visual("image", i)
-        return torch.arange(visual.start, visual.stop)
+        """Positions of image `i`'s tokens in its row, in the order of its layout."""
+        return self.visual("image", i).positions
 
     def video_tokens(self, i: int) -> Int[Tensor, "token"]:
         """Positions of video `i`'s tokens in its row: frame by frame, each in raster order."""
-        visual = self.visual("video", i)
-        return torch.arange(visual.start, visual.stop)
+        return self.visual("video", i).positions
 
-    def image_grid(self, i: int) -> ImageGrid | TileGrid:
-        """The geometry of image `i`: its tokens, rows, columns and their boxes in original pixels.
+    def image_grid(self, i: int) -> ImageLayout:
+        """Where the tokens of image `i` lie: its parts, rows, columns and the boxes of tokens in original pixels.
 
-        Inputs made from a Hugging Face batch do not have the original size; their boxes are in pixels of the
-        resized image.
-
-        Raises:
-            InputError: the image has several tiles, whose layout follows from its original size, and that is not known.
+        Inputs made from a Hugging Face batch do not have the original size: boxes are in pixels of the resized image,
+        and where several tiles lie is not known.
         """
-        spec, (n_tiles, h, w) = self.spec, self.visual("image", i).grid
-        size = None if self.image_sizes is None else self.image_sizes[i]
-        if spec.tile_size is None:
-            resized = (w * spec.patch_size, h * spec.patch_size)
-            return ImageGrid(resized if size is None else size, (n_tiles, h, w), spec.patch_size, spec.merge_size)
-        if size is None and n_tiles > 1:
-            raise InputError(
-                f"the layout of the {n_tiles} tiles of image {i} follows from its size, which a Hugging Face batch "
-                "does not carry: make the inputs with model.to_inputs(...)"
-            )
-        processor = spec.image_processor
-        if not isinstance(processor, TileProcessor):
-            raise InputError("these inputs have no tile processor: make them with model.to_inputs(...)")
-        if size is None:
-            side = h * spec.patch_size
-            return replace(processor.bounded(1, 1).grid((side, side)), tile_size=side)
-        grid = processor.grid(size)
-        if grid.n_tiles != n_tiles or grid.tile_size != h * spec.patch_size:
-            raise InputError(
-                f"image {i} of {size[0]} x {size[1]} pixels has {n_tiles} tiles {h * spec.patch_size} wide, but this "
-                f"processor makes {grid.n_tiles} tiles {grid.tile_size} wide: inputs made with different settings "
-                "cannot share one batch's geometry"
-            )
-        return grid
+        return self.visual("image", i).layout
 
     def tokens_in_box(self, image: int, box: Box, min_overlap: float | int = 0.0, part: Part = "all") -> list[int]:
         """Positions of the tokens of `image` that overlap `box`, in the image's row.
@@ -274,33 +269,34 @@ class VLMInputs:
         Args:
             box: half-open (x0, y0, x1, y1) in pixels of the original image.
             min_overlap: a token counts if more than this share of the box's area lies in it.
-            part: for a tiled image, the tokens of its "tiles", of its "thumbnail", or "all".
+            part: of several, the tokens of one: those of its "tiles", of its "thumbnail", or "all".
         """
-        start = self.visual("image", image).start
-        return [start + i for i in self.image_grid(image).tokens_in_box(box, min_overlap, part=part)]
+        visual = self.visual("image", image)
+        return visual.positions[visual.layout.tokens_in_box(box, min_overlap, part=part)].tolist()
 
     def image_of_token(self, pos: int, row: int = 0) -> int:
         """The number of the image that the token at `pos` belongs to."""
         for visual in self.visuals:
-            if visual.kind == "image" and visual.row == row and visual.start <= pos < visual.stop:
+            if visual.kind == "image" and visual.row == row and visual.holds(pos):
                 return visual.index
         raise InputError(f"position {pos} of row {row} is not an image token")
 
-    def box_of_token(self, pos: int, row: int = 0) -> tuple[float, float, float, float]:
-        """The box (x0, y0, x1, y1), in pixels of the original image, that the image token at `pos` covers."""
-        image = self.image_of_token(pos, row)
-        return self.image_grid(image).box_of(pos - self.visual("image", image).start)
+    def box_of_token(self, pos: int, row: int = 0) -> tuple[float, float, float, float] | None:
+        """The box (x0, y0, x1, y1), in pixels of the original image, that the image token at `pos` covers; None for one
+        that stands for no place (a line break)."""
+        visual = self.visual("image", self.image_of_token(pos, row))
+        return visual.layout.box_of(int((visual.positions == pos).nonzero()))
 
     def on_image(
         self,
         image: int,
         values: Shaped[Tensor | np.ndarray, "*lead token"],
-        part: Literal["tiles", "thumbnail"] = "tiles",
+        part: Part = "tiles",
     ) -> Shaped[np.ndarray, "*lead row col"]:
         """Lay one value for each token of `image` out as the picture.
 
         Args:
-            part: for a tiled image, show the tokens of its tiles, put together, or those of its thumbnail.
+            part: of several, the one to show: its tiles, put together, or its thumbnail.
 
         Raises:
             GeometryError: another number of values, or a thumbnail where there is none.
@@ -318,8 +314,8 @@ class VLMInputs:
                 self.first[row],
                 self.stop[row],
                 self.n_generated[row],
-                [(v.kind, v.start, v.stop) for v in self.visuals if v.row == row],
-                (spec.turn_start_ids, spec.turn_end_id, spec.user_header),
+                [v for v in self.visuals if v.row == row],
+                spec.turns,
                 frozenset({spec.vision_end_token_id, *spec.placeholder_ids}),
             )
             for row in range(len(self))

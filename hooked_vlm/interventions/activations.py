@@ -151,7 +151,7 @@ class ReplaceImageTokens(Intervention):
 
     def first_position(self, model: "HookedVLM", inputs: VLMInputs) -> int:
         table = image_tokens(self.tokens, inputs)
-        touched = [v.start for v in inputs.visuals if table[v.row, v.start : v.stop].any()]
+        touched = [v.start for v in inputs.visuals if table[v.row, v.positions].any()]
         return min(touched, default=inputs.shape[1])  # a mean needs the whole image
 
     def hooks(self, model: "HookedVLM", inputs: VLMInputs) -> Hooks:
@@ -169,7 +169,7 @@ class ReplaceImageTokens(Intervention):
                 new = new + self.values.to(x)
             elif self.values == "mean":
                 for visual in (v for v in inputs.visuals if v.start >= first):
-                    span = slice(visual.start - first, visual.stop - first)
+                    span = visual.positions - first
                     new[visual.row, span] = x[visual.row, span].mean(0)
             return torch.where(positions_mask(table, first, x.shape[1], len(x))[..., None].to(x.device), new, x)
 

@@ -141,7 +141,7 @@ def position_table(where: Positions, inputs: VLMInputs) -> Bool[Tensor, "batch w
             table[row, first:stop] = True
         table[:, -1] = True
         for visual in inputs.visuals if where == "text" else ():
-            table[visual.row, visual.start : visual.stop] = False
+            table[visual.row, visual.positions] = False
         return table
     if isinstance(where, str):
         names = [name.strip() for name in where.split("+")]
@@ -318,7 +318,7 @@ def _layout(inputs: VLMInputs) -> tuple:
 
 
 def _visuals(inputs: VLMInputs) -> list[tuple]:
-    return [(v.kind, v.row, v.start, v.grid) for v in inputs.visuals]
+    return [(v.kind, v.row, v.start, v.grid, v.runs) for v in inputs.visuals]
 
 
 def _appended(short: VLMInputs, long: VLMInputs) -> bool:

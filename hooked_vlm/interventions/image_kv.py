@@ -132,9 +132,9 @@ class ReplaceImageKV(HeadIntervention):
         k, v = call.k.clone(), call.v.clone()
         rotate = None if rotate is None else rotate.to(k.device)
         for visual in inputs.visuals:
-            row, span = visual.row, slice(visual.start, visual.stop)
+            row, span = visual.row, visual.span
             these = slice(row, None, len(inputs))  # this row of every run in the batch
-            alike = slice(row, row + 1) if span.stop <= call.n_shared else these
+            alike = slice(row, row + 1) if visual.stop <= call.n_shared else these
             if self.baseline == "zero":
                 k[these, span], v[these, span] = 0, 0
                 continue
@@ -146,7 +146,7 @@ class ReplaceImageKV(HeadIntervention):
                 real = k[alike, span]
                 key = (real if turn is None else turn.inverse()(real)).mean(1, keepdim=True)
                 v[these, span] = v[alike, span].mean(1, keepdim=True)
-            k[these, span] = key if turn is None else turn(key.expand(-1, span.stop - span.start, -1, -1))
+            k[these, span] = key if turn is None else turn(key.expand(-1, visual.n_tokens, -1, -1))
         return k, v
 
 

@@ -15,14 +15,14 @@ from torch.overrides import TorchFunctionMode
 from hooked_vlm.config import VLMConfig
 from hooked_vlm.converters import KNOWN_MODELS, converter_for, open_tensors, read_config, read_json
 from hooked_vlm.errors import CheckpointError, CheckpointWarning
-from hooked_vlm.inputs.image_processor import ImageProcessor
 from hooked_vlm.inputs.other_names import LOADING, refuse_arguments
-from hooked_vlm.inputs.tiles import TileProcessor
+from hooked_vlm.inputs.picture_processor import PictureProcessor
+from hooked_vlm.inputs.processors import processor_of
 from hooked_vlm.inputs.tokenization import load_tokenizer
 from hooked_vlm.loading.chat_templates import take_processor_template
 from hooked_vlm.loading.folders import CONFIG_FILES, find_checkpoint
+from hooked_vlm.loading.pictures import picture_settings
 from hooked_vlm.loading.placement import DeviceMap, Spread, attach, offloaded_weights, planned
-from hooked_vlm.loading.processors import picture_settings, processor_of
 from hooked_vlm.loading.quantisation import Bits, quantize_weights
 from hooked_vlm.loading.saving import without_none
 from hooked_vlm.loading.settings import as_device, as_dtype, model_config, with_tokens
@@ -151,7 +151,7 @@ def from_hf(
     kind: type[Model],
     hf_model: Any,
     tokenizer: Any = None,
-    image_processor: ImageProcessor | TileProcessor | None = None,
+    image_processor: PictureProcessor | None = None,
 ) -> Model:
     """A model that shares the storage of a `transformers` model's parameters: an edit of one edits both.
 
@@ -189,7 +189,7 @@ def _assemble(
     tensors: Mapping[str, Tensor],
     hf_config: dict[str, Any],
     tokenizer: Any,
-    image_processor: ImageProcessor | TileProcessor | None,
+    image_processor: PictureProcessor | None,
     spread: Spread | None = None,
 ) -> Model:
     model = _unfilled(kind, cfg, tokenizer, image_processor)
@@ -210,9 +210,7 @@ def _assemble(
     return model
 
 
-def _unfilled(
-    kind: type[Model], cfg: VLMConfig, tokenizer: Any, image_processor: ImageProcessor | TileProcessor | None
-) -> Model:
+def _unfilled(kind: type[Model], cfg: VLMConfig, tokenizer: Any, image_processor: PictureProcessor | None) -> Model:
     with torch.device("meta"), _Unfilled():
         return kind(cfg, tokenizer, image_processor)
 

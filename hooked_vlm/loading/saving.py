@@ -14,10 +14,7 @@ from torch import Tensor
 
 from hooked_vlm.converters import converter_for
 from hooked_vlm.errors import CheckpointError
-from hooked_vlm.inputs.image_processor import ImageProcessor
 from hooked_vlm.inputs.templates import template_named
-from hooked_vlm.inputs.tiles import TileProcessor
-from hooked_vlm.loading.processors import IMAGES, VIDEOS
 from hooked_vlm.nn.weight_access import why_closed
 from hooked_vlm.runtime.files import why
 
@@ -72,7 +69,7 @@ def save_pretrained(model: "HookedVLM", folder: str | Path, *, layout: Literal["
             ids = {"eos_token_id": list(model.cfg.eos_token_ids) or None, "pad_token_id": model.cfg.pad_token_id}
             _write_json(written / "generation_config.json", {**model.generation_config, **without_none(ids)})
             if model.image_processor is not None:
-                for file, settings in _processor_files(model.image_processor).items():
+                for file, settings in model.image_processor.to_files().items():
                     _write_json(written / file, settings)
             if model.tokenizer is not None:
                 _save_tokenizer(model, written, layout)
@@ -94,44 +91,6 @@ def _save_tokenizer(model: "HookedVLM", folder: Path, layout: str | None) -> Non
         tokenizer.save_pretrained(folder)
     except Exception as error:  # the tokenizers library has no error class of its own
         raise OSError(why(error)) from error
-
-
-def _processor_files(processor: ImageProcessor | TileProcessor) -> dict[str, dict[str, Any]]:
-    """The settings of images, and of videos where they are others, by the file that holds them."""
-    files = {IMAGES: _processor_dict(processor)}
-    if isinstance(processor, ImageProcessor) and processor.for_videos is not None:
-        files[VIDEOS] = {
-            **{k: v for k, v in _processor_dict(processor.for_videos).items() if k != "image_processor_type"},
-            "video_processor_type": "Qwen2VLVideoProcessor",
-        }
-    return files
-
-
-def _processor_dict(processor: ImageProcessor | TileProcessor) -> dict[str, Any]:
-    """`preprocessor_config.json`, as `transformers` spells it."""
-    normalisation = {"image_mean": list(processor.image_mean), "image_std": list(processor.image_std)}
-    if isinstance(processor, TileProcessor):
-        return {
-            "image_processor_type": "GotOcr2ImageProcessor",
-            "processor_class": "InternVLProcessor",
-            "crop_to_patches": processor.max_tiles > 1,
-            "min_patches": processor.min_tiles,
-            "max_patches": processor.max_tiles,
-            "use_thumbnail": processor.thumbnail,
-            "size": {"height": processor.tile_size, "width": processor.tile_size},
-            **normalisation,
-        }
-    budget = processor.video_tokens
-    return {
-        "image_processor_type": "Qwen2VLImageProcessor",
-        "patch_size": processor.patch_size,
-        "temporal_patch_size": processor.temporal_patch_size,
-        "merge_size": processor.merge_size,
-        "min_pixels": processor.min_pixels,
-        "max_pixels": processor.max_pixels,
-        **({} if budget is None else {"cap_pixels_per_frame": True, "max_video_tokens": budget}),
-        **normalisation,
-    }
 
 
 def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -9,7 +9,7 @@ from hooked_vlm.config import LayerKind, RopeScaling, VisionConfig, VLMConfig
 from hooked_vlm.converters import DTYPES
 from hooked_vlm.converters.fields import Fields
 from hooked_vlm.errors import CheckpointError, InputError
-from hooked_vlm.inputs.templates import template_named
+from hooked_vlm.inputs.templates import style_of
 
 
 def as_dtype(wanted: torch.dtype | str | None) -> torch.dtype | None:
@@ -60,29 +60,25 @@ def _scaling(fields: Mapping[str, Any] | None) -> RopeScaling | None:
 
 
 def with_tokens(cfg: VLMConfig, tokenizer: Any) -> VLMConfig:
-    """Add the tokens that only the tokenizer knows of a model that tiles images: placeholders and stop token.
+    """Add the tokens that only the tokenizer knows: placeholders and the stop token of the family's prompts.
 
     Raises:
         CheckpointError: config.json names a conversation template that is not known, or the tokenizer has tokens
             outside the vocabulary that config.json states.
     """
-    if cfg.vision is None or cfg.vision.tile_size is None or tokenizer is None:
+    if cfg.vision is None or tokenizer is None:
+        return cfg
+    try:
+        style = style_of(cfg)
+    except InputError as error:
+        raise CheckpointError(str(error)) from error
+    if not style.tokens and style.stop is None:
         return cfg
     known = tokenizer.get_vocab()
-    names = {
-        "image_token_id": "<IMG_CONTEXT>",
-        "vision_start_token_id": "<img>",
-        "vision_end_token_id": "</img>",
-    }
-    found: dict[str, Any] = {field: known[token] for field, token in names.items() if token in known}
-    if cfg.chat_template is not None:
-        try:
-            stop = template_named(cfg.chat_template).stop
-        except InputError as error:
-            raise CheckpointError(str(error)) from error
-        if stop in known:
-            found["eos_token_ids"] = (known[stop],)
-    outside = {token: i for token, i in known.items() if token in names.values() and i >= cfg.d_vocab}
+    found: dict[str, Any] = {field: known[token] for field, token in style.tokens.items() if token in known}
+    if style.stop in known:
+        found["eos_token_ids"] = (known[style.stop],)
+    outside = {token: i for token, i in known.items() if token in style.tokens.values() and i >= cfg.d_vocab}
     if outside:
         raise CheckpointError(
             f"the tokenizer's {outside} lie outside the vocabulary of {cfg.d_vocab} that config.json states: are the "

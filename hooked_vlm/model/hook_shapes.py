@@ -4,7 +4,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from hooked_vlm.config import VLMConfig
-from hooked_vlm.inputs.tiles import TileProcessor
 from hooked_vlm.model.hook_catalogue import HookRow
 from hooked_vlm.nn.hooks import is_vision
 
@@ -38,12 +37,14 @@ def prompt_with_picture(model: "HookedVLM", n_tokens: int, picture: tuple[int, i
     vision, processor = model.cfg.vision, model.image_processor
     if vision is None or processor is None:
         return PromptSize(n_tokens)
-    if isinstance(processor, TileProcessor):
-        n_tiles = min(processor.grid(picture).n_tiles, n_tokens // processor.tokens_per_tile)
-        patches = processor.tokens_per_tile * vision.merge_size**2
-        return PromptSize(n_tokens, n_tiles, patches + 1, processor.tokens_per_tile)
-    n_image_tokens = min(processor.n_tokens(picture), n_tokens)
-    return PromptSize(n_tokens, 1, n_image_tokens * vision.merge_size**2, n_image_tokens)
+    layout = processor.layout(picture)
+    n_patches = layout.tower_order.shape[1]
+    per_token = n_patches * layout.n_tiles // layout.n_tokens
+    if layout.n_tiles == 1:  # a larger one is resized
+        n_patches = min(n_patches, n_tokens * per_token)
+    n_image_tokens = n_patches // per_token
+    n_tiles = min(layout.n_tiles, n_tokens // n_image_tokens)
+    return PromptSize(n_tokens, n_tiles, int(vision.class_token) + n_patches, n_image_tokens)
 
 
 def axis_sizes(cfg: VLMConfig, name: str) -> dict[str, int]:

@@ -284,9 +284,8 @@ def check_context(cfg: VLMConfig, inputs: VLMInputs, n_past: int) -> None:
     """
     longest = max(b - a for a, b in zip(inputs.first, inputs.stop, strict=True)) + n_past
     if longest > cfg.n_ctx and longest > cfg.n_ctx_limit:  # a scaling of positions may stretch n_ctx
-        vision = cfg.vision
-        bound = "max_pixels" if vision is None or vision.tile_size is None else "max_tiles"
-        lower = f", or lower {bound} in model.to_inputs(..., {bound}=)" if vision is not None else ""
+        bound = inputs.spec.layouts.bounds[-1:] if inputs.spec.layouts is not None else ()
+        lower = "".join(f", or lower {name} in model.to_inputs(..., {name}=)" for name in bound)
         raise InputError(f"{longest} tokens do not fit the context of {cfg.n_ctx_limit}: shorten the prompt{lower}")
 
 

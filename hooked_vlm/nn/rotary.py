@@ -60,7 +60,7 @@ class Rotation:
         row = row if len(self.cos) > 1 else 0
         return Rotation(self.cos[row : row + 1], self.sin[row : row + 1])
 
-    def positions(self, span: slice) -> "Rotation":
+    def positions(self, span: slice | Int[Tensor, "pos"]) -> "Rotation":
         """That of some positions."""
         return Rotation(self.cos[..., span, :], self.sin[..., span, :])
 

@@ -10,7 +10,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from hooked_vlm.errors import InputError
-from hooked_vlm.inputs.geometry import Box, ImageGrid, Part, TileGrid
+from hooked_vlm.inputs.geometry import Box, ImageLayout, Part
 from hooked_vlm.inputs.token_layout import Visual
 from hooked_vlm.inputs.vlm_inputs import VLMInputs
 
@@ -118,16 +118,7 @@ def same_columns(a: VLMInputs, row: int, b: VLMInputs, other: int) -> bool:
 def same_places(a: VLMInputs, visual: Visual, b: VLMInputs, other: Visual) -> bool:
     """Whether tokens and patches of two images have the same layout. Equal numbers of tiles may differ in it (4 x 1 or
     2 x 2), but count as the same where a size is not known (a Hugging Face batch)."""
-    layouts = {_tile_layout(a, visual), _tile_layout(b, other)} - {None}
-    return visual.grid == other.grid and len(layouts) <= 1
-
-
-def _tile_layout(inputs: VLMInputs, visual: Visual) -> tuple[int, int] | None:
-    """(columns, rows) of tiles; None for an image that is seen whole, or if its size is not known."""
-    if visual.kind != "image" or inputs.image_sizes is None:
-        return None
-    grid = inputs.image_grid(visual.index)
-    return grid.layout if isinstance(grid, TileGrid) else None
+    return visual.grid == other.grid and visual.layout.same_as(other.layout)
 
 
 def _check_place(name: str, place: Place) -> None:
@@ -151,16 +142,21 @@ def _misaligned(clean: VLMInputs, corrupt: VLMInputs, row: int) -> str:
 
 
 def _described(inputs: VLMInputs, row: int) -> str:
-    merge = inputs.spec.merge_size
-    parts = []
-    for v in _visuals(inputs, row):
-        layout = _tile_layout(inputs, v)
-        times = "" if v.grid[0] == 1 else f"{v.grid[0]} x "
-        tiles = "" if layout is None or v.grid[0] == 1 else f", {layout[0]} x {layout[1]} tiles and a thumbnail"
-        parts.append(f"{v.kind} of {times}{v.grid[1] // merge} x {v.grid[2] // merge} tokens at {v.start}{tiles}")
+    parts = [f"{v.kind} of {_shape(v)} tokens at {v.start}" for v in _visuals(inputs, row)]
     padded = inputs.shape[1] - (inputs.stop[row] - inputs.first[row])
     padding = f", {padded} of them padding" if padded else ""
     return f"{len(inputs)} x {inputs.shape[1]} tokens{padding} ({'; '.join(parts) or 'no image'})"
+
+
+def _shape(visual: Visual) -> str:
+    """The parts of a picture, as rows x columns of tokens."""
+    layout = visual.layout
+    if not layout.parts:
+        return f"{layout.n_tiles} tiles and {layout.n_tokens}"
+    frames = "" if layout.frames == 1 else f"{layout.frames} x "
+    others = [f"{part.name} {part.cells.shape[1]} x {part.cells.shape[2]}" for part in layout.parts[1:]]
+    tiles = "" if layout.layout == (1, 1) else f" in {layout.layout[0]} x {layout.layout[1]} tiles"
+    return " and ".join([f"{frames}{layout.rows} x {layout.cols}{tiles}", *others])
 
 
 def _match(base: VLMInputs, source: VLMInputs, row: int, by: str) -> Int[Tensor, "pos"]:
@@ -173,7 +169,7 @@ def _match(base: VLMInputs, source: VLMInputs, row: int, by: str) -> Int[Tensor,
             found[own] = other
     visuals = list(zip(_visuals(base, row), _visuals(source, row), strict=True))
     edges = [
-        [inputs.first[row], *(p for v in own for p in (v.start, v.stop)), inputs.stop[row]]
+        [inputs.first[row], *(p for v in own for run in v.runs for p in run), inputs.stop[row]]
         for inputs, own in ((base, [v for v, _ in visuals]), (source, [v for _, v in visuals]))
     ]
     for i in range(0, len(edges[0]), 2):  # stretches of text
@@ -182,10 +178,10 @@ def _match(base: VLMInputs, source: VLMInputs, row: int, by: str) -> Int[Tensor,
             found[own] = other
     for own, other in visuals:
         if same_places(base, own, source, other):
-            found[own.start : own.stop] = torch.arange(other.start, other.stop)
+            found[own.positions] = other.positions
         elif own.kind == "image":
-            places = by_place(base.image_grid(own.index), source.image_grid(other.index))
-            found[own.start : own.stop] = torch.from_numpy(places) + other.start
+            places = torch.from_numpy(by_place(own.layout, other.layout))
+            found[own.positions] = torch.where(places < 0, -1, other.positions[places])
     return found
 
 
@@ -194,23 +190,14 @@ def _groups(inputs: VLMInputs, row: int) -> list[Tensor]:
     return [group[row] for group in (groups.question, groups.assistant_header, groups.final, groups.generated)]
 
 
-def by_place(base: ImageGrid | TileGrid, source: ImageGrid | TileGrid) -> Int[np.ndarray, "token"]:
-    """For each token of an image, the token of another that covers its centre when both pictures are scaled alike."""
-    found = np.empty(base.n_tokens, dtype=np.int64)
-    parts: tuple[Literal["tiles", "thumbnail"], ...] = ("tiles", "thumbnail")
-    for part in parts if _has_thumbnail(base) else parts[:1]:
-        own = _numbers(base, part)
-        other = _numbers(source, part if _has_thumbnail(source) else "tiles")
+def by_place(base: ImageLayout, source: ImageLayout) -> Int[np.ndarray, "token"]:
+    """For each token of an image, the token of another that covers its centre when both pictures are scaled alike; -1
+    for tokens that stand for no place."""
+    found = np.full(base.n_tokens, -1)
+    shared = {part.name for part in source.parts}
+    for part in base.parts:
+        own = part.cells[0]
+        other = source.part(part.name if part.name in shared else source.parts[0].name).cells[0]
         rows, cols = (((np.arange(n) + 0.5) / n * of).astype(int) for n, of in zip(own.shape, other.shape, strict=True))
         found[own] = other[np.ix_(rows, cols)]
     return found
-
-
-def _has_thumbnail(grid: ImageGrid | TileGrid) -> bool:
-    return isinstance(grid, TileGrid) and grid.thumbnail
-
-
-def _numbers(grid: ImageGrid | TileGrid, part: Literal["tiles", "thumbnail"]) -> Int[np.ndarray, "row col"]:
-    """The number of the token at each cell of the picture's grid."""
-    numbers = np.arange(grid.n_tokens)
-    return (grid.to_image(numbers, part) if isinstance(grid, TileGrid) else grid.to_image(numbers))[0]

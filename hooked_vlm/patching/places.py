@@ -1,7 +1,6 @@
 """Positions of the decoder and patches of the vision tower, by names of places."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from typing import Literal
 
 import numpy as np
@@ -10,7 +9,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from hooked_vlm.errors import InputError
-from hooked_vlm.inputs.geometry import ImageGrid, Part, TileGrid
+from hooked_vlm.inputs.geometry import Part
 from hooked_vlm.inputs.vlm_inputs import VLMInputs
 from hooked_vlm.interventions.base import Positions, position_table
 from hooked_vlm.patching.pairs import Direction, Pair, Place, Region, same_columns, same_places
@@ -164,8 +163,7 @@ def _regions(given: Place) -> list[Region]:
 
 def n_patches(inputs: VLMInputs) -> tuple[int, ...]:
     """Patches of each image, tile or video frame, class token included: the vision tower's first two axes."""
-    class_token = inputs.spec.tile_size is not None
-    return tuple(class_token + h * w for t, h, w in inputs.grids for _ in range(t))
+    return tuple(inputs.spec.class_tokens + h * w for t, h, w in inputs.grids for _ in range(t))
 
 
 def patches_at(pair: Pair, place: str | int) -> Rows:
@@ -208,35 +206,21 @@ def _of_all_rows(inputs: VLMInputs, place: str, patches: Rows) -> Rows:
 
 def patches_in_box(inputs: VLMInputs, region: Region) -> list[tuple[int, int]]:
     """(image or tile, patch) of the patches under a box, as the vision tower's tensors count them."""
-    grid, where = _patches(inputs, region.image, region.part)
-    if isinstance(grid, TileGrid):
-        chosen = grid.tokens_in_box(region.box, region.min_overlap, part=region.part)
-    else:
-        chosen = grid.tokens_in_box(region.box, region.min_overlap)
-    return [(int(image), int(patch)) for image, patch in where[chosen]]
+    layout = inputs.image_grid(region.image)
+    chosen = layout.patches.tokens_in_box(region.box, region.min_overlap, part=region.part)
+    return [(int(image), int(patch)) for image, patch in _in_tower(inputs, region.image)[chosen]]
 
 
-def patches_on_image(
-    inputs: VLMInputs, image: int, part: Literal["tiles", "thumbnail"] = "tiles"
-) -> Int[np.ndarray, "row col"]:
+def patches_on_image(inputs: VLMInputs, image: int, part: Part = "tiles") -> Int[np.ndarray, "row col"]:
     """The number of the patch at each cell of the picture's grid, as a sweep over "each" patch counts them."""
-    grid, where = _patches(inputs, image, part)
-    numbers = where @ (max(n_patches(inputs)), 1)
-    return (grid.to_image(numbers, part) if isinstance(grid, TileGrid) else grid.to_image(numbers))[0]
+    numbers = _in_tower(inputs, image) @ (max(n_patches(inputs)), 1)
+    return inputs.image_grid(image).patches.to_image(numbers, part)[0]
 
 
-def _patches(inputs: VLMInputs, image: int, part: Part) -> tuple[ImageGrid | TileGrid, Int[np.ndarray, "patch 2"]]:
-    """The grid of patches of an image, and the (image or tile, patch) index of each in the vision tower's tensors."""
-    tokens = inputs.image_grid(image)
-    if part == "thumbnail" and not isinstance(tokens, TileGrid):
-        raise InputError("this model sees images whole: there is no thumbnail")
+def _in_tower(inputs: VLMInputs, image: int) -> Int[np.ndarray, "patch 2"]:
+    """(image or tile, patch) in the vision tower's tensors of each patch of an image, as its layout numbers them."""
+    layout = inputs.image_grid(image)
     order = [(v.kind, v.index) for v in inputs.in_feature_order]
     first = sum(grid[0] for grid in inputs.grids[: order.index(("image", image))])
-    if isinstance(tokens, TileGrid):
-        grid = replace(tokens, merge_size=1, transposed_tokens=False)
-        tile, patch = np.divmod(np.arange(grid.n_tokens), grid.tile_side**2)
-        return grid, np.stack((first + tile, 1 + patch), axis=1)  # patch 0 is the class token
-    # grids count in raster order, the tower merge block by merge block
-    _, h, w = tokens.grid_thw
-    row_of = np.argsort(tokens.patch_order() @ np.array([h * w, w, 1]))
-    return replace(tokens, merge_size=1), np.stack((np.full(len(row_of), first), row_of), axis=1)
+    tile, slot = np.divmod(np.argsort(layout.tower_order.ravel()), layout.tower_order.shape[1])
+    return np.stack((first + tile, inputs.spec.class_tokens + slot), axis=1)

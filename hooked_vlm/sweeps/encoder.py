@@ -38,13 +38,13 @@ class Encoded(Intervention):
         spans = []
         start = 0
         for visual in inputs.in_feature_order:
-            spans.append((visual.row, visual.start, self.features[start : start + visual.n_tokens]))
+            spans.append((visual.row, visual.positions, self.features[start : start + visual.n_tokens]))
             start += visual.n_tokens
 
         def enter(x: Tensor, hook: HookPoint) -> Tensor:
             first = hook.ctx["first_position"]
             for row, at, features in spans:
-                x[row, at - first : at - first + len(features)] = features.to(x)
+                x[row, at - first] = features.to(x)
             return x
 
         behind = [(name, fn) for name, fn in self.original.hooks(model, inputs) if not is_vision(name)]

@@ -42,7 +42,7 @@ def our_tensors(model: "HookedVLM", inputs: VLMInputs) -> Iterator[tuple[Key, Te
     if vision is None or not inputs.has_visuals:
         return
     yield ("image features", None), cache["hook_image_features"]
-    extra = 0 if vision.tile_size is None else 1  # the class token
+    extra = inputs.spec.class_tokens
     lengths = [extra + h * w for t, h, w in inputs.grids for _ in range(t)]
     for layer in range(vision.n_layers_run):
         padded = cache[f"vision.blocks.{layer}.hook_resid_post"]

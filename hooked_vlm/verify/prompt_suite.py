@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from hooked_vlm.inputs.tiles import TileProcessor
 from hooked_vlm.inputs.vlm_inputs import VLMInputs
 
 if TYPE_CHECKING:
@@ -66,10 +65,6 @@ def inputs_for(model: "HookedVLM", prompt: Prompt) -> VLMInputs:
     tokenizer, processor = model.tokenizer, model.image_processor
     chat = bool(getattr(tokenizer, "chat_template", None)) or model.cfg.chat_template is not None
     bounds: dict[str, Any] = {}
-    if prompt.pictures and isinstance(processor, TileProcessor):
-        bounds["max_tiles"] = min(MOST_TILES, processor.max_tiles)
-    elif prompt.pictures:
-        bounds["max_pixels"] = max(
-            min(MOST_TOKENS * processor.pixels_per_token**2, processor.max_pixels), processor.min_pixels
-        )
+    if prompt.pictures:
+        bounds = processor.bounds_below(MOST_TOKENS, MOST_TILES)
     return model.to_inputs(prompt.text, images=list(prompt.pictures) or None, chat=chat, **bounds)

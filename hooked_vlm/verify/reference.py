@@ -20,10 +20,11 @@ from transformers.processing_utils import ProcessorMixin
 from hooked_vlm.converters import converter_for, read_config, read_json
 from hooked_vlm.converters.internvl import HF, ORIGINAL
 from hooked_vlm.errors import CheckpointError, InputError
+from hooked_vlm.inputs.image_processor import ImageProcessor
 from hooked_vlm.inputs.tiles import IMAGENET_MEAN, IMAGENET_STD, TileProcessor
 from hooked_vlm.inputs.tokenization import load_tokenizer
 from hooked_vlm.inputs.vlm_inputs import VLMInputs
-from hooked_vlm.loading.processors import picture_settings
+from hooked_vlm.loading.pictures import picture_settings
 from hooked_vlm.verify.prompt_suite import Prompt
 
 if TYPE_CHECKING:
@@ -132,18 +133,21 @@ def _how_internvl(model: "HookedVLM") -> str:
 # ---------------------------------------------------------------- images and prompts
 
 
+REFERENCE_PROCESSORS = {ImageProcessor: Qwen2VLImageProcessorPil, TileProcessor: GotOcr2ImageProcessorPil}
+"""Classes of `transformers` that prepare pictures as ours do."""
+
+
 def reference_processor(model: "HookedVLM", folder: Path) -> Any:
     """`transformers`' Pillow image processor, from the folder's own files: from a picture to {"pixel_values": ...}."""
     ours = model.image_processor
-    theirs: Any = GotOcr2ImageProcessorPil
-    options: dict[str, Any] = {"crop_to_patches": True}  # as transformers' InternVLProcessor calls it
-    if not isinstance(ours, TileProcessor):
-        theirs, options = Qwen2VLImageProcessorPil, {}
+    theirs: Any = REFERENCE_PROCESSORS[type(ours)]
+    tiles = isinstance(ours, TileProcessor)
+    options: dict[str, Any] = {"crop_to_patches": True} if tiles else {}  # as transformers' InternVLProcessor calls it
     if model.cfg.original_architecture == ORIGINAL:
         processor = theirs(**_published_tiles(folder))
     elif picture_settings(folder)[0].file is not None:
         processor = theirs.from_pretrained(folder, local_files_only=True)
-    elif isinstance(ours, TileProcessor):
+    elif tiles:
         processor = theirs(size={"height": ours.tile_size, "width": ours.tile_size})
     else:
         processor = theirs(patch_size=ours.patch_size, min_pixels=ours.min_pixels, max_pixels=ours.max_pixels)

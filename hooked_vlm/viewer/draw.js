@@ -68,7 +68,7 @@ function greyPicture(image, width, height) {
 
 /**
  * Values over a picture.
- * `panel`: grey (canvas), boxes [token * 4] and size [width, height] in original pixels, first, tiles, evidence.
+ * `panel`: grey (canvas), boxes [token * 4] and size [width, height] in original pixels, tokens, tiles, evidence.
  * Each token is drawn on its box, more opaque where its value is larger.
  */
 function paint(canvas, panel, map, look) {
@@ -77,7 +77,7 @@ function paint(canvas, panel, map, look) {
   pen.globalAlpha = 1;
   pen.drawImage(panel.grey, 0, 0, canvas.width, canvas.height);
   for (let i = 0; i < n && look.strength > 0; i++) {
-    const value = map[panel.first + i];
+    const value = map[panel.tokens[i]];
     if (Number.isNaN(value) || look.reach === 0) continue;
     const [x0, y0, x1, y1] = pixels(panel.boxes, i, sx, sy);
     pen.globalAlpha = look.strength * Math.min(1, Math.abs(value) / look.reach);

@@ -60,12 +60,12 @@ function readout(shown, map, row) {
   const parts = [names.join(", ")];
   let best = -1;
   for (let i = 0; i < map.length; i++) if (Math.abs(map[i]) > (best < 0 ? -1 : Math.abs(map[best]))) best = i;
-  const home = panels.find(panel => best >= panel.first && best < panel.first + panel.count);
-  parts.push(home ? `largest ${number(map[best])} at ${home.label}, token ${best - home.first}` : "no values");
+  const home = panels.find(panel => panel.tokens.includes(best));
+  parts.push(home ? `largest ${number(map[best])} at ${home.label}, token ${home.tokens.indexOf(best)}` : "no values");
   if (data.hasShares && state.head !== "max") {
     const own = row.shares.subarray(state.layer * nHeads, (state.layer + 1) * nHeads);
     const elsewhere = state.head === "mean" ? own.reduce((a, b) => a + b) / nHeads : own[state.head];
-    if (panels.length > 1) for (const panel of panels) parts.push(`${panel.label} ${percent(sum(map, panel.first, panel.first + panel.count))}`);
+    if (panels.length > 1) for (const panel of panels) parts.push(`${panel.label} ${percent(sum(map, panel.tokens))}`);
     parts.push(`on images ${percent(1 - elsewhere)}`, `on ${data.elsewhere} ${percent(elsewhere)}`);
     if (data.evidenceTokens.length) parts.push(`on evidence ${percent(data.evidenceTokens.reduce((s, i) => s + map[i], 0))}`);
   }
@@ -191,7 +191,7 @@ async function makePanels() {
     figure.append(canvas, caption);
     at("panels").append(figure);
     const made = {
-      ...panel, canvas, evidence, size: [width, height], boxes: boxes.subarray(4 * panel.first, 4 * (panel.first + panel.count)),
+      ...panel, canvas, evidence, size: [width, height], boxes: boxes.subarray(4 * panel.at, 4 * (panel.at + panel.tokens.length)),
       grey: greyPicture(pictures[panel.picture], canvas.width, canvas.height),
       smallSize: [Math.max(1, Math.round(width * thumb)), Math.max(1, Math.round(height * thumb))],
     };
@@ -218,11 +218,11 @@ const within = ([x0, y0, x1, y1], [x, y]) => x0 <= x && x < x1 && y0 <= y && y <
 
 function point(i, panel, event) {
   const spot = place(panel, event);
-  for (let token = 0; token < panel.count; token++) {
+  for (let token = 0; token < panel.tokens.length; token++) {
     const box = panel.boxes.subarray(4 * token, 4 * token + 4);
     if (!within(box, spot) || !drawn) continue;
     const [x0, y0, x1, y1] = [...box].map(number);
-    at("pointed").textContent = `${panel.label}, token ${token}: ${number(drawn.map[panel.first + token])} · pixels x ${x0} to ${x1}, y ${y0} to ${y1}`;
+    at("pointed").textContent = `${panel.label}, token ${token}: ${number(drawn.map[panel.tokens[token]])} · pixels x ${x0} to ${x1}, y ${y0} to ${y1}`;
     if (!state.pointed || state.pointed.panel !== i || state.pointed.token !== token) mark({ panel: i, token });
     return;
   }

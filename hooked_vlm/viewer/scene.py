@@ -8,14 +8,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from PIL import Image
 
 from hooked_vlm.errors import InputError
-from hooked_vlm.inputs.geometry import Box, ImageGrid, TileGrid
-from hooked_vlm.inputs.image_processor import ImageProcessor
+from hooked_vlm.inputs.geometry import Box, ImageLayout, ImageSize
 from hooked_vlm.inputs.images import load_image
-from hooked_vlm.inputs.tiles import TileProcessor
 from hooked_vlm.inputs.vlm_inputs import VLMInputs
 
 LONGEST = 1600
@@ -36,8 +34,8 @@ class Panel:
 
     label: str
     picture: int
-    first: int
-    """Number of its first token among the image tokens of the inputs."""
+    tokens: Int[np.ndarray, "token"]
+    """Numbers of its tokens among the image tokens of the inputs."""
     boxes: Float[np.ndarray, "token 4"]
     """(x0, y0, x1, y1) of each token in pixels of the original image."""
     tiles: tuple[int, int] = (1, 1)
@@ -54,15 +52,15 @@ class Scene:
     """Boxes of each picture."""
     evidence_tokens: tuple[int, ...]
     """Numbers of the image tokens that are evidence."""
-
-    @property
-    def n_tokens(self) -> int:
-        return sum(len(panel.boxes) for panel in self.panels)
+    n_tokens: int
+    """Number of image tokens, those that stand for no place included."""
 
     def place_of(self, token: int) -> tuple[int, tuple[float, ...]]:
         """The panel of an image token, and its box."""
-        panel = max(i for i, panel in enumerate(self.panels) if panel.first <= token)
-        return panel, tuple(self.panels[panel].boxes[token - self.panels[panel].first].tolist())
+        for i, panel in enumerate(self.panels):
+            if len(found := np.flatnonzero(panel.tokens == token)):
+                return i, tuple(panel.boxes[found[0]].tolist())
+        raise InputError(f"image token {token} stands for no place in a picture: it is a line break or a marker")
 
 
 def one_row(inputs: VLMInputs) -> VLMInputs:
@@ -106,38 +104,36 @@ def scene_of(inputs: VLMInputs, images: Any = None, boxes: Boxes = ()) -> Scene:
         held += [first + token for token in _held(grid, by_image.get(i, ()))]
         first += grid.n_tokens
     evidence = tuple(_plain(by_image.get(i, ())) for i in range(inputs.n_images))
-    return Scene(_pictures(inputs, images), tuple(panels), evidence, tuple(held))
+    return Scene(_pictures(inputs, images), tuple(panels), evidence, tuple(held), first)
 
 
-def patch_scene(
-    inputs: VLMInputs, image: int, grid: ImageGrid | TileGrid, images: Any = None, boxes: Boxes = ()
-) -> Scene:
+def patch_scene(inputs: VLMInputs, image: int, grid: ImageLayout, images: Any = None, boxes: Boxes = ()) -> Scene:
     """One image of a prompt and its patches, the tokens of `grid`; otherwise as `scene_of`."""
     own = (boxes.get(image, ()) if isinstance(boxes, Mapping) else boxes) if len(boxes) else ()
     picture = seen_picture(inputs, image) if images is None else _pictures(inputs, images)[image]
     panels = tuple(_panels(f"image {image}", 0, grid, 0))
-    return Scene((picture,), panels, (_plain(own),), tuple(_held(grid, own)))
+    return Scene((picture,), panels, (_plain(own),), tuple(_held(grid, own)), grid.n_tokens)
 
 
 def _plain(boxes: Sequence[Box]) -> tuple[tuple[float, ...], ...]:
     return tuple(tuple(float(corner) for corner in box) for box in boxes)
 
 
-def _held(grid: ImageGrid | TileGrid, boxes: Sequence[Box]) -> list[int]:
+def _held(grid: ImageLayout, boxes: Sequence[Box]) -> list[int]:
     in_small = {token for box in boxes for token in grid.tokens_in_box(box, MIN_OVERLAP)}
     in_large = {token for box in boxes for token in grid.tokens_in_box(box, 0.5, of="token")}
     return sorted(in_small | in_large)
 
 
-def _panels(label: str, picture: int, grid: ImageGrid | TileGrid, first: int) -> list[Panel]:
-    boxes = np.array([grid.box_of(token) for token in range(grid.n_tokens)])
-    if not isinstance(grid, TileGrid) or not grid.thumbnail:
-        return [Panel(label, picture, first, boxes)]
-    tiles, thumbnail = grid.tokens_of("tiles"), grid.tokens_of("thumbnail")
-    return [
-        Panel(f"{label}, tiles", picture, first, boxes[tiles.start : tiles.stop], grid.layout),
-        Panel(f"{label}, thumbnail", picture, first + thumbnail.start, boxes[thumbnail.start :]),
-    ]
+def _panels(label: str, picture: int, grid: ImageLayout, first: int) -> list[Panel]:
+    """A panel for each part."""
+    several = len(grid.parts) > 1
+    panels = []
+    for part in grid.parts:
+        tokens = grid.tokens_of(part.name)
+        name = f"{label}, {part.name}" if several else label
+        panels.append(Panel(name, picture, first + tokens, grid.boxes[tokens], part.tiles if several else (1, 1)))
+    return panels
 
 
 # ---------------------------------------------------------------- pictures
@@ -170,29 +166,26 @@ def seen_picture(inputs: VLMInputs, i: int) -> Image.Image:
     if processor is None or pixels is None or inputs.image_grid_thw is None:
         raise InputError("these inputs do not say what their images look like: pass the pictures as images=...")
     rows = [inputs.spec.n_pixel_rows((t, h, w)) for t, h, w in inputs.image_grid_thw.tolist()]
-    grid, own = inputs.image_grid(i), pixels.split(rows)[i].to("cpu", torch.float32).numpy()
-    colours = _from_tiles(own, grid) if isinstance(grid, TileGrid) else _from_patches(own, grid, processor)
+    layout, own = inputs.image_grid(i), pixels.split(rows)[i].to("cpu", torch.float32).numpy()
+    patches = np.empty((layout.n_patches, 3, processor.patch_size, processor.patch_size), np.float32)
+    patches[layout.tower_order.ravel()] = processor.patch_colours(own)
+    part = layout.patches.parts[0]
+    laid = patches[part.cells[0]]  # row column colour y x
+    colours = laid.transpose(0, 3, 1, 4, 2).reshape(part.seen.height, part.seen.width, 3)
     colours = colours * np.array(processor.image_std) + np.array(processor.image_mean)
     picture = Image.fromarray(np.clip(np.rint(colours * 255), 0, 255).astype(np.uint8))
-    return picture.resize((grid.image_size[0], grid.image_size[1]), Image.Resampling.BICUBIC)
+    return _placed(picture, part.area, layout.image_size)
 
 
-def _from_patches(
-    pixels: Float[np.ndarray, "patch d_patch"], grid: ImageGrid, processor: ImageProcessor | TileProcessor
-) -> Float[np.ndarray, "height width 3"]:
-    """The first frame of each patch, laid out."""
-    assert isinstance(processor, ImageProcessor)
-    side, (_, rows, cols) = processor.patch_size, grid.grid_thw
-    laid = np.zeros((rows, cols, 3, side, side))
-    _, row, col = grid.patch_order().T
-    laid[row, col] = pixels.reshape(len(pixels), 3, processor.temporal_patch_size, side, side)[:, :, 0]
-    return laid.transpose(0, 3, 1, 4, 2).reshape(rows * side, cols * side, 3)
-
-
-def _from_tiles(tiles: Float[np.ndarray, "tile 3 side side"], grid: TileGrid) -> Float[np.ndarray, "height width 3"]:
-    (cols, rows), side = grid.layout, grid.tile_size
-    laid = tiles[: cols * rows].reshape(rows, cols, 3, side, side)
-    return laid.transpose(0, 3, 1, 4, 2).reshape(rows * side, cols * side, 3)
+def _placed(picture: Image.Image, area: Sequence[float | int], size: ImageSize) -> Image.Image:
+    """A picture of a rectangle of the original, at its place; grey where the model does not see it."""
+    x0, y0, x1, y1 = (round(corner) for corner in area)
+    shown = picture.resize((max(1, x1 - x0), max(1, y1 - y0)), Image.Resampling.BICUBIC)
+    if (x0, y0, *shown.size) == (0, 0, *size):
+        return shown
+    whole = Image.new("RGB", size, (128, 128, 128))
+    whole.paste(shown, (x0, y0))
+    return whole
 
 
 def data_url(picture: Image.Image) -> str:

@@ -90,8 +90,8 @@ class View:
                 for picture, evidence in zip(scene.pictures, scene.evidence, strict=True)
             ],
             "panels": [
-                {"label": p.label, "picture": p.picture, "first": p.first, "count": len(p.boxes), "tiles": p.tiles}
-                for p in scene.panels
+                {"label": p.label, "picture": p.picture, "tokens": p.tokens.tolist(), "at": int(at), "tiles": p.tiles}
+                for p, at in zip(scene.panels, np.cumsum([0, *(len(p.tokens) for p in scene.panels)]), strict=False)
             ],
             "chips": [{"text": c.text, "kind": c.kind, "row": c.row} for c in self.chips],
             "nRows": len(self.packed.rows),

@@ -1,7 +1,6 @@
 """Attention between patches of the vision tower, as a page: click a patch to see where it attends."""
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -10,7 +9,6 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from hooked_vlm.errors import InputError
-from hooked_vlm.inputs.geometry import ImageGrid, TileGrid
 from hooked_vlm.inputs.vlm_inputs import VLMInputs
 from hooked_vlm.interventions.base import in_range
 from hooked_vlm.nn.hooks import HookPoint
@@ -51,50 +49,34 @@ def vision_attention(
         InputError: no such image, patch or layer.
     """
     inputs = one_row(model.as_inputs(inputs)).with_image_features(None)
-    grid, tower = _patch_grid(inputs.image_grid(image)), model.cfg.vision
+    layout, tower = inputs.image_grid(image), model.cfg.vision
     assert tower is not None  # there is an image
     chosen = in_range(layers, tower.n_layers_run, "layer")
-    asked = _asked(grid.n_tokens, len(chosen) * tower.n_heads, patches)
+    asked = _asked(layout.n_patches, len(chosen) * tower.n_heads, patches)
     first = sum(t for t, _, _ in inputs.image_grid_thw.tolist()[:image])  # pyright: ignore[reportOptionalMemberAccess]
-    order = _order(inputs.image_grid(image))
     found: dict[int, tuple[np.ndarray, np.ndarray]] = {}
 
     def watch(z: Tensor, hook: HookPoint) -> None:
-        found[hook.layer()] = _rows(hook.ctx["attention"], first, order, asked, tower.tile_size is not None)
+        found[hook.layer()] = _rows(hook.ctx["attention"], first, layout.tower_order, asked, tower.class_token)
 
     with model.hooks(fwd_hooks=[(f"vision.blocks.{layer}.attn.hook_z", watch) for layer in chosen]):
         model.encode_images(inputs)
     values = np.stack([found[layer][0] for layer in chosen], 1)
     to_class = np.stack([found[layer][1] for layer in chosen], 1)
-    scene = patch_scene(inputs, image, grid, images, () if boxes is None else boxes)
+    scene = patch_scene(inputs, image, layout.patches, images, () if boxes is None else boxes)
     return view_of(
         scene,
         values,
         [Chip(f"patch {patch}", "row", row) for row, patch in enumerate(asked)],
         chosen,
         range(tower.n_heads),
-        to_class if tower.tile_size is not None else None,
+        to_class if tower.class_token else None,
         title=title,
         note="Click a patch to see which patches it looks at.",
         quantity="attention",
         elsewhere="class token",
         picks=tuple(scene.place_of(patch) for patch in asked),
     )
-
-
-def _patch_grid(grid: ImageGrid | TileGrid) -> ImageGrid | TileGrid:
-    """The same image with a token for each patch."""
-    if isinstance(grid, TileGrid):
-        return replace(grid, merge_size=1, transposed_tokens=False)
-    return replace(grid, merge_size=1)
-
-
-def _order(grid: ImageGrid | TileGrid) -> Int[np.ndarray, "tile patch"]:
-    """Number of each patch in the order of the tower, tile by tile (a whole image is one)."""
-    if isinstance(grid, TileGrid):
-        return np.arange(grid.n_tiles * (grid.tile_size // grid.patch_size) ** 2).reshape(grid.n_tiles, -1)
-    _, row, col = grid.patch_order().T
-    return (row * grid.grid_thw[2] + col)[None]
 
 
 def _asked(n_patches: int, n_maps: int, patches: Sequence[int] | None) -> list[int]:

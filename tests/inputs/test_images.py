@@ -18,9 +18,9 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize as reference_smart_resize
 
 from hooked_vlm.errors import ImageError
-from hooked_vlm.inputs.geometry import ImageGrid
 from hooked_vlm.inputs.image_processor import CLIP_MEAN, CLIP_STD, ImageProcessor, smart_resize
 from hooked_vlm.inputs.images import load_image, load_image_bytes
+from hooked_vlm.inputs.layouts import whole_layout
 
 SMALL: dict[str, Any] = {"min_pixels": 56 * 56, "max_pixels": 28 * 28 * 40}
 
@@ -48,12 +48,12 @@ def picture(mode, width=61, height=47, seed=0):
 
 def assert_equals_reference(images, sizes=None, **bounds):
     bounds = SMALL | bounds
-    pixel_values, grid_thw, image_sizes = ImageProcessor(**bounds)(images)
+    pixel_values, grid_thw, layouts = ImageProcessor(**bounds)(images)
     reference = Qwen2VLImageProcessorPil(**bounds)(images, return_tensors="np")
     assert pixel_values.dtype == torch.float32 and grid_thw.dtype == torch.int64
     np.testing.assert_array_equal(grid_thw, reference["image_grid_thw"])
     np.testing.assert_array_equal(pixel_values, reference["pixel_values"])
-    assert image_sizes == (sizes or [image.size for image in images])
+    assert [layout.image_size for layout in layouts] == (sizes or [image.size for image in images])
 
 
 # ---- equal to the reference ----
@@ -193,8 +193,9 @@ def test_a_video_is_cut_as_published(n_frames):
 
 def test_a_video_of_one_frame_is_the_image():
     image = picture("RGB")
-    for of_video, of_image in zip(ImageProcessor().video([image]), ImageProcessor()([image]), strict=True):
-        assert torch.equal(torch.as_tensor(of_video), torch.as_tensor(of_image))
+    *of_video, (size,) = ImageProcessor().video([image])
+    *of_image, (layout,) = ImageProcessor()([image])
+    assert all(map(torch.equal, of_video, of_image)) and layout.image_size == size
 
 
 def test_frames_may_be_of_any_kind(tmp_path):
@@ -216,10 +217,10 @@ def test_each_row_of_pixel_values_is_the_patch_that_patch_order_names():
     colours = colours.reshape(rows, cols, 3)
     image = colours.repeat(14, 0).repeat(14, 1)
     for pixel_values, grid_thw, sizes in (
-        ImageProcessor()([image]),
+        (*ImageProcessor()([image])[:2], [(140, 84)]),
         ImageProcessor().video([np.zeros_like(image), np.zeros_like(image), image]),
     ):
-        grid = ImageGrid(sizes[0], tuple(grid_thw[0].tolist()))
+        grid = whole_layout(sizes[0], tuple(grid_thw[0].tolist()))
         assert grid.resized_size == (140, 84) == sizes[0]
         patches = pixel_values.reshape(-1, 3, 2, 14, 14)
         levels = patches * torch.tensor(CLIP_STD).reshape(3, 1, 1, 1) + torch.tensor(CLIP_MEAN).reshape(3, 1, 1, 1)
@@ -324,8 +325,8 @@ def test_exif_orientation_is_applied_once(tmp_path, orientation, extension):
             assert loaded.size == ((20, 30) if orientation > 4 else (30, 20))
             assert loaded.tobytes() == upright.tobytes()
             assert load_image(loaded).tobytes() == upright.tobytes(), "loading twice turned it twice"
-    sizes = ImageProcessor(**SMALL)([path])[2]
-    assert sizes == [upright.size]
+    (layout,) = ImageProcessor(**SMALL)([path])[2]
+    assert layout.image_size == upright.size
 
 
 @pytest.mark.parametrize("mode", ["RGBA", "LA", "P+transparency", "RGB+transparency"])

@@ -9,6 +9,8 @@ from PIL import Image
 from tiny_qwen2_vl import IMAGE, VISION_END, VISION_START
 
 from hooked_vlm import InputError, VLMInputs
+from hooked_vlm.inputs.layouts import whole_layout
+from hooked_vlm.inputs.token_layout import Turns
 
 BATCH = [
     [5, 6, ("image", (1, 4, 6)), 7, 8],
@@ -142,7 +144,7 @@ def test_bad_masks_are_refused(mask, says):
 
 
 def with_changes(**changes) -> VLMInputs:
-    return replace(tiny.inputs(tiny.ONE_IMAGE), **changes)
+    return replace(tiny.inputs(tiny.ONE_IMAGE), **{"image_layouts": None, **changes})
 
 
 @pytest.mark.parametrize(
@@ -153,7 +155,8 @@ def with_changes(**changes) -> VLMInputs:
         ({"image_grid_thw": None, "pixel_values": None}, "6 image placeholders"),
         ({"pixel_values": None}, "grids"),
         ({"pixel_values": torch.zeros(23, 96)}, "23.*24"),
-        ({"image_sizes": ((10, 10), (10, 10))}, "2 image sizes.*1"),
+        ({"image_layouts": (whole_layout((9, 9), (1, 6, 4)),)}, r"\(1, 6, 4\).*\(1, 4, 6\)"),
+        ({"image_layouts": (whole_layout((9, 9), (1, 4, 6)),) * 2}, r"\(1, 4, 6\), \(1, 4, 6\)"),
         ({"image_grid_thw": torch.tensor([[1, 2, 6], [1, 2, 4]]), "tokens": "split"}, None),
         ({"image_grid_thw": torch.tensor([[1, 4, 6]]), "tokens": "split"}, r"\brun\b"),
     ],
@@ -274,7 +277,7 @@ def chat(*content) -> VLMInputs:
     row = [START, SYSTEM, NEWLINE, 60, END, NEWLINE, START, USER, NEWLINE, *content]
     row += [END, NEWLINE, START, ASSISTANT, NEWLINE]
     made = tiny.inputs([row])
-    return replace(made, spec=replace(made.spec, turn_start_ids=(START,), turn_end_id=END))
+    return replace(made, spec=replace(made.spec, turns=Turns((START,), END, (START, 0, 0), (START, 0, 0))))
 
 
 def groups(inputs: VLMInputs, row: int = 0) -> dict[str, list[int]]:

@@ -79,10 +79,10 @@ def test_pixels_by_settings_of_an_image_are_those_of_qwens_reader_and_the_pillow
     width: int, height: int, part: dict[str, int]
 ) -> None:
     image = picture(width, height)
-    pixels, grid, sizes = process_images([image], [PictureSettings(**part)], ImageProcessor())
+    pixels, grid, (layout,) = process_images([image], [PictureSettings(**part)], ImageProcessor())
     expected = as_published(image, part)
     torch.testing.assert_close(pixels, expected["pixel_values"], rtol=0, atol=0)
-    assert grid.tolist() == expected["image_grid_thw"].tolist() and sizes == [(width, height)]
+    assert grid.tolist() == expected["image_grid_thw"].tolist() and layout.image_size == (width, height)
 
 
 @pytest.mark.parametrize(

@@ -91,7 +91,7 @@ def test_a_prompt_with_an_image(model: Any) -> None:
     inputs = model.to_inputs("What?", IMAGE)
     text = model.to_string(inputs.tokens[0])
     n = inputs.visuals[0].n_tokens
-    assert model.image_processor.layout(90, 40) == (2, 1) and n == 3 * 16
+    assert model.image_processor.tiling(90, 40) == (2, 1) and n == 3 * 16
     slot = "<img>" + "<IMG_CONTEXT>" * n + "</img>"
     assert text == "<s>" + CHATML.replace("<image>", slot)
     groups = inputs.positions

@@ -19,8 +19,9 @@ from hooked_vlm import CheckpointError, HookedVLM
 from hooked_vlm.converters import converter_for, read_config
 from hooked_vlm.converters.internvl import HF
 from hooked_vlm.inputs.image_processor import ImageProcessor
+from hooked_vlm.inputs.processors import processor_of
 from hooked_vlm.loading.folders import TOY_MODELS
-from hooked_vlm.loading.processors import picture_settings, processor_of
+from hooked_vlm.loading.pictures import picture_settings
 from hooked_vlm.loading.settings import model_config
 
 PICTURE = Image.fromarray(np.random.default_rng(0).integers(0, 256, (300, 470, 3), dtype=np.uint8))

@@ -11,7 +11,7 @@ from PIL import Image
 from torch import Tensor
 
 from hooked_vlm import GeometryError, HookedVLM, InputError
-from hooked_vlm.inputs.geometry import ImageGrid, TileGrid
+from hooked_vlm.inputs.layouts import tiled_layout, whole_layout
 from hooked_vlm.metrics import logit
 from hooked_vlm.patching import Pair, Region, masked, noised, patch, swapped
 from hooked_vlm.patching.pairs import by_place
@@ -114,17 +114,16 @@ def test_groups_of_another_length_are_refused_and_the_others_are_not(model: Any)
 
 
 def test_tiles_correspond_by_place_and_thumbnails_to_thumbnails() -> None:
-    two = TileGrid((64, 32), (2, 1), True, patch_size=4, merge_size=2, tile_size=32)
-    one = TileGrid((64, 32), (1, 1), False, patch_size=4, merge_size=2, tile_size=32)
+    two = tiled_layout((64, 32), (2, 1), True, patch_size=4, merge_size=2, tile_size=32)
+    one = tiled_layout((64, 32), (1, 1), False, patch_size=4, merge_size=2, tile_size=32)
     for base, source in ((two, one), (one, two), (two, two)):
         found = by_place(base, source)
         for token, other in enumerate(found):
-            x0, y0, x1, y1 = base.box_of(token)
-            a, b, c, d = source.box_of(int(other))
+            (x0, y0, x1, y1), (a, b, c, d) = base.boxes[token], source.boxes[other]
             assert a <= (x0 + x1) / 2 < c and b <= (y0 + y1) / 2 < d
             if source.thumbnail:
                 assert source.is_thumbnail(int(other)) == base.is_thumbnail(token)
-    flat, tall = ImageGrid((60, 60), (1, 4, 8)), ImageGrid((60, 60), (1, 8, 4))
+    flat, tall = whole_layout((60, 60), (1, 4, 8)), whole_layout((60, 60), (1, 8, 4))
     assert by_place(flat, tall).tolist() == [2, 2, 3, 3, 6, 6, 7, 7]  # centres in the 2nd and 4th of four rows
 
 
@@ -141,7 +140,7 @@ def test_as_many_tiles_that_lie_otherwise_are_no_same_columns() -> None:
     grids = tall.image_grid(0), wide.image_grid(0)
     start = int(tall.image_tokens(0)[0])
     for token in range(grids[0].n_tokens):
-        (x0, y0, x1, y1), (a, b, c, d) = grids[0].box_of(token), grids[1].box_of(int(matches[start + token]) - start)
+        (x0, y0, x1, y1), (a, b, c, d) = grids[0].boxes[token], grids[1].boxes[matches[start + token] - start]
         assert a <= (x0 + x1) < c and b <= (y0 + y1) / 4 < d  # twice as wide, half as high
     with pytest.raises(InputError, match=r"\(3, 16, 16\).*\(3, 16, 16\)"):
         patch(model, pair, "resid_pre", logit(5), where="image", tower="vision")

@@ -53,7 +53,7 @@ def prompt_of(family: ToyFamily, sample: Sample) -> dict[str, Any]:
         image_token = family.tokenizer.token_to_id("<|image_pad|>")
         given["mm_token_type_ids"] = (given["input_ids"] == image_token).long()
         if batch.grid is not None:
-            given["image_grid_thw"] = torch.tensor([batch.grid.grid_thw])  # pyright: ignore[reportAttributeAccessIssue]
+            given["image_grid_thw"] = torch.tensor([[1, batch.grid.patches.rows, batch.grid.patches.cols]])  # pyright: ignore[reportAttributeAccessIssue]
     return given
 
 

@@ -97,7 +97,7 @@ def reference_logits(model: Any, batch: batches.Batch) -> torch.Tensor:
     placeholder = batch.tokens == model.config.image_token_id
     images: dict[str, torch.Tensor] = {"pixel_values": batch.pixel_values}  # pyright: ignore[reportAssignmentType]
     if model.config.model_type == "qwen2_vl":
-        grids = torch.tensor([batch.grid.grid_thw] * len(batch.tokens))  # pyright: ignore
+        grids = torch.tensor([[1, batch.grid.patches.rows, batch.grid.patches.cols]] * len(batch.tokens))  # pyright: ignore
         images |= {"image_grid_thw": grids, "mm_token_type_ids": placeholder.long()}
     return model(input_ids=batch.tokens, **images).logits
 
@@ -208,7 +208,7 @@ def test_guidance_asks_where_the_keys_are_and_where_they_are_needed(family: ToyF
     keys = {line.key: line for line in page.page.lines}  # pyright: ignore[reportOptionalMemberAccess]
     seen = set()
     for _, position, key in guidance._in_image(family, [page], batch):
-        x0, y0, x1, y1 = batch.grid.box_of(position - family.image_start)  # pyright: ignore[reportOptionalMemberAccess]
+        x0, y0, x1, y1 = batch.grid.boxes[position - family.image_start]  # pyright: ignore[reportOptionalMemberAccess]
         a0, b0, a1, b1 = keys[key].value_box
         assert x0 < a1 and a0 < x1 and y0 < b1 and b0 < y1
         seen.add(key)

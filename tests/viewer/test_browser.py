@@ -212,8 +212,8 @@ def test_a_browser_that_cannot_decompress_says_so(browser: Any, toy: tuple[Path,
 def test_a_large_page_answers_a_click_at_once(browser: Any, tmp_path: Path) -> None:
     """28 x 28 heads of 1,024 tokens: the work of a click is bounded by what it draws, one layer of one row."""
     grid = ImageGrid((896, 896), (1, 64, 64))
-    panel = Panel("image 0", 0, 0, np.array([grid.box_of(token) for token in range(grid.n_tokens)]))
-    scene = Scene((Image.new("RGB", (896, 896), "white"),), (panel,), ((),), ())
+    panel = Panel("image 0", 0, np.arange(1024), grid.boxes)
+    scene = Scene((Image.new("RGB", (896, 896), "white"),), (panel,), ((),), (), 1024)
     scores = np.random.default_rng(0).standard_normal((3, 28, 28, 1024), np.float32)
     chips = [Chip(text, "answer", row) for row, text in enumerate("abc")]
     view = view_of(scene, np.exp(2 * scores), chips, range(28), range(28), title="", note="", quantity="attention")

@@ -51,14 +51,14 @@ def test_a_tokens_box_holds_the_pixels_it_was_made_from(family: str, size: tuple
             area[y0:y1, x0:x1] += 1
             mean = pixels[y0:y1, x0:x1].mean((0, 1))
             # a thumbnail is the picture resized: its tokens blend at their borders
-            np.testing.assert_allclose(seen[panel.first + token], mean, atol=40 if "thumb" in panel.label else 1)
+            np.testing.assert_allclose(seen[panel.tokens[token]], mean, atol=40 if "thumb" in panel.label else 1)
         assert (area == 1).all()
 
 
 def test_tiles_and_thumbnail_are_pictures_of_their_own() -> None:
     _, inputs = made("toy-internvl2", coloured((256, 128)), coloured((128, 128)))
     panels = scene_of(inputs).panels
-    assert [(p.label, p.picture, p.first, len(p.boxes), p.tiles) for p in panels] == [
+    assert [(p.label, p.picture, p.tokens[0], len(p.boxes), p.tiles) for p in panels] == [
         ("image 0, tiles", 0, 0, 128, (2, 1)),
         ("image 0, thumbnail", 0, 128, 64, (1, 1)),
         ("image 1", 1, 192, 64, (1, 1)),

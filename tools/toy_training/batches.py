@@ -11,7 +11,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
-from hooked_vlm.inputs.geometry import ImageGrid, TileGrid
+from hooked_vlm.inputs.geometry import ImageLayout
 from hooked_vlm.toys.pages import Sample
 from tools.toy_training.families import family_of
 from tools.toy_training.family import HFModel, ToyFamily
@@ -28,7 +28,7 @@ class Batch:
     labels: Int[Tensor, "batch pos"]  # the token at the position, or -100 outside answers
     position_ids: Int[Tensor, "*axes 1 pos"]  # equal for all rows: the image comes first everywhere
     pixel_values: Float[Tensor, "..."] | None  # of all images, as the family's vision tower takes them
-    grid: ImageGrid | TileGrid | None
+    grid: ImageLayout | None
 
     def to(self, device: torch.device) -> "Batch":
         return replace(

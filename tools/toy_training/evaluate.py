@@ -12,7 +12,6 @@ import numpy as np
 import torch
 import tyro
 
-from hooked_vlm.inputs.geometry import TileGrid
 from hooked_vlm.toys import pages as data
 from hooked_vlm.toys.pages import Sample
 from tools.toy_training.batches import answer_logits, collate
@@ -121,7 +120,7 @@ def evaluate(config: EvaluationConfig) -> dict:
     model = family.load(config.model).to(config.device).eval()
     family.prepare_training(model)
     sets = held_out(config.seed, config.samples)
-    if isinstance(family.grid(*WIDE_PAGE[::-1]), TileGrid):
+    if family.grid(*WIDE_PAGE[::-1]).thumbnail:
         sets["wide"] = wide_pages(config.seed, config.samples)
     exact = {name: float(exact_match(model, samples).mean()) for name, samples in sets.items()}
     exact["page"] = float(np.mean([v for name, v in exact.items() if name.startswith("page")]))

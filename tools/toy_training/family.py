@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from hooked_vlm.inputs.geometry import ImageGrid, TileGrid
+from hooked_vlm.inputs.geometry import ImageLayout
 from hooked_vlm.runtime.files import atomic_write
 from tools.toy_training.tokenizer import build_tokenizer, save_tokenizer
 
@@ -61,7 +61,7 @@ class ToyFamily(ABC):
         """Freshly initialised from torch's current seed; ``overrides`` are settings of the decoder."""
 
     @abstractmethod
-    def grid(self, height: int, width: int) -> ImageGrid | TileGrid:
+    def grid(self, height: int, width: int) -> ImageLayout:
         """The image tokens of an image of so many pixels."""
 
     @abstractmethod
@@ -69,12 +69,12 @@ class ToyFamily(ABC):
         """What the family's image processor makes of images of one size."""
 
     @abstractmethod
-    def positions(self, length: int, grid: ImageGrid | TileGrid | None) -> Int[Tensor, "*axes 1 pos"]:
+    def positions(self, length: int, grid: ImageLayout | None) -> Int[Tensor, "*axes 1 pos"]:
         """Positions of a conversation whose first turn has an image of ``grid``, or none."""
 
     @abstractmethod
     def image_features(
-        self, model: HFModel, pixel_values: Float[Tensor, "..."], grid: ImageGrid | TileGrid
+        self, model: HFModel, pixel_values: Float[Tensor, "..."], grid: ImageLayout
     ) -> Float[Tensor, "image token d_model"]:
         """What takes the place of the image tokens, for images of one grid."""
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import InternVLConfig, InternVLForConditionalGeneration
 
 from hooked_vlm import HookedVLM
-from hooked_vlm.inputs.geometry import ImageGrid, TileGrid
+from hooked_vlm.inputs.geometry import ImageLayout
 from hooked_vlm.inputs.tiles import IMAGENET_MEAN, IMAGENET_STD, TileProcessor
 from tools.toy_training.family import HFModel, ToyFamily, normal_vision_weights, write_checkpoint
 from tools.toy_training.tokenizer import END_OF_TEXT, IM_END, IM_START, build_tokenizer
@@ -158,19 +158,18 @@ class InternVL2(ToyFamily):
             tower.embeddings.position_embeddings[0, 1:] = circular_positions(side, VISION_CONFIG["hidden_size"])
         return model
 
-    def grid(self, height: int, width: int) -> TileGrid:
-        return PROCESSOR.grid((width, height))
+    def grid(self, height: int, width: int) -> ImageLayout:
+        return PROCESSOR.layout((width, height))
 
     def pixel_values(self, images: UInt8[Tensor, "image height width 3"]) -> Float[Tensor, "tile 3 side side"]:
         return PROCESSOR([Image.fromarray(image) for image in images.cpu().numpy()])[0].to(images.device)
 
-    def positions(self, length: int, grid: ImageGrid | TileGrid | None) -> Int[Tensor, "1 pos"]:
+    def positions(self, length: int, grid: ImageLayout | None) -> Int[Tensor, "1 pos"]:
         return torch.arange(length)[None]
 
     def image_features(
-        self, model: HFModel, pixel_values: Float[Tensor, "tile 3 side side"], grid: ImageGrid | TileGrid
+        self, model: HFModel, pixel_values: Float[Tensor, "tile 3 side side"], grid: ImageLayout
     ) -> Float[Tensor, "image token d_model"]:
-        assert isinstance(grid, TileGrid)
         features = model.model.get_image_features(pixel_values=pixel_values).pooler_output
         return features.unflatten(0, (-1, grid.n_tiles)).flatten(1, 2)
 

@@ -10,7 +10,8 @@ from torch.nn import functional as F
 from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
 from transformers.models.qwen2_vl.modeling_qwen2_vl import apply_rotary_pos_emb_vision
 
-from hooked_vlm.inputs.geometry import ImageGrid, TileGrid
+from hooked_vlm.inputs.geometry import ImageLayout
+from hooked_vlm.inputs.layouts import whole_layout
 from tools.toy_training.family import HFModel, ToyFamily, normal_vision_weights, write_checkpoint
 from tools.toy_training.tokenizer import END_OF_TEXT, IM_END, IM_START, build_tokenizer
 
@@ -147,13 +148,13 @@ class Qwen2VL(ToyFamily):
         normal_vision_weights(model.model.visual, model.config.vision_config.depth, ("attn.proj.weight", "fc2.weight"))
         return model
 
-    def grid(self, height: int, width: int) -> ImageGrid:
-        return ImageGrid((width, height), (1, height // PATCH_SIZE, width // PATCH_SIZE), PATCH_SIZE, MERGE_SIZE)
+    def grid(self, height: int, width: int) -> ImageLayout:
+        return whole_layout((width, height), (1, height // PATCH_SIZE, width // PATCH_SIZE), PATCH_SIZE, MERGE_SIZE)
 
     def pixel_values(self, images: UInt8[Tensor, "image height width 3"]) -> Float[Tensor, "patch voxel"]:
         return patches_of(images)
 
-    def positions(self, length: int, grid: ImageGrid | TileGrid | None) -> Int[Tensor, "3 1 pos"]:
+    def positions(self, length: int, grid: ImageLayout | None) -> Int[Tensor, "3 1 pos"]:
         """M-RoPE: an image's tokens have its rows and columns; the text after it goes on from the larger side."""
         positions = torch.arange(length).expand(3, -1).clone()
         if grid is not None:
@@ -166,11 +167,11 @@ class Qwen2VL(ToyFamily):
         return positions[:, None]
 
     def image_features(
-        self, model: HFModel, pixel_values: Float[Tensor, "patch voxel"], grid: ImageGrid | TileGrid
+        self, model: HFModel, pixel_values: Float[Tensor, "patch voxel"], grid: ImageLayout
     ) -> Float[Tensor, "image token d_model"]:
-        assert isinstance(grid, ImageGrid)
-        n = len(pixel_values) // (grid.grid_thw[1] * grid.grid_thw[2])
-        grids = torch.tensor([grid.grid_thw], device=pixel_values.device).expand(n, -1)
+        patches = grid.patches
+        n = len(pixel_values) // patches.n_tokens
+        grids = torch.tensor([[1, patches.rows, patches.cols]], device=pixel_values.device).expand(n, -1)
         return model.model.visual(pixel_values, grid_thw=grids).pooler_output.unflatten(0, (n, -1))
 
     def prepare_training(self, model: HFModel) -> None:

@@ -86,7 +86,7 @@ def test_object_tokens_cover_the_object(toy: str) -> None:
     probe = probe_of(toy)
     covered, mask = coverage(probe), probe.case.item.object_mask
     assert covered is not None and mask is not None and 0.02 < mask.mean() < 0.6
-    boxes = [probe.case.inputs.box_of_token(position) for position in probe.image]
+    boxes = probe.case.inputs.image_grid(0).boxes
     areas = np.array([(x1 - x0) * (y1 - y0) for x0, y0, x1, y1 in boxes])
     exact = toy == "toy-qwen2-vl"  # there every token is 16 x 16 whole pixels
     assert (covered * areas).sum() / areas.sum() == pytest.approx(mask.mean(), abs=1e-9 if exact else 0.03)

@@ -17,6 +17,8 @@ from hooked_vlm.experiments.ocr_heads.data import haystack
 from hooked_vlm.experiments.ocr_heads.examples import Evidence, Example
 from hooked_vlm.experiments.ocr_heads.reading import Copy
 from hooked_vlm.experiments.ocr_heads.scoring import find_copies, find_retrievals
+from hooked_vlm.inputs.geometry import ImageLayout
+from hooked_vlm.inputs.layouts import whole_layout
 from hooked_vlm.inputs.text import TextCodec
 from hooked_vlm.inputs.token_layout import Visual
 
@@ -54,11 +56,9 @@ def model() -> HookedVLM:
     return own
 
 
-class Grid:
-    """One image token for each character."""
-
-    def tokens_in_box(self, box: Any, *args: Any, **settings: Any) -> list[int]:
-        return [int(box[0])]
+def in_a_row(n: int) -> ImageLayout:
+    """A picture of one row, one pixel and one token for each character."""
+    return whole_layout((n, 1), (1, 1, n), patch_size=1, merge_size=1)
 
 
 def batch(tokens: list[int]) -> VLMInputs:
@@ -66,16 +66,17 @@ def batch(tokens: list[int]) -> VLMInputs:
 
 
 @pytest.fixture
-def copies_of(model: HookedVLM, monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[Copy]]:
+def copies_of(model: HookedVLM) -> Callable[..., list[Copy]]:
     """Copies of an answer whose characters have a box each, in image tokens 0, 1, ..."""
-    monkeypatch.setattr(VLMInputs, "image_grid", lambda self, i: Grid())
 
     def find(answer: str, reply: str, protocol: Protocol) -> list[Copy]:
         evidence = tuple(
             Evidence(i, i + 1, 0, (i, 0, i + 1, 1)) for i, character in enumerate(answer) if character != " "
         )
         inputs = batch([5] * 100 + ids(reply))
-        object.__setattr__(inputs, "visuals", (Visual("image", 0, 0, 0, len(answer), (1, 2, 2)),))
+        object.__setattr__(
+            inputs, "visuals", (Visual("image", 0, 0, ((0, len(answer)),), (1, 1, len(answer)), in_a_row(len(answer))),)
+        )
         example = Example("What is it made of?", (answer,), evidence=evidence)
         return find_copies(model, inputs, 0, example, ids(reply), protocol=protocol)
 

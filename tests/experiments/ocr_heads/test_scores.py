@@ -107,7 +107,7 @@ def literal_ocr(model: HookedVLM, examples: list[Example], protocol: Protocol, m
             x0, y0, x1, y1 = box
             evidence = set()
             for token in range(grid.n_tokens):
-                a0, b0, a1, b1 = grid.box_of(token)
+                a0, b0, a1, b1 = grid.boxes[token]
                 if protocol.truncate_boxes:
                     x0, y0, x1, y1 = (int(v) for v in box)
                 inside = max(0, min(x1, a1) - max(x0, a0)) * max(0, min(y1, b1) - max(y0, b0))
@@ -196,7 +196,7 @@ def test_a_planted_head_scores_one_and_all_others_nothing(
     example = toy_pages(4, 1)[0]
     inputs = to_inputs(qwen, [example], None)
     n, first, grid = inputs.shape[1], int(inputs.image_tokens(0)[0]), inputs.image_grid(0)
-    boxes = [grid.box_of(token) for token in (3, 9, 14, 20)]
+    boxes = [tuple(box) for box in grid.boxes[[3, 9, 14, 20]].tolist()]
     example = replace(example, evidence=tuple(Evidence(i, i + 1, 0, box) for i, box in enumerate(boxes)))
     evidence = [first + token for token in (3, 9, 14, 20)]
     while_producing = {n - 1 + i: token for i, token in enumerate(evidence)}

@@ -1,0 +1,22 @@
+"""Image processors by the name that a configuration gives (`VisionConfig.processor`)."""
+
+from hooked_vlm.config import VLMConfig
+from hooked_vlm.inputs.image_processor import ImageProcessor
+from hooked_vlm.inputs.image_settings import Settings
+from hooked_vlm.inputs.picture_processor import PictureProcessor
+from hooked_vlm.inputs.tiles import TileProcessor
+
+PROCESSORS: dict[str, type[PictureProcessor]] = {"resized": ImageProcessor, "tiles": TileProcessor}
+
+
+def processor_of(
+    cfg: VLMConfig, images: Settings | None = None, videos: Settings | None = None
+) -> PictureProcessor | None:
+    """The checkpoint's image processor, with the vision tower's sizes where the settings are silent.
+
+    Raises:
+        CheckpointError: settings that are not supported, or that contradict config.json.
+    """
+    if cfg.vision is None:
+        return None
+    return PROCESSORS[cfg.vision.processor].from_checkpoint(cfg, images or Settings(), videos or Settings())

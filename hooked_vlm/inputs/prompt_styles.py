@@ -1,0 +1,51 @@
+"""How prompts are written around text and pictures, family by family: values, looked up by name."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True)
+class PromptStyle:
+    """The marks of a chat, of its pictures and of the end of an answer.
+
+    A turn is found by the special tokens that open and close it; in a style without such tokens, by its headers.
+    """
+
+    user_header: str
+    """Opens a user's turn."""
+    assistant_header: str
+    """Opens an answer."""
+    turn_starts: tuple[str, ...] = ()
+    """Special tokens that open a turn; none: turns are found by their headers."""
+    turn_end: str | None = None
+    """The special token that closes a turn."""
+    adds_marks: bool = False
+    """Whether the tokens that open and close a picture are put around placeholders that lack them."""
+    image_slot: str | None = None
+    """What stands for an image in a text given by a user; None: its placeholder."""
+    tokens: Mapping[str, str] = field(default_factory=dict)
+    """Fields of the configuration, and the special tokens that only the tokenizer knows the ids of."""
+    stop: str | None = None
+    """The special token that ends an answer, where neither config.json nor generation_config.json says it."""
+
+
+CHATML = PromptStyle(
+    user_header="<|im_start|>user\n",
+    assistant_header="<|im_start|>assistant\n",
+    turn_starts=("<|im_start|>",),
+    turn_end="<|im_end|>",
+)
+INTERNVL = PromptStyle(
+    user_header="<|im_start|>user\n",
+    assistant_header="<|im_start|>assistant\n",
+    turn_starts=("<|im_start|>",),
+    turn_end="<|im_end|>",
+    adds_marks=True,
+    tokens={
+        "image_token_id": "<IMG_CONTEXT>",
+        "vision_start_token_id": "<img>",
+        "vision_end_token_id": "</img>",
+    },
+)
+STYLES: dict[str, PromptStyle] = {"chatml": CHATML, "internvl": INTERNVL}
+"""Styles by the name that a configuration gives (`VLMConfig.prompt_style`)."""
