@@ -41,7 +41,7 @@ def ways(device: str, dtype: torch.dtype) -> dict[str, Callable[[], object]]:
             inputs = model.inputs_from_hf(batch_of(grids, device))
             found[f"{name}: {title}"] = partial(_several, partial(model, inputs), TIMES[name])
         past = model.new_kv_cache(1, 512)
-        model(inputs[0], past_kv_cache=past)
+        model(model.inputs_from_hf(batch_of([(8, 8)], device)), past_kv_cache=past)
         token = torch.tensor([5], device=device)
         found[f"{name}: a step"] = partial(_several, partial(_step, model, token, past, past.length), 5 * TIMES[name])
     return found

@@ -244,7 +244,7 @@ def _of_kinds(cfg: VLMConfig, mask: AttentionMask) -> tuple[AttentionMask, ...]:
 def block_spans(cfg: VLMConfig, inputs: VLMInputs) -> list[tuple[int, int, int]]:
     """(row, first position, one past the last) of the tokens that see each other both ways."""
     if cfg.bidirectional == "image":
-        return [(visual.row, visual.start, visual.stop) for visual in inputs.visuals]
+        return [(visual.row, *run) for visual in inputs.visuals for run in visual.runs]
     if cfg.bidirectional == "prompt":
         prompts = zip(_rows(inputs), inputs.n_generated, strict=True)
         return [(row, first, stop - n) for (row, first, stop), n in prompts if stop - n > first]

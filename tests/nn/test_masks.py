@@ -45,7 +45,7 @@ def literal(mask: AttentionMask, row: int, query: int, key: int) -> bool:
     """Whether a query may see a key."""
     if mask.key_valid is not None and not mask.key_valid[row, key]:
         return False
-    together = mask.blocks is not None and mask.blocks[row, key] == mask.blocks[row, query] >= 0
+    together = mask.blocks is not None and bool(mask.blocks[row, key] == mask.blocks[row, query] >= 0)
     near = mask.window is None or key > query - mask.window
     if mask.causal and not mask.window_cuts_blocks:
         return (key <= query and near) or together
@@ -103,7 +103,7 @@ def test_the_fused_kernel_sees_what_the_explicit_one_sees(
     n_rows = 2 if mask.key_valid is None else len(mask.key_valid)
     q, k, v = (torch.randn(n_rows, n, heads, 8) for n, heads in ((n_queries, 4), (n_keys, 2), (n_keys, 2)))
     listening = HookPoint()
-    listening.add_hook(lambda x, hook: None)
+    listening.add_hook(lambda tensor, hook: None)
     explicit = attend(q, k, v, mask, HookPoint(), listening)
     torch.testing.assert_close(attend(q, k, v, mask, HookPoint(), HookPoint()), explicit, atol=1e-5, rtol=1e-5)
 

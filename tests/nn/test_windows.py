@@ -57,7 +57,7 @@ def test_attention_in_windows_is_that_of_the_mask_written_out(numbers: list[int]
     grouped = grouped_attention(q, k, v, Windows(dense_numbers, CPU).groups, causal=False, packed=False)
     blocks = torch.from_numpy(dense_numbers)[None]
     listening = HookPoint()
-    listening.add_hook(lambda x, hook: None)
+    listening.add_hook(lambda tensor, hook: None)
     mask = AttentionMask(False, blocks >= 0, blocks=blocks)
     torch.testing.assert_close(grouped, attend(q, k, v, mask, HookPoint(), listening), atol=1e-5, rtol=1e-5)
 
