@@ -22,6 +22,13 @@ def deep_model(device: str, dtype: torch.dtype) -> Any:
     return _random(config, device, dtype)
 
 
+def few_wide_layers(device: str, dtype: torch.dtype) -> Any:
+    """2 layers in the shape of a language model of 1 billion weights, d_model 2048."""
+    text = {"hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 2, "num_attention_heads": 16}
+    config = _config(text, {"depth": 2, "embed_dim": 320, "num_heads": 4}, mrope_section=[16, 24, 24])
+    return _random(config, device, dtype)
+
+
 def shape_of_2b(device: str, dtype: torch.dtype) -> Any:
     """Random weights in the shape of Qwen2-VL-2B."""
     text = {

@@ -34,6 +34,16 @@ class RopeScaling:
 
 
 @dataclass(frozen=True)
+class LayerKind:
+    """Layers of the language model that share a window and rotary positions."""
+
+    window: int | None
+    """As `VLMConfig.sliding_window`."""
+    rope_theta: float
+    rope_scaling: RopeScaling | None = None
+
+
+@dataclass(frozen=True)
 class VisionConfig:
     """The vision tower and its projector (sizes in elements, image sizes in pixels)."""
 
@@ -116,6 +126,14 @@ class VisionConfig:
             layers = getattr(self, name)
             if not all(0 <= layer < self.n_layers_run for layer in layers):
                 raise InputError(f"{name} must be blocks that run, 0 to {self.n_layers_run - 1}, got {layers}")
+        _check_windows(self)
+
+    @property
+    def layer_kind_of(self) -> tuple[int, ...]:
+        """Kind of each block: 0 sees whole images, 1 windows; empty where none has windows."""
+        if self.window is None:
+            return ()
+        return tuple(int(layer not in self.full_layers) for layer in range(self.n_layers))
 
     @property
     def n_layers_run(self) -> int:
@@ -170,6 +188,22 @@ def _check_projector(cfg: VisionConfig) -> None:
             raise InputError(f'{name} must be 1 in a projector without "{step}" and at least 1 in others, got {size}')
     if cfg.d_projector is not None and len(maps) == 1:
         raise InputError(f"d_projector is the width between two linear maps, got {cfg.d_projector} for {steps}")
+
+
+def _check_windows(cfg: VisionConfig) -> None:
+    """Refuse windows that cut tokens, or stand where pictures have one size.
+
+    Raises:
+        InputError: names the field.
+    """
+    if cfg.window is None:
+        if cfg.full_layers:
+            raise InputError(f"full_layers {cfg.full_layers} are for a tower with windows, but window is None")
+        return
+    if cfg.patch_order == "raster":
+        raise InputError('windows need patch_order="blocks", got "raster": window must be None')
+    if cfg.window < 1 or cfg.window % cfg.merge_size:
+        raise InputError(f"window must be a multiple of merge_size ({cfg.merge_size}), got {cfg.window} patches")
 
 
 def _check_patches(cfg: VisionConfig) -> None:
@@ -251,7 +285,7 @@ class VLMConfig:
     """Name of the conversation template of checkpoints that do not carry one (`hooked_vlm.inputs.templates`)."""
     system_message: str | None = None
     """In place of that template's own."""
-    prompt_style: str = field(default="chatml", repr=False)
+    prompt_style: str = "chatml"
     """Name of the marks around turns and pictures (`hooked_vlm.inputs.prompt_styles`)."""
     pad_token_id: int | None = None
 
@@ -269,6 +303,14 @@ class VLMConfig:
     use_split_qkv_input: bool = False
     use_hook_mlp_in: bool = False
     use_attn_in: bool = field(default=False, repr=False)  # not part of `fingerprints.weights_hash`
+    layer_kinds: tuple[LayerKind, ...] = ()
+    """Kinds of layers; empty where all are alike (one kind, of `sliding_window`, `rope_theta` and `rope_scaling`)."""
+    layer_kind_of: tuple[int, ...] = ()
+    """The kind of each layer, as an index into `layer_kinds`."""
+    bidirectional: Literal["image", "prompt"] | None = None
+    """Tokens that see each other both ways: those of one picture, or the whole prompt (all that is not generated)."""
+    window_cuts_blocks: bool = True
+    """Whether a window hides earlier tokens of a picture or prompt whose tokens see each other both ways."""
 
     def __post_init__(self) -> None:
         if self.n_heads % self.n_key_value_heads:
@@ -282,6 +324,36 @@ class VLMConfig:
                 f"mrope_section {self.mrope_section} must sum to d_head/2 = {self.d_head // 2}, "
                 f"but sums to {sum(self.mrope_section)}"
             )
+        if self.bidirectional not in ("image", "prompt", None):
+            raise ValueError(f'bidirectional must be "image", "prompt" or None, got {self.bidirectional!r}')
+        self._check_kinds()
+
+    def _check_kinds(self) -> None:
+        n_kinds = len(self.layer_kinds)
+        if not n_kinds and not self.layer_kind_of:
+            return
+        if len(self.layer_kind_of) != self.n_layers:
+            raise ValueError(
+                f"layer_kind_of must name the kind of each of {self.n_layers} layers, got {len(self.layer_kind_of)}"
+            )
+        if any(not 0 <= kind < n_kinds for kind in self.layer_kind_of):
+            raise ValueError(f"layer_kind_of must be among kinds 0 to {n_kinds - 1}, got {self.layer_kind_of}")
+        if self.sliding_window is not None or self.rope_scaling is not None:
+            raise ValueError(
+                "layer_kinds have a window and a rope_scaling each: leave sliding_window, rope_scaling out"
+            )
+        if self.rope_theta not in [kind.rope_theta for kind in self.layer_kinds]:
+            bases = [kind.rope_theta for kind in self.layer_kinds]
+            raise ValueError(f"rope_theta must be that of one of the layer_kinds, {bases}, got {self.rope_theta}")
+
+    @property
+    def kinds(self) -> tuple[LayerKind, ...]:
+        """Kinds of layers, at least one."""
+        return self.layer_kinds or (LayerKind(self.sliding_window, self.rope_theta, self.rope_scaling),)
+
+    def kind_of(self, layer: int) -> LayerKind:
+        """The window and rotary positions of a layer."""
+        return self.kinds[self.layer_kind_of[layer] if self.layer_kind_of else 0]
 
     @property
     def n_ctx_limit(self) -> int:

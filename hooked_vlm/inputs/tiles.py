@@ -232,7 +232,7 @@ class TileProcessor(PictureProcessor):
         for fewer in range(self.max_tiles - 1, 0, -1):
             yield f"max_tiles={fewer} (now {self.max_tiles})", self.bounded(None, fewer)
 
-    def patch_colours(self, pixels: Float[np.ndarray, "tile 3 side side"]) -> Float[np.ndarray, "patch 3 side side"]:
+    def patch_colours(self, pixels: Float[np.ndarray, "tile 3 high wide"]) -> Float[np.ndarray, "patch 3 side side"]:
         """The patches of all tiles."""
         return cut_pictures(pixels, self.patch_size)
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 import torch
@@ -13,7 +14,7 @@ from hooked_vlm.inputs.vlm_inputs import VLMInputs
 from hooked_vlm.interventions.base import Positions, first_position, image_tokens, position_table, positions_mask
 from hooked_vlm.interventions.heads import Edit, HeadIntervention, HeadSelection
 from hooked_vlm.nn.attention import AttentionCall
-from hooked_vlm.nn.forward_pass import inputs_rotation
+from hooked_vlm.nn.forward_pass import inputs_rotations
 from hooked_vlm.nn.hooks import HookPoint
 from hooked_vlm.nn.rotary import Rotation
 
@@ -57,7 +58,7 @@ class ReplaceImageKV(HeadIntervention):
     varies: ClassVar[frozenset[str]] = frozenset({"heads", "queries", "tokens"})
 
     def first_position(self, model: "HookedVLM", inputs: VLMInputs) -> int:
-        return first_position(_behind_images(self.queries, inputs))
+        return first_position(_behind_images(self.queries, inputs, model.cfg.bidirectional == "prompt"))
 
     def edits(self, model: "HookedVLM", inputs: VLMInputs, layer: int) -> list[tuple[str, Edit]]:
         if not inputs.has_visuals:
@@ -66,12 +67,16 @@ class ReplaceImageKV(HeadIntervention):
             raise InputError(f'baseline must be "mean", "zero", "knockout" or ImageMeans, got {self.baseline!r}')
         if isinstance(self.baseline, ImageMeans):
             self._check_means(self.baseline, model)
-        rotate = inputs_rotation(model.cfg, inputs, model.cfg.dtype) if self.before_rope else None
+        rotate = None
+        if self.before_rope:
+            kind = model.cfg.layer_kind_of[layer] if model.cfg.layer_kind_of else 0
+            rotate = inputs_rotations(model.cfg, inputs, model.cfg.dtype)[kind]
+        behind_images = partial(_behind_images, both_ways=model.cfg.bidirectional == "prompt")
 
         def edit(z: Tensor, hook: HookPoint, chosen: HeadSelection) -> Tensor:
             call: AttentionCall = hook.ctx["attention"]
             n = z.shape[1]
-            behind = _for_runs(_behind_images, "queries", chosen, inputs)
+            behind = _for_runs(behind_images, "queries", chosen, inputs)
             here = positions_mask(behind, call.k.shape[1] - n, n, len(z))
             rows = here.any(0).nonzero()[:, 0].to(z.device)
             if not len(rows):
@@ -154,12 +159,14 @@ def _for_runs(
     return tables[wanted[0]] if len(tables) == 1 else torch.cat([tables[where] for where in wanted])
 
 
-def _behind_images(where: Positions, inputs: VLMInputs) -> Bool[Tensor, "batch width_and_one"]:
-    """Text positions that see an image, or some of them, as a `position_table`."""
+def _behind_images(where: Positions, inputs: VLMInputs, both_ways: bool) -> Bool[Tensor, "batch width_and_one"]:
+    """Text positions that see an image, or some of them, as a `position_table`; all of a row with an image where the
+    tokens of a prompt see each other `both_ways`."""
     behind = position_table("text", inputs)
     for row in range(len(inputs)):
         own = [visual.start for visual in inputs.visuals if visual.row == row]
-        behind[row, : min(own) if own else behind.shape[1]] = False
+        first = 0 if both_ways else min(own, default=0)
+        behind[row, : first if own else behind.shape[1]] = False
     if where is None:
         return behind
     table = behind & position_table(where, inputs)

@@ -100,7 +100,8 @@ class RedistributeSink(EditedPattern):
         return super().edits(model, inputs, layer)
 
     def pattern(self, call: AttentionCall, queries: Tensor, heads: Sequence[int]) -> Tensor:
-        return replace(call, mask=replace(call.mask, causal=call.mask.causal and self.causal)).pattern(queries, heads)
+        mask = call.mask if self.causal else replace(call.mask, causal=False, blocks=None)
+        return replace(call, mask=mask).pattern(queries, heads)
 
     def edit_pattern(self, pattern: Tensor, call: AttentionCall, queries: Tensor, inputs: VLMInputs) -> Tensor:
         sinks = torch.tensor(inputs.first, device=pattern.device) + self.sink

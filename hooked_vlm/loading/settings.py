@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from hooked_vlm.config import RopeScaling, VisionConfig, VLMConfig
+from hooked_vlm.config import LayerKind, RopeScaling, VisionConfig, VLMConfig
 from hooked_vlm.converters import DTYPES
 from hooked_vlm.converters.fields import Fields
 from hooked_vlm.errors import CheckpointError, InputError
@@ -40,10 +40,12 @@ def as_device(wanted: torch.device | str | None) -> torch.device:
 def model_config(converter: Any, hf_config: Mapping[str, Any], generation: Mapping[str, Any]) -> VLMConfig:
     fields = converter.config_kwargs(hf_config)
     vision, scaling = fields.pop("vision"), fields.pop("rope_scaling", None)
+    kinds = fields.pop("layer_kinds", ())
     cfg = VLMConfig(
         **fields,
         vision=None if vision is None else VisionConfig(**vision),
-        rope_scaling=None if scaling is None else RopeScaling(**scaling),
+        rope_scaling=_scaling(scaling),
+        layer_kinds=tuple(LayerKind(**{**kind, "rope_scaling": _scaling(kind.get("rope_scaling"))}) for kind in kinds),
     )
     stated = Fields(generation, where="generation_config.json")
     pad = stated.token_id("pad_token_id")
@@ -51,6 +53,10 @@ def model_config(converter: Any, hf_config: Mapping[str, Any], generation: Mappi
         eos_token_ids=stated.token_ids("eos_token_id", cfg.eos_token_ids),
         pad_token_id=pad if cfg.pad_token_id is None else cfg.pad_token_id,
     )
+
+
+def _scaling(fields: Mapping[str, Any] | None) -> RopeScaling | None:
+    return None if fields is None else RopeScaling(**fields)
 
 
 def with_tokens(cfg: VLMConfig, tokenizer: Any) -> VLMConfig:

@@ -155,7 +155,7 @@ class VLMCache(DerivingCache):
         cache.cache_dict[name.removeprefix("vision.")] = tensor
         self.inputs = inputs
         for side in (self, self.vision):
-            side.derivation = replace(side.derivation, mask=None, why_not="later passes have written into this cache")
+            side.derivation = replace(side.derivation, masks=(), why_not="later passes have written into this cache")
 
     def _known(self) -> Iterable[str]:
         return self._stored()
@@ -164,7 +164,7 @@ class VLMCache(DerivingCache):
         """Where the tokens of each row lie, and the number of positions; None where that is not known."""
         if self.inputs is not None:
             return spans_of(self.inputs), self.inputs.shape[1]
-        valid = None if self.derivation.mask is None else self.derivation.mask.key_valid
+        valid = self.derivation.masks[0].key_valid if self.derivation.masks else None
         if valid is None:
             return None
         return tuple(zip(*real_span(valid), strict=True)), valid.shape[1]
@@ -178,7 +178,7 @@ class VLMCache(DerivingCache):
         """The text side cut to some rows, `cache.vision` whole. Patterns must be read before, or stored."""
         sliced = super().apply_slice_to_batch_dim(batch_slice)
         why_not = "the cache was cut to some rows"
-        text = replace(self.derivation, mask=None, why_not=why_not)
+        text = replace(self.derivation, masks=(), why_not=why_not)
         out = VLMCache(sliced.cache_dict, self._model, sliced.has_batch_dim, text, self.vision.derivation)
         out.vision = self.vision
         return out

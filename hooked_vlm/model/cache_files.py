@@ -18,7 +18,7 @@ from hooked_vlm.runtime.files import atomic_write, why
 FILE = "cache.safetensors"
 _MASK = "{side}.mask.{field}"
 """Names of a mask's tensors in the file; no hook point is called so."""
-_TENSORS = ("key_valid", "uncached_left_padding")
+_TENSORS = ("key_valid", "uncached_left_padding", "blocks")
 
 
 def save(
@@ -37,13 +37,13 @@ def save(
         stored[same[name]] = x
     header: dict[str, Any] = {**facts, "same": same}
     for side, derivation in (("text", text), ("vision", vision)):
-        mask = derivation.mask
-        rule = None if mask is None else {"causal": mask.causal, "window": mask.window}
-        plain = asdict(replace(derivation, mask=None))
-        header[side] = {**plain, "exchanged": sorted(derivation.exchanged), "mask": rule}
-        for field in _TENSORS if mask is not None else ():
-            if (x := getattr(mask, field)) is not None:
-                stored[_MASK.format(side=side, field=field)] = x.contiguous()
+        plain = asdict(replace(derivation, masks=()))
+        rules = [_rule(mask) for mask in derivation.masks]
+        header[side] = {**plain, "exchanged": sorted(derivation.exchanged), "masks": rules}
+        for mask in derivation.masks:  # kinds of layers share tensors, or have none
+            for field in _TENSORS:
+                if (x := getattr(mask, field)) is not None:
+                    stored[_MASK.format(side=side, field=field)] = x.contiguous()
     atomic_write(folder / FILE, lambda aside: save_file(stored, aside, {"cache": json.dumps(header)}))
 
 
@@ -68,9 +68,20 @@ def load(folder: Path, device: torch.device | str) -> tuple[dict[str, Tensor], D
     return activations, text, vision, facts
 
 
+def _rule(mask: AttentionMask) -> dict[str, Any]:
+    rule = {name: getattr(mask, name) for name in ("causal", "window", "window_cuts_blocks")}
+    return {**rule, "tensors": [field for field in _TENSORS if getattr(mask, field) is not None]}
+
+
 def _derivation(side: str, facts: dict[str, Any], stored: dict[str, Tensor]) -> Derivation:
-    rule = facts["mask"]
-    if rule is not None:
-        tensors = {field: stored.get(_MASK.format(side=side, field=field)) for field in _TENSORS}
-        rule = AttentionMask(causal=rule["causal"], window=rule["window"], **tensors)
-    return Derivation(**{**facts, "exchanged": frozenset(facts["exchanged"]), "mask": rule})
+    facts = dict(facts)
+    if "mask" in facts:  # files of version 0.1 have one for all layers
+        rule = facts.pop("mask")
+        present = [field for field in _TENSORS if _MASK.format(side=side, field=field) in stored]
+        facts["masks"] = [] if rule is None else [{**rule, "tensors": present}]
+    masks = []
+    for rule in facts["masks"]:
+        tensors: dict[str, Any] = {field: stored[_MASK.format(side=side, field=field)] for field in rule.pop("tensors")}
+        masks.append(AttentionMask(**rule, **tensors))
+    kinds = tuple(facts.get("kind_of", ()))
+    return Derivation(**{**facts, "exchanged": frozenset(facts["exchanged"]), "masks": tuple(masks), "kind_of": kinds})

@@ -24,7 +24,8 @@ class Derivation:
     """What it takes to derive a tower's scores and patterns from cached queries and keys."""
 
     n_layers: int
-    mask: AttentionMask | None
+    masks: tuple[AttentionMask, ...] = ()
+    """One for each kind of layers; none where it is not known."""
     why_not: str = ""
     """Why patterns cannot be derived; empty if they can."""
     rotary: bool = True
@@ -33,6 +34,12 @@ class Derivation:
     """Whether queries and keys have norms of their own."""
     exchanged: frozenset[str] = frozenset()
     """Attention modules in which another module stands in the place of scores or pattern: nothing is derived."""
+    kind_of: tuple[int, ...] = ()
+    """The kind of each layer; empty where all are alike."""
+
+    def mask_of(self, layer: int) -> AttentionMask | None:
+        """Who sees whom in a layer."""
+        return self.masks[self.kind_of[layer] if self.kind_of else 0] if self.masks else None
 
 
 class DerivingCache(ActivationCache):
@@ -111,7 +118,7 @@ class DerivingCache(ActivationCache):
         prefix = name.rsplit(".", 1)[0]
         compared = "rot_{}" if self.derivation.rotary else "{}_normed" if self.derivation.normed else "{}"
         needed = [f"{prefix}.hook_{compared.format(side)}" for side in "qk"]
-        why_not, mask = self.derivation.why_not, self.derivation.mask
+        why_not, mask = self.derivation.why_not, self.derivation.mask_of(int(prefix.split(".")[1]))
         if any(n not in self.cache_dict for n in needed) or mask is None:
             why_not = why_not or f"{needed[0]} and {needed[1]} are not in this cache"
         if f"{self._within}{prefix}" in self.derivation.exchanged:
@@ -141,8 +148,8 @@ class DerivingCache(ActivationCache):
             self.cache_dict = kept
             return self
         super().to(target)
-        if self.derivation.mask is not None:
-            self.derivation = replace(self.derivation, mask=self.derivation.mask.to(torch.device(target)))
+        masks = tuple(mask.to(torch.device(target)) for mask in self.derivation.masks)
+        self.derivation = replace(self.derivation, masks=masks)
         return self
 
 

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from hooked_vlm.errors import InputError
 from hooked_vlm.inputs.vlm_inputs import VLMInputs
+from hooked_vlm.nn.forward_pass import block_spans
 
 if TYPE_CHECKING:
     from hooked_vlm.model.vlm import HookedVLM
@@ -31,7 +32,8 @@ def loss_fn(
         per_token: [batch, pos - 1], zero where nothing is predicted, in place of the mean.
 
     Raises:
-        InputError: logits of another number of positions, or a mask beside a `VLMInputs`.
+        InputError: logits of another number of positions, a mask beside a `VLMInputs`, or tokens that see their own
+            target because a prompt's tokens see each other both ways.
     """
     if attention_mask is not None and isinstance(tokens, VLMInputs):
         raise InputError("these inputs have an attention_mask of their own: leave it out")
@@ -46,6 +48,12 @@ def loss_fn(
     counted = (mask[:, 1:] * mask[:, :-1]).bool()
     for placeholder in inputs.spec.placeholder_ids:
         counted &= targets != placeholder
+    for row, start, stop in block_spans(model.cfg, inputs):
+        if bool(counted[row, start : stop - 1].any()):
+            raise InputError(
+                f"tokens {start} to {stop - 1} of row {row} see each other both ways, the targets of this loss among "
+                "them: take the loss of what follows the prompt, model.log_probs(inputs, answer)"
+            )
     predictions = logits[:, :-1][counted]
     predictions = predictions.to(torch.promote_types(predictions.dtype, torch.float32))
     if not per_token:

@@ -15,7 +15,7 @@ from hooked_vlm.model.cache import Derivation, VLMCache
 from hooked_vlm.model.cut import Cut, LastOfRows, PositionSlice, Spans, check_cut, cut_of, cut_of_step, spans_of
 from hooked_vlm.model.hooking import switched_off
 from hooked_vlm.nn.attention import AttentionCall, attention_pattern
-from hooked_vlm.nn.forward_pass import Recorder, inputs_mask
+from hooked_vlm.nn.forward_pass import Recorder, inputs_masks
 from hooked_vlm.nn.hooks import (
     QUADRATIC,
     HookName,
@@ -197,14 +197,15 @@ def _cache(
         why_not = "the run continued a key-value cache, whose keys are not in this cache"
     elif recording.pos_slice is not None:
         why_not = "pos_slice cut the keys"
-    mask = inputs_mask(model.cfg, inputs, None)
+    masks, kinds = inputs_masks(model.cfg, inputs, None), model.cfg.layer_kind_of
     has_norms = model.blocks[0].attn.has_qk_norm if len(model.blocks) else False
-    text = Derivation(model.cfg.n_layers, mask, why_not, normed=has_norms, exchanged=exchanged)
-    vision = Derivation(0, None, exchanged=exchanged)
+    text = Derivation(model.cfg.n_layers, masks, why_not, normed=has_norms, exchanged=exchanged, kind_of=kinds)
+    vision = Derivation(0, exchanged=exchanged)
     if tower is not None:
-        mask = image_pass(model, inputs.grids, inputs.device).patches.mask if inputs.has_visuals else None
+        masks = image_pass(model, inputs.grids, inputs.device).patches.masks if inputs.has_visuals else ()
         normed = any(name.startswith("vision.") and name.endswith("hook_q_normed") for name in model.hook_dict)
-        vision = replace(vision, n_layers=tower.n_layers, mask=mask, rotary=tower.rope_theta is not None, normed=normed)
+        rotary, kinds = tower.rope_theta is not None, tower.layer_kind_of
+        vision = replace(vision, n_layers=tower.n_layers, masks=masks, rotary=rotary, normed=normed, kind_of=kinds)
     cut = recording.pos_slice is not None
     return VLMCache(recording.store, model, not recording.remove_batch_dim, text, vision, inputs, cut)
 

@@ -5,7 +5,7 @@ tensors made. The two paths compute the same function (tested in float32 and bfl
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +17,7 @@ from hooked_vlm.nn.components import AllHeadsNorm, Linear, WithViews, bias_by_he
 from hooked_vlm.nn.forward_pass import ForwardPass
 from hooked_vlm.nn.hooks import HookPoint, current_pass, has_context, listens
 from hooked_vlm.nn.masks import AttentionMask
-from hooked_vlm.nn.packing import Packing
+from hooked_vlm.nn.packing import Group
 from hooked_vlm.nn.weight_access import absent_bias, bias_of, is_plain, values_of
 
 
@@ -85,9 +85,11 @@ class Attention(WithViews):
         if self.has_qk_norm:
             q = self.hook_q_normed(self.q_norm(q))  # [batch, pos, head, d_head]
             k = self.hook_k_normed(self.k_norm(k))  # [batch, pos, kv_head, d_head]
-        if here.rotate is not None:
-            q = self.hook_rot_q(here.rotate_queries(q))  # [batch, pos, head, d_head]
-            k = self.hook_rot_k(here.rotate(k))  # [batch, pos, kv_head, d_head]
+        rotate = here.rotate_of(self.layer)
+        if rotate is not None:
+            of_queries = rotate if here.n_out is None else rotate.last(here.n_out)
+            q = self.hook_rot_q(of_queries(q))  # [batch, pos, head, d_head]
+            k = self.hook_rot_k(rotate(k))  # [batch, pos, kv_head, d_head]
         z = self.hook_z(self._attend(q, k, v, here))  # [batch, pos, head, d_head]
         if not here.cfg.use_attn_result:
             return self.o_proj(z.flatten(-2))
@@ -97,26 +99,20 @@ class Attention(WithViews):
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, here: ForwardPass) -> Tensor:
         """softmax(q k^T / sqrt(d_head)) v; `hook_z` has what it was made from in its context."""
-        packing = here.packing
-        if packing is not None and self._may_group(here):
-            z = grouped_attention(q, k, v, packing, here.mask.causal)
+        groups = here.groups_of(self.layer)
+        if groups is not None and not (listens(self.hook_attn_scores) or listens(self.hook_pattern)):
+            z = grouped_attention(q, k, v, groups, here.mask_of(self.layer).causal, packed=here.packing is not None)
             if has_context(self.hook_z):
-                self.hook_z.tell(AttentionCall(packing.pad(q), packing.pad(k), packing.pad(v), here.mask))
+                self.hook_z.tell(AttentionCall(here.pad(q), here.pad(k), here.pad(v), here.mask_of(self.layer)))
             return z
-        q, k, v = here.pad(q), here.pad(k), here.pad(v)
+        q, k, v, mask = here.pad(q), here.pad(k), here.pad(v), here.mask_of(self.layer)
         if here.past is not None:
             k, v = here.past.extend(self.layer, k, v)
-        z = attend(q, k, v, here.mask, self.hook_attn_scores, self.hook_pattern)
+        z = attend(q, k, v, mask, self.hook_attn_scores, self.hook_pattern)
         if has_context(self.hook_z):
             n_shared = 0 if here.past is None else here.past.n_shared
-            self.hook_z.tell(AttentionCall(q, k, v, here.mask, n_shared))
+            self.hook_z.tell(AttentionCall(q, k, v, mask, n_shared))
         return here.pack(z)
-
-    def _may_group(self, here: ForwardPass) -> bool:
-        """Whether packed rows attend in the fused kernel, without earlier keys and without a window."""
-        assert here.packing is not None
-        explicit = listens(self.hook_attn_scores) or listens(self.hook_pattern)
-        return not explicit and here.past is None and not here.mask.limits(here.packing.width)
 
     # ---------------------------------------------------------------- each head's own output
 
@@ -269,7 +265,7 @@ def _by_group(x: Float[Tensor, "batch head query d"], n_groups: int) -> Float[Te
 def fused_attention(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask) -> Tensor:
     """z in PyTorch's fused kernel, which makes no [pos, pos] tensor; padding queries hold unused numbers."""
     n_queries, n_keys = q.shape[1], k.shape[1]
-    if mask.limits(n_keys):
+    if not mask.is_simple(n_queries, n_keys):
         return _sdpa(q, k, v, mask.dense(n_queries, n_keys, q.device), causal=False)
     padding = mask.uncached_left_padding
     if mask.causal and n_queries == n_keys and padding is not None:
@@ -300,10 +296,22 @@ def _take(x: Tensor, order: Int[Tensor, "batch pos"]) -> Tensor:
     return x.gather(1, order[:, :, None, None].expand(-1, -1, *x.shape[2:]))
 
 
-def grouped_attention(q: Tensor, k: Tensor, v: Tensor, packing: Packing, causal: bool) -> Tensor:
-    """z of packed rows, [position, head, d_head], in the fused kernel: rows of similar length at a time."""
-    z = torch.empty_like(q)
-    for group in packing.groups:
+def grouped_attention(
+    q: Float[Tensor, "*dims head d_head"],
+    k: Float[Tensor, "*dims kv_head d_head"],
+    v: Float[Tensor, "*dims kv_head d_head"],
+    groups: Sequence[Group],
+    causal: bool,
+    packed: bool = True,
+) -> Float[Tensor, "*dims head d_head"]:
+    """z in the fused kernel, one group of positions at a time; zero at positions of no group.
+
+    Groups number the positions of packed rows, [position, head, d_head], or those of all rows of a batch.
+    """
+    if not packed:
+        return grouped_attention(q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), groups, causal).view_as(q)
+    z = torch.empty_like(q) if sum(group.n_positions for group in groups) == len(q) else torch.zeros_like(q)
+    for group in groups:
         own = fused_attention(group.take(q), group.take(k), group.take(v), group.mask(causal))
         z = group.put(z, own)
     return z
@@ -377,10 +385,5 @@ class AttentionCall:
 
     def rows(self, first: int, stop: int) -> "AttentionCall":
         """Select rows `first` to `stop` - 1 of the batch."""
-        valid, padding = self.mask.key_valid, self.mask.uncached_left_padding
-        mask = replace(
-            self.mask,
-            key_valid=None if valid is None else valid[first:stop],
-            uncached_left_padding=None if padding is None else padding[first:stop],
-        )
-        return AttentionCall(self.q[first:stop], self.k[first:stop], self.v[first:stop], mask, self.n_shared)
+        q, k, v = (x[first:stop] for x in (self.q, self.k, self.v))
+        return AttentionCall(q, k, v, self.mask.rows(first, stop), self.n_shared)

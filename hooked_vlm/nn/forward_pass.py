@@ -18,8 +18,8 @@ from hooked_vlm.inputs.vlm_inputs import VLMInputs
 from hooked_vlm.nn.hooks import shows_modules
 from hooked_vlm.nn.kv_cache import EarlierKeys, KVCache
 from hooked_vlm.nn.masks import AttentionMask
-from hooked_vlm.nn.packing import Packing
-from hooked_vlm.nn.rotary import Rotation, text_rotation
+from hooked_vlm.nn.packing import Group, Packing, Windows
+from hooked_vlm.nn.rotary import Rotation, Rotations, text_rotation
 
 if TYPE_CHECKING:
     from hooked_vlm.model.vlm import HookedVLM
@@ -57,8 +57,9 @@ class ForwardPass:
     cfg: VLMConfig
     """The model's, for the switches of optional hook points."""
     device: torch.device
-    mask: AttentionMask
-    rotate: Rotation | None = None
+    masks: tuple[AttentionMask, ...]
+    """One for each kind of layers."""
+    rotations: Rotations | None = None
     """None where positions are not rotary."""
     past: EarlierKeys | None = None
     context: Mapping[str, Any] = field(default_factory=dict)
@@ -70,6 +71,10 @@ class ForwardPass:
     recorder: Recorder | None = None
     n_out: int | None = None
     """Number of last positions whose queries are computed; None: all."""
+    kind_of: tuple[int, ...] = ()
+    """The kind of each layer; empty where all are alike."""
+    windows: tuple[Windows | None, ...] = ()
+    """Of each kind of layers, the windows that the blocks of its mask are; empty where no kind has any."""
     _elsewhere: "dict[torch.device, ForwardPass]" = field(init=False, repr=False, default_factory=dict)
 
     def on(self, device: torch.device) -> "ForwardPass":
@@ -80,12 +85,34 @@ class ForwardPass:
             self._elsewhere[device] = replace(
                 self,
                 device=device,
-                mask=self.mask.to(device),
-                rotate=None if self.rotate is None else self.rotate.to(device),
+                masks=tuple(mask.to(device) for mask in self.masks),
+                rotations=None if self.rotations is None else self.rotations.then(lambda rotate: rotate.to(device)),
                 packing=None if self.packing is None else self.packing.to(device),
+                windows=tuple(None if own is None else own.to(device) for own in self.windows),
                 context={name: x.to(device) if isinstance(x, Tensor) else x for name, x in self.context.items()},
             )
         return self._elsewhere[device]
+
+    def _kind(self, layer: int) -> int:
+        return self.kind_of[layer] if self.kind_of else 0
+
+    def mask_of(self, layer: int) -> AttentionMask:
+        """Who sees whom in a layer."""
+        return self.masks[self._kind(layer)]
+
+    def rotate_of(self, layer: int) -> Rotation | None:
+        """The rotation of a layer's keys, and of its queries if all are computed; None if positions are not rotary."""
+        return None if self.rotations is None else self.rotations[self._kind(layer)]
+
+    def groups_of(self, layer: int) -> tuple[Group, ...] | None:
+        """Positions that attend together in a layer's fused kernel; None where whole (padded) rows do."""
+        windows = self.windows[self._kind(layer)] if self.windows else None
+        if windows is not None:
+            return windows.groups
+        if self.packing is None or self.past is not None:
+            return None
+        width = self.packing.width
+        return self.packing.groups if self.mask_of(layer).is_simple(width, width) else None
 
     def pack(self, padded: Float[Tensor, "batch pos *rest"]) -> Float[Tensor, "..."]:
         """Drop padding: the form that layers compute on."""
@@ -98,11 +125,6 @@ class ForwardPass:
     def wanted(self, x: Float[Tensor, "batch pos *rest"]) -> Float[Tensor, "batch query *rest"]:
         """The positions whose queries are wanted."""
         return x if self.n_out is None else x[:, -self.n_out :]
-
-    def rotate_queries(self, q: Float[Tensor, "*dims head d_head"]) -> Float[Tensor, "*dims head d_head"]:
-        """The queries of the wanted positions, rotated."""
-        assert self.rotate is not None
-        return (self.rotate if self.n_out is None else self.rotate.last(self.n_out))(q)
 
     def context_at(self, device: torch.device, n: int) -> Mapping[str, Any]:
         """The hook context of a tensor that holds the last `n` positions."""
@@ -138,15 +160,16 @@ def text_pass(
     context["first_position"] = n_past
     if past is not None:
         context["step"] = past.n_passes
-    mask = inputs_mask(cfg, inputs, past)
-    rotate = inputs_rotation(cfg, inputs, cfg.dtype if dtype is None else dtype, past)
+    masks = inputs_masks(cfg, inputs, past)
+    rotations = inputs_rotations(cfg, inputs, cfg.dtype if dtype is None else dtype, past)
     packing = None
     lengths = [stop - first for first, stop in zip(inputs.first, inputs.stop, strict=True)]
     own_inputs = cfg.use_split_qkv_input or cfg.use_attn_in
     if not n_past and min(lengths) != n and not own_inputs and not shows_modules(model):
         packing = Packing.of(lengths, inputs.device, inputs.first, n)
-        rotate = Rotation(packing.pack(rotate.cos), packing.pack(rotate.sin))
-    return ForwardPass(cfg, inputs.device, mask, rotate, past, context, packing, recorder)
+        rotations = rotations.then(lambda rotate: rotate.changed(packing.pack))
+    kind_of = cfg.layer_kind_of
+    return ForwardPass(cfg, inputs.device, masks, rotations, past, context, packing, recorder, kind_of=kind_of)
 
 
 def step_pass(cfg: VLMConfig, past: KVCache) -> ForwardPass:
@@ -155,11 +178,11 @@ def step_pass(cfg: VLMConfig, past: KVCache) -> ForwardPass:
         raise InputError("a frozen cache takes no token: unfreeze it, or continue a copy, past_kv_cache.repeat(1)")
     assert past.next_position is not None
     position_ids = past.next_position[None, :, None].expand(3, -1, -1)
-    mask = AttentionMask(True, past.valid_with(1, None), window=cfg.sliding_window)
+    masks = _of_kinds(cfg, AttentionMask(True, past.valid_with(1, None)))
     here = torch.full((1,), past.length, device=position_ids.device)
     context = {"inputs": past.inputs, "positions": here, "first_position": past.length, "step": past.n_passes}
-    rotate = _rotation(cfg, position_ids, past.next_position + 1, cfg.dtype)
-    return ForwardPass(cfg, past.device, mask, rotate, past, context)
+    rotations = _rotations(cfg, position_ids, past.next_position + 1, cfg.dtype)
+    return ForwardPass(cfg, past.device, masks, rotations, past, context, kind_of=cfg.layer_kind_of)
 
 
 def last_of_rows(
@@ -179,7 +202,7 @@ def last_of_rows(
         index = torch.tensor(inputs.stop, device=stream.device) - 1 - first
         rows = torch.arange(len(stream), device=stream.device)
         last = stream[rows, index.repeat(len(stream) // len(inputs))][:, None]
-    unpacked = replace(here, packing=None, rotate=None)
+    unpacked = replace(here, packing=None, rotations=None)
     return last, unpacked if together else unpacked.without_positions()
 
 
@@ -188,31 +211,69 @@ def are_finite(logits: Float[Tensor, "*dims d_vocab"]) -> bool:
     return bool(torch.isfinite(logits.amax(-1)).all())
 
 
-def inputs_mask(cfg: VLMConfig, inputs: VLMInputs, past: KVCache | None) -> AttentionMask:
-    """Who sees whom among `inputs` and what is in the cache."""
+def inputs_masks(cfg: VLMConfig, inputs: VLMInputs, past: KVCache | None) -> tuple[AttentionMask, ...]:
+    """Who sees whom among `inputs` and what is in the cache, in each kind of layers."""
     padded = min(inputs.stop) != inputs.shape[1] or max(inputs.first) != 0
     valid = inputs.attention_mask.bool() if padded else None
     if past is not None:
         valid = past.valid_with(inputs.shape[1], valid)
+    n_past = 0 if past is None else past.length
+    spans = block_spans(cfg, inputs)
+    if spans == _rows(inputs) and not n_past:
+        return _of_kinds(cfg, AttentionMask(False, valid))  # each row is one block: no mask is written out
     padding = None
-    if max(inputs.first) != 0 and (past is None or not past.length):
+    if max(inputs.first) != 0 and not n_past:
         padding = torch.tensor(inputs.first, device=inputs.device)
-    return AttentionMask(True, valid, padding, cfg.sliding_window)
+    blocks = None
+    if spans:
+        blocks = torch.full((len(inputs), n_past + inputs.shape[1]), -1)
+        for number, (row, start, stop) in enumerate(spans):
+            blocks[row, n_past + start : n_past + stop] = number
+        blocks = blocks.to(inputs.device)
+    return _of_kinds(cfg, AttentionMask(True, valid, padding, blocks=blocks))
 
 
-def inputs_rotation(cfg: VLMConfig, inputs: VLMInputs, dtype: torch.dtype, past: KVCache | None = None) -> Rotation:
-    """The rotation of the inputs' queries and keys, counted on from what is in the cache."""
+def _of_kinds(cfg: VLMConfig, mask: AttentionMask) -> tuple[AttentionMask, ...]:
+    """A mask with the window of each kind of layers."""
+    cuts = cfg.window_cuts_blocks
+    if not mask.causal and not cuts:
+        return (mask,) * len(cfg.kinds)
+    return tuple(replace(mask, window=kind.window, window_cuts_blocks=cuts) for kind in cfg.kinds)
+
+
+def block_spans(cfg: VLMConfig, inputs: VLMInputs) -> list[tuple[int, int, int]]:
+    """(row, first position, one past the last) of the tokens that see each other both ways."""
+    if cfg.bidirectional == "image":
+        return [(visual.row, *run) for visual in inputs.visuals for run in visual.runs]
+    if cfg.bidirectional == "prompt":
+        prompts = zip(_rows(inputs), inputs.n_generated, strict=True)
+        return [(row, first, stop - n) for (row, first, stop), n in prompts if stop - n > first]
+    return []
+
+
+def _rows(inputs: VLMInputs) -> list[tuple[int, int, int]]:
+    """(row, first position, one past the last) of each row."""
+    return list(zip(range(len(inputs)), inputs.first, inputs.stop, strict=True))
+
+
+def inputs_rotations(cfg: VLMConfig, inputs: VLMInputs, dtype: torch.dtype, past: KVCache | None = None) -> Rotations:
+    """The rotations of the inputs' queries and keys, counted on from what is in the cache."""
     position_ids, lengths = inputs.position_ids, inputs.next_position
     if past is not None and past.next_position is not None:
         position_ids = position_ids + past.next_position[:, None]
         lengths = lengths + past.next_position
-    return _rotation(cfg, position_ids, lengths, dtype)
+    return _rotations(cfg, position_ids, lengths, dtype)
 
 
-def _rotation(
+def _rotations(
     cfg: VLMConfig, position_ids: Int[Tensor, "3 batch pos"], lengths: Int[Tensor, "batch"], dtype: torch.dtype
-) -> Rotation:
-    return text_rotation(position_ids, cfg.d_head, cfg.rope_theta, cfg.mrope_section, dtype, cfg.rope_scaling, lengths)
+) -> Rotations:
+    def of_kind(number: int) -> Rotation:
+        kind = cfg.kinds[number]
+        section = cfg.mrope_section
+        return text_rotation(position_ids, cfg.d_head, kind.rope_theta, section, dtype, kind.rope_scaling, lengths)
+
+    return Rotations(of_kind)
 
 
 def check_context(cfg: VLMConfig, inputs: VLMInputs, n_past: int) -> None:
@@ -276,6 +337,11 @@ def check_call(
                 f"these inputs continue others with the {cut[0].kind} of row {cut[0].row}, behind the token that opens "
                 "it: begin them with that token"
             )
+    if past is not None and past.length and cfg.bidirectional == "prompt" and block_spans(cfg, inputs):
+        raise InputError(
+            "the tokens of a prompt see each other both ways, so a prompt behind others in a key-value cache would be "
+            "cut: run it in one pass, and give what follows it as VLMInputs whose n_generated counts all of its tokens"
+        )
     check_context(cfg, inputs, 0 if past is None else past.length)
     if resid is not None and resid.shape != (*inputs.shape, cfg.d_model):
         expected = (*inputs.shape, cfg.d_model)

@@ -1,7 +1,7 @@
 """Rows of different lengths without their padding: [position, ...] of all rows one after the other.
 
 Linear work then does nothing for padding. The fused kernel runs on groups of rows of similar length
-(`attention.grouped_attention`).
+(`attention.grouped_attention`), and on windows of equal size where rows are cut into windows.
 """
 
 from collections.abc import Sequence
@@ -52,7 +52,8 @@ class Packing:
     @cached_property
     def groups(self) -> "tuple[Group, ...]":
         """Rows that attend together."""
-        return _groups(self.lengths, torch.device("cpu") if self.slots is None else self.slots.device)
+        device = torch.device("cpu") if self.slots is None else self.slots.device
+        return _groups(self.lengths, np.arange(sum(self.lengths)), device, SIMILAR)
 
     def pad(self, packed: Float[Tensor, "position *rest"]) -> Float[Tensor, "row width *rest"]:
         """Rows with their padding, which is zero; a view where there is none."""
@@ -69,6 +70,25 @@ class Packing:
 
 
 @dataclass(frozen=True, eq=False)
+class Windows:
+    """Positions in windows, within which they attend: shorter rows whose positions do not lie side by side."""
+
+    numbers: Int[np.ndarray, "position"]
+    """The window of each position, from 0; -1 for padding."""
+    device: torch.device
+
+    def to(self, device: torch.device) -> "Windows":
+        return self if self.device == device else replace(self, device=device)
+
+    @cached_property
+    def groups(self) -> "tuple[Group, ...]":
+        """Windows of equal size, which attend together."""
+        lengths = np.bincount(self.numbers[self.numbers >= 0])
+        window_by_window = self.numbers.argsort(kind="stable")[(self.numbers < 0).sum() :]
+        return _groups(tuple(lengths.tolist()), window_by_window, self.device, 1.0)
+
+
+@dataclass(frozen=True, eq=False)
 class Group:
     """Rows that attend together, from their first positions on, the shorter ones with spare positions at the end."""
 
@@ -80,6 +100,11 @@ class Group:
     """Which packed position each spot holds; a spare spot holds any."""
     real: Int[Tensor, "position"] | None = None
     """Spots that are not spare; None if none is."""
+
+    @property
+    def n_positions(self) -> int:
+        """Positions that it holds, spare ones not counted."""
+        return self.n_rows * self.longest if self.real is None else len(self.real)
 
     def take(self, packed: Float[Tensor, "position *rest"]) -> Float[Tensor, "row longest *rest"]:
         n = self.n_rows * self.longest
@@ -105,11 +130,17 @@ class Group:
         return AttentionMask(False, valid.index_fill(0, self.real, True).view(self.n_rows, self.longest))
 
 
-def _groups(lengths: tuple[int, ...], device: torch.device) -> tuple[Group, ...]:
+def _groups(
+    lengths: tuple[int, ...], positions: Int[np.ndarray, "position"], device: torch.device, similar: float
+) -> tuple[Group, ...]:
+    """Rows in groups of which each has at least the share `similar` of the longest one's positions.
+
+    `positions` are those of all rows, one row after the other.
+    """
     begins = np.concatenate(([0], np.cumsum(lengths)))
     members: list[list[int]] = []
     for row in sorted(range(len(lengths)), key=lambda row: -lengths[row]):
-        if members and lengths[row] >= SIMILAR * lengths[members[-1][0]]:
+        if members and lengths[row] >= similar * lengths[members[-1][0]]:
             members[-1].append(row)
         else:
             members.append([row])
@@ -118,12 +149,12 @@ def _groups(lengths: tuple[int, ...], device: torch.device) -> tuple[Group, ...]
         longest = lengths[rows[0]]
         rows.sort()
         alike = all(lengths[row] == longest for row in rows)
-        if alike and rows == list(range(rows[0], rows[0] + len(rows))):
-            groups.append(Group(len(rows), longest, int(begins[rows[0]])))
-            continue
         at = np.arange(longest)
-        spots = np.stack([begins[row] + np.minimum(at, lengths[row] - 1) for row in rows])
+        spots = positions[np.stack([begins[row] + np.minimum(at, lengths[row] - 1) for row in rows])].ravel()
+        if alike and np.array_equal(spots, spots[0] + np.arange(len(spots))):
+            groups.append(Group(len(rows), longest, int(spots[0])))
+            continue
         real = np.flatnonzero(np.stack([at < lengths[row] for row in rows]))
-        to = torch.from_numpy(spots.ravel()).to(device)
+        to = torch.from_numpy(spots).to(device)
         groups.append(Group(len(rows), longest, 0, to, None if alike else torch.from_numpy(real).to(device)))
     return tuple(groups)

@@ -6,8 +6,9 @@ cosines rounded to the activations' dtype, the vision side rotated in float32. S
 one run to the next, and each row of a batch is scaled by its own length.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 
 import torch
 from jaxtyping import Float, Int
@@ -43,8 +44,12 @@ class Rotation:
         """Cosines and sines with an axis for heads."""
         return self.cos.unsqueeze(-2), self.sin.unsqueeze(-2)
 
+    def changed(self, change: Callable[[Tensor], Tensor]) -> "Rotation":
+        """That of cosines and sines changed alike."""
+        return Rotation(change(self.cos), change(self.sin))
+
     def to(self, device: torch.device) -> "Rotation":
-        return Rotation(self.cos.to(device), self.sin.to(device))
+        return self.changed(lambda x: x.to(device))
 
     def last(self, n: int) -> "Rotation":
         """That of the last `n` positions."""
@@ -82,6 +87,20 @@ class Rotation:
         return x * cos + x.roll(x.shape[-1] // 2, dims=-1) * sin
 
 
+class Rotations:
+    """The rotation of each kind of layers, made when the first layer of the kind asks for it."""
+
+    def __init__(self, of_kind: Callable[[int], Rotation]) -> None:
+        self._of_kind = cache(of_kind)
+
+    def __getitem__(self, kind: int) -> Rotation:
+        return self._of_kind(kind)
+
+    def then(self, change: Callable[[Rotation], Rotation]) -> "Rotations":
+        """These with a change each, made when it is asked for."""
+        return Rotations(lambda kind: change(self[kind]))
+
+
 def frequencies(d_rotary: int, theta: float, device: torch.device) -> Float[Tensor, "half"]:
     """Angle per unit of position, theta^(-2i/d), for i = 0 .. d/2 - 1."""
     exponents = torch.arange(0, d_rotary, 2, dtype=torch.float32, device=device) / d_rotary
@@ -90,7 +109,7 @@ def frequencies(d_rotary: int, theta: float, device: torch.device) -> Float[Tens
 
 def scaled_frequencies(
     d_rotary: int, theta: float, scaling: RopeScaling, lengths: Int[Tensor, "batch"]
-) -> Float[Tensor, "batch 1 half"]:
+) -> Float[Tensor, "#batch 1 half"]:
     """Angles per unit of position for rows that are `lengths` positions long so far.
 
     linear: all divided by `factor`. dynamic (neural tangent kernel): beyond the trained length n the base

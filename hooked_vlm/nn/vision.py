@@ -5,7 +5,7 @@ tiles, because attention never crosses them. Images of different sizes are packe
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import groupby
 from math import isqrt
@@ -26,8 +26,8 @@ from hooked_vlm.nn.components import ACTIVATIONS, Norm
 from hooked_vlm.nn.forward_pass import ForwardPass, Recorder
 from hooked_vlm.nn.hooks import HookPoint, running, shows_modules
 from hooked_vlm.nn.masks import AttentionMask
-from hooked_vlm.nn.packing import Packing
-from hooked_vlm.nn.rotary import Rotation, patch_rotation
+from hooked_vlm.nn.packing import Packing, Windows
+from hooked_vlm.nn.rotary import Rotation, Rotations, patch_rotation
 
 if TYPE_CHECKING:
     from hooked_vlm.model.vlm import HookedVLM
@@ -86,15 +86,35 @@ def image_pass(
             valid = torch.from_numpy(np.arange(max(lengths)) < np.array(lengths)[:, None]).to(device)
             rows, mask = Packing.of(lengths, device), AttentionMask(causal=False, key_valid=valid)
         if rotate is not None and not packs:
-            rotate = (
-                rotate.by_row(len(lengths)) if rows is None else Rotation(rows.pad(rotate.cos), rows.pad(rotate.sin))
-            )
+            rotate = rotate.by_row(len(lengths)) if rows is None else rotate.changed(rows.pad)
+        rotations = None if rotate is None else Rotations(lambda kind: rotate)
         packing = rows if packs else None
-        return ForwardPass(model.cfg, device, mask, rotate, None, context or {}, packing, recorder), rows
+        return ForwardPass(model.cfg, device, (mask,), rotations, None, context or {}, packing, recorder), rows
 
     patches, patch_rows = over([cfg.class_token + n for n in seen], rotate)
+    if cfg.window is not None:
+        patches = _in_windows(patches, cfg, grids)
     tokens, token_rows = over([n // cfg.token_size**2 for n in seen], None)
     return ImagePass(cfg, len(seen), patches, tokens, patch_rows, token_rows)
+
+
+def _in_windows(patches: ForwardPass, cfg: VisionConfig, grids: tuple[Grid, ...]) -> ForwardPass:
+    """A pass over patches with a second kind of blocks, which see windows."""
+    assert cfg.window is not None
+    slices = [_windows((1, *grid[1:]), cfg.merge_size, cfg.window) for grid in grids for _ in range(grid[0])]
+    begins = np.cumsum([0, *(own.max() + 1 for own in slices)])
+    numbers = np.full((len(slices), max(map(len, slices))), -1)  # [image, patch]
+    for image, own in enumerate(slices):
+        numbers[image, : len(own)] = begins[image] + own
+    blocks = torch.from_numpy(numbers).to(patches.device)
+    flat = numbers.ravel() if patches.packing is None else numbers[numbers >= 0]
+    whole = patches.masks[0]
+    return replace(
+        patches,
+        masks=(whole, replace(whole, blocks=blocks)),
+        kind_of=cfg.layer_kind_of,
+        windows=(None, Windows(flat, patches.device)),
+    )
 
 
 class PatchEmbed(nn.Module):
@@ -308,6 +328,14 @@ def _pool_raster(
     """The means of blocks of patches, row by row."""
     pictures = patches.unflatten(1, grid[1:]).permute(0, 3, 1, 2)  # picture d_model row col
     return F.avg_pool2d(pictures, cfg.pool_size).flatten(2).transpose(1, 2)
+
+
+@lru_cache(maxsize=256)
+def _windows(grid: Grid, merge: int, side: int) -> Int[np.ndarray, "patch"]:
+    """Number of the window of every patch, merge block by merge block; windows begin at the top left, the last row and
+    column of them may be smaller."""
+    rows, cols = _rows_cols(grid, merge).numpy().T // side
+    return rows * (cols.max() + 1) + cols
 
 
 @lru_cache(maxsize=256)

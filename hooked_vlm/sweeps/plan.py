@@ -10,6 +10,7 @@ import torch
 from hooked_vlm.errors import InputError
 from hooked_vlm.inputs.vlm_inputs import VLMInputs
 from hooked_vlm.interventions.base import EMBEDDING, ENCODER, Intervention
+from hooked_vlm.nn.forward_pass import block_spans
 from hooked_vlm.nn.hooks import foreign_module, is_vision
 
 if TYPE_CHECKING:
@@ -132,8 +133,10 @@ def make_plan(
         raise InputError(f"max_runs, the number of runs in a batch, must be at least 1, got {max_runs}")
     n_positions, n_layers = inputs.shape[1], model.cfg.n_layers
     foreign = bool(foreign_module(model))  # an adapter or an SAE, which may look at all positions of a row
+    spans = block_spans(model.cfg, inputs)
     begins = [
-        (iv.first_layer(model, inputs), 0 if foreign else iv.first_position(model, inputs)) for iv in interventions
+        (iv.first_layer(model, inputs), 0 if foreign else first_seen(iv.first_position(model, inputs), spans))
+        for iv in interventions
     ]
     end = min(inputs.stop) - 1  # every row's last position is computed
     rest = sorted((min(p, end), layer, i) for i, (layer, p) in enumerate(begins) if layer != ENCODER)
@@ -175,12 +178,20 @@ def _encoder_batches(
     encoder.sort(key=lambda i: first_vision_layer(interventions[i], model, inputs))
     n_positions = inputs.shape[1]
     end = min(inputs.stop) - 1
-    first = 0 if foreign else min(end, *(first_position_behind(interventions[i], model, inputs) for i in encoder))
+    spans = block_spans(model.cfg, inputs)
+    reached = [first_seen(first_position_behind(interventions[i], model, inputs), spans) for i in encoder]
+    first = 0 if foreign else min(end, *reached)
     most = max_runs or min(
         runs_that_fit(model, inputs, n_positions - first, logits_at), _runs_that_encode(model, inputs)
     )
     parts = [tuple(encoder[start : start + most]) for start in range(0, len(encoder), most)]
     return [Batch(part, (EMBEDDING,) * len(part), first, encodes=True) for part in parts]
+
+
+def first_seen(position: int, spans: Sequence[tuple[int, int, int]]) -> int:
+    """The first position from which a change at `position`, or behind it, is seen in any row: the beginning of a block
+    of tokens that see each other both ways, if it lies in one. `spans` as of `block_spans`."""
+    return min([start for _, start, stop in spans if start <= position < stop], default=position)
 
 
 def first_position_behind(intervention: Intervention, model: "HookedVLM", inputs: VLMInputs) -> int:

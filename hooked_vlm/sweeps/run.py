@@ -27,11 +27,11 @@ from hooked_vlm.interventions.base import EMBEDDING, Edits, Hooks, Intervention,
 from hooked_vlm.interventions.heads import HeadIntervention, layer_hooks
 from hooked_vlm.metrics import Metric
 from hooked_vlm.model.finite import check_finite, described
-from hooked_vlm.nn.forward_pass import ForwardPass, are_finite, inputs_mask, inputs_rotation, last_of_rows
+from hooked_vlm.nn.forward_pass import ForwardPass, are_finite, inputs_masks, inputs_rotations, last_of_rows
 from hooked_vlm.nn.hooks import hooked_module, running
 from hooked_vlm.nn.kv_cache import KVCache, SharedPrefix
 from hooked_vlm.nn.masks import AttentionMask
-from hooked_vlm.nn.rotary import Rotation
+from hooked_vlm.nn.rotary import Rotations
 from hooked_vlm.sweeps.encoder import PlainEncoding, encoded
 from hooked_vlm.sweeps.plan import Batch, SweepPlan, first_vision_layer, make_plan
 
@@ -207,8 +207,8 @@ class PlainRun:
     streams: dict[int, Float[Tensor, "batch pos d_model"]]
     """Inputs of layers, of `EMBEDDING` (block 0 before `hook_embed`) and of the final norm (number of layers)."""
     cache: KVCache
-    mask: AttentionMask
-    rotate: Rotation
+    masks: tuple[AttentionMask, ...]
+    rotations: Rotations
 
     @classmethod
     def of(cls, model: "HookedVLM", inputs: VLMInputs, plan: SweepPlan, logits_at: str) -> "PlainRun":
@@ -228,22 +228,23 @@ class PlainRun:
         cache = model.new_kv_cache(len(inputs), inputs.shape[1])
         with model.hooks(fwd_hooks=[(name(layer), keep(layer)) for layer in sorted(wanted)]):
             logits = model(inputs, past_kv_cache=cache, logits_at=logits_at)
-        rotate = inputs_rotation(model.cfg, inputs, model.cfg.dtype)
-        return cls(inputs, logits, streams, cache, inputs_mask(model.cfg, inputs, None), rotate)
+        rotations = inputs_rotations(model.cfg, inputs, model.cfg.dtype)
+        return cls(inputs, logits, streams, cache, inputs_masks(model.cfg, inputs, None), rotations)
 
     def pass_over(self, model: "HookedVLM", first: int, n: int) -> ForwardPass:
         """A pass of `n` runs over the positions from `first` on."""
-        mask, n_positions = self.mask, self.inputs.shape[1]
-        valid = None if mask.key_valid is None else mask.key_valid.repeat(n, 1)
-        padding = None if mask.uncached_left_padding is None or first else mask.uncached_left_padding.repeat(n)
-        positions = torch.arange(first, n_positions, device=self.inputs.device)
+        masks = tuple(mask.repeat(n) for mask in self.masks)
+        if first:
+            masks = tuple(replace(mask, uncached_left_padding=None) for mask in masks)
+        positions = torch.arange(first, self.inputs.shape[1], device=self.inputs.device)
         return ForwardPass(
             model.cfg,
             self.inputs.device,
-            AttentionMask(True, valid, padding, mask.window),
-            self.rotate.positions(slice(first, None)).repeat(n),
+            masks,
+            self.rotations.then(lambda rotate: rotate.positions(slice(first, None)).repeat(n)),
             SharedPrefix(self.cache, first) if first else None,
             {"inputs": self.inputs, "positions": positions, "first_position": first},
+            kind_of=model.cfg.layer_kind_of,
         )
 
 

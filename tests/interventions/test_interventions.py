@@ -32,7 +32,7 @@ from hooked_vlm.interventions import (
 from hooked_vlm.interventions.attention import all_heads
 from hooked_vlm.interventions.base import position_table
 from hooked_vlm.nn.attention import attention_scores
-from hooked_vlm.nn.forward_pass import inputs_rotation
+from hooked_vlm.nn.forward_pass import inputs_rotations
 
 
 @pytest.fixture(params=list(ROWS))
@@ -116,7 +116,7 @@ def literal_replacement(
     layer, h = head
     seen: dict[str, Tensor] = {}
     at = f"blocks.{layer}.attn."
-    rotate = inputs_rotation(model.cfg, batch, model.cfg.dtype)
+    rotate = inputs_rotations(model.cfg, batch, model.cfg.dtype)[0]
 
     def keep(x: Tensor, hook: Any) -> None:
         seen[hook.name.removeprefix(at)] = x.clone()

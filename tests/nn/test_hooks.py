@@ -8,7 +8,7 @@ import tiny_qwen2_vl as tiny
 import torch
 from families import FAMILIES, KINDS
 from jaxtyping import TypeCheckError
-from torch.utils._python_dispatch import TorchDispatchMode
+from largest import Largest
 
 from hooked_vlm import HookedVLM, HookError, VLMInputs
 from hooked_vlm.model.hook_catalogue import HookRow, hook_table
@@ -435,19 +435,6 @@ def test_rows_of_padding_are_zero_in_patterns_of_both_towers():
     pattern = cache["vision.blocks.0.attn.hook_pattern"]
     assert (pattern.sum(-1) - real[:, None].float()).abs().max() < 1e-5
     assert pattern.masked_select(~real[:, None, None]).eq(0).all()
-
-
-class Largest(TorchDispatchMode):
-    """The number of elements of the largest tensor that any operation made."""
-
-    numel = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        for x in out if isinstance(out, tuple | list) else [out]:
-            if isinstance(x, torch.Tensor):
-                self.numel = max(self.numel, x.numel())
-        return out
 
 
 LONG = [5, ("image", (1, 32, 32)), *[7, 8, 9] * 120]

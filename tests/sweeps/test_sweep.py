@@ -7,9 +7,10 @@ from typing import Any
 import pytest
 import torch
 from every_kind import KINDS, of_every_kind, some_of_the_image
-from families import ROWS, model_and_inputs
+from families import ROWS, inputs_of, model_and_inputs
 from hypothesis import given
 from hypothesis import strategies as st
+from layer_kinds import BOTH_WAYS, with_kinds
 from torch import Tensor
 
 from hooked_vlm import HookError, InputError, sweep
@@ -66,6 +67,35 @@ def test_every_kind_of_intervention_at_once(family: str, rows: str) -> None:
     result = agrees(model, batch, list(kinds.values()), log_prob(7))
     acts = result.effects.abs().amax(1) > 1e-4
     assert [kind for kind, act in zip(kinds, acts, strict=True) if not act] == ["uniform while generating"]
+
+
+@pytest.mark.parametrize("mode", BOTH_WAYS)
+@pytest.mark.parametrize("with_answer", [False, True], ids=["prompt", "answered"])
+def test_every_kind_where_tokens_see_each_other_both_ways(family: str, mode: str, with_answer: bool) -> None:
+    model, batch = with_kinds(family, mode), model_and_inputs(family, "padded")[1]
+    batch = right_padded(model, batch) if with_answer else batch
+    kinds = of_every_kind(model, batch)
+    encoder = AddVector("vision.blocks.1.hook_resid_pre", torch.randn(model.cfg.vision.d_model), 3.0)
+    metric: Any = (lambda logits: logits[:, -4:, 5].sum(-1)) if with_answer else log_prob(7)
+    agrees(model, batch, [*kinds.values(), encoder], metric, logits_at="all" if with_answer else "last")
+
+
+@pytest.mark.parametrize(("mode", "begins"), [("causal", 8), ("image, cut", 4), ("prompt, cut", 0)])
+def test_a_prefix_is_shared_up_to_the_tokens_that_see_each_other_both_ways(mode: str, begins: int) -> None:
+    model, batch = with_kinds("qwen2-vl", mode), inputs_of("qwen2-vl", [[5, 6, 9, "large", 7, 8, 9, 10]])
+    assert (batch.visuals[0].start, batch.visuals[0].stop) == (4, 10)
+    change = AddVector("blocks.1.hook_resid_post", torch.randn(model.cfg.d_model), positions=(8,))
+    plan = make_plan(model, batch, [change], "last")
+    assert plan.batches[0].first_position == begins
+    agrees(model, batch, [change], log_prob(7))
+    # between query and key of a blocked edge, both orders, where all layers see far
+    model = with_kinds("qwen2-vl", mode, layer_kind_of=(1, 1, 1))
+    edges: list[Intervention] = [
+        BlockAttention(((1, 0), (1, 1)), (5,), (8,)),
+        BlockAttention(((1, 0), (1, 1)), (8,), (5,)),
+    ]
+    effects = agrees(model, batch, edges, log_prob(7)).effects.abs()
+    assert (effects[0] > 1e-6) == (mode != "causal") and effects[1] > 1e-6
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -9,7 +9,8 @@ import pytest
 from PIL import Image
 from viewing import DESKTOP, PHONE, photograph
 
-from hooked_vlm import HookedVLM, ImageGrid, viewer
+from hooked_vlm import HookedVLM, viewer
+from hooked_vlm.inputs.layouts import whole_layout
 from hooked_vlm.toys.pages import make_page
 from hooked_vlm.viewer.scene import Panel, Scene
 from hooked_vlm.viewer.view import Chip, view_of
@@ -211,7 +212,7 @@ def test_a_browser_that_cannot_decompress_says_so(browser: Any, toy: tuple[Path,
 
 def test_a_large_page_answers_a_click_at_once(browser: Any, tmp_path: Path) -> None:
     """28 x 28 heads of 1,024 tokens: the work of a click is bounded by what it draws, one layer of one row."""
-    grid = ImageGrid((896, 896), (1, 64, 64))
+    grid = whole_layout((896, 896), (1, 64, 64))
     panel = Panel("image 0", 0, np.arange(1024), grid.boxes)
     scene = Scene((Image.new("RGB", (896, 896), "white"),), (panel,), ((),), (), 1024)
     scores = np.random.default_rng(0).standard_normal((3, 28, 28, 1024), np.float32)
