@@ -118,6 +118,8 @@ class VisionConfig:
     projector_norm_type: Literal["LN", "RMS"] = "LN"
     projector_eps: float = 1e-6
     projector_bias: bool = True
+    line_break: bool = False
+    """Whether a learned vector stands behind rows of image tokens, where their layout says so."""
 
     def __post_init__(self) -> None:
         _check_projector(self)

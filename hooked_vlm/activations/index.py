@@ -95,7 +95,7 @@ class Indexer:
                 for row, table in enumerate(tables)
             ]
         else:
-            merged = 1 if kind == "patches" else batch.spec.merge_size**2
+            merged = 1 if kind == "patches" else batch.spec.token_size**2
             extra = _class_tokens(self.cfg) if kind == "patches" else 0
             lengths = [extra + h * w // merged for t, h, w in batch.grids for _ in range(t)]
             at = [image * max(lengths) + np.arange(n) for image, n in enumerate(lengths)]

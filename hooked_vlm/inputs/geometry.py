@@ -376,6 +376,10 @@ class ImageLayout:
     def n_patches(self) -> int:
         return self.tower_order.size
 
+    def n_features(self, token_size: int) -> int:
+        """Number of outputs of a projector whose tokens cover `token_size` x `token_size` patches."""
+        return self.n_patches // token_size**2
+
     def patch_order(self) -> Int[np.ndarray, "patch 3"]:
         """(frame, row, column) in the main part of each patch in the order of the tower; -1 for those of other
         parts."""

@@ -42,7 +42,7 @@ def _spans_of(visual: Visual) -> list[Span]:
 
 
 def mrope_positions(
-    shape: Sequence[int], first: Sequence[int], stop: Sequence[int], spans: Sequence[Span], merge_size: int
+    shape: Sequence[int], first: Sequence[int], stop: Sequence[int], spans: Sequence[Span], token_size: int
 ) -> Int[Tensor, "3 batch pos"]:
     """Temporal, height and width positions; padding gets 0.
 
@@ -57,7 +57,7 @@ def mrope_positions(
         for _, start, n_tokens, (t, h, w) in sorted(s for s in spans if s[0] == row):
             positions[:, row, at:start] = np.arange(start - at) + following
             following += start - at
-            grid = (t, h // merge_size, w // merge_size)
+            grid = (t, h // token_size, w // token_size)
             positions[:, row, start : start + n_tokens] = np.indices(grid).reshape(3, -1) + following
             following += max(grid)
             at = start + n_tokens

@@ -298,14 +298,14 @@ def tile_grids(
     Raises:
         InputError: tiles that are not square, or do not fit the placeholders.
     """
-    if pixels.ndim != 4 or pixels.shape[2] != pixels.shape[3] or pixels.shape[2] % (spec.patch_size * spec.merge_size):
-        side = spec.patch_size * spec.merge_size
+    if pixels.ndim != 4 or pixels.shape[2] != pixels.shape[3] or pixels.shape[2] % (spec.patch_size * spec.token_size):
+        side = spec.patch_size * spec.token_size
         raise InputError(
             f"pixel_values must be [tile, channels, side, side] with a side that is a multiple of {side}, got "
             f"{tuple(pixels.shape)}"
         )
     side = pixels.shape[2] // spec.patch_size
-    per_tile = (side // spec.merge_size) ** 2
+    per_tile = (side // spec.token_size) ** 2
     if num_tiles is None:
         runs = _runs(tokens == spec.image_token_id)
         if any(n % per_tile for n in runs):

@@ -68,8 +68,9 @@ class InputSpec:
         return self.vision.patch_size if self.vision else 1
 
     @property
-    def merge_size(self) -> int:
-        return self.vision.merge_size if self.vision else 1
+    def token_size(self) -> int:
+        """Side in patches of the square that an image token covers."""
+        return self.vision.token_size if self.vision else 1
 
     @property
     def takes_patches(self) -> bool:

@@ -87,14 +87,14 @@ class VLMInputs:
         self._check_pixels()
         spans = opened_spans(self.tokens, self.visuals, first, self.spec.vision_start_token_id)
         positions = mrope_positions(
-            self.tokens.shape, first, stop, spans if self.spec.mrope else [], self.spec.merge_size
+            self.tokens.shape, first, stop, spans if self.spec.mrope else [], self.spec.token_size
         )
         set_(self, "position_ids", positions.to(self.tokens.device))
 
     def _placed(self, kind: Kind) -> tuple[list[Grid], list[ImageLayout]]:
         """Grids and layouts of the images, or of the videos."""
         grids = checked_grids(
-            kind, self.image_grid_thw if kind == "image" else self.video_grid_thw, self.spec.merge_size
+            kind, self.image_grid_thw if kind == "image" else self.video_grid_thw, self.spec.token_size
         )
         layouts = self.image_layouts if kind == "image" else self.video_layouts
         if layouts is None:
@@ -225,6 +225,21 @@ class VLMInputs:
         """Index into the flattened [batch * pos] tokens of every image feature, in feature order."""
         spans = [v.row * self.shape[1] + v.positions for v in self.in_feature_order]
         return (torch.cat(spans) if spans else torch.zeros(0, dtype=torch.long)).to(self.device)
+
+    @cached_property
+    @torch.inference_mode(False)
+    def feature_sources(self) -> Int[Tensor, "token"] | None:
+        """Which output of the projector each image token is, in feature order; -1 for line breaks. None: all of them,
+        in the order of the projector."""
+        layouts = [v.layout for v in self.in_feature_order]
+        if all(layout.features is None for layout in layouts):
+            return None
+        sources, first = [], 0
+        for layout in layouts:
+            own = np.arange(layout.n_tokens) if layout.features is None else layout.features
+            sources.append(np.where(own < 0, -1, own + first))
+            first += layout.n_features(self.spec.token_size)
+        return torch.from_numpy(np.concatenate(sources)).to(self.device)
 
     @property
     def in_feature_order(self) -> list[Visual]:

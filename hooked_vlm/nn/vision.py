@@ -266,6 +266,13 @@ class Projector(nn.Module):
             self.hook_pre = HookPoint()  # [image, token, d_projector]
             self.hook_post = HookPoint()  # [image, token, d_projector]
         self.out_proj = nn.Linear(hidden, cfg.d_out, bias=cfg.projector_bias)
+        if cfg.line_break:
+            self.line_break = nn.Parameter(torch.empty(cfg.d_out))
+            self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        for parameter in self.parameters(recurse=False):
+            nn.init.normal_(parameter, std=0.02)
 
     def forward(
         self, patches: Float[Tensor, "*image patch d_model"], grids: tuple[Grid, ...], here: ImagePass
@@ -283,6 +290,19 @@ class Projector(nn.Module):
                 pre = self.hook_pre(self.in_proj(tokens))  # [image, token, d_projector]
                 tokens = self.hook_post(ACTIVATIONS["gelu"](pre))  # [image, token, d_projector]
             return here.in_a_row(self.out_proj(tokens))
+
+    def arrange(
+        self, outputs: Float[Tensor, "all_outputs d_out"], inputs: VLMInputs, n_runs: int = 1
+    ) -> Float[Tensor, "all_tokens d_out"]:
+        """Image tokens from the projector's outputs of `n_runs` runs over the inputs: in the order that layouts say,
+        with line breaks."""
+        sources = inputs.feature_sources
+        if sources is None:
+            return outputs
+        own = outputs.unflatten(0, (n_runs, -1))
+        if self.cfg.line_break:
+            own = torch.cat((own, self.line_break.to(own).expand(n_runs, 1, -1)), dim=1)
+        return own[:, sources.to(own.device)].flatten(0, 1)
 
     def _tokens(
         self, patches: Float[Tensor, "*image patch d_model"], grid: Grid
@@ -355,4 +375,5 @@ def encode(
     """Run the tower and the projector over the pixels of the inputs: features of images first, then of videos."""
     pixels = [p for p in (inputs.pixel_values, inputs.pixel_values_videos) if p is not None]
     images = image_pass(model, inputs.grids, inputs.device, context, recorder)
-    return model.projector(model.vision(torch.cat(pixels), inputs.grids, images), inputs.grids, images)
+    seen = model.vision(torch.cat(pixels), inputs.grids, images)
+    return model.projector.arrange(model.projector(seen, inputs.grids, images), inputs)

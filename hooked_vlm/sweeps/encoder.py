@@ -71,7 +71,8 @@ class PlainEncoding:
         for layer in sorted({*layers, n_layers}):
             stream, at = model.vision.run(stream, images, at, layer), layer
             streams[layer] = stream
-        return cls(streams, model.projector(model.vision.normed(stream, images), inputs.grids, images))
+        outputs = model.projector(model.vision.normed(stream, images), inputs.grids, images)
+        return cls(streams, model.projector.arrange(outputs, inputs))
 
 
 def encoded(
@@ -104,7 +105,8 @@ def _encode(
         images = image_pass(model, inputs.grids * n_runs, inputs.device, {"inputs": inputs})
         stream = model.vision.run(stream, images, layer, min(until, n_layers))
     assert images is not None
-    return model.projector(model.vision.normed(stream, images), inputs.grids * n_runs, images)
+    outputs = model.projector(model.vision.normed(stream, images), inputs.grids * n_runs, images)
+    return model.projector.arrange(outputs, inputs, n_runs)
 
 
 def _hooks(model: "HookedVLM", inputs: VLMInputs, interventions: Sequence[Intervention], n_tokens: int) -> Hooks:

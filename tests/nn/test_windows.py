@@ -103,7 +103,7 @@ def test_windows_are_the_same_without_packing_and_image_by_image(rows: str) -> N
         first = sum(np.prod(v.grid) for v in before)
         own = pixels[first : first + np.prod(visual.grid)]
         here = image_pass(model, (visual.grid,), CPU)
-        alone = model.projector(model.vision(own, here), (visual.grid,), here)
+        alone = model.projector(model.vision(own, (visual.grid,), here), (visual.grid,), here)
         torch.testing.assert_close(alone, features[n : n + visual.n_tokens], **CLOSE)
         n += visual.n_tokens
 
@@ -127,13 +127,16 @@ def test_no_tensor_is_quadratic_in_the_image() -> None:
     assert made.numel < (40 * 32) ** 2
 
 
+RASTER = {"temporal_patch_size": 1, "rope_theta": None}
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"window": 3}, "multiple of merge_size"),
-        ({"window": 4, "full_layers": (2,)}, "blocks 0 to 1"),
+        ({"window": 4, "full_layers": (2,)}, "0 to 1"),
         ({"full_layers": (1,)}, "window is None"),
-        ({"window": 4, "tile_size": 28}, "sees them whole"),
+        ({"window": 4, "tile_size": 28, "patch_order": "raster", **RASTER}, "blocks"),
     ],
     ids=str,
 )
