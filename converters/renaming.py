@@ -24,7 +24,7 @@ class Rename:
     With several names in `ours`, the first axis is split among them (fused projections): into equal parts, or into
     `parts` rows each. Where the checkpoint interleaves them, it does so `groups` times, and `parts` are the
     rows of one group. `flat` turns a convolution kernel whose stride is its size into a matrix: [out, in, ...]
-    becomes [out, in * ...].
+    becomes [out, in * ...]. `lead` is the number of axes of length 1 that the model has in front.
     """
 
     theirs: str
@@ -32,6 +32,7 @@ class Rename:
     shape: tuple[int, ...]
     """The shape in the checkpoint."""
     flat: bool = False
+    lead: int = 0
     parts: tuple[int, ...] = ()
     groups: int = 1
 
@@ -39,7 +40,8 @@ class Rename:
     def our_shapes(self) -> dict[str, tuple[int, ...]]:
         """The shape in the model of each tensor in `ours`."""
         rest = [prod(self.shape[1:])] if self.flat else list(self.shape[1:])
-        return {name: (self.groups * n, *rest) for name, n in zip(self.ours, self._rows, strict=True)}
+        ones = (1,) * self.lead
+        return {name: (*ones, self.groups * n, *rest) for name, n in zip(self.ours, self._rows, strict=True)}
 
     @property
     def _rows(self) -> tuple[int, ...]:
@@ -53,7 +55,7 @@ class Rename:
         """
         matrix = tensor.flatten(1) if self.flat else tensor
         if len(self.ours) == 1:
-            return (matrix,)
+            return (matrix.view(*[1] * self.lead, *matrix.shape) if self.lead else matrix,)
         if self.groups == 1:
             return matrix.split(list(self._rows))
         grouped = matrix.unflatten(0, (self.groups, -1))

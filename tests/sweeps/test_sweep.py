@@ -33,7 +33,7 @@ from hooked_vlm.nn.block import Block
 from hooked_vlm.sweeps import run as sweep_run_module
 from hooked_vlm.sweeps.plan import make_plan
 
-FAMILIES = ("qwen2-vl", "internvl2")
+FAMILIES = ("qwen2-vl", "internvl2", "made-up")
 SWEEP = import_module("hooked_vlm.sweeps.run")  # the package's attribute of this name is the function
 
 
