@@ -15,7 +15,7 @@ from hooked_vlm.converters import FAMILIES
 from hooked_vlm.inputs.processors import PROCESSORS
 from hooked_vlm.inputs.prompt_styles import STYLES
 
-IMAGE = 193
+IMAGE = 197
 
 FAMILIES.append(made_up_family)
 PROCESSORS["made-up"], STYLES["made-up"] = MadeUpProcessor, made_up_family.STYLE
