@@ -98,7 +98,9 @@ def _from_file(video: Any, settings: PictureSettings, processor: ImageProcessor,
     with naming(name):
         numbers = settings.frame_numbers(n_frames, first.rate, processor.temporal_patch_size)
     rate = FPS if first.rate is None else first.rate * len(numbers) / n_frames
-    return Clip(ImageSize(*first.picture().size), len(numbers), _sampled(file, name, numbers), from_file=True, rate=rate)
+    return Clip(
+        ImageSize(*first.picture().size), len(numbers), _sampled(file, name, numbers), from_file=True, rate=rate
+    )
 
 
 def _sampled(file: str | io.BytesIO, name: str, numbers: list[int]) -> Iterator[Image.Image]:
