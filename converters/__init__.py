@@ -80,5 +80,7 @@ def converter_for(hf_config: Mapping[str, Any]) -> Family:
         if not architectures and model_type in family.MODEL_TYPES:
             return family
     name = f"architecture {', '.join(map(str, architectures))}" if architectures else f"model_type {model_type!r}"
+    if "moe" in name.lower():
+        raise CheckpointError(f"{name} is a mixture of experts, which is not supported: use a dense size of the family")
     supported = ", ".join(name for family in FAMILIES for name in family.ARCHITECTURES)
     raise CheckpointError(f"{name} is not supported; supported are {supported}")

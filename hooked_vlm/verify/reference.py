@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from hooked_vlm.model.vlm import HookedVLM
 
 QWEN_VL = ("Qwen2VLForConditionalGeneration", "Qwen2_5_VLForConditionalGeneration")
-LANGUAGE_MODELS = ("Qwen2ForCausalLM", "LlamaForCausalLM", "Phi3ForCausalLM")
+LANGUAGE_MODELS = ("Qwen2ForCausalLM", "Qwen3ForCausalLM", "LlamaForCausalLM", "Phi3ForCausalLM")
 
 
 @dataclass(frozen=True, eq=False)
