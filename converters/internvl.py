@@ -38,8 +38,8 @@ MODEL_TYPES = ("internvl_chat", "internvl")
 Layout = Literal["original", "hf"]
 LAYOUTS = ("original", "hf")
 
-# The vocabulary of every published size ends in <IMG_CONTEXT>, <quad>, </quad>, <ref>, </ref>, <box>, </box>; but that of
-# 3.5 (Qwen3) is padded, and only the tokenizer knows the id.
+# The vocabulary of every published size ends in <IMG_CONTEXT>, <quad>, </quad>, <ref>, </ref>, <box>, </box>; but that
+# of 3.5 (Qwen3) is padded, and only the tokenizer knows the id.
 IMAGE_TOKEN_FROM_END = 7
 
 FLASH = ("vit_router", "flash_relative_threshold", "flash_absolute_threshold", "router_config")
@@ -252,7 +252,7 @@ def _hf_config(cfg: Mapping[str, Any], dialect: Dialect) -> dict[str, Any]:
     return {
         "architectures": [HF],
         "model_type": "internvl",
-        "image_token_id": cfg["image_token_id"],
+        **({} if cfg["image_token_id"] is None else {"image_token_id": cfg["image_token_id"]}),
         "image_seq_length": (vision["tile_size"] // vision["patch_size"] // vision["merge_size"]) ** 2,
         "downsample_ratio": 1 / vision["merge_size"],
         "projector_hidden_act": "gelu",
@@ -283,7 +283,7 @@ def _original_config(cfg: Mapping[str, Any], dialect: Dialect) -> dict[str, Any]
         "downsample_ratio": 1 / vision["merge_size"],
         "dynamic_image_size": vision["max_tiles"] > 1,
         "force_image_size": vision["tile_size"],
-        "image_token_id": cfg["image_token_id"],
+        **({} if cfg["image_token_id"] is None else {"image_token_id": cfg["image_token_id"]}),
         "llm_config": {**decoder_config(cfg, dialect), "tie_word_embeddings": cfg["tie_word_embeddings"]},
         "max_dynamic_patch": vision["max_tiles"],
         "min_dynamic_patch": vision["min_tiles"],

@@ -190,6 +190,19 @@ def _internlm2(factor: float, **sizes: int) -> dict[str, Any]:
                 bias=False, pad_token_id=2, rope_scaling=scaling)  # fmt: skip
 
 
+def _qwen2_5(**sizes: int) -> dict[str, Any]:
+    """The language model of InternVL3."""
+    scaling = {"type": "dynamic", "rope_type": "dynamic", "factor": 2.0}
+    return _llm("Qwen2ForCausalLM", **sizes, vocab_size=151674, n_ctx=32768, theta=1e6, eps=1e-6, eos=151643,
+                rope_scaling=scaling)  # fmt: skip
+
+
+def _qwen3(**sizes: int) -> dict[str, Any]:
+    """The language model of InternVL3.5."""
+    return _llm("Qwen3ForCausalLM", **sizes, kv_heads=8, vocab_size=151936, n_ctx=40960, theta=1e6, eps=1e-6,
+                eos=151645, head_dim=128, rope_scaling=None)  # fmt: skip
+
+
 # fmt: off
 KNOWN_MODELS: dict[str, KnownModel] = {
     "Qwen/Qwen2-VL-2B-Instruct": KnownModel(
@@ -270,6 +283,66 @@ KNOWN_MODELS: dict[str, KnownModel] = {
             "LlamaForCausalLM", hidden_size=8192, intermediate_size=28672, layers=80, heads=64, kv_heads=8,
             vocab_size=128265, n_ctx=8192, theta=5e5, eos=128003), large_vit=True),
         n_params=76_262_358_400, certainty="sizes are Llama-3-70B's; template and stop token not verified",
+    ),
+    "OpenGVLab/InternVL3-1B": KnownModel(
+        _internvl2("internvl2_5", _qwen2_5(
+            hidden_size=896, intermediate_size=4864, layers=24, heads=14, kv_heads=2)),
+        n_params=938_193_024, certainty="the language model's sizes are Qwen2.5-0.5B's; the rest as in 8B",
+    ),
+    "OpenGVLab/InternVL3-2B": KnownModel(
+        _internvl2("internvl2_5", _qwen2_5(
+            hidden_size=1536, intermediate_size=8960, layers=28, heads=12, kv_heads=2)),
+        n_params=2_088_957_440, certainty="the language model's sizes are Qwen2.5-1.5B's; the rest as in 8B",
+    ),
+    "OpenGVLab/InternVL3-8B": KnownModel(
+        _internvl2("internvl2_5", _qwen2_5(
+            hidden_size=3584, intermediate_size=18944, layers=28, heads=28, kv_heads=4)),
+        n_params=7_944_373_760,
+    ),
+    "OpenGVLab/InternVL3-14B": KnownModel(
+        _internvl2("internvl2_5", _qwen2_5(
+            hidden_size=5120, intermediate_size=13824, layers=48, heads=40, kv_heads=8)),
+        n_params=15_117_256_704, certainty="the language model's sizes are Qwen2.5-14B's; the rest as in 8B",
+    ),
+    "OpenGVLab/InternVL3-38B": KnownModel(
+        _internvl2("internvl2_5", _qwen2_5(
+            hidden_size=5120, intermediate_size=27648, layers=64, heads=40, kv_heads=8), large_vit=True),
+        n_params=38_388_164_992, certainty="the language model's sizes are Qwen2.5-32B's; the rest as in 8B",
+    ),
+    "OpenGVLab/InternVL3-78B": KnownModel(
+        _internvl2("internvl2_5", _qwen2_5(
+            hidden_size=8192, intermediate_size=29568, layers=80, heads=64, kv_heads=8), large_vit=True),
+        n_params=78_408_318_336, certainty="the language model's sizes are Qwen2.5-72B's; the rest as in 8B",
+    ),
+    "OpenGVLab/InternVL3_5-1B": KnownModel(
+        _internvl2("internvl2_5", _qwen3(
+            hidden_size=1024, intermediate_size=3072, layers=28, heads=16)),
+        n_params=1_060_897_792, certainty="the language model's sizes are Qwen3-0.6B's; untied from memory",
+    ),
+    "OpenGVLab/InternVL3_5-2B": KnownModel(
+        _internvl2("internvl2_5", _qwen3(
+            hidden_size=2048, intermediate_size=6144, layers=28, heads=16)),
+        n_params=2_348_347_392, certainty="the language model's sizes are Qwen3-1.7B's; untied from memory",
+    ),
+    "OpenGVLab/InternVL3_5-4B": KnownModel(
+        _internvl2("internvl2_5", _qwen3(
+            hidden_size=2560, intermediate_size=9728, layers=36, heads=32)),
+        n_params=4_732_489_216, certainty="the language model's sizes are Qwen3-4B's; untied from memory",
+    ),
+    "OpenGVLab/InternVL3_5-8B": KnownModel(
+        _internvl2("internvl2_5", _qwen3(
+            hidden_size=4096, intermediate_size=12288, layers=36, heads=32)),
+        n_params=8_528_318_464,
+    ),
+    "OpenGVLab/InternVL3_5-14B": KnownModel(
+        _internvl2("internvl2_5", _qwen3(
+            hidden_size=5120, intermediate_size=17408, layers=40, heads=40)),
+        n_params=15_119_523_840, certainty="the language model's sizes are Qwen3-14B's; untied from memory",
+    ),
+    "OpenGVLab/InternVL3_5-38B": KnownModel(
+        _internvl2("internvl2_5", _qwen3(
+            hidden_size=5120, intermediate_size=25600, layers=64, heads=64), large_vit=True),
+        n_params=38_390_405_504, certainty="the language model's sizes are Qwen3-32B's; untied from memory",
     ),
 }
 # fmt: on

@@ -151,7 +151,7 @@ def dialect_of(config: Mapping[str, Any], where: str = "config.json") -> Dialect
         if dialect.architecture in named or (not named and config.get("model_type") == dialect.model_type):
             return dialect
     name = ", ".join(map(str, named)) or f"model_type {config.get('model_type')!r}"
-    if "moe" in name.lower() or "gptoss" in name.lower():
+    if "moe" in name.lower() or "GptOss" in name:
         raise CheckpointError(
             f"{where}: {name} is a mixture of experts, which is not supported: use a dense size of the family"
         )

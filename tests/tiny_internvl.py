@@ -133,6 +133,7 @@ def original_config(kind: str) -> dict[str, Any]:
         "downsample_ratio": 0.5,
         "dynamic_image_size": True,
         "force_image_size": 32,
+        **({"img_context_token_id": IMAGE} if kind == "qwen3" else {}),  # in the files only the tokenizer knows it
         "llm_config": {
             "architectures": [ORIGINAL_TEXT[kind]],
             "attn_implementation": "flash_attention_2",
@@ -145,6 +146,7 @@ def original_config(kind: str) -> dict[str, Any]:
             "num_attention_heads": 4,
             "num_hidden_layers": 3,
             "num_key_value_heads": text.get("num_key_value_heads", 2),
+            **({"head_dim": text["head_dim"]} if "head_dim" in text else {}),
             "original_max_position_embeddings": text.get("original_max_position_embeddings", 128),
             "pad_token_id": 0,
             "rms_norm_eps": 1e-6,

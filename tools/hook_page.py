@@ -111,7 +111,14 @@ Blocks behind the layer that the projector reads (`select_layer`) do not run. Th
 """
 
 _OTHERS = """\
-## Where other towers differ
+## Where other models differ
+
+With `model.cfg.qk_norm` (Qwen3) each head's queries and keys are normalised by themselves: `attn.hook_q` and
+`attn.hook_k` come before the norm, `attn.hook_q_normed` and `attn.hook_k_normed` behind it and before rotation.
+
+The towers of Qwen2.5-VL see windows in most blocks: patches of other windows have scores of -inf and patterns of 0, and
+`query_patch` and `key_patch` count the picture's patches in merge order as in the other families (in `transformers`
+they lie window by window). Their MLP is gated.
 
 What a tower and a projector are made of is in `model.cfg.vision`, and some points exist with some parts only:
 `vision.ln_pre` with `pre_norm`, `vision.ln_post` with `post_norm`, the vision tower's `mlp.hook_pre_linear` with
@@ -168,7 +175,8 @@ def page() -> str:
         n_ctx=8,
         rope_theta=1e4,
     )
-    tables = [hook_table(HookedVLM(cfg.with_(vision=vision))) for vision in (sizes, tiles, others)]
+    kinds = (cfg.with_(vision=sizes), cfg.with_(vision=tiles), cfg.with_(vision=others, qk_norm=True))
+    tables = [hook_table(HookedVLM(kind)) for kind in kinds]
     return markdown(*tables)
 
 

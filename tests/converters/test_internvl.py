@@ -1,4 +1,4 @@
-"""InternVL's two checkpoint layouts and the four dialects of language models: there and back, bit for bit."""
+"""InternVL's two checkpoint layouts and the five dialects of language models: there and back, bit for bit."""
 
 import json
 from functools import lru_cache
@@ -12,9 +12,10 @@ from safetensors.torch import load_file, save_file
 from tiny_internvl import CASES, IMAGE, KINDS, by_hand, for_hf, hf_batch, original_config, tiny_config, tiny_hf
 
 from hooked_vlm import CheckpointError, HookedVLM
-from hooked_vlm.config import VisionConfig
+from hooked_vlm.config import VisionConfig, VLMConfig
 from hooked_vlm.converters import KNOWN_MODELS, converter_for, internvl
 from hooked_vlm.inputs.tiles import TileProcessor
+from hooked_vlm.loading.settings import with_tokens
 
 
 @pytest.fixture(params=KINDS)
@@ -124,6 +125,20 @@ def test_a_text_only_checkpoint_that_transformers_wrote(tied: bool, tmp_path: Pa
 # ---------------------------------------------------------------- configurations
 
 
+def test_a_padded_vocabulary_leaves_the_placeholder_to_the_tokenizer() -> None:
+    config = KNOWN_MODELS["OpenGVLab/InternVL3_5-8B"].config
+    assert internvl.config_kwargs(config)["image_token_id"] is None
+    assert internvl.config_kwargs({**config, "img_context_token_id": 151671})["image_token_id"] == 151671
+    kwargs = internvl.config_kwargs(config)
+    cfg = VLMConfig(**{**kwargs, "vision": VisionConfig(**kwargs["vision"])})
+
+    class Tokenizer:
+        def get_vocab(self) -> dict[str, int]:
+            return {"<IMG_CONTEXT>": 151671, "<img>": 151669, "</img>": 151670, "<|im_end|>": 151645}
+
+    assert with_tokens(cfg, Tokenizer()).image_token_id == 151671
+
+
 @pytest.mark.parametrize("name", [name for name in KNOWN_MODELS if "InternVL" in name])
 def test_known_sizes(name: str) -> None:
     """Against the reference implementation, without memory for the numbers."""
@@ -145,8 +160,11 @@ def _parts(config: dict[str, Any]) -> tuple[dict[str, Any], Any]:
     [
         (
             {"llm_config": {"architectures": ["MixtralForCausalLM"]}},
-            "MixtralForCausalLM.*Qwen2ForCausalLM, LlamaForCausalLM",
+            "MixtralForCausalLM.*Qwen2ForCausalLM, Qwen3ForCausalLM, LlamaForCausalLM",
         ),
+        ({"llm_config": {"architectures": ["Qwen3MoeForCausalLM"]}}, "Qwen3Moe.*mixture of experts.*dense size"),
+        ({"llm_config": {"architectures": ["GptOssForCausalLM"]}}, "GptOss.*mixture of experts.*dense size"),
+        ({"flash_relative_threshold": 0.5}, "flash_relative_threshold.*without -Flash"),
         ({"llm_config": {"bias": True}}, r"llm_config.*\bbias\b"),
         ({"llm_config": {"rope_scaling": {"type": "yarn", "factor": 2.0}}}, "rope_scaling.*'yarn'"),
         ({"llm_config": {"rope_scaling": {"type": "su", "short_factor": [1.0]}}}, "short_factor.*8"),

@@ -289,7 +289,7 @@ def test_the_family_is_found_by_architecture_or_model_type() -> None:
 @pytest.mark.parametrize(
     "config",
     [
-        {"architectures": ["Qwen2_5_VLForConditionalGeneration"], "model_type": "qwen2_5_vl"},
+        {"architectures": ["Qwen3_5ForConditionalGeneration"], "model_type": "qwen3_5"},
         {"architectures": ["MistralForCausalLM"], "model_type": "qwen2_vl"},
         {"architectures": "MistralForCausalLM"},
         {"architectures": [["nested"]]},

@@ -106,3 +106,8 @@ def test_what_is_not_supported_is_refused_by_its_field(name: str, section: str |
     (config if section is None else config[section])[field] = value
     with pytest.raises(CheckpointError, match=field):
         converter_for(config).config_kwargs(config)
+
+
+def test_a_mixture_of_experts_is_refused() -> None:
+    with pytest.raises(CheckpointError, match=r"Qwen3VLMoe.*mixture of experts.*dense size"):
+        converter_for({"architectures": ["Qwen3VLMoeForConditionalGeneration"]})

@@ -100,13 +100,15 @@ def test_hooks_on_modules_see_batch_and_positions_and_change_nothing_by_looking(
         ("blocks.1.ln2", "blocks.1.ln2.hook_out"),
         ("blocks.2.mlp.gate_proj", "blocks.2.mlp.hook_pre"),
         ("vision.blocks.0", "vision.blocks.0.hook_resid_post"),
-        ("vision.blocks.1.mlp.in_proj", "vision.blocks.1.mlp.hook_pre"),
+        ("vision.blocks.1.mlp.in_proj", "vision.blocks.1.mlp.hook_pre, or hook_pre_linear"),
     ],
 )
 def test_an_edit_of_the_last_position_by_a_module_hook_is_that_of_a_hook_point(
     family: str, rows: str, name: str, point: str
 ) -> None:
     model, inputs = model_and_inputs(family, rows)
+    plain, _, gated = point.partition(", or ")
+    point = f"{plain.rpartition('.')[0]}.{gated}" if gated and model.cfg.vision.gated_mlp else plain
 
     def steer(module: nn.Module, args: Any, out: Tensor) -> Tensor:
         return torch.cat((out[:, :-1], out[:, -1:] + 3), dim=1)
