@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from types import ModuleType
 from typing import Any
 
-from hooked_vlm.converters import internvl, language_models, qwen2_vl
+from hooked_vlm.converters import internvl, language_models, llava, qwen2_vl
 from hooked_vlm.converters.checkpoint import open_tensors, read_config, read_json
 from hooked_vlm.converters.fields import DTYPES
 from hooked_vlm.converters.known_models import KNOWN_MODELS
@@ -16,7 +16,7 @@ from hooked_vlm.errors import CheckpointError
 
 __all__ = ["DTYPES", "FAMILIES", "KNOWN_MODELS", "converter_for", "open_tensors", "read_config", "read_json"]
 
-FAMILIES: tuple[ModuleType, ...] = (qwen2_vl, internvl, language_models)
+FAMILIES: tuple[ModuleType, ...] = (qwen2_vl, internvl, llava, language_models)
 
 
 def converter_for(hf_config: Mapping[str, Any]) -> ModuleType:
@@ -35,6 +35,9 @@ def converter_for(hf_config: Mapping[str, Any]) -> ModuleType:
             return family
         if not architectures and model_type in family.MODEL_TYPES:
             return family
+    for name in architectures:
+        if advice := llava.INSTEAD.get(name):
+            raise CheckpointError(f"architecture {name} {advice}")
     name = f"architecture {', '.join(map(str, architectures))}" if architectures else f"model_type {model_type!r}"
     supported = ", ".join(name for family in FAMILIES for name in family.ARCHITECTURES)
     raise CheckpointError(f"{name} is not supported; supported are {supported}")

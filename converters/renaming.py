@@ -24,7 +24,7 @@ class Rename:
     With several names in `ours`, the first axis is split among them (fused projections): into equal parts, or into
     `parts` rows each. Where the checkpoint interleaves them, it does so `groups` times, and `parts` are the
     rows of one group. `flat` turns a convolution kernel whose stride is its size into a matrix: [out, in, ...]
-    becomes [out, in * ...].
+    becomes [out, in * ...]. `unsqueezed` axes of length 1 stand in front of the model's.
     """
 
     theirs: str
@@ -34,12 +34,14 @@ class Rename:
     flat: bool = False
     parts: tuple[int, ...] = ()
     groups: int = 1
+    unsqueezed: int = 0
 
     @property
     def our_shapes(self) -> dict[str, tuple[int, ...]]:
         """The shape in the model of each tensor in `ours`."""
         rest = [prod(self.shape[1:])] if self.flat else list(self.shape[1:])
-        return {name: (self.groups * n, *rest) for name, n in zip(self.ours, self._rows, strict=True)}
+        ones = (1,) * self.unsqueezed
+        return {name: (*ones, self.groups * n, *rest) for name, n in zip(self.ours, self._rows, strict=True)}
 
     @property
     def _rows(self) -> tuple[int, ...]:
@@ -53,7 +55,7 @@ class Rename:
         """
         matrix = tensor.flatten(1) if self.flat else tensor
         if len(self.ours) == 1:
-            return (matrix,)
+            return (matrix[(None,) * self.unsqueezed],)
         if self.groups == 1:
             return matrix.split(list(self._rows))
         grouped = matrix.unflatten(0, (self.groups, -1))

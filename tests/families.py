@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import tiny_internvl
+import tiny_llava
 import tiny_qwen2_vl
 
 from hooked_vlm import HookedVLM
@@ -53,6 +54,12 @@ INTERNVL = {
     "vision.blocks.{l}.attn.hook_pattern": "model.vision_tower.encoder.layer.{l}.attention",
     "hook_image_features": "model.multi_modal_projector",
 }
+CLIP = {
+    "vision.blocks.0.hook_resid_pre": "model.vision_tower.pre_layrnorm",
+    "vision.blocks.{l}.hook_resid_post": "model.vision_tower.encoder.layers.{l}",
+    "vision.blocks.{l}.attn.hook_pattern": "model.vision_tower.encoder.layers.{l}.self_attn",
+}
+LLAVA = {**CLIP, "hook_image_features": "model.multi_modal_projector"}
 
 
 def qwen2_vl(tied: bool) -> Kind:
@@ -80,6 +87,19 @@ def internvl(text: str, **differs: Any) -> Kind:
     )
 
 
+def llava() -> Kind:
+    return Kind(
+        hf=tiny_llava.tiny_llava,
+        batch=tiny_llava.llava_batch,
+        for_hf=tiny_llava.for_hf,
+        images={"small": "image", "large": "image"},
+        cases=tiny_llava.LLAVA_CASES,
+        vision=LLAVA,
+        placeholders=(tiny_llava.IMAGE,),
+        n_new=40,
+    )
+
+
 # The first of a family bears its name; the others differ in the language model, the tower or the unembedding.
 KINDS = {
     "qwen2-vl": qwen2_vl(tied=False),
@@ -90,8 +110,9 @@ KINDS = {
     # Longrope changes the frequencies of a row beyond its trained length: the reference does so for the whole batch,
     # and generates anew without its cache there (docs/references.md)
     "internvl2, phi3": internvl("phi3", mixed=False, n_new=6),
+    "llava": llava(),
 }
-FAMILIES = ("qwen2-vl", "internvl2")
+FAMILIES = ("qwen2-vl", "internvl2", "llava")
 
 # name: (row of every family; a word stands for an image, of two sizes)
 ROWS: dict[str, list[list[Any]]] = {

@@ -1,12 +1,17 @@
 """Image processors by the name that a configuration gives (`VisionConfig.processor`)."""
 
 from hooked_vlm.config import VLMConfig
+from hooked_vlm.inputs.cropped import CropProcessor
 from hooked_vlm.inputs.image_processor import ImageProcessor
 from hooked_vlm.inputs.image_settings import Settings
 from hooked_vlm.inputs.picture_processor import PictureProcessor
 from hooked_vlm.inputs.tiles import TileProcessor
 
-PROCESSORS: dict[str, type[PictureProcessor]] = {"resized": ImageProcessor, "tiles": TileProcessor}
+PROCESSORS: dict[str, type[PictureProcessor]] = {
+    "resized": ImageProcessor,
+    "tiles": TileProcessor,
+    "cropped": CropProcessor,
+}
 
 
 def processor_of(
