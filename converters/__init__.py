@@ -1,12 +1,13 @@
 """Checkpoint families, one module each: Hugging Face configurations to ours, Hugging Face tensors to ours and back.
 
-Converters take and return plain dicts and tensors, and import no module of the model. A family module has
-`ARCHITECTURES`, `MODEL_TYPES`, `config_kwargs`, `dtype`, `published_config`, `from_hf` and `to_hf`.
+Converters take and return plain dicts and tensors, and import no module of the model.
 """
 
-from collections.abc import Mapping
-from types import ModuleType
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
 
 from hooked_vlm.converters import internvl, language_models, llava, qwen2_vl
 from hooked_vlm.converters.checkpoint import open_tensors, read_config, read_json
@@ -14,12 +15,35 @@ from hooked_vlm.converters.fields import DTYPES
 from hooked_vlm.converters.known_models import KNOWN_MODELS
 from hooked_vlm.errors import CheckpointError
 
-__all__ = ["DTYPES", "FAMILIES", "KNOWN_MODELS", "converter_for", "open_tensors", "read_config", "read_json"]
-
-FAMILIES: tuple[ModuleType, ...] = (qwen2_vl, internvl, llava, language_models)
+__all__ = ["DTYPES", "FAMILIES", "KNOWN_MODELS", "Family", "converter_for", "open_tensors", "read_config", "read_json"]
 
 
-def converter_for(hf_config: Mapping[str, Any]) -> ModuleType:
+@runtime_checkable
+class Family(Protocol):
+    """What a family module has. Values that differ between families are in what `config_kwargs` returns."""
+
+    ARCHITECTURES: tuple[str, ...]
+    """Names in `architectures` of config.json."""
+    MODEL_TYPES: tuple[str, ...]
+    """The same in `model_type`, where config.json states no architecture."""
+    config_kwargs: Callable[..., dict[str, Any]]
+    """From config.json to the arguments of `VLMConfig`, those of `VisionConfig` under "vision"."""
+    dtype: Callable[..., torch.dtype | None]
+    """The dtype that config.json states."""
+    published_config: Callable[..., dict[str, Any]]
+    """config.json as it is written to a folder."""
+    from_hf: Callable[..., dict[str, Tensor]]
+    """Our tensors from a checkpoint's."""
+    to_hf: Callable[..., dict[str, Tensor]]
+    """The inverse, bit for bit."""
+
+
+FAMILIES: list[Family] = [qwen2_vl, internvl, llava, language_models]
+"""Families by precedence. A family of one's own is appended, its image processor and the marks of its prompts are
+added by name to `hooked_vlm.inputs.processors.PROCESSORS` and `hooked_vlm.inputs.prompt_styles.STYLES`."""
+
+
+def converter_for(hf_config: Mapping[str, Any]) -> Family:
     """The family module for a checkpoint, by its `architectures` or, where it has none, its `model_type`.
 
     `auto_map` (remote code) is ignored.

@@ -1,7 +1,7 @@
 """LLaVA-1.5: `config.json` to our configuration, and Hugging Face tensors to ours and back.
 
 One module for the repositories of `transformers`' own classes (`llava-hf/*`); what differs between families is a
-`Family`. Names of tensors come in three spellings, and any of them is read:
+`Variant`. Names of tensors come in three spellings, and any of them is read:
 
 - published: `vision_tower.vision_model.*`, `language_model.model.*`, `language_model.lm_head.weight`;
 - saved by transformers 5: the same without `vision_model`;
@@ -30,7 +30,7 @@ from hooked_vlm.converters.renaming import Rename, affine, tied_to_ours, tied_to
 
 
 @dataclass(frozen=True)
-class Family:
+class Variant:
     """What differs between the families."""
 
     architecture: str
@@ -44,10 +44,10 @@ class Family:
     line_break: bool = False
 
 
-LLAVA = Family("LlavaForConditionalGeneration", "llava", "cropped", 32000, -2, "clip_vision_model", "llama")
-FAMILIES = (LLAVA,)
-ARCHITECTURES = tuple(family.architecture for family in FAMILIES)
-MODEL_TYPES = tuple(family.model_type for family in FAMILIES)
+LLAVA = Variant("LlavaForConditionalGeneration", "llava", "cropped", 32000, -2, "clip_vision_model", "llama")
+VARIANTS = (LLAVA,)
+ARCHITECTURES = tuple(family.architecture for family in VARIANTS)
+MODEL_TYPES = tuple(family.model_type for family in VARIANTS)
 INSTEAD = dict.fromkeys(
     ("LlavaLlamaForCausalLM", "LlavaMistralForCausalLM", "LlavaQwenForCausalLM"),
     "is a file of LLaVA's original code, which is not supported: load the same weights from llava-hf, e.g. "
@@ -121,12 +121,12 @@ def config_kwargs(hf_config: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _family(hf_config: Mapping[str, Any]) -> Family:
+def _family(hf_config: Mapping[str, Any]) -> Variant:
     stated = hf_config.get("architectures") or []
     named = stated if isinstance(stated, list) else [stated]
     return next(
         family
-        for family in FAMILIES
+        for family in VARIANTS
         if family.architecture in named or (not named and hf_config.get("model_type") == family.model_type)
     )
 
@@ -144,7 +144,7 @@ def _text(hf_config: Mapping[str, Any]) -> dict[str, Any]:
     return defaults | {name: value for name, value in stated.items() if value is not None or name in meant}
 
 
-def _vision_kwargs(root: Fields, family: Family, text_width: int) -> dict[str, Any]:
+def _vision_kwargs(root: Fields, family: Variant, text_width: int) -> dict[str, Any]:
     stated = root.section("vision_config")
     kind = Fields(stated, where="vision_config").one_of("model_type", tuple(TOWERS), default=family.tower)
     tower, unstated = TOWERS[kind], {} if stated else UNSTATED[kind]
@@ -287,7 +287,7 @@ def _tower(cfg: Mapping[str, Any]) -> list[Rename]:
     n_tokens, channels = cfg["class_token"] + cfg["n_positions"], cfg["in_channels"]
     theirs, ours = f"{TOWER}embeddings", "vision.tile_embed"
     table = [
-        Rename(f"{theirs}.position_embedding.weight", (f"{ours}.positions",), (n_tokens, width), unsqueezed=1),
+        Rename(f"{theirs}.position_embedding.weight", (f"{ours}.positions",), (n_tokens, width), lead=1),
         Rename(
             f"{theirs}.patch_embedding.weight",
             ("vision.patch_embed.proj.weight",),
@@ -296,7 +296,7 @@ def _tower(cfg: Mapping[str, Any]) -> list[Rename]:
         ),
     ]
     if cfg["class_token"]:
-        table.append(Rename(f"{theirs}.class_embedding", (f"{ours}.class_token",), (width,), unsqueezed=2))
+        table.append(Rename(f"{theirs}.class_embedding", (f"{ours}.class_token",), (width,), lead=2))
     if cfg["patch_bias"]:
         table.append(Rename(f"{theirs}.patch_embedding.bias", ("vision.patch_embed.proj.bias",), (width,)))
     if cfg["pre_norm"]:

@@ -24,7 +24,7 @@ class Rename:
     With several names in `ours`, the first axis is split among them (fused projections): into equal parts, or into
     `parts` rows each. Where the checkpoint interleaves them, it does so `groups` times, and `parts` are the
     rows of one group. `flat` turns a convolution kernel whose stride is its size into a matrix: [out, in, ...]
-    becomes [out, in * ...]. `unsqueezed` axes of length 1 stand in front of the model's.
+    becomes [out, in * ...]. `lead` is the number of axes of length 1 that the model has in front.
     """
 
     theirs: str
@@ -32,15 +32,15 @@ class Rename:
     shape: tuple[int, ...]
     """The shape in the checkpoint."""
     flat: bool = False
+    lead: int = 0
     parts: tuple[int, ...] = ()
     groups: int = 1
-    unsqueezed: int = 0
 
     @property
     def our_shapes(self) -> dict[str, tuple[int, ...]]:
         """The shape in the model of each tensor in `ours`."""
         rest = [prod(self.shape[1:])] if self.flat else list(self.shape[1:])
-        ones = (1,) * self.unsqueezed
+        ones = (1,) * self.lead
         return {name: (*ones, self.groups * n, *rest) for name, n in zip(self.ours, self._rows, strict=True)}
 
     @property
@@ -55,7 +55,7 @@ class Rename:
         """
         matrix = tensor.flatten(1) if self.flat else tensor
         if len(self.ours) == 1:
-            return (matrix[(None,) * self.unsqueezed],)
+            return (matrix.view(*[1] * self.lead, *matrix.shape) if self.lead else matrix,)
         if self.groups == 1:
             return matrix.split(list(self._rows))
         grouped = matrix.unflatten(0, (self.groups, -1))

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import tiny_internvl
 import tiny_llava
+import tiny_made_up
 import tiny_qwen2_vl
 
 from hooked_vlm import HookedVLM
@@ -62,6 +63,13 @@ CLIP = {
 LLAVA = {**CLIP, "hook_image_features": "model.multi_modal_projector"}
 
 
+MADE_UP = {
+    "vision.blocks.0.hook_resid_pre": "model.vision_tower.embeddings",
+    "vision.blocks.{l}.hook_resid_post": "model.vision_tower.encoder.layers.{l}",
+    "hook_image_features": "model.multi_modal_projector",
+}
+
+
 def qwen2_vl(tied: bool) -> Kind:
     return Kind(
         hf=partial(tiny_qwen2_vl.tiny_hf, tied),
@@ -100,6 +108,18 @@ def llava() -> Kind:
     )
 
 
+def made_up() -> Kind:
+    return Kind(
+        hf=tiny_made_up.tiny_hf,
+        batch=tiny_made_up.hf_batch,
+        for_hf=tiny_internvl.for_hf,
+        images={"small": ("image", 1), "large": ("image", 2)},
+        cases=tiny_made_up.CASES,
+        vision=MADE_UP,
+        placeholders=(tiny_made_up.IMAGE,),
+    )
+
+
 # The first of a family bears its name; the others differ in the language model, the tower or the unembedding.
 KINDS = {
     "qwen2-vl": qwen2_vl(tied=False),
@@ -111,8 +131,9 @@ KINDS = {
     # and generates anew without its cache there (docs/references.md)
     "internvl2, phi3": internvl("phi3", mixed=False, n_new=6),
     "llava": llava(),
+    "made-up": made_up(),
 }
-FAMILIES = ("qwen2-vl", "internvl2", "llava")
+FAMILIES = ("qwen2-vl", "internvl2", "llava", "made-up")
 
 # name: (row of every family; a word stands for an image, of two sizes)
 ROWS: dict[str, list[list[Any]]] = {

@@ -93,6 +93,8 @@ def _why_not(model: "HookedVLM", name: str) -> str:
         return "it has a [pos, pos] plane and no rows of one width; keep queries and keys instead"
     if model.cfg.use_split_qkv_input and ".ln1." in name and not is_vision(name):
         return "with use_split_qkv_input it fires three times"
+    if name.startswith("projector.") and model.cfg.vision is not None and model.cfg.vision.line_break:
+        return "the projector's outputs are arranged with line breaks before they are tokens; keep hook_image_features"
     try:
         model.check_hook_name(name)
     except HookError as error:

@@ -9,7 +9,7 @@ the layout, never the family.
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from typing import Literal, NamedTuple, SupportsFloat
 
@@ -100,7 +100,7 @@ class ImageLayout:
     """Number of the tile (or frame) of each token, as the tower counts them; -1 for tokens that stand for no place."""
     tower_order: Int[np.ndarray, "tile patch"]
     """Number in `patches` of each patch that the tower sees, in its order."""
-    make_patches: Callable[[], "ImageLayout"] | None = None
+    make_patches: Callable[[], "ImageLayout"] | None = field(default=None, compare=False)
     """Returns `patches`; None for a layout of patches."""
     runs: tuple[int, ...] = ()
     """Numbers of placeholders side by side; one run of all tokens by default."""

@@ -1,6 +1,7 @@
 """Image processors by the name that a configuration gives (`VisionConfig.processor`)."""
 
 from hooked_vlm.config import VLMConfig
+from hooked_vlm.errors import CheckpointError
 from hooked_vlm.inputs.cropped import CropProcessor
 from hooked_vlm.inputs.image_processor import ImageProcessor
 from hooked_vlm.inputs.image_settings import Settings
@@ -24,4 +25,8 @@ def processor_of(
     """
     if cfg.vision is None:
         return None
+    if cfg.vision.processor not in PROCESSORS:
+        raise CheckpointError(
+            f"the configuration names the image processor {cfg.vision.processor!r}; known are {', '.join(PROCESSORS)}"
+        )
     return PROCESSORS[cfg.vision.processor].from_checkpoint(cfg, images or Settings(), videos or Settings())

@@ -243,7 +243,8 @@ class TileProcessor(PictureProcessor):
             CheckpointError: settings that are not supported.
         """
         names = ("tile_size", "patch_size", "merge_size", "min_tiles", "max_tiles", "thumbnail", "transposed_tokens")
-        sizes = {name: getattr(cfg.vision, name) for name in names}
+        assert cfg.vision is not None
+        sizes = {name: getattr(cfg.vision, name) for name in names} | {"merge_size": cfg.vision.token_size}
         of_transformers = images.file is not None and cfg.original_architecture.endswith("ForConditionalGeneration")
         try:
             return cls.from_dict(images.values, **sizes, **(SILENT_TILES if of_transformers else {}))

@@ -22,7 +22,8 @@ def digest(value: Any) -> str:
     """Digest of a value's content: equal for equal content, in every process and on every device.
 
     Plain values, tensors, arrays, containers, and dataclasses of these (interventions, metrics, inputs). The digest
-    of a dataclass of your own includes its source text, but not the functions it calls.
+    of a dataclass of your own includes its source text, but not the functions it calls; fields that are not compared
+    are left out.
 
     Raises:
         InputError: a value without comparable content, such as a function or an object of another class.
@@ -54,7 +55,7 @@ def _feed(found: Any, value: Any) -> None:
         if not kind.__module__.startswith("hooked_vlm."):
             found.update(_source(kind).encode())
         for field in fields(kind):
-            if field.init:
+            if field.init and field.compare:
                 found.update(f"{field.name}=".encode())
                 _feed(found, getattr(value, field.name))
     else:

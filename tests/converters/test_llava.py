@@ -93,7 +93,7 @@ VISION_FIELDS = {
 OURS = [name for name in KNOWN_MODELS if name.startswith("llava-hf/")]
 SILENT = [
     {"architectures": [family.architecture], "text_config": text, "vision_config": vision}
-    for family in llava.FAMILIES
+    for family in llava.VARIANTS
     for text in [{}, *({"model_type": kind} for kind in llava.DIALECTS)]
     for vision in [{}, *({"model_type": kind} for kind in llava.TOWERS)]
 ]
@@ -102,7 +102,7 @@ SILENT = [
 def matches(config: dict[str, Any]) -> None:
     """Every size equals that of transformers' configuration class."""
     ours = converter_for(config).config_kwargs(config)
-    family = next(f for f in llava.FAMILIES if f.architecture in config["architectures"])
+    family = next(f for f in llava.VARIANTS if f.architecture in config["architectures"])
     bare = {key: value for key, value in config.items() if key != "model_type" and value != {}}
     theirs: Any = AutoConfig.for_model(family.model_type, **bare)
     assert {name: ours[name] for name in TEXT_FIELDS.values()} == {

@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from families import tiny_model
+from families import own_copy, tiny_model
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
@@ -37,6 +37,34 @@ def test_pixels_of_the_published_size_equal_those_of_transformers(size: tuple[in
     image = picture(*size)
     published: Any = LlavaImageProcessorPil(size={"shortest_edge": 336}, crop_size={"height": 336, "width": 336})
     assert torch.equal(CropProcessor()([image])[0], published([image], return_tensors="pt")["pixel_values"])
+
+
+@pytest.mark.parametrize("flag", ["class_token", "pre_norm"])
+@torch.no_grad()
+def test_every_part_of_the_tower_moves_the_numbers(flag: str) -> None:
+    """What CLIP's tower has beside InternVL's and Qwen2-VL's, taken away."""
+    model = own_copy(tiny_model("llava"))
+    inputs = model.inputs_from_hf(llava_batch(LLAVA_CASES["one-image"]))
+    before = model(inputs)
+    if flag == "pre_norm":
+        model.vision.ln_pre = None
+    else:
+        model.vision.tile_embed.class_token.zero_()
+        model.vision.tile_embed.positions[:, 0].zero_()
+    assert (model(inputs) - before).abs().max() > 1e-4
+
+
+@torch.no_grad()
+def test_blocks_and_the_norm_that_nothing_reads_move_no_number() -> None:
+    model = own_copy(tiny_model("llava"))
+    inputs = model.inputs_from_hf(llava_batch(LLAVA_CASES["one-image"]))
+    before = model(inputs)
+    assert model.cfg.vision.n_layers_run == 2 and model.cfg.vision.n_layers == 3
+    for parameter in (*model.vision.unread_norm.parameters(), *model.vision.blocks[2].parameters()):
+        parameter.mul_(7)
+    assert torch.equal(model(inputs), before)
+    model.vision.blocks[1].mlp.out_proj.weight.mul_(7)
+    assert not torch.allclose(model(inputs), before)
 
 
 @given(st.integers(1, 300), st.integers(1, 300), st.booleans())

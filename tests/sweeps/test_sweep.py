@@ -33,7 +33,7 @@ from hooked_vlm.nn.block import Block
 from hooked_vlm.sweeps import run as sweep_run_module
 from hooked_vlm.sweeps.plan import make_plan
 
-FAMILIES = ("qwen2-vl", "internvl2")
+FAMILIES = ("qwen2-vl", "internvl2", "made-up")
 SWEEP = import_module("hooked_vlm.sweeps.run")  # the package's attribute of this name is the function
 
 
@@ -295,7 +295,7 @@ def test_runs_on_the_image_side_share_batches_and_begin_where_they_act(family: s
         patched("vision.blocks.1.attn.hook_z", (1,)),
         patched("vision.hook_embed", own),
         CustomHooks([("vision.blocks.0.hook_resid_mid", shrink), ("blocks.1.hook_mlp_out", shrink)]),
-        patched("projector.hook_pre", None),
+        patched("vision.blocks.1.hook_mlp_out" if family == "made-up" else "projector.hook_pre", None),
         Compose((patched("vision.blocks.1.hook_resid_post", (0, 2)), ZeroHeads(((1, 2),)))),
         ZeroHeads(((1, 2),)),
         patched("hook_image_features", (1,)),
