@@ -22,20 +22,40 @@ __all__ = ["DTYPES", "FAMILIES", "KNOWN_MODELS", "Family", "converter_for", "ope
 class Family(Protocol):
     """What a family module has. Values that differ between families are in what `config_kwargs` returns."""
 
-    ARCHITECTURES: tuple[str, ...]
-    """Names in `architectures` of config.json."""
-    MODEL_TYPES: tuple[str, ...]
-    """The same in `model_type`, where config.json states no architecture."""
-    config_kwargs: Callable[..., dict[str, Any]]
-    """From config.json to the arguments of `VLMConfig`, those of `VisionConfig` under "vision"."""
-    dtype: Callable[..., torch.dtype | None]
-    """The dtype that config.json states."""
-    published_config: Callable[..., dict[str, Any]]
-    """config.json as it is written to a folder."""
-    from_hf: Callable[..., dict[str, Tensor]]
-    """Our tensors from a checkpoint's."""
-    to_hf: Callable[..., dict[str, Tensor]]
-    """The inverse, bit for bit."""
+    @property
+    def ARCHITECTURES(self) -> tuple[str, ...]:
+        """Names in `architectures` of config.json."""
+        ...
+
+    @property
+    def MODEL_TYPES(self) -> tuple[str, ...]:
+        """The same in `model_type`, where config.json states no architecture."""
+        ...
+
+    @property
+    def config_kwargs(self) -> Callable[..., dict[str, Any]]:
+        """From config.json to the arguments of `VLMConfig`, those of `VisionConfig` under "vision"."""
+        ...
+
+    @property
+    def dtype(self) -> Callable[..., torch.dtype | None]:
+        """The dtype that config.json states."""
+        ...
+
+    @property
+    def published_config(self) -> Callable[..., dict[str, Any]]:
+        """config.json as it is written to a folder."""
+        ...
+
+    @property
+    def from_hf(self) -> Callable[..., dict[str, Tensor]]:
+        """Our tensors from a checkpoint's."""
+        ...
+
+    @property
+    def to_hf(self) -> Callable[..., dict[str, Tensor]]:
+        """The inverse, bit for bit."""
+        ...
 
 
 FAMILIES: list[Family] = [qwen2_vl, internvl, llava, language_models]

@@ -315,6 +315,8 @@ class VLMConfig:
     """Tokens that see each other both ways: those of one picture, or the whole prompt (all that is not generated)."""
     window_cuts_blocks: bool = True
     """Whether a window hides earlier tokens of a picture or prompt whose tokens see each other both ways."""
+    kinds: tuple[LayerKind, ...] = field(init=False, repr=False, compare=False)
+    """Kinds of layers, at least one."""
 
     def __post_init__(self) -> None:
         if self.n_heads % self.n_key_value_heads:
@@ -331,6 +333,8 @@ class VLMConfig:
         if self.bidirectional not in ("image", "prompt", None):
             raise ValueError(f'bidirectional must be "image", "prompt" or None, got {self.bidirectional!r}')
         self._check_kinds()
+        alike = LayerKind(self.sliding_window, self.rope_theta, self.rope_scaling)
+        object.__setattr__(self, "kinds", self.layer_kinds or (alike,))  # the dataclass is frozen
 
     def _check_kinds(self) -> None:
         n_kinds = len(self.layer_kinds)
@@ -349,11 +353,6 @@ class VLMConfig:
         if self.rope_theta not in [kind.rope_theta for kind in self.layer_kinds]:
             bases = [kind.rope_theta for kind in self.layer_kinds]
             raise ValueError(f"rope_theta must be that of one of the layer_kinds, {bases}, got {self.rope_theta}")
-
-    @property
-    def kinds(self) -> tuple[LayerKind, ...]:
-        """Kinds of layers, at least one."""
-        return self.layer_kinds or (LayerKind(self.sliding_window, self.rope_theta, self.rope_scaling),)
 
     def kind_of(self, layer: int) -> LayerKind:
         """The window and rotary positions of a layer."""

@@ -16,7 +16,8 @@ from torch import Tensor
 from hooked_vlm.config import VLMConfig
 from hooked_vlm.converters.language_models import LLAMA, decoder_kwargs
 from hooked_vlm.converters.renaming import Rename, affine, tied_to_ours, tied_to_theirs
-from hooked_vlm.inputs.geometry import ImageLayout, ImageSize
+from hooked_vlm.inputs.boxes import ImageSize
+from hooked_vlm.inputs.geometry import ImageLayout
 from hooked_vlm.inputs.image_settings import IMAGES, Settings, normalisation_tables
 from hooked_vlm.inputs.layouts import even_part, whole_layout
 from hooked_vlm.inputs.picture_processor import PictureProcessor, Prepared, cut_pictures, each_image

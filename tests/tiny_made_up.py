@@ -38,7 +38,8 @@ class MadeUpForConditionalGeneration(transformers.LlavaForConditionalGeneration)
     def __init__(self, config: Any) -> None:
         super().__init__(config)
         self.model.vision_tower.post_layernorm = nn.Identity()
-        self.model.multi_modal_projector = Rows(config.vision_config.hidden_size, config.text_config.hidden_size)
+        rows: Any = Rows(config.vision_config.hidden_size, config.text_config.hidden_size)
+        self.model.multi_modal_projector = rows
 
 
 @lru_cache

@@ -8,10 +8,10 @@ from typing import Any
 from PIL import Image
 
 from hooked_vlm.experiments.ocr_heads.config import Protocol
-from hooked_vlm.inputs.geometry import ImageSize
-from hooked_vlm.inputs.image_processor import smart_resize
+from hooked_vlm.inputs.boxes import ImageSize
 from hooked_vlm.inputs.images import load_image
 from hooked_vlm.inputs.picture_processor import Bounds
+from hooked_vlm.inputs.resizing import smart_resize
 from hooked_vlm.inputs.vlm_inputs import VLMInputs
 from hooked_vlm.model.vlm import HookedVLM
 

@@ -5,7 +5,8 @@ from typing import TYPE_CHECKING
 from hooked_vlm._lazy import lazy_names
 
 if TYPE_CHECKING:
-    from hooked_vlm.inputs.geometry import Box, ImageLayout
+    from hooked_vlm.inputs.boxes import Box
+    from hooked_vlm.inputs.geometry import ImageLayout
     from hooked_vlm.inputs.image_processor import ImageProcessor
     from hooked_vlm.inputs.images import load_image
     from hooked_vlm.inputs.picture_processor import PictureProcessor

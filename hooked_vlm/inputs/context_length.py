@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from hooked_vlm.config import VLMConfig
-from hooked_vlm.inputs.geometry import ImageSize
+from hooked_vlm.inputs.boxes import ImageSize
 from hooked_vlm.inputs.picture_processor import Bounds, PictureProcessor
 
 Picture = tuple[ImageSize, int]

@@ -17,7 +17,8 @@ from PIL import Image
 
 from hooked_vlm.config import VisionConfig, VLMConfig
 from hooked_vlm.errors import CheckpointError, ImageError
-from hooked_vlm.inputs.geometry import ImageLayout, ImageSize
+from hooked_vlm.inputs.boxes import ImageSize
+from hooked_vlm.inputs.geometry import ImageLayout
 from hooked_vlm.inputs.image_settings import (
     IMAGES,
     VIDEOS,
@@ -31,6 +32,7 @@ from hooked_vlm.inputs.image_settings import (
 from hooked_vlm.inputs.images import checked_images, load_image
 from hooked_vlm.inputs.layouts import whole_layout
 from hooked_vlm.inputs.picture_processor import Bounds, PictureProcessor, Prepared
+from hooked_vlm.inputs.resizing import smart_resize
 
 if TYPE_CHECKING:
     from hooked_vlm.inputs.token_layout import Grid
@@ -38,7 +40,6 @@ if TYPE_CHECKING:
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
-MAX_ASPECT_RATIO = 200  # as in the reference's smart_resize
 # Where a file is silent, the class of transformers decides: Qwen2VLImageProcessorPil, Qwen2VLVideoProcessor (if videos
 # have settings of their own; else 4.x prepared them as images, with which the models were published)
 SILENT_IMAGES = {"min_pixels": 56 * 56, "max_pixels": 28 * 28 * 1280}
@@ -46,38 +47,6 @@ SILENT_VIDEOS = {"min_pixels": 128 * 28 * 28, "max_pixels": 28 * 28 * 768}
 VIDEO_TOKENS = 128_000  # `max_video_tokens` of transformers' Qwen2VLVideoProcessor
 MOST_ENLARGED = 2**24
 """Largest area in pixels to which a small image is enlarged; a little above the published `max_pixels`."""
-
-
-def smart_resize(
-    height: int, width: int, factor: int, min_pixels: float | int, max_pixels: float | int
-) -> tuple[int, int]:
-    """The (height, width) to resize an image to: multiples of `factor`, an area within bounds, about the same
-    aspect ratio.
-
-    As in `transformers` (models/qwen2_vl/image_processing_pil_qwen2_vl.py), banker's rounding included; an
-    extreme aspect ratio can exceed `max_pixels`, since no side gets shorter than `factor`.
-
-    Raises:
-        ImageError: a side is 0, or the aspect ratio exceeds 200.
-    """
-    if min(height, width) < 1:
-        raise ImageError(f"an image needs at least 1 x 1 pixels, got {width} x {height} (width x height)")
-    if max(height, width) / min(height, width) > MAX_ASPECT_RATIO:
-        raise ImageError(
-            f"an image of {width} x {height} pixels (width x height) is too narrow: one side may be at most "
-            f"{MAX_ASPECT_RATIO} times the other; crop or pad it"
-        )
-    new_height = round(height / factor) * factor
-    new_width = round(width / factor) * factor
-    if new_height * new_width > max_pixels:
-        shrink = math.sqrt((height * width) / max_pixels)
-        new_height = max(factor, math.floor(height / shrink / factor) * factor)
-        new_width = max(factor, math.floor(width / shrink / factor) * factor)
-    elif new_height * new_width < min_pixels:
-        grow = math.sqrt(min_pixels / (height * width))
-        new_height = math.ceil(height * grow / factor) * factor
-        new_width = math.ceil(width * grow / factor) * factor
-    return new_height, new_width
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,8 @@ import numpy as np
 from jaxtyping import Int
 
 from hooked_vlm.errors import GeometryError
-from hooked_vlm.inputs.geometry import ImageLayout, ImageSize, LayoutPart, Part
+from hooked_vlm.inputs.boxes import ImageSize, LayoutPart, Part
+from hooked_vlm.inputs.geometry import ImageLayout
 
 
 def even_part(

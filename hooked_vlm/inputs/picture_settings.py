@@ -14,9 +14,10 @@ import torch
 from PIL import Image
 
 from hooked_vlm.errors import ImageError
-from hooked_vlm.inputs.image_processor import MOST_ENLARGED, ImageProcessor, smart_resize
+from hooked_vlm.inputs.image_processor import MOST_ENLARGED, ImageProcessor
 from hooked_vlm.inputs.image_settings import whole
 from hooked_vlm.inputs.picture_processor import PictureProcessor, Prepared
+from hooked_vlm.inputs.resizing import smart_resize
 
 IMAGE_SETTINGS = ("min_pixels", "max_pixels", "resized_height", "resized_width")
 VIDEO_SETTINGS = (*IMAGE_SETTINGS, "total_pixels", "fps", "nframes", "min_frames", "max_frames")

@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 
 from hooked_vlm.errors import InputError
+from hooked_vlm.inputs.boxes import ImageSize
 from hooked_vlm.inputs.files import is_file_source
-from hooked_vlm.inputs.geometry import ImageLayout, ImageSize
+from hooked_vlm.inputs.geometry import ImageLayout
 from hooked_vlm.inputs.image_processor import ImageProcessor
 from hooked_vlm.inputs.images import load_image
 from hooked_vlm.inputs.messages import Picture

@@ -14,8 +14,8 @@ from PIL import Image
 
 from hooked_vlm.errors import ImageError
 from hooked_vlm.inputs.arrays import frames_of
+from hooked_vlm.inputs.boxes import ImageSize
 from hooked_vlm.inputs.files import is_file_source, open_source
-from hooked_vlm.inputs.geometry import ImageSize
 from hooked_vlm.inputs.image_processor import ImageProcessor
 from hooked_vlm.inputs.images import is_picture, load_image
 from hooked_vlm.inputs.picture_settings import PictureSettings, naming

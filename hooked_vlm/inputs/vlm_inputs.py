@@ -19,8 +19,9 @@ from torch import Tensor
 
 from hooked_vlm.errors import InputError
 from hooked_vlm.inputs.batching import join, rows_of
+from hooked_vlm.inputs.boxes import Box, Part
 from hooked_vlm.inputs.edits import Answer, append_answer, replace_image
-from hooked_vlm.inputs.geometry import Box, ImageLayout, Part
+from hooked_vlm.inputs.geometry import ImageLayout
 from hooked_vlm.inputs.picture_settings import PictureSettings
 from hooked_vlm.inputs.positions import TokenGroups, mrope_positions, opened_spans, prompt_groups
 from hooked_vlm.inputs.token_layout import Grid, InputSpec, Kind, Visual, checked_grids, locate_visuals, real_span
@@ -223,7 +224,8 @@ class VLMInputs:
     @torch.inference_mode(False)
     def feature_slots(self) -> Int[Tensor, "token"]:
         """Index into the flattened [batch * pos] tokens of every image feature, in feature order."""
-        spans = [v.row * self.shape[1] + v.positions for v in self.in_feature_order]
+        runs = [(v.row * self.shape[1], start, stop) for v in self.in_feature_order for start, stop in v.runs]
+        spans = [row + torch.arange(start, stop) for row, start, stop in runs]
         return (torch.cat(spans) if spans else torch.zeros(0, dtype=torch.long)).to(self.device)
 
     @cached_property
@@ -356,7 +358,7 @@ class VLMInputs:
 
     def with_image_features(self, features: Float[Tensor, "token d_model"] | None) -> "VLMInputs":
         """The same inputs with their images already encoded (`model.encode_images`), or None to encode again."""
-        n = sum(v.n_tokens for v in self.visuals)
+        n = len(self.feature_slots)
         if features is not None and features.shape[0] != n:
             raise InputError(f"these inputs have {n} image tokens, got {features.shape[0]} features")
         new = copy(self)  # skips the checks of __post_init__: no other field depends on the features

@@ -94,7 +94,7 @@ def image_pass(
     patches, patch_rows = over([cfg.class_token + n for n in seen], rotate)
     if cfg.window is not None:
         patches = _in_windows(patches, cfg, grids)
-    tokens, token_rows = over([n // cfg.token_size**2 for n in seen], None)
+    tokens, token_rows = over([n // model.projector.token_size**2 for n in seen], None)
     return ImagePass(cfg, len(seen), patches, tokens, patch_rows, token_rows)
 
 
@@ -266,10 +266,10 @@ class Projector(nn.Module):
 
     def __init__(self, cfg: VisionConfig) -> None:
         super().__init__()
-        self.cfg = cfg
+        self.cfg, self.norm_of, self.token_size = cfg, cfg.norm_of, cfg.token_size
         hidden = cfg.d_merged if cfg.d_projector is None else cfg.d_projector
-        if cfg.norm_of is not None:
-            width = cfg.d_model if cfg.norm_of == "patches" else cfg.d_merged
+        if self.norm_of is not None:
+            width = cfg.d_model if self.norm_of == "patches" else cfg.d_merged
             self.ln = Norm(width, cfg.projector_eps, centered=cfg.projector_norm_type == "LN")
         if "activation" in cfg.projector:
             self.in_proj = nn.Linear(cfg.d_merged, hidden, bias=cfg.projector_bias)
@@ -289,12 +289,12 @@ class Projector(nn.Module):
     ) -> Float[Tensor, "all_tokens d_out"]:
         """The features of all images' tokens, one image after the other."""
         cfg = self.cfg
-        if cfg.norm_of == "patches":
+        if self.norm_of == "patches":
             with running(here.patches):
                 patches = self.ln(patches)
         tokens = self._tokens(_without_class_tokens(patches, here) if cfg.class_token else patches, grids[0])
         with running(here.tokens):
-            if cfg.norm_of == "tokens":
+            if self.norm_of == "tokens":
                 tokens = self.ln(tokens)
             if "activation" in cfg.projector:
                 pre = self.hook_pre(self.in_proj(tokens))  # [image, token, d_projector]

@@ -11,7 +11,7 @@ from jaxtyping import UInt8
 from PIL import Image
 
 from hooked_vlm.errors import GeometryError
-from hooked_vlm.inputs.geometry import Box
+from hooked_vlm.inputs.boxes import Box
 from hooked_vlm.inputs.images import load_image
 
 Colour = tuple[int, int, int]

@@ -10,7 +10,8 @@ from jaxtyping import Int
 from torch import Tensor
 
 from hooked_vlm.errors import InputError
-from hooked_vlm.inputs.geometry import Box, ImageLayout, Part
+from hooked_vlm.inputs.boxes import Box, Part
+from hooked_vlm.inputs.geometry import ImageLayout
 from hooked_vlm.inputs.token_layout import Visual
 from hooked_vlm.inputs.vlm_inputs import VLMInputs
 

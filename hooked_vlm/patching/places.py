@@ -9,7 +9,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from hooked_vlm.errors import InputError
-from hooked_vlm.inputs.geometry import Part
+from hooked_vlm.inputs.boxes import Part
 from hooked_vlm.inputs.vlm_inputs import VLMInputs
 from hooked_vlm.interventions.base import Positions, position_table
 from hooked_vlm.patching.pairs import Direction, Pair, Place, Region, same_columns, same_places

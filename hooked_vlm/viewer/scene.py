@@ -12,7 +12,8 @@ from jaxtyping import Float, Int
 from PIL import Image
 
 from hooked_vlm.errors import InputError
-from hooked_vlm.inputs.geometry import Box, ImageLayout, ImageSize
+from hooked_vlm.inputs.boxes import Box, ImageSize
+from hooked_vlm.inputs.geometry import ImageLayout
 from hooked_vlm.inputs.images import load_image
 from hooked_vlm.inputs.vlm_inputs import VLMInputs
 

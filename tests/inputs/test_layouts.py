@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hooked_vlm.errors import GeometryError
-from hooked_vlm.inputs.geometry import ImageLayout, ImageSize, LayoutPart
+from hooked_vlm.inputs.boxes import ImageSize, LayoutPart
+from hooked_vlm.inputs.geometry import ImageLayout
 
 # executed shape annotations look at random entries of tuples, and layouts are made inside of strategies
 pytestmark = pytest.mark.filterwarnings("ignore:Do not use the `random` module")
