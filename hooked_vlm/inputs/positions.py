@@ -114,9 +114,9 @@ def prompt_groups(
     question = [p for p in text if tokens[p] not in markers]
     if not question:  # the image closes the turn: the question comes before it
         before = [v.start for v in visuals if v.start > user_start]
-        stop = min(before, default=user_start)
-        opened = stop > user_start and tokens[stop - 1] in openers
-        question = list(range(user_start, stop - opened))
+        end = min(before, default=user_start)
+        opened = end > user_start and tokens[end - 1] in openers
+        question = list(range(user_start, end - opened))
     return {
         "image": [p for v in visuals if v.kind == "image" for p in v.positions.tolist()],
         "video": [p for v in visuals if v.kind == "video" for p in v.positions.tolist()],
