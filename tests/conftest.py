@@ -111,7 +111,7 @@ def _values(case: pytest.Item) -> set[tuple[int, str]]:
     return set(enumerate(callspec._idlist)) if callspec else {(0, case.name)}
 
 
-@pytest.fixture(params=["qwen2-vl", "internvl2", "made-up"])
+@pytest.fixture(params=["qwen2-vl", "qwen2.5-vl", "internvl2", "made-up"])
 def family(request: pytest.FixtureRequest) -> str:
     """The families of `families.FAMILIES` (named again here: a conftest is imported before shapes are executed)."""
     return request.param

@@ -5,16 +5,19 @@ A new family adds an entry to `KINDS` (and its name to `FAMILIES`, and to the fi
 
 import copy
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from typing import Any
 
 import pytest
 import tiny_internvl
 import tiny_made_up
+import tiny_qwen2_5_vl
 import tiny_qwen2_vl
+import torch
 
 from hooked_vlm import HookedVLM
+from hooked_vlm.inputs.token_layout import Grid
 
 Batch = dict[str, Any]
 
@@ -39,6 +42,8 @@ class Kind:
     """Tokens that the loss leaves out."""
     mixed: bool = True
     """Whether rows of a batch are in the reference what they are alone."""
+    in_order: Callable[[str, torch.Tensor, tuple[Grid, ...]], torch.Tensor] = lambda name, x, grids: x
+    """What the reference's module shows at a hook point, in the order of the pictures' patches or tokens."""
     n_new: int = 12
     """Number of tokens that the reference generates as without a cache."""
 
@@ -75,6 +80,17 @@ def qwen2_vl(tied: bool) -> Kind:
     )
 
 
+def qwen2_5_vl(tied: bool) -> Kind:
+    return replace(
+        qwen2_vl(tied),
+        hf=partial(tiny_qwen2_5_vl.tiny_hf, tied),
+        batch=tiny_qwen2_5_vl.hf_batch,
+        for_hf=tiny_qwen2_5_vl.for_hf,
+        cases=tiny_qwen2_5_vl.CASES,
+        in_order=tiny_qwen2_5_vl.in_order,
+    )
+
+
 def internvl(text: str, **differs: Any) -> Kind:
     return Kind(
         hf=partial(tiny_internvl.tiny_hf, text),
@@ -104,6 +120,8 @@ def made_up() -> Kind:
 KINDS = {
     "qwen2-vl": qwen2_vl(tied=False),
     "qwen2-vl, tied": qwen2_vl(tied=True),
+    "qwen2.5-vl": qwen2_5_vl(tied=False),
+    "qwen2.5-vl, tied": qwen2_5_vl(tied=True),
     "internvl2": internvl("qwen2"),
     "internvl2, llama, large tower": internvl("llama"),
     "internvl2, dynamic": internvl("llama-dynamic"),
@@ -112,7 +130,7 @@ KINDS = {
     "internvl2, phi3": internvl("phi3", mixed=False, n_new=6),
     "made-up": made_up(),
 }
-FAMILIES = ("qwen2-vl", "internvl2", "made-up")
+FAMILIES = ("qwen2-vl", "qwen2.5-vl", "internvl2", "made-up")
 
 # name: (row of every family; a word stands for an image, of two sizes)
 ROWS: dict[str, list[list[Any]]] = {
