@@ -190,6 +190,48 @@ def _internlm2(factor: float, **sizes: int) -> dict[str, Any]:
                 bias=False, pad_token_id=2, rope_scaling=scaling)  # fmt: skip
 
 
+def _llava(text: dict[str, Any]) -> dict[str, Any]:
+    """The published `config.json`; the sizes differ only in the language model."""
+    return {
+        "architectures": ["LlavaForConditionalGeneration"],
+        "ignore_index": -100,
+        "image_token_index": 32000,
+        "model_type": "llava",
+        "pad_token_id": 32001,
+        "projector_hidden_act": "gelu",
+        "text_config": {
+            "architectures": ["LlamaForCausalLM"],
+            "max_position_embeddings": 4096,
+            "model_type": "llama",
+            "rms_norm_eps": 1e-05,
+            "torch_dtype": "float16",
+            "vocab_size": 32064,
+            **text,
+        },
+        "tie_word_embeddings": False,
+        "torch_dtype": "float16",
+        "vision_config": _clip(),
+        "vision_feature_layer": -2,
+        "vision_feature_select_strategy": "default",
+        "vocab_size": 32064,
+    }
+
+
+def _clip() -> dict[str, Any]:
+    """CLIP ViT-L/14 at 336 pixels."""
+    return {
+        "hidden_size": 1024,
+        "image_size": 336,
+        "intermediate_size": 4096,
+        "model_type": "clip_vision_model",
+        "num_attention_heads": 16,
+        "num_hidden_layers": 24,
+        "patch_size": 14,
+        "projection_dim": 768,
+        "vocab_size": 32000,
+    }
+
+
 # fmt: off
 KNOWN_MODELS: dict[str, KnownModel] = {
     "Qwen/Qwen2-VL-2B-Instruct": KnownModel(
@@ -268,6 +310,12 @@ KNOWN_MODELS: dict[str, KnownModel] = {
             "LlamaForCausalLM", hidden_size=8192, intermediate_size=28672, layers=80, heads=64, kv_heads=8,
             vocab_size=128265, n_ctx=8192, theta=5e5, eos=128003), large_vit=True),
         n_params=76_262_358_400, certainty="sizes are Llama-3-70B's; template and stop token not verified",
+    ),
+    "llava-hf/llava-1.5-7b-hf": KnownModel(_llava({}), n_params=7_063_427_072),
+    "llava-hf/llava-1.5-13b-hf": KnownModel(
+        _llava({"hidden_size": 5120, "intermediate_size": 13824, "num_attention_heads": 40, "num_hidden_layers": 40,
+                "num_key_value_heads": 40}),
+        n_params=13_351_494_656, certainty="as 7B, the language model's sizes are Vicuna-13B's",
     ),
 }
 # fmt: on

@@ -159,7 +159,7 @@ def test_patches_of_the_vision_tower_equal_the_loop(family: str, what: Any) -> N
     heads = (1,) if what in SUFFIX else None
     result = patch(model, pair, what, METRIC, where="each", layers=(0, 1), heads=heads, tower="vision")
     n = result.axes["patch"]
-    assert len(n) == {"qwen2-vl": 16, "internvl2": 65, "made-up": 64}[family]
+    assert len(n) == {"qwen2-vl": 16, "internvl2": 65, "llava": 17, "made-up": 64}[family]
     some = [(0, 3), (1, 0), (1, n[-1])]
     for layer, index in some:
         for head in (None,) if what not in SUFFIX else (1,):
