@@ -72,6 +72,33 @@ def _qwen2_vl(
     }
 
 
+def _qwen2_5_vl(*, layers: int, tower_mlp: int = 3420, hidden_size: int, **sizes: Any) -> dict[str, Any]:
+    """The published `config.json`: Qwen2-VL's with another tower."""
+    config = _qwen2_vl(layers=layers, hidden_size=hidden_size, **sizes)
+    vision = {
+        "depth": 32,
+        "hidden_act": "silu",
+        "hidden_size": 1280,
+        "intermediate_size": tower_mlp,
+        "num_heads": 16,
+        "in_chans": 3,
+        "out_hidden_size": hidden_size,
+        "patch_size": 14,
+        "spatial_merge_size": 2,
+        "spatial_patch_size": 14,
+        "window_size": 112,
+        "fullatt_block_indexes": [7, 15, 23, 31],
+        "tokens_per_second": 2,
+        "temporal_patch_size": 2,
+    }
+    return config | {
+        "architectures": ["Qwen2_5_VLForConditionalGeneration"],
+        "model_type": "qwen2_5_vl",
+        "max_position_embeddings": 128000,
+        "vision_config": vision,
+    }
+
+
 _LONG_FACTORS = (
     1.0299999713897705, 1.0499999523162842, 1.0499999523162842, 1.0799999237060547, 1.2299998998641968,
     1.2299998998641968, 1.2999999523162842, 1.4499999284744263, 1.5999999046325684, 1.6499998569488525,
@@ -221,6 +248,26 @@ KNOWN_MODELS: dict[str, KnownModel] = {
         _qwen2_vl(hidden_size=8192, intermediate_size=29568, layers=80, heads=64, kv_heads=8,
                   vocab_size=152064, tied=False),
         n_params=73_405_560_320,
+    ),
+    "Qwen/Qwen2.5-VL-3B-Instruct": KnownModel(
+        _qwen2_5_vl(hidden_size=2048, intermediate_size=11008, layers=36, heads=16, kv_heads=2,
+                    vocab_size=151936, tied=True),
+        n_params=3_754_622_976,
+    ),
+    "Qwen/Qwen2.5-VL-7B-Instruct": KnownModel(
+        _qwen2_5_vl(hidden_size=3584, intermediate_size=18944, layers=28, heads=28, kv_heads=4,
+                    vocab_size=152064, tied=False),
+        n_params=8_292_166_656,
+    ),
+    "Qwen/Qwen2.5-VL-32B-Instruct": KnownModel(
+        _qwen2_5_vl(hidden_size=5120, intermediate_size=27648, layers=64, heads=40, kv_heads=8,
+                    vocab_size=152064, tied=False, tower_mlp=3456),
+        n_params=33_452_718_336, certainty="the language model's sizes are Qwen2.5-32B's; the tower's from memory, not verified",
+    ),
+    "Qwen/Qwen2.5-VL-72B-Instruct": KnownModel(
+        _qwen2_5_vl(hidden_size=8192, intermediate_size=29568, layers=80, heads=64, kv_heads=8,
+                    vocab_size=152064, tied=False, tower_mlp=3456),
+        n_params=73_410_777_344, certainty="the language model's sizes are Qwen2.5-72B's; the tower's from memory, not verified",
     ),
     "OpenGVLab/InternVL2-1B": KnownModel(
         _internvl2("Hermes-2", _llm(

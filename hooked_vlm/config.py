@@ -82,6 +82,8 @@ class VisionConfig:
 
     patch_size: int = 14
     temporal_patch_size: int = 2
+    positions_per_second: float | None = None
+    """Temporal positions that a second of video takes; None: each temporal patch takes one."""
     in_channels: int = 3
     patch_bias: bool = False
     """Whether the patch embedding has a bias."""

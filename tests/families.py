@@ -5,7 +5,7 @@ A new family adds an entry to `KINDS` (and its name to `FAMILIES`, and to the fi
 
 import copy
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from typing import Any
 
@@ -13,9 +13,12 @@ import pytest
 import tiny_internvl
 import tiny_llava
 import tiny_made_up
+import tiny_qwen2_5_vl
 import tiny_qwen2_vl
+import torch
 
 from hooked_vlm import HookedVLM
+from hooked_vlm.inputs.token_layout import Grid
 
 Batch = dict[str, Any]
 
@@ -40,6 +43,8 @@ class Kind:
     """Tokens that the loss leaves out."""
     mixed: bool = True
     """Whether rows of a batch are in the reference what they are alone."""
+    in_order: Callable[[str, torch.Tensor, tuple[Grid, ...]], torch.Tensor] = lambda name, x, grids: x
+    """What the reference's module shows at a hook point, in the order of the pictures' patches or tokens."""
     n_new: int = 12
     """Number of tokens that the reference generates as without a cache."""
 
@@ -79,6 +84,17 @@ def qwen2_vl(tied: bool) -> Kind:
         cases=tiny_qwen2_vl.CASES,
         vision=QWEN2_VL,
         placeholders=(tiny_qwen2_vl.IMAGE, tiny_qwen2_vl.VIDEO),
+    )
+
+
+def qwen2_5_vl(tied: bool) -> Kind:
+    return replace(
+        qwen2_vl(tied),
+        hf=partial(tiny_qwen2_5_vl.tiny_hf, tied),
+        batch=tiny_qwen2_5_vl.hf_batch,
+        for_hf=tiny_qwen2_5_vl.for_hf,
+        cases=tiny_qwen2_5_vl.CASES,
+        in_order=tiny_qwen2_5_vl.in_order,
     )
 
 
@@ -124,6 +140,8 @@ def made_up() -> Kind:
 KINDS = {
     "qwen2-vl": qwen2_vl(tied=False),
     "qwen2-vl, tied": qwen2_vl(tied=True),
+    "qwen2.5-vl": qwen2_5_vl(tied=False),
+    "qwen2.5-vl, tied": qwen2_5_vl(tied=True),
     "internvl2": internvl("qwen2"),
     "internvl2, llama, large tower": internvl("llama"),
     "internvl2, dynamic": internvl("llama-dynamic"),
@@ -133,7 +151,7 @@ KINDS = {
     "llava": llava(),
     "made-up": made_up(),
 }
-FAMILIES = ("qwen2-vl", "internvl2", "llava", "made-up")
+FAMILIES = ("qwen2-vl", "qwen2.5-vl", "internvl2", "llava", "made-up")
 
 # name: (row of every family; a word stands for an image, of two sizes)
 ROWS: dict[str, list[list[Any]]] = {

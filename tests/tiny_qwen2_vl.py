@@ -104,8 +104,14 @@ CASES: dict[str, list[list[Any]]] = {
 }
 
 
-def published_positions(batch: dict[str, torch.Tensor], merge: int = 2) -> torch.Tensor:
-    """M-RoPE position ids [3, batch, pos] by the rule of the published code, counted token by token."""
+def published_positions(
+    batch: dict[str, torch.Tensor], merge: int = 2, per_second: float | None = None
+) -> torch.Tensor:
+    """M-RoPE position ids [3, batch, pos] by the rule of the published code, counted token by token.
+
+    `per_second` positions are those of a second of video, where a frame does not simply count one.
+    """
+    seconds = iter(batch.get("second_per_grid_ts", torch.zeros(0)).tolist())
     grids = {
         IMAGE: iter(batch.get("image_grid_thw", torch.zeros(0, 3)).tolist()),
         VIDEO: iter(batch.get("video_grid_thw", torch.zeros(0, 3)).tolist()),
@@ -123,10 +129,11 @@ def published_positions(batch: dict[str, torch.Tensor], merge: int = 2) -> torch
                 triples.append((following, following, following))
                 continue
             t, h, w = map(int, next(grids[token]))
+            step = next(seconds) * per_second if per_second is not None and token == VIDEO else 1
             for frame in range(t):
                 for y in range(h // merge):
                     for x in range(w // merge):
-                        triples.append((following + frame, following + y, following + x))
+                        triples.append((following + int(frame * step), following + y, following + x))
         ids[:, row, torch.tensor(mask).bool()] = torch.tensor(triples).T
     return ids
 

@@ -12,6 +12,7 @@ from hooked_vlm.config import VLMConfig
 from hooked_vlm.errors import InputError
 from hooked_vlm.inputs.batching import left_pad, left_padding_mask
 from hooked_vlm.inputs.context_length import too_long_message
+from hooked_vlm.inputs.geometry import ImageLayout
 from hooked_vlm.inputs.messages import Messages, as_images, as_prompts, as_videos, per_prompt
 from hooked_vlm.inputs.picture_processor import Bounds, PictureProcessor, as_tensor
 from hooked_vlm.inputs.pixels import Pictures, prepare_pictures
@@ -248,8 +249,8 @@ class InputBuilder:
     def inputs_from_hf(self, batch: Mapping[str, Any]) -> VLMInputs:
         """Make inputs from the output of a Hugging Face processor.
 
-        Reads `input_ids`, `attention_mask`, `pixel_values`, `image_grid_thw`, `pixel_values_videos` and
-        `video_grid_thw`; for models that tile images `pixel_values` [tile, 3, height, width] and `num_tiles`
+        Reads `input_ids`, `attention_mask`, `pixel_values`, `image_grid_thw`, `pixel_values_videos`,
+        `video_grid_thw` and `second_per_grid_ts`; for models that tile images `pixel_values` [tile, 3, height, width] and `num_tiles`
         [image], the number of tiles of each image with its thumbnail (without it, every run of placeholders is
         one image). Other keys (`mm_token_type_ids`, ...) are ignored, since positions are computed here.
 
@@ -269,8 +270,18 @@ class InputBuilder:
                 every = zip(grids.tolist(), sizes, strict=True)
                 layouts = tuple(spec.layout_of((t, h, w), "image", size) for (t, h, w), size in every)
         videos = (self._tensor(batch, "pixel_values_videos"), self._tensor(batch, "video_grid_thw"))
+        timed = self._timed(spec, videos[1], self._tensor(batch, "second_per_grid_ts"))
         mask = torch.ones_like(tokens) if mask is None else mask.reshape(tokens.shape)
-        return VLMInputs(tokens, spec, mask, pixels, grids, *videos, image_layouts=layouts)
+        return VLMInputs(tokens, spec, mask, pixels, grids, *videos, image_layouts=layouts, video_layouts=timed)
+
+    def _timed(self, spec: InputSpec, grids: Tensor | None, seconds: Tensor | None) -> tuple[ImageLayout, ...] | None:
+        """Layouts of videos of whose frames each takes so many seconds."""
+        if grids is None or seconds is None:
+            return None
+        if seconds.shape != (len(grids),):
+            raise InputError(f"second_per_grid_ts must have a number for each of {len(grids)} videos, got {seconds}")
+        every = zip(grids.tolist(), seconds.tolist(), strict=True)
+        return tuple(replace(spec.layout_of((t, h, w), "video"), seconds=each) for (t, h, w), each in every)
 
     def _input_ids(self, batch: Mapping[str, Any]) -> Tensor:
         tokens = self._tensor(batch, "input_ids")

@@ -49,6 +49,8 @@ class ImageLayout:
     features: Int[np.ndarray, "token"] | None = None
     """Which output of the projector each token is, -1 for a learned line break; None: in the same order."""
     size_known: bool = True
+    seconds: float = 1.0
+    """Of a video, the time from one frame to the next."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "runs", self.runs or (self.n_tokens,))

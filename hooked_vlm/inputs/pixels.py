@@ -102,4 +102,5 @@ def _video(
             resized = settings.frame_size(*clip.size, processor, clip.n_frames, clip.from_file)
         pixels, grid, _ = processor.video(clip.frames, resized=resized)
         t, h, w = grid[0].tolist()
-        return pixels, grid, processor.layout_of((t, h, w), clip.size, "video")
+        layout = processor.layout_of((t, h, w), clip.size, "video")
+        return pixels, grid, replace(layout, seconds=processor.temporal_patch_size / clip.rate)

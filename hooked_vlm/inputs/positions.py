@@ -10,19 +10,24 @@ from torch import Tensor
 
 from hooked_vlm.inputs.token_layout import Turns, Visual
 
-Span = tuple[int, int, int, tuple[int, int, int]]
-"""Row, first position, number of tokens and patch grid of an image or video."""
+Span = tuple[int, int, int, tuple[int, int, int], float]
+"""Row, first position, number of tokens and patch grid of an image or video, and temporal positions of a frame."""
 
 
 def opened_spans(
-    tokens: Int[Tensor, "batch pos"], visuals: Sequence[Visual], first: Sequence[int], start_id: int | None
+    tokens: Int[Tensor, "batch pos"],
+    visuals: Sequence[Visual],
+    first: Sequence[int],
+    start_id: int | None,
+    per_second: float | None = None,
 ) -> list[Span]:
     """The images and videos that have positions on three axes, where they lie.
 
     In the published code (`get_rope_index` of `transformers` up to 4.57, with which the model was trained) a row has
     as many images as there are `start_id` (`<|vision_start|>`) with an image's placeholder behind them, and they are
     the first ones; the others are positioned like text. The same holds for videos. (There, an image that is left out
-    also shifts the grids of later rows of the batch; here each row is as alone.)
+    also shifts the grids of later rows of the batch; here each row is as alone.) `per_second` counts the temporal
+    positions of a second of video; None: each frame takes one.
     """
     host = tokens.cpu()
     spans: list[Span] = []
@@ -30,15 +35,16 @@ def opened_spans(
         here = [v for v in visuals if (v.row, v.kind) == (row, kind)]
         before = [int(host[row, v.start - 1]) if v.start > first[row] else None for v in here]
         n_opened = len(here) if start_id is None else before.count(start_id)
-        spans += [span for v in here[:n_opened] for span in _spans_of(v)]
+        spans += [span for v in here[:n_opened] for span in _spans_of(v, per_second)]
     return spans
 
 
-def _spans_of(visual: Visual) -> list[Span]:
+def _spans_of(visual: Visual, per_second: float | None) -> list[Span]:
     """One span for each run: a video whose temporal patches are runs of their own counts each by itself."""
     t, h, w = visual.grid
     grid = (t // len(visual.runs), h, w)
-    return [(visual.row, start, stop - start, grid) for start, stop in visual.runs]
+    step = visual.layout.seconds * per_second if per_second is not None and visual.kind == "video" else 1.0
+    return [(visual.row, start, stop - start, grid, step) for start, stop in visual.runs]
 
 
 def mrope_positions(
@@ -47,19 +53,21 @@ def mrope_positions(
     """Temporal, height and width positions; padding gets 0.
 
     Text counts up on all three axes. An image or video starts where the text stopped and counts its
-    own grid; the text after it continues one past the largest position used on any axis. (As in the
+    own grid, of whose frames each may take several positions or a part of one; the text after it continues one past the largest position used on any axis. (As in the
     published code, with which the model was trained, and in `transformers` up to 4.57; release 5 ignores the
     temporal axis there, which makes the text after a long video overlap the video.)
     """
     positions = np.zeros((3, *shape), dtype=np.int64)
     for row, (begin, end) in enumerate(zip(first, stop, strict=True)):
         at, following = begin, 0
-        for _, start, n_tokens, (t, h, w) in sorted(s for s in spans if s[0] == row):
+        for _, start, n_tokens, (t, h, w), step in sorted(s for s in spans if s[0] == row):
             positions[:, row, at:start] = np.arange(start - at) + following
             following += start - at
             grid = (t, h // token_size, w // token_size)
-            positions[:, row, start : start + n_tokens] = np.indices(grid).reshape(3, -1) + following
-            following += max(grid)
+            own = np.indices(grid).reshape(3, -1)
+            own[0] = own[0].astype(np.float32) * np.float32(step)  # rounded down
+            positions[:, row, start : start + n_tokens] = own + following
+            following += int(own.max()) + 1
             at = start + n_tokens
         positions[:, row, at:end] = np.arange(end - at) + following
     return torch.from_numpy(positions)

@@ -18,7 +18,7 @@ from hooked_vlm.inputs.boxes import ImageSize
 from hooked_vlm.inputs.files import is_file_source, open_source
 from hooked_vlm.inputs.image_processor import ImageProcessor
 from hooked_vlm.inputs.images import is_picture, load_image
-from hooked_vlm.inputs.picture_settings import PictureSettings, naming
+from hooked_vlm.inputs.picture_settings import FPS, PictureSettings, naming
 
 _CONTAINERS = "mov,mp4,matroska,webm,avi,mpeg,mpegts,mpegvideo,ogg,flv,asf,gif,apng"
 """Formats of one file. Playlists, which name other files and addresses, are not among them."""
@@ -35,6 +35,8 @@ class Clip:
     n_frames: int
     frames: Iterator[Image.Image]
     from_file: bool
+    rate: float
+    """Frames per second, of those that are used."""
 
 
 def is_video(x: Any) -> bool:
@@ -78,7 +80,7 @@ def open_video(video: Any, settings: PictureSettings, processor: ImageProcessor,
     for i, frame in enumerate(frames):
         with naming(f"frame {i}"):
             loaded.append(load_image(frame, allow_remote))
-    return Clip(ImageSize(*loaded[0].size), len(loaded), iter(loaded), from_file=False)
+    return Clip(ImageSize(*loaded[0].size), len(loaded), iter(loaded), from_file=False, rate=settings.fps or FPS)
 
 
 def _from_file(video: Any, settings: PictureSettings, processor: ImageProcessor, allow_remote: bool) -> Clip:
@@ -95,7 +97,10 @@ def _from_file(video: Any, settings: PictureSettings, processor: ImageProcessor,
         raise ImageError(f"{name} has no frames: write or download it again")
     with naming(name):
         numbers = settings.frame_numbers(n_frames, first.rate, processor.temporal_patch_size)
-    return Clip(ImageSize(*first.picture().size), len(numbers), _sampled(file, name, numbers), from_file=True)
+    rate = FPS if first.rate is None else first.rate * len(numbers) / n_frames
+    return Clip(
+        ImageSize(*first.picture().size), len(numbers), _sampled(file, name, numbers), from_file=True, rate=rate
+    )
 
 
 def _sampled(file: str | io.BytesIO, name: str, numbers: list[int]) -> Iterator[Image.Image]:

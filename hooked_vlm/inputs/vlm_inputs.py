@@ -86,7 +86,8 @@ class VLMInputs:
         set_(self, "video_layouts", tuple(pictures["video"][1]) or None)
         set_(self, "visuals", locate_visuals(self.tokens, self.spec, pictures, first, stop))
         self._check_pixels()
-        spans = opened_spans(self.tokens, self.visuals, first, self.spec.vision_start_token_id)
+        per_second = None if self.spec.vision is None else self.spec.vision.positions_per_second
+        spans = opened_spans(self.tokens, self.visuals, first, self.spec.vision_start_token_id, per_second)
         positions = mrope_positions(
             self.tokens.shape, first, stop, spans if self.spec.mrope else [], self.spec.token_size
         )

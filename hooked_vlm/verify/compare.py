@@ -56,7 +56,7 @@ def their_tensors(reference: Reference, inputs: VLMInputs, attentions: bool) -> 
     def keep(key: Key) -> Callable[..., None]:
         def hook(_module: Any, _args: Any, out: Any) -> None:
             tensor = out[0] if isinstance(out, tuple) else out
-            seen[key] = tensor.flatten(0, -2)
+            seen[key] = reference.in_order(tensor.flatten(0, -2), inputs.grids)
 
         return hook
 

@@ -4,19 +4,22 @@ InternVL as published is remote code; its weights are given to `transformers`' o
 that class's names.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 import transformers
 from accelerate import init_empty_weights
+from jaxtyping import Float
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, GenerationConfig, InternVLConfig, InternVLForConditionalGeneration
 from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2ImageProcessorPil
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 from transformers.processing_utils import ProcessorMixin
+from transformers.vision_utils import get_vision_window_index
 
 from hooked_vlm.converters import converter_for, llava, read_config, read_json
 from hooked_vlm.converters.internvl import HF, ORIGINAL
@@ -25,6 +28,7 @@ from hooked_vlm.inputs.cropped import CropProcessor
 from hooked_vlm.inputs.image_processor import ImageProcessor
 from hooked_vlm.inputs.image_settings import IMAGES
 from hooked_vlm.inputs.tiles import IMAGENET_MEAN, IMAGENET_STD, TileProcessor
+from hooked_vlm.inputs.token_layout import Grid
 from hooked_vlm.inputs.tokenization import load_tokenizer
 from hooked_vlm.inputs.vlm_inputs import VLMInputs
 from hooked_vlm.loading.pictures import picture_settings
@@ -33,9 +37,9 @@ from hooked_vlm.verify.prompt_suite import Prompt
 if TYPE_CHECKING:
     from hooked_vlm.model.vlm import HookedVLM
 
-QWEN2_VL = "Qwen2VLForConditionalGeneration"
+QWEN_VL = ("Qwen2VLForConditionalGeneration", "Qwen2_5_VLForConditionalGeneration")
 LANGUAGE_MODELS = ("Qwen2ForCausalLM", "LlamaForCausalLM", "MistralForCausalLM", "Phi3ForCausalLM")
-OWN_CLASS = (HF, QWEN2_VL, *llava.ARCHITECTURES)
+OWN_CLASS = (HF, *QWEN_VL, *llava.ARCHITECTURES)
 """Architectures of models with pictures that `transformers` loads from the same folder."""
 
 
@@ -54,24 +58,36 @@ class Reference:
             return list(self.model.model.vision_tower.encoder.layer)
         if type(self.model).__name__ in llava.ARCHITECTURES:
             return list(self.model.model.vision_tower.encoder.layers)
-        return list(self.model.model.visual.blocks) if type(self.model).__name__ == QWEN2_VL else []
+        return list(self.model.model.visual.blocks) if self.is_qwen_vl else []
 
     @property
     def projector(self) -> nn.Module | None:
         """Projector: from the tower's output to image features."""
         if type(self.model).__name__ in (HF, *llava.ARCHITECTURES):
             return self.model.model.multi_modal_projector
-        return self.model.model.visual.merger if type(self.model).__name__ == QWEN2_VL else None
+        return self.model.model.visual.merger if self.is_qwen_vl else None
+
+    @property
+    def is_qwen_vl(self) -> bool:
+        return type(self.model).__name__ in QWEN_VL
+
+    def in_order(self, x: Float[Tensor, "position *rest"], grids: Sequence[Grid]) -> Float[Tensor, "position *rest"]:
+        """Patches or image tokens in the order of the picture, where this class has them window by window."""
+        if type(self.model).__name__ != "Qwen2_5_VLForConditionalGeneration":
+            return x
+        cfg = self.model.config.vision_config
+        order, _ = get_vision_window_index(torch.tensor(grids), cfg.spatial_merge_size, cfg.window_size, cfg.patch_size)
+        return x.unflatten(0, (len(order), -1))[order.argsort()].flatten(0, 1)
 
     def batch(self, inputs: VLMInputs) -> dict[str, Tensor]:
         """`inputs` as this class takes them; positions are its own business."""
         dtype = next(self.model.parameters()).dtype
         batch = {"input_ids": inputs.tokens, "attention_mask": inputs.attention_mask}
-        if type(self.model).__name__ == QWEN2_VL:
+        if self.is_qwen_vl:
             batch["mm_token_type_ids"] = (inputs.tokens == inputs.spec.image_token_id).int()
         if inputs.pixel_values is not None:
             batch["pixel_values"] = inputs.pixel_values.to(dtype)
-            if type(self.model).__name__ == QWEN2_VL and inputs.image_grid_thw is not None:
+            if self.is_qwen_vl and inputs.image_grid_thw is not None:
                 batch["image_grid_thw"] = inputs.image_grid_thw
         return batch
 

@@ -81,7 +81,7 @@ def run_both(name: str, case: str) -> Both:
     with watched(kind) as vision:
         theirs = kind.hf()(**kind.for_hf(batch), output_hidden_states=True, output_attentions=True)
     inputs = model.inputs_from_hf(batch)
-    found = {hook: torch.cat(parts) for hook, parts in vision.items()}
+    found = {hook: kind.in_order(hook, torch.cat(parts), inputs.grids) for hook, parts in vision.items()}
     return Both(kind, model, batch, inputs, theirs, found, *model.run_with_cache(inputs))
 
 
@@ -243,7 +243,8 @@ def reference_gradients(run: Both, scalar: Any) -> dict[str, Tensor]:
     out = hf(**run.kind.for_hf(run.batch))
     for handle in handles:
         handle.remove()
-    return dict(zip(tensors, torch.autograd.grad(scalar(out.logits), list(tensors.values())), strict=True))
+    found = dict(zip(tensors, torch.autograd.grad(scalar(out.logits), list(tensors.values())), strict=True))
+    return found | {"vision": run.kind.in_order("vision.blocks.0.hook_resid_post", found["vision"], run.inputs.grids)}
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -1,0 +1,37 @@
+"""What sets a family apart, taken away: each flag moves the numbers."""
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from families import KINDS, tiny_model
+
+from hooked_vlm import HookedVLM
+
+# family: what it has, and the case of its parity tests that shows it
+FLAGS: dict[str, dict[str, tuple[dict[str, Any], str]]] = {
+    "qwen2.5-vl": {
+        "windows": ({"window": None, "full_layers": ()}, "windows"),
+        "a block that sees whole pictures": ({"full_layers": ()}, "windows"),
+        "the side of windows": ({"window": 8}, "windows"),
+        "time of videos": ({"positions_per_second": None}, "long-video"),
+        "activation of the tower": ({"act_fn": "gelu"}, "one-image"),
+    },
+}
+CASES = [(family, flag) for family, flags in FLAGS.items() for flag in flags]
+
+
+@pytest.mark.parametrize(("family", "flag"), CASES, ids=[f"{family}-{flag}" for family, flag in CASES])
+@torch.no_grad()
+def test_a_flag_taken_away_moves_the_logits(family: str, flag: str) -> None:
+    changes, case = FLAGS[family][flag]
+    model, kind = tiny_model(family), KINDS[family]
+    batch = kind.batch(kind.cases[case])
+    of_text = {name: value for name, value in changes.items() if hasattr(model.cfg, name)}
+    of_tower = {name: value for name, value in changes.items() if name not in of_text}
+    other = HookedVLM(model.cfg.with_(vision=replace(model.cfg.vision, **of_tower), **of_text))
+    kept = other.state_dict().keys()
+    other.load_state_dict({name: tensor for name, tensor in model.state_dict().items() if name in kept})
+    moved = (other(other.inputs_from_hf(batch)) - model(model.inputs_from_hf(batch))).abs().max()
+    assert moved > 1e-3, moved
