@@ -262,12 +262,14 @@ KNOWN_MODELS: dict[str, KnownModel] = {
     "Qwen/Qwen2.5-VL-32B-Instruct": KnownModel(
         _qwen2_5_vl(hidden_size=5120, intermediate_size=27648, layers=64, heads=40, kv_heads=8,
                     vocab_size=152064, tied=False, tower_mlp=3456),
-        n_params=33_452_718_336, certainty="the language model's sizes are Qwen2.5-32B's; the tower's from memory, not verified",
+        n_params=33_452_718_336,
+        certainty="the language model's sizes are Qwen2.5-32B's; the tower's from memory, not verified",
     ),
     "Qwen/Qwen2.5-VL-72B-Instruct": KnownModel(
         _qwen2_5_vl(hidden_size=8192, intermediate_size=29568, layers=80, heads=64, kv_heads=8,
                     vocab_size=152064, tied=False, tower_mlp=3456),
-        n_params=73_410_777_344, certainty="the language model's sizes are Qwen2.5-72B's; the tower's from memory, not verified",
+        n_params=73_410_777_344,
+        certainty="the language model's sizes are Qwen2.5-72B's; the tower's from memory, not verified",
     ),
     "OpenGVLab/InternVL2-1B": KnownModel(
         _internvl2("Hermes-2", _llm(

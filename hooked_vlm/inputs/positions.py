@@ -52,10 +52,10 @@ def mrope_positions(
 ) -> Int[Tensor, "3 batch pos"]:
     """Temporal, height and width positions; padding gets 0.
 
-    Text counts up on all three axes. An image or video starts where the text stopped and counts its
-    own grid, of whose frames each may take several positions or a part of one; the text after it continues one past the largest position used on any axis. (As in the
-    published code, with which the model was trained, and in `transformers` up to 4.57; release 5 ignores the
-    temporal axis there, which makes the text after a long video overlap the video.)
+    Text counts up on all three axes. An image or video starts where the text stopped and counts its own grid, of whose
+    frames each may take several positions or a part of one; the text after it continues one past the largest position
+    used on any axis. (As in the published code, with which the model was trained, and in `transformers` up to 4.57;
+    release 5 ignores the temporal axis there, which makes the text after a long video overlap the video.)
     """
     positions = np.zeros((3, *shape), dtype=np.int64)
     for row, (begin, end) in enumerate(zip(first, stop, strict=True)):
