@@ -83,5 +83,7 @@ def converter_for(hf_config: Mapping[str, Any]) -> Family:
         if advice := llava.INSTEAD.get(name):
             raise CheckpointError(f"architecture {name} {advice}")
     name = f"architecture {', '.join(map(str, architectures))}" if architectures else f"model_type {model_type!r}"
+    if "moe" in name.lower():
+        raise CheckpointError(f"{name} is a mixture of experts, which is not supported: use a dense size of the family")
     supported = ", ".join(name for family in FAMILIES for name in family.ARCHITECTURES)
     raise CheckpointError(f"{name} is not supported; supported are {supported}")

@@ -1,4 +1,4 @@
-"""InternVL2 (and 2.5, 3): both checkpoint layouts to our configuration and tensors, and back.
+"""InternVL2 (and 2.5, 3, 3.5): both checkpoint layouts to our configuration and tensors, and back.
 
 - "original": `InternVLChatModel`, as published with remote code (which is never looked at): `vision_model.*`,
   `mlp1.*`, `language_model.*` in the language model's own spelling;
@@ -23,6 +23,7 @@ from hooked_vlm.converters.language_models import (
     INTERNLM2,
     LLAMA,
     MOST_LAYERS,
+    QWEN3,
     Dialect,
     decoder_config,
     decoder_kwargs,
@@ -37,8 +38,12 @@ MODEL_TYPES = ("internvl_chat", "internvl")
 Layout = Literal["original", "hf"]
 LAYOUTS = ("original", "hf")
 
-# The vocabulary of every published size ends in <IMG_CONTEXT>, <quad>, </quad>, <ref>, </ref>, <box>, </box>.
+# The vocabulary of every published size ends in <IMG_CONTEXT>, <quad>, </quad>, <ref>, </ref>, <box>, </box>; but that of
+# 3.5 (Qwen3) is padded, and only the tokenizer knows the id.
 IMAGE_TOKEN_FROM_END = 7
+
+FLASH = ("vit_router", "flash_relative_threshold", "flash_absolute_threshold", "router_config")
+"""Fields of -Flash variants (from memory: not seen in a file)."""
 
 # ---------------------------------------------------------------- configuration
 
@@ -59,13 +64,15 @@ def config_kwargs(hf_config: Mapping[str, Any]) -> dict[str, Any]:
     root = Fields(hf_config)
     refuse_quantised(root)
     name = _text_section(hf_config)
-    section = root.section(name)
-    text = decoder_kwargs(section, _dialect(hf_config), where=name)
+    section, dialect = root.section(name), _dialect(hf_config)
+    _refuse_flash(root)
+    text = decoder_kwargs(section, dialect, where=name)
     # transformers' class reads it at the root first
     tied = text["tie_word_embeddings"]
     if layout_of(hf_config) == "hf":
         tied = root.flag("tie_word_embeddings", tied)
-    stated = root.token_id("image_token_id", default=text["d_vocab"] - IMAGE_TOKEN_FROM_END)
+    last = None if dialect is QWEN3 else text["d_vocab"] - IMAGE_TOKEN_FROM_END
+    stated = root.token_id("image_token_id", default=last)
     return {
         **text,
         "tie_word_embeddings": tied,
@@ -76,6 +83,20 @@ def config_kwargs(hf_config: Mapping[str, Any]) -> dict[str, Any]:
         "vision": _vision_kwargs(hf_config, text["d_model"]),
         "original_architecture": ORIGINAL if layout_of(hf_config) == "original" else HF,
     }
+
+
+def _refuse_flash(root: Fields) -> None:
+    """Refuse InternVL3.5-Flash, whose router gives some tiles fewer tokens.
+
+    Raises:
+        CheckpointError: names the field that says so.
+    """
+    for name in FLASH:
+        if root.states(name):
+            raise CheckpointError(
+                f"config.json has {name}, as InternVL3.5-Flash, whose router compresses some tiles: this is not "
+                "supported; use the checkpoint of the same size without -Flash"
+            )
 
 
 def _text_section(hf_config: Mapping[str, Any]) -> str:

@@ -4,6 +4,7 @@ Text-only checkpoints of these language models are a family, too. The dialects:
 
 - Qwen2 (`Qwen2ForCausalLM`), Llama, Vicuna and Yi included (`LlamaForCausalLM`), and Mistral (`MistralForCausalLM`):
   separate projections;
+- Qwen3 (`Qwen3ForCausalLM`): the same, with norms of each head's queries and keys;
 - Phi-3 (`Phi3ForCausalLM`): q, k, v fused, and gate and up;
 - InternLM2 (`InternLM2ForCausalLM`): q, k, v fused and interleaved, once for each key-value head.
 
@@ -36,6 +37,7 @@ class Dialect:
     head: str
     block: Callable[[Mapping[str, Any], str, str], list[Rename]]
     qkv_bias: bool = False
+    qk_norm: bool = False
     rope_theta: float = 10000.0
     eps: float = 1e-6
 
@@ -55,7 +57,7 @@ class Dialect:
 
 
 def llama_block(cfg: Mapping[str, Any], theirs: str, ours: str) -> list[Rename]:
-    """A block in Llama's names, which Qwen2 shares (with biases on q, k and v)."""
+    """A block in Llama's names, which Qwen2 shares (with biases on q, k and v) and Qwen3 (with norms of q and k)."""
     d_model, d_mlp = cfg["d_model"], cfg["d_mlp"]
     d_query, d_key = _widths(cfg)
     shapes: dict[tuple[str, str], tuple[int, ...]] = {
@@ -70,6 +72,8 @@ def llama_block(cfg: Mapping[str, Any], theirs: str, ours: str) -> list[Rename]:
         shapes[f"self_attn.{part}.weight", f"attn.{part}.weight"] = (width, d_model)
         if cfg["qkv_bias"]:
             shapes[f"self_attn.{part}.bias", f"attn.{part}.bias"] = (width,)
+    for norm in ("q_norm", "k_norm") if cfg["qk_norm"] else ():
+        shapes[f"self_attn.{norm}.weight", f"attn.{norm}.weight"] = (cfg["d_head"],)
     return [Rename(f"{theirs}.{hf}", (f"{ours}.{name}",), shape) for (hf, name), shape in shapes.items()]
 
 
@@ -122,6 +126,7 @@ LLAMA = Dialect(
 )
 QWEN2 = replace(LLAMA, architecture="Qwen2ForCausalLM", model_type="qwen2", qkv_bias=True)
 MISTRAL = replace(LLAMA, architecture="MistralForCausalLM", model_type="mistral")
+QWEN3 = replace(LLAMA, architecture="Qwen3ForCausalLM", model_type="qwen3", qk_norm=True)
 PHI3 = replace(LLAMA, architecture="Phi3ForCausalLM", model_type="phi3", block=phi3_block, eps=1e-5)
 INTERNLM2 = replace(
     LLAMA,
@@ -131,7 +136,7 @@ INTERNLM2 = replace(
     head="output.weight",
     block=internlm2_block,
 )
-DIALECTS = (QWEN2, LLAMA, MISTRAL, PHI3, INTERNLM2)
+DIALECTS = (QWEN2, QWEN3, LLAMA, MISTRAL, PHI3, INTERNLM2)
 ARCHITECTURES = tuple(d.architecture for d in DIALECTS)
 MODEL_TYPES = tuple(d.model_type for d in DIALECTS)
 
@@ -148,6 +153,10 @@ def dialect_of(config: Mapping[str, Any], where: str = "config.json") -> Dialect
         if dialect.architecture in named or (not named and config.get("model_type") == dialect.model_type):
             return dialect
     name = ", ".join(map(str, named)) or f"model_type {config.get('model_type')!r}"
+    if "moe" in name.lower() or "gptoss" in name.lower():
+        raise CheckpointError(
+            f"{where}: {name} is a mixture of experts, which is not supported: use a dense size of the family"
+        )
     raise CheckpointError(
         f"{where}: the language model {name} is not supported; supported are {', '.join(ARCHITECTURES)}"
     )
@@ -164,8 +173,11 @@ def decoder_kwargs(section: Mapping[str, Any], dialect: Dialect, where: str = "c
     """
     text = Fields(section, where=where)
     _refuse_unsupported(text, dialect)
-    sizes = head_sizes(text, kv_may_be_absent=dialect not in (QWEN2, MISTRAL))
-    n_ctx = text.size("max_position_embeddings", default={QWEN2: 32768, MISTRAL: 131072}.get(dialect, 2048))
+    own = 128 if dialect is QWEN3 else None
+    sizes = head_sizes(text, kv_may_be_absent=dialect not in (QWEN2, QWEN3, MISTRAL), d_head=own)
+    n_ctx = text.size(
+        "max_position_embeddings", default={QWEN2: 32768, QWEN3: 32768, MISTRAL: 131072}.get(dialect, 2048)
+    )
     windows = dialect in (PHI3, MISTRAL)
     # Mistral's class has a window by default: none only where the file says null
     silent = 4096 if dialect is MISTRAL and not text.states("sliding_window") else None
@@ -183,16 +195,18 @@ def decoder_kwargs(section: Mapping[str, Any], dialect: Dialect, where: str = "c
         "normalization_type": "RMS",
         "gated_mlp": True,
         "qkv_bias": dialect.qkv_bias,
+        "qk_norm": dialect.qk_norm,
         "tie_word_embeddings": text.flag("tie_word_embeddings", False),
         "eos_token_ids": text.token_ids("eos_token_id"),
         "pad_token_id": text.token_id("pad_token_id"),
     }
 
 
-def head_sizes(text: Fields, kv_may_be_absent: bool) -> dict[str, int]:
+def head_sizes(text: Fields, kv_may_be_absent: bool, d_head: int | None = None) -> dict[str, int]:
     """Widths of the residual stream and of a head, and numbers of heads.
 
     With `kv_may_be_absent`, an absent number of key-value heads means as many as query heads (a null always does).
+    An absent width of a head means `d_head`, or the stream's width shared out.
 
     Raises:
         CheckpointError: sizes that do not divide each other.
@@ -201,8 +215,8 @@ def head_sizes(text: Fields, kv_may_be_absent: bool) -> dict[str, int]:
     as_many = kv_may_be_absent or text.states("num_key_value_heads")
     n_key_value_heads = text.size("num_key_value_heads", default=n_heads if as_many else REQUIRED)
     text.divided("num_attention_heads", "num_key_value_heads", n_heads, n_key_value_heads)
-    if text.get("head_dim") is not None:
-        d_head = text.size("head_dim")
+    if d_head is not None or text.get("head_dim") is not None:
+        d_head = text.size("head_dim", default=d_head)
     else:
         d_head = text.divided("hidden_size", "num_attention_heads", d_model, n_heads)
     if d_head % 2:
@@ -212,10 +226,11 @@ def head_sizes(text: Fields, kv_may_be_absent: bool) -> dict[str, int]:
 
 def _refuse_unsupported(text: Fields, dialect: Dialect) -> None:
     refuse_quantised(text)
-    if dialect is QWEN2 and text.flag("use_sliding_window", False):
-        raise text.error("use_sliding_window", "false (not supported for Qwen2)", True)
+    if dialect in (QWEN2, QWEN3) and text.flag("use_sliding_window", False):
+        raise text.error("use_sliding_window", "false (not supported for Qwen2 and Qwen3)", True)
     # InternLM2's class default is true, but every published checkpoint sets false
-    for name in {LLAMA: ("attention_bias", "mlp_bias"), INTERNLM2: ("bias",)}.get(dialect, ()):
+    biases = {LLAMA: ("attention_bias", "mlp_bias"), QWEN3: ("attention_bias",), INTERNLM2: ("bias",)}
+    for name in biases.get(dialect, ()):
         if text.flag(name, default=dialect is INTERNLM2):
             raise text.error(name, "false (biases are not supported in this language model)", True)
     layers = text.get("layer_types", [])

@@ -67,6 +67,7 @@ class QwenVL:
             "normalization_type": "RMS",
             "gated_mlp": True,
             "qkv_bias": self.dialect.qkv_bias,
+            "qk_norm": self.dialect.qk_norm,
             # transformers 5 writes it at the root, some earlier versions only in text_config; either one ties.
             "tie_word_embeddings": any(fields.flag("tie_word_embeddings", False) for fields in (root, text)),
             "image_token_id": root.token_id("image_token_id", default=151655),

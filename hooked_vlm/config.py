@@ -280,6 +280,8 @@ class VLMConfig:
     final_rms: bool = True
     attn_only: bool = False
     qkv_bias: bool = True
+    qk_norm: bool = False
+    """RMSNorm of queries and of keys, each head by itself, before they are rotated."""
     tie_word_embeddings: bool = False
 
     image_token_id: int | None = None

@@ -143,6 +143,7 @@ KINDS = {
     "qwen2.5-vl": qwen2_5_vl(tied=False),
     "qwen2.5-vl, tied": qwen2_5_vl(tied=True),
     "internvl2": internvl("qwen2"),
+    "internvl3.5": internvl("qwen3"),
     "internvl2, llama, large tower": internvl("llama"),
     "internvl2, dynamic": internvl("llama-dynamic"),
     # Longrope changes the frequencies of a row beyond its trained length: the reference does so for the whole batch,
@@ -151,7 +152,7 @@ KINDS = {
     "llava": llava(),
     "made-up": made_up(),
 }
-FAMILIES = ("qwen2-vl", "qwen2.5-vl", "internvl2", "llava", "made-up")
+FAMILIES = ("qwen2-vl", "qwen2.5-vl", "internvl2", "internvl3.5", "llava", "made-up")
 
 # name: (row of every family; a word stands for an image, of two sizes)
 ROWS: dict[str, list[list[Any]]] = {

@@ -29,6 +29,7 @@ PLAIN = {"rope_type": "default", "rope_theta": 1e6}
 # name: (text configuration on top of LANGUAGE_MODEL, vision tower, model type of transformers' text model)
 KINDS: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
     "qwen2": ({"rope_parameters": PLAIN}, SMALL_VIT, "qwen2"),
+    "qwen3": ({"rope_parameters": PLAIN, "head_dim": 16}, SMALL_VIT, "qwen3"),
     "llama": ({"rope_parameters": {**PLAIN, "rope_theta": 5e5}}, LARGE_VIT, "llama"),
     "llama-dynamic": ({"rope_parameters": DYNAMIC}, SMALL_VIT, "llama"),
     "phi3": (
@@ -110,6 +111,7 @@ CASES: dict[str, list[list[Any]]] = {
 
 ORIGINAL_TEXT = {
     "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
     "llama": "LlamaForCausalLM",
     "llama-dynamic": "InternLM2ForCausalLM",
     "phi3": "Phi3ForCausalLM",

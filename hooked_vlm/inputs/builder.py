@@ -251,8 +251,9 @@ class InputBuilder:
 
         Reads `input_ids`, `attention_mask`, `pixel_values`, `image_grid_thw`, `pixel_values_videos`,
         `video_grid_thw` and `second_per_grid_ts`; for models that tile images `pixel_values` [tile, 3, height, width]
-        and `num_tiles` [image], the number of tiles of each image with its thumbnail (without it, every run of placeholders is
-        one image). Other keys (`mm_token_type_ids`, ...) are ignored, since positions are computed here.
+        and `num_tiles` [image], the number of tiles of each image with its thumbnail (without it, every run of
+        placeholders is one image). Other keys (`mm_token_type_ids`, ...) are ignored, since positions are computed
+        here.
 
         Raises:
             InputError: images and placeholders disagree, or token ids outside the vocabulary.

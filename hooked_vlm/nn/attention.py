@@ -13,7 +13,16 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from hooked_vlm.errors import HookError
-from hooked_vlm.nn.components import AllHeadsNorm, Linear, WithViews, bias_by_head, by_head, project, weight_view
+from hooked_vlm.nn.components import (
+    AllHeadsNorm,
+    EachHeadNorm,
+    Linear,
+    WithViews,
+    bias_by_head,
+    by_head,
+    project,
+    weight_view,
+)
 from hooked_vlm.nn.forward_pass import ForwardPass
 from hooked_vlm.nn.hooks import HookPoint, current_pass, has_context, listens
 from hooked_vlm.nn.masks import AttentionMask
@@ -36,6 +45,7 @@ class Attention(WithViews):
         split_inputs: bool,
         rotary: bool = True,
         qk_norm_eps: float | None = None,
+        norms_each_head: bool = False,
     ) -> None:
         super().__init__()
         self.layer, self.n_heads, self.n_key_value_heads, self.d_head = layer, n_heads, n_key_value_heads, d_head
@@ -54,8 +64,9 @@ class Attention(WithViews):
         self.hook_v = HookPoint()  # [batch, pos, kv_head, d_head]
         self.has_qk_norm = qk_norm_eps is not None
         if qk_norm_eps is not None:
-            self.q_norm = AllHeadsNorm(n_heads * d_head, qk_norm_eps)
-            self.k_norm = AllHeadsNorm(n_key_value_heads * d_head, qk_norm_eps)
+            norm = EachHeadNorm if norms_each_head else AllHeadsNorm
+            self.q_norm = norm(n_heads, d_head, qk_norm_eps)
+            self.k_norm = norm(n_key_value_heads, d_head, qk_norm_eps)
             self.hook_q_normed = HookPoint()  # [batch, pos, head, d_head]
             self.hook_k_normed = HookPoint()  # [batch, pos, kv_head, d_head]
         if rotary:

@@ -110,6 +110,8 @@ def text_blocks(cfg: VLMConfig) -> nn.ModuleList:
                 qkv_bias=cfg.qkv_bias,
                 o_bias=False,
                 split_inputs=True,
+                qk_norm_eps=cfg.eps if cfg.qk_norm else None,
+                norms_each_head=True,
             ),
             Norm(cfg.d_model, cfg.eps, centered=False),
             MLP(cfg.d_model, cfg.d_mlp, cfg.act_fn, gated=cfg.gated_mlp, bias=False),

@@ -124,15 +124,29 @@ class Norm(WithViews):
 class AllHeadsNorm(nn.Module):
     """RMSNorm of queries or keys over the width of all heads together."""
 
-    def __init__(self, width: int, eps: float) -> None:
+    def __init__(self, n_heads: int, d_head: int, eps: float) -> None:
         super().__init__()
         self.eps = eps
-        self.weight = nn.Parameter(torch.ones(width))
+        self.weight = nn.Parameter(torch.ones(n_heads * d_head))
 
     def forward(self, x: Float[Tensor, "*dims head d_head"]) -> Float[Tensor, "*dims head d_head"]:
         full = x.flatten(-2).to(torch.promote_types(x.dtype, torch.float32))
         normalized = full * torch.rsqrt(full.pow(2).mean(-1, keepdim=True) + self.eps)
         return (normalized.to(x.dtype) * self.weight).unflatten(-1, x.shape[-2:])
+
+
+class EachHeadNorm(nn.Module):
+    """RMSNorm of queries or keys, each head by itself; one weight of a head's width for all."""
+
+    def __init__(self, n_heads: int, d_head: int, eps: float) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(d_head))
+
+    def forward(self, x: Float[Tensor, "*dims head d_head"]) -> Float[Tensor, "*dims head d_head"]:
+        full = x.to(torch.promote_types(x.dtype, torch.float32))
+        normalized = full * torch.rsqrt(full.pow(2).mean(-1, keepdim=True) + self.eps)
+        return normalized.to(x.dtype) * self.weight
 
 
 class MLP(WithViews):

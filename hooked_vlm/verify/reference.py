@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from hooked_vlm.model.vlm import HookedVLM
 
 QWEN_VL = ("Qwen2VLForConditionalGeneration", "Qwen2_5_VLForConditionalGeneration")
-LANGUAGE_MODELS = ("Qwen2ForCausalLM", "LlamaForCausalLM", "MistralForCausalLM", "Phi3ForCausalLM")
+LANGUAGE_MODELS = ("Qwen2ForCausalLM", "Qwen3ForCausalLM", "LlamaForCausalLM", "MistralForCausalLM", "Phi3ForCausalLM")
 OWN_CLASS = (HF, *QWEN_VL, *llava.ARCHITECTURES)
 """Architectures of models with pictures that `transformers` loads from the same folder."""
 

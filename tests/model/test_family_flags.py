@@ -18,7 +18,9 @@ FLAGS: dict[str, dict[str, tuple[dict[str, Any], str]]] = {
         "time of videos": ({"positions_per_second": None}, "long-video"),
         "activation of the tower": ({"act_fn": "gelu"}, "one-image"),
     },
+    "internvl3.5": {"norms of queries and keys": ({"qk_norm": False}, "one-image")},
 }
+OF_TEXT = ("qk_norm", "mrope_interleaved")
 CASES = [(family, flag) for family, flags in FLAGS.items() for flag in flags]
 
 
@@ -28,8 +30,8 @@ def test_a_flag_taken_away_moves_the_logits(family: str, flag: str) -> None:
     changes, case = FLAGS[family][flag]
     model, kind = tiny_model(family), KINDS[family]
     batch = kind.batch(kind.cases[case])
-    of_text = {name: value for name, value in changes.items() if hasattr(model.cfg, name)}
-    of_tower = {name: value for name, value in changes.items() if name not in of_text}
+    of_text = {name: value for name, value in changes.items() if name in OF_TEXT}
+    of_tower = {name: value for name, value in changes.items() if name not in OF_TEXT}
     other = HookedVLM(model.cfg.with_(vision=replace(model.cfg.vision, **of_tower), **of_text))
     kept = other.state_dict().keys()
     other.load_state_dict({name: tensor for name, tensor in model.state_dict().items() if name in kept})
