@@ -38,8 +38,8 @@ MODEL_TYPES = ("internvl_chat", "internvl")
 Layout = Literal["original", "hf"]
 LAYOUTS = ("original", "hf")
 
-# The vocabulary of every published size ends in <IMG_CONTEXT>, <quad>, </quad>, <ref>, </ref>, <box>, </box>; but that of
-# 3.5 (Qwen3) is padded, and only the tokenizer knows the id.
+# The vocabulary of every published size ends in <IMG_CONTEXT>, <quad>, </quad>, <ref>, </ref>, <box>, </box>; but that
+# of 3.5 (Qwen3) is padded, and only the tokenizer knows the id.
 IMAGE_TOKEN_FROM_END = 7
 
 FLASH = ("vit_router", "flash_relative_threshold", "flash_absolute_threshold", "router_config")
