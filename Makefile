@@ -71,6 +71,7 @@ docs-hooks: $(VENV)/.installed-dev
 	$(BIN)/python -m tools.hook_page
 	$(BIN)/python -m tools.tool_page
 	$(BIN)/python -m tools.checkpoint_page
+	$(BIN)/python -m tools.family_page
 	$(BIN)/python -m tools.architecture_page
 
 setup: $(VENV)/.installed-dev

@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from typing import Any
 
+SEEN = "values seen in published config.json files"
+
 
 @dataclass(frozen=True)
 class KnownModel:
@@ -12,7 +14,7 @@ class KnownModel:
     """Its `config.json`."""
     n_params: int
     """Number of parameters; a tied matrix counts once."""
-    certainty: str = "values seen in published config.json files"
+    certainty: str = SEEN
     """The source of the values, and what is not verified."""
 
 
@@ -190,17 +192,72 @@ def _internlm2(factor: float, **sizes: int) -> dict[str, Any]:
                 bias=False, pad_token_id=2, rope_scaling=scaling)  # fmt: skip
 
 
-def _qwen2_5(**sizes: int) -> dict[str, Any]:
-    """The language model of InternVL3."""
-    scaling = {"type": "dynamic", "rope_type": "dynamic", "factor": 2.0}
-    return _llm("Qwen2ForCausalLM", **sizes, vocab_size=151674, n_ctx=32768, theta=1e6, eps=1e-6, eos=151643,
-                rope_scaling=scaling)  # fmt: skip
+def _internvl3(
+    hidden_size: int, intermediate_size: int, layers: int, heads: int, kv_heads: int, n_params: int, of: str = ""
+) -> KnownModel:
+    """A size of InternVL3, with the language model `of` Qwen2.5."""
+    llm = _llm(
+        "Qwen2ForCausalLM", hidden_size=hidden_size, intermediate_size=intermediate_size, layers=layers, heads=heads,
+        kv_heads=kv_heads, vocab_size=151674, n_ctx=32768, theta=1e6, eps=1e-6, eos=151643,
+        rope_scaling={"type": "dynamic", "rope_type": "dynamic", "factor": 2.0},
+    )  # fmt: skip
+    config = _internvl2("internvl2_5", llm, large_vit=n_params > 2 * 10**10)
+    return KnownModel(config, n_params, f"the language model's sizes are {of}'s; the rest as in 8B" if of else SEEN)
 
 
-def _qwen3(**sizes: int) -> dict[str, Any]:
-    """The language model of InternVL3.5."""
-    return _llm("Qwen3ForCausalLM", **sizes, kv_heads=8, vocab_size=151936, n_ctx=40960, theta=1e6, eps=1e-6,
-                eos=151645, head_dim=128, rope_scaling=None)  # fmt: skip
+def _internvl3_5(
+    hidden_size: int, intermediate_size: int, layers: int, heads: int, n_params: int, of: str = ""
+) -> KnownModel:
+    """A size of InternVL3.5, with the language model `of` Qwen3."""
+    llm = _llm(
+        "Qwen3ForCausalLM", hidden_size=hidden_size, intermediate_size=intermediate_size, layers=layers, heads=heads,
+        kv_heads=8, vocab_size=151936, n_ctx=40960, theta=1e6, eps=1e-6, eos=151645, head_dim=128,
+        rope_scaling=None,
+    )  # fmt: skip
+    config = _internvl2("internvl2_5", llm, large_vit=n_params > 2 * 10**10)
+    return KnownModel(config, n_params, f"the language model's sizes are {of}'s; untied from memory" if of else SEEN)
+
+
+def _llava(text: dict[str, Any]) -> dict[str, Any]:
+    """The published `config.json`; the sizes differ only in the language model."""
+    return {
+        "architectures": ["LlavaForConditionalGeneration"],
+        "ignore_index": -100,
+        "image_token_index": 32000,
+        "model_type": "llava",
+        "pad_token_id": 32001,
+        "projector_hidden_act": "gelu",
+        "text_config": {
+            "architectures": ["LlamaForCausalLM"],
+            "max_position_embeddings": 4096,
+            "model_type": "llama",
+            "rms_norm_eps": 1e-05,
+            "torch_dtype": "float16",
+            "vocab_size": 32064,
+            **text,
+        },
+        "tie_word_embeddings": False,
+        "torch_dtype": "float16",
+        "vision_config": _clip(),
+        "vision_feature_layer": -2,
+        "vision_feature_select_strategy": "default",
+        "vocab_size": 32064,
+    }
+
+
+def _clip() -> dict[str, Any]:
+    """CLIP ViT-L/14 at 336 pixels."""
+    return {
+        "hidden_size": 1024,
+        "image_size": 336,
+        "intermediate_size": 4096,
+        "model_type": "clip_vision_model",
+        "num_attention_heads": 16,
+        "num_hidden_layers": 24,
+        "patch_size": 14,
+        "projection_dim": 768,
+        "vocab_size": 32000,
+    }
 
 
 # fmt: off
@@ -284,65 +341,23 @@ KNOWN_MODELS: dict[str, KnownModel] = {
             vocab_size=128265, n_ctx=8192, theta=5e5, eos=128003), large_vit=True),
         n_params=76_262_358_400, certainty="sizes are Llama-3-70B's; template and stop token not verified",
     ),
-    "OpenGVLab/InternVL3-1B": KnownModel(
-        _internvl2("internvl2_5", _qwen2_5(
-            hidden_size=896, intermediate_size=4864, layers=24, heads=14, kv_heads=2)),
-        n_params=938_193_024, certainty="the language model's sizes are Qwen2.5-0.5B's; the rest as in 8B",
-    ),
-    "OpenGVLab/InternVL3-2B": KnownModel(
-        _internvl2("internvl2_5", _qwen2_5(
-            hidden_size=1536, intermediate_size=8960, layers=28, heads=12, kv_heads=2)),
-        n_params=2_088_957_440, certainty="the language model's sizes are Qwen2.5-1.5B's; the rest as in 8B",
-    ),
-    "OpenGVLab/InternVL3-8B": KnownModel(
-        _internvl2("internvl2_5", _qwen2_5(
-            hidden_size=3584, intermediate_size=18944, layers=28, heads=28, kv_heads=4)),
-        n_params=7_944_373_760,
-    ),
-    "OpenGVLab/InternVL3-14B": KnownModel(
-        _internvl2("internvl2_5", _qwen2_5(
-            hidden_size=5120, intermediate_size=13824, layers=48, heads=40, kv_heads=8)),
-        n_params=15_117_256_704, certainty="the language model's sizes are Qwen2.5-14B's; the rest as in 8B",
-    ),
-    "OpenGVLab/InternVL3-38B": KnownModel(
-        _internvl2("internvl2_5", _qwen2_5(
-            hidden_size=5120, intermediate_size=27648, layers=64, heads=40, kv_heads=8), large_vit=True),
-        n_params=38_388_164_992, certainty="the language model's sizes are Qwen2.5-32B's; the rest as in 8B",
-    ),
-    "OpenGVLab/InternVL3-78B": KnownModel(
-        _internvl2("internvl2_5", _qwen2_5(
-            hidden_size=8192, intermediate_size=29568, layers=80, heads=64, kv_heads=8), large_vit=True),
-        n_params=78_408_318_336, certainty="the language model's sizes are Qwen2.5-72B's; the rest as in 8B",
-    ),
-    "OpenGVLab/InternVL3_5-1B": KnownModel(
-        _internvl2("internvl2_5", _qwen3(
-            hidden_size=1024, intermediate_size=3072, layers=28, heads=16)),
-        n_params=1_060_897_792, certainty="the language model's sizes are Qwen3-0.6B's; untied from memory",
-    ),
-    "OpenGVLab/InternVL3_5-2B": KnownModel(
-        _internvl2("internvl2_5", _qwen3(
-            hidden_size=2048, intermediate_size=6144, layers=28, heads=16)),
-        n_params=2_348_347_392, certainty="the language model's sizes are Qwen3-1.7B's; untied from memory",
-    ),
-    "OpenGVLab/InternVL3_5-4B": KnownModel(
-        _internvl2("internvl2_5", _qwen3(
-            hidden_size=2560, intermediate_size=9728, layers=36, heads=32)),
-        n_params=4_732_489_216, certainty="the language model's sizes are Qwen3-4B's; untied from memory",
-    ),
-    "OpenGVLab/InternVL3_5-8B": KnownModel(
-        _internvl2("internvl2_5", _qwen3(
-            hidden_size=4096, intermediate_size=12288, layers=36, heads=32)),
-        n_params=8_528_318_464,
-    ),
-    "OpenGVLab/InternVL3_5-14B": KnownModel(
-        _internvl2("internvl2_5", _qwen3(
-            hidden_size=5120, intermediate_size=17408, layers=40, heads=40)),
-        n_params=15_119_523_840, certainty="the language model's sizes are Qwen3-14B's; untied from memory",
-    ),
-    "OpenGVLab/InternVL3_5-38B": KnownModel(
-        _internvl2("internvl2_5", _qwen3(
-            hidden_size=5120, intermediate_size=25600, layers=64, heads=64), large_vit=True),
-        n_params=38_390_405_504, certainty="the language model's sizes are Qwen3-32B's; untied from memory",
+    "OpenGVLab/InternVL3-1B": _internvl3(896, 4864, 24, 14, 2, 938_193_024, "Qwen2.5-0.5B"),
+    "OpenGVLab/InternVL3-2B": _internvl3(1536, 8960, 28, 12, 2, 2_088_957_440, "Qwen2.5-1.5B"),
+    "OpenGVLab/InternVL3-8B": _internvl3(3584, 18944, 28, 28, 4, 7_944_373_760),
+    "OpenGVLab/InternVL3-14B": _internvl3(5120, 13824, 48, 40, 8, 15_117_256_704, "Qwen2.5-14B"),
+    "OpenGVLab/InternVL3-38B": _internvl3(5120, 27648, 64, 40, 8, 38_388_164_992, "Qwen2.5-32B"),
+    "OpenGVLab/InternVL3-78B": _internvl3(8192, 29568, 80, 64, 8, 78_408_318_336, "Qwen2.5-72B"),
+    "OpenGVLab/InternVL3_5-1B": _internvl3_5(1024, 3072, 28, 16, 1_060_897_792, "Qwen3-0.6B"),
+    "OpenGVLab/InternVL3_5-2B": _internvl3_5(2048, 6144, 28, 16, 2_348_347_392, "Qwen3-1.7B"),
+    "OpenGVLab/InternVL3_5-4B": _internvl3_5(2560, 9728, 36, 32, 4_732_489_216, "Qwen3-4B"),
+    "OpenGVLab/InternVL3_5-8B": _internvl3_5(4096, 12288, 36, 32, 8_528_318_464),
+    "OpenGVLab/InternVL3_5-14B": _internvl3_5(5120, 17408, 40, 40, 15_119_523_840, "Qwen3-14B"),
+    "OpenGVLab/InternVL3_5-38B": _internvl3_5(5120, 25600, 64, 64, 38_390_405_504, "Qwen3-32B"),
+    "llava-hf/llava-1.5-7b-hf": KnownModel(_llava({}), n_params=7_063_427_072),
+    "llava-hf/llava-1.5-13b-hf": KnownModel(
+        _llava({"hidden_size": 5120, "intermediate_size": 13824, "num_attention_heads": 40, "num_hidden_layers": 40,
+                "num_key_value_heads": 40}),
+        n_params=13_351_494_656, certainty="as 7B, the language model's sizes are Vicuna-13B's",
     ),
 }
 # fmt: on

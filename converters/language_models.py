@@ -1,8 +1,9 @@
 """The language models of both families as one decoder: their settings, and the names of their tensors.
 
-Text-only checkpoints of these language models are a family, too. Five dialects:
+Text-only checkpoints of these language models are a family, too. The dialects:
 
-- Qwen2 (`Qwen2ForCausalLM`) and Llama, Yi included (`LlamaForCausalLM`): separate projections;
+- Qwen2 (`Qwen2ForCausalLM`), Llama, Vicuna and Yi included (`LlamaForCausalLM`), and Mistral (`MistralForCausalLM`):
+  separate projections;
 - Qwen3 (`Qwen3ForCausalLM`): the same, with norms of each head's queries and keys;
 - Phi-3 (`Phi3ForCausalLM`): q, k, v fused, and gate and up;
 - InternLM2 (`InternLM2ForCausalLM`): q, k, v fused and interleaved, once for each key-value head.
@@ -124,6 +125,7 @@ LLAMA = Dialect(
     block=llama_block,
 )
 QWEN2 = replace(LLAMA, architecture="Qwen2ForCausalLM", model_type="qwen2", qkv_bias=True)
+MISTRAL = replace(LLAMA, architecture="MistralForCausalLM", model_type="mistral")
 QWEN3 = replace(LLAMA, architecture="Qwen3ForCausalLM", model_type="qwen3", qk_norm=True)
 PHI3 = replace(LLAMA, architecture="Phi3ForCausalLM", model_type="phi3", block=phi3_block, eps=1e-5)
 INTERNLM2 = replace(
@@ -134,7 +136,7 @@ INTERNLM2 = replace(
     head="output.weight",
     block=internlm2_block,
 )
-DIALECTS = (QWEN2, QWEN3, LLAMA, PHI3, INTERNLM2)
+DIALECTS = (QWEN2, QWEN3, LLAMA, MISTRAL, PHI3, INTERNLM2)
 ARCHITECTURES = tuple(d.architecture for d in DIALECTS)
 MODEL_TYPES = tuple(d.model_type for d in DIALECTS)
 
@@ -171,10 +173,15 @@ def decoder_kwargs(section: Mapping[str, Any], dialect: Dialect, where: str = "c
     """
     text = Fields(section, where=where)
     _refuse_unsupported(text, dialect)
-    qwen = dialect in (QWEN2, QWEN3)
-    sizes = head_sizes(text, kv_may_be_absent=not qwen, d_head=128 if dialect is QWEN3 else None)
-    n_ctx = text.size("max_position_embeddings", default=32768 if qwen else 2048)
-    window = text.get("sliding_window") if dialect is PHI3 else None
+    own = 128 if dialect is QWEN3 else None
+    sizes = head_sizes(text, kv_may_be_absent=dialect not in (QWEN2, QWEN3, MISTRAL), d_head=own)
+    n_ctx = text.size(
+        "max_position_embeddings", default={QWEN2: 32768, QWEN3: 32768, MISTRAL: 131072}.get(dialect, 2048)
+    )
+    windows = dialect in (PHI3, MISTRAL)
+    # Mistral's class has a window by default: none only where the file says null
+    silent = 4096 if dialect is MISTRAL and not text.states("sliding_window") else None
+    window = text.get("sliding_window", silent) if windows else None
     return {
         "n_layers": text.size("num_hidden_layers", most=MOST_LAYERS),
         **sizes,
@@ -182,7 +189,7 @@ def decoder_kwargs(section: Mapping[str, Any], dialect: Dialect, where: str = "c
         "d_vocab": text.size("vocab_size"),
         "n_ctx": n_ctx,
         **_rope(text, dialect, sizes["d_head"], n_ctx),
-        "sliding_window": None if window is None else text.size("sliding_window"),
+        "sliding_window": None if window is None else text.size("sliding_window", default=window),
         "eps": text.number("rms_norm_eps", default=dialect.eps),
         "act_fn": text.one_of("hidden_act", ("silu",), default="silu"),
         "normalization_type": "RMS",
@@ -227,7 +234,7 @@ def _refuse_unsupported(text: Fields, dialect: Dialect) -> None:
         if text.flag(name, default=dialect is INTERNLM2):
             raise text.error(name, "false (biases are not supported in this language model)", True)
     layers = text.get("layer_types", [])
-    allowed = {"full_attention"} | ({"sliding_attention"} if dialect is PHI3 else set())
+    allowed = {"full_attention"} | ({"sliding_attention"} if dialect in (PHI3, MISTRAL) else set())
     if not isinstance(layers, list | tuple) or any(kind not in allowed for kind in layers):
         raise text.error("layer_types", "'full_attention' for every layer (others are not supported)", layers)
 
@@ -313,9 +320,9 @@ def decoder_config(cfg: Mapping[str, Any], dialect: Dialect) -> dict[str, Any]:
         "eos_token_id": (eos[0] if len(eos) == 1 else eos) if eos else None,
         "pad_token_id": cfg["pad_token_id"],
     }
-    if dialect is PHI3:
+    if dialect in (PHI3, MISTRAL):
         config["sliding_window"] = cfg["sliding_window"]
-        if scaling is not None:
+        if scaling is not None and dialect is PHI3:
             config["original_max_position_embeddings"] = scaling["n_ctx_trained"]
     if dialect is INTERNLM2:
         config["bias"] = False

@@ -62,6 +62,8 @@ class VisionConfig:
     """Whether the embedded patches are normalised before the first block."""
     post_norm: bool = False
     """Whether the stream is normalised behind the last block that runs."""
+    unread_norm: bool = False
+    """Whether the checkpoint has a norm behind its last block that nothing reads; it is kept to be saved again."""
     qkv_bias: bool = True
     qk_norm: bool = False
     """RMSNorm of queries and of keys over all heads together, before they are told apart."""
@@ -99,7 +101,7 @@ class VisionConfig:
     tile_size: int | None = None
     """Side of the square pictures that a tower of raster order takes; None: pictures have any shape."""
     processor: str = "resized"
-    """What prepares pictures (`hooked_vlm.inputs.processors`): "resized" whole, or as "tiles"."""
+    """What prepares pictures (`hooked_vlm.inputs.processors`): "resized" whole, as "tiles", or "cropped"."""
     transposed_tokens: bool = False
     """The tokens of a tile are numbered column by column (pixel shuffle "v1")."""
     min_tiles: int = 1

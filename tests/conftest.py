@@ -111,9 +111,13 @@ def _values(case: pytest.Item) -> set[tuple[int, str]]:
     return set(enumerate(callspec._idlist)) if callspec else {(0, case.name)}
 
 
-@pytest.fixture(params=["qwen2-vl", "qwen2.5-vl", "internvl2", "internvl3.5", "made-up"])
+ONE_OF_EACH_KIND, OTHERS = ("qwen2-vl", "internvl2", "made-up"), ("qwen2.5-vl", "internvl3.5", "llava")
+
+
+@pytest.fixture(params=[*ONE_OF_EACH_KIND, *(pytest.param(name, marks=pytest.mark.full) for name in OTHERS)])
 def family(request: pytest.FixtureRequest) -> str:
-    """The families of `families.FAMILIES` (named again here: a conftest is imported before shapes are executed)."""
+    """The families of `families.FAMILIES` (named again here: a conftest is imported before shapes are executed), one of
+    each kind in a plain run."""
     return request.param
 
 

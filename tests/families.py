@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import tiny_internvl
+import tiny_llava
 import tiny_made_up
 import tiny_qwen2_5_vl
 import tiny_qwen2_vl
@@ -59,6 +60,12 @@ INTERNVL = {
     "vision.blocks.{l}.attn.hook_pattern": "model.vision_tower.encoder.layer.{l}.attention",
     "hook_image_features": "model.multi_modal_projector",
 }
+CLIP = {
+    "vision.blocks.0.hook_resid_pre": "model.vision_tower.pre_layrnorm",
+    "vision.blocks.{l}.hook_resid_post": "model.vision_tower.encoder.layers.{l}",
+    "vision.blocks.{l}.attn.hook_pattern": "model.vision_tower.encoder.layers.{l}.self_attn",
+}
+LLAVA = {**CLIP, "hook_image_features": "model.multi_modal_projector"}
 
 
 MADE_UP = {
@@ -104,6 +111,19 @@ def internvl(text: str, **differs: Any) -> Kind:
     )
 
 
+def llava() -> Kind:
+    return Kind(
+        hf=tiny_llava.tiny_llava,
+        batch=tiny_llava.llava_batch,
+        for_hf=tiny_llava.for_hf,
+        images={"small": "image", "large": "image"},
+        cases=tiny_llava.LLAVA_CASES,
+        vision=LLAVA,
+        placeholders=(tiny_llava.IMAGE,),
+        n_new=40,
+    )
+
+
 def made_up() -> Kind:
     return Kind(
         hf=tiny_made_up.tiny_hf,
@@ -129,9 +149,10 @@ KINDS = {
     # Longrope changes the frequencies of a row beyond its trained length: the reference does so for the whole batch,
     # and generates anew without its cache there (docs/references.md)
     "internvl2, phi3": internvl("phi3", mixed=False, n_new=6),
+    "llava": llava(),
     "made-up": made_up(),
 }
-FAMILIES = ("qwen2-vl", "qwen2.5-vl", "internvl2", "internvl3.5", "made-up")
+FAMILIES = ("qwen2-vl", "qwen2.5-vl", "internvl2", "internvl3.5", "llava", "made-up")
 
 # name: (row of every family; a word stands for an image, of two sizes)
 ROWS: dict[str, list[list[Any]]] = {

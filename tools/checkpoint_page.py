@@ -41,7 +41,8 @@ residual streams, patterns, image features, greedy tokens, rounding errors, pixe
 [references.md](references.md).
 
 {verified}
-Fine-tunes of these and folders saved by `save_pretrained` of either library load, too.
+Fine-tunes of these and folders saved by `save_pretrained` of either library load, too. Of LLaVA the repositories of
+`llava-hf` are meant: files of its original code (`liuhaotian/llava-v1.5-7b`, ...) are refused with the name to use.
 
 ## Your own checkpoint: `hooked-vlm verify`
 
@@ -74,7 +75,8 @@ in logits and image features may be at most 1.1 times the reference's; equal tok
 The reference is built from the folder's own files, with neutral generation settings (a `repetition_penalty` of
 generation_config.json, say, does not count):
 
-- Qwen2-VL, InternVL in the `-hf` layout, text-only Qwen2, Llama and Phi-3: `transformers` loads the same folder itself.
+- Qwen2-VL, LLaVA-1.5, InternVL in the `-hf` layout, text-only Qwen2, Llama, Mistral and Phi-3: `transformers` loads the
+  same folder itself.
 - InternVL as published: its code is remote code, which is never executed. This library's converter passes the tensors
   to `transformers`' InternVL class, so a tensor converted to a wrong name would be wrong in both; the tests compare the
   converter with the published names one by one.

@@ -70,8 +70,15 @@ class InputBuilder:
         if self.tokenizer is None or (style.turn_starts and not opening):
             return None
         end = None if style.turn_end is None else self.text.special_id(style.turn_end)
-        headers = (tuple(self.text.encode(header)) for header in (style.user_header, style.assistant_header))
-        return Turns(opening, end, *headers)
+        headers = (style.user_header, style.assistant_header)
+        alone = (tuple(self.text.encode(header)) for header in headers)
+        behind = (() if opening else self._behind_text(header) for header in headers)
+        return Turns(opening, end, *alone, *behind)
+
+    def _behind_text(self, header: str) -> tuple[int, ...]:
+        """The tokens of a header that a space sets apart from text in front of it."""
+        before, both = self.text.encode("a"), self.text.encode(f"a {header}")
+        return tuple(both[len(before) :]) if both[: len(before)] == before else ()
 
     # ---------------------------------------------------------------- prompts with pictures
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, UInt8
 from PIL import Image
 
 from hooked_vlm.errors import CheckpointError, ImageError
@@ -96,3 +96,13 @@ def normalisation_tables(
     levels = (np.arange(256) * (1 / 255)).astype(np.float32)
     means, stds = (np.asarray(v, dtype=np.float32)[:, None] for v in (mean, std))
     return (levels - means) / stds
+
+
+def normalised(
+    pictures: UInt8[np.ndarray, "picture high wide 3"],
+    mean: tuple[float, float, float],
+    std: tuple[float, float, float],
+) -> Float[np.ndarray, "picture 3 high wide"]:
+    """Pictures with colours first, as the vision tower takes them."""
+    tables = normalisation_tables(mean, std)
+    return np.stack([table[pictures[..., colour]] for colour, table in enumerate(tables)], axis=1)

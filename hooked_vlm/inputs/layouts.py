@@ -122,6 +122,37 @@ def tiled_layout(
     )
 
 
+@lru_cache(maxsize=512)
+def square_layout(
+    image_size: tuple[int, int],
+    area: tuple[float | int, float | int, float | int, float | int],
+    side: int,
+    patch_size: int,
+    size_known: bool = True,
+) -> ImageLayout:
+    """A square of a picture, every patch of which is a token: less than the picture where it was cropped, more where it
+    was padded.
+
+    Args:
+        image_size: (width, height) of the original image in pixels.
+        area: the square, in pixels of the original image.
+        side: of the square in pixels, as the vision tower sees it.
+        patch_size: a rest of pixels at the right and at the bottom is in no patch.
+    """
+    n = side // patch_size
+    spans = np.stack((np.arange(n), np.arange(n) + 1), axis=1) * patch_size
+    cells = np.arange(n * n).reshape(1, n, n)
+    return ImageLayout(
+        ImageSize(*image_size),
+        (LayoutPart("tiles", cells, area, ImageSize(side, side), spans, spans),),
+        n * n,
+        (1, n, n),
+        np.zeros(n * n, dtype=int),
+        cells.reshape(1, -1),
+        size_known=size_known,
+    )
+
+
 def unplaced_layout(n_tiles: int, side: int, merge_size: int) -> ImageLayout:
     """Tiles of `side` x `side` patches whose arrangement is not known."""
     n_tokens = n_tiles * (side // merge_size) ** 2

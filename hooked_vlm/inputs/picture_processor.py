@@ -158,9 +158,11 @@ def each_image(images: Sequence[Any]) -> Iterator[tuple[str, Image.Image]]:
 def cut_pictures(
     pictures: Float[np.ndarray, "picture 3 high wide"], patch_size: int
 ) -> Float[np.ndarray, "patch 3 side side"]:
-    """The patches of pictures, row by row."""
+    """The patches of pictures, row by row; a rest of pixels at the right and at the bottom is in none."""
     n, _, high, wide = pictures.shape
-    cut = pictures.reshape(n, 3, high // patch_size, patch_size, wide // patch_size, patch_size)
+    rows, cols = high // patch_size, wide // patch_size
+    whole = pictures[:, :, : rows * patch_size, : cols * patch_size]
+    cut = whole.reshape(n, 3, rows, patch_size, cols, patch_size)
     return cut.transpose(0, 2, 4, 1, 3, 5).reshape(-1, 3, patch_size, patch_size)
 
 

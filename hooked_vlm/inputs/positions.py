@@ -52,10 +52,10 @@ def mrope_positions(
 ) -> Int[Tensor, "3 batch pos"]:
     """Temporal, height and width positions; padding gets 0.
 
-    Text counts up on all three axes. An image or video starts where the text stopped and counts its own grid, of
-    whose frames each may take several positions or a part of one; the text after it continues one past the largest
-    position used on any axis. (As in the published code, with which the model was trained, and in `transformers` up to
-    4.57; release 5 ignores the temporal axis there, which makes the text after a long video overlap the video.)
+    Text counts up on all three axes. An image or video starts where the text stopped and counts its own grid, of whose
+    frames each may take several positions or a part of one; the text after it continues one past the largest position
+    used on any axis. (As in the published code, with which the model was trained, and in `transformers` up to 4.57;
+    release 5 ignores the temporal axis there, which makes the text after a long video overlap the video.)
     """
     positions = np.zeros((3, *shape), dtype=np.int64)
     for row, (begin, end) in enumerate(zip(first, stop, strict=True)):
@@ -104,6 +104,7 @@ def prompt_groups(
     visuals: Sequence[Visual],
     turns: Turns | None,
     markers: frozenset[int | None],
+    openers: frozenset[int | None],
 ) -> dict[str, list[int]]:
     """The fields of `TokenGroups` for one row.
 
@@ -112,6 +113,7 @@ def prompt_groups(
         visuals: the row's images and videos in order.
         turns: the tokens of the turns of a chat; None: there is no chat.
         markers: placeholders and the token that closes an image: never part of the question.
+        openers: the token that opens an image, in families that have one.
     """
     prompt_stop = stop - n_generated
     user_start, header_start = _last_turn(tokens[:prompt_stop], first, turns)
@@ -120,7 +122,9 @@ def prompt_groups(
     question = [p for p in text if tokens[p] not in markers]
     if not question:  # the image closes the turn: the question comes before it
         before = [v.start for v in visuals if v.start > user_start]
-        question = list(range(user_start, min(before) - 1)) if before else []
+        end = min(before, default=user_start)
+        opened = end > user_start and tokens[end - 1] in openers
+        question = list(range(user_start, end - opened))
     return {
         "image": [p for v in visuals if v.kind == "image" for p in v.positions.tolist()],
         "video": [p for v in visuals if v.kind == "video" for p in v.positions.tolist()],
@@ -147,9 +151,12 @@ def _last_turn(tokens: Sequence[int], first: int, turns: Turns | None) -> tuple[
 
 def _last_turn_by_headers(tokens: Sequence[int], first: int, turns: Turns) -> tuple[int, int]:
     """The same where headers are plain text: the row must end with the one of an answer."""
-    header = len(tokens) - len(turns.assistant)
-    if header < first or tuple(tokens[header:]) != turns.assistant:
+    row = tuple(tokens[first:])
+    ends = [len(row) - len(h) for h in {turns.assistant, turns.assistant_behind} if h and row[-len(h) :] == h]
+    if not ends:
         return first, len(tokens)
-    n = len(turns.user)
-    users = [p for p in range(first, header - n + 1) if tuple(tokens[p : p + n]) == turns.user]
-    return users[-1] + n if users else first, header
+    header, users = min(ends), [0]
+    for spelled in {turns.user, turns.user_behind} - {()}:
+        n = len(spelled)
+        users += [at + n for at in range(header - n + 1) if row[at : at + n] == spelled]
+    return first + max(users), first + header

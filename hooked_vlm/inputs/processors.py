@@ -2,12 +2,17 @@
 
 from hooked_vlm.config import VLMConfig
 from hooked_vlm.errors import CheckpointError
+from hooked_vlm.inputs.cropped import CropProcessor
 from hooked_vlm.inputs.image_processor import ImageProcessor
 from hooked_vlm.inputs.image_settings import Settings
 from hooked_vlm.inputs.picture_processor import PictureProcessor
 from hooked_vlm.inputs.tiles import TileProcessor
 
-PROCESSORS: dict[str, type[PictureProcessor]] = {"resized": ImageProcessor, "tiles": TileProcessor}
+PROCESSORS: dict[str, type[PictureProcessor]] = {
+    "resized": ImageProcessor,
+    "tiles": TileProcessor,
+    "cropped": CropProcessor,
+}
 
 
 def processor_of(

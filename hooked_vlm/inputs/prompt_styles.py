@@ -47,5 +47,6 @@ INTERNVL = PromptStyle(
         "vision_end_token_id": "</img>",
     },
 )
-STYLES: dict[str, PromptStyle] = {"chatml": CHATML, "internvl": INTERNVL}
+VICUNA = PromptStyle(user_header="USER:", assistant_header="ASSISTANT:")
+STYLES: dict[str, PromptStyle] = {"chatml": CHATML, "internvl": INTERNVL, "vicuna": VICUNA}
 """Styles by the name that a configuration gives (`VLMConfig.prompt_style`)."""

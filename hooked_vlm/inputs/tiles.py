@@ -25,7 +25,7 @@ from hooked_vlm.inputs.image_settings import (
     Settings,
     colours,
     common_settings,
-    normalisation_tables,
+    normalised,
     processor_settings,
     whole,
 )
@@ -179,8 +179,7 @@ class TileProcessor(PictureProcessor):
         return tiles
 
     def _normalised(self, tiles: UInt8[np.ndarray, "tile side side 3"]) -> Float[np.ndarray, "tile 3 side side"]:
-        tables = normalisation_tables(self.image_mean, self.image_std)
-        return np.stack([table[tiles[..., colour]] for colour, table in enumerate(tables)], axis=1)
+        return normalised(tiles, self.image_mean, self.image_std)
 
     @classmethod
     def from_dict(cls, config: Mapping[str, Any], **defaults: Any) -> "TileProcessor":

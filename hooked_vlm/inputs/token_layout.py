@@ -36,6 +36,9 @@ class Turns:
     """What opens a user's turn: `<|im_start|> user \\n`."""
     assistant: tuple[int, ...]
     """What opens an answer."""
+    user_behind: tuple[int, ...] = ()
+    """The same header behind text, where the tokenizer spells it otherwise there; the same by default."""
+    assistant_behind: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, eq=False)

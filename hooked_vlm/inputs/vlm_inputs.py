@@ -335,6 +335,7 @@ class VLMInputs:
                 [v for v in self.visuals if v.row == row],
                 spec.turns,
                 frozenset({spec.vision_end_token_id, *spec.placeholder_ids}),
+                frozenset({spec.vision_start_token_id} - {None}),
             )
             for row in range(len(self))
         ]

@@ -103,7 +103,8 @@ def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def without_none(config: dict[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in config.items() if value is not None}
+    """The settings that have a value; a null window is one: none."""
+    return {key: value for key, value in config.items() if value is not None or key == "sliding_window"}
 
 
 def _write_json(path: Path, content: Mapping[str, Any]) -> None:

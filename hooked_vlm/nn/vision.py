@@ -187,6 +187,15 @@ class TileEmbed(nn.Module):
         return resized.flatten(2).transpose(1, 2).to(learned.dtype)
 
 
+class UnreadNorm(nn.Module):
+    """The weights of a norm that a checkpoint has behind its last block and nothing reads."""
+
+    def __init__(self, cfg: VisionConfig) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(cfg.d_model))
+        self.bias = nn.Parameter(torch.zeros(cfg.d_model))
+
+
 class VisionTower(nn.Module):
     """A pre-norm transformer over patches."""
 
@@ -201,6 +210,7 @@ class VisionTower(nn.Module):
         self.ln_pre = Norm(cfg.d_model, cfg.eps, centered) if cfg.pre_norm else None
         self.blocks = vision_blocks(cfg)
         self.ln_post = Norm(cfg.d_model, cfg.eps, centered) if cfg.post_norm else None
+        self.unread_norm = UnreadNorm(cfg) if cfg.unread_norm else None
 
     def forward(
         self,

@@ -16,14 +16,17 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, GenerationConfig, InternVLConfig, InternVLForConditionalGeneration
 from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2ImageProcessorPil
+from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 from transformers.processing_utils import ProcessorMixin
 from transformers.vision_utils import get_vision_window_index
 
-from hooked_vlm.converters import converter_for, read_config, read_json
+from hooked_vlm.converters import converter_for, llava, read_config, read_json
 from hooked_vlm.converters.internvl import HF, ORIGINAL
 from hooked_vlm.errors import CheckpointError, InputError
+from hooked_vlm.inputs.cropped import CropProcessor
 from hooked_vlm.inputs.image_processor import ImageProcessor
+from hooked_vlm.inputs.image_settings import IMAGES
 from hooked_vlm.inputs.tiles import IMAGENET_MEAN, IMAGENET_STD, TileProcessor
 from hooked_vlm.inputs.token_layout import Grid
 from hooked_vlm.inputs.tokenization import load_tokenizer
@@ -35,7 +38,9 @@ if TYPE_CHECKING:
     from hooked_vlm.model.vlm import HookedVLM
 
 QWEN_VL = ("Qwen2VLForConditionalGeneration", "Qwen2_5_VLForConditionalGeneration")
-LANGUAGE_MODELS = ("Qwen2ForCausalLM", "Qwen3ForCausalLM", "LlamaForCausalLM", "Phi3ForCausalLM")
+LANGUAGE_MODELS = ("Qwen2ForCausalLM", "Qwen3ForCausalLM", "LlamaForCausalLM", "MistralForCausalLM", "Phi3ForCausalLM")
+OWN_CLASS = (HF, *QWEN_VL, *llava.ARCHITECTURES)
+"""Architectures of models with pictures that `transformers` loads from the same folder."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,12 +56,14 @@ class Reference:
         """The blocks of the vision tower; none in a language model."""
         if isinstance(self.model, InternVLForConditionalGeneration):
             return list(self.model.model.vision_tower.encoder.layer)
+        if type(self.model).__name__ in llava.ARCHITECTURES:
+            return list(self.model.model.vision_tower.encoder.layers)
         return list(self.model.model.visual.blocks) if self.is_qwen_vl else []
 
     @property
     def projector(self) -> nn.Module | None:
         """Projector: from the tower's output to image features."""
-        if isinstance(self.model, InternVLForConditionalGeneration):
+        if type(self.model).__name__ in (HF, *llava.ARCHITECTURES):
             return self.model.model.multi_modal_projector
         return self.model.model.visual.merger if self.is_qwen_vl else None
 
@@ -97,7 +104,7 @@ def reference_for(model: "HookedVLM", folder: Path) -> Reference:
     architecture = model.cfg.original_architecture
     if architecture == ORIGINAL:
         hf, how = _internvl_in_memory(model), _how_internvl(model)
-    elif architecture in (HF, *QWEN_VL, *LANGUAGE_MODELS):
+    elif architecture in (*OWN_CLASS, *LANGUAGE_MODELS):
         hf, how = _from_folder(architecture, folder, model), "loaded by transformers from the same folder"
     else:
         raise InputError(
@@ -112,7 +119,7 @@ def reference_for(model: "HookedVLM", folder: Path) -> Reference:
 
 
 def _from_folder(architecture: str, folder: Path, model: "HookedVLM") -> Any:
-    known: Any = getattr(transformers, architecture) if architecture in (HF, *QWEN_VL) else AutoModelForCausalLM
+    known: Any = getattr(transformers, architecture) if architecture in OWN_CLASS else AutoModelForCausalLM
     try:
         loaded = known.from_pretrained(
             folder, dtype=model.cfg.dtype, trust_remote_code=False, local_files_only=True, use_safetensors=True
@@ -149,7 +156,11 @@ def _how_internvl(model: "HookedVLM") -> str:
 # ---------------------------------------------------------------- images and prompts
 
 
-REFERENCE_PROCESSORS = {ImageProcessor: Qwen2VLImageProcessorPil, TileProcessor: GotOcr2ImageProcessorPil}
+REFERENCE_PROCESSORS = {
+    ImageProcessor: Qwen2VLImageProcessorPil,
+    TileProcessor: GotOcr2ImageProcessorPil,
+    CropProcessor: LlavaImageProcessorPil,
+}
 """Classes of `transformers` that prepare pictures as ours do."""
 
 
@@ -163,6 +174,8 @@ def reference_processor(model: "HookedVLM", folder: Path) -> Any:
         processor = theirs(**_published_tiles(folder))
     elif picture_settings(folder)[0].file is not None:
         processor = theirs.from_pretrained(folder, local_files_only=True)
+    elif isinstance(ours, CropProcessor):
+        processor = theirs(**ours.to_files()[IMAGES])
     elif tiles:
         processor = theirs(size={"height": ours.tile_size, "width": ours.tile_size})
     else:

@@ -18,7 +18,7 @@ from hooked_vlm.converters.known_models import KNOWN_MODELS
 from hooked_vlm.errors import CheckpointError
 
 TINY: dict[str, Any] = {"qwen2.5-vl": tiny_qwen2_5_vl}
-CLASSES = {"qwen2.5-vl": transformers.Qwen2_5_VLForConditionalGeneration}
+CLASSES: dict[str, Any] = {"qwen2.5-vl": transformers.Qwen2_5_VLForConditionalGeneration}
 PUBLISHED = {"qwen2.5-vl": "Qwen/Qwen2.5-VL-7B-Instruct"}
 
 

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 from every_kind import KINDS, of_every_kind
+from families import KINDS as KINDS_OF_MODELS
 from families import inputs_of, tiny_model
 from tiny_qwen2_vl import inputs as tiny_inputs
 
@@ -39,6 +40,8 @@ def kinds_of(family: str) -> tuple[Any, dict[str, Any]]:
 @pytest.mark.parametrize("other", OTHERS)
 def test_hooks_of_other_inputs_are_refused(model: Any, family: str, kind: str, other: str) -> None:
     own, kinds = kinds_of(family)
+    if other == "another image size" and len(set(KINDS_OF_MODELS[family].images.values())) == 1:
+        pytest.skip("this family sees every picture in one size")
     hooks = kinds[kind].hooks(model, own)
     with pytest.raises(InputError, match="made for"):
         model.run_with_hooks(inputs_of(family, OTHERS[other]), fwd_hooks=hooks)

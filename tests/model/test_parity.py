@@ -309,7 +309,7 @@ def test_encoded_images_stand_in_for_pixels(seen: Both) -> None:
     encoded = inputs.with_image_features(model.encode_images(inputs))
     assert torch.equal(model(encoded), seen.logits)
     last, first = len(inputs) - 1, inputs.first[-1]
-    assert torch.equal(model(encoded[[last]])[0, first:], model(inputs[[last]])[0, first:])
+    close(model(encoded[[last]])[0, first:], model(inputs[[last]])[0, first:], 2e-6)  # encoded alone or with others
 
 
 ANSWERS = [[[11, 12, 13], [14], [15, 16]], [[11], [12], [13]], [[11, 12], [], [13]]]

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import tiny_internvl
 import torch
+from families import KINDS
 from safetensors.torch import save_file
 from torch import nn
 
@@ -73,6 +74,20 @@ def test_the_bundled_models_pass(
         assert 0 <= row["value"] <= row["tolerance"] == bound
     assert rows["greedy tokens", None]["value"] == rows["greedy tokens", None]["largest"] >= 5
     assert told["prompts"].keys() == {prompt.name for prompt in prompts()}
+
+
+@torch.no_grad()
+def test_llava_is_compared_with_the_class_of_transformers(tmp_path: Path) -> None:
+    KINDS["llava"].hf().save_pretrained(tmp_path)
+    model: Any = HookedVLM.from_pretrained(tmp_path)
+    reference = reference_for(model, tmp_path)
+    inputs = model.inputs_from_hf(KINDS["llava"].batch(KINDS["llava"].cases["images-of-two-sizes"]))
+    rows = differences(model, reference, [inputs])
+    assert not failed(rows)
+    assert {"image features", "vision residual stream", "attention pattern", "logits"} <= {r.quantity for r in rows}
+    assert equal_tokens(model, reference, [inputs], 4, must=True).passed
+    processor = reference_processor(model, tmp_path)
+    assert pixels(model, processor, prompts()).passed
 
 
 def test_a_changed_weight_of_the_reference_ends_in_failure(

@@ -1,0 +1,345 @@
+"""LLaVA-1.5: `config.json` to our configuration, and Hugging Face tensors to ours and back.
+
+One module for the repositories of `transformers`' own classes (`llava-hf/*`); what differs between families is a
+`Variant`. Names of tensors come in three spellings, and any of them is read:
+
+- published: `vision_tower.vision_model.*`, `language_model.model.*`, `language_model.lm_head.weight`;
+- saved by transformers 5: the same without `vision_model`;
+- in memory: `model.vision_tower.*`, `model.language_model.*`, `lm_head.weight`.
+
+Defaults are those of the configuration classes in transformers 5.23.0.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from hooked_vlm.converters.fields import Fields, read_dtype, refuse_quantised
+from hooked_vlm.converters.language_models import (
+    LLAMA,
+    MISTRAL,
+    MOST_LAYERS,
+    QWEN2,
+    Dialect,
+    decoder_kwargs,
+)
+from hooked_vlm.converters.renaming import Rename, affine, tied_to_ours, tied_to_theirs
+
+
+@dataclass(frozen=True)
+class Variant:
+    """What differs between the families."""
+
+    architecture: str
+    model_type: str
+    processor: str
+    image_token_id: int
+    feature_layer: int
+    tower: str
+    """Model type of the vision tower, and of the language model, where config.json does not say it."""
+    text: str
+    line_break: bool = False
+
+
+LLAVA = Variant("LlavaForConditionalGeneration", "llava", "cropped", 32000, -2, "clip_vision_model", "llama")
+VARIANTS = (LLAVA,)
+ARCHITECTURES = tuple(family.architecture for family in VARIANTS)
+MODEL_TYPES = tuple(family.model_type for family in VARIANTS)
+INSTEAD = dict.fromkeys(
+    ("LlavaLlamaForCausalLM", "LlavaMistralForCausalLM", "LlavaQwenForCausalLM"),
+    "is a file of LLaVA's original code, which is not supported: load the same weights from llava-hf, e.g. "
+    "llava-hf/llava-1.5-7b-hf instead of liuhaotian/llava-v1.5-7b",
+)
+"""Architectures of the original repositories, and what to load instead."""
+
+DIALECTS: dict[str, tuple[Dialect, str, dict[str, Any]]] = {
+    "llama": (LLAMA, "vicuna", {
+        "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32,
+        "vocab_size": 32000, "eos_token_id": 2,
+    }),
+    "mistral": (MISTRAL, "mistral", {
+        "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32,
+        "num_key_value_heads": 8, "vocab_size": 32000, "eos_token_id": 2,
+    }),
+    "qwen2": (QWEN2, "chatml", {
+        "hidden_size": 4096, "intermediate_size": 22016, "num_hidden_layers": 32, "num_attention_heads": 32,
+        "num_key_value_heads": 32, "vocab_size": 151936,
+    }),
+}  # fmt: skip
+"""Dialect, style of prompts and default settings of a language model, by its model type."""
+
+TOWERS: dict[str, dict[str, Any]] = {
+    "clip_vision_model": {
+        "patch_size": 32, "hidden_act": "quick_gelu", "layer_norm_eps": 1e-5,
+        "class_token": True, "pre_norm": True, "patch_bias": False, "strategy": "default",
+    },
+    "siglip_vision_model": {
+        "patch_size": 16, "hidden_act": "gelu_pytorch_tanh", "layer_norm_eps": 1e-6,
+        "class_token": False, "pre_norm": False, "patch_bias": True, "strategy": "full",
+    },
+}  # fmt: skip
+"""Default settings of a vision tower, and what its class fixes: its parts, and which of its tokens are read."""
+UNSTATED = {
+    "clip_vision_model": {
+        "hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16,
+        "image_size": 336, "patch_size": 14,
+    },
+    "siglip_vision_model": {
+        "hidden_size": 1152, "intermediate_size": 4304, "num_hidden_layers": 26, "num_attention_heads": 16,
+        "image_size": 384, "patch_size": 14,
+    },
+}  # fmt: skip
+"""The vision tower of a configuration without any."""
+ACTIVATIONS = {"quick_gelu": "quick_gelu", "gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh"}
+
+# ---------------------------------------------------------------- configuration
+
+
+def config_kwargs(hf_config: Mapping[str, Any]) -> dict[str, Any]:
+    """Keyword arguments for `VLMConfig`; `"vision"` holds those for `VisionConfig`.
+
+    Raises:
+        CheckpointError: a field is missing, absurd, contradicts another or asks for something not supported.
+    """
+    root, family = Fields(hf_config), _family(hf_config)
+    refuse_quantised(root)
+    dialect, style, _ = _language_model(hf_config)
+    text = decoder_kwargs(_text(hf_config), dialect, where="text_config")
+    stated = root.token_id("image_token_id", default=family.image_token_id)
+    return {
+        **text,
+        # written at the root or in text_config; either one ties
+        "tie_word_embeddings": text["tie_word_embeddings"] or root.flag("tie_word_embeddings", False),
+        "image_token_id": root.token_id("image_token_index", default=stated),
+        "pad_token_id": root.token_id("pad_token_id", default=text["pad_token_id"]),
+        "prompt_style": style,
+        "vision": _vision_kwargs(root, family, text["d_model"]),
+        "original_architecture": family.architecture,
+    }
+
+
+def _family(hf_config: Mapping[str, Any]) -> Variant:
+    stated = hf_config.get("architectures") or []
+    named = stated if isinstance(stated, list) else [stated]
+    return next(
+        family
+        for family in VARIANTS
+        if family.architecture in named or (not named and hf_config.get("model_type") == family.model_type)
+    )
+
+
+def _language_model(hf_config: Mapping[str, Any]) -> tuple[Dialect, str, dict[str, Any]]:
+    section = Fields(Fields(hf_config).section("text_config"), where="text_config")
+    return DIALECTS[section.one_of("model_type", tuple(DIALECTS), default=_family(hf_config).text)]
+
+
+def _text(hf_config: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of the language model, with its class's defaults; a null counts where it means something."""
+    _, _, defaults = _language_model(hf_config)
+    stated = Fields(hf_config).section("text_config")
+    meant = ("sliding_window", "num_key_value_heads")
+    return defaults | {name: value for name, value in stated.items() if value is not None or name in meant}
+
+
+def _vision_kwargs(root: Fields, family: Variant, text_width: int) -> dict[str, Any]:
+    stated = root.section("vision_config")
+    kind = Fields(stated, where="vision_config").one_of("model_type", tuple(TOWERS), default=family.tower)
+    tower, unstated = TOWERS[kind], {} if stated else UNSTATED[kind]
+    vision = Fields({**stated, **unstated}, where="vision_config")
+    _refuse_unsupported_vision(root, vision, tower["strategy"])
+    width, n_heads = vision.size("hidden_size", default=768), vision.size("num_attention_heads", default=12)
+    n_layers = vision.size("num_hidden_layers", default=12, most=MOST_LAYERS)
+    image_size, patch_size = vision.size("image_size", default=224), vision.size("patch_size", tower["patch_size"])
+    act_fn = vision.one_of("hidden_act", tuple(ACTIVATIONS), default=tower["hidden_act"])
+    return {
+        "n_layers": n_layers,
+        "d_model": width,
+        "n_heads": n_heads,
+        "d_head": vision.divided("hidden_size", "num_attention_heads", width, n_heads),
+        "d_mlp": vision.size("intermediate_size", default=3072),
+        "d_out": text_width,
+        "act_fn": ACTIVATIONS[act_fn],
+        "gated_mlp": False,
+        "normalization_type": "LN",
+        "eps": vision.number("layer_norm_eps", default=tower["layer_norm_eps"]),
+        "pre_norm": tower["pre_norm"],
+        "post_norm": False,
+        "unread_norm": True,
+        "rope_theta": None,
+        "window": None,
+        "full_layers": (),
+        "deepstack_layers": (),
+        "n_layers_used": _layers_used(root, family.feature_layer, n_layers),
+        "patch_size": patch_size,
+        "temporal_patch_size": 1,
+        "in_channels": vision.size("num_channels", default=3),
+        "patch_bias": tower["patch_bias"],
+        "patch_order": "raster",
+        "class_token": tower["class_token"],
+        "n_positions": (image_size // patch_size) ** 2,
+        "position_fit": "table",
+        "tile_size": image_size,
+        "processor": family.processor,
+        "projector": ("linear", "activation", "linear"),
+        "merge_size": 1,
+        "d_projector": text_width,
+        "projector_bias": root.flag("multimodal_projector_bias", True),
+        "line_break": family.line_break,
+    }
+
+
+def _refuse_unsupported_vision(root: Fields, vision: Fields, strategy: str) -> None:
+    root.one_of("projector_hidden_act", ("gelu",), default="gelu")
+    root.one_of("vision_feature_select_strategy", (strategy,), default="default" if strategy == "default" else "full")
+    if vision.flag("vision_use_head", False):
+        raise vision.error("vision_use_head", "false (a head that pools the patches is not supported)", True)
+
+
+def _layers_used(root: Fields, default: int, n_layers: int) -> int | None:
+    """Blocks before the hidden state that the projector reads: -1 is the last block's output."""
+    layer = root.get("vision_feature_layer", default)
+    if isinstance(layer, list) and len(layer) == 1:
+        layer = layer[0]
+    if not isinstance(layer, int) or isinstance(layer, bool) or not -n_layers <= layer <= n_layers or layer == 0:
+        expected = f"a whole number from {-n_layers} to {n_layers}, not 0 (several layers are not supported)"
+        raise root.error("vision_feature_layer", expected, layer)
+    used = layer if layer > 0 else n_layers + 1 + layer
+    return None if used == n_layers else used
+
+
+def dtype(hf_config: Mapping[str, Any]) -> torch.dtype | None:
+    """The dtype stated in the configuration, or None (then the tensors' own is used).
+
+    Raises:
+        CheckpointError: it names no floating-point dtype.
+    """
+    root = Fields(hf_config)
+    return read_dtype(root) or read_dtype(Fields(root.section("text_config"), where="text_config"))
+
+
+def published_config(hf_config: Mapping[str, Any], stored_as: torch.dtype | None = None) -> dict[str, Any]:
+    """The same configuration without references to remote code; `stored_as` replaces the stated dtype.
+
+    Raises:
+        CheckpointError: it names no floating-point dtype.
+    """
+    left_out = ("auto_map", "_commit_hash", "dtype", "torch_dtype")
+    config = {name: value for name, value in hf_config.items() if name not in left_out}
+    stored_as = dtype(hf_config) if stored_as is None else stored_as
+    return config if stored_as is None else {**config, "torch_dtype": str(stored_as).removeprefix("torch.")}
+
+
+# ---------------------------------------------------------------- tensors
+
+PREFIX = "language_model."
+TOWER = "vision_tower.vision_model."
+
+
+def from_hf(
+    tensors: Mapping[str, Tensor], config: Mapping[str, Any], notes: list[str] | None = None
+) -> dict[str, Tensor]:
+    """Our tensors from a checkpoint's (or from the state dict of a transformers model), as views.
+
+    `notes` gains what was left out because it cannot change a number.
+
+    Raises:
+        CheckpointError: tensors are missing, unexpected or misshapen, or contradict `tie_word_embeddings`.
+    """
+    cfg, dialect = config_kwargs(config), _language_model(config)[0]
+    names = (PREFIX + dialect.embed, PREFIX + dialect.head)
+    return tied_to_ours(tensors, _table(cfg, dialect), cfg, names, _published_name, notes)
+
+
+def to_hf(
+    tensors: Mapping[str, Tensor],
+    config: Mapping[str, Any],
+    names: Literal["published", "in_memory"] = "published",
+) -> dict[str, Tensor]:
+    """The inverse of `from_hf`, bit for bit and in the same dtypes.
+
+    `names="published"` is for files: a tied output matrix is left out. `names="in_memory"` is the state dict
+    of a transformers 5 model: a tied output matrix appears under both names, as one object.
+
+    Raises:
+        CheckpointError: tensors are missing, unexpected or misshapen, or `unembed.weight` is no longer tied.
+        ValueError: `names` is neither of the two.
+    """
+    if names not in ("published", "in_memory"):
+        raise ValueError(f"names must be 'published' or 'in_memory', got {names!r}")
+    cfg, dialect = config_kwargs(config), _language_model(config)[0]
+    in_memory = names == "in_memory"
+    theirs = tied_to_theirs(tensors, _table(cfg, dialect), cfg, _in_memory_name if in_memory else str)
+    if in_memory and cfg["tie_word_embeddings"]:
+        theirs["lm_head.weight"] = theirs["model.language_model.embed_tokens.weight"]
+    return theirs
+
+
+def _table(cfg: Mapping[str, Any], dialect: Dialect) -> list[Rename]:
+    """Every tensor of a model with these settings, by its published name."""
+    return [*dialect.table(cfg, prefix=PREFIX), *_tower(cfg["vision"]), *_projector(cfg["vision"])]
+
+
+def _tower(cfg: Mapping[str, Any]) -> list[Rename]:
+    width, d_mlp, side = cfg["d_model"], cfg["d_mlp"], cfg["patch_size"]
+    n_tokens, channels = cfg["class_token"] + cfg["n_positions"], cfg["in_channels"]
+    theirs, ours = f"{TOWER}embeddings", "vision.tile_embed"
+    table = [
+        Rename(f"{theirs}.position_embedding.weight", (f"{ours}.positions",), (n_tokens, width), lead=1),
+        Rename(
+            f"{theirs}.patch_embedding.weight",
+            ("vision.patch_embed.proj.weight",),
+            (width, channels, side, side),
+            flat=True,
+        ),
+    ]
+    if cfg["class_token"]:
+        table.append(Rename(f"{theirs}.class_embedding", (f"{ours}.class_token",), (width,), lead=2))
+    if cfg["patch_bias"]:
+        table.append(Rename(f"{theirs}.patch_embedding.bias", ("vision.patch_embed.proj.bias",), (width,)))
+    if cfg["pre_norm"]:
+        table += affine(f"{TOWER}pre_layrnorm", ("vision.ln_pre",), (width,))
+    for layer in range(cfg["n_layers"]):
+        theirs, ours = f"{TOWER}encoder.layers.{layer}", f"vision.blocks.{layer}"
+        for name, part in (("q_proj", "q_proj"), ("k_proj", "k_proj"), ("v_proj", "v_proj"), ("out_proj", "o_proj")):
+            table += affine(f"{theirs}.self_attn.{name}", (f"{ours}.attn.{part}",), (width, width))
+        table += affine(f"{theirs}.layer_norm1", (f"{ours}.ln1",), (width,))
+        table += affine(f"{theirs}.layer_norm2", (f"{ours}.ln2",), (width,))
+        table += affine(f"{theirs}.mlp.fc1", (f"{ours}.mlp.in_proj",), (d_mlp, width))
+        table += affine(f"{theirs}.mlp.fc2", (f"{ours}.mlp.out_proj",), (width, d_mlp))
+    return table + affine(f"{TOWER}post_layernorm", ("vision.unread_norm",), (width,))
+
+
+def _projector(cfg: Mapping[str, Any]) -> list[Rename]:
+    width, parts = cfg["d_out"], 2 if cfg["projector_bias"] else 1
+    theirs = "multi_modal_projector.linear"
+    table = [
+        *affine(f"{theirs}_1", ("projector.in_proj",), (width, cfg["d_model"]))[:parts],
+        *affine(f"{theirs}_2", ("projector.out_proj",), (width, width))[:parts],
+    ]
+    if cfg["line_break"]:
+        table.append(Rename("image_newline", ("projector.line_break",), (width,)))
+    return table
+
+
+def _published_name(name: str) -> str:
+    """The published name of a tensor, given that name, its name in memory or in a file of transformers 5."""
+    if name.startswith("model.language_model."):
+        return "language_model.model." + name.removeprefix("model.language_model.")
+    if name == "lm_head.weight":
+        return "language_model.lm_head.weight"
+    name = name.removeprefix("model.")
+    if name.startswith("vision_tower.") and not name.startswith(TOWER):
+        return TOWER + name.removeprefix("vision_tower.")
+    return name
+
+
+def _in_memory_name(name: str) -> str:
+    """The name in transformers 5's memory of a tensor, given its published name."""
+    if name.startswith("language_model.model."):
+        return "model.language_model." + name.removeprefix("language_model.model.")
+    if name == "language_model.lm_head.weight":
+        return "lm_head.weight"
+    return "model." + name.replace(TOWER, "vision_tower.")
