@@ -80,7 +80,7 @@ def converter_for(hf_config: Mapping[str, Any]) -> Family:
         if not architectures and model_type in family.MODEL_TYPES:
             return family
     for name in architectures:
-        if advice := llava.INSTEAD.get(name):
+        if advice := llava.INSTEAD.get(str(name)):
             raise CheckpointError(f"architecture {name} {advice}")
     name = f"architecture {', '.join(map(str, architectures))}" if architectures else f"model_type {model_type!r}"
     if "moe" in name.lower():

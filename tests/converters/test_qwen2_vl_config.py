@@ -290,8 +290,8 @@ def test_the_family_is_found_by_architecture_or_model_type() -> None:
     "config",
     [
         {"architectures": ["Qwen3_5ForConditionalGeneration"], "model_type": "qwen3_5"},
-        {"architectures": ["MistralForCausalLM"], "model_type": "qwen2_vl"},
-        {"architectures": "MistralForCausalLM"},
+        {"architectures": ["MixtralForCausalLM"], "model_type": "qwen2_vl"},
+        {"architectures": "MixtralForCausalLM"},
         {"architectures": [["nested"]]},
         {"model_type": "clip"},
         {"model_type": ["qwen2_vl"]},
