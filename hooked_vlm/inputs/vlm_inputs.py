@@ -6,6 +6,7 @@ so that everything that takes tokens takes a `VLMInputs`. Row indexing carries t
 Cached tensors are made outside of `torch.inference_mode`, so that inputs can also be trained on.
 """
 
+import math
 from collections.abc import Sequence
 from copy import copy
 from dataclasses import dataclass, field, replace
@@ -99,6 +100,11 @@ class VLMInputs:
             kind, self.image_grid_thw if kind == "image" else self.video_grid_thw, self.spec.token_size
         )
         layouts = self.image_layouts if kind == "image" else self.video_layouts
+        most = 64 * self.spec.token_size**2 * max(64, self.tokens.numel())  # crops and padding may cost tokens
+        if any(math.prod(grid) > most for grid in grids):
+            raise InputError(
+                f"{kind} grids {grids} describe far more patches than {self.tokens.numel()} tokens can hold"
+            )
         if layouts is None:
             return grids, [self.spec.layout_of(grid, kind) for grid in grids]
         if [layout.grid for layout in layouts] != grids:

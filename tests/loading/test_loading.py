@@ -186,7 +186,7 @@ def test_a_device_that_is_not_there_is_refused_before_anything_is_loaded(device:
 
 
 def test_an_unsupported_architecture_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text('{"architectures": ["LlavaForConditionalGeneration"]}')
+    (tmp_path / "config.json").write_text('{"architectures": ["MixtralForCausalLM"]}')
     with pytest.raises(CheckpointError, match="Qwen2VLForConditionalGeneration"):
         HookedVLM.from_pretrained(tmp_path)
 

@@ -61,10 +61,11 @@ def test_the_weights_hash_sees_every_value_of_a_vision_tower() -> None:
     model = HookedVLM.from_pretrained("toy-internvl2")
     vision = model.cfg.vision
     assert vision is not None
+    blocks = {"patch_order": "blocks", "tile_size": None, "position_fit": "bilinear"}
     others: dict[str, Any] = {
         "n_layers_used": 1,
-        "window": 2,
-        "full_layers": (0,),
+        "window": {"window": 2, **blocks},
+        "full_layers": {"window": 2, "full_layers": (0,), **blocks},
         "deepstack_layers": (0,),
         "patch_size": 4,
         "patch_order": {"patch_order": "blocks", "tile_size": None},
