@@ -64,6 +64,7 @@ def test_the_weights_hash_sees_every_value_of_a_vision_tower() -> None:
     blocks = {"patch_order": "blocks", "tile_size": None, "position_fit": "bilinear"}
     others: dict[str, Any] = {
         "n_layers_used": 1,
+        "positions_per_second": 2.0,
         "window": {"window": 2, **blocks},
         "full_layers": {"window": 2, "full_layers": (0,), **blocks},
         "deepstack_layers": (0,),
