@@ -123,6 +123,24 @@ def read_dtype(fields: Fields) -> torch.dtype | None:
     return dtype
 
 
+def stated_dtype(hf_config: Mapping[str, Any], section: str | None = None) -> torch.dtype | None:
+    """The dtype stated at the root of a configuration, or else in a section, or None (then the tensors' own is used).
+
+    Raises:
+        CheckpointError: it names no floating-point dtype.
+    """
+    root = Fields(hf_config)
+    stated = read_dtype(root)
+    return stated if stated is not None or section is None else read_dtype(Fields(root.section(section), where=section))
+
+
+def stored_in(config: Mapping[str, Any], dtype: torch.dtype | None) -> dict[str, Any]:
+    """A configuration that states this dtype (none for None), without references to remote code."""
+    left_out = ("auto_map", "_commit_hash", "dtype", "torch_dtype")
+    kept = {name: value for name, value in config.items() if name not in left_out}
+    return kept if dtype is None else {**kept, "torch_dtype": str(dtype).removeprefix("torch.")}
+
+
 QUANTISATION_KEYS = ("quantization_config", "compression_config")
 SECTIONS = ("text_config", "llm_config", "vision_config")
 

@@ -17,7 +17,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from hooked_vlm.converters.fields import Fields, read_dtype, refuse_quantised
+from hooked_vlm.converters.fields import Fields, refuse_quantised, stated_dtype, stored_in
 from hooked_vlm.converters.internvl_vision import hf_vision, original_vision
 from hooked_vlm.converters.language_models import (
     INTERNLM2,
@@ -148,7 +148,6 @@ def _vision_kwargs(hf_config: Mapping[str, Any], text_width: int) -> dict[str, A
         "rope_theta": None,
         "window": None,
         "full_layers": (),
-        "deepstack_layers": (),
         "patch_bias": True,
         "patch_order": "raster",
         "class_token": True,
@@ -208,8 +207,7 @@ def dtype(hf_config: Mapping[str, Any]) -> torch.dtype | None:
     Raises:
         CheckpointError: it names no floating-point dtype.
     """
-    stated = read_dtype(Fields(hf_config))
-    return stated or read_dtype(Fields(Fields(hf_config).section(_text_section(hf_config))))
+    return stated_dtype(hf_config, _text_section(hf_config))
 
 
 def published_config(
@@ -232,14 +230,12 @@ def published_config(
         hf_config["image_token_id"] = image_token_id
         cfg["image_token_id"] = image_token_id
     if layout == layout_of(hf_config):
-        config = {name: value for name, value in hf_config.items() if name not in ("auto_map", "_commit_hash")}
+        config = dict(hf_config)
     elif layout == "hf":
         config = _hf_config(cfg, _dialect(hf_config))
     else:
         config = _original_config(cfg, _dialect(hf_config))
-    stored_as = dtype(hf_config) if stored_as is None else stored_as
-    config = {name: value for name, value in config.items() if name not in ("dtype", "torch_dtype")}
-    return config if stored_as is None else {**config, "torch_dtype": str(stored_as).removeprefix("torch.")}
+    return stored_in(config, dtype(hf_config) if stored_as is None else stored_as)
 
 
 def _hf_config(cfg: Mapping[str, Any], dialect: Dialect) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from hooked_vlm.converters.fields import REQUIRED, Fields, read_dtype, refuse_quantised
+from hooked_vlm.converters.fields import REQUIRED, Fields, refuse_quantised, stated_dtype, stored_in
 from hooked_vlm.converters.renaming import EMBED, UNEMBED, Rename, tied_to_ours, tied_to_theirs
 from hooked_vlm.errors import CheckpointError
 
@@ -344,14 +344,12 @@ def config_kwargs(hf_config: Mapping[str, Any]) -> dict[str, Any]:
 
 def dtype(hf_config: Mapping[str, Any]) -> torch.dtype | None:
     """The dtype stated in the configuration, or None (then the tensors' own is used)."""
-    return read_dtype(Fields(hf_config))
+    return stated_dtype(hf_config)
 
 
 def published_config(hf_config: Mapping[str, Any], stored_as: torch.dtype | None = None) -> dict[str, Any]:
     """The same configuration without references to remote code; `stored_as` replaces the stated dtype."""
-    config = {name: value for name, value in hf_config.items() if name not in ("auto_map", "dtype", "torch_dtype")}
-    stored_as = dtype(hf_config) if stored_as is None else stored_as
-    return config if stored_as is None else {**config, "torch_dtype": str(stored_as).removeprefix("torch.")}
+    return stored_in(hf_config, dtype(hf_config) if stored_as is None else stored_as)
 
 
 def from_hf(

@@ -17,7 +17,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from hooked_vlm.converters.fields import Fields, read_dtype, refuse_quantised
+from hooked_vlm.converters.fields import Fields, refuse_quantised, stated_dtype, stored_in
 from hooked_vlm.converters.language_models import (
     LLAMA,
     MISTRAL,
@@ -48,7 +48,7 @@ LLAVA = Variant("LlavaForConditionalGeneration", "llava", "cropped", 32000, -2, 
 VARIANTS = (LLAVA,)
 ARCHITECTURES = tuple(family.architecture for family in VARIANTS)
 MODEL_TYPES = tuple(family.model_type for family in VARIANTS)
-INSTEAD = dict.fromkeys(
+INSTEAD: dict[str, str] = dict.fromkeys(
     ("LlavaLlamaForCausalLM", "LlavaMistralForCausalLM", "LlavaQwenForCausalLM"),
     "is a file of LLaVA's original code, which is not supported: load the same weights from llava-hf, e.g. "
     "llava-hf/llava-1.5-7b-hf instead of liuhaotian/llava-v1.5-7b",
@@ -60,7 +60,7 @@ DIALECTS: dict[str, tuple[Dialect, str, dict[str, Any]]] = {
         "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32,
         "vocab_size": 32000, "eos_token_id": 2,
     }),
-    "mistral": (MISTRAL, "mistral", {
+    "mistral": (MISTRAL, "vicuna", {
         "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32,
         "num_key_value_heads": 8, "vocab_size": 32000, "eos_token_id": 2,
     }),
@@ -171,7 +171,6 @@ def _vision_kwargs(root: Fields, family: Variant, text_width: int) -> dict[str, 
         "rope_theta": None,
         "window": None,
         "full_layers": (),
-        "deepstack_layers": (),
         "n_layers_used": _layers_used(root, family.feature_layer, n_layers),
         "patch_size": patch_size,
         "temporal_patch_size": 1,
@@ -216,8 +215,7 @@ def dtype(hf_config: Mapping[str, Any]) -> torch.dtype | None:
     Raises:
         CheckpointError: it names no floating-point dtype.
     """
-    root = Fields(hf_config)
-    return read_dtype(root) or read_dtype(Fields(root.section("text_config"), where="text_config"))
+    return stated_dtype(hf_config, "text_config")
 
 
 def published_config(hf_config: Mapping[str, Any], stored_as: torch.dtype | None = None) -> dict[str, Any]:
@@ -226,10 +224,7 @@ def published_config(hf_config: Mapping[str, Any], stored_as: torch.dtype | None
     Raises:
         CheckpointError: it names no floating-point dtype.
     """
-    left_out = ("auto_map", "_commit_hash", "dtype", "torch_dtype")
-    config = {name: value for name, value in hf_config.items() if name not in left_out}
-    stored_as = dtype(hf_config) if stored_as is None else stored_as
-    return config if stored_as is None else {**config, "torch_dtype": str(stored_as).removeprefix("torch.")}
+    return stored_in(hf_config, dtype(hf_config) if stored_as is None else stored_as)
 
 
 # ---------------------------------------------------------------- tensors

@@ -10,10 +10,8 @@ from hooked_vlm.converters.fields import Fields
 from hooked_vlm.converters.qwen_vl import (
     QwenVL,
     layers_of,
-    patch_shape,
     shared_vision_fields,
     tower_kwargs,
-    vision_attention,
 )
 from hooked_vlm.converters.renaming import Rename, affine
 
@@ -57,29 +55,20 @@ def _published_vision(vision: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _vision_table(cfg: Mapping[str, Any]) -> list[Rename]:
+def _vision_mlp(cfg: Mapping[str, Any], theirs: str, ours: str) -> list[Rename]:
     width, d_mlp = cfg["d_model"], cfg["d_mlp"]
-    d_merged = width * cfg["merge_size"] ** 2
-    name = "patch_embed.proj.weight"
-    table = [Rename(f"visual.{name}", (f"vision.{name}",), patch_shape(cfg), flat=True)]
-    for layer in range(cfg["n_layers"]):
-        theirs, ours = f"visual.blocks.{layer}", f"vision.blocks.{layer}"
-        table += [Rename(f"{theirs}.norm{n}.weight", (f"{ours}.ln{n}.weight",), (width,)) for n in (1, 2)]
-        table += vision_attention(cfg, theirs, ours)
-        table += affine(f"{theirs}.mlp.gate_proj", (f"{ours}.mlp.gate_proj",), (d_mlp, width))
-        table += affine(f"{theirs}.mlp.up_proj", (f"{ours}.mlp.in_proj",), (d_mlp, width))
-        table += affine(f"{theirs}.mlp.down_proj", (f"{ours}.mlp.out_proj",), (width, d_mlp))
-    table.append(Rename("visual.merger.ln_q.weight", ("projector.ln.weight",), (width,)))
-    table += affine("visual.merger.mlp.0", ("projector.in_proj",), (d_merged, d_merged))
-    table += affine("visual.merger.mlp.2", ("projector.out_proj",), (cfg["d_out"], d_merged))
-    return table
+    return [
+        *affine(f"{theirs}.mlp.gate_proj", (f"{ours}.mlp.gate_proj",), (d_mlp, width)),
+        *affine(f"{theirs}.mlp.up_proj", (f"{ours}.mlp.in_proj",), (d_mlp, width)),
+        *affine(f"{theirs}.mlp.down_proj", (f"{ours}.mlp.out_proj",), (width, d_mlp)),
+    ]
 
 
 FAMILY = QwenVL(
     "Qwen2_5_VLForConditionalGeneration",
     "qwen2_5_vl",
     vision_kwargs=_vision_kwargs,
-    vision_table=_vision_table,
+    vision_mlp=_vision_mlp,
     published_vision=_published_vision,
 )
 ARCHITECTURES, MODEL_TYPES = (FAMILY.architecture,), (FAMILY.model_type,)

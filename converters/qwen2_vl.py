@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from hooked_vlm.converters.fields import Fields
-from hooked_vlm.converters.qwen_vl import QwenVL, patch_shape, shared_vision_fields, tower_kwargs, vision_attention
+from hooked_vlm.converters.qwen_vl import QwenVL, shared_vision_fields, tower_kwargs
 from hooked_vlm.converters.renaming import Rename, affine
 
 
@@ -30,29 +30,19 @@ def _published_vision(vision: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _vision_table(cfg: Mapping[str, Any]) -> list[Rename]:
+def _vision_mlp(cfg: Mapping[str, Any], theirs: str, ours: str) -> list[Rename]:
     width, d_mlp = cfg["d_model"], cfg["d_mlp"]
-    d_merged = width * cfg["merge_size"] ** 2
-    name = "patch_embed.proj.weight"
-    table = [Rename(f"visual.{name}", (f"vision.{name}",), patch_shape(cfg), flat=True)]
-    for layer in range(cfg["n_layers"]):
-        theirs, ours = f"visual.blocks.{layer}", f"vision.blocks.{layer}"
-        table += affine(f"{theirs}.norm1", (f"{ours}.ln1",), (width,))
-        table += vision_attention(cfg, theirs, ours)
-        table += affine(f"{theirs}.norm2", (f"{ours}.ln2",), (width,))
-        table += affine(f"{theirs}.mlp.fc1", (f"{ours}.mlp.in_proj",), (d_mlp, width))
-        table += affine(f"{theirs}.mlp.fc2", (f"{ours}.mlp.out_proj",), (width, d_mlp))
-    table += affine("visual.merger.ln_q", ("projector.ln",), (width,))
-    table += affine("visual.merger.mlp.0", ("projector.in_proj",), (d_merged, d_merged))
-    table += affine("visual.merger.mlp.2", ("projector.out_proj",), (cfg["d_out"], d_merged))
-    return table
+    return [
+        *affine(f"{theirs}.mlp.fc1", (f"{ours}.mlp.in_proj",), (d_mlp, width)),
+        *affine(f"{theirs}.mlp.fc2", (f"{ours}.mlp.out_proj",), (width, d_mlp)),
+    ]
 
 
 FAMILY = QwenVL(
     "Qwen2VLForConditionalGeneration",
     "qwen2_vl",
     vision_kwargs=_vision_kwargs,
-    vision_table=_vision_table,
+    vision_mlp=_vision_mlp,
     published_vision=_published_vision,
 )
 ARCHITECTURES, MODEL_TYPES = (FAMILY.architecture,), (FAMILY.model_type,)

@@ -15,7 +15,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from hooked_vlm.converters.fields import Fields, read_dtype, refuse_quantised
+from hooked_vlm.converters.fields import Fields, refuse_quantised, stated_dtype, stored_in
 from hooked_vlm.converters.language_models import MOST_LAYERS, QWEN2, Dialect, head_sizes
 from hooked_vlm.converters.renaming import Rename, affine, tied_to_ours, tied_to_theirs
 
@@ -31,8 +31,8 @@ class QwenVL:
     model_type: str
     vision_kwargs: Callable[[Fields, int], dict[str, Any]]
     """From `vision_config` and the width of the language model to the keyword arguments of `VisionConfig`."""
-    vision_table: Callable[[Mapping[str, Any]], list[Rename]]
-    """From those arguments to every tensor of tower and projector, by its name in the first releases."""
+    vision_mlp: Callable[[Mapping[str, Any], str, str], list[Rename]]
+    """From those arguments to the tensors of a block's MLP, with the names of the block: theirs and ours."""
     published_vision: Callable[[Mapping[str, Any]], dict[str, Any]]
     """From those arguments to `vision_config`."""
     dialect: Dialect = QWEN2
@@ -86,9 +86,7 @@ class QwenVL:
         Raises:
             CheckpointError: it names no floating-point dtype.
         """
-        root = Fields(hf_config)
-        stated = read_dtype(root)
-        return stated if stated is not None else read_dtype(Fields(root.section("text_config")))
+        return stated_dtype(hf_config, "text_config")
 
     def published_config(self, hf_config: Mapping[str, Any], stored_as: torch.dtype | None = None) -> dict[str, Any]:
         """The same configuration in the published flat form, which every transformers from 4.45 on reads.
@@ -101,7 +99,6 @@ class QwenVL:
         cfg = self.config_kwargs(hf_config)
         fields = Fields(Fields(hf_config).section("text_config"), hf_config)
         eos = list(cfg["eos_token_ids"])
-        stored_as = self.dtype(hf_config) if stored_as is None else stored_as
         inert = {
             "attention_dropout": 0.0,
             "bos_token_id": None,
@@ -113,7 +110,7 @@ class QwenVL:
             "pad_token_id": None,
         }
         kept = {name: fields.get(name, default) for name, default in inert.items()}
-        return {
+        config = {
             "architectures": [self.architecture],
             "model_type": self.model_type,
             **{name: value for name, value in kept.items() if value is not None},
@@ -133,11 +130,11 @@ class QwenVL:
             "rope_theta": cfg["rope_theta"],
             "rope_scaling": {"type": "mrope", "mrope_section": list(cfg["mrope_section"])},
             "tie_word_embeddings": cfg["tie_word_embeddings"],
-            **({"torch_dtype": str(stored_as).removeprefix("torch.")} if stored_as is not None else {}),
             "use_sliding_window": False,
             "vision_config": self.published_vision(cfg["vision"]),
             "vocab_size": cfg["d_vocab"],
         }
+        return stored_in(config, self.dtype(hf_config) if stored_as is None else stored_as)
 
     def _rope(self, text: Fields, d_head: int) -> dict[str, Any]:
         """The base of the rotary frequencies and the sections of M-RoPE.
@@ -207,7 +204,29 @@ class QwenVL:
 
     def _table(self, cfg: Mapping[str, Any]) -> list[Rename]:
         """Every tensor of a model with these settings, by its name in the first releases."""
-        return [*self.dialect.table(cfg), *self.vision_table(cfg["vision"])]
+        return [*self.dialect.table(cfg), *self._vision_table(cfg["vision"])]
+
+    def _vision_table(self, cfg: Mapping[str, Any]) -> list[Rename]:
+        """The tensors of tower and projector."""
+        width, merged, name = cfg["d_model"], cfg["d_model"] * cfg["merge_size"] ** 2, "patch_embed.proj.weight"
+        kernel = (width, cfg["in_channels"], cfg["temporal_patch_size"], cfg["patch_size"], cfg["patch_size"])
+        table = [Rename(f"visual.{name}", (f"vision.{name}",), kernel, flat=True)]
+        for layer in range(cfg["n_layers"]):
+            theirs, ours = f"visual.blocks.{layer}", f"vision.blocks.{layer}"
+            qkv = tuple(f"{ours}.attn.{part}_proj" for part in "qkv")
+            table += _norm(cfg["normalization_type"], f"{theirs}.norm1", f"{ours}.ln1", width)
+            table += affine(f"{theirs}.attn.qkv", qkv, (3 * width, width))
+            table += affine(f"{theirs}.attn.proj", (f"{ours}.attn.o_proj",), (width, width))
+            table += _norm(cfg["normalization_type"], f"{theirs}.norm2", f"{ours}.ln2", width)
+            table += self.vision_mlp(cfg, theirs, ours)
+        table += _norm(cfg["projector_norm_type"], "visual.merger.ln_q", "projector.ln", width)
+        table += affine("visual.merger.mlp.0", ("projector.in_proj",), (merged, merged))
+        return table + affine("visual.merger.mlp.2", ("projector.out_proj",), (cfg["d_out"], merged))
+
+
+def _norm(kind: str, theirs: str, ours: str, width: int) -> list[Rename]:
+    """A norm, with a bias unless it is an RMSNorm."""
+    return affine(theirs, (ours,), (width,))[: 2 if kind == "LN" else 1]
 
 
 # ---------------------------------------------------------------- the vision tower
@@ -250,7 +269,6 @@ def tower_kwargs(
         "rope_theta": rope.number("rope_theta", default=10000.0),
         "window": None,
         "full_layers": (),
-        "deepstack_layers": (),
         "patch_size": vision.size("patch_size", default=patch_size),
         "temporal_patch_size": vision.size("temporal_patch_size", default=2),
         "in_channels": vision.size("in_channels", default=3),
@@ -278,20 +296,6 @@ def layers_of(vision: Fields, name: str, default: tuple[int, ...], n_layers: int
     if not whole or sorted(set(stated)) != list(stated):
         raise vision.error(name, f"different blocks from 0 to {n_layers - 1}, in order", stated)
     return tuple(stated)
-
-
-def patch_shape(cfg: Mapping[str, Any]) -> tuple[int, ...]:
-    """Shape of the convolution that embeds patches."""
-    return (cfg["d_model"], cfg["in_channels"], cfg["temporal_patch_size"], cfg["patch_size"], cfg["patch_size"])
-
-
-def vision_attention(cfg: Mapping[str, Any], theirs: str, ours: str) -> list[Rename]:
-    """The attention of a block of the tower: q, k and v are fused."""
-    width, qkv = cfg["d_model"], tuple(f"{ours}.attn.{part}_proj" for part in "qkv")
-    return [
-        *affine(f"{theirs}.attn.qkv", qkv, (3 * width, width)),
-        *affine(f"{theirs}.attn.proj", (f"{ours}.attn.o_proj",), (width, width)),
-    ]
 
 
 def shared_vision_fields(vision: Mapping[str, Any]) -> dict[str, Any]:

@@ -26,11 +26,18 @@ def text_config(model_type: str, **changes: Any) -> dict[str, Any]:
     return {"model_type": model_type, **LANGUAGE_MODEL, "max_position_embeddings": 128, **changes}
 
 
-@lru_cache(maxsize=4)
-def tiny_llava() -> Any:
-    """LLaVA-1.5. Shared: tests must not change its weights."""
+SIGLIP = {**CLIP, "model_type": "siglip_vision_model", "vision_use_head": False}
+
+
+@lru_cache(maxsize=8)
+def tiny_llava(text: str = "llama", siglip: bool = False) -> Any:
+    """LLaVA-1.5, with its own or another language model and tower. Shared: tests must not change its weights."""
     config = transformers.LlavaConfig(
-        vision_config=CLIP, text_config=text_config("llama"), image_token_index=IMAGE, vision_feature_layer=-2
+        vision_config=SIGLIP if siglip else CLIP,
+        text_config=text_config(text),
+        image_token_index=IMAGE,
+        vision_feature_layer=-2,
+        vision_feature_select_strategy="full" if siglip else "default",
     )
     return reference(transformers.LlavaForConditionalGeneration, config)
 

@@ -6,8 +6,8 @@ from typing import Any
 import tiny_qwen2_vl
 import torch
 import transformers
-from tiny import LANGUAGE_MODEL, reference
-from tiny_qwen2_vl import IMAGE, VIDEO, VISION_END, VISION_START, published_positions
+from tiny import reference
+from tiny_qwen2_vl import published_positions
 from transformers.vision_utils import get_vision_window_index
 
 PATCH, WINDOW, PER_SECOND = 4, 16, 5
@@ -18,12 +18,7 @@ SECONDS = (1.0, 0.5, 0.1)
 def tiny_config(tied: bool = False, **text: Any) -> "transformers.Qwen2_5_VLConfig":
     """A vision tower of two layers: windows of 4 x 4 patches, then whole pictures."""
     return transformers.Qwen2_5_VLConfig(
-        text_config={
-            **LANGUAGE_MODEL,
-            "max_position_embeddings": 512,
-            "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [2, 3, 3]},
-            **text,
-        },
+        **tiny_qwen2_vl.shared_fields(tied, text),
         vision_config={
             "depth": 2,
             "hidden_size": 32,
@@ -35,11 +30,6 @@ def tiny_config(tied: bool = False, **text: Any) -> "transformers.Qwen2_5_VLConf
             "fullatt_block_indexes": [1],
             "tokens_per_second": PER_SECOND,
         },
-        image_token_id=IMAGE,
-        video_token_id=VIDEO,
-        vision_start_token_id=VISION_START,
-        vision_end_token_id=VISION_END,
-        tie_word_embeddings=tied,
     )
 
 

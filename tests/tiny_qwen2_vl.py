@@ -20,15 +20,23 @@ from tools.toy_training.tokenizer import END_OF_TEXT, IM_END, save_tokenizer
 IMAGE, VIDEO, VISION_START, VISION_END = 100, 101, 102, 103
 
 
+def shared_fields(tied: bool, text: dict[str, Any]) -> dict[str, Any]:
+    """The language model, and the tokens of pictures."""
+    rope = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [2, 3, 3]}
+    return {
+        "text_config": {**LANGUAGE_MODEL, "max_position_embeddings": 512, "rope_parameters": rope, **text},
+        "image_token_id": IMAGE,
+        "video_token_id": VIDEO,
+        "vision_start_token_id": VISION_START,
+        "vision_end_token_id": VISION_END,
+        "tie_word_embeddings": tied,
+    }
+
+
 def tiny_config(tied: bool = False, **text: Any) -> "transformers.Qwen2VLConfig":
     """A vision tower of two layers."""
     return transformers.Qwen2VLConfig(
-        text_config={
-            **LANGUAGE_MODEL,
-            "max_position_embeddings": 512,
-            "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [2, 3, 3]},
-            **text,
-        },
+        **shared_fields(tied, text),
         vision_config={
             "depth": 2,
             "embed_dim": 32,
@@ -37,11 +45,6 @@ def tiny_config(tied: bool = False, **text: Any) -> "transformers.Qwen2VLConfig"
             "mlp_ratio": 4,
             "patch_size": 4,
         },
-        image_token_id=IMAGE,
-        video_token_id=VIDEO,
-        vision_start_token_id=VISION_START,
-        vision_end_token_id=VISION_END,
-        tie_word_embeddings=tied,
     )
 
 

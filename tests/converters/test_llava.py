@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny_llava
 import torch
 from families import KINDS
 from safetensors.torch import load_file, save_file
@@ -155,3 +156,15 @@ def test_files_of_the_original_code_are_refused_with_the_name_to_use() -> None:
     for architecture in llava.INSTEAD:
         with pytest.raises(CheckpointError, match=r"llava-hf/llava-1\.5-7b-hf"):
             converter_for({"architectures": [architecture], "model_type": "llava"})
+
+
+@pytest.mark.parametrize("text", llava.DIALECTS)
+@pytest.mark.parametrize("siglip", [False, True], ids=["clip", "siglip"])
+@torch.no_grad()
+def test_every_language_model_and_tower_has_the_references_logits(text: str, siglip: bool) -> None:
+    hf = tiny_llava.tiny_llava(text, siglip)
+    model: Any = HookedVLM.from_hf(hf)
+    batch = tiny_llava.llava_batch(tiny_llava.LLAVA_CASES["left-padded"])
+    ours, theirs = model(model.inputs_from_hf(batch)), hf(**tiny_llava.for_hf(batch)).logits
+    real = batch["attention_mask"].bool()
+    torch.testing.assert_close(ours[real], theirs[real], atol=2e-5, rtol=2e-5)
