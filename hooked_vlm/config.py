@@ -77,8 +77,6 @@ class VisionConfig:
     """Blocks whose patches see their whole picture although the others have windows."""
     n_layers_used: int | None = None
     """Blocks that run, if not all: the projector reads what leaves the last of them."""
-    deepstack_layers: tuple[int, ...] = ()
-    """Blocks behind which patches are read for the language model's first blocks, too (DeepStack)."""
 
     patch_size: int = 14
     temporal_patch_size: int = 2
@@ -128,10 +126,9 @@ class VisionConfig:
     def __post_init__(self) -> None:
         _check_projector(self)
         _check_patches(self)
-        for name in ("full_layers", "deepstack_layers"):
-            layers = getattr(self, name)
-            if not all(0 <= layer < self.n_layers_run for layer in layers):
-                raise InputError(f"{name} must be blocks that run, 0 to {self.n_layers_run - 1}, got {layers}")
+        if not all(0 <= layer < self.n_layers_run for layer in self.full_layers):
+            last = self.n_layers_run - 1
+            raise InputError(f"full_layers must be blocks that run, 0 to {last}, got {self.full_layers}")
         _check_windows(self)
 
     @property
@@ -360,7 +357,11 @@ class VLMConfig:
 
     def kind_of(self, layer: int) -> LayerKind:
         """The window and rotary positions of a layer."""
-        return self.kinds[self.layer_kind_of[layer] if self.layer_kind_of else 0]
+        return self.kinds[self.kind_number(layer)]
+
+    def kind_number(self, layer: int) -> int:
+        """Index of a layer's kind into `kinds`."""
+        return self.layer_kind_of[layer] if self.layer_kind_of else 0
 
     @property
     def n_ctx_limit(self) -> int:

@@ -20,7 +20,7 @@ from hooked_vlm.inputs.boxes import ImageSize
 from hooked_vlm.inputs.geometry import ImageLayout
 from hooked_vlm.inputs.image_settings import IMAGES, Settings, normalisation_tables
 from hooked_vlm.inputs.layouts import even_part, whole_layout
-from hooked_vlm.inputs.picture_processor import PictureProcessor, Prepared, cut_pictures, each_image
+from hooked_vlm.inputs.picture_processor import PictureProcessor, Prepared, each_image
 from hooked_vlm.inputs.prompt_styles import PromptStyle
 
 # ---------------------------------------------------------------- pictures
@@ -66,9 +66,6 @@ class MadeUpProcessor(PictureProcessor):
     def read_batch(self, tokens: Tensor, batch: Mapping[str, Any], spec: Any) -> tuple[Any, Any, None]:
         pixels, counts = batch["pixel_values"], batch["num_tiles"]
         return pixels, None if pixels is None else torch.tensor([[n, 8, 8] for n in counts.tolist()]), None
-
-    def patch_colours(self, pixels: np.ndarray) -> np.ndarray:
-        return cut_pictures(pixels, self.patch_size)
 
     @classmethod
     def from_checkpoint(cls, cfg: VLMConfig, images: Settings, videos: Settings) -> "MadeUpProcessor":

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Int
 from PIL import Image
 from torch import Tensor
 
@@ -27,7 +27,7 @@ from hooked_vlm.inputs.image_settings import (
     whole,
 )
 from hooked_vlm.inputs.layouts import square_layout
-from hooked_vlm.inputs.picture_processor import PictureProcessor, Prepared, cut_pictures, each_image
+from hooked_vlm.inputs.picture_processor import PictureProcessor, Prepared, each_image
 
 if TYPE_CHECKING:
     from hooked_vlm.inputs.token_layout import Grid, InputSpec
@@ -151,10 +151,6 @@ class CropProcessor(PictureProcessor):
                 f"pixel_values must be [image, 3, {self.side}, {self.side}] for this model, got {tuple(pixels.shape)}"
             )
         return pixels, self._grids(len(pixels)).to(pixels.device), None
-
-    def patch_colours(self, pixels: Float[np.ndarray, "tile 3 high wide"]) -> Float[np.ndarray, "patch 3 side side"]:
-        """The patches of the square."""
-        return cut_pictures(pixels, self.patch_size)
 
     @classmethod
     def from_dict(cls, config: Mapping[str, Any], **defaults: Any) -> "CropProcessor":

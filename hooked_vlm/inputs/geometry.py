@@ -180,22 +180,20 @@ class ImageLayout:
         Raises:
             GeometryError: there is no such token, or it stands for no place.
         """
-        found = self._cell(index)
-        if found is None:
-            raise GeometryError(f"token {index} stands for no place in the picture: it is a line break or a marker")
-        return found[1], found[2]
+        self._check(index)
+        for part in self._known():
+            for _, row, col in np.argwhere(part.cells == index).tolist():
+                return row, col
+        raise GeometryError(f"token {index} stands for no place in the picture: it is a line break or a marker")
 
     def box_of(self, index: int | np.integer) -> tuple[float, float, float, float] | None:
         """The pixels a token covers; None if it stands for no place.
 
         Neighbours share their edge to the last bit where nothing lies between them.
         """
-        found = self._cell(index)
-        if found is None:
-            return None
-        part, row, col = found
-        x, y = part.edges()
-        return float(x[col, 0]), float(y[row, 0]), float(x[col, 1]), float(y[row, 1])
+        self._check(index)
+        x0, y0, x1, y1 = self.boxes[index].tolist()
+        return None if math.isnan(x0) else (x0, y0, x1, y1)
 
     @cached_property
     def boxes(self) -> Float[np.ndarray, "token 4"]:
@@ -206,14 +204,6 @@ class ImageLayout:
             boxes[part.cells, 0::2] = x[None, None]
             boxes[part.cells, 1::2] = y[None, :, None]
         return boxes
-
-    def _cell(self, index: int | np.integer) -> tuple[LayoutPart, int, int] | None:
-        self._check(index)
-        for part in self._known():
-            found = np.argwhere(part.cells == index)
-            if len(found):
-                return part, int(found[0, 1]), int(found[0, 2])
-        return None
 
     # ---------------------------------------------------------------- boxes
 

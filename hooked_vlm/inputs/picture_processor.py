@@ -124,9 +124,10 @@ class PictureProcessor(ABC):
         """
         yield from ()
 
-    @abstractmethod
     def patch_colours(self, pixels: Float[np.ndarray, "..."]) -> Float[np.ndarray, "patch 3 side side"]:
-        """Normalised colours of the patches of one picture, in the order of the tower."""
+        """Normalised colours of the patches of one picture, in the order of the tower; `pixels` are the squares that it
+        sees, unless a processor makes others."""
+        return cut_pictures(pixels, self.patch_size)
 
     @classmethod
     @abstractmethod

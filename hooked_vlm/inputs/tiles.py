@@ -30,7 +30,7 @@ from hooked_vlm.inputs.image_settings import (
     whole,
 )
 from hooked_vlm.inputs.layouts import tiled_layout, unplaced_layout
-from hooked_vlm.inputs.picture_processor import Bounds, PictureProcessor, Prepared, cut_pictures, each_image
+from hooked_vlm.inputs.picture_processor import Bounds, PictureProcessor, Prepared, each_image
 
 if TYPE_CHECKING:
     from hooked_vlm.inputs.token_layout import Grid, InputSpec
@@ -230,10 +230,6 @@ class TileProcessor(PictureProcessor):
         """Fewer and fewer tiles."""
         for fewer in range(self.max_tiles - 1, 0, -1):
             yield f"max_tiles={fewer} (now {self.max_tiles})", self.bounded(None, fewer)
-
-    def patch_colours(self, pixels: Float[np.ndarray, "tile 3 high wide"]) -> Float[np.ndarray, "patch 3 side side"]:
-        """The patches of all tiles."""
-        return cut_pictures(pixels, self.patch_size)
 
     @classmethod
     def from_checkpoint(cls, cfg: VLMConfig, images: Settings, videos: Settings) -> "TileProcessor":

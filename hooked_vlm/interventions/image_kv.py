@@ -69,8 +69,7 @@ class ReplaceImageKV(HeadIntervention):
             self._check_means(self.baseline, model)
         rotate = None
         if self.before_rope:
-            kind = model.cfg.layer_kind_of[layer] if model.cfg.layer_kind_of else 0
-            rotate = inputs_rotations(model.cfg, inputs, model.cfg.dtype)[kind]
+            rotate = inputs_rotations(model.cfg, inputs, model.cfg.dtype)[model.cfg.kind_number(layer)]
         behind_images = partial(_behind_images, both_ways=model.cfg.bidirectional == "prompt")
 
         def edit(z: Tensor, hook: HookPoint, chosen: HeadSelection) -> Tensor:

@@ -295,7 +295,7 @@ def test_a_gated_mlp_shows_its_weights_and_biases() -> None:
         ({**ORDERS["raster"], "n_positions": 9, "position_fit": "table"}, "6 x 6, got n_positions=9"),
         ({**ORDERS["raster"], "tile_size": 10}, "5 rows of patches, which must be a multiple of the 2 of a token"),
         ({"full_layers": (2,)}, "full_layers must be blocks that run, 0 to 1"),
-        ({"deepstack_layers": (1,), "n_layers_used": 1}, "deepstack_layers must be blocks that run, 0 to 0"),
+        ({"full_layers": (1,), "n_layers_used": 1}, "full_layers must be blocks that run, 0 to 0"),
     ],
 )
 def test_values_that_make_no_tower_are_refused(values: dict[str, Any], says: str) -> None:
