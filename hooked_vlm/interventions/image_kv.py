@@ -43,8 +43,9 @@ class ReplaceImageKV(HeadIntervention):
     Args:
         baseline: "mean" over the tokens of each image, "zero" keys and values (the tokens still draw attention,
             with score 0), "knockout" (the tokens are masked), or `ImageMeans` of a dataset.
-        before_rope: whether the mean key is taken before rotation and then rotated to each token's
-            position (positions stay visible), or over rotated keys (one key for all). `ImageMeans` must use the same.
+        before_rope: whether the mean key is taken before rotation (behind its norm, where it has one) and then rotated
+            to each token's position (positions stay visible), or over rotated keys (one key for all). `ImageMeans` must
+            use the same.
         queries: only these of the text positions behind an image ("assistant_header", "final", positions, ...).
         tokens: only these image tokens are replaced; means stay those of whole images.
     """

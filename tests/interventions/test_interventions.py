@@ -117,6 +117,7 @@ def literal_replacement(
     seen: dict[str, Tensor] = {}
     at = f"blocks.{layer}.attn."
     rotate = inputs_rotations(model.cfg, batch, model.cfg.dtype)[0]
+    unrotated = "hook_k_normed" if model.cfg.qk_norm else "hook_k"  # what rotation reads
 
     def keep(x: Tensor, hook: Any) -> None:
         seen[hook.name.removeprefix(at)] = x.clone()
@@ -126,7 +127,7 @@ def literal_replacement(
         group = h // (model.cfg.n_heads // model.cfg.n_key_value_heads)
         for row in range(len(batch)):
             own = [v for v in batch.visuals if v.row == row]
-            k, rotated = seen["hook_k"][row].clone(), seen["hook_rot_k"][row].clone()
+            k, rotated = seen[unrotated][row].clone(), seen["hook_rot_k"][row].clone()
             v = seen["hook_v"][row].clone()
             hidden = torch.zeros(len(k), dtype=torch.bool)
             for visual in own:
@@ -160,7 +161,7 @@ def literal_replacement(
                 z[row, query, h] = scores.softmax(-1) @ v[visible, group]
         return z
 
-    names = ("hook_k", "hook_v", "hook_rot_k", "hook_rot_q")
+    names = (unrotated, "hook_v", "hook_rot_k", "hook_rot_q")
     return [*((at + name, keep) for name in names), (at + "hook_z", again)]
 
 
