@@ -8,13 +8,15 @@ one run to the next, and each row of a batch is scaled by its own length.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache, cached_property
+from functools import cache, cached_property, lru_cache
 
+import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from hooked_vlm.config import RopeScaling
+from hooked_vlm.inputs.token_layout import Grid
 
 
 @dataclass(frozen=True, eq=False)
@@ -163,3 +165,14 @@ def patch_rotation(rows_cols: Int[Tensor, "patch 2"], d_head: int, theta: float)
     """The rotation of image patches: half of the frequencies turn with the row, half with the column."""
     angles = rows_cols[..., None].float() * frequencies(d_head // 2, theta, rows_cols.device)
     return Rotation.by(angles.flatten(-2))
+
+
+@lru_cache(maxsize=256)
+@torch.inference_mode(False)  # it is kept
+def patch_places(grid: Grid, merge: int) -> Int[Tensor, "patch 2"]:
+    """Row and column of every patch, merge block by merge block, for each temporal slice."""
+    t, h, w = grid
+    rows, cols = np.indices((h, w))
+    blocks = (h // merge, merge, w // merge, merge)
+    in_order = [axis.reshape(blocks).transpose(0, 2, 1, 3).ravel() for axis in (rows, cols)]
+    return torch.from_numpy(np.tile(np.stack(in_order, axis=-1), (t, 1)))

@@ -6,28 +6,24 @@ tiles, because attention never crosses them. Images of different sizes are packe
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
-from itertools import groupby
-from math import isqrt
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from hooked_vlm.config import VisionConfig
-from hooked_vlm.errors import InputError
 from hooked_vlm.inputs.token_layout import Grid
 from hooked_vlm.inputs.vlm_inputs import VLMInputs
 from hooked_vlm.nn.block import run_blocks, vision_blocks
-from hooked_vlm.nn.components import ACTIVATIONS, Norm
+from hooked_vlm.nn.components import ACTIVATIONS, Norm, PatchEmbed, TileEmbed, UnreadNorm
 from hooked_vlm.nn.forward_pass import ForwardPass, Recorder
 from hooked_vlm.nn.hooks import HookPoint, running, shows_modules
 from hooked_vlm.nn.masks import AttentionMask
-from hooked_vlm.nn.packing import Packing, Windows
-from hooked_vlm.nn.rotary import Rotation, Rotations, patch_rotation
+from hooked_vlm.nn.packing import Packing, Windows, window_numbers
+from hooked_vlm.nn.rotary import Rotation, Rotations, patch_places, patch_rotation
 
 if TYPE_CHECKING:
     from hooked_vlm.model.vlm import HookedVLM
@@ -77,8 +73,8 @@ def image_pass(
     packs = ragged and not shows_modules(model)
     rotate = None
     if cfg.rope_theta is not None:
-        rows_cols = torch.cat([_rows_cols(grid, cfg.merge_size) for grid in grids])
-        rotate = patch_rotation(rows_cols.to(device), cfg.d_head, cfg.rope_theta)
+        places = torch.cat([patch_places(grid, cfg.merge_size) for grid in grids])
+        rotate = patch_rotation(places.to(device), cfg.d_head, cfg.rope_theta)
 
     def over(lengths: Sequence[int], rotate: Rotation | None) -> tuple[ForwardPass, Packing | None]:
         rows, mask = None, AttentionMask(causal=False)
@@ -101,7 +97,7 @@ def image_pass(
 def _in_windows(patches: ForwardPass, cfg: VisionConfig, grids: tuple[Grid, ...]) -> ForwardPass:
     """A pass over patches with a second kind of blocks, which see windows."""
     assert cfg.window is not None
-    slices = [_windows((1, *grid[1:]), cfg.merge_size, cfg.window) for grid in grids for _ in range(grid[0])]
+    slices = [window_numbers((1, *grid[1:]), cfg.merge_size, cfg.window) for grid in grids for _ in range(grid[0])]
     begins = np.cumsum([0, *(own.max() + 1 for own in slices)])
     numbers = np.full((len(slices), max(map(len, slices))), -1)  # [image, patch]
     for image, own in enumerate(slices):
@@ -115,85 +111,6 @@ def _in_windows(patches: ForwardPass, cfg: VisionConfig, grids: tuple[Grid, ...]
         kind_of=cfg.layer_kind_of,
         windows=(None, Windows(flat, patches.device)),
     )
-
-
-class PatchEmbed(nn.Module):
-    """A linear map of flattened patches (a convolution whose stride is its kernel)."""
-
-    def __init__(self, cfg: VisionConfig) -> None:
-        super().__init__()
-        self.proj = nn.Linear(cfg.d_patch, cfg.d_model, bias=cfg.patch_bias)
-
-    def forward(self, pixels: Float[Tensor, "patch d_patch"]) -> Float[Tensor, "patch d_model"]:
-        return self.proj(pixels.to(next(self.parameters()).dtype))
-
-
-class TileEmbed(nn.Module):
-    """Class token and learned positions of a picture's patches, each where the tower has them."""
-
-    def __init__(self, cfg: VisionConfig) -> None:
-        super().__init__()
-        self.cfg = cfg
-        if cfg.class_token:
-            self.class_token = nn.Parameter(torch.empty(1, 1, cfg.d_model))
-        if cfg.n_positions:
-            self.positions = nn.Parameter(torch.empty(1, cfg.class_token + cfg.n_positions, cfg.d_model))
-        self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        for parameter in self.parameters(recurse=False):
-            nn.init.normal_(parameter, std=0.02)
-
-    def forward(self, patches: Float[Tensor, "patch d_model"], grids: Sequence[Grid]) -> Float[Tensor, "seq d_model"]:
-        """`patches` are those of all pictures, one picture after the other; so is what comes out."""
-        sizes = [(h, w) for t, h, w in grids for _ in range(t)]
-        runs = [(size, len(list(run))) for size, run in groupby(sizes)]  # pictures of one size in a row
-        parts = []
-        for ((rows, cols), n), own in zip(runs, patches.split([h * w * n for (h, w), n in runs]), strict=True):
-            pictures = own.unflatten(0, (n, rows * cols))
-            if self.cfg.n_positions:
-                pictures = pictures + self.positions_for(rows, cols)
-            if self.cfg.class_token:
-                class_token = self.class_token
-                if self.cfg.n_positions:
-                    class_token = class_token + self.positions[:, :1]
-                pictures = torch.cat((class_token.expand(n, -1, -1), pictures), dim=1)
-            parts.append(pictures.flatten(0, 1))
-        return parts[0] if len(parts) == 1 else torch.cat(parts)
-
-    def positions_for(self, rows: int, cols: int) -> Float[Tensor, "1 patch d_model"]:
-        """The learned positions of patches, fitted to a picture of `rows` x `cols`, in the order of its patches."""
-        cfg, learned = self.cfg, self.positions[:, int(self.cfg.class_token) :]
-        side = isqrt(cfg.n_positions)
-        if (rows, cols) != (side, side):
-            learned = self._resized(learned, side, (rows, cols))
-        if cfg.patch_order == "raster":
-            return learned
-        rows_cols = _rows_cols((1, rows, cols), cfg.merge_size).to(learned.device)
-        return learned[:, rows_cols[:, 0] * cols + rows_cols[:, 1]]
-
-    def _resized(
-        self, learned: Float[Tensor, "1 place d_model"], side: int, size: tuple[int, int]
-    ) -> Float[Tensor, "1 patch d_model"]:
-        if self.cfg.position_fit == "table":
-            raise InputError(
-                f"this vision tower has positions for {side} x {side} patches, got a picture of {size[0]} x {size[1]}: "
-                f"prepare it with the model's image processor, {side * self.cfg.patch_size} pixels high and wide"
-            )
-        full = learned.to(torch.promote_types(learned.dtype, torch.float32))
-        square = full.view(1, side, side, -1).permute(0, 3, 1, 2)
-        corners = self.cfg.position_fit == "bilinear"
-        resized = F.interpolate(square, size=size, mode=self.cfg.position_fit, align_corners=corners)
-        return resized.flatten(2).transpose(1, 2).to(learned.dtype)
-
-
-class UnreadNorm(nn.Module):
-    """The weights of a norm that a checkpoint has behind its last block and nothing reads."""
-
-    def __init__(self, cfg: VisionConfig) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(cfg.d_model))
-        self.bias = nn.Parameter(torch.zeros(cfg.d_model))
 
 
 class VisionTower(nn.Module):
@@ -358,25 +275,6 @@ def _pool_raster(
     """The means of blocks of patches, row by row."""
     pictures = patches.unflatten(1, grid[1:]).permute(0, 3, 1, 2)  # picture d_model row col
     return F.avg_pool2d(pictures, cfg.pool_size).flatten(2).transpose(1, 2)
-
-
-@lru_cache(maxsize=256)
-def _windows(grid: Grid, merge: int, side: int) -> Int[np.ndarray, "patch"]:
-    """Number of the window of every patch, merge block by merge block; windows begin at the top left, the last row and
-    column of them may be smaller."""
-    rows, cols = _rows_cols(grid, merge).numpy().T // side
-    return rows * (cols.max() + 1) + cols
-
-
-@lru_cache(maxsize=256)
-@torch.inference_mode(False)  # it is kept
-def _rows_cols(grid: Grid, merge: int) -> Int[Tensor, "patch 2"]:
-    """Row and column of every patch, merge block by merge block, for each temporal slice."""
-    t, h, w = grid
-    rows, cols = np.indices((h, w))
-    blocks = (h // merge, merge, w // merge, merge)
-    in_order = [axis.reshape(blocks).transpose(0, 2, 1, 3).ravel() for axis in (rows, cols)]
-    return torch.from_numpy(np.tile(np.stack(in_order, axis=-1), (t, 1)))
 
 
 def encode(
