@@ -140,12 +140,14 @@ def text_rotation(
     dtype: torch.dtype,
     scaling: RopeScaling | None = None,
     lengths: Int[Tensor, "batch"] | None = None,
+    interleaved: bool = False,
 ) -> Rotation:
     """The rotation of text queries and keys.
 
     With `mrope_section` the frequencies are shared out between the three position axes (temporal,
-    height, width) in consecutive chunks; without it the first axis turns all of them. A `scaling` goes by
-    `lengths`, how many positions each row has so far (by default one more than the highest here).
+    height, width) in consecutive chunks or, `interleaved`, in turns from the fastest on, as long as height and width
+    have some left; without it the first axis turns all of them. A `scaling` goes by `lengths`, how many positions each
+    row has so far (by default one more than the highest here).
     """
     if scaling is None:
         per_position, factor = frequencies(d_head, theta, position_ids.device), 1.0
@@ -155,6 +157,11 @@ def text_rotation(
     angles = position_ids[..., None].float() * per_position
     if mrope_section is None:
         angles = angles[0]
+    elif interleaved:
+        turn = torch.arange(d_head // 2, device=angles.device)
+        _, n_height, n_width = mrope_section
+        by_height, by_width = (turn % 3 == 1) & (turn < 3 * n_height), (turn % 3 == 2) & (turn < 3 * n_width)
+        angles = torch.where(by_height, angles[1], torch.where(by_width, angles[2], angles[0]))
     else:
         chunks = angles.split(list(mrope_section), dim=-1)
         angles = torch.cat([chunk[i % 3] for i, chunk in enumerate(chunks)], dim=-1)

@@ -5,7 +5,7 @@ tiles, because attention never crosses them. Images of different sizes are packe
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -14,13 +14,13 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from hooked_vlm.config import VisionConfig
+from hooked_vlm.config import ProjectorStep, VisionConfig
 from hooked_vlm.inputs.token_layout import Grid
 from hooked_vlm.inputs.vlm_inputs import VLMInputs
 from hooked_vlm.nn.block import run_blocks, vision_blocks
 from hooked_vlm.nn.components import ACTIVATIONS, Norm, PatchEmbed, TileEmbed, UnreadNorm
 from hooked_vlm.nn.forward_pass import ForwardPass, Recorder
-from hooked_vlm.nn.hooks import HookPoint, running, shows_modules
+from hooked_vlm.nn.hooks import HookPoint, is_encoder, is_hooked, running, shows_modules
 from hooked_vlm.nn.masks import AttentionMask
 from hooked_vlm.nn.packing import Packing, Windows, window_numbers
 from hooked_vlm.nn.rotary import Rotation, Rotations, patch_places, patch_rotation
@@ -40,6 +40,8 @@ class ImagePass:
     patch_rows: Packing | None
     """Where each image's patches lie, class token included; None if all images have the same size."""
     token_rows: Packing | None
+    inner: dict[int, Float[Tensor, "*image patch d_model"]] = field(default_factory=dict)
+    """Patches as they left the blocks that DeepStack reads, put here as these run."""
 
     def by_image(self, x: Float[Tensor, "all_patches d_model"]) -> Float[Tensor, "*image patch d_model"]:
         """Patches of all images as the tower sees them."""
@@ -160,7 +162,12 @@ class VisionTower(nn.Module):
             if first < 0 <= stop:
                 stream = self.hook_embed(stream)  # [image, patch, d_model]
                 stream = stream if self.ln_pre is None else self.ln_pre(stream)
-            return run_blocks(self.blocks, stream, max(first, 0), max(stop, 0))
+            at, stop = max(first, 0), max(stop, 0)
+            for layer in self.cfg.deepstack_layers:
+                if at <= layer < stop:
+                    stream, at = run_blocks(self.blocks, stream, at, layer + 1), layer + 1
+                    here.inner[layer] = stream
+            return run_blocks(self.blocks, stream, at, stop)
 
     def normed(
         self, stream: Float[Tensor, "*image patch d_model"], here: ImagePass
@@ -178,8 +185,16 @@ def _cut(pictures: Float[Tensor, "picture channel height width"], size: int) -> 
     return patches.permute(0, 2, 3, 1, 4, 5).flatten(3).flatten(0, 2)
 
 
+DEEPSTACK: tuple[ProjectorStep, ...] = ("merge", "norm", "linear", "activation", "linear")
+"""The steps of the projectors of inner blocks."""
+
+
 class Projector(nn.Module):
-    """Image tokens from patches, in the steps that the configuration names."""
+    """Image tokens from patches, in the steps that the configuration names.
+
+    With DeepStack a token has several features: the projector's own, and one for each inner block that is read, from
+    projectors of their own.
+    """
 
     def __init__(self, cfg: VisionConfig) -> None:
         super().__init__()
@@ -196,6 +211,9 @@ class Projector(nn.Module):
         if cfg.line_break:
             self.line_break = nn.Parameter(torch.empty(cfg.d_out))
             self.reset_parameters()
+        if cfg.deepstack_layers:
+            inner = replace(cfg, projector=DEEPSTACK, deepstack_layers=())
+            self.deepstack = nn.ModuleList(Projector(inner) for _ in cfg.deepstack_layers)
 
     def reset_parameters(self) -> None:
         for parameter in self.parameters(recurse=False):
@@ -203,8 +221,8 @@ class Projector(nn.Module):
 
     def forward(
         self, patches: Float[Tensor, "*image patch d_model"], grids: tuple[Grid, ...], here: ImagePass
-    ) -> Float[Tensor, "all_tokens d_out"]:
-        """The features of all images' tokens, one image after the other."""
+    ) -> Float[Tensor, "all_tokens *feature d_out"]:
+        """The features of all images' tokens, one image after the other; with DeepStack several of each token."""
         cfg = self.cfg
         if self.norm_of == "patches":
             with running(here.patches):
@@ -216,11 +234,16 @@ class Projector(nn.Module):
             if "activation" in cfg.projector:
                 pre = self.hook_pre(self.in_proj(tokens))  # [image, token, d_projector]
                 tokens = self.hook_post(ACTIVATIONS["gelu"](pre))  # [image, token, d_projector]
-            return here.in_a_row(self.out_proj(tokens))
+            outputs = here.in_a_row(self.out_proj(tokens))
+        if not cfg.deepstack_layers:
+            return outputs
+        read = zip(self.deepstack, cfg.deepstack_layers, strict=True)
+        inner = [own(here.inner[layer].to(patches.device), grids, here).to(outputs) for own, layer in read]
+        return torch.stack((outputs, *inner), dim=1)
 
     def arrange(
-        self, outputs: Float[Tensor, "all_outputs d_out"], inputs: VLMInputs, n_runs: int = 1
-    ) -> Float[Tensor, "all_tokens d_out"]:
+        self, outputs: Float[Tensor, "all_outputs *feature d_out"], inputs: VLMInputs, n_runs: int = 1
+    ) -> Float[Tensor, "all_tokens *feature d_out"]:
         """Image tokens from the projector's outputs of `n_runs` runs over the inputs: in the order that layouts say,
         with line breaks."""
         sources = inputs.feature_sources
@@ -279,9 +302,25 @@ def _pool_raster(
 
 def encode(
     model: "HookedVLM", inputs: VLMInputs, context: Mapping[str, Any], recorder: Recorder | None
-) -> Float[Tensor, "token d_model"]:
+) -> Float[Tensor, "token *feature d_model"]:
     """Run the tower and the projector over the pixels of the inputs: features of images first, then of videos."""
     pixels = [p for p in (inputs.pixel_values, inputs.pixel_values_videos) if p is not None]
     images = image_pass(model, inputs.grids, inputs.device, context, recorder)
     seen = model.vision(torch.cat(pixels), inputs.grids, images)
     return model.projector.arrange(model.projector(seen, inputs.grids, images), inputs)
+
+
+def image_features(
+    model: "HookedVLM", inputs: VLMInputs, here: ForwardPass, like: Tensor
+) -> Float[Tensor, "token *feature d_model"]:
+    """Image features, encoded now or given with the inputs, with `like`'s dtype and on its device.
+
+    Raises:
+        HookError: there are hooks on the image side of inputs whose images are encoded.
+    """
+    features = inputs.image_features
+    if features is None:
+        return encode(model, inputs, here.context, here.recorder).to(like)
+    hooked = [name for name, point in model.hook_dict.items() if is_encoder(name) and is_hooked(point)]
+    model.check_reachable(hooked, inputs, {})
+    return features.clone().to(like)  # other passes share them
