@@ -13,7 +13,10 @@ os.environ["MPLBACKEND"] = "Agg"
 import jaxtyping
 import pytest
 import torch
+from executed_shapes import executed
 from hypothesis import settings
+
+jaxtyping.jaxtyped = executed  # where the hook of --jaxtyping-packages finds it, before the library is imported
 
 ON_REQUEST = {
     "slow": ("--run-slow", "takes long"),

@@ -1,0 +1,122 @@
+"""Execute the annotations of the library's calls: once for each kind of arguments and result.
+
+`jaxtyping.jaxtyped` compiles its checks where a function is defined (a nested one at every call of the outer) and makes
+them at every call, though most calls of the tests repeat shapes that were checked already.
+"""
+
+import inspect
+from collections.abc import Callable, Hashable
+from dataclasses import is_dataclass
+from functools import partial, wraps
+from types import CodeType, FunctionType
+from typing import Any, NamedTuple
+
+import jaxtyping
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+
+by_jaxtyping = jaxtyping.jaxtyped
+BY_VALUE = (bool, int, float, str)
+ENTRIES = 8
+"""Of a list, tuple or dict. beartype looks at every entry of a tuple of stated length, else at one drawn at random."""
+
+
+class Checks(NamedTuple):
+    arguments: Callable[..., Any]
+    result: Callable[..., Any]
+    passed: dict[Hashable, set[Hashable]]
+    """Kinds of arguments, and the kinds of their results."""
+
+
+known: dict[CodeType, tuple[dict[str, Any], Checks]] = {}
+"""Annotations and their checks: functions that are defined anew at each call of another share them."""
+
+
+def executed(fn: Any = None, *, typechecker: Any) -> Any:
+    """Decorate as `jaxtyping.jaxtyped` does: functions, and the `__init__` of dataclasses."""
+    if fn is None:
+        return partial(executed, typechecker=typechecker)
+    if inspect.isclass(fn):
+        if is_dataclass(fn) and not hasattr(fn.__init__, "__wrapped__"):
+            fn.__init__ = executed(fn.__init__, typechecker=typechecker)
+        return fn
+    if isinstance(fn, (classmethod, staticmethod)):
+        return type(fn)(executed(fn.__func__, typechecker=typechecker))
+    if isinstance(fn, property):
+        parts = (part and executed(part, typechecker=typechecker) for part in (fn.fget, fn.fset, fn.fdel))
+        return property(*parts)
+    return checked(fn, typechecker) if fn.__annotations__ else fn
+
+
+def checked(fn: FunctionType, typechecker: Any) -> Any:
+    """The function between its checks: of the arguments before it runs, of the result after."""
+    checks: Checks | None = None
+
+    @wraps(fn)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        nonlocal checks
+        __tracebackhide__ = True
+        if jaxtyping.config.jaxtyping_disable:
+            return fn(*args, **kwargs)
+        checks = checks or checks_of(fn, typechecker)
+        given = (*map(kind_of, args), *((name, kind_of(value)) for name, value in kwargs.items()))
+        passed = checks.passed.get(given)
+        if passed is None:
+            checks.arguments(*args, **kwargs)
+        result = fn(*args, **kwargs)
+        kind = kind_of(result)
+        if passed is None or kind not in passed:
+            checks.result(*args, **kwargs, _result=result)
+            checks.passed.setdefault(given, set()).add(kind)
+        return result
+
+    return run
+
+
+def kind_of(value: Any) -> Hashable:
+    """All that an annotation asks of a value."""
+    of = type(value)
+    if of is Tensor or of is Parameter or isinstance(value, np.ndarray):
+        return of, value.dtype, value.shape
+    if isinstance(value, Tensor):  # a subclass may answer with functions that are checked themselves
+        with torch._C.DisableTorchFunctionSubclass():
+            return of, value.dtype, value.shape
+    if isinstance(value, (list, tuple)):
+        return of, len(value), *map(kind_of, value[:ENTRIES])
+    if isinstance(value, dict):
+        return of, len(value), *((kind_of(key), kind_of(entry)) for key, entry in [*value.items()][:ENTRIES])
+    return (of, value) if of in BY_VALUE or isinstance(value, type) else of
+
+
+def checks_of(fn: FunctionType, typechecker: Any) -> Checks:
+    annotations, checks = known.get(fn.__code__, (None, None))
+    if checks is None or annotations != fn.__annotations__:
+        signature = inspect.signature(fn)
+        arguments = stand_in(fn, signature.replace(return_annotation=inspect.Signature.empty))
+        result = stand_in(fn, with_result(signature))
+        checks = Checks(*(by_jaxtyping(typechecker=typechecker)(of) for of in (arguments, result)), {})
+        known[fn.__code__] = fn.__annotations__, checks
+    return checks
+
+
+def with_result(signature: inspect.Signature) -> inspect.Signature:
+    """The signature, with the result as one more keyword."""
+    parameters = [*signature.parameters.values()]
+    end = len(parameters) - any(each.kind is each.VAR_KEYWORD for each in parameters)
+    parameters.insert(end, inspect.Parameter("_result", inspect.Parameter.KEYWORD_ONLY))
+    return signature.replace(parameters=parameters)
+
+
+def stand_in(fn: FunctionType, signature: inspect.Signature) -> Any:
+    """A function of this name and signature that returns the result it is given."""
+
+    def returned(*args: Any, _result: Any = None, **kwargs: Any) -> Any:
+        return _result
+
+    of_fn = FunctionType(returned.__code__, fn.__globals__, fn.__name__)
+    of_fn.__kwdefaults__ = {"_result": None}
+    of_fn.__module__, of_fn.__qualname__ = fn.__module__, fn.__qualname__
+    of_fn.__signature__ = signature  # pyright: ignore[reportFunctionMemberAccess]
+    return of_fn
