@@ -8,6 +8,7 @@ import inspect
 from collections.abc import Callable, Hashable
 from dataclasses import is_dataclass
 from functools import partial, wraps
+from itertools import islice
 from types import CodeType, FunctionType
 from typing import Any, NamedTuple
 
@@ -18,7 +19,6 @@ from torch import Tensor
 from torch.nn import Parameter
 
 by_jaxtyping = jaxtyping.jaxtyped
-BY_VALUE = (bool, int, float, str)
 ENTRIES = 8
 """Of a list, tuple or dict. beartype looks at every entry of a tuple of stated length, else at one drawn at random."""
 
@@ -32,6 +32,9 @@ class Checks(NamedTuple):
 
 known: dict[CodeType, tuple[dict[str, Any], Checks]] = {}
 """Annotations and their checks: functions that are defined anew at each call of another share them."""
+
+ways: dict[type, Callable[[Any], Hashable]] = {}
+"""What tells values of a class apart, by class."""
 
 
 def executed(fn: Any = None, *, typechecker: Any) -> Any:
@@ -61,7 +64,9 @@ def checked(fn: FunctionType, typechecker: Any) -> Any:
         if jaxtyping.config.jaxtyping_disable:
             return fn(*args, **kwargs)
         checks = checks or checks_of(fn, typechecker)
-        given = (*map(kind_of, args), *((name, kind_of(value)) for name, value in kwargs.items()))
+        given = tuple([kind_of(value) for value in args])
+        if kwargs:
+            given += tuple([(name, kind_of(value)) for name, value in kwargs.items()])
         passed = checks.passed.get(given)
         if passed is None:
             checks.arguments(*args, **kwargs)
@@ -78,16 +83,41 @@ def checked(fn: FunctionType, typechecker: Any) -> Any:
 def kind_of(value: Any) -> Hashable:
     """All that an annotation asks of a value."""
     of = type(value)
-    if of is Tensor or of is Parameter or isinstance(value, np.ndarray):
-        return of, value.dtype, value.shape
-    if isinstance(value, Tensor):  # a subclass may answer with functions that are checked themselves
-        with torch._C.DisableTorchFunctionSubclass():
-            return of, value.dtype, value.shape
-    if isinstance(value, (list, tuple)):
-        return of, len(value), *map(kind_of, value[:ENTRIES])
-    if isinstance(value, dict):
-        return of, len(value), *((kind_of(key), kind_of(entry)) for key, entry in [*value.items()][:ENTRIES])
-    return (of, value) if of in BY_VALUE or isinstance(value, type) else of
+    way = ways.get(of) or ways.setdefault(of, way_for(of))
+    return of if way is type else way(value)
+
+
+def way_for(of: type) -> Callable[[Any], Hashable]:
+    """What tells values of a class apart; `type`: their class alone."""
+    if issubclass(of, (Tensor, np.ndarray)):
+        return own_tensor if issubclass(of, Tensor) and of not in (Tensor, Parameter) else array
+    if issubclass(of, (list, tuple)):
+        return entries
+    if issubclass(of, dict):
+        return items
+    return by_value if of in (bool, int, float, str) or issubclass(of, type) else type
+
+
+def array(value: Any) -> Hashable:
+    return type(value), value.dtype, value.shape
+
+
+def own_tensor(value: Tensor) -> Hashable:
+    """A subclass may answer with functions that are checked themselves."""
+    with torch._C.DisableTorchFunctionSubclass():
+        return array(value)
+
+
+def entries(value: Any) -> Hashable:
+    return type(value), len(value), *map(kind_of, value[:ENTRIES])
+
+
+def items(value: dict[Any, Any]) -> Hashable:
+    return type(value), len(value), *((kind_of(key), kind_of(entry)) for key, entry in islice(value.items(), ENTRIES))
+
+
+def by_value(value: Any) -> Hashable:
+    return type(value), value
 
 
 def checks_of(fn: FunctionType, typechecker: Any) -> Checks:
