@@ -6,6 +6,7 @@ them at every call, though most calls of the tests repeat shapes that were check
 
 import inspect
 from collections.abc import Callable, Hashable
+from contextlib import suppress
 from dataclasses import is_dataclass
 from functools import partial, wraps
 from itertools import islice
@@ -23,9 +24,12 @@ ENTRIES = 8
 """Of a list, tuple or dict. beartype looks at every entry of a tuple of stated length, else at one drawn at random."""
 
 
+class ArgumentsPass(Exception):
+    """Said by a stand-in that was given no result: its arguments have been checked."""
+
+
 class Checks(NamedTuple):
-    arguments: Callable[..., Any]
-    result: Callable[..., Any]
+    stand_in: Callable[..., Any]
     passed: dict[Hashable, set[Hashable]]
     """Kinds of arguments, and the kinds of their results."""
 
@@ -69,11 +73,12 @@ def checked(fn: FunctionType, typechecker: Any) -> Any:
             given += tuple([(name, kind_of(value)) for name, value in kwargs.items()])
         passed = checks.passed.get(given)
         if passed is None:
-            checks.arguments(*args, **kwargs)
+            with suppress(ArgumentsPass):
+                checks.stand_in(*args, **kwargs)
         result = fn(*args, **kwargs)
         kind = kind_of(result)
         if passed is None or kind not in passed:
-            checks.result(*args, **kwargs, _result=result)
+            checks.stand_in(*args, **kwargs, _result=(result,))
             checks.passed.setdefault(given, set()).add(kind)
         return result
 
@@ -123,30 +128,29 @@ def by_value(value: Any) -> Hashable:
 def checks_of(fn: FunctionType, typechecker: Any) -> Checks:
     annotations, checks = known.get(fn.__code__, (None, None))
     if checks is None or annotations != fn.__annotations__:
-        signature = inspect.signature(fn)
-        arguments = stand_in(fn, signature.replace(return_annotation=inspect.Signature.empty))
-        result = stand_in(fn, with_result(signature))
-        checks = Checks(*(by_jaxtyping(typechecker=typechecker)(of) for of in (arguments, result)), {})
+        checks = Checks(by_jaxtyping(typechecker=typechecker)(stand_in(fn)), {})
         known[fn.__code__] = fn.__annotations__, checks
     return checks
+
+
+def stand_in(fn: FunctionType) -> Any:
+    """A function of this name and signature that returns the result it is given, in a tuple."""
+    stop = ArgumentsPass
+
+    def returned(*args: Any, _result: tuple[Any, ...] = (), **kwargs: Any) -> Any:
+        if not _result:
+            raise stop
+        return _result[0]
+
+    own = FunctionType(returned.__code__, fn.__globals__, fn.__name__, None, returned.__closure__)
+    own.__kwdefaults__, own.__module__, own.__qualname__ = {"_result": ()}, fn.__module__, fn.__qualname__
+    own.__signature__ = with_result(inspect.signature(fn))  # pyright: ignore[reportFunctionMemberAccess]
+    return own
 
 
 def with_result(signature: inspect.Signature) -> inspect.Signature:
     """The signature, with the result as one more keyword."""
     parameters = [*signature.parameters.values()]
     end = len(parameters) - any(each.kind is each.VAR_KEYWORD for each in parameters)
-    parameters.insert(end, inspect.Parameter("_result", inspect.Parameter.KEYWORD_ONLY))
+    parameters.insert(end, inspect.Parameter("_result", inspect.Parameter.KEYWORD_ONLY, default=()))
     return signature.replace(parameters=parameters)
-
-
-def stand_in(fn: FunctionType, signature: inspect.Signature) -> Any:
-    """A function of this name and signature that returns the result it is given."""
-
-    def returned(*args: Any, _result: Any = None, **kwargs: Any) -> Any:
-        return _result
-
-    of_fn = FunctionType(returned.__code__, fn.__globals__, fn.__name__)
-    of_fn.__kwdefaults__ = {"_result": None}
-    of_fn.__module__, of_fn.__qualname__ = fn.__module__, fn.__qualname__
-    of_fn.__signature__ = signature  # pyright: ignore[reportFunctionMemberAccess]
-    return of_fn
