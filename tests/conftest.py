@@ -124,7 +124,7 @@ def family(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture(autouse=True)
 def shapes(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Execute shape annotations, which takes four fifths of a tiny model's pass: not where they only repeat."""
+    """Execute shape annotations, which takes a quarter of a tiny model's pass: not where they only repeat."""
     repeats = request.node.get_closest_marker("repeats_shapes")
     off = bool(repeats) and not _many_cases(request.config)
     jaxtyping.config.update("jaxtyping_disable", off)
