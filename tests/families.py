@@ -56,7 +56,13 @@ QWEN2_VL = {
     "vision.blocks.{l}.hook_resid_post": "model.visual.blocks.{l}",
     "hook_image_features": "model.visual.merger",
 }
-QWEN3_VL = {name: module for name, module in QWEN2_VL.items() if "resid_pre" not in name}
+QWEN3_VL = {
+    "vision.blocks.{l}.hook_attn_out": "model.visual.blocks.{l}.attn",
+    "vision.blocks.{l}.hook_mlp_out": "model.visual.blocks.{l}.mlp",
+    "vision.blocks.{l}.hook_resid_post": "model.visual.blocks.{l}",
+    "hook_image_features": "model.visual.merger",
+    "blocks.{l}.hook_deepstack": "model.visual.deepstack_merger_list.{l}",
+}
 INTERNVL = {
     "vision.blocks.0.hook_resid_pre": "model.vision_tower.embeddings",
     "vision.blocks.{l}.hook_resid_post": "model.vision_tower.encoder.layer.{l}",
