@@ -54,7 +54,7 @@ def test_arguments_are_refused_before_the_function_runs_and_after_any_number_of_
 
 
 def test_a_result_is_refused_whatever_equal_arguments_gave_before(decorate: Any) -> None:
-    results = iter([zeros(3, 2), zeros(3, 2), zeros(2, 3), zeros(3, 2), None])
+    results: Iterator[Any] = iter([zeros(3, 2), zeros(3, 2), zeros(2, 3), zeros(3, 2), None])
 
     @decorate
     def transposed(x: Float[Tensor, "m n"]) -> Float[Tensor, "n m"]:
