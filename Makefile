@@ -31,10 +31,10 @@ demo: $(VENV)/.installed
 	$(BIN)/hooked-vlm ocr-heads mask --model toy-qwen2-vl --out out/ocr-heads
 
 test: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest --numprocesses $(JOBS)
+	$(BIN)/python -m pytest --numprocesses $(JOBS) --dist worksteal
 
 test-full: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest --further --numprocesses $(JOBS)
+	$(BIN)/python -m pytest --further --numprocesses $(JOBS) --dist worksteal
 
 # One at a time: these are large.
 test-slow: $(VENV)/.installed-dev

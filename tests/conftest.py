@@ -4,6 +4,7 @@ import os
 import socket
 from collections import defaultdict
 from collections.abc import Iterator
+from typing import Any
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is imported, so before anything else
 os.environ["TRANSFORMERS_OFFLINE"] = "1"
@@ -13,7 +14,11 @@ os.environ["MPLBACKEND"] = "Agg"
 import jaxtyping
 import pytest
 import torch
+from executed_shapes import executed
+from family_names import ONE_OF_EACH_KIND, OTHERS
 from hypothesis import settings
+
+jaxtyping.jaxtyped = executed  # where the hook of --jaxtyping-packages finds it, before the library is imported
 
 ON_REQUEST = {
     "slow": ("--run-slow", "takes long"),
@@ -71,11 +76,11 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if not config.getoption("--full"):
         further = set(further_cases(items))
         if config.getoption("--further"):
-            left_out = [item for item in items if item not in further and not _is_property(item)]
+            left_out = {item for item in items if item not in further and not _is_property(item)}
         else:
-            left_out = [item for item in items if item in further]
-        config.hook.pytest_deselected(items=left_out)
-        items[:] = [item for item in items if item not in set(left_out)]
+            left_out = further
+        config.hook.pytest_deselected(items=[item for item in items if item in left_out])
+        items[:] = [item for item in items if item not in left_out]
 
 
 def _is_property(item: pytest.Item) -> bool:
@@ -111,19 +116,15 @@ def _values(case: pytest.Item) -> set[tuple[int, str]]:
     return set(enumerate(callspec._idlist)) if callspec else {(0, case.name)}
 
 
-ONE_OF_EACH_KIND, OTHERS = ("qwen3-vl", "internvl2", "made-up"), ("qwen2-vl", "qwen2.5-vl", "internvl3.5", "llava")
-
-
 @pytest.fixture(params=[*ONE_OF_EACH_KIND, *(pytest.param(name, marks=pytest.mark.full) for name in OTHERS)])
 def family(request: pytest.FixtureRequest) -> str:
-    """The families of `families.FAMILIES` (named again here: a conftest is imported before shapes are executed), one of
-    each kind in a plain run."""
+    """The families, one of each kind in a plain run."""
     return request.param
 
 
 @pytest.fixture(autouse=True)
 def shapes(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Execute shape annotations, which takes four fifths of a tiny model's pass: not where they only repeat."""
+    """Execute shape annotations, which takes a quarter of a tiny model's pass: not where they only repeat."""
     repeats = request.node.get_closest_marker("repeats_shapes")
     off = bool(repeats) and not _many_cases(request.config)
     jaxtyping.config.update("jaxtyping_disable", off)
@@ -133,7 +134,26 @@ def shapes(request: pytest.FixtureRequest) -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def fixed_seed() -> None:
-    torch.manual_seed(0)
+    """`torch.manual_seed` also keeps a stack trace for a device that may come: two milliseconds of each test."""
+    (torch.manual_seed if torch.cuda.is_initialized() else torch.default_generator.manual_seed)(0)
+
+
+@pytest.fixture
+def sketches(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Figures of studies as sketches: drawn and written, but neither arranged nor fine, and without axes and fonts."""
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+
+    save = Figure.savefig
+
+    def sketch(figure: Figure, *args: Any, **kwargs: Any) -> None:
+        figure.set_layout_engine("none")
+        for axes in figure.axes:
+            axes.set_axis_off()
+        with rc_context({"pdf.use14corefonts": True}):
+            save(figure, *args, **{**kwargs, "dpi": 20})
+
+    monkeypatch.setattr(Figure, "savefig", sketch)
 
 
 @pytest.fixture(autouse=True)

@@ -1,10 +1,10 @@
 """Tiny and bundled models of every family, with inputs of the same kinds: the laws of the tests run over them.
 
-A new family adds an entry to `KINDS` (and its name to `FAMILIES`, and to the fixture `family` of conftest.py).
+A new family adds an entry to `KINDS` and its name to family_names.py.
 """
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from typing import Any
@@ -17,6 +17,7 @@ import tiny_qwen2_5_vl
 import tiny_qwen2_vl
 import tiny_qwen3_vl
 import torch
+from family_names import ONE_OF_EACH_KIND, OTHERS
 
 from hooked_vlm import HookedVLM
 from hooked_vlm.inputs.token_layout import Grid
@@ -173,7 +174,16 @@ KINDS = {
     "llava": llava(),
     "made-up": made_up(),
 }
-FAMILIES = ("qwen2-vl", "qwen2.5-vl", "qwen3-vl", "internvl2", "internvl3.5", "llava", "made-up")
+FAMILIES = (*ONE_OF_EACH_KIND, *OTHERS)
+
+
+def plain_first(names: Iterable[str], template: str = "{}") -> list[Any]:
+    """Parameters for families or kinds: one family of each kind in a plain run, the others with --full."""
+    return [
+        pytest.param(template.format(name), marks=() if name in ONE_OF_EACH_KIND else pytest.mark.full)
+        for name in names
+    ]
+
 
 # name: (row of every family; a word stands for an image, of two sizes)
 ROWS: dict[str, list[list[Any]]] = {

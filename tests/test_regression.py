@@ -127,6 +127,7 @@ KINDS: dict[str, Callable[[str], dict[str, Any]]] = {
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("toy", TOYS)
 @pytest.mark.repeats_shapes
+@pytest.mark.usefixtures("sketches")
 def test_numbers_stay(toy: str, kind: str) -> None:
     expected = json.loads(TABLE.read_text(encoding="utf-8"))
     assert weights_hash(asked(toy)[0]) == expected[toy]["weights"], "the bundled weights are others"

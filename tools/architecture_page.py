@@ -100,12 +100,13 @@ are stored under a digest of everything they depend on.
 `hooked_vlm.experiments`. `tools/` has what is run on the repository and not shipped: generators of pages, training of
 the toy models. `benchmarks/` times the packages, `tests/` mirrors them.
 
-`make test` runs every law on the fewest cases in which each value of each parameter (family, inputs, switch) occurs
-once; `make test-full` runs the other combinations (`pytest --full`: all), and `make test-slow` the browser, cluster,
-kill, notebook and long fuzzing tests. Mark a costly further case of a law with `pytest.mark.full`, and a test that
-takes more than a few seconds with `pytest.mark.slow`. Shape annotations are executed in tests, which takes four fifths
-of a tiny model's pass; mark a costly test whose calls other tests make too with `pytest.mark.repeats_shapes`, and a
-plain run leaves them out of it.
+`make test` runs every law on the fewest cases in which each value of each parameter (inputs, switch) occurs once, over
+one family of each kind (`tests/family_names.py`); `make test-full` runs the other combinations (`pytest --full`: all),
+and `make test-slow` the browser, cluster, kill, notebook and long fuzzing tests. Mark a costly further case of a law
+with `pytest.mark.full`, and a test that takes more than a few seconds with `pytest.mark.slow`. Shape annotations are
+executed in tests, once for each kind of call (`tests/executed_shapes.py`), which takes a quarter of a tiny model's
+pass; mark a costly test whose calls other tests make too with `pytest.mark.repeats_shapes`, and a plain run leaves them
+out of it.
 """
 
 

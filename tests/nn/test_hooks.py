@@ -6,7 +6,7 @@ from functools import lru_cache, partial
 import pytest
 import tiny_qwen2_vl as tiny
 import torch
-from families import FAMILIES, KINDS
+from families import FAMILIES, KINDS, plain_first
 from jaxtyping import TypeCheckError
 from largest import Largest
 
@@ -44,15 +44,15 @@ def live_names(model: HookedVLM) -> list[str]:
     return [n for n in model.hook_dict if not switched_off(model, n)]
 
 
-@pytest.fixture(
-    params=[
-        *(f"{family}, switches, padding" for family in FAMILIES),
-        *(pytest.param(f"{kind}, one image", marks=pytest.mark.full) for kind in KINDS),
-        *(pytest.param(f"{kind}, switches, padding", marks=pytest.mark.full) for kind in KINDS if kind not in FAMILIES),
-        pytest.param("qwen2-vl, inputs of all heads, one image", marks=pytest.mark.full),
-        pytest.param("qwen2-vl, inputs of all heads, padding", marks=pytest.mark.full),
-    ]
-)
+FURTHER = [
+    *(pytest.param(f"{kind}, one image", marks=pytest.mark.full) for kind in KINDS),
+    *(pytest.param(f"{kind}, switches, padding", marks=pytest.mark.full) for kind in KINDS if kind not in FAMILIES),
+    pytest.param("qwen2-vl, inputs of all heads, one image", marks=pytest.mark.full),
+    pytest.param("qwen2-vl, inputs of all heads, padding", marks=pytest.mark.full),
+]
+
+
+@pytest.fixture(params=[*plain_first(FAMILIES, "{}, switches, padding"), *FURTHER])
 def case(request) -> tuple[HookedVLM, VLMInputs]:
     kind = max((kind for kind in KINDS if request.param.startswith(kind)), key=len)
     rows = KINDS[kind].cases["left-padded" if request.param.endswith("padding") else "one-image"]
@@ -119,6 +119,7 @@ def row_of(model: HookedVLM, name: str) -> HookRow:
 # ---- the five rules ----
 
 
+@pytest.mark.parametrize("case", [*(f"{family}, switches, padding" for family in FAMILIES), *FURTHER], indirect=True)
 def test_every_hook_fires_once_with_the_shape_of_the_table(case):
     model, inputs = case
     fired: Counter[str] = Counter()

@@ -10,7 +10,7 @@ from typing import Any, Literal
 import numpy as np
 import pytest
 import torch
-from families import FAMILIES, model_and_inputs, own_copy
+from families import FAMILIES, model_and_inputs, own_copy, plain_first
 from peft import LoraConfig, inject_adapter_in_model
 from torch import Tensor, nn
 from transformer_lens import hook_points
@@ -233,9 +233,9 @@ def with_adapters(model: HookedVLM, kind: str) -> tuple[HookedVLM, HookedVLM]:
     return adapted, plain
 
 
-@pytest.fixture(params=[(family, kind) for family in FAMILIES for kind in ("peft", "by hand")], ids="-".join)
+@pytest.fixture(params=[*plain_first(FAMILIES, "{}-peft"), *plain_first(FAMILIES, "{}-by hand")])
 def adapted(request: pytest.FixtureRequest) -> tuple[HookedVLM, HookedVLM, VLMInputs]:
-    family, kind = request.param
+    family, _, kind = request.param.rpartition("-")
     model, inputs = model_and_inputs(family, "padded")
     return (*with_adapters(model, kind), inputs)
 

@@ -190,9 +190,9 @@ def test_hooks_fire_once_with_the_shape_of_the_table_and_act(name: str, order: s
     close(with_hooks(model, lambda n: n in live, look, pixels, grids), plain, cfg)
     assert fired == dict.fromkeys(live, 1)
     for point in live:
-        edited = with_hooks(model, point, lambda x, hook: x * torch.linspace(1, 2, x.shape[-1]).to(x), pixels, grids)
-        doubled = with_hooks(model, point, lambda x, hook: 2 * x, pixels, grids)
-        assert max((e - plain).abs().max() for e in (edited, doubled)) > 1e-6, point
+        edits = (lambda x, hook: x * torch.linspace(1, 2, x.shape[-1]).to(x), lambda x, hook: 2 * x)
+        edited = (with_hooks(model, point, edit, pixels, grids) for edit in edits)
+        assert any((e - plain).abs().max() > 1e-6 for e in edited), point
         same = with_hooks(model, point, lambda x, hook: x.clone(), pixels, grids)
         close(same, plain, cfg)
 
