@@ -328,6 +328,8 @@ class VLMConfig:
     """Whether a window hides earlier tokens of a picture or prompt whose tokens see each other both ways."""
     kinds: tuple[LayerKind, ...] = field(init=False, repr=False, compare=False)
     """Kinds of layers, at least one."""
+    n_deepstack: int = field(init=False, repr=False, compare=False)
+    """Number of blocks behind which image features enter the stream (DeepStack)."""
 
     def __post_init__(self) -> None:
         if self.n_heads % self.n_key_value_heads:
@@ -343,11 +345,13 @@ class VLMConfig:
             )
         if self.bidirectional not in ("image", "prompt", None):
             raise ValueError(f'bidirectional must be "image", "prompt" or None, got {self.bidirectional!r}')
-        if self.n_deepstack > self.n_layers:
+        n_deepstack = 0 if self.vision is None else len(self.vision.deepstack_layers)
+        object.__setattr__(self, "n_deepstack", n_deepstack)  # the dataclass is frozen
+        if n_deepstack > self.n_layers:
             raise ValueError(f"DeepStack enters behind {self.n_deepstack} blocks, but there are {self.n_layers} layers")
         self._check_kinds()
         alike = LayerKind(self.sliding_window, self.rope_theta, self.rope_scaling)
-        object.__setattr__(self, "kinds", self.layer_kinds or (alike,))  # the dataclass is frozen
+        object.__setattr__(self, "kinds", self.layer_kinds or (alike,))
 
     def _check_kinds(self) -> None:
         n_kinds = len(self.layer_kinds)
@@ -382,11 +386,6 @@ class VLMConfig:
         if scaling is None or scaling.kind == "longrope":
             return self.n_ctx
         return 2**31 - 1 if scaling.kind == "dynamic" else int(self.n_ctx * scaling.factor)
-
-    @property
-    def n_deepstack(self) -> int:
-        """Number of blocks behind which image features enter the stream (DeepStack)."""
-        return 0 if self.vision is None else len(self.vision.deepstack_layers)
 
     @property
     def placeholder_ids(self) -> tuple[int, ...]:

@@ -119,7 +119,7 @@ def test_a_logit_is_the_sum_of_what_its_parts_add(case: tuple[Any, Any], unit: A
     expected = logits[torch.arange(len(inputs)), right] - logits[:, 42]
     np.testing.assert_allclose(found.logit, expected, atol=2e-5)
     np.testing.assert_allclose(found.values.sum(0), expected, atol=5e-5)
-    assert len(found.labels) == {"layer": 4, "component": 7, "head": 16}[unit]
+    assert len(found.labels) == {"layer": 4, "component": 7, "head": 16}[unit] + model.cfg.n_deepstack
     alone = logit_attribution(model, inputs, 42, unit=unit)
     np.testing.assert_allclose(alone.values.sum(0), logits[:, 42], atol=5e-5)
     if unit == "head":

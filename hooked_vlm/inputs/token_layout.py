@@ -77,14 +77,6 @@ class InputSpec:
         return self.vision.token_size if self.vision else 1
 
     @property
-    def features_of_token(self) -> tuple[int, ...]:
-        """Shape of the features of an image token: (d_model,), or with DeepStack (number of them, d_model)."""
-        if self.vision is None:
-            return (0,)
-        n_inner = len(self.vision.deepstack_layers)
-        return (1 + n_inner, self.vision.d_out) if n_inner else (self.vision.d_out,)
-
-    @property
     def takes_patches(self) -> bool:
         """Whether a row of the pixel tensor is a patch; otherwise it is a picture that the tower sees."""
         return self.vision is None or self.vision.patch_order == "blocks"

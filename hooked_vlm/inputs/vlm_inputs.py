@@ -370,13 +370,13 @@ class VLMInputs:
         Raises:
             InputError: not the features of these tokens: [token, d_model], with DeepStack [token, feature, d_model].
         """
-        expected = (len(self.feature_slots), *self.spec.features_of_token)
+        vision = self.spec.vision
+        inner = () if vision is None or not vision.deepstack_layers else (1 + len(vision.deepstack_layers),)
+        expected = (len(self.feature_slots), *inner, 0 if vision is None else vision.d_out)
         if features is not None and tuple(features.shape) != expected:
-            raise InputError(
-                f"image features of these inputs are {expected}, got {tuple(features.shape)}: a vector of "
-                f"{expected[-1]} numbers for each of {expected[0]} image tokens"
-                + (f", at each of {expected[1]} places where they enter the stream" if len(expected) > 2 else "")
-            )
+            places = f", at each of {inner[0]} places where they enter the stream" if inner else ""
+            wanted = f"a vector of {expected[-1]} numbers for each of {expected[0]} image tokens{places}"
+            raise InputError(f"image features are {expected}, {wanted}; got {tuple(features.shape)}")
         new = copy(self)  # skips the checks of __post_init__: no other field depends on the features
         object.__setattr__(new, "image_features", features)
         if features is None:

@@ -410,21 +410,23 @@ def test_added_vector(case: tuple[Any, Any]) -> None:
 @pytest.mark.parametrize("values", ["mean", "zero", "vector"])
 def test_replaced_image_tokens(case: tuple[Any, Any], values: Any) -> None:
     model, batch = case
-    values = torch.randn(model.cfg.d_model) if values == "vector" else values
+    n_inner, shape = model.cfg.n_deepstack, (model.cfg.d_model,)
+    values = torch.randn((1 + n_inner, *shape) if n_inner else shape) if values == "vector" else values
+    names = ["hook_embed", *(f"blocks.{block}.hook_deepstack" for block in range(n_inner))]
     chosen = tuple(tuple(positions[1:4].tolist()) for positions in batch.positions.image)
 
     def literal(x: Tensor, hook: Any) -> Tensor:
-        new = x.clone()
+        new, entry = x.clone(), names.index(hook.name)
         for row, positions in enumerate(chosen):
             for p in positions:
                 if isinstance(values, Tensor):
-                    new[row, p] = values
+                    new[row, p] = values[entry] if n_inner else values
                 else:
                     own = next(v for v in batch.visuals if v.row == row and v.start <= p < v.stop)
                     new[row, p] = 0 if values == "zero" else x[row, own.start : own.stop].mean(0)
         return new
 
-    same(model, batch, ReplaceImageTokens(chosen, values), by_hand(model, batch, [("hook_embed", literal)]))
+    same(model, batch, ReplaceImageTokens(chosen, values), by_hand(model, batch, [(name, literal) for name in names]))
 
 
 # ---- together, and in generation ----

@@ -150,7 +150,7 @@ def test_interventions_act_on_every_sample_of_every_row(model: Any, family: str,
 def test_the_vision_tower_knows_its_inputs(model: Any, family: str) -> None:
     own, other = inputs_of(family, [ROW]), inputs_of(family, [[5, 6, "small", 7]])
     name = "hook_image_features"
-    source = torch.zeros_like(model.encode_images(own))
+    source = torch.zeros(len(own.feature_slots), model.cfg.d_model)
     hooks = PatchActivation(name, source).hooks(model, own)
     model.run_with_hooks(own, fwd_hooks=hooks)
     with pytest.raises(InputError, match="made for"):

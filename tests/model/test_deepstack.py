@@ -90,7 +90,7 @@ def test_means_and_vectors_replace_every_feature() -> None:
     )
     with pytest.raises(InputError, match=rf"one behind each of {N} blocks, \(3, 64\), got \(64,\)"):
         ReplaceImageTokens(values=vectors[0]).hooks(model, inputs)
-    with pytest.raises(InputError, match=r"\(\d+, 3, 64\), got \(\d+, 64\).*each of 3 places"):
+    with pytest.raises(InputError, match=r"\(\d+, 3, 64\).*each of 3 places.*got \(\d+, 64\)"):
         inputs.with_image_features(features[:, 0])
 
 

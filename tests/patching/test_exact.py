@@ -115,14 +115,15 @@ def test_the_whole_clean_stream_of_one_layer_restores_the_clean_run_exactly(fami
     model, pair = model_and_pair(family)
     with torch.no_grad():
         expected, cache = model.run_with_cache(pair.clean)
-        for layer in range(model.cfg.n_layers):
+        for layer in range(model.cfg.n_deepstack, model.cfg.n_layers):  # all of the picture has entered before
             whole = PatchActivation(f"blocks.{layer}.hook_resid_pre", cache["resid_pre", layer])
             found = model.run_with_hooks(pair.corrupt, fwd_hooks=whole.hooks(model, pair.corrupt))
             assert torch.equal(found, expected)
-    result = patch(model, pair, "resid_post", METRIC, where="all")
+    whole = range(max(model.cfg.n_deepstack - 1, 0), model.cfg.n_layers)
+    result = patch(model, pair, "resid_post", METRIC, where="all", layers=whole)
     np.testing.assert_allclose(result.mean, 1.0, atol=1e-5)
     to_clean = kl_divergence(last_logits(expected, pair.clean))
-    assert patch(model, pair, "resid_post", to_clean, where="all").values.max() < 1e-5
+    assert patch(model, pair, "resid_post", to_clean, where="all", layers=whole).values.max() < 1e-5
 
 
 def test_patching_a_run_with_itself_changes_nothing(family: str) -> None:

@@ -67,6 +67,7 @@ def test_the_weights_hash_sees_every_value_of_a_vision_tower() -> None:
         "positions_per_second": 2.0,
         "window": {"window": 2, **blocks},
         "full_layers": {"window": 2, "full_layers": (0,), **blocks},
+        "deepstack_layers": (0,),
         "patch_size": 4,
         "patch_order": {"patch_order": "blocks", "tile_size": None},
         "tile_size": 2 * (vision.tile_size or 0),
