@@ -10,6 +10,7 @@ from functools import lru_cache, partial
 from typing import Any
 
 import pytest
+import tiny_anyres
 import tiny_internvl
 import tiny_llava
 import tiny_made_up
@@ -66,6 +67,7 @@ CLIP = {
     "vision.blocks.{l}.attn.hook_pattern": "model.vision_tower.encoder.layers.{l}.self_attn",
 }
 LLAVA = {**CLIP, "hook_image_features": "model.multi_modal_projector"}
+NEXT = {**CLIP, "hook_image_features": "model.packed"}
 
 
 MADE_UP = {
@@ -124,6 +126,18 @@ def llava() -> Kind:
     )
 
 
+def llava_next() -> Kind:
+    return Kind(
+        hf=tiny_anyres.tiny_next,
+        batch=tiny_anyres.next_batch,
+        for_hf=tiny_anyres.for_hf,
+        images={"small": ("image", tiny_anyres.SMALL), "large": ("image", tiny_anyres.WIDE)},
+        cases=tiny_anyres.NEXT_CASES,
+        vision=NEXT,
+        placeholders=(tiny_anyres.IMAGE,),
+    )
+
+
 def made_up() -> Kind:
     return Kind(
         hf=tiny_made_up.tiny_hf,
@@ -150,9 +164,10 @@ KINDS = {
     # and generates anew without its cache there (docs/references.md)
     "internvl2, phi3": internvl("phi3", mixed=False, n_new=6),
     "llava": llava(),
+    "llava-next": llava_next(),
     "made-up": made_up(),
 }
-FAMILIES = ("qwen2-vl", "qwen2.5-vl", "internvl2", "internvl3.5", "llava", "made-up")
+FAMILIES = ("qwen2-vl", "qwen2.5-vl", "internvl2", "internvl3.5", "llava", "llava-next", "made-up")
 
 # name: (row of every family; a word stands for an image, of two sizes)
 ROWS: dict[str, list[list[Any]]] = {

@@ -46,8 +46,11 @@ class ImageLayout:
     """Numbers of placeholders side by side; one run of all tokens by default."""
     between: tuple[str, ...] = ()
     """Texts before each run and behind the last; none by default."""
-    features: Int[np.ndarray, "token"] | None = None
-    """Which output of the projector each token is, -1 for a learned line break; None: in the same order."""
+    features: Int[np.ndarray, "token"] | Int[np.ndarray, "token source"] | None = None
+    """Which output of the projector each token is, -1 for a learned line break; None: in the same order. With `shares`:
+    of which outputs it is a mix."""
+    shares: Float[np.ndarray, "token source"] | None = None
+    """How much of each output is in a token (resampled grids); None: a token is one output."""
     size_known: bool = True
     seconds: float = 1.0
     """Of a video, the time from one frame to the next."""
@@ -60,6 +63,10 @@ class ImageLayout:
         inside = (placed >= 0) & (placed < self.n_tokens)
         if not inside.all() or len(np.unique(placed)) != len(placed):
             raise GeometryError(f"the cells of a layout's parts must be different numbers below {self.n_tokens}")
+        if self.shares is not None and (self.features is None or self.features.shape != self.shares.shape):
+            raise GeometryError(
+                f"shares of {self.shares.shape} need as many features: which outputs a token is made of"
+            )
         if self.between and len(self.between) != len(self.runs) + 1:
             n = len(self.runs)
             raise GeometryError(f"{n} runs need {n + 1} texts around them, got {self.between}")

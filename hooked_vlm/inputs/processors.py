@@ -2,6 +2,7 @@
 
 from hooked_vlm.config import VLMConfig
 from hooked_vlm.errors import CheckpointError
+from hooked_vlm.inputs.anyres import AnyresProcessor
 from hooked_vlm.inputs.cropped import CropProcessor
 from hooked_vlm.inputs.image_processor import ImageProcessor
 from hooked_vlm.inputs.image_settings import Settings
@@ -12,6 +13,7 @@ PROCESSORS: dict[str, type[PictureProcessor]] = {
     "resized": ImageProcessor,
     "tiles": TileProcessor,
     "cropped": CropProcessor,
+    "anyres": AnyresProcessor,
 }
 
 

@@ -1,7 +1,7 @@
 """How prompts are written around text and pictures, family by family: values, looked up by name."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 
 @dataclass(frozen=True)
@@ -48,5 +48,20 @@ INTERNVL = PromptStyle(
     },
 )
 VICUNA = PromptStyle(user_header="USER:", assistant_header="ASSISTANT:")
-STYLES: dict[str, PromptStyle] = {"chatml": CHATML, "internvl": INTERNVL, "vicuna": VICUNA}
+MISTRAL = PromptStyle(user_header="[INST]", assistant_header="[/INST]")
+LLAMA3 = PromptStyle(
+    user_header="<|start_header_id|>user<|end_header_id|>\n\n",
+    assistant_header="<|start_header_id|>assistant<|end_header_id|>\n\n",
+    turn_starts=("<|start_header_id|>",),
+    turn_end="<|eot_id|>",
+)
+ONEVISION = replace(CHATML, user_header="<|im_start|>user ")
+STYLES: dict[str, PromptStyle] = {
+    "chatml": CHATML,
+    "internvl": INTERNVL,
+    "vicuna": VICUNA,
+    "mistral": MISTRAL,
+    "llama3": LLAMA3,
+    "onevision": ONEVISION,
+}
 """Styles by the name that a configuration gives (`VLMConfig.prompt_style`)."""

@@ -48,7 +48,7 @@ class VLMInputs:
     pixel_values: Float[Tensor, "patch ..."] | None = None
     image_grid_thw: Int[Tensor, "image 3"] | None = None
     """Patches of every image: (1, rows, columns), or (tiles, rows, columns) of a tile."""
-    pixel_values_videos: Float[Tensor, "video_patch d_patch"] | None = None
+    pixel_values_videos: Float[Tensor, "video_patch ..."] | None = None
     video_grid_thw: Int[Tensor, "video 3"] | None = None
     image_layouts: tuple[ImageLayout, ...] | None = None
     """Where the tokens of each image lie; of the grids alone if left out (then the original sizes are not known)."""
@@ -237,18 +237,25 @@ class VLMInputs:
 
     @cached_property
     @torch.inference_mode(False)
-    def feature_sources(self) -> Int[Tensor, "token"] | None:
-        """Which output of the projector each image token is, in feature order; -1 for line breaks. None: all of them,
-        in the order of the projector."""
+    def feature_sources(self) -> tuple[Int[Tensor, "token source"], Float[Tensor, "token source"] | None] | None:
+        """Which output of the projector each image token is, in feature order, -1 for line breaks; where tokens are
+        mixes, which outputs and how much of each. None: all of them, in the order of the projector."""
         layouts = [v.layout for v in self.in_feature_order]
         if all(layout.features is None for layout in layouts):
             return None
-        sources, first = [], 0
+        widest = max(1 if layout.shares is None else layout.shares.shape[1] for layout in layouts)
+        first, n_tokens = 0, sum(layout.n_tokens for layout in layouts)
+        sources, shares, done = np.full((n_tokens, widest), -1), np.zeros((n_tokens, widest)), 0
         for layout in layouts:
             own = np.arange(layout.n_tokens) if layout.features is None else layout.features
-            sources.append(np.where(own < 0, -1, own + first))
+            own = own.reshape(layout.n_tokens, -1)
+            rows = slice(done, done + layout.n_tokens)
+            sources[rows, : own.shape[1]] = np.where(own < 0, -1, own + first)
+            shares[rows, : own.shape[1]] = 1.0 if layout.shares is None else layout.shares
             first += layout.n_features(self.spec.token_size)
-        return torch.from_numpy(np.concatenate(sources)).to(self.device)
+            done += layout.n_tokens
+        mixes = torch.from_numpy(shares).to(self.device) if widest > 1 else None
+        return torch.from_numpy(sources).to(self.device), mixes
 
     @property
     def in_feature_order(self) -> list[Visual]:
