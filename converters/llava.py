@@ -57,10 +57,14 @@ def config_kwargs(hf_config: Mapping[str, Any]) -> dict[str, Any]:
         "image_token_id": image_token_id,
         "video_token_id": _video_token(root, family),
         "pad_token_id": root.token_id("pad_token_id", default=text["pad_token_id"]),
-        "prompt_style": style if dialect is not LLAMA else LLAMA_STYLES.get(image_token_id or 0, style),
+        "prompt_style": _llama_style(image_token_id) if dialect is LLAMA else style,
         "vision": _vision_kwargs(root, family, text["d_model"]),
         "original_architecture": family.architecture,
     }
+
+
+def _llama_style(image_token_id: int | None) -> str:
+    return next(style for first, style in LLAMA_STYLES if (image_token_id or 0) >= first)
 
 
 def _video_token(root: Fields, family: Variant) -> int | None:

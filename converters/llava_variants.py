@@ -54,7 +54,6 @@ ONEVISION = Variant(
     pinpoints=tuple((384 * rows, 384 * cols) for rows in range(1, 7) for cols in range(1, 7)),
     video_token_id=151647,
     max_grid=9,
-    styles={"qwen2": "onevision"},
 )
 VARIANTS = (LLAVA, NEXT, ONEVISION)
 INSTEAD: dict[str, str] = {
@@ -87,9 +86,9 @@ DIALECTS: dict[str, tuple[Dialect, str, dict[str, Any]]] = {
 }  # fmt: skip
 """Dialect, style of prompts and default settings of a language model, by its model type."""
 
-LLAMA_STYLES = {64000: "chatml", 128256: "llama3"}
-"""Styles of prompts of language models in Llama's dialect that are no Vicuna, by the id of the image's placeholder,
-which is the first one behind the language model's own vocabulary (Yi's, Llama-3's)."""
+LLAMA_STYLES = ((128000, "llama3"), (64000, "chatml"), (0, "vicuna"))
+"""Styles of prompts of language models in Llama's dialect (Llama-3, Yi, Vicuna), each from an id of the image's
+placeholder on: it is among the first ids behind the language model's own vocabulary."""
 
 TOWERS: dict[str, dict[str, Any]] = {
     "clip_vision_model": {

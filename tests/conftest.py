@@ -111,7 +111,10 @@ def _values(case: pytest.Item) -> set[tuple[int, str]]:
     return set(enumerate(callspec._idlist)) if callspec else {(0, case.name)}
 
 
-ONE_OF_EACH_KIND, OTHERS = ("qwen2-vl", "internvl2", "made-up"), ("qwen2.5-vl", "internvl3.5", "llava", "llava-next")
+ONE_OF_EACH_KIND, OTHERS = (
+    ("qwen2-vl", "internvl2", "made-up"),
+    ("qwen2.5-vl", "internvl3.5", "llava", "llava-next", "llava-onevision"),
+)
 
 
 @pytest.fixture(params=[*ONE_OF_EACH_KIND, *(pytest.param(name, marks=pytest.mark.full) for name in OTHERS)])

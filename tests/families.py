@@ -68,6 +68,7 @@ CLIP = {
 }
 LLAVA = {**CLIP, "hook_image_features": "model.multi_modal_projector"}
 NEXT = {**CLIP, "hook_image_features": "model.packed"}
+ONEVISION = {**NEXT, "vision.blocks.0.hook_resid_pre": "model.vision_tower.embeddings"}
 
 
 MADE_UP = {
@@ -138,6 +139,18 @@ def llava_next() -> Kind:
     )
 
 
+def onevision(tied: bool) -> Kind:
+    return replace(
+        llava_next(),
+        hf=partial(tiny_anyres.tiny_onevision, tied),
+        batch=tiny_anyres.onevision_batch,
+        images={"small": ("image", tiny_anyres.SMALL), "large": ("image", tiny_anyres.LARGE)},
+        cases=tiny_anyres.ONEVISION_CASES,
+        vision=ONEVISION,
+        placeholders=(tiny_anyres.IMAGE, tiny_anyres.VIDEO),
+    )
+
+
 def made_up() -> Kind:
     return Kind(
         hf=tiny_made_up.tiny_hf,
@@ -165,9 +178,11 @@ KINDS = {
     "internvl2, phi3": internvl("phi3", mixed=False, n_new=6),
     "llava": llava(),
     "llava-next": llava_next(),
+    "llava-onevision": onevision(tied=False),
+    "llava-onevision, tied": onevision(tied=True),
     "made-up": made_up(),
 }
-FAMILIES = ("qwen2-vl", "qwen2.5-vl", "internvl2", "internvl3.5", "llava", "llava-next", "made-up")
+FAMILIES = ("qwen2-vl", "qwen2.5-vl", "internvl2", "internvl3.5", "llava", "llava-next", "llava-onevision", "made-up")
 
 # name: (row of every family; a word stands for an image, of two sizes)
 ROWS: dict[str, list[list[Any]]] = {

@@ -6,6 +6,7 @@ from hooked_vlm.inputs.anyres import AnyresProcessor
 from hooked_vlm.inputs.cropped import CropProcessor
 from hooked_vlm.inputs.image_processor import ImageProcessor
 from hooked_vlm.inputs.image_settings import Settings
+from hooked_vlm.inputs.onevision import OneVisionProcessor
 from hooked_vlm.inputs.picture_processor import PictureProcessor
 from hooked_vlm.inputs.tiles import TileProcessor
 
@@ -14,6 +15,7 @@ PROCESSORS: dict[str, type[PictureProcessor]] = {
     "tiles": TileProcessor,
     "cropped": CropProcessor,
     "anyres": AnyresProcessor,
+    "onevision": OneVisionProcessor,
 }
 
 

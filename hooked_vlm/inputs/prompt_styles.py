@@ -1,7 +1,7 @@
 """How prompts are written around text and pictures, family by family: values, looked up by name."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True)
@@ -55,13 +55,11 @@ LLAMA3 = PromptStyle(
     turn_starts=("<|start_header_id|>",),
     turn_end="<|eot_id|>",
 )
-ONEVISION = replace(CHATML, user_header="<|im_start|>user ")
 STYLES: dict[str, PromptStyle] = {
     "chatml": CHATML,
     "internvl": INTERNVL,
     "vicuna": VICUNA,
     "mistral": MISTRAL,
     "llama3": LLAMA3,
-    "onevision": ONEVISION,
 }
 """Styles by the name that a configuration gives (`VLMConfig.prompt_style`)."""

@@ -19,7 +19,7 @@ from hooked_vlm.inputs.geometry import ImageLayout
 RESAMPLED_FROM = 1.1
 """A stitched grid is resampled where its side exceeds that of the largest grid by more than this factor."""
 
-Mix = tuple[Int[np.ndarray, "... source"], Float[np.ndarray, "... source"]]
+Mix = tuple[Int[np.ndarray, "... _"], Float[np.ndarray, "... _"]]
 """The outputs of the projector that a token is a mix of (-1: the line break), and their shares."""
 
 
