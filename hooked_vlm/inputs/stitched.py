@@ -95,10 +95,9 @@ def _in_a_row(parts: list[Mix]) -> Mix:
 def _with_breaks(rows: Mix) -> Mix:
     """A grid with a line break behind each row."""
     features, shares = rows
-    last = np.zeros((1, 1, features.shape[-1]))
-    last[..., 0] = 1
-    breaks = np.full_like(features[:, :1], -1)
-    return np.concatenate((features, breaks), 1), np.concatenate((shares, np.broadcast_to(last, breaks.shape)), 1)
+    breaks = np.full((len(features), 1, features.shape[-1]), -1)
+    alone = np.eye(1, features.shape[-1])[None].repeat(len(features), axis=0)
+    return np.concatenate((features, breaks), 1), np.concatenate((shares, alone), 1)
 
 
 def _layout(
@@ -143,8 +142,8 @@ def stitched_layout(
     """A picture that is stretched to a first tile (the thumbnail), and fitted into a grid of more tiles.
 
     The tokens of the first tile come first, row by row. Those of the stitched grid follow, without the rows or columns
-    of its margin, with a line break behind each row. (A picture so narrow that it has no row there is in the first tile
-    alone.)
+    of its margin, with a line break behind each row. (A picture so narrow that no row or column of it is left is in the
+    first tile alone.)
 
     Args:
         image_size: (width, height) of the original image in pixels.
@@ -173,9 +172,8 @@ def stitched_layout(
     fine = LayoutPart("tiles", grid[None], area, ImageSize(wide, high), across, down, (tile_cols, tile_rows))
     own = _spans(1, tile_size, patch_size)
     thumbnail = LayoutPart("thumbnail", first[None], (0, 0, width, height), ImageSize(tile_size, tile_size), own, own)
-    tokens, parts = [mixed(first, first.shape)], (thumbnail,)
+    tokens, parts = [mixed(first, first.shape), _with_breaks(mixed(kept, size))], (thumbnail,)
     if kept.size:
-        tokens.append(_with_breaks(mixed(kept, size)))
         cells = np.arange(size[0] * (size[1] + 1)).reshape(1, size[0], size[1] + 1)[:, :, :-1] + side**2
         spans = {"columns": footprints(across[cols], size[1]), "rows": footprints(down[rows], size[0])}
         parts = (replace(fine, cells=cells, **spans), thumbnail)
