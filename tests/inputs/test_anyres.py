@@ -1,6 +1,7 @@
 """Tiles, squares and frames of LLaVA-NeXT and LLaVA-OneVision, bit for bit those of `transformers`' Pillow processors;
 layouts against a literal computation; batches and settings that do not fit."""
 
+import math
 from typing import Any
 
 import numpy as np
@@ -135,12 +136,10 @@ def literal(processor: AnyresProcessor, size: tuple[int, int]) -> tuple[torch.Te
             new = [int(grid.shape[1] // ratio), int(grid.shape[2] // ratio)]
             grid = F.interpolate(grid[None], new, mode="bilinear")[0]
     grid = torch.cat((grid, torch.zeros(*grid.shape[:2], 1, dtype=torch.float64)), -1).flatten(1).T
-    scale = min(wide / width, high / height)
     new_width, new_height = (
-        (wide, min(-int(-(height * wide / width) // 1), high)) if wide / width < high / height
-        else (min(-int(-(width * high / height) // 1), wide), high)
+        (wide, min(math.ceil(height * (wide / width)), high)) if wide / width < high / height
+        else (min(math.ceil(width * (high / height)), wide), high)
     )  # fmt: skip
-    assert scale > 0
     left, top = (wide - new_width) // 2, (high - new_height) // 2
     boxes = []
     for tile in range(1 + rows * cols):
