@@ -16,6 +16,9 @@ from transformers.models.llava_next.image_processing_pil_llava_next import Llava
 from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
 from transformers.models.llava_onevision.image_processing_pil_llava_onevision import LlavaOnevisionImageProcessorPil
 
+from hooked_vlm.inputs.anyres import AnyresProcessor
+from hooked_vlm.inputs.onevision import OneVisionProcessor
+
 __all__ = ["for_hf"]
 
 IMAGE, VIDEO = 193, 194
@@ -170,3 +173,19 @@ ONEVISION_PROCESSOR = LlavaOnevisionImageProcessorPil(
     image_mean=[0.5, 0.4, 0.3],
     image_std=[0.5, 0.6, 0.7],
 )
+
+
+def pairs(pinpoints: list[list[int]]) -> tuple[tuple[int, int], ...]:
+    return tuple((high, wide) for high, wide in pinpoints)
+
+
+NEXT = AnyresProcessor(pairs(PINPOINTS), side=SIDE, patch_size=7)
+ONEVISION = OneVisionProcessor(
+    pairs(OV_PINPOINTS),
+    side=OV_SIDE,
+    patch_size=7,
+    max_grid=MOST,
+    image_mean=(0.5, 0.4, 0.3),
+    image_std=(0.5, 0.6, 0.7),
+)
+BATCHES = {"llava-next": next_batch, "llava-onevision": onevision_batch}

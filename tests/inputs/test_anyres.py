@@ -1,31 +1,31 @@
 """Tiles, squares and frames of LLaVA-NeXT and LLaVA-OneVision, bit for bit those of `transformers`' Pillow processors;
-layouts against a literal computation; batches and settings that do not fit."""
+layouts against a literal computation, every step of which moves the logits."""
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from families import KINDS, own_copy, tiny_model
+from families import tiny_model
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 from tiny_anyres import (
-    IMAGE,
+    BATCHES,
     LARGE,
-    MOST,
+    NEXT,
     NEXT_PROCESSOR,
+    ONEVISION,
     ONEVISION_PROCESSOR,
     OV_PINPOINTS,
-    OV_SIDE,
     PINPOINTS,
     SIDE,
-    TALL,
     WIDE,
     n_tokens,
     next_batch,
-    onevision_batch,
+    pairs,
     tiny_next,
     tiny_onevision,
 )
@@ -36,28 +36,12 @@ from transformers.models.llava_next.image_processing_pil_llava_next import Llava
 from transformers.models.llava_onevision.image_processing_pil_llava_onevision import LlavaOnevisionImageProcessorPil
 
 from hooked_vlm.converters import KNOWN_MODELS
-from hooked_vlm.errors import CheckpointError, GeometryError, ImageError, InputError
+from hooked_vlm.errors import GeometryError
 from hooked_vlm.inputs.anyres import AnyresProcessor, best_pinpoint
 from hooked_vlm.inputs.geometry import ImageLayout
-from hooked_vlm.inputs.image_settings import Settings
 from hooked_vlm.inputs.onevision import OneVisionProcessor
-from hooked_vlm.inputs.picture_processor import Bounds
 from hooked_vlm.inputs.stitched import bilinear, stitched_layout
 
-
-def pairs(pinpoints: list[list[int]]) -> tuple[tuple[int, int], ...]:
-    return tuple((high, wide) for high, wide in pinpoints)
-
-
-NEXT = AnyresProcessor(pairs(PINPOINTS), side=SIDE, patch_size=7)
-ONEVISION = OneVisionProcessor(
-    pairs(OV_PINPOINTS),
-    side=OV_SIDE,
-    patch_size=7,
-    max_grid=MOST,
-    image_mean=(0.5, 0.4, 0.3),
-    image_std=(0.5, 0.6, 0.7),
-)
 SIZES = [
     (29, 30), (42, 21), (21, 42), (42, 42), (63, 21), (1, 1), (3, 2), (300, 8), (8, 300), (101, 60), (60, 101),
     (43, 41), (22, 64), (64, 22), (333, 211), (1, 90), (90, 1), (23, 23), (69, 69), (70, 62),
@@ -234,121 +218,54 @@ def test_a_token_shows_the_pixels_of_its_box() -> None:
     assert checked > 10
 
 
-# ---------------------------------------------------------------- Hugging Face batches
+def rearranged(layout: ImageLayout, step: str) -> ImageLayout:
+    """The layout without one step of the arrangement, and as many tokens."""
+    features, shares = layout.features, layout.shares
+    assert features is not None
+    if step == "resampling":
+        assert shares is not None
+        return replace(layout, features=features[:, 0], shares=None)
+    if step == "stitching":  # the tiles' outputs as the tower makes them
+        in_order = features.copy()
+        in_order[features >= 0] = np.sort(features[features >= 0])
+        return replace(layout, features=in_order)
+    if step == "the first tile first":
+        return replace(layout, features=np.roll(features, -9))
+    margin = features.copy()  # "the middle": the outputs of another row
+    rows = features[9:].reshape(len(layout.parts[0].rows), -1)
+    margin[9:] = np.roll(rows, 1, axis=0).ravel()
+    return replace(layout, features=margin)
 
-BATCHES = {"llava-next": next_batch, "llava-onevision": onevision_batch}
 
-
-@pytest.mark.parametrize("name", BATCHES)
-def test_a_batch_of_the_processor_is_read_as_pictures_are_prepared(name: str) -> None:
-    """Sizes are (height, width) there; tiles that pad a batch are left out."""
-    processor, theirs = (NEXT, NEXT_PROCESSOR) if name == "llava-next" else (ONEVISION, ONEVISION_PROCESSOR)
-    images = [picture(*WIDE), picture(*TALL)]
-    prepared: Any = theirs(images, return_tensors="pt")
-    hf = KINDS[name].hf()
-    ids = [[5, *[IMAGE] * n_tokens(hf, image.size), 7] for image in images]
-    width = max(map(len, ids))
-    tokens = torch.tensor([[0] * (width - len(row)) + row for row in ids])
+@pytest.mark.parametrize(
+    ("name", "size", "step"),
+    [
+        ("llava-next", WIDE, "stitching"),
+        ("llava-next", WIDE, "the first tile first"),
+        ("llava-next", WIDE, "the middle"),
+        ("llava-onevision", LARGE, "resampling"),
+    ],
+)
+@torch.no_grad()
+def test_every_step_of_the_arrangement_moves_the_logits(name: str, size: tuple[int, int], step: str) -> None:
     model = tiny_model(name)
-    inputs = model.inputs_from_hf({**prepared, "input_ids": tokens, "attention_mask": (tokens > 0).long()})
-    pixels, grids, layouts = processor(images)
-    assert torch.equal(inputs.pixel_values, pixels) and torch.equal(inputs.image_grid_thw, grids)
-    assert inputs.image_sizes == (WIDE, TALL)
-    assert [layout.same_as(own) for layout, own in zip(inputs.image_layouts, layouts, strict=True)] == [True, True]
+    inputs = model.inputs_from_hf(BATCHES[name]([[5, ("image", size), 6, 7]]))
+    other = replace(inputs, image_layouts=(rearranged(inputs.image_grid(0), step),))
+    assert (model(other) - model(inputs))[0, -1].abs().max() > 1e-3
 
 
-@pytest.mark.parametrize("name", BATCHES)
-def test_batches_that_do_not_fit_say_what_was_expected(name: str) -> None:
-    model, batch = tiny_model(name), BATCHES[name]([[5, ("image", LARGE), 6]])
-    for changes, says in (
-        ({"image_sizes": None}, "image_sizes must be whole numbers"),
-        ({"image_sizes": torch.tensor([[0, 5]])}, "image_sizes must be whole numbers"),
-        ({"image_sizes": torch.tensor([[5.0, 5.0]])}, "image_sizes must be whole numbers"),
-        ({"image_sizes": torch.tensor([[30, 300]])}, r"\(height, width\) \[\(30, 300\)\] have \[4\] tiles"),
-        ({"image_sizes": batch["image_sizes"].repeat(2, 1)}, "both must be those|batch_num_images must be"),
-        ({"pixel_values": batch["pixel_values"][:, :2]}, "pixel_values are"),
-        ({"pixel_values": batch["pixel_values"][..., :5]}, r"must be \[image, tile, 3"),
-        ({"input_ids": batch["input_ids"][:, 4:], "attention_mask": None}, "placeholders, the tokens have"),
-    ):
-        with pytest.raises(InputError, match=says):
-            model.inputs_from_hf({**batch, **changes})
-    flat = model.inputs_from_hf({**batch, "pixel_values": batch["pixel_values"].flatten(0, 1)})
-    assert torch.equal(flat.pixel_values, model.inputs_from_hf(batch).pixel_values)
+@torch.no_grad()
+def test_a_plain_gather_equals_the_mix_of_single_outputs() -> None:
+    model = tiny_model("llava-next")
+    inputs = model.inputs_from_hf(next_batch([[5, ("image", WIDE), 6, 7]]))
+    layout = inputs.image_grid(0)
+    features = np.stack((layout.features, layout.features), axis=1)
+    shares = np.tile((0.25, 0.75), (layout.n_tokens, 1))
+    mixed = replace(inputs, image_layouts=(replace(layout, features=features, shares=shares),))
+    torch.testing.assert_close(model.encode_images(mixed), model.encode_images(inputs), atol=1e-6, rtol=0)
 
 
-def test_a_batch_made_with_other_pinpoints_is_refused_by_their_name() -> None:
-    other = own_copy(tiny_model("llava-next"))
-    other.image_processor = AnyresProcessor(pairs(PINPOINTS[:1]), side=SIDE, patch_size=7)
-    with pytest.raises(InputError, match=r"image_grid_pinpoints \[\[21, 42\]\]"):
-        other.inputs_from_hf(next_batch([[5, ("image", TALL), 6]]))
-
-
-def test_wrong_numbers_of_images_and_frames_are_refused() -> None:
-    model = tiny_model("llava-onevision")
-    batch = onevision_batch([[5, ("image", WIDE), 6, ("image", TALL), 7]])
-    with pytest.raises(InputError, match="batch_num_images"):
-        model.inputs_from_hf({**batch, "batch_num_images": torch.tensor([1])})
-    video = onevision_batch([[5, ("video", 2), 6]])
-    with pytest.raises(InputError, match="pixel_values_videos must be"):
-        model.inputs_from_hf({**video, "pixel_values_videos": video["pixel_values_videos"][0]})
-    with pytest.raises(InputError, match="image_sizes"):
-        model.input_spec().layout_of((4, 3, 3), "image")
-    with pytest.raises(InputError, match="is seen as"):
-        NEXT.layout_of((2, 3, 3), WIDE)
-    with pytest.raises(InputError, match="3 x 3 patches"):
-        ONEVISION.layout_of((2, 4, 4), WIDE)
-
-
-# ---------------------------------------------------------------- settings and bounds
-
-
-def test_bounds_leave_the_pinpoints_of_fewer_tiles() -> None:
-    assert NEXT.with_bounds(Bounds(max_tiles=3)).layout((42, 42)).n_tiles == 3
-    assert ONEVISION.with_bounds(Bounds(max_tiles=1)).layout((90, 90)).n_tiles == 2
-    with pytest.raises(ImageError, match="at least 2"):
-        NEXT.with_bounds(Bounds(max_tiles=1))
-    with pytest.raises(InputError, match="max_pixels"):
-        NEXT.with_bounds(Bounds(max_pixels=900))
-    assert NEXT.bounds_for(100) == {"max_tiles": 2} and NEXT.bounds_below(1000, 3) == {"max_tiles": 3}
-    assert [own.layout((42, 42)).n_tiles for _, own in NEXT.tighter([1], [[]], 10, Bounds())] == [3, 3]
-
-
-def test_settings_of_files() -> None:
-    for processor, theirs in ((NEXT, LlavaNextImageProcessorPil), (ONEVISION, LlavaOnevisionImageProcessorPil)):
-        files = processor.to_files()["preprocessor_config.json"]
-        defaults = {"pinpoints": processor.pinpoints, "side": processor.side, "patch_size": 7}
-        again = type(processor).from_dict(files, **defaults, max_grid=processor.max_grid)
-        assert again == processor
-        read: Any = theirs(**files)
-        image = picture(50, 33)
-        assert torch.equal(read([image], return_tensors="pt")["pixel_values"][0], processor([image])[0])
-        for key, value in (("size", {"height": 20, "width": 20}), ("crop_size", 5)):
-            with pytest.raises(ImageError, match=f"a {key} of"):
-                type(processor).from_dict({**files, key: value}, **defaults)
-        with pytest.raises(ImageError, match=r"must be those of config\.json"):
-            type(processor).from_dict({**files, "image_grid_pinpoints": [[21, 21]]}, **defaults)
-    with pytest.raises(ImageError, match="multiples of the 21 pixels"):
-        AnyresProcessor(((20, 42),), side=SIDE)
-    with pytest.raises(ImageError, match="got none"):
-        AnyresProcessor((), side=SIDE)
-    with pytest.raises(GeometryError, match="not made of tiles"):
-        stitched_layout((5, 5), (20, 42), 21, 7)
-
-
-def test_videos_may_have_settings_of_their_own() -> None:
-    cfg = tiny_model("llava-onevision").cfg
-    images = Settings({"image_mean": [0.5] * 3, "image_std": [0.5] * 3}, "preprocessor_config.json")
-    other = Settings({"image_mean": [0.1] * 3, "image_std": [0.5] * 3}, "video_preprocessor_config.json")
-    same, apart = (OneVisionProcessor.from_checkpoint(cfg, images, videos) for videos in (images, other))
-    assert same.for_videos is None and apart.for_videos is not None
-    frames = [picture(30, 20), picture(30, 20)]
-    assert not torch.equal(same.video(frames)[0], apart.video(frames)[0])
-    assert torch.equal(same.video(frames)[0][:1], same([frames[0]])[0][:1])  # as the first tile of an image
-    files = apart.to_files()
-    assert files["video_preprocessor_config.json"]["image_mean"] == [0.1] * 3
-    with pytest.raises(ImageError, match="one size"):
-        same.video([picture(30, 20), picture(20, 30)])
-    with pytest.raises(ImageError, match="at least one frame"):
-        same.video([])
-    with pytest.raises(CheckpointError, match="resample"):
-        OneVisionProcessor.from_checkpoint(cfg, Settings({"resample": 0}, "preprocessor_config.json"), images)
+def test_shares_need_as_many_features() -> None:
+    layout = NEXT.layout(WIDE)
+    with pytest.raises(GeometryError, match="as many features"):
+        replace(layout, shares=np.ones((layout.n_tokens, 2)))
