@@ -34,7 +34,8 @@ Size = tuple[int, int]
 
 def with_packed(hf: Any) -> Any:
     """The reference with a module, `packed`, that the features of its images and videos pass as tokens."""
-    of_images, of_videos = hf.model.pack_image_features, getattr(hf.model, "get_video_features", None)
+    of_images: Any = hf.model.pack_image_features
+    of_videos: Any = getattr(hf.model, "get_video_features", None)
     hf.model.packed = nn.Identity()
 
     def pack(*args: Any, **kwargs: Any) -> Any:

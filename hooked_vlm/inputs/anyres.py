@@ -254,22 +254,7 @@ class AnyresProcessor(PictureProcessor):
         Raises:
             ImageError: a setting that is not supported, or that contradicts config.json.
         """
-        config = processor_settings(config)
-        fields: dict[str, Any] = {**defaults, **common_settings(config)}
-        for key in ("size", "crop_size"):
-            sides = set(config[key].values()) if isinstance(config.get(key), Mapping) else {config.get(key)}
-            if sides - {None, fields["side"]}:
-                raise ImageError(
-                    f"unsupported image processor: expected a {key} of {fields['side']} pixels, the vision tower's "
-                    f"image_size, got {config[key]!r}"
-                )
-        stated, known = config.get("image_grid_pinpoints"), [list(own) for own in fields["pinpoints"]]
-        if stated is not None and stated != known:
-            raise ImageError(
-                f"image_grid_pinpoints must be those of config.json, {known}, after which the model counts its tokens, "
-                f"got {stated!r:.200}"
-            )
-        return cls(**fields)
+        return cls(**_checked(processor_settings(config), defaults))
 
     @classmethod
     def from_checkpoint(cls, cfg: VLMConfig, images: Settings, videos: Settings) -> "AnyresProcessor":
@@ -304,3 +289,26 @@ class AnyresProcessor(PictureProcessor):
             "image_mean": list(self.image_mean),
             "image_std": list(self.image_std),
         }
+
+
+def _checked(config: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of a processor with these settings.
+
+    Raises:
+        ImageError: a setting that is not supported, or that contradicts config.json.
+    """
+    fields: dict[str, Any] = {**defaults, **common_settings(config)}
+    for key in ("size", "crop_size"):
+        sides = config[key].values() if isinstance(config.get(key), Mapping) else (config.get(key),)
+        if any(own not in (None, fields["side"]) for own in sides):
+            raise ImageError(
+                f"unsupported image processor: expected a {key} of {fields['side']} pixels, the vision tower's "
+                f"image_size, got {config[key]!r}"
+            )
+    stated, known = config.get("image_grid_pinpoints"), [list(own) for own in fields["pinpoints"]]
+    if stated is not None and stated != known:
+        raise ImageError(
+            f"image_grid_pinpoints must be those of config.json, {known}, after which the model counts its tokens, "
+            f"got {stated!r:.200}"
+        )
+    return fields

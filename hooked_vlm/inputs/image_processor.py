@@ -173,6 +173,7 @@ class ImageProcessor(PictureProcessor):
         frames: Iterable[Any],
         min_pixels: int | None = None,
         max_pixels: int | None = None,
+        *,
         resized: tuple[int, int] | None = None,
     ) -> tuple[Float[torch.Tensor, "patches d_patch"], Int[torch.Tensor, "1 3"], list[ImageSize]]:
         """Prepare one video.

@@ -149,7 +149,7 @@ class OneVisionProcessor(AnyresProcessor):
         Raises:
             CheckpointError: settings that are not supported, or that contradict config.json.
         """
-        processor = cls._from_settings(cfg, images, **(PUBLISHED if images.file is None else SILENT))
+        processor: Any = cls._from_settings(cfg, images, **(PUBLISHED if images.file is None else SILENT))
         if videos.file is None:
             return processor
         of_videos = cls._from_settings(cfg, videos, **SILENT)

@@ -308,15 +308,18 @@ class Projector(nn.Module):
         with line breaks; resampled grids as the mixes of outputs that they are."""
         if inputs.feature_sources is None:
             return outputs
-        sources, shares = (None if x is None else x.to(outputs.device) for x in inputs.feature_sources)
+        sources, shares = inputs.feature_sources
+        sources = sources.to(outputs.device)
         own = outputs.unflatten(0, (n_runs, -1))
         if self.cfg.line_break:
             own = torch.cat((own, self.line_break.to(own).expand(n_runs, 1, -1)), dim=1)
         if shares is None:
             return own[:, sources[:, 0]].flatten(0, 1)
         exact = torch.promote_types(own.dtype, torch.float32)  # mixed as torch does: rounded once
-        shares = shares.to(exact)
-        tokens = sum(own[:, of].to(exact) * share[:, None] for of, share in zip(sources.T, shares.T, strict=True))
+        weights = shares.to(own.device, exact)[:, :, None]  # [token, source, 1]
+        tokens = own[:, sources[:, 0]].to(exact) * weights[:, 0]
+        for i in range(1, sources.shape[1]):
+            tokens = tokens + own[:, sources[:, i]].to(exact) * weights[:, i]
         return tokens.to(own.dtype).flatten(0, 1)
 
     def _tokens(

@@ -84,7 +84,8 @@ PUBLISHED: dict[str, Any] = {
 @pytest.mark.parametrize("size", SIZES, ids=str)
 def test_several_images_are_padded_to_squares_as_by_transformers(size: tuple[int, int]) -> None:
     images = [picture(*size), picture(31, 47)]
-    theirs: Any = ONEVISION_PROCESSOR([images], return_tensors="pt")
+    both: Any = [images]
+    theirs: Any = ONEVISION_PROCESSOR(both, return_tensors="pt")
     pixels, grids, layouts = ONEVISION.among(2)(images)
     assert torch.equal(pixels, theirs["pixel_values"].flatten(0, 1)) and theirs["batch_num_images"].tolist() == [2]
     assert grids.tolist() == [[1, 3, 3]] * 2 and [layout.n_tokens for layout in layouts] == [10, 10]

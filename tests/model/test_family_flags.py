@@ -46,7 +46,7 @@ def test_a_flag_taken_away_moves_the_logits(family: str, flag: str) -> None:
     other = HookedVLM(model.cfg.with_(vision=replace(model.cfg.vision, **of_tower), **of_text))
     kept = other.state_dict().keys()
     own = {name: tensor for name, tensor in model.state_dict().items() if name in kept}
-    if not other.cfg.vision.class_token and "class_token" in changes:
+    if "class_token" in changes:  # it has the first of the positions
         own["vision.tile_embed.positions"] = own["vision.tile_embed.positions"][:, 1:]
     other.load_state_dict(own)
     moved = (other(other.inputs_from_hf(batch)) - model(model.inputs_from_hf(batch))).abs().max()
