@@ -1,6 +1,8 @@
-"""Configurations and sizes of the published LLaVA models, as (`config.json`, number of parameters, source)."""
+"""Configurations and sizes of the published LLaVA models."""
 
 from typing import Any
+
+from hooked_vlm.converters.known_sizes import SEEN, KnownModel
 
 VICUNA_13B = {
     "hidden_size": 5120, "intermediate_size": 13824, "num_attention_heads": 40, "num_hidden_layers": 40,
@@ -107,41 +109,40 @@ _QWEN1_5_72B = _text("qwen2", (8192, 24576, 80, 64, 64), 152128, 32768, 1e6, 1e-
 _QWEN1_5_110B = _text("qwen2", (8192, 49152, 80, 64, 8), 152128, 32768, 1e6, 1e-6)
 _QWEN2_0_5B, _QWEN2_7B = (896, 4864, 24, 14, 2), (3584, 18944, 28, 28, 4)
 _QWEN2_72B = (8192, 29568, 80, 64, 8)
-_SEEN = "values seen in published config.json files"
 _MEMORY = "from memory, not verified"
 _SCRIPT = "its vocabulary as the published conversion makes it"
 
-KNOWN_LLAVA: dict[str, tuple[dict[str, Any], int, str]] = {
-    "llava-hf/llava-1.5-7b-hf": (_llava(), 7_063_427_072, _SEEN),
-    "llava-hf/llava-1.5-13b-hf": (
+LLAVA: dict[str, KnownModel] = {
+    "llava-hf/llava-1.5-7b-hf": KnownModel(_llava(), 7_063_427_072, SEEN),
+    "llava-hf/llava-1.5-13b-hf": KnownModel(
         _llava(**VICUNA_13B), 13_351_494_656, "as 7B, the language model's sizes are Vicuna-13B's",
     ),
-    "llava-hf/llava-v1.6-mistral-7b-hf": (_next(32000, _MISTRAL), 7_566_747_648, _SEEN),
-    "llava-hf/llava-v1.6-vicuna-7b-hf": (
+    "llava-hf/llava-v1.6-mistral-7b-hf": KnownModel(_next(32000, _MISTRAL), 7_566_747_648, SEEN),
+    "llava-hf/llava-v1.6-vicuna-7b-hf": KnownModel(
         _next(32000, VICUNA), 7_063_431_168, "language model of llava-1.5-7b-hf, the rest as mistral-7b",
     ),
-    "llava-hf/llava-v1.6-vicuna-13b-hf": (
+    "llava-hf/llava-v1.6-vicuna-13b-hf": KnownModel(
         _next(32000, VICUNA | VICUNA_13B), 13_351_499_776, "language model of llava-1.5-13b-hf, the rest as mistral-7b",
     ),
-    "llava-hf/llava-v1.6-34b-hf": (
+    "llava-hf/llava-v1.6-34b-hf": KnownModel(
         _next(64000, _YI), 34_752_083_968, f"the sizes of Yi-34B; vocabulary and placeholder {_MEMORY}",
     ),
-    "llava-hf/llama3-llava-next-8b-hf": (
+    "llava-hf/llama3-llava-next-8b-hf": KnownModel(
         _next(128256, _LLAMA3), 8_355_276_800, f"the sizes of Llama-3-8B; placeholder {_MEMORY}",
     ),
-    "llava-hf/llava-next-72b-hf": (
+    "llava-hf/llava-next-72b-hf": KnownModel(
         _next(151646, _QWEN1_5_72B), 72_667_998_208, f"the sizes of Qwen1.5-72B, {_MEMORY}",
     ),
-    "llava-hf/llava-next-110b-hf": (
+    "llava-hf/llava-next-110b-hf": KnownModel(
         _next(151646, _QWEN1_5_110B), 111_589_992_448, f"the sizes of Qwen1.5-110B, {_MEMORY}",
     ),
-    "llava-hf/llava-onevision-qwen2-0.5b-ov-hf": (
+    "llava-hf/llava-onevision-qwen2-0.5b-ov-hf": KnownModel(
         _onevision(_QWEN2_0_5B, 152000, tied=True), 893_675_552, f"the sizes of Qwen2-0.5B; {_SCRIPT}",
     ),
-    "llava-hf/llava-onevision-qwen2-7b-ov-hf": (
+    "llava-hf/llava-onevision-qwen2-7b-ov-hf": KnownModel(
         _onevision(_QWEN2_7B, 152000), 8_029_890_080, "values seen in public copies; vocab_size not verified",
     ),
-    "llava-hf/llava-onevision-qwen2-72b-ov-hf": (
+    "llava-hf/llava-onevision-qwen2-72b-ov-hf": KnownModel(
         _onevision(_QWEN2_72B, 152128), 73_181_570_592, f"the sizes of Qwen2-72B; {_SCRIPT}",
     ),
 }  # fmt: skip

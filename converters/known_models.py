@@ -1,107 +1,10 @@
 """Configurations and sizes of published models, to use without a download."""
 
-from dataclasses import dataclass
 from typing import Any
 
-from hooked_vlm.converters.known_llava import KNOWN_LLAVA
-
-SEEN = "values seen in published config.json files"
-
-
-@dataclass(frozen=True)
-class KnownModel:
-    """One published checkpoint."""
-
-    config: dict[str, Any]
-    """Its `config.json`."""
-    n_params: int
-    """Number of parameters; a tied matrix counts once."""
-    certainty: str = SEEN
-    """The source of the values, and what is not verified."""
-
-
-def _qwen2_vl(
-    *,
-    hidden_size: int,
-    intermediate_size: int,
-    layers: int,
-    heads: int,
-    kv_heads: int,
-    vocab_size: int,
-    tied: bool,
-) -> dict[str, Any]:
-    """The published `config.json`; the three sizes differ only in these values."""
-    return {
-        "architectures": ["Qwen2VLForConditionalGeneration"],
-        "attention_dropout": 0.0,
-        "bos_token_id": 151643,
-        "eos_token_id": 151645,
-        "vision_start_token_id": 151652,
-        "vision_end_token_id": 151653,
-        "vision_token_id": 151654,
-        "image_token_id": 151655,
-        "video_token_id": 151656,
-        "hidden_act": "silu",
-        "hidden_size": hidden_size,
-        "initializer_range": 0.02,
-        "intermediate_size": intermediate_size,
-        "max_position_embeddings": 32768,
-        "max_window_layers": layers,
-        "model_type": "qwen2_vl",
-        "num_attention_heads": heads,
-        "num_hidden_layers": layers,
-        "num_key_value_heads": kv_heads,
-        "rms_norm_eps": 1e-06,
-        "rope_theta": 1000000.0,
-        "sliding_window": 32768,
-        "tie_word_embeddings": tied,
-        "torch_dtype": "bfloat16",
-        "transformers_version": "4.41.2",
-        "use_cache": True,
-        "use_sliding_window": False,
-        "vision_config": {
-            "depth": 32,
-            "embed_dim": 1280,
-            "mlp_ratio": 4,
-            "num_heads": 16,
-            "in_chans": 3,
-            "hidden_size": hidden_size,
-            "patch_size": 14,
-            "spatial_merge_size": 2,
-            "spatial_patch_size": 14,
-            "temporal_patch_size": 2,
-        },
-        "rope_scaling": {"type": "mrope", "mrope_section": [16, 24, 24]},
-        "vocab_size": vocab_size,
-    }
-
-
-def _qwen2_5_vl(*, layers: int, tower_mlp: int = 3420, hidden_size: int, **sizes: Any) -> dict[str, Any]:
-    """The published `config.json`: Qwen2-VL's with another tower."""
-    config = _qwen2_vl(layers=layers, hidden_size=hidden_size, **sizes)
-    vision = {
-        "depth": 32,
-        "hidden_act": "silu",
-        "hidden_size": 1280,
-        "intermediate_size": tower_mlp,
-        "num_heads": 16,
-        "in_chans": 3,
-        "out_hidden_size": hidden_size,
-        "patch_size": 14,
-        "spatial_merge_size": 2,
-        "spatial_patch_size": 14,
-        "window_size": 112,
-        "fullatt_block_indexes": [7, 15, 23, 31],
-        "tokens_per_second": 2,
-        "temporal_patch_size": 2,
-    }
-    return config | {
-        "architectures": ["Qwen2_5_VLForConditionalGeneration"],
-        "model_type": "qwen2_5_vl",
-        "max_position_embeddings": 128000,
-        "vision_config": vision,
-    }
-
+from hooked_vlm.converters.known_llava import LLAVA
+from hooked_vlm.converters.known_qwen_vl import QWEN_VL
+from hooked_vlm.converters.known_sizes import SEEN, KnownModel
 
 _LONG_FACTORS = (
     1.0299999713897705, 1.0499999523162842, 1.0499999523162842, 1.0799999237060547, 1.2299998998641968,
@@ -222,43 +125,7 @@ def _internvl3_5(
 
 # fmt: off
 KNOWN_MODELS: dict[str, KnownModel] = {
-    "Qwen/Qwen2-VL-2B-Instruct": KnownModel(
-        _qwen2_vl(hidden_size=1536, intermediate_size=8960, layers=28, heads=12, kv_heads=2,
-                  vocab_size=151936, tied=True),
-        n_params=2_208_985_600,
-    ),
-    "Qwen/Qwen2-VL-7B-Instruct": KnownModel(
-        _qwen2_vl(hidden_size=3584, intermediate_size=18944, layers=28, heads=28, kv_heads=4,
-                  vocab_size=152064, tied=False),
-        n_params=8_291_375_616,
-    ),
-    "Qwen/Qwen2-VL-72B-Instruct": KnownModel(
-        _qwen2_vl(hidden_size=8192, intermediate_size=29568, layers=80, heads=64, kv_heads=8,
-                  vocab_size=152064, tied=False),
-        n_params=73_405_560_320,
-    ),
-    "Qwen/Qwen2.5-VL-3B-Instruct": KnownModel(
-        _qwen2_5_vl(hidden_size=2048, intermediate_size=11008, layers=36, heads=16, kv_heads=2,
-                    vocab_size=151936, tied=True),
-        n_params=3_754_622_976,
-    ),
-    "Qwen/Qwen2.5-VL-7B-Instruct": KnownModel(
-        _qwen2_5_vl(hidden_size=3584, intermediate_size=18944, layers=28, heads=28, kv_heads=4,
-                    vocab_size=152064, tied=False),
-        n_params=8_292_166_656,
-    ),
-    "Qwen/Qwen2.5-VL-32B-Instruct": KnownModel(
-        _qwen2_5_vl(hidden_size=5120, intermediate_size=27648, layers=64, heads=40, kv_heads=8,
-                    vocab_size=152064, tied=False, tower_mlp=3456),
-        n_params=33_452_718_336,
-        certainty="the language model's sizes are Qwen2.5-32B's; the tower's from memory, not verified",
-    ),
-    "Qwen/Qwen2.5-VL-72B-Instruct": KnownModel(
-        _qwen2_5_vl(hidden_size=8192, intermediate_size=29568, layers=80, heads=64, kv_heads=8,
-                    vocab_size=152064, tied=False, tower_mlp=3456),
-        n_params=73_410_777_344,
-        certainty="the language model's sizes are Qwen2.5-72B's; the tower's from memory, not verified",
-    ),
+    **QWEN_VL,
     "OpenGVLab/InternVL2-1B": KnownModel(
         _internvl2("Hermes-2", _llm(
             "Qwen2ForCausalLM", hidden_size=896, intermediate_size=4864, layers=24, heads=14, kv_heads=2,
@@ -313,6 +180,6 @@ KNOWN_MODELS: dict[str, KnownModel] = {
     "OpenGVLab/InternVL3_5-8B": _internvl3_5(4096, 12288, 36, 32, 8_528_318_464),
     "OpenGVLab/InternVL3_5-14B": _internvl3_5(5120, 17408, 40, 40, 15_119_523_840, "Qwen3-14B"),
     "OpenGVLab/InternVL3_5-38B": _internvl3_5(5120, 25600, 64, 64, 38_390_405_504, "Qwen3-32B"),
-    **{name: KnownModel(*values) for name, values in KNOWN_LLAVA.items()},
+    **LLAVA,
 }
 # fmt: on

@@ -36,9 +36,17 @@ class QwenVL:
     published_vision: Callable[[Mapping[str, Any]], dict[str, Any]]
     """From those arguments to `vision_config`."""
     dialect: Dialect = QWEN2
+    nested: bool = False
+    """Whether files are as transformers 5 holds them: the language model in `text_config`, names as in memory."""
+    merger: tuple[str, str, str] = ("ln_q", "mlp.0", "mlp.2")
+    """Names of the projector's norm and of its two linear maps."""
     n_ctx: int = 32768
+    d_head: int | None = None
+    """None: the width shared out between the heads."""
     eps: float = 1e-5
+    rope_theta: float = 1e6
     mrope_section: tuple[int, int, int] = (16, 24, 24)
+    mrope_interleaved: bool = False
 
     # ---------------------------------------------------------------- configuration
 
@@ -52,8 +60,10 @@ class QwenVL:
         # transformers ignores what a nested file repeats at its root; fields missing in text_config may be there.
         text = Fields(root.section("text_config"), hf_config)
         _refuse_unsupported(root, text)
+        if self.dialect.qk_norm and text.flag("attention_bias", False):
+            raise text.error("attention_bias", "false (biases are not supported in this language model)", True)
         # Null means as many key-value heads as query heads; an absent key means nothing.
-        sizes = head_sizes(text, kv_may_be_absent=False)
+        sizes = head_sizes(text, kv_may_be_absent=False, d_head=self.d_head)
         vision = Fields(root.section("vision_config"), where="vision_config")
         return {
             "n_layers": text.size("num_hidden_layers", most=MOST_LAYERS),
@@ -89,7 +99,7 @@ class QwenVL:
         return stated_dtype(hf_config, "text_config")
 
     def published_config(self, hf_config: Mapping[str, Any], stored_as: torch.dtype | None = None) -> dict[str, Any]:
-        """The same configuration in the published flat form, which every transformers from 4.45 on reads.
+        """The same configuration in the published form, which every transformers that knows the family reads.
 
         `stored_as` replaces the stated dtype. References to remote code (`auto_map`) are left out.
 
@@ -98,27 +108,36 @@ class QwenVL:
         """
         cfg = self.config_kwargs(hf_config)
         fields = Fields(Fields(hf_config).section("text_config"), hf_config)
+        inert = {"attention_dropout": 0.0, "bos_token_id": None, "initializer_range": 0.02, "use_cache": True}
+        if not self.nested:
+            inert |= {"max_window_layers": cfg["n_layers"], "sliding_window": cfg["n_ctx"], "vision_token_id": None}
+        kept = {name: fields.get(name, default) for name, default in {**inert, "pad_token_id": None}.items()}
         eos = list(cfg["eos_token_ids"])
-        inert = {
-            "attention_dropout": 0.0,
-            "bos_token_id": None,
-            "initializer_range": 0.02,
-            "use_cache": True,
-            "max_window_layers": cfg["n_layers"],
-            "sliding_window": cfg["n_ctx"],
-            "vision_token_id": None,
-            "pad_token_id": None,
-        }
-        kept = {name: fields.get(name, default) for name, default in inert.items()}
-        config = {
-            "architectures": [self.architecture],
-            "model_type": self.model_type,
+        text = {
             **{name: value for name, value in kept.items() if value is not None},
             **({"eos_token_id": eos[0] if len(eos) == 1 else eos} if eos else {}),
+            **self._published_text(cfg),
+        }
+        own = {"architectures": [self.architecture], "model_type": self.model_type}
+        root = {
             "vision_start_token_id": cfg["vision_start_token_id"],
             "vision_end_token_id": cfg["vision_end_token_id"],
             "image_token_id": cfg["image_token_id"],
             "video_token_id": cfg["video_token_id"],
+            "tie_word_embeddings": cfg["tie_word_embeddings"],
+            "vision_config": self.published_vision(cfg["vision"]),
+        }
+        if self.nested:
+            config = {**own, **root, "text_config": {"model_type": f"{self.model_type}_text", **text}}
+        else:
+            config = {**text, **own, **root, "use_sliding_window": False}
+        return stored_in(config, self.dtype(hf_config) if stored_as is None else stored_as)
+
+    def _published_text(self, cfg: Mapping[str, Any]) -> dict[str, Any]:
+        rope: dict[str, Any] = {"type": "mrope", "mrope_section": list(cfg["mrope_section"])}
+        if self.mrope_interleaved:
+            rope = {"rope_type": "default", "mrope_section": list(cfg["mrope_section"]), "mrope_interleaved": True}
+        return {
             "hidden_act": cfg["act_fn"],
             "hidden_size": cfg["d_model"],
             "intermediate_size": cfg["d_mlp"],
@@ -128,13 +147,10 @@ class QwenVL:
             "num_key_value_heads": cfg["n_key_value_heads"],
             "rms_norm_eps": cfg["eps"],
             "rope_theta": cfg["rope_theta"],
-            "rope_scaling": {"type": "mrope", "mrope_section": list(cfg["mrope_section"])},
-            "tie_word_embeddings": cfg["tie_word_embeddings"],
-            "use_sliding_window": False,
-            "vision_config": self.published_vision(cfg["vision"]),
+            "rope_scaling": rope,
             "vocab_size": cfg["d_vocab"],
+            **({} if self.d_head is None else {"head_dim": cfg["d_head"], "attention_bias": False}),
         }
-        return stored_in(config, self.dtype(hf_config) if stored_as is None else stored_as)
 
     def _rope(self, text: Fields, d_head: int) -> dict[str, Any]:
         """The base of the rotary frequencies and the sections of M-RoPE.
@@ -154,8 +170,14 @@ class QwenVL:
         if not is_triple or min(section) < 0 or sum(section) != d_head // 2:
             expected = f"three counts (time, height, width) that sum to half the head width, {d_head // 2}"
             raise rope.error("mrope_section", expected, section)
-        theta = text.number("rope_theta", default=1e6)
-        return {"rope_theta": rope.number("rope_theta", default=theta), "mrope_section": tuple(section)}
+        theta = text.number("rope_theta", default=self.rope_theta)
+        interleaved = rope.flag("mrope_interleaved", self.mrope_interleaved)
+        if interleaved != self.mrope_interleaved:
+            raise rope.error("mrope_interleaved", f"{self.mrope_interleaved} in this family".lower(), interleaved)
+        if interleaved and max(3 * section[1] - 1, 3 * section[2]) > d_head // 2:
+            raise rope.error("mrope_section", f"counts that take turns among {d_head // 2} frequencies", section)
+        kept = {"rope_theta": rope.number("rope_theta", default=theta), "mrope_section": tuple(section)}
+        return {**kept, "mrope_interleaved": True} if interleaved else kept
 
     # ---------------------------------------------------------------- tensors
 
@@ -196,7 +218,7 @@ class QwenVL:
         if names not in ("published", "in_memory"):
             raise ValueError(f"names must be 'published' or 'in_memory', got {names!r}")
         cfg = self.config_kwargs(config)
-        rename = _in_memory_name if names == "in_memory" else str
+        rename = _in_memory_name if names == "in_memory" or self.nested else str
         theirs = tied_to_theirs(tensors, self._table(cfg), cfg, rename)
         if cfg["tie_word_embeddings"] and names == "in_memory":
             theirs[self.dialect.head] = theirs[rename(self.dialect.embed)]
@@ -208,9 +230,14 @@ class QwenVL:
 
     def _vision_table(self, cfg: Mapping[str, Any]) -> list[Rename]:
         """The tensors of tower and projector."""
-        width, merged, name = cfg["d_model"], cfg["d_model"] * cfg["merge_size"] ** 2, "patch_embed.proj.weight"
+        width, merged, name = cfg["d_model"], cfg["d_model"] * cfg["merge_size"] ** 2, "patch_embed.proj"
         kernel = (width, cfg["in_channels"], cfg["temporal_patch_size"], cfg["patch_size"], cfg["patch_size"])
-        table = [Rename(f"visual.{name}", (f"vision.{name}",), kernel, flat=True)]
+        table = [Rename(f"visual.{name}.weight", (f"vision.{name}.weight",), kernel, flat=True)]
+        if cfg["patch_bias"]:
+            table.append(Rename(f"visual.{name}.bias", (f"vision.{name}.bias",), (width,)))
+        if n_positions := cfg["n_positions"]:
+            ours = ("vision.tile_embed.positions",)
+            table.append(Rename("visual.pos_embed.weight", ours, (n_positions, width), lead=1))
         for layer in range(cfg["n_layers"]):
             theirs, ours = f"visual.blocks.{layer}", f"vision.blocks.{layer}"
             qkv = tuple(f"{ours}.attn.{part}_proj" for part in "qkv")
@@ -219,9 +246,15 @@ class QwenVL:
             table += affine(f"{theirs}.attn.proj", (f"{ours}.attn.o_proj",), (width, width))
             table += _norm(cfg["normalization_type"], f"{theirs}.norm2", f"{ours}.ln2", width)
             table += self.vision_mlp(cfg, theirs, ours)
-        table += _norm(cfg["projector_norm_type"], "visual.merger.ln_q", "projector.ln", width)
-        table += affine("visual.merger.mlp.0", ("projector.in_proj",), (merged, merged))
-        return table + affine("visual.merger.mlp.2", ("projector.out_proj",), (cfg["d_out"], merged))
+        mergers = [("visual.merger", "projector", width)]
+        for i in range(len(cfg.get("deepstack_layers", ()))):
+            mergers.append((f"visual.deepstack_merger_list.{i}", f"projector.deepstack.{i}", merged))
+        norm, first, second = self.merger
+        for theirs, ours, normed in mergers:
+            table += _norm(cfg["projector_norm_type"], f"{theirs}.{norm}", f"{ours}.ln", normed)
+            table += affine(f"{theirs}.{first}", (f"{ours}.in_proj",), (merged, merged))
+            table += affine(f"{theirs}.{second}", (f"{ours}.out_proj",), (cfg["d_out"], merged))
+        return table
 
 
 def _norm(kind: str, theirs: str, ours: str, width: int) -> list[Rename]:
@@ -233,14 +266,21 @@ def _norm(kind: str, theirs: str, ours: str, width: int) -> list[Rename]:
 
 
 def tower_kwargs(
-    vision: Fields, text_width: int, *, width: int, patch_size: int = 14, names: tuple[str, str], d_mlp: int
+    vision: Fields,
+    text_width: int,
+    *,
+    width: int,
+    patch_size: int = 14,
+    depth: int = 32,
+    names: tuple[str, str],
+    d_mlp: int,
 ) -> dict[str, Any]:
     """Keyword arguments for `VisionConfig` that the families share, with Qwen2-VL's parts.
 
     Like transformers, ignores `in_chans` and `spatial_patch_size`.
 
     Args:
-        width, patch_size: the class's defaults.
+        width, patch_size, depth: the class's defaults.
         names: the fields that hold the width of the tower and that of the language model.
     """
     of_tower, of_text = names
@@ -255,7 +295,7 @@ def tower_kwargs(
         raise vision.error(of_text, f"the width of the language model, {text_width}", d_out)
     rope = Fields(vision.section("rope_parameters"), where="vision_config.rope_parameters")
     return {
-        "n_layers": vision.size("depth", default=32, most=MOST_LAYERS),
+        "n_layers": vision.size("depth", default=depth, most=MOST_LAYERS),
         "d_model": d_model,
         "n_heads": n_heads,
         "d_head": d_head,

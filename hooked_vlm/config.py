@@ -77,11 +77,15 @@ class VisionConfig:
     """Blocks whose patches see their whole picture although the others have windows."""
     n_layers_used: int | None = None
     """Blocks that run, if not all: the projector reads what leaves the last of them."""
+    deepstack_layers: tuple[int, ...] = ()
+    """Blocks whose patches become features of their own, which enter the language model behind its blocks 0, 1, ..."""
 
     patch_size: int = 14
     temporal_patch_size: int = 2
     positions_per_second: float | None = None
     """Temporal positions that a second of video takes; None: each temporal patch takes one."""
+    video_times: bool = False
+    """Whether each temporal patch of a video is an image to the language model, behind its time in seconds as text."""
     in_channels: int = 3
     patch_bias: bool = False
     """Whether the patch embedding has a bias."""
@@ -134,6 +138,10 @@ class VisionConfig:
         if not all(0 <= layer < self.n_layers_run for layer in self.full_layers):
             last = self.n_layers_run - 1
             raise InputError(f"full_layers must be blocks that run, 0 to {last}, got {self.full_layers}")
+        inner = self.deepstack_layers
+        if sorted(set(inner)) != list(inner) or not all(0 <= layer < self.n_layers_run for layer in inner):
+            last = self.n_layers_run - 1
+            raise InputError(f"deepstack_layers must be different blocks that run, 0 to {last}, in order, got {inner}")
         _check_windows(self)
 
     @property
@@ -274,6 +282,8 @@ class VLMConfig:
     rope_theta: float
     mrope_section: tuple[int, ...] | None = None
     """How many rotary frequencies turn with the (temporal, height, width) position; None: plain RoPE."""
+    mrope_interleaved: bool = False
+    """Whether these frequencies take turns, from the fastest on; otherwise each axis has a chunk of them."""
     rope_scaling: RopeScaling | None = None
     sliding_window: int | None = None
     """Largest number of positions that a position sees, itself included; None: all before it."""
@@ -340,6 +350,8 @@ class VLMConfig:
             )
         if self.bidirectional not in ("image", "prompt", None):
             raise ValueError(f'bidirectional must be "image", "prompt" or None, got {self.bidirectional!r}')
+        if self.n_deepstack > self.n_layers:
+            raise ValueError(f"DeepStack enters behind {self.n_deepstack} blocks, but there are {self.n_layers} layers")
         self._check_kinds()
         alike = LayerKind(self.sliding_window, self.rope_theta, self.rope_scaling)
         object.__setattr__(self, "kinds", self.layer_kinds or (alike,))  # the dataclass is frozen
@@ -377,6 +389,11 @@ class VLMConfig:
         if scaling is None or scaling.kind == "longrope":
             return self.n_ctx
         return 2**31 - 1 if scaling.kind == "dynamic" else int(self.n_ctx * scaling.factor)
+
+    @property
+    def n_deepstack(self) -> int:
+        """Number of blocks behind which image features enter the stream (DeepStack)."""
+        return 0 if self.vision is None else len(self.vision.deepstack_layers)
 
     @property
     def placeholder_ids(self) -> tuple[int, ...]:

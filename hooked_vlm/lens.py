@@ -232,7 +232,7 @@ class LogitAttribution:
     """A logit (or a difference of two) of each row's last token as a sum over parts of the model."""
 
     labels: tuple[str, ...]
-    """"embed", then "L2", "L2 attn", "L2 mlp" or "L2H0"."""
+    """"embed", then "L2", "L2 attn", "L2 mlp" or "L2H0"; "L0 deepstack" for image features behind block 0."""
     values: Float[np.ndarray, "part row"]
     logit: Float[np.ndarray, "row"]
     """The model's logit; equal to the sum of the parts up to rounding."""
@@ -281,6 +281,8 @@ def logit_attribution(
     layers = range(model.cfg.n_layers)
     names = ["hook_embed", "ln_final.hook_scale"]
     names += [f"blocks.{layer}.{suffix}" for layer in layers for suffix in (attention, "hook_mlp_out")]
+    entering = [f"blocks.{layer}.hook_deepstack" for layer in range(model.cfg.n_deepstack if inputs.has_visuals else 0)]
+    names += entering
     logits = model.run_with_hooks(inputs, fwd_hooks=[(name, keep) for name in names], logits_at="last")[:, 0]
     parts: dict[str, Tensor] = {"embed": found["hook_embed"]}
     for layer in layers:
@@ -297,6 +299,7 @@ def logit_attribution(
             if bias is not None and bias.any():
                 parts[f"L{layer} b_O"] = bias.to(mlp.device).expand_as(mlp)
             parts[f"L{layer} mlp"] = mlp
+    parts |= {f"L{layer} deepstack": found[name] for layer, name in enumerate(entering)}
     exact = torch.promote_types(logits.dtype, torch.float32)
     direction = sum(sign * model.W_U.T[tokens].to(exact) for tokens, sign in asked)
     direction = direction * model.ln_final.w.to(exact) / found["ln_final.hook_scale"].to(exact)

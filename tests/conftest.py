@@ -112,8 +112,8 @@ def _values(case: pytest.Item) -> set[tuple[int, str]]:
 
 
 ONE_OF_EACH_KIND, OTHERS = (
-    ("qwen2-vl", "internvl2", "made-up"),
-    ("qwen2.5-vl", "internvl3.5", "llava", "llava-next", "llava-onevision"),
+    ("qwen3-vl", "internvl2", "made-up"),
+    ("qwen2-vl", "qwen2.5-vl", "internvl3.5", "llava", "llava-next", "llava-onevision"),
 )
 
 

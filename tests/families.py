@@ -16,6 +16,7 @@ import tiny_llava
 import tiny_made_up
 import tiny_qwen2_5_vl
 import tiny_qwen2_vl
+import tiny_qwen3_vl
 import torch
 
 from hooked_vlm import HookedVLM
@@ -55,6 +56,7 @@ QWEN2_VL = {
     "vision.blocks.{l}.hook_resid_post": "model.visual.blocks.{l}",
     "hook_image_features": "model.visual.merger",
 }
+QWEN3_VL = {name: module for name, module in QWEN2_VL.items() if "resid_pre" not in name}
 INTERNVL = {
     "vision.blocks.0.hook_resid_pre": "model.vision_tower.embeddings",
     "vision.blocks.{l}.hook_resid_post": "model.vision_tower.encoder.layer.{l}",
@@ -98,6 +100,17 @@ def qwen2_5_vl(tied: bool) -> Kind:
         for_hf=tiny_qwen2_5_vl.for_hf,
         cases=tiny_qwen2_5_vl.CASES,
         in_order=tiny_qwen2_5_vl.in_order,
+    )
+
+
+def qwen3_vl(tied: bool) -> Kind:
+    return replace(
+        qwen2_vl(tied),
+        hf=partial(tiny_qwen3_vl.tiny_hf, tied),
+        batch=tiny_qwen3_vl.hf_batch,
+        for_hf=tiny_qwen3_vl.for_hf,
+        cases=tiny_qwen3_vl.CASES,
+        vision=QWEN3_VL,
     )
 
 
@@ -169,6 +182,8 @@ KINDS = {
     "qwen2-vl, tied": qwen2_vl(tied=True),
     "qwen2.5-vl": qwen2_5_vl(tied=False),
     "qwen2.5-vl, tied": qwen2_5_vl(tied=True),
+    "qwen3-vl": qwen3_vl(tied=False),
+    "qwen3-vl, tied": qwen3_vl(tied=True),
     "internvl2": internvl("qwen2"),
     "internvl3.5": internvl("qwen3"),
     "internvl2, llama, large tower": internvl("llama"),
@@ -182,7 +197,17 @@ KINDS = {
     "llava-onevision, tied": onevision(tied=True),
     "made-up": made_up(),
 }
-FAMILIES = ("qwen2-vl", "qwen2.5-vl", "internvl2", "internvl3.5", "llava", "llava-next", "llava-onevision", "made-up")
+FAMILIES = (
+    "qwen2-vl",
+    "qwen2.5-vl",
+    "qwen3-vl",
+    "internvl2",
+    "internvl3.5",
+    "llava",
+    "llava-next",
+    "llava-onevision",
+    "made-up",
+)
 
 # name: (row of every family; a word stands for an image, of two sizes)
 ROWS: dict[str, list[list[Any]]] = {

@@ -127,7 +127,8 @@ class InputBuilder:
         bounds = Bounds(min_pixels, max_pixels, max_tiles)
         processor = None if self.image_processor is None else self.image_processor.with_bounds(bounds)
         spec = replace(self.input_spec(), image_processor=processor)  # for with_image, too
-        pictures = prepare_pictures(prompts, processor, bounds, allow_remote)
+        times = self.cfg.vision is not None and self.cfg.vision.video_times
+        pictures = prepare_pictures(prompts, processor, bounds, allow_remote, video_times=times)
         rows = self._tokenize(prompts, pictures, spec, chat)
         if max(map(len, rows)) > self.cfg.n_ctx_limit:
             bounded = pictures.bounded_by_call(prompts, processor is None or processor.resizes_single)
@@ -171,7 +172,9 @@ class InputBuilder:
             check_ids(torch.tensor([ids], dtype=torch.long), self.cfg.d_vocab)
             check_placeholders(ids, row, len(prompt.images), len(prompt.videos), spec)
             own = list(islice(images, len(prompt.images))), list(islice(videos, len(prompt.videos)))
-            written = with_runs(with_runs(prompt.text, self.text.image_token, own[0]), self.text.video_token, own[1])
+            written = prompt.text
+            for placeholder, layouts in zip((self.text.image_token, self.text.video_token), own, strict=True):
+                written = with_runs(written, placeholder, self.text.marked(placeholder), layouts)
             if written != prompt.text:
                 ids = self.text.encode_prompt(written, chat)
             runs = [iter([n for layout in layouts for n in layout.runs]) for layouts in own]

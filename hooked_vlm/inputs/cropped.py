@@ -16,8 +16,9 @@ from torch import Tensor
 from hooked_vlm.config import VLMConfig
 from hooked_vlm.errors import ImageError, InputError
 from hooked_vlm.inputs.geometry import ImageLayout
-from hooked_vlm.inputs.image_processor import CLIP_MEAN, CLIP_STD
 from hooked_vlm.inputs.image_settings import (
+    CLIP_MEAN,
+    CLIP_STD,
     IMAGES,
     Settings,
     colours,

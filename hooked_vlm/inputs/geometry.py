@@ -45,7 +45,8 @@ class ImageLayout:
     runs: tuple[int, ...] = ()
     """Numbers of placeholders side by side; one run of all tokens by default."""
     between: tuple[str, ...] = ()
-    """Texts before each run and behind the last; none by default."""
+    """Texts before each run and behind the last, outside of the tokens that open and close a picture; none by
+    default."""
     features: Int[np.ndarray, "token"] | Int[np.ndarray, "token source"] | None = None
     """Which output of the projector each token is, -1 for a learned line break; None: in the same order. With `shares`:
     of which outputs it is a mix."""

@@ -20,9 +20,18 @@ from hooked_vlm.errors import CheckpointError, ImageError
 from hooked_vlm.inputs.boxes import ImageSize
 from hooked_vlm.inputs.geometry import ImageLayout
 from hooked_vlm.inputs.image_settings import (
+    CLIP_MEAN,
+    CLIP_STD,
     IMAGES,
+    PUBLISHED_TOGETHER,
+    SILENT_IMAGES,
+    SILENT_TOGETHER,
+    SILENT_VIDEOS,
+    TOKENS_TOGETHER,
+    VIDEO_TOKENS,
     VIDEOS,
     Settings,
+    area_bounds,
     colours,
     common_settings,
     normalisation_tables,
@@ -32,19 +41,11 @@ from hooked_vlm.inputs.image_settings import (
 from hooked_vlm.inputs.images import checked_images, load_image
 from hooked_vlm.inputs.layouts import whole_layout
 from hooked_vlm.inputs.picture_processor import Bounds, PictureProcessor, Prepared
-from hooked_vlm.inputs.resizing import smart_resize
+from hooked_vlm.inputs.resizing import resize_together, smart_resize
 
 if TYPE_CHECKING:
     from hooked_vlm.inputs.token_layout import Grid
 
-CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
-CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
-
-# Where a file is silent, the class of transformers decides: Qwen2VLImageProcessorPil, Qwen2VLVideoProcessor (if videos
-# have settings of their own; else 4.x prepared them as images, with which the models were published)
-SILENT_IMAGES = {"min_pixels": 56 * 56, "max_pixels": 28 * 28 * 1280}
-SILENT_VIDEOS = {"min_pixels": 128 * 28 * 28, "max_pixels": 28 * 28 * 768}
-VIDEO_TOKENS = 128_000  # `max_video_tokens` of transformers' Qwen2VLVideoProcessor
 MOST_ENLARGED = 2**24
 """Largest area in pixels to which a small image is enlarged; a little above the published `max_pixels`."""
 
@@ -68,7 +69,10 @@ class ImageProcessor(PictureProcessor):
     image_mean: tuple[float, float, float] = CLIP_MEAN
     image_std: tuple[float, float, float] = CLIP_STD
     video_tokens: int | None = None
-    """Tokens of a whole video, nine tenths of which bound the area of its frames; None: each frame is bounded alone."""
+    """Tokens of a whole video, nine tenths of which bound the area of its frames (`together`: tokens of a frame); None:
+    each frame is bounded alone."""
+    together: bool = False
+    """Whether bounds on a video hold for the area of all its frames together."""
     for_videos: "ImageProcessor | None" = None
     """The processor of videos, where the checkpoint has other settings for them."""
 
@@ -124,12 +128,13 @@ class ImageProcessor(PictureProcessor):
             ImageError: a `size` that contradicts itself, or a setting that is not supported.
         """
         config = processor_settings(config)
-        fields: dict[str, Any] = {**defaults, **_bounds(config), **common_settings(config)}
+        fields: dict[str, Any] = {**defaults, **area_bounds(config), **common_settings(config)}
         for key in ("patch_size", "temporal_patch_size", "merge_size"):
             if config.get(key) is not None:
                 fields[key] = whole(key, config[key])
         if config.get("cap_pixels_per_frame"):
-            fields["video_tokens"] = whole("max_video_tokens", config.get("max_video_tokens", VIDEO_TOKENS))
+            silent = TOKENS_TOGETHER if fields.get("together") else VIDEO_TOKENS
+            fields["video_tokens"] = whole("max_video_tokens", config.get("max_video_tokens", silent))
         return cls(**fields)
 
     def __call__(
@@ -196,8 +201,12 @@ class ImageProcessor(PictureProcessor):
             ImageError: no frames, frames of different sizes, or as for images.
         """
         each = frames if isinstance(frames, Iterator) else checked_images(frames, "frames")
-        bounded = (self.for_videos or self).bounded(min_pixels, max_pixels)
-        if bounded.video_tokens is not None:
+        bounded = self.bounded(min_pixels, max_pixels)
+        bounded = bounded.for_videos or bounded
+        if bounded.together and resized is None:
+            each = list(each)
+            resized = bounded._size_together(each) if each else None
+        elif bounded.video_tokens is not None:
             each = list(each)
             bounded = bounded._sharing(len(each))
         prepared = [bounded._prepare(frame, f"frame {i}", resized) for i, frame in enumerate(each)]
@@ -214,12 +223,15 @@ class ImageProcessor(PictureProcessor):
         return pixel_values, grid_thw, [first]
 
     def bounded(self, min_pixels: int | None, max_pixels: int | None) -> "ImageProcessor":
-        """The same processor with other bounds, on videos too; None keeps one."""
+        """The same processor with other bounds, on each frame of videos too; None keeps one."""
+        videos = self.for_videos
+        if videos is not None and videos.together and (min_pixels, max_pixels) != (None, None):
+            videos = replace(videos, together=False, min_pixels=self.min_pixels, max_pixels=self.max_pixels)
         return replace(
             self,
             min_pixels=self.min_pixels if min_pixels is None else min_pixels,
             max_pixels=self.max_pixels if max_pixels is None else max_pixels,
-            for_videos=None if self.for_videos is None else self.for_videos.bounded(min_pixels, max_pixels),
+            for_videos=None if videos is None else videos.bounded(min_pixels, max_pixels),
         )
 
     def _bounded(self, bounds: Bounds) -> "ImageProcessor":
@@ -260,6 +272,10 @@ class ImageProcessor(PictureProcessor):
             CheckpointError: settings that are not supported, or that contradict config.json.
         """
         assert cfg.vision is not None
+        if cfg.vision.video_times:  # Qwen3-VL
+            processor = cls._from_settings(images, SILENT_IMAGES, cfg.vision, PUBLISHED_TOGETHER)
+            of_videos = cls._from_settings(videos, SILENT_TOGETHER, cfg.vision, PUBLISHED_TOGETHER, together=True)
+            return replace(processor, for_videos=of_videos)
         processor = cls._from_settings(images, SILENT_IMAGES, cfg.vision)
         if videos.file is None:
             return processor
@@ -268,12 +284,19 @@ class ImageProcessor(PictureProcessor):
         return processor if of_videos == processor else replace(processor, for_videos=of_videos)
 
     @classmethod
-    def _from_settings(cls, settings: Settings, silent: Mapping[str, int], vision: VisionConfig) -> "ImageProcessor":
-        """Without any file, with the published bounds."""
+    def _from_settings(
+        cls,
+        settings: Settings,
+        silent: Mapping[str, Any],
+        vision: VisionConfig,
+        published: Mapping[str, Any] = {},
+        together: bool = False,
+    ) -> "ImageProcessor":
+        """With the `silent` settings where a file does not state them, with the `published` ones without any file."""
         sizes = {name: getattr(vision, name) for name in ("patch_size", "temporal_patch_size", "merge_size")}
-        bounds = {} if settings.file is None else silent
+        others = published if settings.file is None else silent
         try:
-            processor = cls.from_dict(settings.values, **sizes, **bounds)
+            processor = cls.from_dict(settings.values, **sizes, **others, together=together)
         except ImageError as error:
             raise settings.refusal(error) from error
         for name, size in sizes.items():
@@ -285,17 +308,19 @@ class ImageProcessor(PictureProcessor):
         """Settings of images, and of videos where they are others."""
         files = {IMAGES: {"image_processor_type": "Qwen2VLImageProcessor", **self._settings()}}
         if self.for_videos is not None:
-            files[VIDEOS] = {**self.for_videos._settings(), "video_processor_type": "Qwen2VLVideoProcessor"}
+            kind = "Qwen3VLVideoProcessor" if self.for_videos.together else "Qwen2VLVideoProcessor"
+            files[VIDEOS] = {**self.for_videos._settings(), "video_processor_type": kind}
         return files
 
     def _settings(self) -> dict[str, Any]:
-        budget = self.video_tokens
+        budget, bounds = self.video_tokens, {"min_pixels": self.min_pixels, "max_pixels": self.max_pixels}
+        if self.together:
+            bounds = {"size": {"shortest_edge": self.min_pixels, "longest_edge": self.max_pixels}}
         return {
             "patch_size": self.patch_size,
             "temporal_patch_size": self.temporal_patch_size,
             "merge_size": self.merge_size,
-            "min_pixels": self.min_pixels,
-            "max_pixels": self.max_pixels,
+            **bounds,
             **({} if budget is None else {"cap_pixels_per_frame": True, "max_video_tokens": budget}),
             "image_mean": list(self.image_mean),
             "image_std": list(self.image_std),
@@ -312,12 +337,20 @@ class ImageProcessor(PictureProcessor):
         share = max(min(self.max_pixels, budget * self.temporal_patch_size // n_frames), int(self.min_pixels * 1.05))
         return replace(self, max_pixels=share)
 
+    def _size_together(self, frames: Sequence[Any]) -> tuple[int, int]:
+        """The (height, width) of every frame, where the bounds hold for all of them together."""
+        n, least, most = len(frames), self.min_pixels, self.max_pixels
+        if self.video_tokens is not None:
+            most = n * max(min(self.video_tokens * self.pixels_per_token**2, most // n), int(least * 1.05))
+        width, height = _loaded(frames[0], "frame 0").size
+        return resize_together(height, width, self.pixels_per_token, least, most, n, self.temporal_patch_size)
+
     def _prepare(
         self, image: object, name: str, resized: tuple[int, int] | None = None
     ) -> tuple[ImageSize, UInt8[np.ndarray, "rows cols merge merge 3 side side"]]:
         """The image's size, and its resized pixels cut into patches, block by block."""
+        rgb = _loaded(image, name)
         try:
-            rgb = load_image(image)
             height, width = resized or smart_resize(
                 rgb.height, rgb.width, self.pixels_per_token, self.min_pixels, self.max_pixels
             )
@@ -361,27 +394,8 @@ class ImageProcessor(PictureProcessor):
         return pixel_values, torch.tensor(grid_thw, dtype=torch.int64).reshape(-1, 3)
 
 
-def _bounds(config: Mapping[str, Any]) -> dict[str, int]:
-    """`min_pixels` and `max_pixels` from the keys that versions of transformers have used for them."""
-    size = config.get("size") or {}
-    if not isinstance(size, Mapping) or set(size) - {
-        "shortest_edge",
-        "longest_edge",
-        "min_pixels",
-        "max_pixels",
-    }:
-        raise ImageError(
-            "unsupported image processor: expected a `size` of shortest_edge and longest_edge (areas in "
-            f"pixels), got {size!r}"
-        )
-    bounds = {}
-    for bound, edge in (("min_pixels", "shortest_edge"), ("max_pixels", "longest_edge")):
-        stated = {f"size.{name}": size[name] for name in (edge, bound) if size.get(name) is not None}
-        if config.get(bound) is not None:
-            stated = {bound: config[bound]}
-        values = {whole(name, value) for name, value in stated.items()}
-        if len(values) > 1:
-            raise ImageError(f"the image processor's `size` contradicts itself: {stated}; make both agree")
-        if values:
-            bounds[bound] = values.pop()
-    return bounds
+def _loaded(image: object, name: str) -> Image.Image:
+    try:
+        return load_image(image)
+    except ImageError as error:
+        raise ImageError(f"{name}: {error}") from error

@@ -12,6 +12,20 @@ from hooked_vlm.errors import CheckpointError, ImageError
 
 PROCESSOR, IMAGES, VIDEOS = "processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json"
 
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+
+# Where a file is silent, the class of transformers decides: Qwen2VLImageProcessorPil, Qwen2VLVideoProcessor (if videos
+# have settings of their own; else 4.x prepared them as images, with which the models were published)
+SILENT_IMAGES = {"min_pixels": 56 * 56, "max_pixels": 28 * 28 * 1280}
+SILENT_VIDEOS = {"min_pixels": 128 * 28 * 28, "max_pixels": 28 * 28 * 768}
+VIDEO_TOKENS = 128_000  # `max_video_tokens` of transformers' Qwen2VLVideoProcessor
+# Of Qwen3-VL: as published (the bounds from memory), and Qwen3VLVideoProcessor where a file is silent
+HALF = (0.5, 0.5, 0.5)
+PUBLISHED_TOGETHER = {"min_pixels": 2**16, "max_pixels": 2**24, "image_mean": HALF, "image_std": HALF}
+SILENT_TOGETHER = {"min_pixels": 128 * 32**2, "max_pixels": 768 * 32**2, "image_mean": HALF, "image_std": HALF}
+TOKENS_TOGETHER = 768
+
 
 @dataclass(frozen=True)
 class Settings:
@@ -106,3 +120,29 @@ def normalised(
     """Pictures with colours first, as the vision tower takes them."""
     tables = normalisation_tables(mean, std)
     return np.stack([table[pictures[..., colour]] for colour, table in enumerate(tables)], axis=1)
+
+
+def area_bounds(config: Mapping[str, Any]) -> dict[str, int]:
+    """`min_pixels` and `max_pixels` from the keys that versions of transformers have used for them."""
+    size = config.get("size") or {}
+    if not isinstance(size, Mapping) or set(size) - {
+        "shortest_edge",
+        "longest_edge",
+        "min_pixels",
+        "max_pixels",
+    }:
+        raise ImageError(
+            "unsupported image processor: expected a `size` of shortest_edge and longest_edge (areas in "
+            f"pixels), got {size!r}"
+        )
+    bounds = {}
+    for bound, edge in (("min_pixels", "shortest_edge"), ("max_pixels", "longest_edge")):
+        stated = {f"size.{name}": size[name] for name in (edge, bound) if size.get(name) is not None}
+        if config.get(bound) is not None:
+            stated = {bound: config[bound]}
+        values = {whole(name, value) for name, value in stated.items()}
+        if len(values) > 1:
+            raise ImageError(f"the image processor's `size` contradicts itself: {stated}; make both agree")
+        if values:
+            bounds[bound] = values.pop()
+    return bounds

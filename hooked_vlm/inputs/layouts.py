@@ -1,6 +1,7 @@
 """Layouts of pictures that are seen whole, and of pictures that are cut into tiles."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import lru_cache, partial
 
 import numpy as np
@@ -73,6 +74,13 @@ def whole_layout(
         None if merge_size == 1 else partial(whole_layout, image_size, grid_thw, patch_size, 1, blocks, size_known),
         size_known=size_known,
     )
+
+
+def by_frames(layout: ImageLayout, times: Sequence[float] | None = None) -> ImageLayout:
+    """A video each of whose frames is a picture by itself in the token stream, behind its time in seconds."""
+    n = layout.n_tokens // layout.frames
+    texts = () if times is None else (*(f"<{time:.1f} seconds>" for time in times), "")
+    return replace(layout, runs=(n,) * layout.frames, between=texts)
 
 
 @lru_cache(maxsize=512)

@@ -13,6 +13,7 @@ from hooked_vlm.inputs.files import is_file_source
 from hooked_vlm.inputs.geometry import ImageLayout
 from hooked_vlm.inputs.image_processor import ImageProcessor
 from hooked_vlm.inputs.images import load_image
+from hooked_vlm.inputs.layouts import by_frames
 from hooked_vlm.inputs.messages import Picture
 from hooked_vlm.inputs.picture_processor import Bounds, PictureProcessor, Prepared
 from hooked_vlm.inputs.picture_settings import naming, process_images
@@ -57,12 +58,14 @@ def prepare_pictures(
     processor: PictureProcessor | None,
     bounds: Bounds,
     allow_remote: bool = False,
+    video_times: bool = False,
 ) -> Pictures:
     """Preprocess the images and videos of all prompts.
 
     Args:
         processor: the model's, with the bounds of the call.
         allow_remote: fetch http(s) addresses.
+        video_times: whether each temporal patch of a video is a picture by itself, behind its time.
 
     Raises:
         InputError: there are pictures but no image processor, or videos for a model that takes none.
@@ -79,7 +82,7 @@ def prepare_pictures(
         return prepared
     if not processor.takes_videos:
         raise InputError("this model takes no videos: give their frames as images")
-    parts = [_video(video, i, processor, bounds, allow_remote) for i, video in enumerate(videos)]
+    parts = [_video(video, i, processor, bounds, allow_remote, video_times) for i, video in enumerate(videos)]
     return replace(
         prepared,
         video_pixels=torch.cat([pixels for pixels, _, _ in parts]),
@@ -106,7 +109,7 @@ def _images(prompts: Sequence[Prompt], processor: PictureProcessor, allow_remote
 
 
 def _video(
-    video: Picture, number: int, processor: PictureProcessor, bounds: Bounds, allow_remote: bool
+    video: Picture, number: int, processor: PictureProcessor, bounds: Bounds, allow_remote: bool, times: bool
 ) -> tuple[Tensor, Tensor, ImageLayout]:
     with naming(f"video {number}"):
         clip = open_video(video.source, video.settings, processor, allow_remote)
@@ -120,4 +123,6 @@ def _video(
         pixels, grid, _ = processor.video(clip.frames, resized=resized)
         t, h, w = grid[0].tolist()
         layout = processor.layout_of((t, h, w), clip.size, "video")
-        return pixels, grid, replace(layout, seconds=processor.temporal_patch_size / clip.rate)
+        layout = replace(layout, seconds=processor.temporal_patch_size / clip.rate)
+        of_patches = clip.times_of_patches(processor.temporal_patch_size)
+        return pixels, grid, by_frames(layout, of_patches) if times else layout

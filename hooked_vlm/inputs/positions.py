@@ -25,17 +25,16 @@ def opened_spans(
 
     In the published code (`get_rope_index` of `transformers` up to 4.57, with which the model was trained) a row has
     as many images as there are `start_id` (`<|vision_start|>`) with an image's placeholder behind them, and they are
-    the first ones; the others are positioned like text. The same holds for videos. (There, an image that is left out
-    also shifts the grids of later rows of the batch; here each row is as alone.) `per_second` counts the temporal
-    positions of a second of video; None: each frame takes one.
+    the first ones; the others are positioned like text. The same holds for videos, each run counted by itself. (There,
+    an image that is left out also shifts the grids of later rows of the batch; here each row is as alone.) `per_second`
+    counts the temporal positions of a second of video; None: each frame takes one.
     """
     host = tokens.cpu()
     spans: list[Span] = []
     for row, kind in sorted({(v.row, v.kind) for v in visuals}):
-        here = [v for v in visuals if (v.row, v.kind) == (row, kind)]
-        before = [int(host[row, v.start - 1]) if v.start > first[row] else None for v in here]
-        n_opened = len(here) if start_id is None else before.count(start_id)
-        spans += [span for v in here[:n_opened] for span in _spans_of(v, per_second)]
+        here = [span for v in visuals if (v.row, v.kind) == (row, kind) for span in _spans_of(v, per_second)]
+        before = [int(host[row, start - 1]) if start > first[row] else None for _, start, *_ in here]
+        spans += here[: len(here) if start_id is None else before.count(start_id)]
     return spans
 
 

@@ -194,12 +194,22 @@ def expand_placeholders(
             yield end
 
 
-def with_runs(text: str, placeholder: str, layouts: Sequence[ImageLayout]) -> str:
-    """Write the placeholder of each run, and the texts between runs, in place of the placeholder of each picture."""
+def with_runs(text: str, placeholder: str, marked: str, layouts: Sequence[ImageLayout]) -> str:
+    """Write the placeholder of each run, and the texts between runs, in place of the placeholder of each picture.
+
+    Args:
+        marked: the placeholder between the tokens that open and close a picture: those around a picture's placeholder
+            become those of each of its runs.
+    """
     if not any(layout.between for layout in layouts):
         return text
+    opens, closes = marked.split(placeholder)
     pieces = text.split(placeholder)
     written = [pieces[0]]
     for layout, following in zip(layouts, pieces[1:], strict=True):
-        written += [placeholder.join(layout.between or ("", "")), following]
+        if not layout.between:
+            written += [placeholder, following]
+            continue
+        written[-1] = written[-1].removesuffix(opens)
+        written += [marked.join(layout.between), following.removeprefix(closes)]
     return "".join(written)

@@ -12,6 +12,7 @@ from torch import Tensor
 from hooked_vlm.config import VisionConfig
 from hooked_vlm.errors import InputError
 from hooked_vlm.inputs.geometry import ImageLayout
+from hooked_vlm.inputs.layouts import by_frames
 from hooked_vlm.inputs.picture_processor import PictureProcessor
 from hooked_vlm.inputs.prompt_styles import CHATML, PromptStyle
 
@@ -76,6 +77,14 @@ class InputSpec:
         return self.vision.token_size if self.vision else 1
 
     @property
+    def features_of_token(self) -> tuple[int, ...]:
+        """Shape of the features of an image token: (d_model,), or with DeepStack (number of them, d_model)."""
+        if self.vision is None:
+            return (0,)
+        n_inner = len(self.vision.deepstack_layers)
+        return (1 + n_inner, self.vision.d_out) if n_inner else (self.vision.d_out,)
+
+    @property
     def takes_patches(self) -> bool:
         """Whether a row of the pixel tensor is a patch; otherwise it is a picture that the tower sees."""
         return self.vision is None or self.vision.patch_order == "blocks"
@@ -89,7 +98,9 @@ class InputSpec:
         """The layout of an image or video that the tower sees as `grid`."""
         if self.layouts is None:
             raise InputError("these inputs have pictures, and their model has no vision tower")
-        return self.layouts.layout_of(grid, size, kind)
+        layout = self.layouts.layout_of(grid, size, kind)
+        by_itself = kind == "video" and self.vision is not None and self.vision.video_times
+        return by_frames(layout) if by_itself else layout
 
     def n_pixel_rows(self, grid: Grid) -> int:
         """Number of rows of the pixel tensor for an image or video of `grid`: patches, or whole pictures."""

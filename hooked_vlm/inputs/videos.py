@@ -37,6 +37,15 @@ class Clip:
     from_file: bool
     rate: float
     """Frames per second, of those that are used."""
+    times: tuple[float, ...]
+    """When each frame is shown, in seconds."""
+
+    def times_of_patches(self, n: int) -> list[float]:
+        """When each temporal patch of `n` frames is shown: the middle between its first and its last frame, the last
+        frame being repeated to fill its patch."""
+        last = self.n_frames - 1
+        ends = [(first, min(first + n - 1, last)) for first in range(0, self.n_frames, n)]
+        return [(self.times[first] + self.times[end]) / 2 for first, end in ends]
 
 
 def is_video(x: Any) -> bool:
@@ -80,7 +89,9 @@ def open_video(video: Any, settings: PictureSettings, processor: PictureProcesso
     for i, frame in enumerate(frames):
         with naming(f"frame {i}"):
             loaded.append(load_image(frame, allow_remote))
-    return Clip(ImageSize(*loaded[0].size), len(loaded), iter(loaded), from_file=False, rate=settings.fps or FPS)
+    rate = settings.fps or FPS
+    times = tuple(number / rate for number in range(len(loaded)))
+    return Clip(ImageSize(*loaded[0].size), len(loaded), iter(loaded), from_file=False, rate=rate, times=times)
 
 
 def _from_file(video: Any, settings: PictureSettings, processor: PictureProcessor, allow_remote: bool) -> Clip:
@@ -98,9 +109,12 @@ def _from_file(video: Any, settings: PictureSettings, processor: PictureProcesso
     with naming(name):
         numbers = settings.frame_numbers(n_frames, first.rate, processor.temporal_patch_size)
     rate = FPS if first.rate is None else first.rate * len(numbers) / n_frames
-    return Clip(
-        ImageSize(*first.picture().size), len(numbers), _sampled(file, name, numbers), from_file=True, rate=rate
-    )
+    if first.rate is None:
+        times = tuple(i / FPS for i in range(len(numbers)))
+    else:
+        times = tuple(number / first.rate for number in numbers)
+    frames = _sampled(file, name, numbers)
+    return Clip(ImageSize(*first.picture().size), len(numbers), frames, from_file=True, rate=rate, times=times)
 
 
 def _sampled(file: str | io.BytesIO, name: str, numbers: list[int]) -> Iterator[Image.Image]:

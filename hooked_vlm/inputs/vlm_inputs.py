@@ -55,8 +55,9 @@ class VLMInputs:
     video_layouts: tuple[ImageLayout, ...] | None = None
     image_settings: tuple[PictureSettings, ...] | None = None
     """Settings that messages gave the images; `with_image` keeps them."""
-    image_features: Float[Tensor, "token d_model"] | None = None
-    """The projector's output, images first, then videos; see `with_image_features`."""
+    image_features: Float[Tensor, "token *feature d_model"] | None = None
+    """The projector's output, images first, then videos (with DeepStack several of each token); see
+    `with_image_features`."""
     n_generated: tuple[int, ...] = ()
     """Number of tokens appended to the prompt at the end of each row."""
 
@@ -370,11 +371,19 @@ class VLMInputs:
         """The same prompt with another picture as image `i` (its number of tokens may change)."""
         return replace_image(self, i, image)
 
-    def with_image_features(self, features: Float[Tensor, "token d_model"] | None) -> "VLMInputs":
-        """The same inputs with their images already encoded (`model.encode_images`), or None to encode again."""
-        n = len(self.feature_slots)
-        if features is not None and features.shape[0] != n:
-            raise InputError(f"these inputs have {n} image tokens, got {features.shape[0]} features")
+    def with_image_features(self, features: Float[Tensor, "token *feature d_model"] | None) -> "VLMInputs":
+        """The same inputs with their images already encoded (`model.encode_images`), or None to encode again.
+
+        Raises:
+            InputError: not the features of these tokens: [token, d_model], with DeepStack [token, feature, d_model].
+        """
+        expected = (len(self.feature_slots), *self.spec.features_of_token)
+        if features is not None and tuple(features.shape) != expected:
+            raise InputError(
+                f"image features of these inputs are {expected}, got {tuple(features.shape)}: a vector of "
+                f"{expected[-1]} numbers for each of {expected[0]} image tokens"
+                + (f", at each of {expected[1]} places where they enter the stream" if len(expected) > 2 else "")
+            )
         new = copy(self)  # skips the checks of __post_init__: no other field depends on the features
         object.__setattr__(new, "image_features", features)
         if features is None:

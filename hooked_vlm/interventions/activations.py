@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
@@ -137,15 +138,17 @@ class AddVector(Intervention):
 
 @dataclass(frozen=True, eq=False)
 class ReplaceImageTokens(Intervention):
-    """Embeddings of image tokens are replaced where they enter the decoder.
+    """Features of image tokens are replaced wherever they enter the decoder: at the embedding and, with DeepStack,
+    behind its first blocks.
 
     Args:
         tokens: which image tokens ("image" for all; `inputs.tokens_in_box` for a region).
-        values: "mean" over the tokens of the same image, "zero", or a vector [d_model].
+        values: "mean" over the tokens of the same image, "zero", or a vector [d_model]; with DeepStack one for each
+            place, [feature, d_model], the embedding's first.
     """
 
     tokens: Positions = "image"
-    values: Literal["mean", "zero"] | Float[Tensor, "d_model"] = "mean"
+    values: Literal["mean", "zero"] | Float[Tensor, "*feature d_model"] = "mean"
 
     position_aware: ClassVar[bool] = True
 
@@ -159,21 +162,27 @@ class ReplaceImageTokens(Intervention):
         table = image_tokens(self.tokens, inputs).to(inputs.device)
         if not isinstance(self.values, Tensor) and self.values not in ("mean", "zero"):
             raise InputError(f'values must be "mean", "zero" or a vector, got {self.values!r}')
-        if isinstance(self.values, Tensor) and self.values.shape != (model.cfg.d_model,):
-            raise InputError(f"values must be a vector of {model.cfg.d_model} numbers, got {tuple(self.values.shape)}")
+        n_inner, d_model = model.cfg.n_deepstack, model.cfg.d_model
+        expected = (1 + n_inner, d_model) if n_inner else (d_model,)
+        if isinstance(self.values, Tensor) and tuple(self.values.shape) != expected:
+            several = f", one for the embedding and one behind each of {n_inner} blocks" if n_inner else ""
+            raise InputError(
+                f"values must be a vector of {d_model} numbers{several}, {expected}, got {tuple(self.values.shape)}"
+            )
 
-        def replace(x: Tensor, hook: HookPoint) -> Tensor:
+        def replace(entry: int, x: Tensor, hook: HookPoint) -> Tensor:
             first = hook.ctx["first_position"]
             new = torch.zeros_like(x)
             if isinstance(self.values, Tensor):
-                new = new + self.values.to(x)
+                new = new + self.values.view(-1, d_model)[entry].to(x)
             elif self.values == "mean":
                 for visual in (v for v in inputs.visuals if v.start >= first):
                     span = visual.positions - first
                     new[visual.row, span] = x[visual.row, span].mean(0)
             return torch.where(positions_mask(table, first, x.shape[1], len(x))[..., None].to(x.device), new, x)
 
-        return made_for(inputs, [("hook_embed", replace)])
+        names = ["hook_embed", *(f"blocks.{block}.hook_deepstack" for block in range(n_inner))]
+        return made_for(inputs, [(name, partial(replace, entry)) for entry, name in enumerate(names)])
 
     def __str__(self) -> str:
         values = self.values if isinstance(self.values, str) else "a vector"

@@ -46,6 +46,10 @@ def _at_real_positions(method: Callable[P, R]) -> Callable[P, R]:
     return checked
 
 
+def _labels(entering: list[Tensor]) -> list[str]:
+    return [f"{block}_deepstack" for block in range(len(entering))]
+
+
 class VLMCache(DerivingCache):
     """Activations of one run, by hook name or TransformerLens' shorthand (`cache["pattern", 3]`).
 
@@ -236,12 +240,74 @@ class VLMCache(DerivingCache):
     # ---------------------------------------------------------------- TransformerLens' decompositions
 
     accumulated_resid = _at_real_positions(ActivationCache.accumulated_resid)
-    decompose_resid = _at_real_positions(ActivationCache.decompose_resid)
     stack_head_results = _at_real_positions(ActivationCache.stack_head_results)
     get_neuron_results = _at_real_positions(ActivationCache.get_neuron_results)
     stack_neuron_results = _at_real_positions(ActivationCache.stack_neuron_results)
-    get_full_resid_decomposition = _at_real_positions(ActivationCache.get_full_resid_decomposition)
     logit_attrs = _at_real_positions(ActivationCache.logit_attrs)
+
+    @_at_real_positions
+    def decompose_resid(
+        self,
+        layer: int | None = None,
+        mlp_input: bool = False,
+        mode: Literal["all", "mlp", "attn"] = "all",
+        apply_ln: bool = False,
+        pos_slice: Slice | SliceInput = None,
+        incl_embeds: bool = True,
+        return_labels: bool = False,
+    ) -> Any:
+        """TransformerLens' decomposition; with `incl_embeds` image features that enter behind blocks (DeepStack) are
+        parts, too, labelled "0_deepstack"."""
+        parts, labels = super().decompose_resid(layer, mlp_input, mode, apply_ln, pos_slice, incl_embeds, True)
+        if incl_embeds:
+            entering = self._deepstack(layer, mlp_input, apply_ln, pos_slice)
+            parts, labels = torch.cat((parts, *entering)), [*labels, *_labels(entering)]
+        return (parts, labels) if return_labels else parts
+
+    @_at_real_positions
+    def get_full_resid_decomposition(
+        self,
+        layer: int | None = None,
+        mlp_input: bool = False,
+        expand_neurons: bool = True,
+        apply_ln: bool = False,
+        pos_slice: Slice | SliceInput = None,
+        return_labels: bool = False,
+        project_output_onto: Tensor | None = None,
+    ) -> Any:
+        """TransformerLens' decomposition, and image features that enter behind blocks (DeepStack) as parts."""
+        parts, labels = super().get_full_resid_decomposition(
+            layer, mlp_input, expand_neurons, apply_ln, pos_slice, True, project_output_onto
+        )
+        entering = self._deepstack(layer, mlp_input, apply_ln, pos_slice)
+        if project_output_onto is not None:
+            entering = [part @ project_output_onto for part in entering]
+        parts, labels = torch.cat((parts, *entering)), [*labels, *_labels(entering)]
+        return (parts, labels) if return_labels else parts
+
+    def _deepstack(
+        self, layer: int | None, mlp_input: bool, apply_ln: bool, pos_slice: Slice | SliceInput
+    ) -> list[Float[Tensor, "1 *batch_and_pos d_model"]]:
+        """What enters the stream behind the blocks before `layer`.
+
+        Raises:
+            InputError: it is not known whether there were images.
+        """
+        n_layers, n = self.model.cfg.n_layers, self.model.cfg.n_deepstack
+        names = [f"blocks.{block}.hook_deepstack" for block in range(n if layer in (None, -1) else min(n, layer))]
+        if not names or (self.inputs is not None and not self.inputs.has_visuals):
+            return []
+        if self.inputs is None and names[0] not in self.cache_dict:
+            raise InputError(
+                f"this cache holds no {names[0]} and does not know whether its run had images: set cache.inputs to the "
+                "inputs of the run"
+            )
+        at = pos_slice if isinstance(pos_slice, Slice) else Slice(pos_slice)
+        parts = [at.apply(self[name], dim=-2)[None] for name in names]
+        if not apply_ln:
+            return parts
+        until = n_layers if layer in (None, -1) else layer
+        return [self.apply_ln_to_stack(part, until, pos_slice=at, mlp_input=mlp_input) for part in parts]
 
     # ---------------------------------------------------------------- norms, weight included
 

@@ -62,6 +62,7 @@ _BLOCK = {
     "mlp.hook_pre_linear": ("d_mlp", ONCE, "the other factor of a gated MLP"),
     "mlp.hook_post": ("d_mlp", ONCE, "what the output matrix reads (gated: the product)"),
     "hook_mlp_out": ("d_model", ONCE, "what the MLP adds to the stream"),
+    "hook_deepstack": ("d_model", IMAGES, "image features that enter the stream here (DeepStack); zero for text"),
     "hook_resid_post": ("d_model", ONCE, "residual stream leaving the block"),
 }
 _TEXT = {
@@ -95,6 +96,16 @@ _PROJECTOR = {
         "before the activation function, if there is one; one row per token",
     ),
     "projector.hook_post": ("image token d_projector", ENCODES, "after the activation function, if there is one"),
+    **{
+        f"projector.deepstack.{{l}}.{suffix}": (f"image token {axis}", ENCODES, f"{what}, of DeepStack's projector")
+        for suffix, axis, what in (
+            ("ln.hook_scale", "1", "denominator of the norm"),
+            ("ln.hook_normalized", "d_merged", "normalised tokens before the norm's weight and bias"),
+            ("ln.hook_out", "d_merged", "normalised tokens"),
+            ("hook_pre", "d_projector", "before the activation function"),
+            ("hook_post", "d_projector", "after the activation function"),
+        )
+    },
     "hook_image_features": (
         "image_token d_model_text",
         IMAGES,
@@ -116,7 +127,7 @@ def hook_table(model: "HookedVLM") -> list[HookRow]:
         **{name: HookRow(name, tuple(axes.split()), *rest) for name, (axes, *rest) in _PROJECTOR.items()},
         **{name: _text_row(name, *row) for name, row in _TEXT.items()},
     }
-    present = {re.sub(r"blocks\.\d+\.", "blocks.{l}.", name) for name in model.hook_dict}
+    present = {re.sub(r"(blocks|deepstack)\.\d+\.", r"\1.{l}.", name) for name in model.hook_dict}
     if unknown := present - set(described):
         raise KeyError(f"hook points without a description in hook_catalogue.py: {sorted(unknown)}")
     return [row for name, row in described.items() if name in present]

@@ -80,6 +80,8 @@ def layers_of(row: HookRow, cfg: VLMConfig) -> int:
     """Number of running layers with this hook point; 1 where it belongs to no layer."""
     if "{l}" not in row.name:
         return 1
+    if "deepstack" in row.name:
+        return cfg.n_deepstack
     if not is_vision(row.name):
         return cfg.n_layers
     return 0 if cfg.vision is None else cfg.vision.n_layers_run

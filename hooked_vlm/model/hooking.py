@@ -159,18 +159,20 @@ def why_silent(model: "HookedVLM", name: str, inputs: VLMInputs, run: Mapping[st
     """Reason why a hook point would not fire in a run; empty if it fires."""
     if why := switched_off(model, name):
         return f"it {why}"
-    if is_vision(name) and not inputs.has_visuals:
+    if (is_vision(name) or name.endswith("hook_deepstack")) and not inputs.has_visuals:
         return "there is no image in the input"
     if is_encoder(name) and inputs.image_features is not None:
         return "the image features in these inputs were computed before"
-    if run.get("resid") is not None and (is_vision(name) or name == "hook_embed"):
-        return "the run starts from resid"
     start, stop = run.get("start_at_layer") or 0, run.get("stop_at_layer")
+    start = start + model.cfg.n_layers if start < 0 else start
+    encodes = is_encoder(name) and start < model.cfg.n_deepstack  # what enters behind the blocks to come
+    if run.get("resid") is not None and (is_vision(name) or name == "hook_embed") and not encodes:
+        return "the run starts from resid"
     if stop is not None and name.startswith("ln_final"):
         return f"the run stops before layer {stop}"
     if name.startswith("blocks."):
         layer, n = int(name.split(".")[1]), model.cfg.n_layers
-        if layer < (start + n if start < 0 else start):
+        if layer < start:
             return f"the run starts at layer {start}"
         if stop is not None and layer >= (stop + n if stop < 0 else stop):
             return f"the run stops before layer {stop}"

@@ -7,7 +7,8 @@ With s bytes to a number, n tokens and, on the image side, P patches of all imag
 - activations, the most that is alive at one time in a forward pass that stores nothing: 8 (n + 1) for positions, and
   whichever of three is largest: the MLP of a language block, n (5 d_model + 4 d_mlp + 2 d_head) s; that of a vision
   block, P ((5 d_model + k d_mlp) s + 4 (d_patch + 2 d_head)) + n (d_model + 2 d_head) s with k = 2 (3 for
-  quick_gelu, 4 with a gate; pixels and angles are float32); the logits, n (2 d_model + d_vocab) s;
+  quick_gelu, 4 with a gate; pixels and angles are float32), and P d_model s for each block that DeepStack reads; the
+  logits, n (2 d_model + d_vocab) s;
 - full cache, what `run_with_cache` stores by default: the hook table with numbers for its axes, without
   `hook_resid_pre`, which is the tensor of the hook point before it;
 - gradients, for `run_with_cache(..., incl_bwd=True)`: one for every weight and for every number of the full cache; and
@@ -105,7 +106,9 @@ def _activation_bytes(model: "HookedVLM", prompt: PromptSize, dtype: torch.dtype
         return positions + max(block, logits)
     wide = 4 if vision.gated_mlp else 3 if vision.act_fn == "quick_gelu" else 2
     per_patch = (5 * vision.d_model + wide * vision.d_mlp) * dtype.itemsize + 4 * (vision.d_patch + 2 * vision.d_head)
-    waiting = n * (cfg.d_model + 2 * cfg.d_head) * dtype.itemsize  # the tokens' embeddings and rotations
+    # the tokens' embeddings and rotations, and patches that DeepStack reads
+    waiting = n * (cfg.d_model + 2 * cfg.d_head) * dtype.itemsize
+    waiting += cfg.n_deepstack * prompt.n_images * prompt.n_patches * vision.d_model * dtype.itemsize
     tower = prompt.n_images * prompt.n_patches * per_patch + waiting
     return positions + max(block, logits, tower)
 

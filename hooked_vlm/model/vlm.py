@@ -34,6 +34,7 @@ from hooked_vlm.nn import kv_cache
 from hooked_vlm.nn.block import run_blocks, text_blocks
 from hooked_vlm.nn.components import Embed, Norm, Unembed, WithViews
 from hooked_vlm.nn.forward_pass import (
+    DeepStack,
     ForwardPass,
     Recorder,
     check_call,
@@ -47,13 +48,11 @@ from hooked_vlm.nn.hooks import (
     HookPoint,
     foreign_module,
     hooked_module,
-    is_encoder,
-    is_hooked,
     is_own,
     running,
 )
 from hooked_vlm.nn.kv_cache import KVCache
-from hooked_vlm.nn.vision import Projector, VisionTower, encode
+from hooked_vlm.nn.vision import Projector, VisionTower, encode, image_features
 
 P = ParamSpec("P")
 Q = TypeVar("Q")
@@ -202,8 +201,8 @@ class HookedVLM(WithViews, HookedRootModule):
             raise InputError('loss_per_token needs return_type="loss" or "both"')
         check_call(self.cfg, inputs, first, last, resid, past_kv_cache, logits_at)
         here = text_pass(self, inputs, past_kv_cache, None if resid is None else resid.dtype, recorder)
+        stream, here = self._enter(inputs, here, resid, first)
         with running(here):
-            stream = self._embed(inputs, here) if resid is None else here.pack(resid.to(inputs.device))
             narrow = logits_at == "last" and return_type == "logits" and stop_at_layer is None
             n_out = 1 if narrow and self._may_narrow(inputs, here) else None
             stream = self.run_layers(stream, here, first, last, n_out).to(inputs.device)
@@ -274,29 +273,30 @@ class HookedVLM(WithViews, HookedRootModule):
         past_kv_cache.advance(1, 1)
         return logits
 
-    def _embed(self, inputs: VLMInputs, here: ForwardPass) -> Float[Tensor, "*dims d_model"]:
-        """Token embeddings with image features at the placeholders: the input of block 0."""
-        x = self.embed(inputs.tokens)
-        if inputs.has_visuals:
-            features = self._features(inputs, here, x)
-            x = x.flatten(0, 1).index_copy(0, inputs.feature_slots, features).view_as(x)
-        return self.hook_embed(here.pack(x))  # [batch, pos, d_model]
+    def _enter(
+        self, inputs: VLMInputs, here: ForwardPass, resid: Float[Tensor, "batch pos d_model"] | None, first: int
+    ) -> tuple[Float[Tensor, "*dims d_model"], ForwardPass]:
+        """The stream before block `first`, and the pass over the blocks from there on.
 
-    def _features(self, inputs: VLMInputs, here: ForwardPass, like: Tensor) -> Float[Tensor, "token d_model"]:
-        """Image features, encoded now or given with the inputs, on `like`'s device."""
-        here = here.without_positions()
-        features = inputs.image_features
-        if features is None:
-            features = encode(self, inputs, here.context, here.recorder)
-        else:
-            hooked = [n for n, point in self.hook_dict.items() if is_encoder(n) and is_hooked(point)]
-            self.check_reachable(hooked, inputs, {})
-            features = features.clone()  # other passes share them
+        Before block 0, token embeddings with image features at the placeholders; in the place of all that, `resid`.
+        """
         with running(here):
-            return self.hook_image_features(features.to(like))  # [image token of the batch, d_model]
+            x = self.embed(inputs.tokens) if resid is None else resid.to(inputs.device)
+            if inputs.has_visuals and (resid is None or first < self.cfg.n_deepstack):
+                features = image_features(self, inputs, here.without_positions(), x)
+                if self.cfg.n_deepstack:
+                    features, inner = features[:, 0], features[:, 1:]
+                    here = replace(here, deepstack=DeepStack(inner, inputs.feature_slots, inputs.shape))
+                if resid is None:
+                    with running(here.without_positions()):
+                        features = self.hook_image_features(features)  # [image token of the batch, d_model]
+                    x = x.flatten(0, 1).index_copy(0, inputs.feature_slots, features).view_as(x)
+            x = here.pack(x)
+            return (self.hook_embed(x) if resid is None else x), here  # [batch, pos, d_model]
 
-    def encode_images(self, inputs: VLMInputs) -> Float[Tensor, "token d_model"]:
-        """Encode images: the projector's output for every image token, images first, then videos.
+    def encode_images(self, inputs: VLMInputs) -> Float[Tensor, "token *feature d_model"]:
+        """Encode images: the projector's output for every image token, images first, then videos. With DeepStack
+        [token, feature, d_model]: what enters at the embedding, then behind each of the first blocks.
 
         `inputs.with_image_features(model.encode_images(inputs))` runs without the vision tower.
         """

@@ -21,9 +21,22 @@ class Block(Part):
     # transformer_lens/tools/analysis/logit_lens.py asks every block that it has one residual stream
     hook_out_is_single_residual_stream = True
 
-    def __init__(self, ln1: Norm, attn: Attention, ln2: Norm, mlp: MLP, layer_scale: int | None = None) -> None:
-        """`layer_scale` is the width of the stream where what is added to it is scaled by learned vectors."""
+    def __init__(
+        self,
+        ln1: Norm,
+        attn: Attention,
+        ln2: Norm,
+        mlp: MLP,
+        layer_scale: int | None = None,
+        deepstack: int | None = None,
+    ) -> None:
+        """
+        Args:
+            layer_scale: width of the stream where what is added to it is scaled by learned vectors.
+            deepstack: number of the block among those behind which image features enter the stream.
+        """
         super().__init__()
+        self.deepstack = deepstack
         self.ln1, self.attn, self.ln2, self.mlp = ln1, attn, ln2, mlp
         self.split_inputs = attn.split_inputs
         self.layer_scale = layer_scale is not None
@@ -37,6 +50,8 @@ class Block(Part):
         self.hook_attn_out = HookPoint()  # [batch, pos, d_model]
         self.hook_resid_mid = HookPoint()  # [batch, pos, d_model]
         self.hook_mlp_out = HookPoint()  # [batch, pos, d_model]
+        if deepstack is not None:
+            self.hook_deepstack = HookPoint()  # [batch, pos, d_model]
         self.hook_resid_post = HookPoint()  # [batch, pos, d_model]
 
     def reset_parameters(self) -> None:
@@ -58,7 +73,11 @@ class Block(Part):
         if self.layer_scale:
             mlp_out = mlp_out * self.scale_mlp
         mlp_out = self.hook_mlp_out(mlp_out)  # [batch, pos, d_model]
-        return self.hook_resid_post(resid_mid + mlp_out)  # [batch, pos, d_model]
+        resid_post = resid_mid + mlp_out
+        if self.deepstack is not None and here.deepstack is not None:
+            entering = here.wanted(here.pack(here.deepstack.added(self.deepstack, resid_post)))
+            resid_post = resid_post + self.hook_deepstack(entering)  # [batch, pos, d_model]
+        return self.hook_resid_post(resid_post)  # [batch, pos, d_model]
 
     def _attention_inputs(self, resid_pre: Tensor, here: ForwardPass) -> tuple[Tensor, ...]:
         """Inputs of queries, keys and values: the normalised stream, one for all; or, with a switch on, a copy of the
@@ -115,6 +134,7 @@ def text_blocks(cfg: VLMConfig) -> nn.ModuleList:
             ),
             Norm(cfg.d_model, cfg.eps, centered=False),
             MLP(cfg.d_model, cfg.d_mlp, cfg.act_fn, gated=cfg.gated_mlp, bias=False),
+            deepstack=layer if layer < cfg.n_deepstack else None,
         )
         for layer in range(cfg.n_layers)
     )

@@ -1,10 +1,12 @@
-"""The parts both towers are made of: norms, MLP, embedding and unembedding.
+"""The parts both towers are made of: norms, MLP, embeddings and unembedding.
 
 Weights keep the checkpoint's own `nn.Linear` layout; `W_*` and `b_*` are views of them in
 TransformerLens' shapes, so that an edit of a view edits the model.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from itertools import groupby
+from math import isqrt
 from typing import Any
 
 import torch
@@ -12,7 +14,11 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from hooked_vlm.config import VisionConfig
+from hooked_vlm.errors import InputError
+from hooked_vlm.inputs.token_layout import Grid
 from hooked_vlm.nn.hooks import HookPoint
+from hooked_vlm.nn.rotary import patch_places
 from hooked_vlm.nn.weight_access import absent_bias, bias_of, is_plain, values_of
 
 
@@ -260,3 +266,82 @@ def bias_by_head(linear: Any, n_heads: int) -> Tensor:
     if linear.bias is None:
         return absent_bias(linear, n_heads, linear.out_features // n_heads)
     return values_of(linear, "bias").view(n_heads, -1)
+
+
+class PatchEmbed(nn.Module):
+    """A linear map of flattened patches (a convolution whose stride is its kernel)."""
+
+    def __init__(self, cfg: VisionConfig) -> None:
+        super().__init__()
+        self.proj = nn.Linear(cfg.d_patch, cfg.d_model, bias=cfg.patch_bias)
+
+    def forward(self, pixels: Float[Tensor, "patch d_patch"]) -> Float[Tensor, "patch d_model"]:
+        return self.proj(pixels.to(next(self.parameters()).dtype))
+
+
+class TileEmbed(nn.Module):
+    """Class token and learned positions of a picture's patches, each where the tower has them."""
+
+    def __init__(self, cfg: VisionConfig) -> None:
+        super().__init__()
+        self.cfg = cfg
+        if cfg.class_token:
+            self.class_token = nn.Parameter(torch.empty(1, 1, cfg.d_model))
+        if cfg.n_positions:
+            self.positions = nn.Parameter(torch.empty(1, cfg.class_token + cfg.n_positions, cfg.d_model))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        for parameter in self.parameters(recurse=False):
+            nn.init.normal_(parameter, std=0.02)
+
+    def forward(self, patches: Float[Tensor, "patch d_model"], grids: Sequence[Grid]) -> Float[Tensor, "seq d_model"]:
+        """`patches` are those of all pictures, one picture after the other; so is what comes out."""
+        sizes = [(h, w) for t, h, w in grids for _ in range(t)]
+        runs = [(size, len(list(run))) for size, run in groupby(sizes)]  # pictures of one size in a row
+        parts = []
+        for ((rows, cols), n), own in zip(runs, patches.split([h * w * n for (h, w), n in runs]), strict=True):
+            pictures = own.unflatten(0, (n, rows * cols))
+            if self.cfg.n_positions:
+                pictures = pictures + self.positions_for(rows, cols)
+            if self.cfg.class_token:
+                class_token = self.class_token
+                if self.cfg.n_positions:
+                    class_token = class_token + self.positions[:, :1]
+                pictures = torch.cat((class_token.expand(n, -1, -1), pictures), dim=1)
+            parts.append(pictures.flatten(0, 1))
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def positions_for(self, rows: int, cols: int) -> Float[Tensor, "1 patch d_model"]:
+        """The learned positions of patches, fitted to a picture of `rows` x `cols`, in the order of its patches."""
+        cfg, learned = self.cfg, self.positions[:, int(self.cfg.class_token) :]
+        side = isqrt(cfg.n_positions)
+        if (rows, cols) != (side, side):
+            learned = self._resized(learned, side, (rows, cols))
+        if cfg.patch_order == "raster":
+            return learned
+        places = patch_places((1, rows, cols), cfg.merge_size).to(learned.device)
+        return learned[:, places[:, 0] * cols + places[:, 1]]
+
+    def _resized(
+        self, learned: Float[Tensor, "1 place d_model"], side: int, size: tuple[int, int]
+    ) -> Float[Tensor, "1 patch d_model"]:
+        if self.cfg.position_fit == "table":
+            raise InputError(
+                f"this vision tower has positions for {side} x {side} patches, got a picture of {size[0]} x {size[1]}: "
+                f"prepare it with the model's image processor, {side * self.cfg.patch_size} pixels high and wide"
+            )
+        full = learned.to(torch.promote_types(learned.dtype, torch.float32))
+        square = full.view(1, side, side, -1).permute(0, 3, 1, 2)
+        corners = self.cfg.position_fit == "bilinear"
+        resized = F.interpolate(square, size=size, mode=self.cfg.position_fit, align_corners=corners)
+        return resized.flatten(2).transpose(1, 2).to(learned.dtype)
+
+
+class UnreadNorm(nn.Module):
+    """The weights of a norm that a checkpoint has behind its last block and nothing reads."""
+
+    def __init__(self, cfg: VisionConfig) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(cfg.d_model))
+        self.bias = nn.Parameter(torch.zeros(cfg.d_model))

@@ -51,6 +51,29 @@ class Recorder:
 
 
 @dataclass(frozen=True, eq=False)
+class DeepStack:
+    """Image features that enter the stream behind its first blocks (DeepStack, arXiv 2406.04334)."""
+
+    features: Float[Tensor, "token block d_model"]
+    slots: Int[Tensor, "token"]
+    """Index of the image tokens into the flattened [batch * pos] positions."""
+    shape: torch.Size
+    """Rows and positions."""
+    first: int = 0
+    """First position of the pass."""
+    n_runs: int = 1
+    """Number of runs of these rows in the pass, one after the other."""
+
+    def added(self, block: int, like: Tensor) -> Float[Tensor, "batch pos d_model"]:
+        """What a block adds: its features at image tokens, zeros elsewhere; with `like`'s dtype and device."""
+        features = self.features[:, block].to(like)
+        rows, width = self.shape
+        flat = features.new_zeros(rows * width, features.shape[-1]).index_copy(0, self.slots.to(like.device), features)
+        here = flat.unflatten(0, (rows, width))[:, self.first :]
+        return here if self.n_runs == 1 else here.repeat(self.n_runs, 1, 1)
+
+
+@dataclass(frozen=True, eq=False)
 class ForwardPass:
     """One pass through a tower: what its layers and hook points need to know beside their tensors."""
 
@@ -75,6 +98,8 @@ class ForwardPass:
     """The kind of each layer; empty where all are alike."""
     windows: tuple[Windows | None, ...] = ()
     """Of each kind of layers, the windows that the blocks of its mask are; empty where no kind has any."""
+    deepstack: DeepStack | None = None
+    """Image features that enter behind the first blocks, if there are any."""
     _elsewhere: "dict[torch.device, ForwardPass]" = field(init=False, repr=False, default_factory=dict)
 
     def on(self, device: torch.device) -> "ForwardPass":
@@ -270,8 +295,10 @@ def _rotations(
 ) -> Rotations:
     def of_kind(number: int) -> Rotation:
         kind = cfg.kinds[number]
-        section = cfg.mrope_section
-        return text_rotation(position_ids, cfg.d_head, kind.rope_theta, section, dtype, kind.rope_scaling, lengths)
+        axes, theta, scaling = cfg.mrope_section, kind.rope_theta, kind.rope_scaling
+        return text_rotation(
+            position_ids, cfg.d_head, theta, axes, dtype, scaling, lengths, interleaved=cfg.mrope_interleaved
+        )
 
     return Rotations(of_kind)
 

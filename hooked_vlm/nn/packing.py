@@ -6,14 +6,16 @@ Linear work then does nothing for padding. The fused kernel runs on groups of ro
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, lru_cache
 
 import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from hooked_vlm.inputs.token_layout import Grid
 from hooked_vlm.nn.masks import AttentionMask
+from hooked_vlm.nn.rotary import patch_places
 
 SIMILAR = 0.8
 """Rows attend together if each has at least this share of the longest one's positions."""
@@ -158,3 +160,11 @@ def _groups(
         to = torch.from_numpy(spots).to(device)
         groups.append(Group(len(rows), longest, 0, to, None if alike else torch.from_numpy(real).to(device)))
     return tuple(groups)
+
+
+@lru_cache(maxsize=256)
+def window_numbers(grid: Grid, merge: int, side: int) -> Int[np.ndarray, "patch"]:
+    """Number of the window of every patch, merge block by merge block; windows begin at the top left, the last row and
+    column of them may be smaller."""
+    rows, cols = patch_places(grid, merge).numpy().T // side
+    return rows * (cols.max() + 1) + cols

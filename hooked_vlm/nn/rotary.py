@@ -8,13 +8,15 @@ one run to the next, and each row of a batch is scaled by its own length.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache, cached_property
+from functools import cache, cached_property, lru_cache
 
+import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from hooked_vlm.config import RopeScaling
+from hooked_vlm.inputs.token_layout import Grid
 
 
 @dataclass(frozen=True, eq=False)
@@ -138,12 +140,14 @@ def text_rotation(
     dtype: torch.dtype,
     scaling: RopeScaling | None = None,
     lengths: Int[Tensor, "batch"] | None = None,
+    interleaved: bool = False,
 ) -> Rotation:
     """The rotation of text queries and keys.
 
     With `mrope_section` the frequencies are shared out between the three position axes (temporal,
-    height, width) in consecutive chunks; without it the first axis turns all of them. A `scaling` goes by
-    `lengths`, how many positions each row has so far (by default one more than the highest here).
+    height, width) in consecutive chunks or, `interleaved`, in turns from the fastest on, as long as height and width
+    have some left; without it the first axis turns all of them. A `scaling` goes by `lengths`, how many positions each
+    row has so far (by default one more than the highest here).
     """
     if scaling is None:
         per_position, factor = frequencies(d_head, theta, position_ids.device), 1.0
@@ -153,6 +157,11 @@ def text_rotation(
     angles = position_ids[..., None].float() * per_position
     if mrope_section is None:
         angles = angles[0]
+    elif interleaved:
+        turn = torch.arange(d_head // 2, device=angles.device)
+        _, n_height, n_width = mrope_section
+        by_height, by_width = (turn % 3 == 1) & (turn < 3 * n_height), (turn % 3 == 2) & (turn < 3 * n_width)
+        angles = torch.where(by_height, angles[1], torch.where(by_width, angles[2], angles[0]))
     else:
         chunks = angles.split(list(mrope_section), dim=-1)
         angles = torch.cat([chunk[i % 3] for i, chunk in enumerate(chunks)], dim=-1)
@@ -163,3 +172,14 @@ def patch_rotation(rows_cols: Int[Tensor, "patch 2"], d_head: int, theta: float)
     """The rotation of image patches: half of the frequencies turn with the row, half with the column."""
     angles = rows_cols[..., None].float() * frequencies(d_head // 2, theta, rows_cols.device)
     return Rotation.by(angles.flatten(-2))
+
+
+@lru_cache(maxsize=256)
+@torch.inference_mode(False)  # it is kept
+def patch_places(grid: Grid, merge: int) -> Int[Tensor, "patch 2"]:
+    """Row and column of every patch, merge block by merge block, for each temporal slice."""
+    t, h, w = grid
+    rows, cols = np.indices((h, w))
+    blocks = (h // merge, merge, w // merge, merge)
+    in_order = [axis.reshape(blocks).transpose(0, 2, 1, 3).ravel() for axis in (rows, cols)]
+    return torch.from_numpy(np.tile(np.stack(in_order, axis=-1), (t, 1)))

@@ -5,29 +5,25 @@ tiles, because attention never crosses them. Images of different sizes are packe
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from functools import lru_cache
-from itertools import groupby
-from math import isqrt
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor, nn
 
-from hooked_vlm.config import VisionConfig
-from hooked_vlm.errors import InputError
+from hooked_vlm.config import ProjectorStep, VisionConfig
 from hooked_vlm.inputs.token_layout import Grid
 from hooked_vlm.inputs.vlm_inputs import VLMInputs
 from hooked_vlm.nn.block import run_blocks, vision_blocks
-from hooked_vlm.nn.components import ACTIVATIONS, Norm
+from hooked_vlm.nn.components import ACTIVATIONS, Norm, PatchEmbed, TileEmbed, UnreadNorm
 from hooked_vlm.nn.forward_pass import ForwardPass, Recorder
-from hooked_vlm.nn.hooks import HookPoint, running, shows_modules
+from hooked_vlm.nn.hooks import HookPoint, is_encoder, is_hooked, running, shows_modules
 from hooked_vlm.nn.masks import AttentionMask
-from hooked_vlm.nn.packing import Packing, Windows
-from hooked_vlm.nn.rotary import Rotation, Rotations, patch_rotation
+from hooked_vlm.nn.packing import Packing, Windows, window_numbers
+from hooked_vlm.nn.rotary import Rotation, Rotations, patch_places, patch_rotation
 
 if TYPE_CHECKING:
     from hooked_vlm.model.vlm import HookedVLM
@@ -44,6 +40,8 @@ class ImagePass:
     patch_rows: Packing | None
     """Where each image's patches lie, class token included; None if all images have the same size."""
     token_rows: Packing | None
+    inner: dict[int, Float[Tensor, "*image patch d_model"]] = field(default_factory=dict)
+    """Patches as they left the blocks that DeepStack reads, put here as these run."""
 
     def by_image(self, x: Float[Tensor, "all_patches d_model"]) -> Float[Tensor, "*image patch d_model"]:
         """Patches of all images as the tower sees them."""
@@ -77,8 +75,8 @@ def image_pass(
     packs = ragged and not shows_modules(model)
     rotate = None
     if cfg.rope_theta is not None:
-        rows_cols = torch.cat([_rows_cols(grid, cfg.merge_size) for grid in grids])
-        rotate = patch_rotation(rows_cols.to(device), cfg.d_head, cfg.rope_theta)
+        places = torch.cat([patch_places(grid, cfg.merge_size) for grid in grids])
+        rotate = patch_rotation(places.to(device), cfg.d_head, cfg.rope_theta)
 
     def over(lengths: Sequence[int], rotate: Rotation | None) -> tuple[ForwardPass, Packing | None]:
         rows, mask = None, AttentionMask(causal=False)
@@ -101,7 +99,7 @@ def image_pass(
 def _in_windows(patches: ForwardPass, cfg: VisionConfig, grids: tuple[Grid, ...]) -> ForwardPass:
     """A pass over patches with a second kind of blocks, which see windows."""
     assert cfg.window is not None
-    slices = [_windows((1, *grid[1:]), cfg.merge_size, cfg.window) for grid in grids for _ in range(grid[0])]
+    slices = [window_numbers((1, *grid[1:]), cfg.merge_size, cfg.window) for grid in grids for _ in range(grid[0])]
     begins = np.cumsum([0, *(own.max() + 1 for own in slices)])
     numbers = np.full((len(slices), max(map(len, slices))), -1)  # [image, patch]
     for image, own in enumerate(slices):
@@ -115,85 +113,6 @@ def _in_windows(patches: ForwardPass, cfg: VisionConfig, grids: tuple[Grid, ...]
         kind_of=cfg.layer_kind_of,
         windows=(None, Windows(flat, patches.device)),
     )
-
-
-class PatchEmbed(nn.Module):
-    """A linear map of flattened patches (a convolution whose stride is its kernel)."""
-
-    def __init__(self, cfg: VisionConfig) -> None:
-        super().__init__()
-        self.proj = nn.Linear(cfg.d_patch, cfg.d_model, bias=cfg.patch_bias)
-
-    def forward(self, pixels: Float[Tensor, "patch d_patch"]) -> Float[Tensor, "patch d_model"]:
-        return self.proj(pixels.to(next(self.parameters()).dtype))
-
-
-class TileEmbed(nn.Module):
-    """Class token and learned positions of a picture's patches, each where the tower has them."""
-
-    def __init__(self, cfg: VisionConfig) -> None:
-        super().__init__()
-        self.cfg = cfg
-        if cfg.class_token:
-            self.class_token = nn.Parameter(torch.empty(1, 1, cfg.d_model))
-        if cfg.n_positions:
-            self.positions = nn.Parameter(torch.empty(1, cfg.class_token + cfg.n_positions, cfg.d_model))
-        self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        for parameter in self.parameters(recurse=False):
-            nn.init.normal_(parameter, std=0.02)
-
-    def forward(self, patches: Float[Tensor, "patch d_model"], grids: Sequence[Grid]) -> Float[Tensor, "seq d_model"]:
-        """`patches` are those of all pictures, one picture after the other; so is what comes out."""
-        sizes = [(h, w) for t, h, w in grids for _ in range(t)]
-        runs = [(size, len(list(run))) for size, run in groupby(sizes)]  # pictures of one size in a row
-        parts = []
-        for ((rows, cols), n), own in zip(runs, patches.split([h * w * n for (h, w), n in runs]), strict=True):
-            pictures = own.unflatten(0, (n, rows * cols))
-            if self.cfg.n_positions:
-                pictures = pictures + self.positions_for(rows, cols)
-            if self.cfg.class_token:
-                class_token = self.class_token
-                if self.cfg.n_positions:
-                    class_token = class_token + self.positions[:, :1]
-                pictures = torch.cat((class_token.expand(n, -1, -1), pictures), dim=1)
-            parts.append(pictures.flatten(0, 1))
-        return parts[0] if len(parts) == 1 else torch.cat(parts)
-
-    def positions_for(self, rows: int, cols: int) -> Float[Tensor, "1 patch d_model"]:
-        """The learned positions of patches, fitted to a picture of `rows` x `cols`, in the order of its patches."""
-        cfg, learned = self.cfg, self.positions[:, int(self.cfg.class_token) :]
-        side = isqrt(cfg.n_positions)
-        if (rows, cols) != (side, side):
-            learned = self._resized(learned, side, (rows, cols))
-        if cfg.patch_order == "raster":
-            return learned
-        rows_cols = _rows_cols((1, rows, cols), cfg.merge_size).to(learned.device)
-        return learned[:, rows_cols[:, 0] * cols + rows_cols[:, 1]]
-
-    def _resized(
-        self, learned: Float[Tensor, "1 place d_model"], side: int, size: tuple[int, int]
-    ) -> Float[Tensor, "1 patch d_model"]:
-        if self.cfg.position_fit == "table":
-            raise InputError(
-                f"this vision tower has positions for {side} x {side} patches, got a picture of {size[0]} x {size[1]}: "
-                f"prepare it with the model's image processor, {side * self.cfg.patch_size} pixels high and wide"
-            )
-        full = learned.to(torch.promote_types(learned.dtype, torch.float32))
-        square = full.view(1, side, side, -1).permute(0, 3, 1, 2)
-        corners = self.cfg.position_fit == "bilinear"
-        resized = F.interpolate(square, size=size, mode=self.cfg.position_fit, align_corners=corners)
-        return resized.flatten(2).transpose(1, 2).to(learned.dtype)
-
-
-class UnreadNorm(nn.Module):
-    """The weights of a norm that a checkpoint has behind its last block and nothing reads."""
-
-    def __init__(self, cfg: VisionConfig) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(cfg.d_model))
-        self.bias = nn.Parameter(torch.zeros(cfg.d_model))
 
 
 class VisionTower(nn.Module):
@@ -243,7 +162,12 @@ class VisionTower(nn.Module):
             if first < 0 <= stop:
                 stream = self.hook_embed(stream)  # [image, patch, d_model]
                 stream = stream if self.ln_pre is None else self.ln_pre(stream)
-            return run_blocks(self.blocks, stream, max(first, 0), max(stop, 0))
+            at, stop = max(first, 0), max(stop, 0)
+            for layer in self.cfg.deepstack_layers:
+                if at <= layer < stop:
+                    stream, at = run_blocks(self.blocks, stream, at, layer + 1), layer + 1
+                    here.inner[layer] = stream
+            return run_blocks(self.blocks, stream, at, stop)
 
     def normed(
         self, stream: Float[Tensor, "*image patch d_model"], here: ImagePass
@@ -261,8 +185,16 @@ def _cut(pictures: Float[Tensor, "picture channel height width"], size: int) -> 
     return patches.permute(0, 2, 3, 1, 4, 5).flatten(3).flatten(0, 2)
 
 
+DEEPSTACK: tuple[ProjectorStep, ...] = ("merge", "norm", "linear", "activation", "linear")
+"""The steps of the projectors of inner blocks."""
+
+
 class Projector(nn.Module):
-    """Image tokens from patches, in the steps that the configuration names."""
+    """Image tokens from patches, in the steps that the configuration names.
+
+    With DeepStack a token has several features: the projector's own, and one for each inner block that is read, from
+    projectors of their own.
+    """
 
     def __init__(self, cfg: VisionConfig) -> None:
         super().__init__()
@@ -279,6 +211,9 @@ class Projector(nn.Module):
         if cfg.line_break:
             self.line_break = nn.Parameter(torch.empty(cfg.d_out))
             self.reset_parameters()
+        if cfg.deepstack_layers:
+            inner = replace(cfg, projector=DEEPSTACK, deepstack_layers=())
+            self.deepstack = nn.ModuleList(Projector(inner) for _ in cfg.deepstack_layers)
 
     def reset_parameters(self) -> None:
         for parameter in self.parameters(recurse=False):
@@ -286,8 +221,8 @@ class Projector(nn.Module):
 
     def forward(
         self, patches: Float[Tensor, "*image patch d_model"], grids: tuple[Grid, ...], here: ImagePass
-    ) -> Float[Tensor, "all_tokens d_out"]:
-        """The features of all images' tokens, one image after the other."""
+    ) -> Float[Tensor, "all_tokens *feature d_out"]:
+        """The features of all images' tokens, one image after the other; with DeepStack several of each token."""
         cfg = self.cfg
         if self.norm_of == "patches":
             with running(here.patches):
@@ -299,11 +234,16 @@ class Projector(nn.Module):
             if "activation" in cfg.projector:
                 pre = self.hook_pre(self.in_proj(tokens))  # [image, token, d_projector]
                 tokens = self.hook_post(ACTIVATIONS["gelu"](pre))  # [image, token, d_projector]
-            return here.in_a_row(self.out_proj(tokens))
+            outputs = here.in_a_row(self.out_proj(tokens))
+        if not cfg.deepstack_layers:
+            return outputs
+        read = zip(self.deepstack, cfg.deepstack_layers, strict=True)
+        inner = [own(here.inner[layer].to(patches.device), grids, here).to(outputs) for own, layer in read]
+        return torch.stack((outputs, *inner), dim=1)
 
     def arrange(
-        self, outputs: Float[Tensor, "all_outputs d_out"], inputs: VLMInputs, n_runs: int = 1
-    ) -> Float[Tensor, "all_tokens d_out"]:
+        self, outputs: Float[Tensor, "all_outputs *feature d_out"], inputs: VLMInputs, n_runs: int = 1
+    ) -> Float[Tensor, "all_tokens *feature d_out"]:
         """Image tokens from the projector's outputs of `n_runs` runs over the inputs: in the order that layouts say,
         with line breaks; resampled grids as the mixes of outputs that they are."""
         if inputs.feature_sources is None:
@@ -368,30 +308,27 @@ def _pool_raster(
     return F.avg_pool2d(pictures, cfg.pool_size).flatten(2).transpose(1, 2)
 
 
-@lru_cache(maxsize=256)
-def _windows(grid: Grid, merge: int, side: int) -> Int[np.ndarray, "patch"]:
-    """Number of the window of every patch, merge block by merge block; windows begin at the top left, the last row and
-    column of them may be smaller."""
-    rows, cols = _rows_cols(grid, merge).numpy().T // side
-    return rows * (cols.max() + 1) + cols
-
-
-@lru_cache(maxsize=256)
-@torch.inference_mode(False)  # it is kept
-def _rows_cols(grid: Grid, merge: int) -> Int[Tensor, "patch 2"]:
-    """Row and column of every patch, merge block by merge block, for each temporal slice."""
-    t, h, w = grid
-    rows, cols = np.indices((h, w))
-    blocks = (h // merge, merge, w // merge, merge)
-    in_order = [axis.reshape(blocks).transpose(0, 2, 1, 3).ravel() for axis in (rows, cols)]
-    return torch.from_numpy(np.tile(np.stack(in_order, axis=-1), (t, 1)))
-
-
 def encode(
     model: "HookedVLM", inputs: VLMInputs, context: Mapping[str, Any], recorder: Recorder | None
-) -> Float[Tensor, "token d_model"]:
+) -> Float[Tensor, "token *feature d_model"]:
     """Run the tower and the projector over the pixels of the inputs: features of images first, then of videos."""
     pixels = [p for p in (inputs.pixel_values, inputs.pixel_values_videos) if p is not None]
     images = image_pass(model, inputs.grids, inputs.device, context, recorder)
     seen = model.vision(torch.cat(pixels), inputs.grids, images)
     return model.projector.arrange(model.projector(seen, inputs.grids, images), inputs)
+
+
+def image_features(
+    model: "HookedVLM", inputs: VLMInputs, here: ForwardPass, like: Tensor
+) -> Float[Tensor, "token *feature d_model"]:
+    """Image features, encoded now or given with the inputs, with `like`'s dtype and on its device.
+
+    Raises:
+        HookError: there are hooks on the image side of inputs whose images are encoded.
+    """
+    features = inputs.image_features
+    if features is None:
+        return encode(model, inputs, here.context, here.recorder).to(like)
+    hooked = [name for name, point in model.hook_dict.items() if is_encoder(name) and is_hooked(point)]
+    model.check_reachable(hooked, inputs, {})
+    return features.clone().to(like)  # other passes share them

@@ -5,7 +5,8 @@ Their features enter the decoder as an edit of `hook_embed`, after which they ar
 
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
@@ -28,27 +29,27 @@ class Encoded(Intervention):
     """A run whose images are encoded: its features enter the decoder, where its other hooks act."""
 
     original: Intervention
-    features: Float[Tensor, "token d_model"]
+    features: Float[Tensor, "token *feature d_model"]
 
     @property
     def position_aware(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
         return self.original.position_aware
 
     def hooks(self, model: "HookedVLM", inputs: VLMInputs) -> Hooks:
-        spans = []
-        start = 0
-        for visual in inputs.in_feature_order:
-            spans.append((visual.row, visual.positions, self.features[start : start + visual.n_tokens]))
-            start += visual.n_tokens
+        places = [(visual.row, visual.positions) for visual in inputs.in_feature_order]
+        n_tokens = [visual.n_tokens for visual in inputs.in_feature_order]
 
-        def enter(x: Tensor, hook: HookPoint) -> Tensor:
+        def enter(features: Float[Tensor, "token d_model"], x: Tensor, hook: HookPoint) -> Tensor:
             first = hook.ctx["first_position"]
-            for row, at, features in spans:
-                x[row, at - first] = features.to(x)
+            for (row, at), own in zip(places, features.split(n_tokens), strict=True):
+                x[row, at - first] = own.to(x)
             return x
 
+        names = ["hook_embed", *(f"blocks.{block}.hook_deepstack" for block in range(model.cfg.n_deepstack))]
+        entries = self.features.unbind(1) if model.cfg.n_deepstack else (self.features,)
+        entering = [(name, partial(enter, own)) for name, own in zip(names, entries, strict=True)]
         behind = [(name, fn) for name, fn in self.original.hooks(model, inputs) if not is_vision(name)]
-        return [("hook_embed", enter), *behind]
+        return [*entering, *behind]
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,7 +58,9 @@ class PlainEncoding:
 
     streams: dict[int, Float[Tensor, "*image patch d_model_vision"]]
     """Patches that enter a layer of the vision tower; also `EMBEDDING`, and the projector (number of layers)."""
-    features: Float[Tensor, "token d_model"]
+    features: Float[Tensor, "token *feature d_model"]
+    inner: dict[int, Float[Tensor, "*image patch d_model_vision"]] = field(default_factory=dict)
+    """Patches that leave the blocks which DeepStack reads."""
 
     @classmethod
     def of(cls, model: "HookedVLM", inputs: VLMInputs, layers: set[int]) -> "PlainEncoding":
@@ -72,7 +75,7 @@ class PlainEncoding:
             stream, at = model.vision.run(stream, images, at, layer), layer
             streams[layer] = stream
         outputs = model.projector(model.vision.normed(stream, images), inputs.grids, images)
-        return cls(streams, model.projector.arrange(outputs, inputs))
+        return cls(streams, model.projector.arrange(outputs, inputs), images.inner)
 
 
 def encoded(
@@ -84,27 +87,34 @@ def encoded(
         if inputs.image_features is None:
             features = _encode(model, inputs, plain, [first_vision_layer(iv, model, inputs) for iv in interventions])
         else:
-            features = plain.features.repeat(n, 1)
+            features = plain.features.repeat(n, *[1] * (plain.features.ndim - 1))
+        entries = features.unbind(1) if model.cfg.n_deepstack else (features,)
         here = image_pass(model, inputs.grids, inputs.device, {"inputs": inputs})
         with running(here.patches):
-            features = model.hook_image_features(features)  # [image token of the batch, d_model]
-    return [Encoded(iv, own) for iv, own in zip(interventions, features.view(n, n_tokens, -1), strict=True)]
+            embedded = model.hook_image_features(entries[0])  # [image token of the batch, d_model]
+    features = torch.stack((embedded, *entries[1:]), dim=1) if model.cfg.n_deepstack else embedded
+    return [Encoded(iv, own) for iv, own in zip(interventions, features.split(n_tokens), strict=True)]
 
 
 def _encode(
     model: "HookedVLM", inputs: VLMInputs, plain: PlainEncoding, layers: Sequence[int]
-) -> Float[Tensor, "token d_model"]:
+) -> Float[Tensor, "token *feature d_model"]:
     n_layers = model.vision.n_layers_run
     stream = plain.streams[n_layers][:0]
     joining = sorted(set(layers))
-    n_runs, images = 0, None
+    n_runs, images, inner = 0, None, {}
     for layer, until in pairwise([*joining, max(n_layers, joining[-1] + 1)]):
         n, shared = list(layers).count(layer), plain.streams[layer]
         n_runs += n
         stream = torch.cat((stream.to(shared.device), shared.repeat(n, *[1] * (shared.ndim - 1))))
         images = image_pass(model, inputs.grids * n_runs, inputs.device, {"inputs": inputs})
         stream = model.vision.run(stream, images, layer, min(until, n_layers))
+        inner |= images.inner
     assert images is not None
+    for layer, shared in plain.inner.items():  # runs that joined behind this layer left it as it is
+        own = inner.get(layer, shared[:0])
+        left = n_runs - len(own) // len(shared)
+        images.inner[layer] = torch.cat((own.to(shared.device), shared.repeat(left, *[1] * (shared.ndim - 1))))
     outputs = model.projector(model.vision.normed(stream, images), inputs.grids * n_runs, images)
     return model.projector.arrange(outputs, inputs, n_runs)
 

@@ -27,7 +27,7 @@ from hooked_vlm.interventions.base import EMBEDDING, Edits, Hooks, Intervention,
 from hooked_vlm.interventions.heads import HeadIntervention, layer_hooks
 from hooked_vlm.metrics import Metric
 from hooked_vlm.model.finite import check_finite, described
-from hooked_vlm.nn.forward_pass import ForwardPass, are_finite, inputs_masks, inputs_rotations, last_of_rows
+from hooked_vlm.nn.forward_pass import DeepStack, ForwardPass, are_finite, inputs_masks, inputs_rotations, last_of_rows
 from hooked_vlm.nn.hooks import hooked_module, running
 from hooked_vlm.nn.kv_cache import KVCache, SharedPrefix
 from hooked_vlm.nn.masks import AttentionMask
@@ -237,6 +237,9 @@ class PlainRun:
         if first:
             masks = tuple(replace(mask, uncached_left_padding=None) for mask in masks)
         positions = torch.arange(first, self.inputs.shape[1], device=self.inputs.device)
+        features, entering = self.inputs.image_features, None
+        if features is not None and model.cfg.n_deepstack:
+            entering = DeepStack(features[:, 1:], self.inputs.feature_slots, self.inputs.shape, first, n)
         return ForwardPass(
             model.cfg,
             self.inputs.device,
@@ -245,6 +248,7 @@ class PlainRun:
             SharedPrefix(self.cache, first) if first else None,
             {"inputs": self.inputs, "positions": positions, "first_position": first},
             kind_of=model.cfg.layer_kind_of,
+            deepstack=entering,
         )
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import tiny_qwen2_5_vl
+import tiny_qwen3_vl
 import torch
 import transformers
 from safetensors.torch import load_file
@@ -17,9 +18,12 @@ from hooked_vlm.converters import converter_for
 from hooked_vlm.converters.known_models import KNOWN_MODELS
 from hooked_vlm.errors import CheckpointError
 
-TINY: dict[str, Any] = {"qwen2.5-vl": tiny_qwen2_5_vl}
-CLASSES: dict[str, Any] = {"qwen2.5-vl": transformers.Qwen2_5_VLForConditionalGeneration}
-PUBLISHED = {"qwen2.5-vl": "Qwen/Qwen2.5-VL-7B-Instruct"}
+TINY: dict[str, Any] = {"qwen2.5-vl": tiny_qwen2_5_vl, "qwen3-vl": tiny_qwen3_vl}
+CLASSES: dict[str, Any] = {
+    "qwen2.5-vl": transformers.Qwen2_5_VLForConditionalGeneration,
+    "qwen3-vl": transformers.Qwen3VLForConditionalGeneration,
+}
+PUBLISHED = {"qwen2.5-vl": "Qwen/Qwen2.5-VL-7B-Instruct", "qwen3-vl": "Qwen/Qwen3-VL-8B-Instruct"}
 
 
 @pytest.fixture(params=TINY)
@@ -99,12 +103,22 @@ def test_the_published_names_are_those_of_a_saved_file(name: str, saved: tuple[A
         ("qwen2.5-vl", "vision_config", "window_size", 20),
         ("qwen2.5-vl", "vision_config", "out_hidden_size", 1280),
         ("qwen2.5-vl", None, "use_sliding_window", True),
+        ("qwen3-vl", "vision_config", "deepstack_visual_indexes", [16, 8]),
+        ("qwen3-vl", "vision_config", "deepstack_visual_indexes", [8, 27]),
+        ("qwen3-vl", "vision_config", "num_position_embeddings", 2000),
+        ("qwen3-vl", "vision_config", "hidden_act", "quick_gelu"),
+        ("qwen3-vl", "vision_config", "out_hidden_size", 2048),
+        ("qwen3-vl", "text_config", "attention_bias", True),
+        ("qwen3-vl", "text_config", "use_sliding_window", True),
+        ("qwen3-vl", "text_config", "rope_scaling", {"mrope_section": [24, 20, 20], "mrope_interleaved": False}),
+        ("qwen3-vl", "text_config", "rope_scaling", {"mrope_section": [4, 30, 30]}),
     ],
 )
 def test_what_is_not_supported_is_refused_by_its_field(name: str, section: str | None, field: str, value: Any) -> None:
     config = deepcopy(KNOWN_MODELS[PUBLISHED[name]].config)
     (config if section is None else config[section])[field] = value
-    with pytest.raises(CheckpointError, match=field):
+    named = next(iter(set(value) - {"mrope_section"}), "mrope_section") if isinstance(value, dict) else field
+    with pytest.raises(CheckpointError, match=named):
         converter_for(config).config_kwargs(config)
 
 

@@ -18,7 +18,8 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize as reference_smart_resize
 
 from hooked_vlm.errors import ImageError
-from hooked_vlm.inputs.image_processor import CLIP_MEAN, CLIP_STD, ImageProcessor
+from hooked_vlm.inputs.image_processor import ImageProcessor
+from hooked_vlm.inputs.image_settings import CLIP_MEAN, CLIP_STD
 from hooked_vlm.inputs.images import load_image, load_image_bytes
 from hooked_vlm.inputs.layouts import whole_layout
 from hooked_vlm.inputs.resizing import smart_resize
