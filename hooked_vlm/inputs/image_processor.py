@@ -1,8 +1,7 @@
 """Qwen2-VL's image processor: images and videos as the vision tower's patches, with Pillow and numpy only.
 
 Pixel values equal those of `transformers`' `Qwen2VLImageProcessorPil` bit for bit (its torchvision processors
-differ by up to one grey level). That class is not used itself because importing it takes seconds (it loads
-`transformers.modeling_utils`, SciPy and SymPy).
+differ by up to one grey level). That class is not used itself because importing it takes seconds.
 """
 
 import math

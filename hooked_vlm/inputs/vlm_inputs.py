@@ -22,7 +22,7 @@ from hooked_vlm.errors import InputError
 from hooked_vlm.inputs.batching import join, rows_of
 from hooked_vlm.inputs.boxes import Box, Part
 from hooked_vlm.inputs.edits import Answer, append_answer, replace_image
-from hooked_vlm.inputs.geometry import ImageLayout
+from hooked_vlm.inputs.geometry import ImageLayout, features_of
 from hooked_vlm.inputs.picture_settings import PictureSettings
 from hooked_vlm.inputs.positions import TokenGroups, mrope_positions, opened_spans, prompt_groups
 from hooked_vlm.inputs.token_layout import Grid, InputSpec, Kind, Visual, checked_grids, locate_visuals, real_span
@@ -241,22 +241,12 @@ class VLMInputs:
     def feature_sources(self) -> tuple[Int[Tensor, "token source"], Float[Tensor, "token source"] | None] | None:
         """Which output of the projector each image token is, in feature order, -1 for line breaks; where tokens are
         mixes, which outputs and how much of each. None: all of them, in the order of the projector."""
-        layouts = [v.layout for v in self.in_feature_order]
-        if all(layout.features is None for layout in layouts):
+        found = features_of([v.layout for v in self.in_feature_order], self.spec.token_size)
+        if found is None:
             return None
-        widest = max(1 if layout.shares is None else layout.shares.shape[1] for layout in layouts)
-        first, n_tokens = 0, sum(layout.n_tokens for layout in layouts)
-        sources, shares, done = np.full((n_tokens, widest), -1), np.zeros((n_tokens, widest)), 0
-        for layout in layouts:
-            own = np.arange(layout.n_tokens) if layout.features is None else layout.features
-            own = own.reshape(layout.n_tokens, -1)
-            rows = slice(done, done + layout.n_tokens)
-            sources[rows, : own.shape[1]] = np.where(own < 0, -1, own + first)
-            shares[rows, : own.shape[1]] = 1.0 if layout.shares is None else layout.shares
-            first += layout.n_features(self.spec.token_size)
-            done += layout.n_tokens
-        mixes = torch.from_numpy(shares).to(self.device) if widest > 1 else None
-        return torch.from_numpy(sources).to(self.device), mixes
+        sources, shares = found
+        on_device = None if shares is None else torch.from_numpy(shares).to(self.device)
+        return torch.from_numpy(sources).to(self.device), on_device
 
     @property
     def in_feature_order(self) -> list[Visual]:
