@@ -9,7 +9,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from hooked_vlm.converters import internvl, language_models, llava, qwen2_5_vl, qwen2_vl, qwen3_vl
+from hooked_vlm.converters import internvl, language_models, llava, llava_variants, qwen2_5_vl, qwen2_vl, qwen3_vl
 from hooked_vlm.converters.checkpoint import open_tensors, read_config, read_json
 from hooked_vlm.converters.fields import DTYPES
 from hooked_vlm.converters.known_models import KNOWN_MODELS
@@ -80,7 +80,7 @@ def converter_for(hf_config: Mapping[str, Any]) -> Family:
         if not architectures and model_type in family.MODEL_TYPES:
             return family
     for name in architectures:
-        if advice := llava.INSTEAD.get(str(name)):
+        if advice := llava_variants.INSTEAD.get(str(name)):
             raise CheckpointError(f"architecture {name} {advice}")
     name = f"architecture {', '.join(map(str, architectures))}" if architectures else f"model_type {model_type!r}"
     if "moe" in name.lower():

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from hooked_vlm.converters.known_llava import LLAVA
 from hooked_vlm.converters.known_qwen_vl import QWEN_VL
 from hooked_vlm.converters.known_sizes import SEEN, KnownModel
 
@@ -122,48 +123,6 @@ def _internvl3_5(
     return KnownModel(config, n_params, f"the language model's sizes are {of}'s; untied from memory" if of else SEEN)
 
 
-def _llava(text: dict[str, Any]) -> dict[str, Any]:
-    """The published `config.json`; the sizes differ only in the language model."""
-    return {
-        "architectures": ["LlavaForConditionalGeneration"],
-        "ignore_index": -100,
-        "image_token_index": 32000,
-        "model_type": "llava",
-        "pad_token_id": 32001,
-        "projector_hidden_act": "gelu",
-        "text_config": {
-            "architectures": ["LlamaForCausalLM"],
-            "max_position_embeddings": 4096,
-            "model_type": "llama",
-            "rms_norm_eps": 1e-05,
-            "torch_dtype": "float16",
-            "vocab_size": 32064,
-            **text,
-        },
-        "tie_word_embeddings": False,
-        "torch_dtype": "float16",
-        "vision_config": _clip(),
-        "vision_feature_layer": -2,
-        "vision_feature_select_strategy": "default",
-        "vocab_size": 32064,
-    }
-
-
-def _clip() -> dict[str, Any]:
-    """CLIP ViT-L/14 at 336 pixels."""
-    return {
-        "hidden_size": 1024,
-        "image_size": 336,
-        "intermediate_size": 4096,
-        "model_type": "clip_vision_model",
-        "num_attention_heads": 16,
-        "num_hidden_layers": 24,
-        "patch_size": 14,
-        "projection_dim": 768,
-        "vocab_size": 32000,
-    }
-
-
 # fmt: off
 KNOWN_MODELS: dict[str, KnownModel] = {
     **QWEN_VL,
@@ -221,11 +180,6 @@ KNOWN_MODELS: dict[str, KnownModel] = {
     "OpenGVLab/InternVL3_5-8B": _internvl3_5(4096, 12288, 36, 32, 8_528_318_464),
     "OpenGVLab/InternVL3_5-14B": _internvl3_5(5120, 17408, 40, 40, 15_119_523_840, "Qwen3-14B"),
     "OpenGVLab/InternVL3_5-38B": _internvl3_5(5120, 25600, 64, 64, 38_390_405_504, "Qwen3-32B"),
-    "llava-hf/llava-1.5-7b-hf": KnownModel(_llava({}), n_params=7_063_427_072),
-    "llava-hf/llava-1.5-13b-hf": KnownModel(
-        _llava({"hidden_size": 5120, "intermediate_size": 13824, "num_attention_heads": 40, "num_hidden_layers": 40,
-                "num_key_value_heads": 40}),
-        n_params=13_351_494_656, certainty="as 7B, the language model's sizes are Vicuna-13B's",
-    ),
+    **LLAVA,
 }
 # fmt: on

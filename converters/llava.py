@@ -1,99 +1,39 @@
-"""LLaVA-1.5: `config.json` to our configuration, and Hugging Face tensors to ours and back.
+"""LLaVA-1.5, LLaVA-NeXT (1.6) and LLaVA-OneVision: `config.json` to our configuration, and Hugging Face tensors to ours
+and back.
 
 One module for the repositories of `transformers`' own classes (`llava-hf/*`); what differs between families is a
 `Variant`. Names of tensors come in three spellings, and any of them is read:
 
 - published: `vision_tower.vision_model.*`, `language_model.model.*`, `language_model.lm_head.weight`;
 - saved by transformers 5: the same without `vision_model`;
-- in memory: `model.vision_tower.*`, `model.language_model.*`, `lm_head.weight`.
+- in memory: `model.vision_tower.*`, `model.language_model.*`, `lm_head.weight`, `model.image_newline`.
 
 Defaults are those of the configuration classes in transformers 5.23.0.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from hooked_vlm.converters.fields import Fields, refuse_quantised, stated_dtype, stored_in
-from hooked_vlm.converters.language_models import (
-    LLAMA,
-    MISTRAL,
-    MOST_LAYERS,
-    QWEN2,
-    Dialect,
-    decoder_kwargs,
+from hooked_vlm.converters.language_models import LLAMA, MOST_LAYERS, Dialect, decoder_kwargs
+from hooked_vlm.converters.llava_variants import (
+    DIALECTS,
+    LLAMA_STYLES,
+    TOWERS,
+    UNSTATED,
+    VARIANTS,
+    Variant,
 )
 from hooked_vlm.converters.renaming import Rename, affine, tied_to_ours, tied_to_theirs
 
-
-@dataclass(frozen=True)
-class Variant:
-    """What differs between the families."""
-
-    architecture: str
-    model_type: str
-    processor: str
-    image_token_id: int
-    feature_layer: int
-    tower: str
-    """Model type of the vision tower, and of the language model, where config.json does not say it."""
-    text: str
-    line_break: bool = False
-
-
-LLAVA = Variant("LlavaForConditionalGeneration", "llava", "cropped", 32000, -2, "clip_vision_model", "llama")
-VARIANTS = (LLAVA,)
 ARCHITECTURES = tuple(family.architecture for family in VARIANTS)
 MODEL_TYPES = tuple(family.model_type for family in VARIANTS)
-INSTEAD: dict[str, str] = dict.fromkeys(
-    ("LlavaLlamaForCausalLM", "LlavaMistralForCausalLM", "LlavaQwenForCausalLM"),
-    "is a file of LLaVA's original code, which is not supported: load the same weights from llava-hf, e.g. "
-    "llava-hf/llava-1.5-7b-hf instead of liuhaotian/llava-v1.5-7b",
-)
-"""Architectures of the original repositories, and what to load instead."""
-
-DIALECTS: dict[str, tuple[Dialect, str, dict[str, Any]]] = {
-    "llama": (LLAMA, "vicuna", {
-        "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32,
-        "vocab_size": 32000, "eos_token_id": 2,
-    }),
-    "mistral": (MISTRAL, "vicuna", {
-        "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32,
-        "num_key_value_heads": 8, "vocab_size": 32000, "eos_token_id": 2,
-    }),
-    "qwen2": (QWEN2, "chatml", {
-        "hidden_size": 4096, "intermediate_size": 22016, "num_hidden_layers": 32, "num_attention_heads": 32,
-        "num_key_value_heads": 32, "vocab_size": 151936,
-    }),
-}  # fmt: skip
-"""Dialect, style of prompts and default settings of a language model, by its model type."""
-
-TOWERS: dict[str, dict[str, Any]] = {
-    "clip_vision_model": {
-        "patch_size": 32, "hidden_act": "quick_gelu", "layer_norm_eps": 1e-5,
-        "class_token": True, "pre_norm": True, "patch_bias": False, "strategy": "default",
-    },
-    "siglip_vision_model": {
-        "patch_size": 16, "hidden_act": "gelu_pytorch_tanh", "layer_norm_eps": 1e-6,
-        "class_token": False, "pre_norm": False, "patch_bias": True, "strategy": "full",
-    },
-}  # fmt: skip
-"""Default settings of a vision tower, and what its class fixes: its parts, and which of its tokens are read."""
-UNSTATED = {
-    "clip_vision_model": {
-        "hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16,
-        "image_size": 336, "patch_size": 14,
-    },
-    "siglip_vision_model": {
-        "hidden_size": 1152, "intermediate_size": 4304, "num_hidden_layers": 26, "num_attention_heads": 16,
-        "image_size": 384, "patch_size": 14,
-    },
-}  # fmt: skip
-"""The vision tower of a configuration without any."""
 ACTIVATIONS = {"quick_gelu": "quick_gelu", "gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh"}
+MOST_PIXELS = 2**15
+"""Of a side of a pinpoint."""
 
 # ---------------------------------------------------------------- configuration
 
@@ -109,16 +49,28 @@ def config_kwargs(hf_config: Mapping[str, Any]) -> dict[str, Any]:
     dialect, style, _ = _language_model(hf_config)
     text = decoder_kwargs(_text(hf_config), dialect, where="text_config")
     stated = root.token_id("image_token_id", default=family.image_token_id)
+    image_token_id = root.token_id("image_token_index", default=stated)
     return {
         **text,
         # written at the root or in text_config; either one ties
         "tie_word_embeddings": text["tie_word_embeddings"] or root.flag("tie_word_embeddings", False),
-        "image_token_id": root.token_id("image_token_index", default=stated),
+        "image_token_id": image_token_id,
+        "video_token_id": _video_token(root, family),
         "pad_token_id": root.token_id("pad_token_id", default=text["pad_token_id"]),
-        "prompt_style": style,
+        "prompt_style": _llama_style(image_token_id) if dialect is LLAMA else style,
         "vision": _vision_kwargs(root, family, text["d_model"]),
         "original_architecture": family.architecture,
     }
+
+
+def _llama_style(image_token_id: int | None) -> str:
+    return next(style for first, style in LLAMA_STYLES if (image_token_id or 0) >= first)
+
+
+def _video_token(root: Fields, family: Variant) -> int | None:
+    if family.video_token_id is None:
+        return None
+    return root.token_id("video_token_index", default=root.token_id("video_token_id", default=family.video_token_id))
 
 
 def _family(hf_config: Mapping[str, Any]) -> Variant:
@@ -132,8 +84,10 @@ def _family(hf_config: Mapping[str, Any]) -> Variant:
 
 
 def _language_model(hf_config: Mapping[str, Any]) -> tuple[Dialect, str, dict[str, Any]]:
-    section = Fields(Fields(hf_config).section("text_config"), where="text_config")
-    return DIALECTS[section.one_of("model_type", tuple(DIALECTS), default=_family(hf_config).text)]
+    section, family = Fields(Fields(hf_config).section("text_config"), where="text_config"), _family(hf_config)
+    kind = section.one_of("model_type", tuple(DIALECTS), default=family.text)
+    dialect, style, defaults = DIALECTS[kind]
+    return dialect, family.styles.get(kind, style), defaults
 
 
 def _text(hf_config: Mapping[str, Any]) -> dict[str, Any]:
@@ -187,12 +141,42 @@ def _vision_kwargs(root: Fields, family: Variant, text_width: int) -> dict[str, 
         "d_projector": text_width,
         "projector_bias": root.flag("multimodal_projector_bias", True),
         "line_break": family.line_break,
+        "pinpoints": _pinpoints(root, family, image_size),
+        "max_grid": _max_grid(root, family),
     }
+
+
+def _pinpoints(root: Fields, family: Variant, tile_size: int) -> tuple[tuple[int, int], ...]:
+    """(height, width) of the grids of tiles that a picture may be fitted into."""
+    if not family.pinpoints:
+        return ()
+    stated = root.get("image_grid_pinpoints", [list(own) for own in family.pinpoints])
+    pairs = isinstance(stated, list | tuple) and all(isinstance(own, list | tuple) and len(own) == 2 for own in stated)
+    if not pairs or not stated or not all(_is_multiple(side, tile_size) for own in stated for side in own):
+        expected = f"a list of [height, width] in pixels, multiples of the vision tower's image_size {tile_size}"
+        raise root.error("image_grid_pinpoints", expected, stated)
+    return tuple((int(high), int(wide)) for high, wide in stated)
+
+
+def _is_multiple(side: Any, tile_size: int) -> bool:
+    return isinstance(side, int) and not isinstance(side, bool) and 0 < side < MOST_PIXELS and side % tile_size == 0
+
+
+def _max_grid(root: Fields, family: Variant) -> int | None:
+    """How many tiles' worth of tokens a stitched grid may have before it is resampled."""
+    if family.max_grid is None:
+        return None
+    stated = root.get("vision_aspect_ratio", f"anyres_max_{family.max_grid}")
+    number = str(stated).removeprefix("anyres_max_")
+    if not isinstance(stated, str) or number == stated or not number.isascii() or not number.isdigit() or number == "0":
+        expected = "'anyres_max_9' or with another number (others are not supported)"
+        raise root.error("vision_aspect_ratio", expected, stated)
+    return int(number)
 
 
 def _refuse_unsupported_vision(root: Fields, vision: Fields, strategy: str) -> None:
     root.one_of("projector_hidden_act", ("gelu",), default="gelu")
-    root.one_of("vision_feature_select_strategy", (strategy,), default="default" if strategy == "default" else "full")
+    root.one_of("vision_feature_select_strategy", (strategy,), default=strategy)
     if vision.flag("vision_use_head", False):
         raise vision.error("vision_use_head", "false (a head that pools the patches is not supported)", True)
 

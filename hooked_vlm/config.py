@@ -112,6 +112,11 @@ class VisionConfig:
     thumbnail: bool = True
     """Whether the whole image, as one more tile, follows the tiles of an image that has several."""
 
+    pinpoints: tuple[tuple[int, int], ...] = ()
+    """(height, width) in pixels, multiples of `tile_size`: a picture is fitted into the one that shows most of it."""
+    max_grid: int | None = None
+    """Tiles' worth of tokens above which the grid that a picture's tiles are stitched to is resampled; None: never."""
+
     projector: tuple[ProjectorStep, ...] = ("norm", "merge", "linear", "activation", "linear")
     """What makes image tokens of patches, in order. Norm: of patches, or behind "merge" and "pool" of tokens. Merge:
     the patches of a block side by side. Pool: the mean of a block. One linear map, or two with a GELU between them."""
@@ -243,6 +248,8 @@ def _check_patches(cfg: VisionConfig) -> None:
         if cfg.n_positions and cfg.position_fit == "table":
             raise InputError('pictures of any shape need position_fit="bicubic" or "bilinear", got "table"')
         return
+    if any(side < 1 or side % cfg.tile_size for pinpoint in cfg.pinpoints for side in pinpoint):
+        raise InputError(f"pinpoints must be multiples of tile_size ({cfg.tile_size} pixels), got {cfg.pinpoints}")
     patches = cfg.tile_size // cfg.patch_size
     if patches % cfg.token_size:
         raise InputError(

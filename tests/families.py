@@ -10,6 +10,7 @@ from functools import lru_cache, partial
 from typing import Any
 
 import pytest
+import tiny_anyres
 import tiny_internvl
 import tiny_llava
 import tiny_made_up
@@ -75,6 +76,8 @@ CLIP = {
     "vision.blocks.{l}.attn.hook_pattern": "model.vision_tower.encoder.layers.{l}.self_attn",
 }
 LLAVA = {**CLIP, "hook_image_features": "model.multi_modal_projector"}
+NEXT = {**CLIP, "hook_image_features": "model.packed"}
+ONEVISION = {**NEXT, "vision.blocks.0.hook_resid_pre": "model.vision_tower.embeddings"}
 
 
 MADE_UP = {
@@ -144,6 +147,30 @@ def llava() -> Kind:
     )
 
 
+def llava_next() -> Kind:
+    return Kind(
+        hf=tiny_anyres.tiny_next,
+        batch=tiny_anyres.next_batch,
+        for_hf=tiny_anyres.for_hf,
+        images={"small": ("image", tiny_anyres.SMALL), "large": ("image", tiny_anyres.WIDE)},
+        cases=tiny_anyres.NEXT_CASES,
+        vision=NEXT,
+        placeholders=(tiny_anyres.IMAGE,),
+    )
+
+
+def onevision(tied: bool) -> Kind:
+    return replace(
+        llava_next(),
+        hf=partial(tiny_anyres.tiny_onevision, tied),
+        batch=tiny_anyres.onevision_batch,
+        images={"small": ("image", tiny_anyres.SMALL), "large": ("image", tiny_anyres.LARGE)},
+        cases=tiny_anyres.ONEVISION_CASES,
+        vision=ONEVISION,
+        placeholders=(tiny_anyres.IMAGE, tiny_anyres.VIDEO),
+    )
+
+
 def made_up() -> Kind:
     return Kind(
         hf=tiny_made_up.tiny_hf,
@@ -172,6 +199,9 @@ KINDS = {
     # and generates anew without its cache there (docs/references.md)
     "internvl2, phi3": internvl("phi3", mixed=False, n_new=6),
     "llava": llava(),
+    "llava-next": llava_next(),
+    "llava-onevision": onevision(tied=False),
+    "llava-onevision, tied": onevision(tied=True),
     "made-up": made_up(),
 }
 FAMILIES = (*ONE_OF_EACH_KIND, *OTHERS)

@@ -42,7 +42,15 @@ residual streams, patterns, image features, greedy tokens, rounding errors, pixe
 
 {verified}
 Fine-tunes of these and folders saved by `save_pretrained` of either library load, too. Of LLaVA the repositories of
-`llava-hf` are meant: files of its original code (`liuhaotian/llava-v1.5-7b`, ...) are refused with the name to use.
+`llava-hf` are meant: files of its original code (`liuhaotian/llava-v1.5-7b`, ...) are refused with the name to use. The
+chat- and single-image variants of LLaVA-OneVision (`-ov-chat-hf`, `-si-hf`) have the sizes of their `-ov-hf`.
+
+LLaVA-NeXT and LLaVA-OneVision were compared with transformers 5.23.0, on tiny models with ragged pictures: logits,
+streams of both towers, patterns, packed image features, gradients, greedy tokens cached and uncached, batches, several
+images and (OneVision) resampled grids and videos within 2e-5; pixels bit for bit with `LlavaNextImageProcessorPil` and
+`LlavaOnevisionImageProcessorPil`, but for frames of videos, whose processor needs torchvision. Prompts are string for
+string those of public copies; Yi's template is from memory. The mean and deviation of OneVision's pixels, where a
+folder has no settings, are SigLIP's, whose processor the published conversion takes.
 
 ## Your own checkpoint: `hooked-vlm verify`
 
@@ -75,8 +83,8 @@ in logits and image features may be at most 1.1 times the reference's; equal tok
 The reference is built from the folder's own files, with neutral generation settings (a `repetition_penalty` of
 generation_config.json, say, does not count):
 
-- Qwen2-VL, LLaVA-1.5, InternVL in the `-hf` layout, text-only Qwen2, Llama, Mistral and Phi-3: `transformers` loads the
-  same folder itself.
+- Qwen2-VL, the three LLaVA families, InternVL in the `-hf` layout, text-only Qwen2, Llama, Mistral and Phi-3:
+  `transformers` loads the same folder itself.
 - InternVL as published: its code is remote code, which is never executed. This library's converter passes the tensors
   to `transformers`' InternVL class, so a tensor converted to a wrong name would be wrong in both; the tests compare the
   converter with the published names one by one.

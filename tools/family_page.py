@@ -65,6 +65,8 @@ VALUES: dict[str, Callable[[VLMConfig], str]] = {
     "patches of a token": _vision(lambda v: f"{v.token_size} x {v.token_size}"),
     "line breaks": _vision(lambda v: v.line_break),
     "image processor": _vision(lambda v: v.processor),
+    "sizes that pictures are fitted into": _vision(lambda v: len(v.pinpoints) or "any"),
+    "largest grid of tokens that is not resampled": _vision(lambda v: f"{v.max_grid} tiles" if v.max_grid else "any"),
     "position axes of the text": lambda cfg: "3 (M-RoPE)" if cfg.mrope_section else "1",
     "kinds of layers": lambda cfg: str(len(cfg.kinds)),
     "tokens that see each other both ways": lambda cfg: str(cfg.bidirectional or "none"),

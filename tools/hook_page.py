@@ -122,8 +122,8 @@ they lie window by window). Their MLP is gated.
 
 Qwen3-VL has DeepStack: `model.cfg.vision.deepstack_layers` are blocks of the tower whose patches become features of
 their own (`projector.deepstack.{l}`), which enter the stream behind the first blocks of the language model.
-`blocks.{l}.hook_deepstack` is what enters there, `[batch, pos, d_model]`, zero at all tokens but the image's; it is part
-of `blocks.{l}.hook_resid_post`, so that this remains the `hook_resid_pre` of the next block. `hook_image_features` holds
+`blocks.{l}.hook_deepstack` is what enters there, `[batch, pos, d_model]`, zero at tokens of text. It is part
+of `blocks.{l}.hook_resid_post`, so that this stays the `hook_resid_pre` of the next block; `hook_image_features` holds
 what enters at the embedding alone. To take a picture out, take all of them out: `ReplaceImageTokens` does, and
 `inputs.with_image_features(x)` takes `[token, feature, d_model]`, as `model.encode_images` returns it. In a step of
 cached generation nothing enters, and these points do not fire.

@@ -27,7 +27,7 @@ from hooked_vlm.inputs.vlm_inputs import VLMInputs
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-OF_IMAGES = ("pixel_values", "image_grid_thw", "num_tiles", "image_sizes")
+OF_IMAGES = ("pixel_values", "image_grid_thw", "num_tiles", "image_sizes", "batch_num_images")
 """What a Hugging Face batch says of its images, in one family or another."""
 
 
@@ -131,7 +131,8 @@ class InputBuilder:
         pictures = prepare_pictures(prompts, processor, bounds, allow_remote, video_times=times)
         rows = self._tokenize(prompts, pictures, spec, chat)
         if max(map(len, rows)) > self.cfg.n_ctx_limit:
-            raise InputError(too_long_message(rows, pictures.bounded_by_call(prompts), processor, bounds, self.cfg))
+            bounded = pictures.bounded_by_call(prompts, processor is None or processor.resizes_single)
+            raise InputError(too_long_message(rows, bounded, processor, bounds, self.cfg))
         settings = tuple(image.settings for prompt in prompts for image in prompt.images)
         ids = [torch.tensor(row) for row in rows]
         tokens, mask = left_pad(ids, [torch.ones_like(row) for row in ids], spec.pad_token_id)
@@ -255,7 +256,8 @@ class InputBuilder:
         Reads `input_ids`, `attention_mask`, `pixel_values`, `image_grid_thw`, `pixel_values_videos`,
         `video_grid_thw` and `second_per_grid_ts`; for models that tile images `pixel_values` [tile, 3, height, width]
         and `num_tiles` [image], the number of tiles of each image with its thumbnail (without it, every run of
-        placeholders is one image). Other keys (`mm_token_type_ids`, ...) are ignored, since positions are computed
+        placeholders is one image), or `pixel_values` [image, tile, 3, height, width], `image_sizes` [image, (height,
+        width)] and `batch_num_images`. Other keys (`mm_token_type_ids`, ...) are ignored, since positions are computed
         here.
 
         Raises:
@@ -274,6 +276,8 @@ class InputBuilder:
                 every = zip(grids.tolist(), sizes, strict=True)
                 layouts = tuple(spec.layout_of((t, h, w), "image", size) for (t, h, w), size in every)
         videos = (self._tensor(batch, "pixel_values_videos"), self._tensor(batch, "video_grid_thw"))
+        if spec.layouts is not None:
+            videos = spec.layouts.read_videos(*videos)
         timed = self._timed(spec, videos[1], self._tensor(batch, "second_per_grid_ts"))
         mask = torch.ones_like(tokens) if mask is None else mask.reshape(tokens.shape)
         return VLMInputs(tokens, spec, mask, pixels, grids, *videos, image_layouts=layouts, video_layouts=timed)

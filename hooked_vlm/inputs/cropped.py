@@ -37,6 +37,14 @@ MOST_PIXELS = 2**26
 """Largest area of a resized image before it is cropped."""
 
 
+def padded_square(rgb: Image.Image, mean: tuple[float, float, float], side: int) -> Image.Image:
+    """A picture in the middle of a square in the mean colour, resized to `side` pixels."""
+    longest = max(rgb.size)
+    background = Image.new("RGB", (longest, longest), tuple(int(255 * value) for value in mean))
+    background.paste(rgb, ((longest - rgb.width) // 2, (longest - rgb.height) // 2))
+    return background.resize((side, side), Image.Resampling.BICUBIC)
+
+
 @dataclass(frozen=True)
 class CropProcessor(PictureProcessor):
     """Turn images into `pixel_values` [image, 3, side, side]; the defaults are the published checkpoints'."""
@@ -127,10 +135,7 @@ class CropProcessor(PictureProcessor):
     def _square(self, rgb: Image.Image) -> Image.Image:
         """The square that the tower sees."""
         if self.pad:
-            longest = max(rgb.size)
-            background = Image.new("RGB", (longest, longest), tuple(int(255 * mean) for mean in self.image_mean))
-            background.paste(rgb, ((longest - rgb.width) // 2, (longest - rgb.height) // 2))
-            return background.resize((self.side, self.side), Image.Resampling.BICUBIC)
+            return padded_square(rgb, self.image_mean, self.side)
         wide, high = self._resized(rgb.size)
         left, top = (wide - self.side) // 2, (high - self.side) // 2
         resized = rgb.resize((wide, high), Image.Resampling.BICUBIC)

@@ -68,7 +68,8 @@ def replace_image(inputs: "VLMInputs", i: int, image: Any) -> "VLMInputs":
         raise InputError("these inputs have no image processor: make them with model.to_inputs(...)")
     visual = inputs.visual("image", i)
     settings = PictureSettings() if inputs.image_settings is None else inputs.image_settings[i]
-    pixels, grid_thw, (layout,) = process_images([load_image(image)], [settings], spec.image_processor)
+    n_images = sum(v.kind == "image" and v.row == visual.row for v in inputs.visuals)
+    pixels, grid_thw, (layout,) = process_images([load_image(image)], [settings], spec.image_processor.among(n_images))
     assert inputs.image_grid_thw is not None and inputs.pixel_values is not None
     grids = inputs.image_grid_thw.clone()
     pieces = list(inputs.pixel_values.split([spec.n_pixel_rows(tuple(grid)) for grid in grids.tolist()]))

@@ -8,7 +8,7 @@ the layout, never the family.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from typing import Literal
@@ -47,8 +47,11 @@ class ImageLayout:
     between: tuple[str, ...] = ()
     """Texts before each run and behind the last, outside of the tokens that open and close a picture; none by
     default."""
-    features: Int[np.ndarray, "token"] | None = None
-    """Which output of the projector each token is, -1 for a learned line break; None: in the same order."""
+    features: Int[np.ndarray, "token"] | Int[np.ndarray, "token source"] | None = None
+    """Which output of the projector each token is, -1 for a learned line break; None: in the same order. With `shares`:
+    of which outputs it is a mix."""
+    shares: Float[np.ndarray, "token source"] | None = None
+    """How much of each output is in a token (resampled grids); None: a token is one output."""
     size_known: bool = True
     seconds: float = 1.0
     """Of a video, the time from one frame to the next."""
@@ -61,6 +64,10 @@ class ImageLayout:
         inside = (placed >= 0) & (placed < self.n_tokens)
         if not inside.all() or len(np.unique(placed)) != len(placed):
             raise GeometryError(f"the cells of a layout's parts must be different numbers below {self.n_tokens}")
+        if self.shares is not None and (self.features is None or self.features.shape != self.shares.shape):
+            raise GeometryError(
+                f"shares of {self.shares.shape} need as many features: which outputs a token is made of"
+            )
         if self.between and len(self.between) != len(self.runs) + 1:
             n = len(self.runs)
             raise GeometryError(f"{n} runs need {n + 1} texts around them, got {self.between}")
@@ -336,3 +343,23 @@ class ImageLayout:
 
 def _scaled_patches(layout: ImageLayout, size: tuple[int, int]) -> ImageLayout:
     return layout.patches.scaled_to(size)
+
+
+def features_of(
+    layouts: Sequence[ImageLayout], token_size: int
+) -> tuple[Int[np.ndarray, "token source"], Float[np.ndarray, "token source"] | None] | None:
+    """Which outputs of the projector the tokens of pictures in a row are, and how much of each where some are mixes;
+    None if all are in the order of the projector."""
+    if all(layout.features is None for layout in layouts):
+        return None
+    widest = max(1 if layout.shares is None else layout.shares.shape[1] for layout in layouts)
+    n_tokens = sum(layout.n_tokens for layout in layouts)
+    sources, shares, first, done = np.full((n_tokens, widest), -1), np.zeros((n_tokens, widest)), 0, 0
+    for layout in layouts:
+        own = np.arange(layout.n_tokens) if layout.features is None else layout.features
+        own = own.reshape(layout.n_tokens, -1)
+        here = slice(done, done + layout.n_tokens), slice(own.shape[1])
+        sources[here] = np.where(own < 0, -1, own + first)
+        shares[here] = 1.0 if layout.shares is None else layout.shares
+        first, done = first + layout.n_features(token_size), done + layout.n_tokens
+    return sources, shares if widest > 1 else None

@@ -1,8 +1,7 @@
 """Qwen2-VL's image processor: images and videos as the vision tower's patches, with Pillow and numpy only.
 
 Pixel values equal those of `transformers`' `Qwen2VLImageProcessorPil` bit for bit (its torchvision processors
-differ by up to one grey level). That class is not used itself because importing it takes seconds (it loads
-`transformers.modeling_utils`, SciPy and SymPy).
+differ by up to one grey level). That class is not used itself because importing it takes seconds.
 """
 
 import math
@@ -178,6 +177,7 @@ class ImageProcessor(PictureProcessor):
         frames: Iterable[Any],
         min_pixels: int | None = None,
         max_pixels: int | None = None,
+        *,
         resized: tuple[int, int] | None = None,
     ) -> tuple[Float[torch.Tensor, "patches d_patch"], Int[torch.Tensor, "1 3"], list[ImageSize]]:
         """Prepare one video.

@@ -1,7 +1,7 @@
 """What every image processor can do: pixels and layouts of pictures, and bounds on their size."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from hooked_vlm.config import VLMConfig
 from hooked_vlm.errors import ImageError, InputError
+from hooked_vlm.inputs.boxes import ImageSize
 from hooked_vlm.inputs.geometry import ImageLayout
 from hooked_vlm.inputs.image_settings import Settings
 from hooked_vlm.inputs.images import checked_images, load_image
@@ -51,6 +52,8 @@ class PictureProcessor(ABC):
     """Whether single images and frames may have sizes of their own."""
     takes_videos: ClassVar[bool] = False
     patch_size: int
+    temporal_patch_size: int = 1
+    """Frames of a video that are seen as one picture."""
     image_mean: tuple[float, float, float]
     image_std: tuple[float, float, float]
 
@@ -87,6 +90,28 @@ class PictureProcessor(ABC):
     ) -> tuple[Tensor | None, Tensor | None, list[tuple[int, int]] | None]:
         """Pixels, grids and sizes of the images of a Hugging Face batch; sizes are None where it does not say them."""
         return batch["pixel_values"], batch["image_grid_thw"], None
+
+    def read_videos(self, pixels: Tensor | None, grids: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+        """Pixels and grids of the videos of a Hugging Face batch."""
+        return pixels, grids
+
+    def among(self, n_images: int) -> "PictureProcessor":
+        """The processor of each of so many images in one prompt: most see it as if it were alone."""
+        return self
+
+    def video(
+        self, frames: Iterable[Any], *, resized: tuple[int, int] | None = None
+    ) -> tuple[Float[Tensor, "..."], Int[Tensor, "1 3"], list[ImageSize]]:
+        """Prepare one video, of processors that take videos.
+
+        Args:
+            frames: images of one size, in order.
+            resized: the (height, width) of each resized frame; only of processors that resize single frames.
+
+        Returns:
+            Pixels, the one grid, and the original size of the frames.
+        """
+        raise InputError("this model takes no videos: give their frames as images")
 
     def with_bounds(self, bounds: Bounds) -> "PictureProcessor":
         """The processor with other bounds on the size of images.

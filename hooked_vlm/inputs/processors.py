@@ -2,9 +2,11 @@
 
 from hooked_vlm.config import VLMConfig
 from hooked_vlm.errors import CheckpointError
+from hooked_vlm.inputs.anyres import AnyresProcessor
 from hooked_vlm.inputs.cropped import CropProcessor
 from hooked_vlm.inputs.image_processor import ImageProcessor
 from hooked_vlm.inputs.image_settings import Settings
+from hooked_vlm.inputs.onevision import OneVisionProcessor
 from hooked_vlm.inputs.picture_processor import PictureProcessor
 from hooked_vlm.inputs.tiles import TileProcessor
 
@@ -12,6 +14,8 @@ PROCESSORS: dict[str, type[PictureProcessor]] = {
     "resized": ImageProcessor,
     "tiles": TileProcessor,
     "cropped": CropProcessor,
+    "anyres": AnyresProcessor,
+    "onevision": OneVisionProcessor,
 }
 
 

@@ -48,5 +48,18 @@ INTERNVL = PromptStyle(
     },
 )
 VICUNA = PromptStyle(user_header="USER:", assistant_header="ASSISTANT:")
-STYLES: dict[str, PromptStyle] = {"chatml": CHATML, "internvl": INTERNVL, "vicuna": VICUNA}
+MISTRAL = PromptStyle(user_header="[INST]", assistant_header="[/INST]")
+LLAMA3 = PromptStyle(
+    user_header="<|start_header_id|>user<|end_header_id|>\n\n",
+    assistant_header="<|start_header_id|>assistant<|end_header_id|>\n\n",
+    turn_starts=("<|start_header_id|>",),
+    turn_end="<|eot_id|>",
+)
+STYLES: dict[str, PromptStyle] = {
+    "chatml": CHATML,
+    "internvl": INTERNVL,
+    "vicuna": VICUNA,
+    "mistral": MISTRAL,
+    "llama3": LLAMA3,
+}
 """Styles by the name that a configuration gives (`VLMConfig.prompt_style`)."""

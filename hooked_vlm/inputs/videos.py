@@ -16,8 +16,8 @@ from hooked_vlm.errors import ImageError
 from hooked_vlm.inputs.arrays import frames_of
 from hooked_vlm.inputs.boxes import ImageSize
 from hooked_vlm.inputs.files import is_file_source, open_source
-from hooked_vlm.inputs.image_processor import ImageProcessor
 from hooked_vlm.inputs.images import is_picture, load_image
+from hooked_vlm.inputs.picture_processor import PictureProcessor
 from hooked_vlm.inputs.picture_settings import FPS, PictureSettings, naming
 
 _CONTAINERS = "mov,mp4,matroska,webm,avi,mpeg,mpegts,mpegvideo,ogg,flv,asf,gif,apng"
@@ -58,7 +58,7 @@ def is_video(x: Any) -> bool:
     return isinstance(x, Iterable) and not is_picture(x)
 
 
-def open_video(video: Any, settings: PictureSettings, processor: ImageProcessor, allow_remote: bool = False) -> Clip:
+def open_video(video: Any, settings: PictureSettings, processor: PictureProcessor, allow_remote: bool = False) -> Clip:
     """Load a video's frames; of a file, sample them.
 
     Args:
@@ -94,7 +94,7 @@ def open_video(video: Any, settings: PictureSettings, processor: ImageProcessor,
     return Clip(ImageSize(*loaded[0].size), len(loaded), iter(loaded), from_file=False, rate=rate, times=times)
 
 
-def _from_file(video: Any, settings: PictureSettings, processor: ImageProcessor, allow_remote: bool) -> Clip:
+def _from_file(video: Any, settings: PictureSettings, processor: PictureProcessor, allow_remote: bool) -> Clip:
     file, name = open_source(video, "a video", allow_remote)
     if find_spec("av") is None:
         raise ImageError(

@@ -22,7 +22,7 @@ from hooked_vlm.errors import InputError
 from hooked_vlm.inputs.batching import join, rows_of
 from hooked_vlm.inputs.boxes import Box, Part
 from hooked_vlm.inputs.edits import Answer, append_answer, replace_image
-from hooked_vlm.inputs.geometry import ImageLayout
+from hooked_vlm.inputs.geometry import ImageLayout, features_of
 from hooked_vlm.inputs.picture_settings import PictureSettings
 from hooked_vlm.inputs.positions import TokenGroups, mrope_positions, opened_spans, prompt_groups
 from hooked_vlm.inputs.token_layout import Grid, InputSpec, Kind, Visual, checked_grids, locate_visuals, real_span
@@ -48,7 +48,7 @@ class VLMInputs:
     pixel_values: Float[Tensor, "patch ..."] | None = None
     image_grid_thw: Int[Tensor, "image 3"] | None = None
     """Patches of every image: (1, rows, columns), or (tiles, rows, columns) of a tile."""
-    pixel_values_videos: Float[Tensor, "video_patch d_patch"] | None = None
+    pixel_values_videos: Float[Tensor, "video_patch ..."] | None = None
     video_grid_thw: Int[Tensor, "video 3"] | None = None
     image_layouts: tuple[ImageLayout, ...] | None = None
     """Where the tokens of each image lie; of the grids alone if left out (then the original sizes are not known)."""
@@ -238,18 +238,15 @@ class VLMInputs:
 
     @cached_property
     @torch.inference_mode(False)
-    def feature_sources(self) -> Int[Tensor, "token"] | None:
-        """Which output of the projector each image token is, in feature order; -1 for line breaks. None: all of them,
-        in the order of the projector."""
-        layouts = [v.layout for v in self.in_feature_order]
-        if all(layout.features is None for layout in layouts):
+    def feature_sources(self) -> tuple[Int[Tensor, "token source"], Float[Tensor, "token source"] | None] | None:
+        """Which output of the projector each image token is, in feature order, -1 for line breaks; where tokens are
+        mixes, which outputs and how much of each. None: all of them, in the order of the projector."""
+        found = features_of([v.layout for v in self.in_feature_order], self.spec.token_size)
+        if found is None:
             return None
-        sources, first = [], 0
-        for layout in layouts:
-            own = np.arange(layout.n_tokens) if layout.features is None else layout.features
-            sources.append(np.where(own < 0, -1, own + first))
-            first += layout.n_features(self.spec.token_size)
-        return torch.from_numpy(np.concatenate(sources)).to(self.device)
+        sources, shares = found
+        on_device = None if shares is None else torch.from_numpy(shares).to(self.device)
+        return torch.from_numpy(sources).to(self.device), on_device
 
     @property
     def in_feature_order(self) -> list[Visual]:

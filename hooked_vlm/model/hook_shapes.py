@@ -39,7 +39,7 @@ def prompt_with_picture(model: "HookedVLM", n_tokens: int, picture: tuple[int, i
         return PromptSize(n_tokens)
     layout = processor.layout(picture)
     n_patches = layout.tower_order.shape[1]
-    per_token = n_patches * layout.n_tiles // layout.n_tokens
+    per_token = vision.token_size**2
     if layout.n_tiles == 1:  # a larger one is resized
         n_patches = min(n_patches, n_tokens * per_token)
     n_image_tokens = n_patches // per_token

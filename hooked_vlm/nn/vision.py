@@ -245,14 +245,22 @@ class Projector(nn.Module):
         self, outputs: Float[Tensor, "all_outputs *feature d_out"], inputs: VLMInputs, n_runs: int = 1
     ) -> Float[Tensor, "all_tokens *feature d_out"]:
         """Image tokens from the projector's outputs of `n_runs` runs over the inputs: in the order that layouts say,
-        with line breaks."""
-        sources = inputs.feature_sources
-        if sources is None:
+        with line breaks; resampled grids as the mixes of outputs that they are."""
+        if inputs.feature_sources is None:
             return outputs
+        sources, shares = inputs.feature_sources
+        sources = sources.to(outputs.device)
         own = outputs.unflatten(0, (n_runs, -1))
         if self.cfg.line_break:
             own = torch.cat((own, self.line_break.to(own).expand(n_runs, 1, -1)), dim=1)
-        return own[:, sources.to(own.device)].flatten(0, 1)
+        if shares is None:
+            return own[:, sources[:, 0]].flatten(0, 1)
+        exact = torch.promote_types(own.dtype, torch.float32)  # mixed as torch does: rounded once
+        weights = shares.to(own.device, exact)[:, :, None]  # [token, source, 1]
+        tokens = own[:, sources[:, 0]].to(exact) * weights[:, 0]
+        for i in range(1, sources.shape[1]):
+            tokens = tokens + own[:, sources[:, i]].to(exact) * weights[:, i]
+        return tokens.to(own.dtype).flatten(0, 1)
 
     def _tokens(
         self, patches: Float[Tensor, "*image patch d_model"], grid: Grid

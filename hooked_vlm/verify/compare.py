@@ -60,10 +60,16 @@ def their_tensors(reference: Reference, inputs: VLMInputs, attentions: bool) -> 
 
         return hook
 
+    def keep_embedded(_module: Any, _args: Any, kwargs: dict[str, Tensor]) -> None:
+        seen["image features", None] = kwargs["inputs_embeds"].flatten(0, 1)[inputs.feature_slots]
+
     parts = [(("vision residual stream", i), block) for i, block in enumerate(reference.vision_blocks)]
     handles = [part.register_forward_hook(keep(key)) for key, part in parts]
     if reference.projector is not None:
         handles.append(reference.projector.register_forward_hook(keep(("image features", None))))
+    if reference.packs:  # no module shows what is arranged, but it enters the language model
+        language_model = reference.model.model.language_model
+        handles.append(language_model.register_forward_pre_hook(keep_embedded, with_kwargs=True))
     try:
         batch = reference.batch(inputs)
         out = reference.model(**batch, output_hidden_states=True, output_attentions=attentions, use_cache=False)

@@ -17,16 +17,20 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, GenerationConfig, InternVLConfig, InternVLForConditionalGeneration
 from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2ImageProcessorPil
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
+from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
+from transformers.models.llava_onevision.image_processing_pil_llava_onevision import LlavaOnevisionImageProcessorPil
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 from transformers.processing_utils import ProcessorMixin
 from transformers.vision_utils import get_vision_window_index
 
-from hooked_vlm.converters import converter_for, llava, read_config, read_json
+from hooked_vlm.converters import converter_for, llava, llava_variants, read_config, read_json
 from hooked_vlm.converters.internvl import HF, ORIGINAL
 from hooked_vlm.errors import CheckpointError, InputError
+from hooked_vlm.inputs.anyres import AnyresProcessor
 from hooked_vlm.inputs.cropped import CropProcessor
 from hooked_vlm.inputs.image_processor import ImageProcessor
 from hooked_vlm.inputs.image_settings import IMAGES
+from hooked_vlm.inputs.onevision import OneVisionProcessor
 from hooked_vlm.inputs.tiles import IMAGENET_MEAN, IMAGENET_STD, TileProcessor
 from hooked_vlm.inputs.token_layout import Grid
 from hooked_vlm.inputs.tokenization import load_tokenizer
@@ -62,10 +66,17 @@ class Reference:
 
     @property
     def projector(self) -> nn.Module | None:
-        """Projector: from the tower's output to image features."""
+        """Projector: from the tower's output to image features; None where these are arranged behind it."""
+        if self.packs:
+            return None
         if type(self.model).__name__ in (HF, *llava.ARCHITECTURES):
             return self.model.model.multi_modal_projector
         return self.model.model.visual.merger if self.is_qwen_vl else None
+
+    @property
+    def packs(self) -> bool:
+        """Whether the projector's outputs are arranged with line breaks before they are image tokens."""
+        return type(self.model).__name__ in (llava_variants.NEXT.architecture, llava_variants.ONEVISION.architecture)
 
     @property
     def is_qwen_vl(self) -> bool:
@@ -89,7 +100,18 @@ class Reference:
             batch["pixel_values"] = inputs.pixel_values.to(dtype)
             if self.is_qwen_vl and inputs.image_grid_thw is not None:
                 batch["image_grid_thw"] = inputs.image_grid_thw
+            if self.packs and inputs.image_sizes is not None:
+                sizes = [(height, width) for width, height in inputs.image_sizes]
+                batch["image_sizes"] = torch.tensor(sizes, device=inputs.device)
+                if type(self.model).__name__ == llava_variants.ONEVISION.architecture:
+                    batch["batch_num_images"] = torch.tensor(_images_of_rows(inputs), device=inputs.device)
         return batch
+
+
+def _images_of_rows(inputs: VLMInputs) -> list[int]:
+    """Numbers of images of the rows that have some."""
+    counts = [sum(visual.row == row for visual in inputs.visuals) for row in range(len(inputs))]
+    return [n for n in counts if n]
 
 
 def reference_for(model: "HookedVLM", folder: Path) -> Reference:
@@ -160,6 +182,8 @@ REFERENCE_PROCESSORS = {
     ImageProcessor: Qwen2VLImageProcessorPil,
     TileProcessor: GotOcr2ImageProcessorPil,
     CropProcessor: LlavaImageProcessorPil,
+    AnyresProcessor: LlavaNextImageProcessorPil,
+    OneVisionProcessor: LlavaOnevisionImageProcessorPil,
 }
 """Classes of `transformers` that prepare pictures as ours do."""
 
@@ -174,13 +198,15 @@ def reference_processor(model: "HookedVLM", folder: Path) -> Any:
         processor = theirs(**_published_tiles(folder))
     elif picture_settings(folder)[0].file is not None:
         processor = theirs.from_pretrained(folder, local_files_only=True)
-    elif isinstance(ours, CropProcessor):
+    elif isinstance(ours, CropProcessor | AnyresProcessor):
         processor = theirs(**ours.to_files()[IMAGES])
     elif tiles:
         processor = theirs(size={"height": ours.tile_size, "width": ours.tile_size})
     else:
         processor = theirs(patch_size=ours.patch_size, min_pixels=ours.min_pixels, max_pixels=ours.max_pixels)
-    return lambda picture: processor([picture], return_tensors="pt", **options)
+    if not isinstance(ours, AnyresProcessor):
+        return lambda picture: processor([picture], return_tensors="pt", **options)
+    return lambda picture: {"pixel_values": processor([picture], return_tensors="pt")["pixel_values"].flatten(0, 1)}
 
 
 def _published_tiles(folder: Path) -> dict[str, Any]:

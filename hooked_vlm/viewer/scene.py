@@ -171,8 +171,10 @@ def seen_picture(inputs: VLMInputs, i: int) -> Image.Image:
     patches = np.empty((layout.n_patches, 3, processor.patch_size, processor.patch_size), np.float32)
     patches[layout.tower_order.ravel()] = processor.patch_colours(own)
     part = layout.patches.parts[0]
-    laid = patches[part.cells[0]]  # row column colour y x
-    colours = laid.transpose(0, 3, 1, 4, 2).reshape(part.seen.height, part.seen.width, 3)
+    colours = np.zeros((part.seen.height, part.seen.width, 3), np.float32)  # pixels of no patch have the mean colour
+    y, x = (starts[:, :1] + np.arange(processor.patch_size) for starts in (part.rows, part.columns))
+    # [row, y, column, x, colour] from [row, column, colour, y, x]
+    colours[y[:, :, None, None], x[None, None]] = patches[part.cells[0]].transpose(0, 3, 1, 4, 2)
     colours = colours * np.array(processor.image_std) + np.array(processor.image_mean)
     picture = Image.fromarray(np.clip(np.rint(colours * 255), 0, 255).astype(np.uint8))
     return _placed(picture, part.area, layout.image_size)

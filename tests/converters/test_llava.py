@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny_anyres
 import tiny_llava
 import torch
 from families import KINDS
@@ -14,8 +15,9 @@ from transformers import AutoConfig
 
 from hooked_vlm import CheckpointError, HookedVLM
 from hooked_vlm.converters import KNOWN_MODELS, converter_for, llava
+from hooked_vlm.converters.llava_variants import DIALECTS, INSTEAD, TOWERS
 
-NAMES = ("llava",)
+NAMES = ("llava", "llava-next", "llava-onevision", "llava-onevision, tied")
 
 
 def published(name: str) -> str:
@@ -33,7 +35,8 @@ def written(hf: Any, folder: Path, spelling: str) -> Path:
         return folder
     rename = published if spelling == "published" else str
     folder.mkdir()
-    save_file({rename(name): t.contiguous() for name, t in hf.state_dict().items()}, folder / "model.safetensors")
+    state = {name: t for name, t in hf.state_dict().items() if name not in hf.all_tied_weights_keys}
+    save_file({rename(name): t.contiguous() for name, t in state.items()}, folder / "model.safetensors")
     (folder / "config.json").write_text(json.dumps(hf.config.to_dict() | {"architectures": [type(hf).__name__]}))
     return folder
 
@@ -95,8 +98,8 @@ OURS = [name for name in KNOWN_MODELS if name.startswith("llava-hf/")]
 SILENT = [
     {"architectures": [family.architecture], "text_config": text, "vision_config": vision}
     for family in llava.VARIANTS
-    for text in [{}, *({"model_type": kind} for kind in llava.DIALECTS)]
-    for vision in [{}, *({"model_type": kind} for kind in llava.TOWERS)]
+    for text in [{}, *({"model_type": kind} for kind in DIALECTS)]
+    for vision in [{}, *({"model_type": kind} for kind in TOWERS)]
 ]
 
 
@@ -116,11 +119,16 @@ def matches(config: dict[str, Any]) -> None:
     windowed = theirs.text_config.model_type == "mistral"
     assert ours["sliding_window"] == (theirs.text_config.sliding_window if windowed else None)
     assert ours["image_token_id"] == theirs.image_token_index
+    assert ours["video_token_id"] == getattr(theirs, "video_token_index", None)
+    assert [list(own) for own in ours["vision"]["pinpoints"]] == getattr(theirs, "image_grid_pinpoints", [])
+    assert ours["vision"]["max_grid"] == {"llava_onevision": 9}.get(family.model_type)
     assert ours["tie_word_embeddings"] == theirs.tie_word_embeddings
 
 
 @pytest.mark.parametrize("config", SILENT, ids=str)
 def test_what_a_file_leaves_out_has_the_value_of_transformers_class(config: dict[str, Any]) -> None:
+    if config["vision_config"] and config["architectures"] != ["LlavaForConditionalGeneration"]:
+        config = {**config, "image_grid_pinpoints": [[224, 448]]}  # those that are left out are for larger tiles
     if "siglip" in str(config["vision_config"]):
         config = {**config, "vision_feature_select_strategy": "full"}
         config["vision_config"] = {**config["vision_config"], "vision_use_head": False}
@@ -152,19 +160,58 @@ def test_what_is_not_supported_is_refused_by_its_name(changes: dict[str, Any], s
         llava.config_kwargs({"architectures": ["LlavaForConditionalGeneration"], **changes})
 
 
-def test_files_of_the_original_code_are_refused_with_the_name_to_use() -> None:
-    for architecture in llava.INSTEAD:
-        with pytest.raises(CheckpointError, match=r"llava-hf/llava-1\.5-7b-hf"):
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"image_grid_pinpoints": []}, "image_grid_pinpoints"),
+        ({"image_grid_pinpoints": [[336]]}, "image_grid_pinpoints"),
+        ({"image_grid_pinpoints": [[336, 500]]}, "multiples of the vision tower's image_size 336"),
+        ({"image_grid_pinpoints": [[336, -336]]}, "image_grid_pinpoints"),
+        ({"image_grid_pinpoints": "336x672"}, "image_grid_pinpoints"),
+        ({"image_grid_pinpoints": [[336 * 200, 336]]}, "image_grid_pinpoints"),
+    ],
+)
+def test_pinpoints_that_are_no_tiles_are_refused(changes: dict[str, Any], says: str) -> None:
+    with pytest.raises(CheckpointError, match=says):
+        llava.config_kwargs({"architectures": ["LlavaNextForConditionalGeneration"], **changes})
+
+
+@pytest.mark.parametrize("stated", ["anyres", "pad", "anyres_max_0", "anyres_max_", 9, "anyres_max_9x"])
+def test_other_ways_of_arranging_onevisions_pictures_are_refused(stated: Any) -> None:
+    config = {"architectures": ["LlavaOnevisionForConditionalGeneration"], "vision_aspect_ratio": stated}
+    with pytest.raises(CheckpointError, match="vision_aspect_ratio must be 'anyres_max_9'"):
+        llava.config_kwargs(config)
+
+
+def test_files_of_the_original_code_and_relatives_are_refused_with_the_name_to_use() -> None:
+    for architecture in INSTEAD:
+        with pytest.raises(CheckpointError, match=r"llava-hf/llava-(1\.5-7b|onevision-qwen2-7b-ov)-hf"):
             converter_for({"architectures": [architecture], "model_type": "llava"})
 
 
-@pytest.mark.parametrize("text", llava.DIALECTS)
+@pytest.mark.parametrize(
+    ("text", "image_token", "style"),
+    [
+        ("mistral", 32000, "mistral"), ("llama", 32000, "vicuna"), ("llama", 64000, "chatml"),
+        ("llama", 128256, "llama3"), ("qwen2", 151646, "chatml"),
+    ],
+)  # fmt: skip
+def test_language_models_have_prompts_of_their_own(text: str, image_token: int, style: str) -> None:
+    config = {
+        "architectures": ["LlavaNextForConditionalGeneration"], "image_token_index": image_token,
+        "text_config": {"model_type": text, "vocab_size": image_token + 64},
+    }  # fmt: skip
+    assert llava.config_kwargs(config)["prompt_style"] == style
+
+
+@pytest.mark.parametrize("text", DIALECTS)
 @pytest.mark.parametrize("siglip", [False, True], ids=["clip", "siglip"])
+@pytest.mark.parametrize("name", ["llava", "llava-next"])
 @torch.no_grad()
-def test_every_language_model_and_tower_has_the_references_logits(text: str, siglip: bool) -> None:
-    hf = tiny_llava.tiny_llava(text, siglip)
+def test_every_language_model_and_tower_has_the_references_logits(name: str, text: str, siglip: bool) -> None:
+    hf = tiny_llava.tiny_llava(text, siglip) if name == "llava" else tiny_anyres.tiny_next(text, siglip)
     model: Any = HookedVLM.from_hf(hf)
-    batch = tiny_llava.llava_batch(tiny_llava.LLAVA_CASES["left-padded"])
+    batch = KINDS[name].batch(KINDS[name].cases["left-padded"])
     ours, theirs = model(model.inputs_from_hf(batch)), hf(**tiny_llava.for_hf(batch)).logits
     real = batch["attention_mask"].bool()
     torch.testing.assert_close(ours[real], theirs[real], atol=2e-5, rtol=2e-5)

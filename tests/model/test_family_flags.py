@@ -18,6 +18,17 @@ FLAGS: dict[str, dict[str, tuple[dict[str, Any], str]]] = {
         "time of videos": ({"positions_per_second": None}, "long-video"),
         "activation of the tower": ({"act_fn": "gelu"}, "one-image"),
     },
+    "llava-next": {
+        "line breaks": ({"line_break": False}, "one-image"),
+        "class token": ({"class_token": False, "n_positions": 9}, "one-image"),
+        "norm before the first block": ({"pre_norm": False}, "one-image"),
+        "blocks that are read": ({"n_layers_used": None}, "one-image"),
+    },
+    "llava-onevision": {
+        "line breaks": ({"line_break": False}, "video"),
+        "bias of the patch embedding": ({"patch_bias": False}, "one-image"),
+        "activation of the tower": ({"act_fn": "quick_gelu"}, "one-image"),
+    },
     "qwen3-vl": {
         "norms of queries and keys": ({"qk_norm": False}, "one-image"),
         "axes that take turns": ({"mrope_interleaved": False}, "one-image"),
@@ -49,6 +60,9 @@ def test_a_flag_taken_away_moves_the_logits(family: str, flag: str) -> None:
     of_tower = {name: value for name, value in changes.items() if name not in OF_TEXT}
     other = HookedVLM(model.cfg.with_(vision=replace(model.cfg.vision, **of_tower), **of_text))
     kept = other.state_dict().keys()
-    other.load_state_dict({name: tensor for name, tensor in model.state_dict().items() if name in kept})
+    own = {name: tensor for name, tensor in model.state_dict().items() if name in kept}
+    if "class_token" in changes:  # it has the first of the positions
+        own["vision.tile_embed.positions"] = own["vision.tile_embed.positions"][:, 1:]
+    other.load_state_dict(own)
     moved = (other(other.inputs_from_hf(batch)) - model(model.inputs_from_hf(batch))).abs().max()
     assert moved > MOVES, moved

@@ -160,7 +160,14 @@ def test_patches_of_the_vision_tower_equal_the_loop(family: str, what: Any) -> N
     heads = (1,) if what in SUFFIX else None
     result = patch(model, pair, what, METRIC, where="each", layers=(0, 1), heads=heads, tower="vision")
     n = result.axes["patch"]
-    sizes = {"internvl2": 65, "internvl3.5": 65, "llava": 17, "made-up": 64}  # patches, with the class token
+    sizes = {
+        "internvl2": 65,
+        "internvl3.5": 65,
+        "llava": 17,
+        "made-up": 64,
+        "llava-next": 50,
+        "llava-onevision": 45,
+    }  # patches, with the class token
     assert len(n) == sizes.get(family, 16)
     some = [(0, 3), (1, 0), (1, n[-1])]
     for layer, index in some:
@@ -168,7 +175,8 @@ def test_patches_of_the_vision_tower_equal_the_loop(family: str, what: Any) -> N
             name = f"vision.blocks.{layer}.{SUFFIX.get(what, f'hook_{what}')}"
 
             def put(x: Tensor, source: Tensor, patch=index, head=head) -> None:
-                at = (0, patch) if head is None else (0, head, patch) if what == "pattern" else (0, patch, head)
+                tile, own = divmod(patch, x.shape[2 if what == "pattern" else 1])  # tile by tile
+                at = (tile, own) if head is None else (tile, head, own) if what == "pattern" else (tile, own, head)
                 x[at] = source[at]
 
             expected = METRIC(patched_by_hand(model, pair, "denoising", name, put))

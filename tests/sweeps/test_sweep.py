@@ -289,8 +289,8 @@ def test_runs_on_the_image_side_share_batches_and_begin_where_they_act(family: s
     def patched(name: str, at: Any) -> PatchActivation:
         return PatchActivation(name, cache[name].flip(-1), at)
 
-    n_images = cache["vision.hook_embed"].shape[0]
-    own = tuple((i,) if i else () for i in range(n_images))
+    n_images, n_patches = cache["vision.hook_embed"].shape[:2]
+    own = tuple((i % n_patches,) if i else () for i in range(n_images))
     runs: list[Intervention] = [
         patched("vision.blocks.1.attn.hook_z", (1,)),
         patched("vision.hook_embed", own),

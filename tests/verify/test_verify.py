@@ -76,12 +76,14 @@ def test_the_bundled_models_pass(
     assert told["prompts"].keys() == {prompt.name for prompt in prompts()}
 
 
+@pytest.mark.parametrize("name", ["llava", "llava-next", "llava-onevision"])
 @torch.no_grad()
-def test_llava_is_compared_with_the_class_of_transformers(tmp_path: Path) -> None:
-    KINDS["llava"].hf().save_pretrained(tmp_path)
+def test_llava_is_compared_with_the_class_of_transformers(name: str, tmp_path: Path) -> None:
+    kind = KINDS[name]
+    kind.hf().save_pretrained(tmp_path)
     model: Any = HookedVLM.from_pretrained(tmp_path)
     reference = reference_for(model, tmp_path)
-    inputs = model.inputs_from_hf(KINDS["llava"].batch(KINDS["llava"].cases["images-of-two-sizes"]))
+    inputs = model.inputs_from_hf(kind.batch(kind.cases["images-of-two-sizes"]))
     rows = differences(model, reference, [inputs])
     assert not failed(rows)
     assert {"image features", "vision residual stream", "attention pattern", "logits"} <= {r.quantity for r in rows}
