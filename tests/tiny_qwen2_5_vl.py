@@ -65,3 +65,9 @@ CASES = {
     **tiny_qwen2_vl.CASES,
     "windows": [[5, ("image", (1, 14, 22)), 7, ("image", (1, 8, 8)), 8]],
 }
+
+
+@lru_cache(maxsize=1)
+def reading_model() -> Any:
+    """One with a tokenizer and chat template. Shared."""
+    return tiny_qwen2_vl.reading(transformers.Qwen2_5_VLForConditionalGeneration, tiny_config)

@@ -151,16 +151,21 @@ def inputs(rows: list[list[Any]], seed: int = 0, tied: bool = False) -> Any:
     return tiny_model(tied).inputs_from_hf(hf_batch(rows, seed))
 
 
-@lru_cache(maxsize=1)
-def reading_model() -> Any:
-    """A tiny model with the toy models' tokenizer and chat template, 8 pixels to a token. Shared."""
+def reading(model_class: Any, tiny_config: Any, template: str = toy.CHAT_TEMPLATE) -> Any:
+    """A tiny model of a family with the toy models' tokenizer, 8 pixels to a token."""
     with tempfile.TemporaryDirectory() as folder:
-        save_tokenizer(Path(folder), toy.SPECIAL_TOKENS, chat_template=toy.CHAT_TEMPLATE)
+        save_tokenizer(Path(folder), toy.SPECIAL_TOKENS, chat_template=template)
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     ids = {token: tokenizer.convert_tokens_to_ids(token) for token in toy.SPECIAL_TOKENS}
     config = tiny_config(vocab_size=len(tokenizer), eos_token_id=ids[IM_END], pad_token_id=ids[END_OF_TEXT])
     config.image_token_id, config.video_token_id = ids[toy.IMAGE_PAD], ids[toy.VIDEO_PAD]
     config.vision_start_token_id, config.vision_end_token_id = ids[toy.VISION_START], ids[toy.VISION_END]
-    hf = transformers.Qwen2VLForConditionalGeneration(config).eval()
+    hf = model_class(config).eval()
     randomise(hf)
     return HookedVLM.from_hf(hf, tokenizer, ImageProcessor(patch_size=4, min_pixels=256, max_pixels=64 * 400))
+
+
+@lru_cache(maxsize=1)
+def reading_model() -> Any:
+    """One of Qwen2-VL, with its chat template. Shared."""
+    return reading(transformers.Qwen2VLForConditionalGeneration, tiny_config)

@@ -65,3 +65,19 @@ CASES = {
     **tiny_qwen2_vl.CASES,
     "as the table": [[5, ("image", (1, 4, 4)), 7, ("image", (1, 14, 22)), 8]],
 }
+
+# Qwen3-VL's template as far as a prompt without tools goes (public copies agree): no system turn of its own
+TEMPLATE = (
+    "{%- for message in messages %}{{- '<|im_start|>' + message.role + '\\n' }}"
+    "{%- if message.content is string %}{{- message.content }}{%- else %}{%- for item in message.content %}"
+    "{%- if item.type == 'image' %}{{- '<|vision_start|><|image_pad|><|vision_end|>' }}"
+    "{%- elif item.type == 'video' %}{{- '<|vision_start|><|video_pad|><|vision_end|>' }}"
+    "{%- else %}{{- item.text }}{%- endif %}{%- endfor %}{%- endif %}{{- '<|im_end|>\\n' }}{%- endfor %}"
+    "{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{%- endif %}"
+)
+
+
+@lru_cache(maxsize=1)
+def reading_model() -> Any:
+    """One with a tokenizer. Shared."""
+    return tiny_qwen2_vl.reading(transformers.Qwen3VLForConditionalGeneration, tiny_config, TEMPLATE)

@@ -42,6 +42,9 @@ def our_tensors(model: "HookedVLM", inputs: VLMInputs) -> Iterator[tuple[Key, Te
     if vision is None or not inputs.has_visuals:
         return
     yield ("image features", None), cache["hook_image_features"]
+    for block in range(model.cfg.n_deepstack):
+        entering = cache[f"blocks.{block}.hook_deepstack"].flatten(0, 1)
+        yield ("DeepStack features", block), entering[inputs.feature_slots]
     extra = inputs.spec.class_tokens
     lengths = [extra + h * w for t, h, w in inputs.grids for _ in range(t)]
     for layer in range(vision.n_layers_run):
@@ -64,6 +67,7 @@ def their_tensors(reference: Reference, inputs: VLMInputs, attentions: bool) -> 
         seen["image features", None] = kwargs["inputs_embeds"].flatten(0, 1)[inputs.feature_slots]
 
     parts = [(("vision residual stream", i), block) for i, block in enumerate(reference.vision_blocks)]
+    parts += [(("DeepStack features", i), projector) for i, projector in enumerate(reference.deepstack)]
     handles = [part.register_forward_hook(keep(key)) for key, part in parts]
     if reference.projector is not None:
         handles.append(reference.projector.register_forward_hook(keep(("image features", None))))
@@ -77,7 +81,11 @@ def their_tensors(reference: Reference, inputs: VLMInputs, attentions: bool) -> 
         for handle in handles:
             handle.remove()
     seen["logits", None] = out.logits
-    seen |= {("residual stream", i): hidden for i, hidden in enumerate(out.hidden_states)}
+    for i, hidden in enumerate(out.hidden_states):  # kept before DeepStack's features enter
+        entering = seen.get(("DeepStack features", i - 1))
+        if entering is not None:
+            hidden = hidden.flatten(0, 1).index_add(0, inputs.feature_slots, entering).view_as(hidden)
+        seen["residual stream", i] = hidden
     seen |= {("attention pattern", i): p for i, p in enumerate(out.attentions or ())}
     return seen
 

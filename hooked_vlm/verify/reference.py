@@ -23,7 +23,16 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 from transformers.processing_utils import ProcessorMixin
 from transformers.vision_utils import get_vision_window_index
 
-from hooked_vlm.converters import converter_for, llava, llava_variants, read_config, read_json
+from hooked_vlm.converters import (
+    converter_for,
+    llava,
+    llava_variants,
+    qwen2_5_vl,
+    qwen2_vl,
+    qwen3_vl,
+    read_config,
+    read_json,
+)
 from hooked_vlm.converters.internvl import HF, ORIGINAL
 from hooked_vlm.errors import CheckpointError, InputError
 from hooked_vlm.inputs.anyres import AnyresProcessor
@@ -41,7 +50,7 @@ from hooked_vlm.verify.prompt_suite import Prompt
 if TYPE_CHECKING:
     from hooked_vlm.model.vlm import HookedVLM
 
-QWEN_VL = ("Qwen2VLForConditionalGeneration", "Qwen2_5_VLForConditionalGeneration")
+QWEN_VL = tuple(family.architecture for family in (qwen2_vl.FAMILY, qwen2_5_vl.FAMILY, qwen3_vl.FAMILY))
 LANGUAGE_MODELS = ("Qwen2ForCausalLM", "Qwen3ForCausalLM", "LlamaForCausalLM", "MistralForCausalLM", "Phi3ForCausalLM")
 OWN_CLASS = (HF, *QWEN_VL, *llava.ARCHITECTURES)
 """Architectures of models with pictures that `transformers` loads from the same folder."""
@@ -79,12 +88,17 @@ class Reference:
         return type(self.model).__name__ in (llava_variants.NEXT.architecture, llava_variants.ONEVISION.architecture)
 
     @property
+    def deepstack(self) -> list[nn.Module]:
+        """Projectors of inner blocks of the tower (DeepStack)."""
+        return list(getattr(self.model.model.visual, "deepstack_merger_list", ())) if self.is_qwen_vl else []
+
+    @property
     def is_qwen_vl(self) -> bool:
         return type(self.model).__name__ in QWEN_VL
 
     def in_order(self, x: Float[Tensor, "position *rest"], grids: Sequence[Grid]) -> Float[Tensor, "position *rest"]:
         """Patches or image tokens in the order of the picture, where this class has them window by window."""
-        if type(self.model).__name__ != "Qwen2_5_VLForConditionalGeneration":
+        if type(self.model).__name__ != qwen2_5_vl.FAMILY.architecture:
             return x
         cfg = self.model.config.vision_config
         order, _ = get_vision_window_index(torch.tensor(grids), cfg.spatial_merge_size, cfg.window_size, cfg.patch_size)
@@ -203,7 +217,9 @@ def reference_processor(model: "HookedVLM", folder: Path) -> Any:
     elif tiles:
         processor = theirs(size={"height": ours.tile_size, "width": ours.tile_size})
     else:
-        processor = theirs(patch_size=ours.patch_size, min_pixels=ours.min_pixels, max_pixels=ours.max_pixels)
+        bounds = {"min_pixels": ours.min_pixels, "max_pixels": ours.max_pixels}
+        colours = {"image_mean": list(ours.image_mean), "image_std": list(ours.image_std)}
+        processor = theirs(patch_size=ours.patch_size, **bounds, **colours)
     if not isinstance(ours, AnyresProcessor):
         return lambda picture: processor([picture], return_tensors="pt", **options)
     return lambda picture: {"pixel_values": processor([picture], return_tensors="pt")["pixel_values"].flatten(0, 1)}

@@ -1,8 +1,5 @@
 """Videos as pictures behind their times (Qwen3-VL): sizes, times and texts as in transformers, runs and positions."""
 
-import tempfile
-from functools import lru_cache
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,7 +10,7 @@ import transformers
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
-from tiny import randomise
+from tiny_qwen3_vl import reading_model
 
 from hooked_vlm import HookedVLM, InputError
 from hooked_vlm.inputs.boxes import ImageSize
@@ -22,34 +19,6 @@ from hooked_vlm.inputs.processors import processor_of
 from hooked_vlm.inputs.resizing import resize_together
 from hooked_vlm.inputs.videos import Clip
 from tools.toy_training import qwen2_vl as toy
-from tools.toy_training.tokenizer import END_OF_TEXT, IM_END, save_tokenizer
-
-# Qwen3-VL's template as far as a prompt without tools goes (public copies agree): no system turn of its own
-TEMPLATE = (
-    "{%- for message in messages %}{{- '<|im_start|>' + message.role + '\\n' }}"
-    "{%- if message.content is string %}{{- message.content }}{%- else %}{%- for item in message.content %}"
-    "{%- if item.type == 'image' %}{{- '<|vision_start|><|image_pad|><|vision_end|>' }}"
-    "{%- elif item.type == 'video' %}{{- '<|vision_start|><|video_pad|><|vision_end|>' }}"
-    "{%- else %}{{- item.text }}{%- endif %}{%- endfor %}{%- endif %}{{- '<|im_end|>\\n' }}{%- endfor %}"
-    "{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{%- endif %}"
-)
-
-
-@lru_cache(maxsize=1)
-def reading_model() -> Any:
-    """A tiny model with a tokenizer, 8 pixels to a token. Shared."""
-    with tempfile.TemporaryDirectory() as folder:
-        save_tokenizer(Path(folder), toy.SPECIAL_TOKENS, chat_template=TEMPLATE)
-        tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-    ids = {token: tokenizer.convert_tokens_to_ids(token) for token in toy.SPECIAL_TOKENS}
-    config = tiny_qwen3_vl.tiny_config(
-        vocab_size=len(tokenizer), eos_token_id=ids[IM_END], pad_token_id=ids[END_OF_TEXT]
-    )
-    config.image_token_id, config.video_token_id = ids[toy.IMAGE_PAD], ids[toy.VIDEO_PAD]
-    config.vision_start_token_id, config.vision_end_token_id = ids[toy.VISION_START], ids[toy.VISION_END]
-    hf = transformers.Qwen3VLForConditionalGeneration(config).eval()
-    randomise(hf)
-    return HookedVLM.from_hf(hf, tokenizer, ImageProcessor(patch_size=4, min_pixels=256, max_pixels=64 * 400))
 
 
 def frames(n: int, size: tuple[int, int] = (16, 16)) -> list[Image.Image]:

@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 import tiny_internvl
+import tiny_qwen2_5_vl
+import tiny_qwen3_vl
 import torch
 from families import KINDS
 from safetensors.torch import save_file
@@ -76,9 +78,9 @@ def test_the_bundled_models_pass(
     assert told["prompts"].keys() == {prompt.name for prompt in prompts()}
 
 
-@pytest.mark.parametrize("name", ["llava", "llava-next", "llava-onevision"])
+@pytest.mark.parametrize("name", ["qwen2.5-vl", "qwen3-vl", "llava", "llava-next", "llava-onevision"])
 @torch.no_grad()
-def test_llava_is_compared_with_the_class_of_transformers(name: str, tmp_path: Path) -> None:
+def test_a_family_is_compared_with_the_class_of_transformers(name: str, tmp_path: Path) -> None:
     kind = KINDS[name]
     kind.hf().save_pretrained(tmp_path)
     model: Any = HookedVLM.from_pretrained(tmp_path)
@@ -86,10 +88,28 @@ def test_llava_is_compared_with_the_class_of_transformers(name: str, tmp_path: P
     inputs = model.inputs_from_hf(kind.batch(kind.cases["images-of-two-sizes"]))
     rows = differences(model, reference, [inputs])
     assert not failed(rows)
-    assert {"image features", "vision residual stream", "attention pattern", "logits"} <= {r.quantity for r in rows}
+    compared = {row.quantity for row in rows}
+    assert {"image features", "vision residual stream", "attention pattern", "logits"} <= compared
+    assert ("DeepStack features" in compared) == (name == "qwen3-vl")
     assert equal_tokens(model, reference, [inputs], 4, must=True).passed
     processor = reference_processor(model, tmp_path)
     assert pixels(model, processor, prompts()).passed
+
+
+@pytest.mark.parametrize("family", ["qwen2.5-vl", "qwen3-vl"])
+def test_a_folder_of_a_later_qwen_vl_passes_from_pixels_to_greedy_tokens(
+    family: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    model = {"qwen2.5-vl": tiny_qwen2_5_vl, "qwen3-vl": tiny_qwen3_vl}[family].reading_model()
+    model.save_pretrained(tmp_path / "model")
+    out = tmp_path / "verify.json"
+    asked = ["hooked-vlm", "verify", str(tmp_path / "model"), "--out", str(out), "--max-new-tokens", "3"]
+    monkeypatch.setattr(sys, "argv", asked)
+    cli.main()
+    told = json.loads(out.read_text())
+    passed = {row["quantity"]: row["passed"] for row in told["rows"]}
+    assert all(passed.values()) and {"prompts", "image preprocessing", "greedy tokens", "logits"} <= set(passed)
+    assert told["reference"].startswith("transformers") and "same folder" in told["reference"]
 
 
 def test_a_changed_weight_of_the_reference_ends_in_failure(
