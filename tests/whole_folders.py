@@ -120,8 +120,12 @@ def save_named(family: str, folder: Path, n: int = 3) -> Named:
     rng = np.random.default_rng(0)
     pictures = [rng.integers(0, 256, (SIZE[1], SIZE[0], 3), dtype=np.uint8) for _ in range(n)]
     pictures = [Image.fromarray(pixels) for pixels in (*pictures, *(touched(pixels) for pixels in pictures))]
-    names = (*OBJECTS[:n], *OBJECTS[:n])
-    teach(model, pictures, names)
+    names, end = (*OBJECTS[:n], *OBJECTS[:n]), model.cfg.eos_token_ids[0]
+    known: Any = model.tokenizer
+    known = known.get_vocab()
+    tokens = [known.get("▁" + name, known.get(name)) for name in names]
+    asked = [model.to_inputs(ONE_WORD, images=picture) for picture in pictures]
+    teach(model, [(inputs, (token, end)) for inputs, token in zip(asked, tokens, strict=True)])
     model.save_pretrained(folder / "model")
     return Named(folder / "model", *annotated(pictures, names, folder / "coco"))
 
@@ -132,25 +136,20 @@ def touched(pixels: np.ndarray) -> np.ndarray:
 
 
 @torch.no_grad()
-def teach(model: HookedVLM, pictures: Sequence[Image.Image], names: Sequence[str]) -> None:
-    """Set the unembedding such that the model answers with these names and stops behind each; its logits of a name are
-    10, and 0 where no head sees the picture."""
-    known: Any = model.tokenizer
-    known = known.get_vocab()
-    tokens = [known.get("▁" + name, known.get(name)) for name in names]
-    everywhere = ReplaceImageKV(all_heads(model))
+def teach(model: HookedVLM, lessons: Sequence[tuple[Any, Sequence[int]]]) -> None:
+    """Set the unembedding such that the model continues inputs of one row by these tokens, with logits of 10, and of 0
+    for the first one where no head sees the pictures."""
+    nothing_seen = ReplaceImageKV(all_heads(model))
     read, wanted = [], []
-    for picture, token in zip(pictures, tokens, strict=True):
-        asked = model.to_inputs(ONE_WORD, images=picture)
-        answered, end = asked.append([token]), model.cfg.eos_token_ids[0]
-        for inputs, hooks, following in ((asked, [], token), (answered, [], end), (asked, everywhere, None)):
-            with model.hooks(hooks if isinstance(hooks, list) else hooks.hooks(model, inputs)):
-                _, cache = model.run_with_cache(inputs, return_type=None)
-            read.append(model.ln_final(cache["resid_post", -1][0, -1:])[0])
-            wanted.append(torch.zeros(model.cfg.d_vocab))
-            if following is not None:
-                wanted[-1][following] = 10.0
-    found = torch.linalg.lstsq(torch.stack(read).double(), torch.stack(wanted).double(), driver="gelsd", rcond=1e-3)
+    for inputs, reply in lessons:
+        _, cache = model.run_with_cache(inputs.append([list(reply)]), return_type=None)
+        read.append(model.ln_final(cache["resid_post", -1][0, -len(reply) - 1 : -1]))
+        wanted.append(10 * torch.eye(model.cfg.d_vocab)[list(reply)])
+        with model.hooks(nothing_seen.hooks(model, inputs)):
+            _, cache = model.run_with_cache(inputs, return_type=None)
+        read.append(model.ln_final(cache["resid_post", -1][0, -1:]))
+        wanted.append(torch.zeros(1, model.cfg.d_vocab))
+    found = torch.linalg.lstsq(torch.cat(read).double(), torch.cat(wanted).double(), driver="gelsd", rcond=1e-3)
     model.unembed.weight.copy_(found.solution.T)
 
 
