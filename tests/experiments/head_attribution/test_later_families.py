@@ -66,8 +66,23 @@ def test_the_command_goes_from_a_folder_and_coco_to_the_papers_claims(
     """The model names all pictures by what it sees."""
     named = folders(family)
     asked = ["--model", named.model, "--annotations", named.annotations, "--images", named.images, "--out", tmp_path]
-    small = ["--samples", 4, "--masks", 24, "--token-masks", 40, "--bootstrap", 5, "--random-rankings", 1, "--device", "cpu", "--quiet"]
-    monkeypatch.setattr(sys, "argv", ["hooked-vlm", "head-attribution", "all", *map(str, [*asked, *small])])
+    small = ["--samples", 4, "--masks", 24, "--token-masks", 40, "--bootstrap", 5, "--random-rankings", 1]
+    asked += [*small, "--device", "cpu", "--quiet"]
+        "--samples",
+        4,
+        "--masks",
+        24,
+        "--token-masks",
+        40,
+        "--bootstrap",
+        5,
+        "--random-rankings",
+        1,
+        "--device",
+        "cpu",
+        "--quiet",
+    ]
+    monkeypatch.setattr(sys, "argv", ["hooked-vlm", "head-attribution", "all", *map(str, asked)])
     cli.main()
     shown = capsys.readouterr().out
     tables = {path.stem: pd.read_parquet(path) for path in (tmp_path / "tables").glob("*.parquet")}
