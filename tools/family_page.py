@@ -4,11 +4,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 from hooked_vlm.analysis.text_tables import markdown_table
-from hooked_vlm.config import VisionConfig, VLMConfig
+from hooked_vlm.config import VLMConfig
 from hooked_vlm.converters import KNOWN_MODELS, converter_for
 from hooked_vlm.inputs.processors import PROCESSORS
 from hooked_vlm.inputs.templates import style_of
 from hooked_vlm.loading.settings import model_config
+from hooked_vlm.vision_config import VisionConfig
 
 PAGE = Path(__file__).parents[1] / "docs" / "families.md"
 
