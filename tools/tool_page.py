@@ -26,9 +26,10 @@ from transformer_lens.tools.analysis.projection_kernel import (
 )
 from transformer_lens.weight_processing import ProcessWeights
 
-from hooked_vlm.config import VisionConfig, VLMConfig
+from hooked_vlm.config import VLMConfig
 from hooked_vlm.inputs.vlm_inputs import VLMInputs
 from hooked_vlm.model.vlm import HookedVLM
+from hooked_vlm.vision_config import VisionConfig
 
 HOOK = "blocks.0.hook_resid_post"
 

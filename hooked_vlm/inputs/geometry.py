@@ -347,11 +347,8 @@ def _scaled_patches(layout: ImageLayout, size: tuple[int, int]) -> ImageLayout:
 
 def features_of(
     layouts: Sequence[ImageLayout], token_size: int
-) -> tuple[Int[np.ndarray, "token source"], Float[np.ndarray, "token source"] | None] | None:
-    """Which outputs of the projector the tokens of pictures in a row are, and how much of each where some are mixes;
-    None if all are in the order of the projector."""
-    if all(layout.features is None for layout in layouts):
-        return None
+) -> tuple[Int[np.ndarray, "token source"], Float[np.ndarray, "token source"] | None]:
+    """Which outputs of the projector the tokens of pictures in a row are, and how much of each where some are mixes."""
     widest = max(1 if layout.shares is None else layout.shares.shape[1] for layout in layouts)
     n_tokens = sum(layout.n_tokens for layout in layouts)
     sources, shares, first, done = np.full((n_tokens, widest), -1), np.zeros((n_tokens, widest)), 0, 0
