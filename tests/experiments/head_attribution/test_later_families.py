@@ -68,20 +68,6 @@ def test_the_command_goes_from_a_folder_and_coco_to_the_papers_claims(
     asked = ["--model", named.model, "--annotations", named.annotations, "--images", named.images, "--out", tmp_path]
     small = ["--samples", 4, "--masks", 24, "--token-masks", 40, "--bootstrap", 5, "--random-rankings", 1]
     asked += [*small, "--device", "cpu", "--quiet"]
-        "--samples",
-        4,
-        "--masks",
-        24,
-        "--token-masks",
-        40,
-        "--bootstrap",
-        5,
-        "--random-rankings",
-        1,
-        "--device",
-        "cpu",
-        "--quiet",
-    ]
     monkeypatch.setattr(sys, "argv", ["hooked-vlm", "head-attribution", "all", *map(str, asked)])
     cli.main()
     shown = capsys.readouterr().out
