@@ -3,7 +3,6 @@
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pandas as pd
 import pytest
 import torch
@@ -50,7 +49,7 @@ def test_heads_of_a_folder_are_scored_and_masked(family: str, tmp_path: Path) ->
     scored = run(ScoreConfig(**common, out=tmp_path / "scores"))
     assert "100.0% answered correctly" in scored.summary
     run(MaskConfig(**common, out=tmp_path / "masks", task_samples=2, random_draws=2))
-    answers = pd.read_parquet(tmp_path / "masks" / "tables" / "masking-answers.parquet")
+    answers: Any = pd.read_parquet(tmp_path / "masks" / "tables" / "masking-answers.parquet")
     assert set(answers["task"]) == {"page", "text", "naming"} and answers["reply"].notna().all()
 
 
@@ -118,4 +117,5 @@ def test_a_head_that_looks_at_a_line_break_has_no_box_there(tmp_path: Path, monk
     monkeypatch.setattr(head_scores.plots, "sample_pages", lambda pages, boxes, titles: drawn.extend(boxes) or Figure())
     looks(study)
     (boxes,) = drawn
-    np.testing.assert_allclose(boxes, [visual.layout.box_of(0)])
+    (box,) = boxes
+    assert box == pytest.approx(visual.layout.box_of(0))
