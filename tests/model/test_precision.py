@@ -60,7 +60,9 @@ def test_rounding_errors_are_no_larger_than_the_references(
     ours, theirs = [], []
     for seed in range(DRAWS.get(kind, 6)):
         batch = family.batch(family.cases[case], seed)
-        batch["input_ids"] = torch.where(batch["input_ids"] < 100, batch["input_ids"] + 10 * (seed % 9), batch["input_ids"])
+        batch["input_ids"] = torch.where(
+            batch["input_ids"] < 100, batch["input_ids"] + 10 * (seed % 9), batch["input_ids"]
+        )
         given = family.for_hf(batch)
         truth = exact(**given).logits
         inputs = model.inputs_from_hf(batch)
@@ -101,6 +103,15 @@ def test_the_two_kernels_agree_in_float32(name: str, case: str) -> None:
 LONG, STEPS = 320, 24
 """Tokens of the long texts, an image among them; the last so many also go one by one through a key-value cache."""
 
+PICTURES = {
+    "qwen2-vl": ("image", (1, 8, 6)),
+    "qwen2.5-vl": ("image", (1, 8, 6)),
+    "qwen3-vl": ("image", (1, 16, 12)),
+}
+"""Of the long texts, where "large" is few tokens."""
+LEAST = {"made-up": 0.85}
+"""Smallest ratio, where not 0.9: the made-up reference pools patches otherwise, with larger errors."""
+
 
 @lru_cache(maxsize=4)
 def long_family(family: str, dtype: torch.dtype) -> tuple[Any, Any, Any]:
@@ -118,7 +129,7 @@ def long_batch(family: str, seed: int) -> tuple[dict[str, Tensor], dict[str, Ten
     """A long text about an image, and what the reference takes."""
     kind, generator = KINDS[family], torch.Generator().manual_seed(seed)
     words = torch.randint(4, 99, (LONG,), generator=generator).tolist()
-    picture = ("image", (1, 16, 12)) if "qwen" in family else kind.images["large"]
+    picture = PICTURES.get(family, kind.images["large"])
     batch = kind.batch([[*words[:40], picture, *words[40:]]], seed)
     given = kind.for_hf(batch)
     if "image_grid_thw" in batch:  # the reference's own, which it would count anew in each step
@@ -150,7 +161,7 @@ def test_over_long_texts_and_through_the_cache_errors_are_no_larger_than_the_ref
                 total[name] += difference(value, truths[name])
     ratios = {name: ours[name] / theirs[name] for name in ours}
     print(f"\n{family}, {dtype}:", {name: round(ratio, 4) for name, ratio in ratios.items()})
-    assert all(0.9 < ratio <= 1.03 for ratio in ratios.values()), ratios
+    assert all(LEAST.get(family, 0.9) < ratio <= 1.03 for ratio in ratios.values()), ratios
 
 
 def our_logits(model: Any, batch: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -266,6 +266,7 @@ PATCHES: dict[str, tuple[str, str, Callable[..., tuple]]] = {
     "attn_head_pattern_all_pos": ("attn.hook_pattern", "layer head_index", lambda h: (slice(None), h)),
 }
 
+
 def patched_by_hand(hook: str, layer: int, at: tuple) -> float:
     """The metric of the corrupted run with one piece of the clean run put in."""
     name = f"blocks.{layer}.{hook}"
