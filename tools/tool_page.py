@@ -7,8 +7,7 @@ minute random models and writes docs/transformerlens.md; a tool that refuses is 
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, replace
-from functools import cached_property, partial
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
@@ -26,65 +25,11 @@ from transformer_lens.tools.analysis.projection_kernel import (
 )
 from transformer_lens.weight_processing import ProcessWeights
 
-from hooked_vlm.config import VLMConfig
-from hooked_vlm.inputs.vlm_inputs import VLMInputs
+from hooked_vlm.analysis.text_tables import markdown_table
 from hooked_vlm.model.vlm import HookedVLM
-from hooked_vlm.vision_config import VisionConfig
+from tools.tool_setups import Setup, setups
 
 HOOK = "blocks.0.hook_resid_post"
-
-
-@dataclass(frozen=True, eq=False)
-class Setup:
-    """A model, and the same prompt about two images."""
-
-    model: HookedVLM
-    clean: VLMInputs
-    corrupt: VLMInputs
-
-    @classmethod
-    def of(cls, vision: VisionConfig, n_key_value_heads: int = 1) -> "Setup":
-        torch.manual_seed(0)
-        cfg = VLMConfig(
-            n_layers=2,
-            d_model=8,
-            n_heads=2,
-            n_key_value_heads=n_key_value_heads,
-            d_head=4,
-            d_mlp=8,
-            d_vocab=16,
-            n_ctx=32,
-            rope_theta=1e4,
-            mrope_section=None if vision.patch_order == "raster" else (1, 1, 0),
-            image_token_id=1,
-            vision=vision,
-        )
-        model = HookedVLM(cfg).eval()
-        tokens, grid, spec = torch.tensor([[5, *[1] * 4, 6, 7]]), torch.tensor([[1, 4, 4]]), model.input_spec()
-        shape = (1, 3, 8, 8) if vision.patch_order == "raster" else (16, vision.d_patch)
-        clean, corrupt = (
-            VLMInputs(tokens, spec, pixel_values=torch.randn(shape), image_grid_thw=grid) for _ in range(2)
-        )
-        return cls(model, clean, corrupt)
-
-    @cached_property
-    def caches(self) -> tuple[Any, Any]:
-        """Of the clean and of the corrupt input."""
-        with torch.no_grad():
-            clean, corrupt = (
-                self.model.run_with_cache(x, names_filter=lambda name: True)[1] for x in (self.clean, self.corrupt)
-            )
-        return clean, corrupt
-
-    @property
-    def both(self) -> VLMInputs:
-        return VLMInputs.concat([self.clean, self.corrupt])
-
-    def metric(self, logits: Tensor) -> Tensor:
-        return (logits[:, -1, 3] - logits[:, -1, 4]).mean()
-
-    def task(self, inputs: Any) -> Tensor:
-        return self.model(inputs)[:, -1, [3, 4]]
 
 
 Tool = Callable[[Setup], Any]
@@ -146,7 +91,7 @@ def _writers(s: Setup) -> Any:
 
 
 def _collected(s: Setup) -> Tensor:
-    return interchange.collect_activations(s.model, HOOK, s.both, s.task, positions=torch.tensor([6, 6]))
+    return interchange.collect_activations(s.model, HOOK, s.both, s.task, positions=torch.tensor([s.last, s.last]))
 
 
 def _interchange(s: Setup, run: Callable[..., Any], placebo: bool = False) -> Any:
@@ -154,7 +99,9 @@ def _interchange(s: Setup, run: Callable[..., Any], placebo: bool = False) -> An
     everything: Any = interchange.SubspaceInterchange(torch.eye(8))
     if placebo:
         everything = interchange.NormMatchedPlacebo(everything, interchange.random_basis(8, 2, seed=0))
-    return run(s.model, HOOK, everything, s.both, _collected(s).flip(0), s.task, positions=torch.tensor([6, 6]))
+    return run(
+        s.model, HOOK, everything, s.both, _collected(s).flip(0), s.task, positions=torch.tensor([s.last, s.last])
+    )
 
 
 def _all_cells(s: Setup) -> Any:
@@ -171,7 +118,7 @@ def _all_cells(s: Setup) -> Any:
 
 
 def _das(s: Setup) -> Any:
-    at, targets = torch.tensor([6, 6]), torch.tensor([0, 1])
+    at, targets = torch.tensor([s.last, s.last]), torch.tensor([0, 1])
     settings: dict[str, Any] = {"rank": 1, "base_positions": at, "source_positions": at, "epochs": 1}
     return interchange.fit_das(s.model, HOOK, s.both, s.both, targets, s.task, **settings)
 
@@ -217,6 +164,10 @@ def _detect(s: Setup, pattern: Any) -> Any:
         return detect_head(s.model, s.clean, pattern)
 
 
+def _detect_tensor(s: Setup) -> Any:
+    return _detect(s, torch.eye(s.last + 1))
+
+
 def _cache(call: Callable[[Any], Any], s: Setup) -> Any:
     with torch.no_grad():
         return call(s.model.run_with_cache(s.clean)[1])
@@ -259,7 +210,7 @@ TOOLS: dict[str, dict[str, Tool]] = {
             f'`detect_head`, "{name}"': partial(_detect, pattern=name)
             for name in ("previous_token_head", "duplicate_token_head", "induction_head")
         },
-        "`detect_head`, a tensor pattern": partial(_detect, pattern=torch.eye(7)),
+        "`detect_head`, a tensor pattern": _detect_tensor,
     },
     "ActivationCache": {f"`{name}`": partial(_cache, call) for name, call in CACHE.items()},
     "transformer_lens.tools.analysis": {
@@ -330,27 +281,8 @@ def outcome(tool: Tool, setup: Setup) -> str:
         where = frames[-1]
         said = " ".join(str(error).split())
         short = said if len(said) <= 110 else said[:110].rsplit(" ", 1)[0] + " ..."
-        return f"cannot: `{where.filename.rsplit('/transformer_lens/', 1)[1]}:{where.lineno}` {short}"
+        return f"`{where.filename.rsplit('/transformer_lens/', 1)[1]}:{where.lineno}` {short}"
     return "runs"
-
-
-def setups() -> tuple[Setup, Setup, Setup]:
-    """A model that sees images whole, one that tiles them, and one without grouped queries."""
-    whole = VisionConfig(n_layers=1, d_model=4, n_heads=1, d_head=4, d_mlp=4, d_out=8, patch_size=2)
-    tiles = replace(
-        whole,
-        patch_order="raster",
-        tile_size=8,
-        temporal_patch_size=1,
-        patch_bias=True,
-        class_token=True,
-        n_positions=16,
-        rope_theta=None,
-        layer_scale=True,
-        projector=("merge", "norm", "linear", "activation", "linear"),
-        d_projector=4,
-    )
-    return Setup.of(whole), Setup.of(tiles), Setup.of(whole, n_key_value_heads=2)
 
 
 _HEAD = """\
@@ -358,10 +290,10 @@ _HEAD = """\
 
 Generated by `python -m tools.tool_page` with TransformerLens {version}; do not edit.
 
-Every tool below was called on a model of each family, with a `VLMInputs` in place of tokens. "Cannot" names the line of
-TransformerLens that refuses; the last column shows whether the tool runs without grouped queries (InternVL2-4B). The
-numbers are tested against manual patches, autograd and the logits (`tests/model/test_transformerlens.py`, in both
-families).
+Every tool below was called on a model of each family, with a `VLMInputs` in place of tokens. A number stands for a
+refusal: below the table are the line of TransformerLens that refuses, and what it says. LLaVA-1.5's sizes have no
+grouped queries (no more than InternVL2-4B), so that what needs a key for each query head runs there. The numbers are
+tested against manual patches, autograd and the logits in every family (`tests/model/test_transformerlens.py`).
 
 - `patching` of TransformerLens runs one forward pass for each cell. `hooked_vlm.patching` gives the same numbers for
   several examples at once, on the sweep engine, with statistics ([patching.md](patching.md)).
@@ -369,6 +301,10 @@ families).
 - Norms are not folded in these models. `VLMCache` applies their weights, so `apply_ln`, `logit_attrs` and
   `direct_logit_attribution` sum to the true logits; with a plain `ActivationCache` they would not.
 - `random_init_bridge` and `JacobianLens.from_pretrained` take the name of a repository, not a model.
+- What enters the stream behind blocks (Qwen3-VL's DeepStack) is a part of its own in `decompose_resid`,
+  `get_full_resid_decomposition` and `direct_logit_attribution`; it is no node of `attribution_patch`.
+- Where a family has no value biases (Qwen3-VL, InternVL3.5, LLaVA with Llama or Mistral), `fold_value_biases` of
+  `hooked_vlm` refuses, and TransformerLens' adds zeros.
 - `ProcessWeights` works on copies under TransformerLens' keys; `hooked_vlm.model.weight_processing` folds the model
   itself.
 
@@ -377,17 +313,19 @@ families).
 
 def page() -> str:
     """docs/transformerlens.md."""
-    whole, tiled, ungrouped = setups()
+    families = setups()
     parts = [_HEAD.format(version=version("transformer_lens"))]
     for module, tools in TOOLS.items():
-        lines = [f"## {module}\n", "| tool | Qwen2-VL | InternVL2 | without grouped queries |", "|---|---|---|---|"]
-        for name, tool in tools.items():
-            found = [outcome(tool, setup) for setup in (whole, tiled)]
-            third = "" if found == ["runs", "runs"] else outcome(tool, ungrouped)
-            second = "the same" if found[1] == found[0] != "runs" else found[1]
-            lines.append(f"| {name} | {found[0]} | {second} | {third} |")
-        parts.append("\n".join(lines) + "\n")
+        refusals: dict[str, int] = {}
+        rows = [[name, *(_cell(outcome(tool, s), refusals) for s in families.values())] for name, tool in tools.items()]
+        notes = "".join(f"{number}. cannot: {said}\n" for said, number in refusals.items())
+        parts.append(f"## {module}\n\n{markdown_table(['tool', *families], rows)}" + (f"\n{notes}" if notes else ""))
     return "\n".join(parts)
+
+
+def _cell(said: str, refusals: dict[str, int]) -> str:
+    """ "runs", or the number of a refusal, which is noted."""
+    return said if said == "runs" else f"cannot ({refusals.setdefault(said, len(refusals) + 1)})"
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from hooked_vlm.model.vlm import HookedVLM
 
 ENDS = ("embed", "ln_final", "unembed")
-VISION_NORMS = ("vision.ln_pre", "vision.ln_post")
+VISION_NORMS = ("vision.ln_pre", "vision.ln_post", "vision.unread_norm")
 _WHOLE = ["Block", "PatchEmbed", "TileEmbed", "Projector"]
 
 DeviceMap = str | Mapping[str, int | str | torch.device]
@@ -91,7 +91,8 @@ def planned(model: "HookedVLM", spread: Spread, dtype: torch.dtype) -> Placement
 def _parts(model: "HookedVLM") -> list[str]:
     """Names of the parts that are placed as a whole, in the order of a pass."""
     alone = (*ENDS, *VISION_NORMS)
-    return [name for name, module in model.named_modules() if name in alone or type(module).__name__ in _WHOLE]
+    found = [name for name, module in model.named_modules() if name in alone or type(module).__name__ in _WHOLE]
+    return [name for name in found if not name.startswith(tuple(f"{part}." for part in found))]
 
 
 def _complete(given: Mapping[str, str], parts: list[str]) -> dict[str, str]:

@@ -133,7 +133,11 @@ class AllHeadsNorm(nn.Module):
     def __init__(self, n_heads: int, d_head: int, eps: float) -> None:
         super().__init__()
         self.eps = eps
-        self.weight = nn.Parameter(torch.ones(n_heads * d_head))
+        self.weight = nn.Parameter(torch.empty(n_heads * d_head))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        nn.init.ones_(self.weight)
 
     def forward(self, x: Float[Tensor, "*dims head d_head"]) -> Float[Tensor, "*dims head d_head"]:
         full = x.flatten(-2).to(torch.promote_types(x.dtype, torch.float32))
@@ -147,7 +151,11 @@ class EachHeadNorm(nn.Module):
     def __init__(self, n_heads: int, d_head: int, eps: float) -> None:
         super().__init__()
         self.eps = eps
-        self.weight = nn.Parameter(torch.ones(d_head))
+        self.weight = nn.Parameter(torch.empty(d_head))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        nn.init.ones_(self.weight)
 
     def forward(self, x: Float[Tensor, "*dims head d_head"]) -> Float[Tensor, "*dims head d_head"]:
         full = x.to(torch.promote_types(x.dtype, torch.float32))
@@ -343,5 +351,10 @@ class UnreadNorm(nn.Module):
 
     def __init__(self, cfg: VisionConfig) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.ones(cfg.d_model))
-        self.bias = nn.Parameter(torch.zeros(cfg.d_model))
+        self.weight = nn.Parameter(torch.empty(cfg.d_model))
+        self.bias = nn.Parameter(torch.empty(cfg.d_model))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        nn.init.ones_(self.weight)
+        nn.init.zeros_(self.bias)

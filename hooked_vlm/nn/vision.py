@@ -23,6 +23,7 @@ from hooked_vlm.nn.hooks import HookPoint, is_encoder, is_hooked, running, shows
 from hooked_vlm.nn.masks import AttentionMask
 from hooked_vlm.nn.packing import Packing, Windows, window_numbers
 from hooked_vlm.nn.rotary import Rotation, Rotations, patch_places, patch_rotation
+from hooked_vlm.nn.weight_access import values_of
 from hooked_vlm.vision_config import ProjectorStep, VisionConfig
 
 if TYPE_CHECKING:
@@ -252,7 +253,7 @@ class Projector(nn.Module):
         sources = sources.to(outputs.device)
         own = outputs.unflatten(0, (n_runs, -1))
         if self.cfg.line_break:
-            own = torch.cat((own, self.line_break.to(own).expand(n_runs, 1, -1)), dim=1)
+            own = torch.cat((own, values_of(self, "line_break").to(own).expand(n_runs, 1, -1)), dim=1)
         if shares is None:
             return own[:, sources[:, 0]].flatten(0, 1)
         exact = torch.promote_types(own.dtype, torch.float32)  # mixed as torch does: rounded once

@@ -10,9 +10,8 @@ import numpy as np
 import pytest
 import torch
 import towers
-from families import FAMILIES, model_and_inputs
+from families import FAMILIES, KINDS, ROWS, inputs_of, model_and_inputs, tiny_model
 from pretend_devices import FIRST, SECOND, PretendDevices
-from tiny_qwen2_vl import PADDED, inputs, tiny_model
 from torch import Tensor
 
 from hooked_vlm import HookedVLM, sweep
@@ -61,13 +60,19 @@ Spread = tuple[Any, Any, Any]
 """The model on one device, the same spread, and what must be active while that is used."""
 
 
-USUAL = {("qwen2-vl", "disk"), ("internvl2", "two devices"), ("internvl2", "disk, written anew")}
-USUAL.add(("qwen2-vl", "a device, the CPU, disk"))
-"""Every layout in one family; the other family's with --run-slow."""
+USUAL = {("internvl2", "disk, written anew"), ("qwen3-vl", "two devices"), ("llava-onevision", "disk")}
+USUAL.add(("qwen3-vl", "a device, the CPU, disk"))
+"""Every layout in one family; with --full the one of all kinds of places in every family, with --run-slow all."""
+
+
+def kept_for(family: str, layout: str) -> Any:
+    if (family, layout) in USUAL:
+        return ()
+    return pytest.mark.full if layout == "a device, the CPU, disk" else pytest.mark.slow
+
+
 CASES = [
-    pytest.param(
-        (family, layout), marks=() if (family, layout) in USUAL else pytest.mark.slow, id=f"{family}: {layout}"
-    )
+    pytest.param((family, layout), marks=kept_for(family, layout), id=f"{family}: {layout}")
     for family in FAMILIES
     for layout in LAYOUTS
 ]
@@ -114,7 +119,9 @@ def hooks(model: Any, inputs: Any) -> Any:
     names = ["vision.hook_embed", "vision.blocks.1.attn.hook_z", "projector.hook_post", "hook_image_features"]
     names += ["hook_embed", "blocks.0.attn.hook_pattern", "blocks.1.attn.hook_rot_k", "blocks.2.mlp.hook_pre"]
     names += ["vision.blocks.0.attn.hook_attn_scores", "ln_final.hook_out"]
-    return [model.run_with_hooks(inputs, fwd_hooks=[(name, rotated)]) for name in names]
+    names += ["blocks.0.hook_deepstack", "blocks.1.hook_deepstack", "projector.deepstack.0.hook_post"]
+    there = [name for name in names if name in model.hook_dict]  # not every projector has an activation, or DeepStack
+    return [model.run_with_hooks(inputs, fwd_hooks=[(name, rotated)]) for name in there]
 
 
 def optional_points(model: Any, inputs: Any) -> Any:
@@ -249,14 +256,14 @@ def test_the_pretended_devices_refuse_what_two_accelerators_refuse() -> None:
 
 
 @torch.no_grad()
-def test_layers_compute_and_keep_their_keys_where_they_are(folders: dict[str, Path]) -> None:
+def test_layers_compute_and_keep_their_keys_where_they_are(family: str, folders: dict[str, Path]) -> None:
     found: dict[str, torch.device] = {}
     with PretendDevices():
         model: Any = HookedVLM.from_pretrained(
-            folders["qwen2-vl"], device_map={"": FIRST, "blocks.1": SECOND, "blocks.2": "disk", "vision": SECOND}
+            folders[family], device_map={"": FIRST, "blocks.1": SECOND, "blocks.2": "disk", "vision": SECOND}
         )
-        inputs = model.as_inputs(model_and_inputs("qwen2-vl", "one image")[1])
-        cache = model.new_kv_cache(1, 32)
+        inputs = model.as_inputs(model_and_inputs(family, "one image")[1])
+        cache = model.new_kv_cache(*inputs.shape)
         watch = [(name, lambda x, hook: found.__setitem__(hook.name, x.device)) for name in model.hook_dict]
         names = {n for n in model.hook_dict if not model.why_silent(n, inputs, {})}
         logits = model.run_with_hooks(inputs, past_kv_cache=cache, fwd_hooks=[w for w in watch if w[0] in names])
@@ -314,6 +321,18 @@ def test_every_part_of_a_tower_has_a_place() -> None:
         assert sum(name.startswith(f"{part}.") for part in devices) == 1, name
 
 
+def test_every_weight_of_a_family_has_one_place(family: str) -> None:
+    model = tiny_model(family)
+    devices = placement.planned(model, placement.Spread({"": "cpu"}), torch.float32).devices
+    for name in model.state_dict():
+        assert sum(name.startswith(f"{part}.") for part in devices) == 1, name
+
+
+def test_the_projectors_of_inner_blocks_lie_with_the_projector(folders: dict[str, Path]) -> None:
+    with pytest.raises(CheckpointError, match=r"projector\.deepstack\.0, which is no part"):
+        HookedVLM.from_pretrained(folders["qwen3-vl"], device_map={"": "cpu", "projector.deepstack.0": "disk"})
+
+
 def test_arguments_that_do_not_go_together_are_refused(folders: dict[str, Path], tmp_path: Path) -> None:
     folder, split = folders["qwen2-vl"], {"": "cpu", "blocks": "disk"}
     with pytest.raises(CheckpointError, match=r"\bdevice\b.*device_map"):
@@ -367,12 +386,14 @@ def test_a_dtype_is_made_once_or_at_every_use(folders: dict[str, Path], tmp_path
         assert torch.equal(model(inputs), expected)
 
 
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind.endswith(", tied")])
 @torch.no_grad()
-def test_a_tied_model_stays_tied(tmp_path: Path) -> None:
-    tiny_model(True).save_pretrained(tmp_path / "tied")
+def test_a_tied_model_stays_tied(kind: str, tmp_path: Path) -> None:
+    tiny_model(kind).save_pretrained(tmp_path / "tied")
     model: Any = HookedVLM.from_pretrained(tmp_path / "tied", device_map={"": "cpu", "blocks": "disk"})
+    inputs = inputs_of(kind, ROWS["padded"])
     assert model.unembed.weight is model.embed.weight
-    assert torch.equal(model(inputs(PADDED, tied=True)), tiny_model(True)(inputs(PADDED, tied=True)))
+    assert torch.equal(model(inputs), tiny_model(kind)(inputs))
 
 
 @pytest.mark.gpu

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from families import model_and_inputs
+from families import FAMILIES, model_and_inputs, plain_first
 from torch import Tensor, nn
 
 from hooked_vlm import HookedVLM
@@ -31,23 +31,23 @@ def four_bits() -> Any:
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    made = {family: tmp_path_factory.mktemp("checkpoints") / family for family in ("qwen2-vl", "internvl2")}
+    made = {family: tmp_path_factory.mktemp("checkpoints") / family for family in FAMILIES}
     for family, folder in made.items():
         model_and_inputs(family, "padded")[0].save_pretrained(folder)
     return made
 
 
-@pytest.fixture(scope="module", params=[(f, b) for f in ("qwen2-vl", "internvl2") for b in ("int8", "4 bits")], ids=str)
+@pytest.fixture(scope="module", params=[*plain_first(FAMILIES, "{}: int8"), *plain_first(FAMILIES, "{}: 4 bits")])
 def models(request: pytest.FixtureRequest, folders: dict[str, Path]) -> Any:
-    """The kind of quantisation, the model in float32, the same quantised, inputs."""
-    family, bits = request.param
+    """The kind of quantisation, the model in float32, the same quantised, inputs with padding and about one image."""
+    family, bits = request.param.split(": ")
     how = four_bits() if bits == "4 bits" else bits
     quantised = HookedVLM.from_pretrained(folders[family], device="cpu", quantize=how)
     return (
         bits,
         HookedVLM.from_pretrained(folders[family], device="cpu"),
         quantised,
-        model_and_inputs(family, "padded")[1],
+        *(model_and_inputs(family, rows)[1] for rows in ("padded", "one image")),
     )
 
 
@@ -65,7 +65,7 @@ def with_rounded_weights(plain: Any, quantised: Any) -> Any:
 
 
 def test_just_the_matrices_of_the_towers_and_the_projector_are_quantised(models: Any) -> None:
-    _, plain, quantised, _ = models
+    _, plain, quantised, *_ = models
     small = {name for name, p in quantised.named_parameters() if is_quantised(p)}
     assert small == {f"{name}.weight" for name in matrices(plain)}
     per_block = [name for name in small if name.startswith("blocks.1.")]
@@ -77,7 +77,7 @@ def test_just_the_matrices_of_the_towers_and_the_projector_are_quantised(models:
 
 def test_weights_are_those_of_rounding_to_the_nearest_step(models: Any) -> None:
     """Symmetric steps: 255 from the largest weight of a row to its opposite, or 15 for a group."""
-    bits, plain, quantised, _ = models
+    bits, plain, quantised, *_ = models
     for name, linear in matrices(plain).items():
         weight, found = linear.weight.detach(), values_of(quantised.get_submodule(name)).as_subclass(Tensor)
         groups = weight.unflatten(1, (-1, GROUP)) if bits == "4 bits" else weight[:, None]
@@ -90,7 +90,7 @@ def test_weights_are_those_of_rounding_to_the_nearest_step(models: Any) -> None:
 
 @torch.no_grad()
 def test_logits_are_those_of_a_float_model_with_the_rounded_weights(models: Any) -> None:
-    bits, plain, quantised, inputs = models
+    bits, plain, quantised, inputs, _ = models
     reference = with_rounded_weights(plain, quantised)
     real = inputs.attention_mask.bool()
     ours, rounded, exact = (model(inputs)[real] for model in (quantised, reference, plain))
@@ -105,8 +105,7 @@ def test_logits_are_those_of_a_float_model_with_the_rounded_weights(models: Any)
 @pytest.mark.repeats_shapes
 @torch.no_grad()
 def test_every_hook_fires_an_identity_changes_nothing_and_an_edit_something(models: Any) -> None:
-    _, plain, quantised, inputs = models
-    inputs = model_and_inputs("qwen2-vl" if plain.cfg.mrope_section else "internvl2", "one image")[1]
+    _, plain, quantised, _, inputs = models
     for model in (plain, quantised):
         for switch in (model.set_use_attn_result, model.set_use_split_qkv_input, model.set_use_hook_mlp_in):
             switch(True)
@@ -127,7 +126,7 @@ def test_every_hook_fires_an_identity_changes_nothing_and_an_edit_something(mode
 
 @torch.no_grad()
 def test_views_read_rounded_weights_and_refuse_edits(models: Any) -> None:
-    _, plain, quantised, _ = models
+    _, plain, quantised, *_ = models
     attn, mlp = quantised.blocks[1].attn, quantised.blocks[0].mlp
     reference = with_rounded_weights(plain, quantised)
     like_attn, like_mlp = reference.blocks[1].attn, reference.blocks[0].mlp
@@ -151,7 +150,7 @@ def test_views_read_rounded_weights_and_refuse_edits(models: Any) -> None:
 
 
 def test_what_a_quantised_model_cannot_do_is_refused(models: Any, tmp_path: Path) -> None:
-    bits, _, quantised, _ = models
+    bits, _, quantised, *_ = models
     with pytest.raises(CheckpointError, match="quantised"):
         quantised.save_pretrained(tmp_path / "saved")
     assert not list(tmp_path.iterdir())
@@ -179,7 +178,7 @@ def test_what_cannot_be_quantised_says_why(folders: dict[str, Path]) -> None:
 
 
 def test_quantised_weights_take_a_quarter_of_the_memory(models: Any) -> None:
-    _, plain, quantised, _ = models
+    _, plain, quantised, *_ = models
     for name, linear in matrices(plain).items():
         weight: Any = quantised.get_submodule(name).weight
         n_bytes = weight.qdata.numel() * weight.qdata.element_size()

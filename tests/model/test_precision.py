@@ -1,27 +1,36 @@
 """Rounding: in low precision no worse than the reference, in float32 the same whichever kernel runs."""
 
+from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import replace
 from functools import lru_cache
 from typing import Any
 
 import pytest
-import tiny_internvl
 import torch
 import transformers
-from families import KINDS
+from families import FAMILIES, KINDS, tiny_model
+from family_names import ONE_OF_EACH_KIND
 from tiny import in_dtype, randomise
-from tiny_qwen2_vl import CASES, hf_batch, inputs, published_positions, tiny_config, tiny_hf, tiny_model
+from tiny_qwen2_vl import published_positions
 from torch import Tensor
 
 from hooked_vlm import HookedVLM
 from hooked_vlm.converters import KNOWN_MODELS
 
-SEEDS = range(6)
-LAYERS = 3
-EXPLICIT = [(f"blocks.{layer}.attn.hook_pattern", lambda pattern, hook: pattern) for layer in range(LAYERS)] + [
-    (f"vision.blocks.{layer}.attn.hook_pattern", lambda pattern, hook: pattern) for layer in range(2)
+DRAWS = {"qwen3-vl": 24}
+"""Draws of pictures and words where not 6 are enough: its ratios have a standard error of 0.02 over 6."""
+EVERY_CASE = [
+    pytest.param(name, case, marks=() if name in ONE_OF_EACH_KIND else pytest.mark.full, id=f"{name}-{case}")
+    for name in FAMILIES
+    for case in KINDS[name].cases
 ]
+
+
+def explicit(model: Any, inputs: Any) -> list[tuple[str, Callable[..., Tensor]]]:
+    """Hooks that leave every pattern as it is, in whose presence attention is written out."""
+    names = [name for name in model.hook_dict if name.endswith("attn.hook_pattern")]
+    return [(name, lambda pattern, hook: pattern) for name in names if not model.why_silent(name, inputs, {})]
 
 
 @lru_cache(maxsize=2)
@@ -49,62 +58,67 @@ def test_rounding_errors_are_no_larger_than_the_references(
     low.set_attn_implementation("sdpa" if kernel == "fused" else "eager")
     model = HookedVLM.from_hf(low)
     ours, theirs = [], []
-    for seed in SEEDS:
+    for seed in range(DRAWS.get(kind, 6)):
         batch = family.batch(family.cases[case], seed)
-        batch["input_ids"] = torch.where(batch["input_ids"] < 100, batch["input_ids"] + 10 * seed, batch["input_ids"])
+        ids = batch["input_ids"]
+        batch["input_ids"] = torch.where(ids < 100, ids + 10 * (seed % 9), ids)
         given = family.for_hf(batch)
         truth = exact(**given).logits
-        logits = model.run_with_hooks(model.inputs_from_hf(batch), fwd_hooks=EXPLICIT if kernel == "explicit" else [])
+        inputs = model.inputs_from_hf(batch)
+        logits = model.run_with_hooks(inputs, fwd_hooks=explicit(model, inputs) if kernel == "explicit" else [])
         assert logits.dtype is dtype
         ours.append(difference(logits, truth))
         theirs.append(difference(low(**given).logits, truth))
     assert 0 < sum(ours) <= 1.03 * sum(theirs)
 
 
-@pytest.mark.parametrize("case", ["one-image", "text", "video-and-image", "long-video"])
+@pytest.mark.parametrize(("name", "case"), EVERY_CASE)
 @torch.no_grad()
-def test_float64_runs_in_float64(case: str) -> None:
+def test_float64_runs_in_float64(name: str, case: str) -> None:
     """`transformers` keeps its norms in float32 then, hence the 1e-6 and not 1e-12."""
-    exact = deepcopy(tiny_hf()).double()
-    batch = hf_batch(CASES[case])
-    model = HookedVLM.from_hf(exact)
-    fused = model(model.inputs_from_hf(batch))
-    explicit = model.run_with_hooks(
-        model.inputs_from_hf(batch), fwd_hooks=EXPLICIT if case != "text" else EXPLICIT[:LAYERS]
-    )
-    assert (
-        fused.dtype is torch.float64 and model(model.inputs_from_hf(batch), return_type="loss").dtype is torch.float64
-    )
-    torch.testing.assert_close(fused, explicit, atol=1e-12, rtol=0)
-    torch.testing.assert_close(fused, exact(**batch, position_ids=published_positions(batch)).logits, atol=5e-6, rtol=0)
+    exact, batch = deepcopy(KINDS[name].hf()).double(), KINDS[name].batch(KINDS[name].cases[case])
+    exact.set_attn_implementation("sdpa")  # its own mask of a padded row is infinite in float64
+    model, real = HookedVLM.from_hf(exact), batch["attention_mask"].bool()
+    inputs = model.inputs_from_hf(batch)
+    fused, loss = model(inputs, return_type="both")
+    assert fused.dtype is loss.dtype is torch.float64
+    written_out = model.run_with_hooks(inputs, fwd_hooks=explicit(model, inputs))
+    torch.testing.assert_close(fused[real], written_out[real], atol=1e-12, rtol=0)
+    theirs = exact(**KINDS[name].for_hf(batch)).logits
+    torch.testing.assert_close(fused[real], theirs[real], atol=5e-6, rtol=0)
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(("name", "case"), EVERY_CASE)
 @torch.no_grad()
-def test_the_two_kernels_agree_in_float32(case: str) -> None:
-    model, batch = tiny_model(), inputs(CASES[case])
-    real = batch.attention_mask.bool()
-    explicit = model.run_with_hooks(batch, fwd_hooks=EXPLICIT if case != "text" else EXPLICIT[:LAYERS])
-    torch.testing.assert_close(explicit[real], model(batch)[real], atol=1e-5, rtol=0)
+def test_the_two_kernels_agree_in_float32(name: str, case: str) -> None:
+    model, batch = tiny_model(name), KINDS[name].batch(KINDS[name].cases[case])
+    inputs, real = model.inputs_from_hf(batch), batch["attention_mask"].bool()
+    written_out = model.run_with_hooks(inputs, fwd_hooks=explicit(model, inputs))
+    torch.testing.assert_close(written_out[real], model(inputs)[real], atol=1e-5, rtol=0)
 
 
-# ---------------------------------------------------------------- both families, long texts, the cache, the towers
+# ---------------------------------------------------------------- every family, long texts, the cache, the towers
 
 LONG, STEPS = 320, 24
 """Tokens of the long texts, an image among them; the last so many also go one by one through a key-value cache."""
+
+PICTURES = {
+    "qwen2-vl": ("image", (1, 8, 6)),
+    "qwen2.5-vl": ("image", (1, 8, 6)),
+    "qwen3-vl": ("image", (1, 16, 12)),
+}
+"""Of the long texts, where "large" is few tokens."""
+LEAST = {"made-up": 0.85}
+"""Smallest ratio, where not 0.9: the made-up reference pools patches otherwise, with larger errors."""
 
 
 @lru_cache(maxsize=4)
 def long_family(family: str, dtype: torch.dtype) -> tuple[Any, Any, Any]:
     """The reference in `dtype`, in float64 with the same rounded weights, and ours in `dtype`; room for long texts."""
-    if family == "qwen2-vl":
-        hf = transformers.Qwen2VLForConditionalGeneration._from_config(
-            tiny_config(), attn_implementation="eager"
-        ).eval()
-    else:
-        config: Any = tiny_internvl.tiny_config("qwen2")
-        config.text_config.max_position_embeddings = 512
-        hf = transformers.InternVLForConditionalGeneration._from_config(config, attn_implementation="eager").eval()
+    shared = KINDS[family].hf()
+    config = deepcopy(shared.config)
+    config.text_config.max_position_embeddings = 512
+    hf = type(shared)._from_config(config, attn_implementation="eager").eval()
     randomise(hf)
     low = in_dtype(hf, dtype)
     return low, deepcopy(low).double(), HookedVLM.from_hf(low)
@@ -112,17 +126,17 @@ def long_family(family: str, dtype: torch.dtype) -> tuple[Any, Any, Any]:
 
 def long_batch(family: str, seed: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """A long text about an image, and what the reference takes."""
-    generator = torch.Generator().manual_seed(seed)
+    kind, generator = KINDS[family], torch.Generator().manual_seed(seed)
     words = torch.randint(4, 99, (LONG,), generator=generator).tolist()
-    if family == "qwen2-vl":
-        batch = hf_batch([[*words[:40], ("image", (1, 8, 6)), *words[40:]]], seed)
-        return batch, {**batch, "position_ids": published_positions(batch)}
-    batch = tiny_internvl.hf_batch([[*words[:40], ("image", 2), *words[40:]]], seed)
-    return batch, tiny_internvl.for_hf(batch)
+    picture = PICTURES.get(family, kind.images["large"])
+    batch = kind.batch([[*words[:40], picture, *words[40:]]], seed)
+    given = kind.for_hf(batch)
+    if "image_grid_thw" in batch:  # the reference's own, which it would count anew in each step
+        given = {**given, "position_ids": published_positions(batch)}
+    return batch, given
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, pytest.param(torch.float16, marks=pytest.mark.full)], ids=str)
-@pytest.mark.parametrize("family", ["qwen2-vl", pytest.param("internvl2", marks=pytest.mark.full)])
 @pytest.mark.repeats_shapes
 @torch.no_grad()
 def test_over_long_texts_and_through_the_cache_errors_are_no_larger_than_the_references(
@@ -146,12 +160,11 @@ def test_over_long_texts_and_through_the_cache_errors_are_no_larger_than_the_ref
                 total[name] += difference(value, truths[name])
     ratios = {name: ours[name] / theirs[name] for name in ours}
     print(f"\n{family}, {dtype}:", {name: round(ratio, 4) for name, ratio in ratios.items()})
-    assert all(0.9 < ratio <= 1.03 for ratio in ratios.values()), ratios
+    assert all(LEAST.get(family, 0.9) < ratio <= 1.03 for ratio in ratios.values()), ratios
 
 
 def our_logits(model: Any, batch: dict[str, Tensor]) -> dict[str, Tensor]:
     prompt = model.inputs_from_hf(batch)
-    explicit = [(name, lambda x, hook: x) for name in model.hook_dict if name.endswith("attn.hook_pattern")]
     fused, cache = model.run_with_cache(prompt, names_filter="hook_image_features")
     n = prompt.shape[1] - STEPS
     past = model.new_kv_cache(1, prompt.shape[1])
@@ -159,7 +172,7 @@ def our_logits(model: Any, batch: dict[str, Tensor]) -> dict[str, Tensor]:
     steps = [model.next_logits(prompt.tokens[:, at], past) for at in range(n, n + STEPS)]
     return {
         "fused": fused,
-        "explicit": model.run_with_hooks(prompt, fwd_hooks=explicit),
+        "explicit": model.run_with_hooks(prompt, fwd_hooks=explicit(model, prompt)),
         "cache": torch.stack(steps, 1),
         "vision tower": cache["hook_image_features"],
     }
@@ -182,10 +195,9 @@ def their_logits(low: Any, batch: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def image_features(reference: Any, batch: dict[str, Tensor]) -> Tensor:
-    pixels = batch["pixel_values"].to(reference.dtype)
-    if "image_grid_thw" in batch:
-        return reference.model.visual(pixels, grid_thw=batch["image_grid_thw"]).pooler_output
-    return reference.model.get_image_features(pixels).pooler_output.flatten(0, -2)
+    others = {name: batch[name] for name in ("image_grid_thw", "image_sizes", "batch_num_images") if name in batch}
+    pictures = reference.model.get_image_features(batch["pixel_values"].to(reference.dtype), **others).pooler_output
+    return torch.cat([features.flatten(0, -2) for features in pictures])
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""TransformerLens' own tools run with an image in the input, in both families, and give the numbers of a hand.
+"""TransformerLens' own tools run with an image in the input, in every family, and give the numbers of a hand.
 
 Expected values never come from the tool under test: they are hand-written patches, autograd, or the logits.
 """
@@ -16,10 +16,8 @@ from typing import Any
 
 import pandas as pd
 import pytest
-import tiny_internvl
-import tiny_qwen2_vl as tiny
 import torch
-from families import model_and_inputs
+from families import KINDS, inputs_of, model_and_inputs, tiny_model
 from torch import Tensor
 from transformer_lens import ActivationCache, HookedRootModule, SVDInterpreter, patching
 from transformer_lens.head_detector import detect_head
@@ -36,23 +34,19 @@ from transformer_lens.weight_processing import ProcessWeights
 from hooked_vlm import HookedVLM, VLMCache, VLMInputs
 from hooked_vlm.nn.weight_access import AbsentBias
 
-N_POS, ANSWER, OTHER = 8, 17, 42
+ANSWER, OTHER = 17, 42
+current = "qwen3-vl"
 
 
-FAMILIES = {"qwen2-vl": tiny.tiny_hf, "internvl2": lambda: tiny_internvl.tiny_hf("qwen2")}
-current = "qwen2-vl"
-
-
-@pytest.fixture(autouse=True, params=FAMILIES)
-def family(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """The family that `model` and `pictured` give."""
-    monkeypatch.setattr(sys.modules[__name__], "current", request.param)
-    return request.param
+@pytest.fixture(autouse=True)
+def the_family(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The one that `model` and `pictured` give."""
+    monkeypatch.setattr(sys.modules[__name__], "current", family)
 
 
 @lru_cache
 def _model(family: str) -> Any:  # the tools' annotations name a bridge and token tensors
-    return HookedVLM.from_hf(FAMILIES[family]())
+    return HookedVLM.from_hf(KINDS[family].hf())
 
 
 def model() -> Any:
@@ -61,10 +55,8 @@ def model() -> Any:
 
 
 def pictured(seed: int) -> Any:
-    """The same words about a picture of its own, of four tokens."""
-    if current == "qwen2-vl":
-        return tiny.inputs([[5, ("image", (1, 4, 4)), 7]], seed)
-    return model().inputs_from_hf(tiny_internvl.hf_batch([[5, ("image", 1), 7]], seed, tile_size=16))
+    """The same words about a picture of its own."""
+    return inputs_of(current, [[5, "small", 7]], seed)
 
 
 def clean() -> Any:
@@ -73,6 +65,16 @@ def clean() -> Any:
 
 def corrupt() -> Any:
     return pictured(1)
+
+
+def last() -> int:
+    """Position of the last token."""
+    return clean().shape[1] - 1
+
+
+def image_tokens() -> list[int]:
+    """Positions of the picture's tokens."""
+    return clean().image_tokens(0).tolist()
 
 
 @lru_cache
@@ -144,7 +146,7 @@ def test_the_model_has(name):
     }.items(),
 )
 def test_the_config_has(field, value):
-    assert model().cfg.n_ctx == {"qwen2-vl": 512, "internvl2": 128}[current]
+    assert model().cfg.n_ctx == KINDS[current].hf().config.get_text_config().max_position_embeddings
     assert getattr(model().cfg, field) == value
     with pytest.raises(FrozenInstanceError):
         setattr(model().cfg, field, value)
@@ -213,7 +215,7 @@ def test_block_weights_have_transformer_lens_shapes_and_are_views(name):
 def test_embedding_and_unembedding_are_views_and_b_U_is_closed():
     assert model().W_E.shape == (200, 64) and model().W_U.shape == (64, 200) and model().b_U.shape == (200,)
     assert model().W_U.data_ptr() == model().unembed.weight.data_ptr()
-    tied = tiny.tiny_model(tied=True)
+    tied = tiny_model(f"{current}, tied" if f"{current}, tied" in KINDS else "qwen2-vl, tied")
     assert tied.W_E.data_ptr() == tied.W_U.data_ptr()
     with pytest.raises(RuntimeError, match="bias"):
         model().b_U.add_(1.0)
@@ -263,9 +265,6 @@ PATCHES: dict[str, tuple[str, str, Callable[..., tuple]]] = {
     ),
     "attn_head_pattern_all_pos": ("attn.hook_pattern", "layer head_index", lambda h: (slice(None), h)),
 }
-SIZES = {"layer": 3, "pos": N_POS, "dest_pos": N_POS, "src_pos": N_POS, "head": 4, "head_index": 4}
-POSITIONS = ((0, 2), (2, N_POS - 1))
-"""An image token of block 0, and the last token of the last block."""
 
 
 def patched_by_hand(hook: str, layer: int, at: tuple) -> float:
@@ -288,8 +287,8 @@ def test_activation_patching_equals_a_patch_by_hand(tool):
     hook, columns, where = PATCHES[tool]
     values = {"pos": "pos", "dest_pos": "pos"}
     rows = []
-    for layer, pos in POSITIONS:
-        known = {"layer": layer, "head": 1, "head_index": 1, "src_pos": 2, "pos": pos, "dest_pos": pos}
+    for layer, pos in ((0, image_tokens()[0]), (2, last())):
+        known = {"layer": layer, "head": 1, "head_index": 1, "src_pos": image_tokens()[0], "pos": pos, "dest_pos": pos}
         rows.append([known[values.get(c, c)] for c in columns.split()])
     frame = pd.DataFrame(rows, columns=columns.split())
     results = getattr(patching, f"get_act_patch_{tool}")(
@@ -304,7 +303,7 @@ def test_activation_patching_equals_a_patch_by_hand(tool):
 def test_whole_sweeps_and_every_reduction_have_the_right_shape_and_ends():
     cache = cached(clean)
     blocks = patching.get_act_patch_block_every(model(), corrupt(), cache, metric)
-    assert blocks.shape == (3, 3, N_POS)
+    assert blocks.shape == (3, 3, last() + 1)
     close(blocks[0, 0, 2], patched_by_hand("hook_resid_pre", 0, (slice(None), 2)))
     heads = patching.get_act_patch_attn_head_all_pos_every(model(), corrupt(), cache, metric)
     assert heads.shape == (5, 3, 4)
@@ -330,7 +329,7 @@ def test_whole_sweeps_and_every_reduction_have_the_right_shape_and_ends():
 @torch.no_grad()
 def test_the_sweep_over_heads_and_positions_runs_whole():
     every = patching.get_act_patch_attn_head_by_pos_every(model(), corrupt(), cached(clean), metric)
-    assert every.shape == (5, 3, N_POS, 4)
+    assert every.shape == (5, 3, last() + 1, 4)
     close(every[1, 1, 2, 3], patched_by_hand("attn.hook_q", 1, (slice(None), 2, 3)))
 
 
@@ -371,8 +370,8 @@ def detection_score(detection: Tensor) -> Tensor:
 
 @torch.no_grad()
 def test_heads_are_detected_by_a_pattern_given_as_a_tensor():
-    detection = torch.zeros(N_POS, N_POS)
-    detection[N_POS - 1, 2:6] = 1  # the last token looks at the image
+    detection = torch.zeros(last() + 1, last() + 1)
+    detection[last(), image_tokens()] = 1  # the last token looks at the image
     close(detect_head(model(), clean(), detection), detection_score(detection))
 
 
@@ -380,14 +379,14 @@ def test_heads_are_detected_by_a_pattern_given_as_a_tensor():
 @torch.no_grad()
 def test_heads_are_detected_by_name(head_name):
     tokens = clean().tokens[0]
-    position = torch.arange(N_POS)
+    position = torch.arange(len(tokens))
     same = tokens[:, None] == tokens[None, :]
     earlier = position[:, None] > position[None, :]
     expected = {
         "previous_token_head": position[:, None] == position[None, :] + 1,
         "duplicate_token_head": same & earlier,
         # after an earlier occurrence of this token
-        "induction_head": torch.cat((torch.zeros(N_POS, 1).bool(), (same & earlier)[:, :-1]), dim=1),
+        "induction_head": torch.cat((torch.zeros(len(tokens), 1).bool(), (same & earlier)[:, :-1]), dim=1),
     }[head_name]
     close(detect_head(model(), clean(), head_name), detection_score(expected.float()))
 
@@ -482,8 +481,8 @@ def test_neuron_results_and_stacked_activations_are_those_of_the_cache():
 
 @torch.no_grad()
 def test_decompositions_of_padded_rows_with_images_rebuild_their_last_logits():
-    family, inputs = model_and_inputs(current, "padded")
-    logits, cache = family.run_with_cache(inputs)
+    shared, inputs = model_and_inputs(current, "padded")
+    logits, cache = shared.run_with_cache(inputs)
     for parts in (cache.decompose_resid(pos_slice=-1), cache.stack_head_results(pos_slice=-1, incl_remainder=True)):
         attrs = cache.logit_attrs(parts, tokens=ANSWER, pos_slice=-1)
         close(attrs.sum(0).flatten(), logits[:, -1, ANSWER], atol=5e-5)
@@ -515,11 +514,12 @@ def test_head_results_computed_from_the_cache_are_those_of_the_switch():
 def test_attribution_patching_scores_are_the_derivatives_of_real_patches():
     scores = attribution_patch(model(), clean(), corrupt(), metric).node_scores
     by_key = {(n.kind, n.layer, n.position, n.head): s for n, s in scores.items()}
+    seen, end = image_tokens()[1], last()
     for key, name, at in (
-        (("embed", None, 3, None), "hook_embed", (0, 3)),
-        (("attn_head_out", 1, 7, 2), "blocks.1.attn.hook_z", (0, 7, 2)),
-        (("attn_head_out", 0, 3, 0), "blocks.0.attn.hook_z", (0, 3, 0)),
-        (("mlp_out", 2, 7, None), "blocks.2.hook_mlp_out", (0, 7)),
+        (("embed", None, seen, None), "hook_embed", (0, seen)),
+        (("attn_head_out", 1, end, 2), "blocks.1.attn.hook_z", (0, end, 2)),
+        (("attn_head_out", 0, seen, 0), "blocks.0.attn.hook_z", (0, seen, 0)),
+        (("mlp_out", 2, end, None), "blocks.2.hook_mlp_out", (0, end)),
     ):
         share = torch.zeros((), requires_grad=True)
         step = torch.zeros_like(cached(clean)[name])
@@ -557,7 +557,7 @@ def three(seed: int) -> Any:
 
 
 def test_interchange_collects_activations_and_puts_them_in():
-    base, source, positions = three(0), three(5), torch.tensor([2, 3, 7])
+    base, source, positions = three(0), three(5), torch.tensor([*image_tokens()[:2], last()])
     acts = interchange.collect_activations(model(), HOOK, source, task_logits, positions=positions, batch_size=2)
     with torch.no_grad():
         resid = model()(source, stop_at_layer=2)
@@ -575,7 +575,7 @@ def test_interchange_collects_activations_and_puts_them_in():
 
 
 def test_das_learns_a_direction_that_carries_the_answer_and_leaves_the_model_as_it_was():
-    positions = torch.full((3,), N_POS - 1)
+    positions = torch.full((3,), last())
     fitted = interchange.fit_das(
         model(),
         "blocks.2.hook_resid_post",
@@ -594,16 +594,16 @@ def test_das_learns_a_direction_that_carries_the_answer_and_leaves_the_model_as_
     assert all(parameter.requires_grad for parameter in model().parameters())
 
 
-@pytest.mark.parametrize("tied", [False, True])
 @torch.no_grad()
-def test_a_reinitialized_copy_has_all_parameters_drawn_anew(tied):
-    trained = tiny.tiny_model(tied) if tied or current == "qwen2-vl" else model()
-    before = {name: p.clone() for name, p in trained.named_parameters()}
-    fresh = interchange.reinitialized(trained, seed=0)
-    assert [n for n, p in fresh.named_parameters() if p.equal(before[n])] == []
-    assert all(p.equal(before[n]) for n, p in trained.named_parameters())
-    assert (fresh.W_E.data_ptr() == fresh.W_U.data_ptr()) == tied
-    assert fresh(torch.arange(5, 12)[None]).isfinite().all()
+def test_a_reinitialized_copy_has_all_parameters_drawn_anew():
+    for kind in KINDS.keys() & {current, f"{current}, tied"}:
+        trained = tiny_model(kind)
+        before = {name: p.clone() for name, p in trained.named_parameters()}
+        fresh: Any = interchange.reinitialized(trained, seed=0)
+        assert [n for n, p in fresh.named_parameters() if p.equal(before[n])] == []
+        assert all(p.equal(before[n]) for n, p in trained.named_parameters())
+        assert (fresh.W_E.data_ptr() == fresh.W_U.data_ptr()) == ("tied" in kind)
+        assert fresh(torch.arange(5, 12)[None]).isfinite().all()
 
 
 # ---- weights ----

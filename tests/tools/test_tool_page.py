@@ -12,14 +12,13 @@ from tools.tool_page import (
     HOOK,
     PATCHING,
     TOOLS,
-    Setup,
     _collected,
     _faithfulness,
     _interchange,
     outcome,
     page,
-    setups,
 )
+from tools.tool_setups import Setup, setups
 
 PAGE = Path(__file__).parents[2] / "docs" / "transformerlens.md"
 
@@ -34,11 +33,12 @@ def test_every_activation_patch_is_in_it() -> None:
 
 
 def test_a_refusal_names_a_line_of_theirs_and_is_not_of_our_calls_making() -> None:
-    refused = [
-        line for line in PAGE.read_text(encoding="utf-8").splitlines() if "cannot" in line and line.startswith("|")
-    ]
-    assert refused and all(re.search(r"cannot: `[\w/]+\.py:\d+` ", line) for line in refused)
-    names = {line.split("|")[1].strip() for line in refused}
+    names: set[str] = set()
+    for section in PAGE.read_text(encoding="utf-8").split("\n## ")[1:]:
+        refused = [line for line in section.splitlines() if line.startswith("|") and "cannot" in line]
+        cited = {number for line in refused for number in re.findall(r"cannot \((\d+)\)", line)}
+        assert cited == set(re.findall(r"^(\d+)\. cannot: `[\w/]+\.py:\d+` ", section, re.MULTILINE))
+        names |= {line.split("|")[1].strip() for line in refused}
     assert names == {
         '`get_act_patch_direct_path`, component "k"',
         '`get_act_patch_direct_path`, component "v"',
@@ -51,7 +51,7 @@ def test_a_refusal_names_a_line_of_theirs_and_is_not_of_our_calls_making() -> No
 
 
 def test_an_empty_circuit_recovers_nothing_and_all_edges_everything() -> None:
-    *_, ungrouped = setups()
+    ungrouped = setups()["LLaVA-1.5"]
     nothing = _faithfulness(ungrouped)
     clean, corrupt = (ungrouped.metric(ungrouped.model(x)).item() for x in (ungrouped.clean, ungrouped.corrupt))
     assert abs(nothing.full_metric - clean) < 1e-5 and abs(nothing.corrupt_metric - corrupt) < 1e-5
@@ -62,10 +62,10 @@ def test_an_empty_circuit_recovers_nothing_and_all_edges_everything() -> None:
 
 
 def test_run_with_intervention_is_a_patch_of_the_stream() -> None:
-    for setup in setups()[:2]:
+    for setup in setups().values():
         _, cache = setup.model.run_with_cache(setup.both, names_filter=HOOK)
-        assert torch.equal(_collected(setup), cache[HOOK][:, 6])
-        edit = PatchActivation(HOOK, cache[HOOK].flip(0), (6,))
+        assert torch.equal(_collected(setup), cache[HOOK][:, setup.last])
+        edit = PatchActivation(HOOK, cache[HOOK].flip(0), (setup.last,))
         expected = setup.model.run_with_hooks(setup.both, fwd_hooks=edit.hooks(setup.model, setup.both))[:, -1, [3, 4]]
         for run in (interchange.run_with_intervention, interchange.intervened_logits):
             torch.testing.assert_close(_interchange(setup, run), expected, atol=1e-5, rtol=1e-5)
@@ -76,7 +76,7 @@ def test_an_error_of_our_own_is_no_refusal_of_theirs() -> None:
         raise ZeroDivisionError
 
     try:
-        outcome(broken, setups()[0])
+        outcome(broken, setups()["Qwen2-VL"])
     except ZeroDivisionError:
         return
     raise AssertionError("the error was taken for TransformerLens'")
