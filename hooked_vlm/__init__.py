@@ -9,7 +9,7 @@ if TYPE_CHECKING:
         activations, analysis, converters, experiments, inputs, interventions, lens, loading, metrics, model, nn,
         patching, runtime, sweeps, toys, verify, viewer,
     )  # fmt: skip
-    from hooked_vlm.config import VisionConfig, VLMConfig
+    from hooked_vlm.config import VLMConfig
     from hooked_vlm.errors import CheckpointError, GeometryError, HookedVLMError, HookError, ImageError, InputError
     from hooked_vlm.inputs.geometry import ImageLayout
     from hooked_vlm.inputs.vlm_inputs import VLMInputs
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from hooked_vlm.model.vlm import HookedVLM
     from hooked_vlm.sweeps.many import SweepCase, sweep_many
     from hooked_vlm.sweeps.run import SweepResult, sweep
+    from hooked_vlm.vision_config import VisionConfig
 
 __all__ = [
     "CheckpointError", "GeometryError", "HookError", "HookedVLM", "HookedVLMError", "ImageError", "ImageLayout",

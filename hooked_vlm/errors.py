@@ -17,6 +17,10 @@ class GeometryError(HookedVLMError, ValueError):
     """A box or a token that is not in the image."""
 
 
+class NotSeenError(GeometryError):
+    """A box in a part of the image that the model does not see: it was cropped, or no patch covers it."""
+
+
 class HookError(HookedVLMError, ValueError):
     """A hook that cannot act: its name is unknown, its filter matches nothing, its hook point is switched off; or a
     hook that returns another shape or dtype than it was given."""

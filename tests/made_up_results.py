@@ -5,8 +5,8 @@ from typing import Any
 import pandas as pd
 
 from hooked_vlm.analysis.statistics import Estimate
+from hooked_vlm.experiments.common.claims import Evidence
 from hooked_vlm.experiments.head_attribution.findings import OverPictures
-from hooked_vlm.experiments.reproduce.claims import Evidence
 
 
 def evidence(tables: dict[str, pd.DataFrame] | None = None, **more: Any) -> Evidence:

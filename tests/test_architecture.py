@@ -17,7 +17,7 @@ FOLDERS = {"hooked_vlm": "hooked_vlm", "converters": "hooked_vlm.converters", "e
 LAYERS = (
     "cli", "commands", "experiments", "viewer", "verify", "activations", "patching", "toys", "lens", "analysis",
     "sweeps", "metrics", "interventions", "model", "loading", "nn", "inputs", "runtime", "converters", "config",
-    "errors", "_lazy",
+    "vision_config", "errors", "_lazy",
 )  # fmt: skip
 """From the top to the ground."""
 LONGEST = 400

@@ -14,8 +14,9 @@ from tiny import randomise
 from torch import Tensor
 
 from hooked_vlm import HookedVLM
-from hooked_vlm.config import VisionConfig, VLMConfig
+from hooked_vlm.config import VLMConfig
 from hooked_vlm.nn.vision import image_pass
+from hooked_vlm.vision_config import VisionConfig
 
 Weights = dict[str, Tensor]
 Grid = tuple[int, int, int]

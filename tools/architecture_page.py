@@ -29,7 +29,8 @@ LAYERS = (
     ("inputs", "VLMInputs, images, geometry, prompts, tokenizers"),
     ("runtime", "tasks, result store, atomic files, Ray"),
     ("converters", "checkpoint formats: names and configurations"),
-    ("config", "VLMConfig, VisionConfig"),
+    ("config", "VLMConfig"),
+    ("vision_config", "VisionConfig"),
     ("errors", "error classes"),
     ("_lazy", "public names imported on first use"),
 )

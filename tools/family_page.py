@@ -4,11 +4,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 from hooked_vlm.analysis.text_tables import markdown_table
-from hooked_vlm.config import VisionConfig, VLMConfig
+from hooked_vlm.config import VLMConfig
 from hooked_vlm.converters import KNOWN_MODELS, converter_for
 from hooked_vlm.inputs.processors import PROCESSORS
 from hooked_vlm.inputs.templates import style_of
 from hooked_vlm.loading.settings import model_config
+from hooked_vlm.vision_config import VisionConfig
 
 PAGE = Path(__file__).parents[1] / "docs" / "families.md"
 
@@ -48,6 +49,19 @@ def _shown(value: object) -> str:
     return ", ".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
+def _time(vision: VisionConfig) -> str:
+    if vision.video_times:
+        return "as text before each temporal patch"
+    seconds = vision.positions_per_second
+    return "counted in temporal patches" if seconds is None else f"{seconds:g} positions a second"
+
+
+def _axes(cfg: VLMConfig) -> str:
+    if cfg.mrope_section is None:
+        return "1"
+    return f"3 (M-RoPE, {'in turns' if cfg.mrope_interleaved else 'in chunks'})"
+
+
 VALUES: dict[str, Callable[[VLMConfig], str]] = {
     "pictures reach the tower": _vision(lambda v: "as patches" if v.patch_order == "blocks" else "as squares"),
     "order of patches": _vision(lambda v: "merge block by merge block" if v.patch_order == "blocks" else "row by row"),
@@ -61,13 +75,16 @@ VALUES: dict[str, Callable[[VLMConfig], str]] = {
     "layer scale": _vision(lambda v: v.layer_scale),
     "windows": _vision(lambda v: "none" if v.window is None else f"{v.window} x {v.window} patches"),
     "blocks that are read": _vision(lambda v: f"{v.n_layers_run} of {v.n_layers}"),
+    "blocks read besides (DeepStack)": _vision(lambda v: v.deepstack_layers or "none"),
     "projector": _vision(lambda v: v.projector),
     "patches of a token": _vision(lambda v: f"{v.token_size} x {v.token_size}"),
     "line breaks": _vision(lambda v: v.line_break),
     "image processor": _vision(lambda v: v.processor),
     "sizes that pictures are fitted into": _vision(lambda v: len(v.pinpoints) or "any"),
     "largest grid of tokens that is not resampled": _vision(lambda v: f"{v.max_grid} tiles" if v.max_grid else "any"),
-    "position axes of the text": lambda cfg: "3 (M-RoPE)" if cfg.mrope_section else "1",
+    "time of videos": lambda cfg: "no videos" if cfg.video_token_id is None else _vision(_time)(cfg),
+    "position axes of the text": _axes,
+    "norms of queries and keys of the text": lambda cfg: "of each head" if cfg.qk_norm else "none",
     "kinds of layers": lambda cfg: str(len(cfg.kinds)),
     "tokens that see each other both ways": lambda cfg: str(cfg.bidirectional or "none"),
     "turns begin with": lambda cfg: _code(style_of(cfg).user_header),
@@ -110,13 +127,15 @@ LAWS: dict[str, Callable[[VLMConfig], str]] = {
 
 
 def one_of_each() -> dict[str, VLMConfig]:
-    """The first published size of every architecture that sees pictures, by its repository."""
+    """The first published size of every architecture that sees pictures, with and without norms of queries and keys of
+    the text, by its repository."""
     found: dict[str, VLMConfig] = {}
-    seen: set[str] = set()
+    seen: set[tuple[str, bool]] = set()
     for name, known in KNOWN_MODELS.items():
         cfg = model_config(converter_for(known.config), known.config, {})
-        if cfg.vision is not None and cfg.original_architecture not in seen:
-            seen.add(cfg.original_architecture)
+        kind = (cfg.original_architecture, cfg.qk_norm)
+        if cfg.vision is not None and kind not in seen:
+            seen.add(kind)
             found[name] = cfg
     return found
 

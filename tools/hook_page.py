@@ -4,9 +4,10 @@ from dataclasses import replace
 from pathlib import Path
 
 from hooked_vlm import HookedVLM
-from hooked_vlm.config import VisionConfig, VLMConfig
+from hooked_vlm.config import VLMConfig
 from hooked_vlm.model.hook_catalogue import HookRow, hook_table
 from hooked_vlm.nn.hooks import is_vision
+from hooked_vlm.vision_config import VisionConfig
 
 _HEAD = """\
 # Hook points

@@ -117,8 +117,9 @@ def _encoded(model: HookedVLM, item: Item) -> Float[np.ndarray, "token d"]:
 
 
 def _features(features: torch.Tensor | None) -> Float[np.ndarray, "token d"]:
+    """What enters the stream at each token, with DeepStack at all its places."""
     assert features is not None
-    return features.float().cpu().numpy().astype(float)
+    return features.flatten(1).float().cpu().numpy().astype(float)
 
 
 def _tokens(features: Sequence[Float[np.ndarray, "_ _"]]) -> Vectors | None:

@@ -16,19 +16,18 @@ TOP_SHARE = 0.1
 
 
 def coverage(probe: Probe) -> Float[np.ndarray, "token"] | None:
-    """Share of each image token's pixels that belongs to the object; None if its location is unknown."""
+    """Share of each image token's pixels that belongs to the object; None if its location is unknown.
+
+    Pixels are those of the picture: a token on a margin around it has few or none, a line break has none.
+    """
     mask = probe.case.item.object_mask
     if mask is None:
         return None
     shares = []
     for position in probe.image:
-        box = probe.case.inputs.box_of_token(position)
-        if box is None:  # a line break
-            shares.append(0.0)
-            continue
-        x0, y0, x1, y1 = box
-        pixels = mask[math.floor(y0) : math.ceil(y1), math.floor(x0) : math.ceil(x1)]
-        shares.append(float(pixels.mean()))
+        x0, y0, x1, y1 = probe.case.inputs.box_of_token(position) or (0, 0, 0, 0)
+        pixels = mask[max(0, math.floor(y0)) : max(0, math.ceil(y1)), max(0, math.floor(x0)) : max(0, math.ceil(x1))]
+        shares.append(float(pixels.mean()) if pixels.size else 0.0)
     return np.array(shares)
 
 

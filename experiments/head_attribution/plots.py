@@ -147,7 +147,7 @@ def pictures(shown: Sequence[tuple[str, Image.Image, Sequence[tuple[tuple[float,
         draw_picture(axes, image.convert("L"), cmap="gray")
         painted = np.full((image.height, image.width), np.nan)
         for (x0, y0, x1, y1), value in boxes:
-            painted[round(y0) : round(y1), round(x0) : round(x1)] = value
+            painted[max(0, round(y0)) : max(0, round(y1)), max(0, round(x0)) : max(0, round(x1))] = value
         axes.imshow(painted, cmap=DIVERGING, vmin=-top, vmax=top, alpha=0.6, interpolation="none")
         axes.set_title(title)
     figure.colorbar(colours, ax=figure.axes, label=label, shrink=0.8, alpha=0.6)

@@ -149,7 +149,8 @@ def _answer(own: Compared, table: pd.DataFrame, n_heads: int, n_masks: int) -> t
     for against in equal.loc[equal["against"] == RANKINGS["alone_single"]].to_dict("records"):
         p = against["adjusted p, by name"]
         verdict = "no evidence of a difference" if not p <= 0.05 else "fewer" if against["value"] < 0 else "more"
-        mine, others = (own.mean(name, NEEDED_BOTH).brief for name in ("attribution_2x", "alone_single"))
+        one = next(name for name in own.rankings if RANKINGS[name] == against["ranking"])
+        mine, others = (own.mean(name, NEEDED_BOTH).brief for name in (one, "alone_single"))
         tested = "" if np.isnan(p) else f" (adjusted p = {p:.2g})"
         sentences.append(
             f"At an equal budget of {against['runs per picture']} runs a picture, attribution needs {mine}, keeping "

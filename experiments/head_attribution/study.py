@@ -7,11 +7,13 @@ from typing import Any
 
 import pandas as pd
 
+from hooked_vlm.experiments.common.claims import Evidence, Judged, claims_table, terminal_lines, told
 from hooked_vlm.experiments.common.command import command_line
 from hooked_vlm.experiments.common.models import check_takes_images
 from hooked_vlm.experiments.common.report import Report
 from hooked_vlm.experiments.common.steps import Step, untimed
 from hooked_vlm.experiments.common.workers import workers_of
+from hooked_vlm.experiments.head_attribution.claims import CLAIMS
 from hooked_vlm.experiments.head_attribution.config import Command, HeadAttributionConfig
 from hooked_vlm.experiments.head_attribution.findings import Findings, Section, as_table
 from hooked_vlm.experiments.head_attribution.measurements import Measured, measure
@@ -49,6 +51,8 @@ class HeadAttributionResult:
     """Sentences that answer the study's question, which the report and the terminal begin with."""
     tables: Mapping[str, pd.DataFrame]
     """Tables of the report, with all rows."""
+    judged: Judged = ()
+    """What the paper claims, each with what was found; of `All` only."""
 
 
 def run(config: HeadAttributionConfig, model: HookedVLM | None = None, step: Step = untimed) -> HeadAttributionResult:
@@ -84,11 +88,27 @@ def run(config: HeadAttributionConfig, model: HookedVLM | None = None, step: Ste
     findings = {name: estimate for part in parts for name, estimate in part.findings.items()}
     answer = [sentence for part in (*parts[1:], parts[0]) for sentence in part.answer]
     report.answer = answer
+    judged = _judge(report, findings, model, config) if set(SECTIONS) <= set(config.sections) else ()
     report.section("Summary", "The main numbers above, by which `compare` compares models.")
     report.table("summary", as_table(findings), "Findings, with 95% intervals")
     record: dict[str, Any] = {"config": _about(config), "images": found.images, **provenance(model), "device": device}
     page = report.write(config.out, record, config.zip)
-    return HeadAttributionResult(found, findings, page, answer, report.frames)
+    return HeadAttributionResult(found, findings, page, answer, report.frames, judged)
+
+
+def _judge(report: Report, findings: Findings, model: HookedVLM, config: HeadAttributionConfig) -> Judged:
+    """List what the paper claims beside what was found."""
+    evidence = Evidence(config.model, model.cfg.n_layers, report.frames, findings)
+    judged = [(claim, claim.judge(evidence)) for claim in CLAIMS]
+    report.section(
+        "What the paper claims",
+        "A claim passes if the 95% interval of the number that decides it lies where the claim says, and differs if "
+        "the interval excludes that. The paper's own numbers are not known to us, so none is compared.",
+        *(told(claim, own) for claim, own in judged),
+    )
+    rules = {"the paper says": [claim.says for claim in CLAIMS], "passes if": [claim.rule for claim in CLAIMS]}
+    report.table("claims", claims_table(judged).assign(**rules), "Claims of the paper, and what was found")
+    return judged
 
 
 def _about(config: HeadAttributionConfig) -> dict[str, Any]:
@@ -97,8 +117,9 @@ def _about(config: HeadAttributionConfig) -> dict[str, Any]:
 
 
 def summary(result: HeadAttributionResult) -> str:
-    """Text for the terminal: the answer, the findings, the report's path."""
+    """Text for the terminal: the answer, the paper's claims, the findings, the report's path."""
     known = {name: estimate for name, estimate in result.findings.items() if estimate.n}
     width = max(map(len, known))
     lines = [f"  {name:{width}s}  {estimate}" for name, estimate in known.items()]
-    return "\n".join([*result.answer, "", *lines, "", f"report: {result.page}"])
+    claims = ["", "What the paper claims:", *terminal_lines(result.judged)] if result.judged else []
+    return "\n".join([*result.answer, *claims, "", *lines, "", f"report: {result.page}"])

@@ -17,7 +17,7 @@ from jaxtyping import Bool, Float, Int
 
 from hooked_vlm.analysis.intervals import mean_interval
 from hooked_vlm.analysis.statistics import score_interval
-from hooked_vlm.errors import GeometryError, StudyError
+from hooked_vlm.errors import GeometryError, NotSeenError, StudyError
 from hooked_vlm.experiments.ocr_heads.alignment import Span, align, longest_run
 from hooked_vlm.experiments.ocr_heads.answers import is_right
 from hooked_vlm.experiments.ocr_heads.config import Granularity, Protocol
@@ -267,12 +267,17 @@ def find_copies(
 def _tokens_of(
     inputs: VLMInputs, visual: Visual, example: Example, evidence: Evidence, protocol: Protocol
 ) -> tuple[int, ...]:
-    """Positions of the image tokens that contain enough of an evidence box."""
+    """Positions of the image tokens that contain enough of an evidence box; none where the model does not see it.
+
+    Where several parts show the same place (a first tile, and the grid of the others), a token of any of them counts.
+    """
     grid = inputs.image_grid(visual.index)
     if example.first_resize is not None:  # boxes are those of the picture before its first resizing
         grid = grid.scaled_to(picture_size(example.images[evidence.image]))
     try:
         found = grid.tokens_in_box(evidence.box, protocol.min_overlap, truncate=protocol.truncate_boxes)
+    except NotSeenError:
+        return ()
     except GeometryError:
         if protocol.page_order == "name":
             return ()  # a box of another page, which is larger

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from hooked_vlm._lazy import lazy_names
 
 if TYPE_CHECKING:
-    from hooked_vlm.experiments.reproduce.claims import Claim, Evidence, Judgement, Number
+    from hooked_vlm.experiments.common.claims import Claim, Evidence, Judgement, Number
     from hooked_vlm.experiments.reproduce.config import ReproduceConfig
     from hooked_vlm.experiments.reproduce.pipeline import Reproduction, run
 

@@ -7,8 +7,7 @@ import pandas as pd
 from scipy import stats
 
 from hooked_vlm.analysis.multiple_testing import holm
-from hooked_vlm.experiments.ocr_heads.published import RANGES, published_models
-from hooked_vlm.experiments.reproduce.claims import (
+from hooked_vlm.experiments.common.claims import (
     ALPHA,
     FEWEST,
     FEWEST_HEADS,
@@ -23,6 +22,7 @@ from hooked_vlm.experiments.reproduce.claims import (
     decide,
     measured,
 )
+from hooked_vlm.experiments.ocr_heads.published import RANGES, published_models
 from hooked_vlm.experiments.reproduce.claims_tasks import EFFECTS
 
 THRESHOLD, FREQUENCY = 0.1, 0.1

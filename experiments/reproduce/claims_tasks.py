@@ -10,7 +10,7 @@ from typing import Any
 
 import pandas as pd
 
-from hooked_vlm.experiments.reproduce.claims import (
+from hooked_vlm.experiments.common.claims import (
     ALPHA,
     Claim,
     Evidence,

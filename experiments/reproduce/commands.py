@@ -2,10 +2,9 @@
 
 from typing import Any
 
+from hooked_vlm.experiments.common.claims import VERDICTS, plain, terminal_lines
 from hooked_vlm.experiments.common.report import files_of
-from hooked_vlm.experiments.reproduce.claims import VERDICTS, Claim, Judgement
 from hooked_vlm.experiments.reproduce.config import ReproduceConfig
-from hooked_vlm.experiments.reproduce.page import terminal_lines
 from hooked_vlm.experiments.reproduce.pipeline import run
 
 
@@ -23,10 +22,3 @@ def answer(config: ReproduceConfig) -> tuple[str, dict[str, Any]]:
         "seconds": dict(result.seconds),
     }
     return "\n".join(lines), data
-
-
-def plain(claim: Claim, own: Judgement) -> dict[str, Any]:
-    """A judged claim for JSON, which has no NaN."""
-    number = None if own.number is None else {k: None if v != v else v for k, v in vars(own.number).items()}
-    told = {"claim": claim.name, "says": claim.says, "rule": claim.rule, "verdict": own.verdict}
-    return told | {"reason": own.reason, "number": number, "published": own.published}

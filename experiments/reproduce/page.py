@@ -1,24 +1,22 @@
 """The page of a reproduction: the answer, every claim with the number that decides it, the rules, the time."""
 
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
+from hooked_vlm.experiments.common.claims import VERDICTS, WORDS, Judged, claims_table, told
 from hooked_vlm.experiments.common.command import changed_settings
 from hooked_vlm.experiments.common.report import Report
 from hooked_vlm.experiments.head_attribution.study import PAPER as HEAD_ATTRIBUTION
 from hooked_vlm.experiments.ocr_heads.pipeline import PAPER as OCR_HEADS
-from hooked_vlm.experiments.reproduce.claims import VERDICTS, Claim, Judgement, Verdict
 from hooked_vlm.experiments.reproduce.config import ReproduceConfig
 from hooked_vlm.model.fingerprints import provenance
 from hooked_vlm.model.vlm import HookedVLM
 
 PAPERS = {"ocr-heads": OCR_HEADS, "head-attribution": HEAD_ATTRIBUTION}
-Judged = Sequence[tuple[Claim, Judgement]]
-WORDS: Mapping[Verdict, str] = {"pass": "Pass", "differs": "Differs", "cannot say": "Cannot be judged"}
 
 
 def write_page(
@@ -40,7 +38,7 @@ def write_page(
         f"The study's own report, with all of its figures and tables: `{config.paper}/report.html` beside this page.",
     )
     for claim, own in judged:
-        report.text(f"{WORDS[own.verdict]}: {claim.name}. {claim.says} {_sentence(own.reason)}")
+        report.text(told(claim, own))
     report.table("claims", claims_table(judged), f"Claims of the paper on {name}")
     report.section("Rules", "What counts as pass was fixed before the run.")
     rules = [{"claim": claim.name, "the paper says": claim.says, "passes if": claim.rule} for claim, _ in judged]
@@ -69,43 +67,11 @@ def answer_of(judged: Judged, total: float, name: str) -> list[str]:
     return [counts, *parts, f"{checked} All of it took {_duration(total)}."]
 
 
-def claims_table(judged: Judged) -> pd.DataFrame:
-    """One row per claim: its verdict, the number that decides, its interval and p, the published number, the reason."""
-    rows = []
-    for claim, own in judged:
-        number = own.number
-        some = number is not None and number.known
-        rows.append(
-            {
-                "claim": claim.name,
-                "verdict": own.verdict,
-                "decided by": None if number is None else number.name,
-                "value": number.show(number.value) if number is not None and some else None,
-                "95% interval": number.interval if number is not None and some else None,
-                "p": None if number is None else number.p,
-                "n": None if number is None else number.n,
-                "published": own.published,
-                "reason": own.reason,
-            }
-        )
-    return pd.DataFrame(rows)
-
-
-def terminal_lines(judged: Judged) -> list[str]:
-    """One line per claim: verdict, name, reason."""
-    width = max(len(claim.name) for claim, _ in judged)
-    return [f"  {own.verdict:10s}  {claim.name:{width}s}  {own.reason}" for claim, own in judged]
-
-
 def command_of(config: ReproduceConfig) -> str:
     """The command that repeats the run: the model, the paper, and every setting that is not the default."""
     default = ReproduceConfig(config.model, config.paper)
     words = ["hooked-vlm", "reproduce", config.model, "--paper", config.paper]
     return shlex.join([*words, *changed_settings(config, default)])
-
-
-def _sentence(text: str) -> str:
-    return f"{text[:1].upper()}{text[1:]}." if text else ""
 
 
 def _duration(seconds: float) -> str:

@@ -6,13 +6,14 @@ from pathlib import Path
 from typing import Any
 
 from hooked_vlm.experiments import head_attribution, ocr_heads
+from hooked_vlm.experiments.common.claims import Claim, Evidence, Judgement
 from hooked_vlm.experiments.common.command import LEFT_OUT
 from hooked_vlm.experiments.common.steps import Clock, Step
+from hooked_vlm.experiments.head_attribution import claims as claims_attribution
 from hooked_vlm.experiments.head_attribution.config import All
 from hooked_vlm.experiments.ocr_heads.config import OcrHeadsConfig
 from hooked_vlm.experiments.ocr_heads.published import published_for
-from hooked_vlm.experiments.reproduce import claims_attribution, claims_ocr
-from hooked_vlm.experiments.reproduce.claims import Claim, Evidence, Judgement
+from hooked_vlm.experiments.reproduce import claims_ocr
 from hooked_vlm.experiments.reproduce.config import ReproduceConfig
 from hooked_vlm.experiments.reproduce.page import write_page
 from hooked_vlm.experiments.reproduce.sizes import study_config

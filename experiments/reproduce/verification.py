@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from hooked_vlm.errors import InputError
-from hooked_vlm.experiments.reproduce.claims import Claim, Evidence, Judgement, cannot_say
+from hooked_vlm.experiments.common.claims import Claim, Evidence, Judgement, cannot_say
 from hooked_vlm.experiments.reproduce.config import ReproduceConfig
 from hooked_vlm.model.fingerprints import provenance
 from hooked_vlm.model.vlm import HookedVLM

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from jaxtyping import Float, Int, Shaped
 
-from hooked_vlm.errors import GeometryError
+from hooked_vlm.errors import GeometryError, NotSeenError
 from hooked_vlm.inputs.boxes import Box, ImageSize, LayoutPart, Part, shown, truncated
 
 
@@ -230,8 +230,8 @@ class ImageLayout:
                 overlaps nothing. (That code then multiplies by 100.)
 
         Raises:
-            GeometryError: the box is empty, reversed, not finite, entirely outside the image, or in a part of it that
-                the model does not see.
+            GeometryError: the box is empty, reversed, not finite, or entirely outside the image.
+            NotSeenError: it lies in a part of the image that the model does not see.
         """
         if of not in ("box", "token"):
             raise GeometryError(f'overlap is measured of="box" or of="token", got of={of!r}')
@@ -242,7 +242,7 @@ class ImageLayout:
             if placed[0] != placed[2] and placed[1] != placed[3]:
                 shares[part.cells] = part.shares(placed, of, "seen" if truncate else "image")
         if not truncate and not shares.any():
-            raise GeometryError(
+            raise NotSeenError(
                 f"the box {shown(corners)} lies where the model does not see the picture: pixels that were cropped or "
                 f"that no patch covers (it sees {'; '.join(shown(part.area) for part in self.parts)})"
             )
@@ -347,11 +347,8 @@ def _scaled_patches(layout: ImageLayout, size: tuple[int, int]) -> ImageLayout:
 
 def features_of(
     layouts: Sequence[ImageLayout], token_size: int
-) -> tuple[Int[np.ndarray, "token source"], Float[np.ndarray, "token source"] | None] | None:
-    """Which outputs of the projector the tokens of pictures in a row are, and how much of each where some are mixes;
-    None if all are in the order of the projector."""
-    if all(layout.features is None for layout in layouts):
-        return None
+) -> tuple[Int[np.ndarray, "token source"], Float[np.ndarray, "token source"] | None]:
+    """Which outputs of the projector the tokens of pictures in a row are, and how much of each where some are mixes."""
     widest = max(1 if layout.shares is None else layout.shares.shape[1] for layout in layouts)
     n_tokens = sum(layout.n_tokens for layout in layouts)
     sources, shares, first, done = np.full((n_tokens, widest), -1), np.zeros((n_tokens, widest)), 0, 0

@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float, Int, UInt8
 from PIL import Image
 
-from hooked_vlm.config import VisionConfig, VLMConfig
+from hooked_vlm.config import VLMConfig
 from hooked_vlm.errors import CheckpointError, ImageError
 from hooked_vlm.inputs.boxes import ImageSize
 from hooked_vlm.inputs.geometry import ImageLayout
@@ -37,10 +37,11 @@ from hooked_vlm.inputs.image_settings import (
     processor_settings,
     whole,
 )
-from hooked_vlm.inputs.images import checked_images, load_image
+from hooked_vlm.inputs.images import checked_images, load_named
 from hooked_vlm.inputs.layouts import whole_layout
 from hooked_vlm.inputs.picture_processor import Bounds, PictureProcessor, Prepared
 from hooked_vlm.inputs.resizing import resize_together, smart_resize
+from hooked_vlm.vision_config import VisionConfig
 
 if TYPE_CHECKING:
     from hooked_vlm.inputs.token_layout import Grid
@@ -341,14 +342,14 @@ class ImageProcessor(PictureProcessor):
         n, least, most = len(frames), self.min_pixels, self.max_pixels
         if self.video_tokens is not None:
             most = n * max(min(self.video_tokens * self.pixels_per_token**2, most // n), int(least * 1.05))
-        width, height = _loaded(frames[0], "frame 0").size
+        width, height = load_named(frames[0], "frame 0").size
         return resize_together(height, width, self.pixels_per_token, least, most, n, self.temporal_patch_size)
 
     def _prepare(
         self, image: object, name: str, resized: tuple[int, int] | None = None
     ) -> tuple[ImageSize, UInt8[np.ndarray, "rows cols merge merge 3 side side"]]:
         """The image's size, and its resized pixels cut into patches, block by block."""
-        rgb = _loaded(image, name)
+        rgb = load_named(image, name)
         try:
             height, width = resized or smart_resize(
                 rgb.height, rgb.width, self.pixels_per_token, self.min_pixels, self.max_pixels
@@ -391,10 +392,3 @@ class ImageProcessor(PictureProcessor):
             start += n
         pixel_values = torch.from_numpy(packed.reshape(len(packed), 3 * self.temporal_patch_size * side**2))
         return pixel_values, torch.tensor(grid_thw, dtype=torch.int64).reshape(-1, 3)
-
-
-def _loaded(image: object, name: str) -> Image.Image:
-    try:
-        return load_image(image)
-    except ImageError as error:
-        raise ImageError(f"{name}: {error}") from error

@@ -63,6 +63,14 @@ def load_image(image: object, allow_remote: bool = False) -> Image.Image:
     )
 
 
+def load_named(image: object, name: str) -> Image.Image:
+    """`load_image`; the message of an error starts with the image's name."""
+    try:
+        return load_image(image)
+    except ImageError as error:
+        raise ImageError(f"{name}: {error}") from error
+
+
 def is_picture(x: object) -> bool:
     """Whether `load_image` takes `x`."""
     return isinstance(x, Image.Image | np.ndarray | torch.Tensor) or is_file_source(x)

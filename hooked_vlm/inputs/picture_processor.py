@@ -12,11 +12,11 @@ from PIL import Image
 from torch import Tensor
 
 from hooked_vlm.config import VLMConfig
-from hooked_vlm.errors import ImageError, InputError
+from hooked_vlm.errors import InputError
 from hooked_vlm.inputs.boxes import ImageSize
 from hooked_vlm.inputs.geometry import ImageLayout
 from hooked_vlm.inputs.image_settings import Settings
-from hooked_vlm.inputs.images import checked_images, load_image
+from hooked_vlm.inputs.images import checked_images, load_named
 
 if TYPE_CHECKING:
     from hooked_vlm.inputs.token_layout import Grid, InputSpec
@@ -175,10 +175,7 @@ def each_image(images: Sequence[Any]) -> Iterator[tuple[str, Image.Image]]:
         ImageError: see `load_image`; the message starts with the number of the image.
     """
     for i, image in enumerate(checked_images(images, "images")):
-        try:
-            yield f"image {i}", load_image(image)
-        except ImageError as error:
-            raise ImageError(f"image {i}: {error}") from error
+        yield f"image {i}", load_named(image, f"image {i}")
 
 
 def cut_pictures(

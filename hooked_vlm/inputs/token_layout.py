@@ -9,12 +9,12 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from hooked_vlm.config import VisionConfig
 from hooked_vlm.errors import InputError
 from hooked_vlm.inputs.geometry import ImageLayout
 from hooked_vlm.inputs.layouts import by_frames
 from hooked_vlm.inputs.picture_processor import PictureProcessor
 from hooked_vlm.inputs.prompt_styles import CHATML, PromptStyle
+from hooked_vlm.vision_config import VisionConfig
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

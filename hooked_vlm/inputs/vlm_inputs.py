@@ -241,10 +241,10 @@ class VLMInputs:
     def feature_sources(self) -> tuple[Int[Tensor, "token source"], Float[Tensor, "token source"] | None] | None:
         """Which output of the projector each image token is, in feature order, -1 for line breaks; where tokens are
         mixes, which outputs and how much of each. None: all of them, in the order of the projector."""
-        found = features_of([v.layout for v in self.in_feature_order], self.spec.token_size)
-        if found is None:
+        layouts = [v.layout for v in self.in_feature_order]
+        if all(layout.features is None for layout in layouts):
             return None
-        sources, shares = found
+        sources, shares = features_of(layouts, self.spec.token_size)
         on_device = None if shares is None else torch.from_numpy(shares).to(self.device)
         return torch.from_numpy(sources).to(self.device), on_device
 

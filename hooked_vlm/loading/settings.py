@@ -5,11 +5,12 @@ from typing import Any
 
 import torch
 
-from hooked_vlm.config import LayerKind, RopeScaling, VisionConfig, VLMConfig
+from hooked_vlm.config import LayerKind, RopeScaling, VLMConfig
 from hooked_vlm.converters import DTYPES
 from hooked_vlm.converters.fields import Fields
 from hooked_vlm.errors import CheckpointError, InputError
 from hooked_vlm.inputs.templates import style_of
+from hooked_vlm.vision_config import VisionConfig
 
 
 def as_dtype(wanted: torch.dtype | str | None) -> torch.dtype | None:

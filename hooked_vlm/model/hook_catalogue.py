@@ -4,7 +4,7 @@ import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from hooked_vlm.config import VisionConfig
+from hooked_vlm.vision_config import VisionConfig
 
 if TYPE_CHECKING:
     from hooked_vlm.model.vlm import HookedVLM

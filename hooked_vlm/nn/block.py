@@ -7,12 +7,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from hooked_vlm.config import VisionConfig, VLMConfig
+from hooked_vlm.config import VLMConfig
 from hooked_vlm.errors import HookError
 from hooked_vlm.nn.attention import Attention
 from hooked_vlm.nn.components import MLP, Norm, Part
 from hooked_vlm.nn.forward_pass import ForwardPass
 from hooked_vlm.nn.hooks import HookPoint, current_pass
+from hooked_vlm.vision_config import VisionConfig
 
 
 class Block(Part):

@@ -14,12 +14,12 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from hooked_vlm.config import VisionConfig
 from hooked_vlm.errors import InputError
 from hooked_vlm.inputs.token_layout import Grid
 from hooked_vlm.nn.hooks import HookPoint
 from hooked_vlm.nn.rotary import patch_places
 from hooked_vlm.nn.weight_access import absent_bias, bias_of, is_plain, values_of
+from hooked_vlm.vision_config import VisionConfig
 
 
 def quick_gelu(x: Tensor) -> Tensor:

@@ -14,7 +14,6 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from hooked_vlm.config import ProjectorStep, VisionConfig
 from hooked_vlm.inputs.token_layout import Grid
 from hooked_vlm.inputs.vlm_inputs import VLMInputs
 from hooked_vlm.nn.block import run_blocks, vision_blocks
@@ -25,6 +24,7 @@ from hooked_vlm.nn.masks import AttentionMask
 from hooked_vlm.nn.packing import Packing, Windows, window_numbers
 from hooked_vlm.nn.rotary import Rotation, Rotations, patch_places, patch_rotation
 from hooked_vlm.nn.weight_access import values_of
+from hooked_vlm.vision_config import ProjectorStep, VisionConfig
 
 if TYPE_CHECKING:
     from hooked_vlm.model.vlm import HookedVLM

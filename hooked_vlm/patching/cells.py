@@ -15,9 +15,11 @@ from hooked_vlm.patching.places import Tower, Where, patches_at, place_names, po
 if TYPE_CHECKING:
     from hooked_vlm.model.vlm import HookedVLM
 
-What = Literal["resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out", "z", "q", "k", "v", "pattern"]
+What = Literal[
+    "resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out", "deepstack", "z", "q", "k", "v", "pattern"
+]
 """An activation, by TransformerLens' short name. `k` and `v` have key-value heads; a `pattern` is patched in rows: its
-places are queries."""
+places are queries; `deepstack` is what image features add behind the first blocks of some models."""
 PER_HEAD = ("z", "q", "k", "v", "pattern")
 
 
@@ -112,6 +114,11 @@ class Cells:
 def _sizes(model: "HookedVLM", what: str, tower: str) -> tuple[int, int]:
     """Number of layers, and of heads of the activation."""
     cfg = model.cfg
+    if what == "deepstack":
+        if tower != "text" or not cfg.n_deepstack:
+            where = "the vision tower" if tower != "text" else cfg.model_name or "this model"
+            raise InputError(f"no image features enter behind the blocks of {where}: it has no deepstack to patch")
+        return cfg.n_deepstack, 0
     if tower == "text":
         return cfg.n_layers, cfg.n_key_value_heads if what in ("k", "v") else cfg.n_heads
     if cfg.vision is None:

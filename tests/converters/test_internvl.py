@@ -12,10 +12,11 @@ from safetensors.torch import load_file, save_file
 from tiny_internvl import CASES, IMAGE, KINDS, by_hand, for_hf, hf_batch, original_config, tiny_config, tiny_hf
 
 from hooked_vlm import CheckpointError, HookedVLM
-from hooked_vlm.config import VisionConfig, VLMConfig
+from hooked_vlm.config import VLMConfig
 from hooked_vlm.converters import KNOWN_MODELS, converter_for, internvl
 from hooked_vlm.inputs.tiles import TileProcessor
 from hooked_vlm.loading.settings import with_tokens
+from hooked_vlm.vision_config import VisionConfig
 
 
 @pytest.fixture(params=KINDS)

@@ -14,9 +14,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from hooked_vlm.config import VisionConfig, VLMConfig
+from hooked_vlm.config import VLMConfig
 from hooked_vlm.converters import KNOWN_MODELS, converter_for, qwen2_vl
 from hooked_vlm.errors import CheckpointError
+from hooked_vlm.vision_config import VisionConfig
 
 Form = Callable[[dict[str, Any]], dict[str, Any]]
 KNOWN = {name: known for name, known in KNOWN_MODELS.items() if name.startswith("Qwen/Qwen2-VL")}

@@ -13,10 +13,11 @@ import transformers
 from safetensors.torch import load_file
 
 from hooked_vlm import HookedVLM
-from hooked_vlm.config import VisionConfig, VLMConfig
+from hooked_vlm.config import VLMConfig
 from hooked_vlm.converters import converter_for
 from hooked_vlm.converters.known_models import KNOWN_MODELS
 from hooked_vlm.errors import CheckpointError
+from hooked_vlm.vision_config import VisionConfig
 
 TINY: dict[str, Any] = {"qwen2.5-vl": tiny_qwen2_5_vl, "qwen3-vl": tiny_qwen3_vl}
 CLASSES: dict[str, Any] = {

@@ -10,43 +10,11 @@ from typing import Any
 import pytest
 from families import own_copy, tiny_model
 from PIL import Image
+from prompt_templates import TEMPLATES
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 MARKS = ["<image>", "<video>", "<|im_start|>", "<|im_end|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]
-PARTS = (
-    "{% for m in messages %}HEADER{% for kind in ('image', 'video', 'text') %}{% for part in m['content'] %}"
-    "{% if part['type'] == kind %}{% if kind == 'text' %}BEFORE{{ part['text'] }}{% else %}{{ '<' + kind + '>' }}AFTER"
-    "{% endif %}{% endif %}{% endfor %}{% endfor %}END{% endfor %}{% if add_generation_prompt %}ANSWER{% endif %}"
-)
-
-
-def template(header: str, end: str, answer: str, after: str = "", before: str = "") -> str:
-    """Pictures of a turn first, `after` behind each; `before` each text."""
-    written = PARTS.replace("HEADER", header).replace("END", end).replace("ANSWER", answer)
-    return written.replace("BEFORE", before).replace("AFTER", after)
-
-
-ROLE = "{{ m['role'] }}"
-TURN = "{% if m['role'] == 'user' %}[INST] {% else %} {% endif %}"
-TEMPLATES = {
-    "mistral": template(TURN, "{% if m['role'] == 'user' %} [/INST]{% else %}</s> {% endif %}", "", after="{{'\\n'}}"),
-    "chatml": template(
-        "<|im_start|>" + ROLE + "{{'\\n'}}", "<|im_end|>", "<|im_start|>assistant{{'\\n'}}", after="{{'\\n'}}"
-    ),
-    "onevision": template(
-        "<|im_start|>" + ROLE + " ", "<|im_end|>", "<|im_start|>assistant{{'\\n'}}", before="{{'\\n'}}"
-    ),
-    "onevision, converted": template(
-        "<|im_start|>" + ROLE + "{{'\\n'}}", "<|im_end|>{{'\\n'}}", "<|im_start|>assistant{{'\\n'}}", after="{{'\\n'}}"
-    ),
-    "llama3": template(
-        "<|start_header_id|>" + ROLE + "<|end_header_id|>{{'\\n\\n'}}",
-        "<|eot_id|>",
-        "<|start_header_id|>assistant<|end_header_id|>{{'\\n\\n'}}",
-        before="{{'\\n'}}",
-    ),
-}
 EXPECTED = {
     "mistral": "[INST] <image>\nwhat is red? [/INST]",
     "chatml": "<|im_start|>user\n<image>\nwhat is red?<|im_end|><|im_start|>assistant\n",

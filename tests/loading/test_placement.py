@@ -16,7 +16,6 @@ from torch import Tensor
 
 from hooked_vlm import HookedVLM, sweep
 from hooked_vlm.analysis.rows import attention_rows, generate_with_rows
-from hooked_vlm.config import VisionConfig
 from hooked_vlm.errors import CheckpointError, InputError
 from hooked_vlm.interventions import (
     AddVector,
@@ -38,6 +37,7 @@ from hooked_vlm.metrics import log_prob
 from hooked_vlm.model.fingerprints import weights_hash
 from hooked_vlm.model.weight_processing import fold_ln
 from hooked_vlm.patching import Pair, attribute, patch, patch_paths
+from hooked_vlm.vision_config import VisionConfig
 
 LAYOUTS: dict[str, dict[str, Any]] = {
     "disk": {"": "cpu", "blocks.1": "disk", "vision": "disk", "projector": "disk"},

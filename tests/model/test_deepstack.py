@@ -13,6 +13,7 @@ from hooked_vlm.errors import HookError
 from hooked_vlm.interventions import CustomHooks, ReplaceImageTokens
 from hooked_vlm.lens import logit_attribution
 from hooked_vlm.metrics import log_prob
+from hooked_vlm.patching import Pair, patch
 
 FAMILY, N = "qwen3-vl", 2
 TWO = [[5, 6, "small", 7, 8], [11, 12, 13], [5, "large", "small", 9]]
@@ -211,6 +212,24 @@ def test_a_sweep_over_all_points_of_the_way_in_equals_the_loop(rows: str) -> Non
             logits = model.run_with_hooks(given, fwd_hooks=intervention.hooks(model, given), logits_at="last")[:, 0]
             torch.testing.assert_close(found.values[number], metric(logits), atol=2e-5, rtol=1e-5)
         assert found.effects.abs().amax(1).min() > 1e-5
+
+
+def test_what_enters_behind_a_block_can_be_patched() -> None:
+    model = tiny_model(FAMILY)
+    pair = Pair(*(inputs_of(FAMILY, [[5, 6, "large", 7, 8]], seed) for seed in (1, 2)))
+    metric = log_prob(7)
+    result = patch(model, pair, "deepstack", metric, where="image")
+    assert result.axes["layer"] == tuple(range(N))
+    _, cache = model.run_with_cache(pair.clean)
+    for layer, name in enumerate(POINTS):
+        hooks = [(name, lambda x, hook: cache[hook.name])]
+        logits = model.run_with_hooks(pair.corrupt, fwd_hooks=hooks, logits_at="last")[:, 0]
+        found = result.select(layer=layer).values.reshape(-1)
+        torch.testing.assert_close(
+            torch.from_numpy(found), metric(logits).detach(), atol=2e-5, rtol=1e-5, check_dtype=False
+        )
+    with pytest.raises(InputError, match="no deepstack"):
+        patch(tiny_model("qwen2-vl"), pair, "deepstack", metric, where="image")
 
 
 @torch.no_grad()

@@ -17,13 +17,13 @@ from PIL import Image
 from torch import Tensor
 
 from hooked_vlm import HookedVLM, VLMInputs
-from hooked_vlm.config import VisionConfig
 from hooked_vlm.converters import KNOWN_MODELS
 from hooked_vlm.inputs.processors import processor_of
 from hooked_vlm.model.hook_catalogue import hook_table
 from hooked_vlm.model.hook_shapes import PromptSize, filled, prompt_with_picture
 from hooked_vlm.model.memory import memory_plan, n_gpus
 from hooked_vlm.verify.allocation import Allocations
+from hooked_vlm.vision_config import VisionConfig
 
 CASES = {
     "qwen2-vl": (lambda: tiny.tiny_model(), [[*[5] * 50, ("image", (1, 8, 12)), 7]], PromptSize(77, 1, 96, 24)),

@@ -24,12 +24,12 @@ from towers import (
 )
 
 from hooked_vlm import HookedVLM, InputError, VLMInputs, sweep
-from hooked_vlm.config import VisionConfig
 from hooked_vlm.interventions import CustomHooks
 from hooked_vlm.metrics import logit
 from hooked_vlm.model.hook_catalogue import hook_table
 from hooked_vlm.model.hook_shapes import PromptSize, filled
 from hooked_vlm.nn.hooks import HookPoint
+from hooked_vlm.vision_config import VisionConfig
 
 CASES = [
     pytest.param(name, order, id=f"{name}, {order}")
@@ -294,8 +294,8 @@ def test_a_gated_mlp_shows_its_weights_and_biases() -> None:
         ({"n_positions": 9}, 'any shape need position_fit="bicubic" or "bilinear"'),
         ({**ORDERS["raster"], "n_positions": 9, "position_fit": "table"}, "6 x 6, got n_positions=9"),
         ({**ORDERS["raster"], "tile_size": 10}, "5 rows of patches, which must be a multiple of the 2 of a token"),
-        ({"full_layers": (2,)}, "full_layers must be blocks that run, 0 to 1"),
-        ({"full_layers": (1,), "n_layers_used": 1}, "full_layers must be blocks that run, 0 to 0"),
+        ({"full_layers": (2,)}, "full_layers must be different blocks that run, 0 to 1"),
+        ({"full_layers": (1,), "n_layers_used": 1}, "full_layers must be different blocks that run, 0 to 0"),
     ],
 )
 def test_values_that_make_no_tower_are_refused(values: dict[str, Any], says: str) -> None:

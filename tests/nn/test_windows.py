@@ -12,12 +12,12 @@ from hypothesis import strategies as st
 from largest import Largest
 from tiny_qwen2_vl import hf_batch, tiny_model
 
-from hooked_vlm.config import VisionConfig
 from hooked_vlm.nn.attention import attend, grouped_attention
 from hooked_vlm.nn.hooks import HookPoint
 from hooked_vlm.nn.masks import AttentionMask
 from hooked_vlm.nn.packing import Windows
 from hooked_vlm.nn.vision import image_pass
+from hooked_vlm.vision_config import VisionConfig
 
 CPU = torch.device("cpu")
 CLOSE: dict[str, Any] = {"atol": 2e-5, "rtol": 1e-5}

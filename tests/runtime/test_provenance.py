@@ -9,11 +9,11 @@ import pytest
 import torch
 
 from hooked_vlm import HookedVLM
-from hooked_vlm.config import VisionConfig
 from hooked_vlm.model import weight_processing
 from hooked_vlm.model.fingerprints import _words, provenance, weights_hash
 from hooked_vlm.runtime import provenance as provenance_module
 from hooked_vlm.runtime.provenance import code_hash
+from hooked_vlm.vision_config import VisionConfig
 
 
 def test_the_record_names_model_code_and_kernel() -> None:
@@ -68,6 +68,8 @@ def test_the_weights_hash_sees_every_value_of_a_vision_tower() -> None:
         "window": {"window": 2, **blocks},
         "full_layers": {"window": 2, "full_layers": (0,), **blocks},
         "deepstack_layers": (0,),
+        "pinpoints": ((2 * (vision.tile_size or 0), vision.tile_size or 0),),
+        "max_grid": 9,
         "patch_size": 4,
         "patch_order": {"patch_order": "blocks", "tile_size": None},
         "tile_size": 2 * (vision.tile_size or 0),

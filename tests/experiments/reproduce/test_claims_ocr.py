@@ -7,8 +7,8 @@ import pandas as pd
 import pytest
 from made_up_results import evidence, scores, verdict
 
+from hooked_vlm.experiments.common.claims import VERDICTS
 from hooked_vlm.experiments.ocr_heads.published import RANGES, published_models
-from hooked_vlm.experiments.reproduce.claims import VERDICTS
 from hooked_vlm.experiments.reproduce.claims_ocr import CLAIMS
 
 NAN = float("nan")

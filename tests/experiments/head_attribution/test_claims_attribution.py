@@ -8,9 +8,9 @@ import pytest
 from made_up_results import by_name, evidence, verdict
 
 from hooked_vlm.analysis.statistics import Estimate
+from hooked_vlm.experiments.head_attribution.claims import BASELINES, CLAIMS
 from hooked_vlm.experiments.head_attribution.rankings import RANKINGS
 from hooked_vlm.experiments.head_attribution.show_curves import NEEDED_BOTH
-from hooked_vlm.experiments.reproduce.claims_attribution import BASELINES, CLAIMS
 
 NAN = float("nan")
 FEWER, MORE, OPEN = (-4.0, -5.0, -3.0, 0.001), (4.0, 3.0, 5.0, 0.001), (-0.5, -2.0, 1.0, 0.4)

@@ -13,7 +13,6 @@ import numpy as np
 import pandas as pd
 
 from hooked_vlm.analysis.statistics import Estimate
-from hooked_vlm.experiments.head_attribution.findings import OverPictures
 
 Verdict = Literal["pass", "differs", "cannot say"]
 VERDICTS: tuple[Verdict, ...] = ("pass", "differs", "cannot say")
@@ -149,11 +148,48 @@ def measured(name: str, ends: Iterable[Any], n: Any, p: Any = np.nan, unit: Lite
     return Number(name, value, low, high, int(n), float(p), unit)
 
 
-def number_of(name: str, estimate: Estimate | None) -> Number:
-    """Number of an estimate: with its interval by name where there is one, else by picture; NaN without estimate."""
-    if estimate is None:
-        return Number(name, np.nan, np.nan, np.nan, 0)
-    low, high, n = estimate.low, estimate.high, estimate.n
-    if isinstance(estimate, OverPictures) and not np.isnan(estimate.low_by_name):
-        low, high, n = estimate.low_by_name, estimate.high_by_name, estimate.names
-    return Number(name, float(estimate.value), float(low), float(high), int(n))
+# ---------------------------------------------------------------- as tables and text
+
+Judged = Sequence[tuple[Claim, Judgement]]
+WORDS: Mapping[Verdict, str] = {"pass": "Pass", "differs": "Differs", "cannot say": "Cannot be judged"}
+
+
+def claims_table(judged: Judged) -> pd.DataFrame:
+    """One row per claim: its verdict, the number that decides, its interval and p, the published number, the reason."""
+    rows = []
+    for claim, own in judged:
+        number = own.number
+        some = number is not None and number.known
+        rows.append(
+            {
+                "claim": claim.name,
+                "verdict": own.verdict,
+                "decided by": None if number is None else number.name,
+                "value": number.show(number.value) if number is not None and some else None,
+                "95% interval": number.interval if number is not None and some else None,
+                "p": None if number is None else number.p,
+                "n": None if number is None else number.n,
+                "published": own.published,
+                "reason": own.reason,
+            }
+        )
+    return pd.DataFrame(rows)
+
+
+def terminal_lines(judged: Judged) -> list[str]:
+    """One line per claim: verdict, name, reason."""
+    width = max(len(claim.name) for claim, _ in judged)
+    return [f"  {own.verdict:10s}  {claim.name:{width}s}  {own.reason}" for claim, own in judged]
+
+
+def told(claim: Claim, own: Judgement) -> str:
+    """The verdict on a claim, what the paper says and what was found, in one paragraph."""
+    found = f"{own.reason[:1].upper()}{own.reason[1:]}." if own.reason else ""
+    return f"{WORDS[own.verdict]}: {claim.name}. {claim.says} {found}"
+
+
+def plain(claim: Claim, own: Judgement) -> dict[str, Any]:
+    """A judged claim for JSON, which has no NaN."""
+    number = None if own.number is None else {k: None if v != v else v for k, v in vars(own.number).items()}
+    words = {"claim": claim.name, "says": claim.says, "rule": claim.rule, "verdict": own.verdict}
+    return words | {"reason": own.reason, "number": number, "published": own.published}

@@ -6,11 +6,8 @@ import numpy as np
 import pandas as pd
 
 from hooked_vlm.analysis.multiple_testing import holm
-from hooked_vlm.experiments.head_attribution.agreement import NOISY, SAME, SAY
-from hooked_vlm.experiments.head_attribution.rankings import RANKINGS
-from hooked_vlm.experiments.head_attribution.show_curves import NEEDED_BOTH
-from hooked_vlm.experiments.head_attribution.show_tokens import LOST
-from hooked_vlm.experiments.reproduce.claims import (
+from hooked_vlm.analysis.statistics import Estimate
+from hooked_vlm.experiments.common.claims import (
     ALPHA,
     FEWEST,
     FEWEST_LAYERS,
@@ -24,8 +21,12 @@ from hooked_vlm.experiments.reproduce.claims import (
     cannot_say,
     decide,
     measured,
-    number_of,
 )
+from hooked_vlm.experiments.head_attribution.agreement import NOISY, SAME, SAY
+from hooked_vlm.experiments.head_attribution.findings import OverPictures
+from hooked_vlm.experiments.head_attribution.rankings import RANKINGS
+from hooked_vlm.experiments.head_attribution.show_curves import NEEDED_BOTH
+from hooked_vlm.experiments.head_attribution.show_tokens import LOST
 
 WEAK = 0.4
 """Rank correlation below which a relation is weak (Evans 1996: 0.20 to 0.39)."""
@@ -175,6 +176,16 @@ def few_tokens(evidence: Evidence) -> Judgement:
     unit = "name" if np.isfinite(row["low, by name"]) else "picture"
     ends = (row[name] / row["of"] for name in ("value", f"low, by {unit}", f"high, by {unit}"))
     return below(measured("share of image tokens that recovers 0.8", ends, row[f"{unit}s"], unit="%"), SPARSE)
+
+
+def number_of(name: str, estimate: Estimate | None) -> Number:
+    """Number of an estimate: with its interval by name where there is one, else by picture; NaN without estimate."""
+    if estimate is None:
+        return Number(name, np.nan, np.nan, np.nan, 0)
+    low, high, n = estimate.low, estimate.high, estimate.n
+    if isinstance(estimate, OverPictures) and not np.isnan(estimate.low_by_name):
+        low, high, n = estimate.low_by_name, estimate.high_by_name, estimate.names
+    return Number(name, float(estimate.value), float(low), float(high), int(n))
 
 
 def _minus(name: str, a: Number, b: Number, n: int | None = None) -> Number:

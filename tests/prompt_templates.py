@@ -1,0 +1,49 @@
+"""The chat templates of the LLaVA families, as far as public copies show them (Qwen3-VL's: tiny_qwen3_vl.py).
+
+Sources: transformers' documentation and tests, the published conversion scripts, public copies of chat_template.json.
+(Yi's, "chatml": the prompt in the documentation; its template is from memory.)
+"""
+
+# as published with llava-hf/llava-1.5-7b-hf (public copies of its chat_template.json)
+VICUNA = (
+    "{% for message in messages %}{% if message['role'] != 'system' %}{{ message['role'].upper() + ': '}}{% endif %}"
+    "{# Render all images first #}{% for content in message['content'] | selectattr('type', 'equalto', 'image') %}"
+    "{{ '<image>\n' }}{% endfor %}{# Render all text next #}{% if message['role'] != 'assistant' %}"
+    "{% for content in message['content'] | selectattr('type', 'equalto', 'text') %}{{ content['text'] + ' '}}"
+    "{% endfor %}{% else %}{% for content in message['content'] | selectattr('type', 'equalto', 'text') %}"
+    "{% generation %}{{ content['text'] + ' '}}{% endgeneration %}{% endfor %}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"
+)
+PARTS = (
+    "{% for m in messages %}HEADER{% for kind in ('image', 'video', 'text') %}{% for part in m['content'] %}"
+    "{% if part['type'] == kind %}{% if kind == 'text' %}BEFORE{{ part['text'] }}{% else %}{{ '<' + kind + '>' }}AFTER"
+    "{% endif %}{% endif %}{% endfor %}{% endfor %}END{% endfor %}{% if add_generation_prompt %}ANSWER{% endif %}"
+)
+
+
+def template(header: str, end: str, answer: str, after: str = "", before: str = "") -> str:
+    """Pictures of a turn first, `after` behind each; `before` each text."""
+    written = PARTS.replace("HEADER", header).replace("END", end).replace("ANSWER", answer)
+    return written.replace("BEFORE", before).replace("AFTER", after)
+
+
+ROLE = "{{ m['role'] }}"
+TURN = "{% if m['role'] == 'user' %}[INST] {% else %} {% endif %}"
+TEMPLATES = {
+    "mistral": template(TURN, "{% if m['role'] == 'user' %} [/INST]{% else %}</s> {% endif %}", "", after="{{'\\n'}}"),
+    "chatml": template(
+        "<|im_start|>" + ROLE + "{{'\\n'}}", "<|im_end|>", "<|im_start|>assistant{{'\\n'}}", after="{{'\\n'}}"
+    ),
+    "onevision": template(
+        "<|im_start|>" + ROLE + " ", "<|im_end|>", "<|im_start|>assistant{{'\\n'}}", before="{{'\\n'}}"
+    ),
+    "onevision, converted": template(
+        "<|im_start|>" + ROLE + "{{'\\n'}}", "<|im_end|>{{'\\n'}}", "<|im_start|>assistant{{'\\n'}}", after="{{'\\n'}}"
+    ),
+    "llama3": template(
+        "<|start_header_id|>" + ROLE + "<|end_header_id|>{{'\\n\\n'}}",
+        "<|eot_id|>",
+        "<|start_header_id|>assistant<|end_header_id|>{{'\\n\\n'}}",
+        before="{{'\\n'}}",
+    ),
+}
