@@ -31,7 +31,8 @@ class Block(Part):
         layer_scale: int | None = None,
         deepstack: int | None = None,
     ) -> None:
-        """
+        """One block from its parts.
+
         Args:
             layer_scale: width of the stream where what is added to it is scaled by learned vectors.
             deepstack: number of the block among those behind which image features enter the stream.
