@@ -50,6 +50,8 @@ class Timing:
     """Peak memory beyond that in use before."""
     ratio: float = 1.0
     """Ratio to the first method's time in the same round."""
+    quartiles: tuple[float, float] = (1.0, 1.0)
+    """Of that ratio over the rounds."""
 
 
 def measure(
@@ -73,14 +75,13 @@ def measure(
                 seconds[name].append(took)
                 peaks[name].append(0 if peak is None else peak.extra_bytes)
     first = next(iter(seconds.values()))
-    return {
-        name: Timing(
-            statistics.median(own),
-            int(statistics.median(peaks[name])),
-            statistics.median(a / b for a, b in zip(own, first, strict=True)),
-        )
-        for name, own in seconds.items()
-    }
+    timings: dict[str, Timing] = {}
+    for name, own in seconds.items():
+        relative = [a / b for a, b in zip(own, first, strict=True)]
+        low, _, high = statistics.quantiles(relative, n=4) if len(relative) > 1 else relative * 3
+        peak = int(statistics.median(peaks[name]))
+        timings[name] = Timing(statistics.median(own), peak, statistics.median(relative), (low, high))
+    return timings
 
 
 class PeakMemory:
@@ -121,19 +122,28 @@ def _synchronise(device: str) -> None:
 
 
 def ratios(measured: Mapping[str, Timing]) -> dict[str, Any]:
-    """What is written of a table: seconds, the ratio to the first way, extra memory."""
+    """What is written of a table: seconds, the ratio to the first way and its quartiles, extra memory."""
     return {
-        name: {"seconds": timing.seconds, "ratio": timing.ratio, "extra_bytes": timing.extra_bytes}
+        name: {
+            "seconds": timing.seconds,
+            "ratio": timing.ratio,
+            "quartiles": timing.quartiles,
+            "extra_bytes": timing.extra_bytes,
+        }
         for name, timing in measured.items()
     }
 
 
 def show(title: str, measured: Mapping[str, Timing]) -> None:
-    """A table; ratios are to the first way."""
+    """A table; ratios are to the first way, with their quartiles."""
     print(title)
     for name, timing in measured.items():
         extra = timing.extra_bytes / 2**20
-        print(f"  {name:52s} {timing.seconds * 1000:10.1f} ms {timing.ratio:7.2f}x {extra:9.0f} MiB extra", flush=True)
+        print(
+            f"  {name:52s} {timing.seconds * 1000:10.1f} ms {timing.ratio:7.2f}x "
+            f"({timing.quartiles[0]:.2f} to {timing.quartiles[1]:.2f}) {extra:9.0f} MiB extra",
+            flush=True,
+        )
 
 
 def save(settings: Settings, name: str, tables: Mapping[str, Any]) -> None:

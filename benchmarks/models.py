@@ -44,18 +44,28 @@ def shape_of_2b(device: str, dtype: torch.dtype) -> Any:
     return _random(config, device, dtype)
 
 
+def text_fields(**sizes: int) -> dict[str, int]:
+    """Fields of a language model's configuration: the middle size, where not given."""
+    return {
+        "vocab_size": 1100,
+        "hidden_size": 512,
+        "intermediate_size": 1408,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 16384,
+        "bos_token_id": 1,
+        "eos_token_id": 1099,
+        "pad_token_id": 0,
+        **sizes,
+    }
+
+
 def _config(text: dict[str, int], tower: dict[str, int], mrope_section: list[int], **settings: Any) -> Qwen2VLConfig:
     """What the models have in common, and the sizes of one."""
     return Qwen2VLConfig(
         text_config={
-            "vocab_size": 1100,
-            "num_key_value_heads": 2,
-            "max_position_embeddings": 16384,
             "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": mrope_section},
-            "bos_token_id": 1,
-            "eos_token_id": 1099,
-            "pad_token_id": 0,
-            **text,
+            **text_fields(**text),
         },
         vision_config={"hidden_size": text["hidden_size"], **tower},
         image_token_id=IMAGE,
@@ -80,13 +90,15 @@ def _random(config: Qwen2VLConfig, device: str, dtype: torch.dtype) -> Any:
 MODELS = {"middle": middle_size_model, "2b": shape_of_2b}
 
 
-def batch_of(grids: list[tuple[int, int]], device: str, n_text: int = 32) -> dict[str, torch.Tensor]:
+def batch_of(
+    grids: list[tuple[int, int]], device: str, n_text: int = 32, d_patch: int = 1176
+) -> dict[str, torch.Tensor]:
     """One prompt for each grid of patches (rows, columns), padded on the left."""
     rows = [[START, *[IMAGE] * (h * w // 4), END, *range(2, 2 + n_text)] for h, w in grids]
     width = max(map(len, rows))
     ids = torch.tensor([[0] * (width - len(r)) + r for r in rows])
     mask = torch.tensor([[0] * (width - len(r)) + [1] * len(r) for r in rows])
-    pixels = torch.randn(sum(h * w for h, w in grids), 1176, generator=torch.Generator().manual_seed(0))
+    pixels = torch.randn(sum(h * w for h, w in grids), d_patch, generator=torch.Generator().manual_seed(0))
     batch = {
         "input_ids": ids,
         "attention_mask": mask,

@@ -7,12 +7,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hooked_vlm.config import VisionConfig, VLMConfig
+from hooked_vlm.config import VLMConfig
 from hooked_vlm.converters import KNOWN_MODELS, converter_for
 from hooked_vlm.inputs.processors import processor_of
 from hooked_vlm.inputs.vlm_inputs import VLMInputs
 from hooked_vlm.loading.settings import model_config
 from hooked_vlm.model.vlm import HookedVLM
+from hooked_vlm.vision_config import VisionConfig
 
 SHORT_NAMES = {
     "Qwen2-VL": "Qwen/Qwen2-VL-2B-Instruct",

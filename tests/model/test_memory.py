@@ -1,18 +1,24 @@
 """What is planned for memory against what is really allocated, on models built on the spot."""
 
 import math
+from copy import deepcopy
 from typing import Any
 
 import pytest
+import tiny_anyres
 import tiny_internvl
 import tiny_qwen2_vl as tiny
 import torch
 import towers
+import transformers
+from families import KINDS, plain_first, tiny_model
+from largest import Largest
 from PIL import Image
 from torch import Tensor
 
 from hooked_vlm import HookedVLM, VLMInputs
 from hooked_vlm.converters import KNOWN_MODELS
+from hooked_vlm.inputs.processors import processor_of
 from hooked_vlm.model.hook_catalogue import hook_table
 from hooked_vlm.model.hook_shapes import PromptSize, filled, prompt_with_picture
 from hooked_vlm.model.memory import memory_plan, n_gpus
@@ -136,6 +142,41 @@ def test_allocations_are_counted_until_they_are_freed() -> None:
         d = torch.cat((b.flatten(), given))
         assert made.peak == 4000 + 4 * 1800
     assert len(d) == 1800 and made.alive == 4000 + 4 * 1800
+
+
+def many_tiles() -> tuple[Any, dict[str, Tensor], int]:
+    """A OneVision of tiles of 16 x 16 patches, and a picture of six of them, whose grid is resampled."""
+    side, rows, cols = 16 * 7, 2, 3
+    config = deepcopy(tiny_anyres.tiny_onevision().config)
+    config.vision_config.image_size, config.image_grid_pinpoints = side, [[rows * side, cols * side]]
+    config.text_config.max_position_embeddings = 1024
+    hf: Any = transformers.LlavaOnevisionForConditionalGeneration(config).eval()
+    model: Any = HookedVLM.from_hf(hf)
+    processor: Any = processor_of(model.cfg)
+    n_tokens = processor.layout((cols * side, rows * side)).n_tokens
+    ids = torch.tensor([[5, *[tiny_anyres.IMAGE] * n_tokens, 7]])
+    pixels = torch.randn(1, 1 + rows * cols, 3, side, side)
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": pixels}
+    return model, {**batch, "image_sizes": torch.tensor([[rows * side, cols * side]])}, n_tokens
+
+
+@pytest.mark.parametrize("name", plain_first(("qwen3-vl", "qwen2.5-vl", "llava-onevision")))
+@torch.no_grad()
+def test_no_tensor_of_a_pass_is_quadratic_in_the_picture(name: str) -> None:
+    """DeepStack, windows and grids that are stitched and resampled included; patches are more than tokens."""
+    if name == "llava-onevision":
+        model, batch, n_tokens = many_tiles()
+    else:
+        model, n_tokens = tiny_model(name), 480
+        batch = KINDS[name].batch([[5, ("image", (1, 48, 40)), 7]])
+    inputs = model.inputs_from_hf(batch)
+    with Largest() as made:
+        model(inputs)
+    assert len(inputs.feature_slots) == n_tokens
+    assert made.numel < n_tokens**2
+    with Largest() as written_out:  # the bound is one that a pattern exceeds
+        model.run_with_hooks(inputs, fwd_hooks=[("blocks.0.attn.hook_pattern", lambda pattern, hook: None)])
+    assert written_out.numel >= n_tokens**2
 
 
 # ---------------------------------------------------------------- GPUs
