@@ -14,8 +14,8 @@ unexport PYTHONDONTWRITEBYTECODE
 
 help:
 	@echo "make demo        which heads of the bundled toy model read text: table, heatmap, masking control"
-	@echo "make test        every law on its fewest cases (eight minutes on two cores, no download, no GPU)"
-	@echo "make test-full   the cases that make test leaves out: all families, inputs and switches (ten minutes)"
+	@echo "make test        every law on its fewest cases (seven minutes on two cores, no download, no GPU)"
+	@echo "make test-full   the cases that make test leaves out: all families, inputs and switches (a quarter of an hour)"
 	@echo "make test-slow   browser, cluster, kills, long fuzzing, notebooks (a quarter of an hour or more)"
 	@echo "make test-all    all of them"
 	@echo "make test-oldest the tests with the oldest dependencies that pyproject.toml allows"
