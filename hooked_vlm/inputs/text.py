@@ -121,8 +121,9 @@ class TextCodec:
         return self._token_text(self.cfg.video_token_id)
 
     def marked(self, placeholder: str) -> str:
-        """A placeholder between the tokens that open and close a picture."""
-        start, end = self._token_text(self.cfg.vision_start_token_id), self._token_text(self.cfg.vision_end_token_id)
+        """A placeholder between the tokens that open and close a picture, where the family has such tokens."""
+        ids = (self.cfg.vision_start_token_id, self.cfg.vision_end_token_id)
+        start, end = ("" if token_id is None else self._token_text(token_id) for token_id in ids)
         return f"{start}{placeholder}{end}"
 
     def _token_text(self, token_id: int | None) -> str:

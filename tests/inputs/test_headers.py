@@ -56,6 +56,12 @@ def said(model: Any, inputs: Any, group: str) -> str:
 PICTURE = Image.new("RGB", (30, 40))
 
 
+def test_a_picture_in_front_of_a_text_as_it_stands_brings_no_other_tokens(model: Any) -> None:
+    bare = model.to_inputs("what", images=PICTURE, chat=False)
+    written = model.to_inputs("<image>what", images=PICTURE, chat=False)
+    assert bare.tokens.tolist() == written.tokens.tolist()
+
+
 def test_the_prompt_is_the_published_one(model: Any) -> None:
     inputs = model.to_inputs("what is red?", images=PICTURE)
     text = model.to_string(inputs)[0].replace("<image>" * 16, "<image>")
