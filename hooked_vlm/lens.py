@@ -24,7 +24,7 @@ from hooked_vlm.errors import InputError
 from hooked_vlm.inputs.vlm_inputs import VLMInputs
 from hooked_vlm.interventions.base import Positions, position_table
 from hooked_vlm.metrics import Tokens, tokens_of_rows
-from hooked_vlm.nn.hooks import HookPoint, silent_hook_points
+from hooked_vlm.nn.hooks import HookPoint, deepstack_points, silent_hook_points
 
 if TYPE_CHECKING:
     from hooked_vlm.model.vlm import HookedVLM
@@ -281,7 +281,7 @@ def logit_attribution(
     layers = range(model.cfg.n_layers)
     names = ["hook_embed", "ln_final.hook_scale"]
     names += [f"blocks.{layer}.{suffix}" for layer in layers for suffix in (attention, "hook_mlp_out")]
-    entering = [f"blocks.{layer}.hook_deepstack" for layer in range(model.cfg.n_deepstack if inputs.has_visuals else 0)]
+    entering = deepstack_points(model.cfg.n_deepstack if inputs.has_visuals else 0)
     names += entering
     logits = model.run_with_hooks(inputs, fwd_hooks=[(name, keep) for name in names], logits_at="last")[:, 0]
     parts: dict[str, Tensor] = {"embed": found["hook_embed"]}

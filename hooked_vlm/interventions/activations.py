@@ -23,7 +23,7 @@ from hooked_vlm.interventions.base import (
     positions_mask,
     whole_numbers,
 )
-from hooked_vlm.nn.hooks import HookPoint, is_quadratic, is_vision
+from hooked_vlm.nn.hooks import HookPoint, deepstack_points, is_quadratic, is_vision
 
 if TYPE_CHECKING:
     from hooked_vlm.model.vlm import HookedVLM
@@ -181,7 +181,7 @@ class ReplaceImageTokens(Intervention):
                     new[visual.row, span] = x[visual.row, span].mean(0)
             return torch.where(positions_mask(table, first, x.shape[1], len(x))[..., None].to(x.device), new, x)
 
-        names = ["hook_embed", *(f"blocks.{block}.hook_deepstack" for block in range(n_inner))]
+        names = ["hook_embed", *deepstack_points(n_inner)]
         return made_for(inputs, [(name, partial(replace, entry)) for entry, name in enumerate(names)])
 
     def __str__(self) -> str:

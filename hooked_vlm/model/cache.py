@@ -21,7 +21,7 @@ from hooked_vlm.inputs.vlm_inputs import VLMInputs
 from hooked_vlm.model import cache_files
 from hooked_vlm.model.cut import Spans, cut_of, spans_of
 from hooked_vlm.model.deriving import Derivation, DerivingCache
-from hooked_vlm.nn.hooks import is_vision
+from hooked_vlm.nn.hooks import deepstack_points, is_vision
 
 if TYPE_CHECKING:
     from hooked_vlm.model.vlm import HookedVLM
@@ -44,10 +44,6 @@ def _at_real_positions(method: Callable[P, R]) -> Callable[P, R]:
         return method(*args, **kwargs)
 
     return checked
-
-
-def _labels(entering: list[Tensor]) -> list[str]:
-    return [f"{block}_deepstack" for block in range(len(entering))]
 
 
 class VLMCache(DerivingCache):
@@ -260,8 +256,8 @@ class VLMCache(DerivingCache):
         parts, too, labelled "0_deepstack"."""
         parts, labels = super().decompose_resid(layer, mlp_input, mode, apply_ln, pos_slice, incl_embeds, True)
         if incl_embeds:
-            entering = self._deepstack(layer, mlp_input, apply_ln, pos_slice)
-            parts, labels = torch.cat((parts, *entering)), [*labels, *_labels(entering)]
+            entering, names = self._deepstack(layer, mlp_input, apply_ln, pos_slice)
+            parts, labels = torch.cat((parts, *entering)), [*labels, *names]
         return (parts, labels) if return_labels else parts
 
     @_at_real_positions
@@ -279,24 +275,25 @@ class VLMCache(DerivingCache):
         parts, labels = super().get_full_resid_decomposition(
             layer, mlp_input, expand_neurons, apply_ln, pos_slice, True, project_output_onto
         )
-        entering = self._deepstack(layer, mlp_input, apply_ln, pos_slice)
+        entering, names = self._deepstack(layer, mlp_input, apply_ln, pos_slice)
         if project_output_onto is not None:
             entering = [part @ project_output_onto for part in entering]
-        parts, labels = torch.cat((parts, *entering)), [*labels, *_labels(entering)]
+        parts, labels = torch.cat((parts, *entering)), [*labels, *names]
         return (parts, labels) if return_labels else parts
 
     def _deepstack(
         self, layer: int | None, mlp_input: bool, apply_ln: bool, pos_slice: Slice | SliceInput
-    ) -> list[Float[Tensor, "1 *batch_and_pos d_model"]]:
-        """What enters the stream behind the blocks before `layer`.
+    ) -> tuple[list[Float[Tensor, "1 *batch_and_pos d_model"]], list[str]]:
+        """What enters the stream behind the blocks before `layer`, and its labels.
 
         Raises:
             InputError: it is not known whether there were images.
         """
-        n_layers, n = self.model.cfg.n_layers, self.model.cfg.n_deepstack
-        names = [f"blocks.{block}.hook_deepstack" for block in range(n if layer in (None, -1) else min(n, layer))]
+        cfg = self.model.cfg
+        until = cfg.n_layers if layer in (None, -1) else layer
+        names = deepstack_points(min(cfg.n_deepstack, until))
         if not names or (self.inputs is not None and not self.inputs.has_visuals):
-            return []
+            return [], []
         if self.inputs is None and names[0] not in self.cache_dict:
             raise InputError(
                 f"this cache holds no {names[0]} and does not know whether its run had images: set cache.inputs to the "
@@ -304,10 +301,9 @@ class VLMCache(DerivingCache):
             )
         at = pos_slice if isinstance(pos_slice, Slice) else Slice(pos_slice)
         parts = [at.apply(self[name], dim=-2)[None] for name in names]
-        if not apply_ln:
-            return parts
-        until = n_layers if layer in (None, -1) else layer
-        return [self.apply_ln_to_stack(part, until, pos_slice=at, mlp_input=mlp_input) for part in parts]
+        if apply_ln:
+            parts = [self.apply_ln_to_stack(part, until, pos_slice=at, mlp_input=mlp_input) for part in parts]
+        return parts, [f"{block}_deepstack" for block in range(len(parts))]
 
     # ---------------------------------------------------------------- norms, weight included
 

@@ -327,3 +327,8 @@ def is_encoder(name: str) -> bool:
 def is_vision(name: str) -> bool:
     """Whether `name` is a hook point of the image side (tower, projector, the features handed over) or its gradient."""
     return is_encoder(name) or name.startswith("hook_image_features")
+
+
+def deepstack_points(n: int) -> list[str]:
+    """Names of the hook points where image features enter behind the first `n` blocks (DeepStack)."""
+    return [f"blocks.{block}.hook_deepstack" for block in range(n)]

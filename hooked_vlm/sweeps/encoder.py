@@ -16,7 +16,7 @@ from torch import Tensor
 
 from hooked_vlm.inputs.vlm_inputs import VLMInputs
 from hooked_vlm.interventions.base import EMBEDDING, Edits, Hooks, Intervention, on_own_rows
-from hooked_vlm.nn.hooks import HookPoint, is_vision, running
+from hooked_vlm.nn.hooks import HookPoint, deepstack_points, is_vision, running
 from hooked_vlm.nn.vision import image_pass
 from hooked_vlm.sweeps.plan import first_vision_layer
 
@@ -45,9 +45,8 @@ class Encoded(Intervention):
                 x[row, at - first] = own.to(x)
             return x
 
-        names = ["hook_embed", *(f"blocks.{block}.hook_deepstack" for block in range(model.cfg.n_deepstack))]
-        entries = self.features.unbind(1) if model.cfg.n_deepstack else (self.features,)
-        entering = [(name, partial(enter, own)) for name, own in zip(names, entries, strict=True)]
+        names = ["hook_embed", *deepstack_points(model.cfg.n_deepstack)]
+        entering = [(name, partial(enter, own)) for name, own in zip(names, _by_place(self.features), strict=True)]
         behind = [(name, fn) for name, fn in self.original.hooks(model, inputs) if not is_vision(name)]
         return [*entering, *behind]
 
@@ -78,6 +77,11 @@ class PlainEncoding:
         return cls(streams, model.projector.arrange(outputs, inputs), images.inner)
 
 
+def _by_place(features: Float[Tensor, "token *feature d_model"]) -> tuple[Float[Tensor, "token d_model"], ...]:
+    """What enters at the embedding, then behind each of the first blocks (DeepStack)."""
+    return features.unbind(1) if features.ndim == 3 else (features,)
+
+
 def encoded(
     model: "HookedVLM", inputs: VLMInputs, plain: PlainEncoding, interventions: Sequence[Intervention]
 ) -> list[Encoded]:
@@ -88,11 +92,11 @@ def encoded(
             features = _encode(model, inputs, plain, [first_vision_layer(iv, model, inputs) for iv in interventions])
         else:
             features = plain.features.repeat(n, *[1] * (plain.features.ndim - 1))
-        entries = features.unbind(1) if model.cfg.n_deepstack else (features,)
+        at_embedding, *inner = _by_place(features)
         here = image_pass(model, inputs.grids, inputs.device, {"inputs": inputs})
         with running(here.patches):
-            embedded = model.hook_image_features(entries[0])  # [image token of the batch, d_model]
-    features = torch.stack((embedded, *entries[1:]), dim=1) if model.cfg.n_deepstack else embedded
+            embedded = model.hook_image_features(at_embedding)  # [image token of the batch, d_model]
+    features = torch.stack((embedded, *inner), dim=1) if inner else embedded
     return [Encoded(iv, own) for iv, own in zip(interventions, features.split(n_tokens), strict=True)]
 
 

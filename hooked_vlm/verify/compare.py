@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import GenerationConfig
 
 from hooked_vlm.inputs.vlm_inputs import VLMInputs
+from hooked_vlm.nn.hooks import deepstack_points
 from hooked_vlm.verify.allocation import Allocations
 from hooked_vlm.verify.prompt_suite import Prompt
 from hooked_vlm.verify.reference import Reference
@@ -42,9 +43,8 @@ def our_tensors(model: "HookedVLM", inputs: VLMInputs) -> Iterator[tuple[Key, Te
     if vision is None or not inputs.has_visuals:
         return
     yield ("image features", None), cache["hook_image_features"]
-    for block in range(model.cfg.n_deepstack):
-        entering = cache[f"blocks.{block}.hook_deepstack"].flatten(0, 1)
-        yield ("DeepStack features", block), entering[inputs.feature_slots]
+    for block, name in enumerate(deepstack_points(model.cfg.n_deepstack)):
+        yield ("DeepStack features", block), cache[name].flatten(0, 1)[inputs.feature_slots]
     extra = inputs.spec.class_tokens
     lengths = [extra + h * w for t, h, w in inputs.grids for _ in range(t)]
     for layer in range(vision.n_layers_run):
