@@ -74,10 +74,7 @@ class OneVisionProcessor(AnyresProcessor):
             return pooled_layout((width, height), grid[0], self.side, self.patch_size, size is not None)
         if grid[0] == 1:
             return square_with_break((width, height), self.side, self.patch_size, size is not None)
-        return replace(self, squares=False)._of_tiles(grid, size)
-
-    def _of_tiles(self, grid: "Grid", size: tuple[int, int] | None) -> ImageLayout:
-        return super().layout_of(grid, size)
+        return AnyresProcessor.layout_of(replace(self, squares=False), grid, size)
 
     def _tiles(self, rgb: Image.Image) -> UInt8[np.ndarray, "tile side side 3"]:
         if self.squares:
