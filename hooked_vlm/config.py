@@ -73,6 +73,18 @@ class VLMConfig:
     qkv_bias: bool = True
     qk_norm: bool = False
     """RMSNorm of queries and of keys, each head by itself, before they are rotated."""
+    rmsnorm_uses_offset: bool = False
+    """Whether the language model's norms multiply by 1 + weight, in float32 (Gemma)."""
+    use_normalization_before_and_after: bool = False
+    """Whether what attention and MLP write is normalised, too, before it is added to the stream (`ln1_post`, ...)."""
+    attn_scale: float | None = None
+    """What scores are divided by; None: sqrt(d_head)."""
+    attn_scores_soft_cap: float | None = None
+    """Scores s become cap * tanh(s / cap), before the mask; None: they stay."""
+    output_logits_soft_cap: float | None = None
+    """The same of logits."""
+    embed_scale: float | None = None
+    """What embeddings of tokens are multiplied by, rounded to their dtype; image features are not. None: 1."""
     tie_word_embeddings: bool = False
 
     image_token_id: int | None = None

@@ -93,6 +93,8 @@ class VisionConfig:
     d_projector: int | None = None
     """Width between two linear maps; None: that of their input."""
     projector_norm_type: Literal["LN", "RMS"] = "LN"
+    projector_norm_offset: bool = False
+    """Whether the projector's RMSNorm multiplies by 1 + weight, in float32."""
     projector_eps: float = 1e-6
     projector_bias: bool = True
     line_break: bool = False
