@@ -81,17 +81,33 @@ class Block(Part):
         resid_mid = self.hook_resid_mid(here.wanted(resid_pre) + attn_out)  # [batch, pos, d_model]
         use_mlp_in = here.cfg.use_hook_mlp_in and self.split_inputs
         mlp_in = self.hook_mlp_in(resid_mid) if use_mlp_in else resid_mid  # [batch, pos, d_model]
-        mlp_out = self.mlp(self.ln2(mlp_in))
-        if self.post_norms:
-            mlp_out = self.ln2_post(mlp_out)
-        if self.layer_scale:
-            mlp_out = mlp_out * self.scale_mlp
-        mlp_out = self.hook_mlp_out(mlp_out)  # [batch, pos, d_model]
+        mlp_out = self.hook_mlp_out(self.mlp_output(mlp_in))  # [batch, pos, d_model]
         resid_post = resid_mid + mlp_out
         if self.deepstack is not None and here.deepstack is not None:
             entering = here.wanted(here.pack(here.deepstack.added(self.deepstack, resid_post)))
             resid_post = resid_post + self.hook_deepstack(entering)  # [batch, pos, d_model]
         return self.hook_resid_post(resid_post)  # [batch, pos, d_model]
+
+    def mlp_output(self, mlp_in: Float[Tensor, "*dims d_model"]) -> Float[Tensor, "*dims d_model"]:
+        """What the MLP adds to the stream when it reads `mlp_in`, norms and layer scale included."""
+        mlp_out = self.mlp(self.ln2(mlp_in))
+        if self.post_norms:
+            mlp_out = self.ln2_post(mlp_out)
+        return mlp_out * self.scale_mlp if self.layer_scale else mlp_out
+
+    def head_outputs(
+        self, z: Float[Tensor, "*dims head d_head"], post_scale: Float[Tensor, "*dims 1"] | None
+    ) -> Float[Tensor, "*dims head d_model"]:
+        """What each head adds to the stream, without the output bias: z W_O.
+
+        A norm behind attention acts on the sum of all heads. Its denominator is then that of a run, `post_scale`
+        (`ln1_post.hook_scale` at these positions), so that the heads' outputs sum to what the layer added.
+        """
+        assert isinstance(self.attn, Attention)
+        results = self.attn.head_results(z)
+        if post_scale is None or not self.post_norms:
+            return results
+        return self.ln1_post.frozen(results, post_scale[..., None, :])
 
     def _attention_inputs(self, resid_pre: Tensor, here: ForwardPass) -> tuple[Tensor, ...]:
         """Inputs of queries, keys and values: the normalised stream, one for all; or, with a switch on, a copy of the
