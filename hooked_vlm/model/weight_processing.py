@@ -29,8 +29,8 @@ def fold_ln(model: "HookedVLM") -> None:
     """The weights of the decoder's norms, folded into the matrices that read behind them: W_Q, W_K, W_V, W_in, W_gate
     and W_U. The norms' own weights are then 1. Exact up to rounding.
 
-    `hook_out` is then `hook_normalized`, and `ln_final`'s weight is in `W_U`. A tied model is untied first. Weights that
-    are offsets from 1 (Gemma) are then 0. Norms behind attention and MLPs keep theirs: no matrix alone reads them.
+    `hook_out` is then `hook_normalized`, and `ln_final`'s weight is in `W_U`. A tied model is untied first. Weights
+    that are offsets from 1 (Gemma) are then 0. Norms behind attention and MLPs keep theirs: no matrix alone reads them.
 
     Raises:
         InputError: they are folded already.
