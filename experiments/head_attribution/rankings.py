@@ -11,7 +11,7 @@ from torch import Tensor
 from hooked_vlm.experiments.head_attribution.ablation import Probe
 from hooked_vlm.experiments.head_attribution.config import Regression
 from hooked_vlm.experiments.head_attribution.regression import chosen
-from hooked_vlm.nn.attention import attention_pattern
+from hooked_vlm.nn.scores import attention_pattern
 
 RANKINGS = {
     "attribution": "head attribution",
