@@ -61,7 +61,7 @@ def _vision_kwargs(root: Fields, text_width: int) -> dict[str, Any]:
     return {
         **tower,
         "post_norm": True,
-        "processor": "stretched",
+        "processor": "pan_and_scan",
         "projector": ("pool", "norm", "linear"),
         "pool_size": patches // isqrt(n_tokens),
         "projector_norm_type": "RMS",

@@ -92,7 +92,8 @@ def _ropes(text: Fields, dialect: Dialect, sizes: Mapping[str, int]) -> dict[str
     """Rotary positions of each kind of layers."""
     d_head, n_ctx = sizes["d_head"], sizes["n_ctx"]
     if dialect is GEMMA2:
-        ropes = dict.fromkeys((FULL, WINDOW), rope_kwargs(text, dialect.rope_theta, d_head, n_ctx))
+        everywhere = rope_kwargs(text, dialect.rope_theta, d_head, n_ctx)
+        ropes = {FULL: everywhere, WINDOW: everywhere}
     else:
         nested = Fields(text.section("rope_parameters"), where=f"{text.where}: rope_parameters")
         if not all(isinstance(value, Mapping | None) for value in nested.sources[0].values()):

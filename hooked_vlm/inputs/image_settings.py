@@ -64,8 +64,8 @@ def whole(name: str, value: Any) -> int:
     return value
 
 
-def common_settings(config: Mapping[str, Any]) -> dict[str, tuple[float, ...]]:
-    """`image_mean` and `image_std`, where stated.
+def common_settings(config: Mapping[str, Any], any_filter: bool = False) -> dict[str, tuple[float, ...]]:
+    """`image_mean` and `image_std`, where stated; `any_filter`: pictures may be resized by any filter.
 
     Raises:
         ImageError: a step is switched off, or set to something not supported.
@@ -77,7 +77,7 @@ def common_settings(config: Mapping[str, Any]) -> dict[str, tuple[float, ...]]:
         ("resample", Image.Resampling.BICUBIC.value),
         ("rescale_factor", 1 / 255),
     ):
-        if config.get(key) not in (None, expected):
+        if config.get(key) not in (None, expected) and not (any_filter and key == "resample"):
             raise ImageError(f"unsupported image processor: expected {key} = {expected}, got {config[key]!r}")
     fields = {}
     for key in ("image_mean", "image_std"):

@@ -7,7 +7,9 @@ from hooked_vlm.inputs.cropped import CropProcessor
 from hooked_vlm.inputs.image_processor import ImageProcessor
 from hooked_vlm.inputs.image_settings import Settings
 from hooked_vlm.inputs.onevision import OneVisionProcessor
+from hooked_vlm.inputs.pan_and_scan import PanScanProcessor
 from hooked_vlm.inputs.picture_processor import PictureProcessor
+from hooked_vlm.inputs.stretched import StretchProcessor
 from hooked_vlm.inputs.tiles import TileProcessor
 
 PROCESSORS: dict[str, type[PictureProcessor]] = {
@@ -16,6 +18,8 @@ PROCESSORS: dict[str, type[PictureProcessor]] = {
     "cropped": CropProcessor,
     "anyres": AnyresProcessor,
     "onevision": OneVisionProcessor,
+    "stretched": StretchProcessor,
+    "pan_and_scan": PanScanProcessor,
 }
 
 
