@@ -45,7 +45,7 @@ def config_kwargs(hf_config: Mapping[str, Any]) -> dict[str, Any]:
         "vision_end_token_id": root.token_id("eoi_token_index", default=root.token_id("eoi_token_id", 256000)),
         "eos_token_ids": root.token_ids("eos_token_id", default=text["eos_token_ids"]),
         "pad_token_id": root.token_id("pad_token_id", default=text["pad_token_id"]),
-        "prompt_style": "gemma3",
+        "prompt_style": "gemma",
         "vision": _vision_kwargs(root, text["d_model"]),
         "original_architecture": ARCHITECTURES[0],
     }

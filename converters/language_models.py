@@ -169,7 +169,12 @@ def config_kwargs(hf_config: Mapping[str, Any]) -> dict[str, Any]:
         CheckpointError: see `decoder_kwargs`.
     """
     dialect = dialect_of(hf_config)
-    return {**decoder_kwargs(hf_config, dialect), "vision": None, "original_architecture": dialect.architecture}
+    return {
+        **decoder_kwargs(hf_config, dialect),
+        "prompt_style": "gemma" if dialect in GEMMAS else "chatml",
+        "vision": None,
+        "original_architecture": dialect.architecture,
+    }
 
 
 def dtype(hf_config: Mapping[str, Any]) -> torch.dtype | None:

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 import transformers
 from tiny import LANGUAGE_MODEL, reference, spelled
-from tiny_gemma3 import SIGLIP
+from tiny_gemma3 import SIGLIP, with_offsets
 
 IMAGE = 193
 N_TOKENS, SIDE = 16, 32
@@ -30,7 +30,7 @@ def tiny_hf(text: str = "gemma", tied: bool = True) -> Any:
         image_token_index=IMAGE,
         tie_word_embeddings=tied,
     )
-    return reference(transformers.PaliGemmaForConditionalGeneration, config)
+    return with_offsets(reference(transformers.PaliGemmaForConditionalGeneration, config))
 
 
 def paligemma_batch(rows: list[list[Any]], seed: int = 0) -> dict[str, torch.Tensor]:
