@@ -228,7 +228,7 @@ class Embed(WithViews, nn.Embedding):
         embedded = super().forward(input)
         if self.scale is None:
             return embedded
-        return embedded * torch.tensor(self.scale, dtype=torch.float32).to(embedded.dtype).item()
+        return embedded * torch.tensor(self.scale, dtype=torch.float32).to(embedded.dtype)  # on the host: no copy
 
 
 class Unembed(WithViews, nn.Linear):
