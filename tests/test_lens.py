@@ -128,12 +128,8 @@ def test_a_logit_is_the_sum_of_what_its_parts_add(case: tuple[Any, Any], unit: A
         _, cache = model.run_with_cache(inputs)
         last = inputs.stop[0] - 1
         written = head_output(model, cache, 1, 2)[0, last]
-        by_hand = (
-            written
-            / cache["ln_final.hook_scale"][0, last]
-            * factor(model.ln_final)
-            @ (model.W_U[:, right[0]] - model.W_U[:, 42])
-        )
+        read = written / cache["ln_final.hook_scale"][0, last] * factor(model.ln_final)
+        by_hand = read @ (model.W_U[:, right[0]] - model.W_U[:, 42])
         assert found.values[found.labels.index("L1H2"), 0] == pytest.approx(by_hand.item(), abs=1e-5)
         assert len(found.to_dataframe()) == found.values.size
 

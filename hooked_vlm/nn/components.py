@@ -119,8 +119,9 @@ class Norm(WithViews):
             nn.init.zeros_(self.bias)
 
     @weight_view
-    def w(self) -> Tensor:
-        """The weight, [d_model] (TransformerLens' name), an offset from 1 or not."""
+    def w(self) -> Float[Tensor, "d_model"]:
+        """The weight (TransformerLens' name), which may be an offset from 1: its tools read
+        `cfg.rmsnorm_uses_offset`."""
         return values_of(self)
 
     @property

@@ -289,15 +289,14 @@ def test_runs_on_the_image_side_share_batches_and_begin_where_they_act(family: s
     def patched(name: str, at: Any) -> PatchActivation:
         return PatchActivation(name, cache[name].flip(-1), at)
 
+    inner = "projector.hook_pre" if "projector.hook_pre" in model.hook_dict else "vision.blocks.1.hook_mlp_out"
     n_images, n_patches = cache["vision.hook_embed"].shape[:2]
     own = tuple((i % n_patches,) if i else () for i in range(n_images))
     runs: list[Intervention] = [
         patched("vision.blocks.1.attn.hook_z", (1,)),
         patched("vision.hook_embed", own),
         CustomHooks([("vision.blocks.0.hook_resid_mid", shrink), ("blocks.1.hook_mlp_out", shrink)]),
-        patched(
-            "projector.hook_pre" if "projector.hook_pre" in model.hook_dict else "vision.blocks.1.hook_mlp_out", None
-        ),
+        patched(inner, None),
         Compose((patched("vision.blocks.1.hook_resid_post", (0, 2)), ZeroHeads(((1, 2),)))),
         ZeroHeads(((1, 2),)),
         patched("hook_image_features", (1,)),
