@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import AutoConfig, Gemma2Config, Gemma3TextConfig, GemmaConfig
 
 from hooked_vlm import CheckpointError
-from hooked_vlm.converters import converter_for, gemma3, language_models, paligemma
+from hooked_vlm.converters import KNOWN_MODELS, converter_for, gemma3, language_models, paligemma
 from hooked_vlm.loading.saving import without_none
 
 MODELS: dict[str, Callable[[], Any]] = {
@@ -199,6 +199,11 @@ def matches(config: dict[str, Any]) -> None:
 @pytest.mark.parametrize("config", SILENT, ids=str)
 def test_what_a_file_leaves_out_has_the_value_of_transformers_class(config: dict[str, Any]) -> None:
     matches(config)
+
+
+@pytest.mark.parametrize("name", [name for name in KNOWN_MODELS if name.startswith("google/")])
+def test_known_configurations_have_the_sizes_that_transformers_reads(name: str) -> None:
+    matches(KNOWN_MODELS[name].config)
 
 
 GEMMA3 = {"architectures": ["Gemma3ForCausalLM"], "num_hidden_layers": 7}
