@@ -206,7 +206,7 @@ def attention(reference: Reference, kernel: str) -> Iterator[None]:
 
 @torch.no_grad()
 def cost(model: "HookedVLM", reference: Reference, inputs: VLMInputs) -> list[Row]:
-    """Time (best of three) and peak memory beyond the weights of a forward pass, fused kernels where a model has them."""
+    """Time (best of three) and peak memory beyond the weights of a forward pass, fused kernels if there are any."""
     batch = reference.batch(inputs)
 
     def ours() -> Tensor:
