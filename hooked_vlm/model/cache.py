@@ -219,17 +219,22 @@ class VLMCache(DerivingCache):
     logit_attrs = at_real_positions(ActivationCache.logit_attrs)
 
     @at_real_positions
-    def stack_head_results(self, *args: Any, **kwargs: Any) -> Any:
+    def stack_head_results(
+        self,
+        layer: int = -1,
+        return_labels: bool = False,
+        incl_remainder: bool = False,
+        pos_slice: Slice | SliceInput = None,
+        apply_ln: bool = False,
+    ) -> Any:
         """TransformerLens' stack: what each head adds to the stream (`Block.head_outputs`)."""
         self._ensure_head_results()
         added = copy(self)
-        for layer, block in enumerate(self.model.blocks):
+        for own, block in enumerate(self.model.blocks):
             if block.post_norms:
-                result, scale = self["result", layer], self._post_scale(layer, "ln1_post")
-                added.cache_dict[f"blocks.{layer}.attn.hook_result"] = block.ln1_post.frozen(
-                    result, scale[..., None, :]
-                )
-        return super(VLMCache, added).stack_head_results(*args, **kwargs)
+                name, scale = f"blocks.{own}.attn.hook_result", self._post_scale(own, "ln1_post")
+                added.cache_dict[name] = block.ln1_post.frozen(self[name], scale[..., None, :])
+        return super(VLMCache, added).stack_head_results(layer, return_labels, incl_remainder, pos_slice, apply_ln)
 
     @at_real_positions
     def get_neuron_results(

@@ -354,8 +354,8 @@ class HookedVLM(WithViews, HookedRootModule):
     W_in, W_gate, W_out = (stacked_view("mlp", name) for name in ("W_in", "W_gate", "W_out"))
     b_in, b_out = (stacked_view("mlp", name) for name in ("b_in", "b_out"))
     W_E, W_U, b_U = weights.W_E, weights.W_U, weights.b_U
-    OV, QK, all_head_labels = (property(fn) for fn in (weights.OV, weights.QK, weights.all_head_labels))
-    absent_biases = property(weights.absent_biases)
+    OV, QK, adapter = (property(fn) for fn in (weights.OV, weights.QK, weights.adapter))
+    all_head_labels, absent_biases = property(weights.all_head_labels), property(weights.absent_biases)
     tl_parameters = weights.tl_parameters
     tl_state_dict = weights.tl_state_dict
     blocks_with = weights.blocks_with

@@ -5,6 +5,7 @@ Those of a block (`model.blocks[3].attn.W_O`) are views: an edit in place edits 
 """
 
 import re
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from transformer_lens import FactoredMatrix
 
 from hooked_vlm.errors import InputError
-from hooked_vlm.nn.components import weight_view
+from hooked_vlm.nn.components import soft_capped, weight_view
 from hooked_vlm.nn.weight_access import AbsentBias, values_of
 
 if TYPE_CHECKING:
@@ -56,6 +57,21 @@ def W_U(model: "HookedVLM") -> Float[Tensor, "d_model d_vocab"]:
 def b_U(model: "HookedVLM") -> Float[Tensor, "d_vocab"]:
     values_of(model.unembed)  # which refuses another module in its place
     return model.unembed.b_U
+
+
+@dataclass(frozen=True)
+class Readout:
+    """What follows the unembedding's matrix, as TransformerLens' readouts ask for it (`model.adapter`)."""
+
+    soft_cap: float | None
+
+    def apply_output_logits_transform(self, logits: Float[Tensor, "*dims d_vocab"]) -> Float[Tensor, "*dims d_vocab"]:
+        return soft_capped(logits, self.soft_cap)
+
+
+def adapter(model: "HookedVLM") -> Readout:
+    """The soft cap of the logits, for readouts that multiply by `W_U` themselves."""
+    return Readout(model.cfg.output_logits_soft_cap)
 
 
 def OV(model: "HookedVLM") -> FactoredMatrix:

@@ -88,6 +88,16 @@ class Block(Part):
             resid_post = resid_post + self.hook_deepstack(entering)  # [batch, pos, d_model]
         return self.hook_resid_post(resid_post)  # [batch, pos, d_model]
 
+    @property
+    def submodules(self) -> dict[str, nn.Module]:
+        """The block's parts by name, which TransformerLens' tools read to learn whether they may split attention."""
+        return dict(self.named_children())
+
+    @property
+    def hook_aliases(self) -> dict[str, str]:
+        """Where `hook_attn_out` and `hook_mlp_out` stand behind norms, for the same tools."""
+        return {"hook_attn_out": "ln1_post.hook_out", "hook_mlp_out": "ln2_post.hook_out"} if self.post_norms else {}
+
     def mlp_output(self, mlp_in: Float[Tensor, "*dims d_model"]) -> Float[Tensor, "*dims d_model"]:
         """What the MLP adds to the stream when it reads `mlp_in`, norms and layer scale included."""
         mlp_out = self.mlp(self.ln2(mlp_in))
