@@ -55,8 +55,8 @@ folder has no settings, are SigLIP's, whose processor the published conversion t
 
 Gemma 3 and PaliGemma were compared with transformers 5.23.0, on tiny models: logits, streams of both towers, patterns,
 features, gradients, greedy tokens, batches, several images, answers as suffixes within 2e-5; pixels bit for bit with
-`Gemma3ImageProcessorPil` (pan and scan, too) and `SiglipImageProcessorPil`; prompts id for id with `Gemma3Processor` (in
-the template of public copies) and `PaliGemmaProcessor`.
+`Gemma3ImageProcessorPil` (pan and scan, too) and `SiglipImageProcessorPil`; prompts id for id with `Gemma3Processor`
+(in the template of public copies) and `PaliGemmaProcessor`.
 
 ## Your own checkpoint: `hooked-vlm verify`
 
