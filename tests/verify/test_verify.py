@@ -5,6 +5,7 @@ import logging
 import shutil
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import tiny_qwen2_5_vl
 import tiny_qwen3_vl
 import torch
 from families import KINDS
+from reading_gemma import reading
 from safetensors.torch import save_file
 from torch import nn
 
@@ -78,7 +80,9 @@ def test_the_bundled_models_pass(
     assert told["prompts"].keys() == {prompt.name for prompt in prompts()}
 
 
-@pytest.mark.parametrize("name", ["qwen2.5-vl", "qwen3-vl", "llava", "llava-next", "llava-onevision"])
+@pytest.mark.parametrize(
+    "name", ["qwen2.5-vl", "qwen3-vl", "llava", "llava-next", "llava-onevision", "gemma3", "paligemma2"]
+)
 @torch.no_grad()
 def test_a_family_is_compared_with_the_class_of_transformers(name: str, tmp_path: Path) -> None:
     kind = KINDS[name]
@@ -96,14 +100,24 @@ def test_a_family_is_compared_with_the_class_of_transformers(name: str, tmp_path
     assert pixels(model, processor, prompts()).passed
 
 
-@pytest.mark.parametrize("family", ["qwen2.5-vl", "qwen3-vl"])
-def test_a_folder_of_a_later_qwen_vl_passes_from_pixels_to_greedy_tokens(
+READING = {
+    "qwen2.5-vl": (tiny_qwen2_5_vl.reading_model, {"max_pixels": 64 * 100}),
+    "qwen3-vl": (tiny_qwen3_vl.reading_model, {"max_pixels": 64 * 100}),
+    "gemma3": (partial(reading, "gemma3"), {"image_mean": [0.4, 0.5, 0.6], "resample": 3}),
+    "paligemma": (partial(reading, "paligemma"), {"image_std": [0.4, 0.5, 0.6], "resample": 2}),
+    "paligemma2": (partial(reading, "paligemma2"), {}),
+}
+"""Models with a tokenizer, and settings of pictures that their folders have instead of the published ones."""
+
+
+@pytest.mark.parametrize("family", READING)
+def test_a_folder_of_a_later_family_passes_from_pixels_to_greedy_tokens(
     family: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    model = {"qwen2.5-vl": tiny_qwen2_5_vl, "qwen3-vl": tiny_qwen3_vl}[family].reading_model()
-    model.save_pretrained(tmp_path / "model")
+    make, changes = READING[family]
+    make().save_pretrained(tmp_path / "model")
     settings = tmp_path / "model" / "preprocessor_config.json"
-    settings.write_text(json.dumps({**json.loads(settings.read_text()), "max_pixels": 64 * 100}))
+    settings.write_text(json.dumps({**json.loads(settings.read_text()), **changes}))
     out = tmp_path / "verify.json"
     asked = ["hooked-vlm", "verify", str(tmp_path / "model"), "--out", str(out), "--max-new-tokens", "3"]
     monkeypatch.setattr(sys, "argv", asked)
