@@ -31,6 +31,7 @@ def gemma_kwargs(text: Fields, dialect: Dialect, sizes: Mapping[str, int]) -> di
         return {**shared, **rope_kwargs(text, dialect.rope_theta, sizes["d_head"], sizes["n_ctx"])}
     return {
         **shared,
+        "exceeds_float16": dialect is GEMMA3,
         "use_normalization_before_and_after": True,
         "attn_scale": text.number("query_pre_attn_scalar") ** 0.5,
         "attn_scores_soft_cap": _soft_cap(text, "attn_logit_softcapping"),

@@ -106,6 +106,8 @@ class VLMConfig:
     original_architecture: str = ""
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     dtype: torch.dtype = torch.float32
+    exceeds_float16: bool = False
+    """Whether activations of the published weights exceed float16's range, 65,504 (Gemma 3)."""
     processed: tuple[str, ...] = ()
     """Steps of `hooked_vlm.model.weight_processing` applied to the weights, in order; loading applies none."""
     quantize: str | None = None

@@ -39,6 +39,10 @@ class CheckpointWarning(CheckpointError, UserWarning):
     an error only where Python's filters make it one."""
 
 
+class PrecisionWarning(HookedVLMError, UserWarning):
+    """A model is used in a dtype that does not hold its activations: a warning, as `CheckpointWarning` is."""
+
+
 class ActivationsError(HookedVLMError, ValueError):
     """A folder of activations, or a file in it, that cannot be read."""
 

@@ -314,7 +314,7 @@ def logit_attribution(
     given = [logits[rows, tokens].to(exact) for tokens, _ in asked]
     normalized, cap = found["ln_final.hook_out"].to(exact), model.cfg.output_logits_soft_cap
     before = given if cap is None else [(normalized * model.W_U.T[tokens].to(exact)).sum(-1) for tokens, _ in asked]
-    true = sum(sign * own for own, (_, sign) in zip(before, asked, strict=True))
+    true = torch.stack([sign * own for own, (_, sign) in zip(before, asked, strict=True)]).sum(0)
     off = [values.sum(0) - true, *(soft_capped(x, cap) - y for x, y in zip(before, given, strict=True))]
     if not (torch.stack(off).abs() <= rounding).all():
         raise InputError(

@@ -58,5 +58,5 @@ def head_output(model: Any, cache: Any, layer: int, head: int, z: Tensor | None 
     written = (cache["z", layer][:, :, head] if z is None else z) @ block.attn.W_O[head]
     if not model.cfg.use_normalization_before_and_after:
         return written
-    whole = sum(cache["z", layer][:, :, h] @ block.attn.W_O[h] for h in range(model.cfg.n_heads))
+    whole = torch.einsum("bphd,hdm->bpm", cache["z", layer], block.attn.W_O)
     return written * torch.rsqrt(whole.pow(2).mean(-1, keepdim=True) + model.cfg.eps) * factor(block.ln1_post)

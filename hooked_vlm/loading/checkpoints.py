@@ -25,7 +25,7 @@ from hooked_vlm.loading.pictures import picture_settings
 from hooked_vlm.loading.placement import DeviceMap, Spread, attach, offloaded_weights, planned
 from hooked_vlm.loading.quantisation import Bits, quantize_weights
 from hooked_vlm.loading.saving import without_none
-from hooked_vlm.loading.settings import as_device, as_dtype, model_config, with_tokens
+from hooked_vlm.loading.settings import as_device, as_dtype, in_range, model_config, with_tokens
 from hooked_vlm.loading.transformers_models import state_of
 
 if TYPE_CHECKING:
@@ -192,7 +192,7 @@ def _assemble(
     image_processor: PictureProcessor | None,
     spread: Spread | None = None,
 ) -> Model:
-    model = _unfilled(kind, cfg, tokenizer, image_processor)
+    model = _unfilled(kind, in_range(cfg), tokenizer, image_processor)
     placement = None if spread is None else planned(model, spread, cfg.dtype)
     placed: dict[int, Tensor] = {}  # tied tensors are one object, before and after
     for name, tensor in tensors.items():

@@ -1,5 +1,6 @@
 """A model's configuration and tokens from the settings in a checkpoint folder."""
 
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -8,7 +9,7 @@ import torch
 from hooked_vlm.config import LayerKind, RopeScaling, VLMConfig
 from hooked_vlm.converters import DTYPES
 from hooked_vlm.converters.fields import Fields
-from hooked_vlm.errors import CheckpointError, InputError
+from hooked_vlm.errors import CheckpointError, InputError, PrecisionWarning
 from hooked_vlm.inputs.templates import style_of
 from hooked_vlm.vision_config import VisionConfig
 
@@ -86,3 +87,16 @@ def with_tokens(cfg: VLMConfig, tokenizer: Any) -> VLMConfig:
             "files of one checkpoint?"
         )
     return cfg.with_(**found)
+
+
+def in_range(cfg: VLMConfig) -> VLMConfig:
+    """The same configuration, with a warning where its dtype does not hold the activations.
+
+    Warns:
+        PrecisionWarning: float16, and the family's activations exceed it.
+    """
+    if cfg.dtype == torch.float16 and cfg.exceeds_float16:
+        whose = cfg.model_name or "this model"
+        text = f"activations of {whose} exceed float16's range (65,504): use bfloat16 or float32"
+        warnings.warn(text, PrecisionWarning, stacklevel=3)
+    return cfg

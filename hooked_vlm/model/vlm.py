@@ -18,7 +18,7 @@ from hooked_vlm.inputs.builder import InputBuilder
 from hooked_vlm.inputs.other_names import ATTRIBUTES, refuse_arguments
 from hooked_vlm.inputs.text import TextCodec
 from hooked_vlm.inputs.vlm_inputs import VLMInputs
-from hooked_vlm.loading import checkpoints, saving
+from hooked_vlm.loading import checkpoints, saving, settings
 from hooked_vlm.model import (
     fingerprints,
     generation,
@@ -396,5 +396,5 @@ class HookedVLM(WithViews, HookedRootModule):
         if self.cfg.quantize is not None:
             raise InputError(f"this model's weights are {self.cfg.quantize}: load it again where and as you want it")
         moved = super()._apply(fn, recurse)
-        self.cfg = self.cfg.with_(device=self.embed.weight.device, dtype=self.embed.weight.dtype)
+        self.cfg = settings.in_range(self.cfg.with_(device=self.embed.weight.device, dtype=self.embed.weight.dtype))
         return moved

@@ -283,8 +283,8 @@ def grouped_attention(
     Groups number the positions of packed rows, [position, head, d_head], or those of all rows of a batch.
     """
     if not packed:
-        flat = (x.flatten(0, 1) for x in (q, k, v))
-        return grouped_attention(*flat, groups, causal, scoring=scoring).view_as(q)
+        flat_q, flat_k, flat_v = (x.flatten(0, 1) for x in (q, k, v))
+        return grouped_attention(flat_q, flat_k, flat_v, groups, causal, scoring=scoring).view_as(q)
     z = torch.empty_like(q) if sum(group.n_positions for group in groups) == len(q) else torch.zeros_like(q)
     for group in groups:
         own = fused_attention(group.take(q), group.take(k), group.take(v), group.mask(causal), scoring)

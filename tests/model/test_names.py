@@ -18,6 +18,8 @@ from hooked_vlm.nn.hooks import is_quadratic
 
 # ---------------------------------------------------------------- norms
 
+pytestmark = pytest.mark.filterwarnings("ignore::hooked_vlm.errors.PrecisionWarning")
+
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("rows", ["one image", "padded"])

@@ -1,5 +1,6 @@
 """Rounding: in low precision no worse than the reference, in float32 the same whichever kernel runs."""
 
+import warnings
 from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import replace
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from hooked_vlm import HookedVLM
 from hooked_vlm.converters import KNOWN_MODELS
+from hooked_vlm.errors import PrecisionWarning
 
 DRAWS = {"qwen3-vl": 24}
 """Draws of pictures and words where not 6 are enough: its ratios have a standard error of 0.02 over 6."""
@@ -25,6 +27,8 @@ EVERY_CASE = [
     for name in FAMILIES
     for case in KINDS[name].cases
 ]
+
+pytestmark = pytest.mark.filterwarnings("ignore::hooked_vlm.errors.PrecisionWarning")
 
 
 def explicit(model: Any, inputs: Any) -> list[tuple[str, Callable[..., Tensor]]]:
@@ -250,3 +254,17 @@ def test_the_real_shape_of_qwen2_vl_2b_equals_the_reference() -> None:
     assert max(largest.values()) < 1e-4
     new = hf.generate(**batch, max_new_tokens=4, do_sample=False)
     assert torch.equal(model.generate(prompt, 4), new)
+
+
+@pytest.mark.parametrize("kind", ["gemma3", "paligemma2"])
+def test_float16_is_warned_of_where_activations_exceed_it(kind: str) -> None:
+    model = deepcopy(tiny_model(kind))
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        model.to(torch.bfloat16)
+        assert not said
+        model.half()
+        HookedVLM.from_hf(in_dtype(KINDS[kind].hf(), torch.float16))
+    warned = [str(one.message) for one in said if issubclass(one.category, PrecisionWarning)]
+    assert len(warned) == (2 if kind == "gemma3" else 0)
+    assert all("bfloat16" in text for text in warned)
