@@ -37,10 +37,10 @@ TEXT: dict[str, Any] = {
 
 
 def with_offsets(hf: Any) -> Any:
-    """The same model, its RMSNorms multiplying by about 1: by 1 + weight."""
+    """The same model; Gemma's norms multiply by about 1: by 1 + weight."""
     with torch.no_grad():
         for module in hf.modules():
-            if type(module).__name__.endswith("RMSNorm"):
+            if type(module).__name__ in ("GemmaRMSNorm", "Gemma2RMSNorm", "Gemma3RMSNorm"):
                 module.weight.sub_(1)
     return hf
 

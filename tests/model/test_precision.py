@@ -13,6 +13,7 @@ import transformers
 from families import FAMILIES, KINDS, tiny_model
 from family_names import ONE_OF_EACH_KIND
 from tiny import in_dtype, randomise
+from tiny_gemma3 import with_offsets
 from tiny_qwen2_vl import published_positions
 from torch import Tensor
 
@@ -131,7 +132,7 @@ def long_family(family: str, dtype: torch.dtype) -> tuple[Any, Any, Any]:
     config.text_config.max_position_embeddings = 512
     hf = type(shared)._from_config(config, attn_implementation="eager").eval()
     randomise(hf)
-    low = in_dtype(hf, dtype)
+    low = in_dtype(with_offsets(hf), dtype)
     return low, deepcopy(low).double(), HookedVLM.from_hf(low)
 
 
