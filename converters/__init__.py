@@ -9,7 +9,16 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from hooked_vlm.converters import internvl, language_models, llava, llava_variants, qwen2_5_vl, qwen2_vl, qwen3_vl
+from hooked_vlm.converters import (
+    idefics3,
+    internvl,
+    language_models,
+    llava,
+    llava_variants,
+    qwen2_5_vl,
+    qwen2_vl,
+    qwen3_vl,
+)
 from hooked_vlm.converters.checkpoint import open_tensors, read_config, read_json
 from hooked_vlm.converters.fields import DTYPES
 from hooked_vlm.converters.known_models import KNOWN_MODELS
@@ -58,7 +67,7 @@ class Family(Protocol):
         ...
 
 
-FAMILIES: list[Family] = [qwen2_vl, qwen2_5_vl, qwen3_vl, internvl, llava, language_models]
+FAMILIES: list[Family] = [qwen2_vl, qwen2_5_vl, qwen3_vl, internvl, llava, idefics3, language_models]
 """Families by precedence. A family of one's own is appended, its image processor and the marks of its prompts are
 added by name to `hooked_vlm.inputs.processors.PROCESSORS` and `hooked_vlm.inputs.prompt_styles.STYLES`."""
 

@@ -258,13 +258,14 @@ def to_hf(
 
 def _table(cfg: Mapping[str, Any], dialect: Dialect) -> list[Rename]:
     """Every tensor of a model with these settings, by its published name."""
-    return [*dialect.table(cfg, prefix=PREFIX), *_tower(cfg["vision"]), *_projector(cfg["vision"])]
+    return [*dialect.table(cfg, prefix=PREFIX), *tower_table(cfg["vision"], TOWER), *_projector(cfg["vision"])]
 
 
-def _tower(cfg: Mapping[str, Any]) -> list[Rename]:
+def tower_table(cfg: Mapping[str, Any], prefix: str) -> list[Rename]:
+    """Every tensor of a tower in CLIP's and SigLIP's names, by `prefix` and its published name."""
     width, d_mlp, side = cfg["d_model"], cfg["d_mlp"], cfg["patch_size"]
     n_tokens, channels = cfg["class_token"] + cfg["n_positions"], cfg["in_channels"]
-    theirs, ours = f"{TOWER}embeddings", "vision.tile_embed"
+    theirs, ours = f"{prefix}embeddings", "vision.tile_embed"
     table = [
         Rename(f"{theirs}.position_embedding.weight", (f"{ours}.positions",), (n_tokens, width), lead=1),
         Rename(
@@ -279,16 +280,17 @@ def _tower(cfg: Mapping[str, Any]) -> list[Rename]:
     if cfg["patch_bias"]:
         table.append(Rename(f"{theirs}.patch_embedding.bias", ("vision.patch_embed.proj.bias",), (width,)))
     if cfg["pre_norm"]:
-        table += affine(f"{TOWER}pre_layrnorm", ("vision.ln_pre",), (width,))
+        table += affine(f"{prefix}pre_layrnorm", ("vision.ln_pre",), (width,))
     for layer in range(cfg["n_layers"]):
-        theirs, ours = f"{TOWER}encoder.layers.{layer}", f"vision.blocks.{layer}"
+        theirs, ours = f"{prefix}encoder.layers.{layer}", f"vision.blocks.{layer}"
         for name, part in (("q_proj", "q_proj"), ("k_proj", "k_proj"), ("v_proj", "v_proj"), ("out_proj", "o_proj")):
             table += affine(f"{theirs}.self_attn.{name}", (f"{ours}.attn.{part}",), (width, width))
         table += affine(f"{theirs}.layer_norm1", (f"{ours}.ln1",), (width,))
         table += affine(f"{theirs}.layer_norm2", (f"{ours}.ln2",), (width,))
         table += affine(f"{theirs}.mlp.fc1", (f"{ours}.mlp.in_proj",), (d_mlp, width))
         table += affine(f"{theirs}.mlp.fc2", (f"{ours}.mlp.out_proj",), (width, d_mlp))
-    return table + affine(f"{TOWER}post_layernorm", ("vision.unread_norm",), (width,))
+    last = "vision.unread_norm" if cfg["unread_norm"] else "vision.ln_post"
+    return table + affine(f"{prefix}post_layernorm", (last,), (width,))
 
 
 def _projector(cfg: Mapping[str, Any]) -> list[Rename]:

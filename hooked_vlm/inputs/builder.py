@@ -27,7 +27,9 @@ from hooked_vlm.inputs.vlm_inputs import VLMInputs
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-OF_IMAGES = ("pixel_values", "image_grid_thw", "num_tiles", "image_sizes", "batch_num_images")
+OF_IMAGES = (
+    "pixel_values", "image_grid_thw", "num_tiles", "image_sizes", "batch_num_images", "pixel_attention_mask",
+)  # fmt: skip
 """What a Hugging Face batch says of its images, in one family or another."""
 
 

@@ -64,8 +64,10 @@ def whole(name: str, value: Any) -> int:
     return value
 
 
-def common_settings(config: Mapping[str, Any]) -> dict[str, tuple[float, ...]]:
-    """`image_mean` and `image_std`, where stated.
+def common_settings(
+    config: Mapping[str, Any], resample: Image.Resampling = Image.Resampling.BICUBIC
+) -> dict[str, tuple[float, ...]]:
+    """`image_mean` and `image_std`, where stated; `resample` is the only filter that is supported.
 
     Raises:
         ImageError: a step is switched off, or set to something not supported.
@@ -74,7 +76,7 @@ def common_settings(config: Mapping[str, Any]) -> dict[str, tuple[float, ...]]:
         ("do_resize", True),
         ("do_rescale", True),
         ("do_normalize", True),
-        ("resample", Image.Resampling.BICUBIC.value),
+        ("resample", resample.value),
         ("rescale_factor", 1 / 255),
     ):
         if config.get(key) not in (None, expected):

@@ -55,11 +55,13 @@ LLAMA3 = PromptStyle(
     turn_starts=("<|start_header_id|>",),
     turn_end="<|eot_id|>",
 )
+IDEFICS3 = PromptStyle(user_header="User:", assistant_header="Assistant:", turn_end="<end_of_utterance>")
 STYLES: dict[str, PromptStyle] = {
     "chatml": CHATML,
     "internvl": INTERNVL,
     "vicuna": VICUNA,
     "mistral": MISTRAL,
     "llama3": LLAMA3,
+    "idefics3": IDEFICS3,
 }
 """Styles by the name that a configuration gives (`VLMConfig.prompt_style`)."""
