@@ -1,4 +1,5 @@
-"""Idefics3, SmolVLM and SmolVLM2 (images): `config.json` to our configuration, and Hugging Face tensors to ours and back.
+"""Idefics3, SmolVLM and SmolVLM2, of images: `config.json` to our configuration, and Hugging Face tensors to ours and
+back.
 
 The names of tensors are the same in published files, in memory and in what transformers 5 saves:
 `model.vision_model.*`, `model.connector.modality_projection.proj.weight`, `model.text_model.*`, `lm_head.weight`.
@@ -106,8 +107,8 @@ def misplaced(n_patches: int) -> int | None:
     have.
 
     The reference looks positions up by fractions of the side, in float32 (modeling_idefics3.py,
-    `Idefics3VisionEmbeddings`). With the 26, 27 and 32 patches of published towers every patch has its own; with 25, say,
-    rounding puts some into the bucket before. Tiles are full squares, so nothing else is needed.
+    `Idefics3VisionEmbeddings`). With the 26, 27 and 32 patches of published towers every patch has its own; with 25,
+    say, rounding puts some into the bucket before. Tiles are full squares, so nothing else is needed.
     """
     boundaries = torch.arange(1 / n_patches, 1.0, 1 / n_patches)
     fractions = (torch.arange(n_patches) * (1.0 / torch.tensor(n_patches))).clamp(max=1.0 - 1e-6)

@@ -1,7 +1,7 @@
 """Small random models of Idefics3 and SmolVLM: `transformers`' own, and batches like their processors'.
 
-In a row, ("image", (columns, rows)) is a picture of so many tiles, seen whole behind them if they are several. Tiles are
-4 x 4 patches, of which 2 x 2 become a token; two pixels at the right and at the bottom are in no patch.
+In a row, ("image", (columns, rows)) is a picture of so many tiles, seen whole behind them if they are several. Tiles
+are 4 x 4 patches, of which 2 x 2 become a token; two pixels at the right and at the bottom are in no patch.
 """
 
 from functools import lru_cache
@@ -64,13 +64,14 @@ def around_tiles(tiling: Size) -> list[int]:
 
 
 def hf_batch(rows: list[list[Any]], seed: int = 0) -> dict[str, Tensor]:
-    """A batch as a Hugging Face processor returns it, padded on the left, rows with fewer tiles with zeros."""
+    """A batch as a Hugging Face processor returns it, padded on the left; rows with fewer tiles are padded with zeros,
+    rows without images are left out of the pixels."""
     batch = spelled(rows, lambda item: around_tiles(item[1]))
-    counts = [sum(n_tiles(item[1]) for item in row if isinstance(item, tuple)) for row in rows]
-    if any(counts):
+    of_rows = [sum(n_tiles(item[1]) for item in row if isinstance(item, tuple)) for row in rows]
+    if counts := [n for n in of_rows if n]:
         generator = torch.Generator().manual_seed(seed)
-        pixels = torch.zeros(len(rows), max(counts), 3, SIDE, SIDE)
-        mask = torch.zeros(len(rows), max(counts), SIDE, SIDE, dtype=torch.int64)
+        pixels = torch.zeros(len(counts), max(counts), 3, SIDE, SIDE)
+        mask = torch.zeros(len(counts), max(counts), SIDE, SIDE, dtype=torch.int64)
         for own, seen, n in zip(pixels, mask, counts, strict=True):
             own[:n], seen[:n] = torch.randn(n, 3, SIDE, SIDE, generator=generator), 1
         batch |= {"pixel_values": pixels, "pixel_attention_mask": mask}

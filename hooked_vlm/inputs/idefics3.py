@@ -98,12 +98,17 @@ class Idefics3Processor(PictureProcessor):
     """Of an enlarged (or reduced) picture in pixels."""
     splits: bool = True
     """Whether pictures are cut into tiles; otherwise each is stretched to one."""
+    max_tiles: int | None = None
+    """Largest number of tiles of an image, the whole one not counted: its longest edge is that of fewer tiles where it
+    would have more. None: `longest_edge` alone decides."""
     image_mean: tuple[float, float, float] = HALF
     image_std: tuple[float, float, float] = HALF
 
     def __post_init__(self) -> None:
         for name in ("side", "patch_size", "merge_size", "longest_edge"):
             whole(name, getattr(self, name))
+        if self.max_tiles is not None:
+            whole("max_tiles", self.max_tiles)
         colours("image_mean", self.image_mean)
         colours("image_std", self.image_std)
 
@@ -112,7 +117,7 @@ class Idefics3Processor(PictureProcessor):
     @property
     def most_tiles(self) -> int:
         """Tiles of a square picture, the whole one not counted."""
-        return math.ceil(min(self.longest_edge, MOST_PIXELS) / self.side) ** 2 if self.splits else 1
+        return math.prod(self.tiling((1, 1)))
 
     @property
     def tokens_per_tile(self) -> int:
@@ -122,8 +127,19 @@ class Idefics3Processor(PictureProcessor):
         """Columns and rows of tiles of an image of (width, height) pixels."""
         if not self.splits:
             return 1, 1
-        wide, high = whole_tiles(enlarged(size, self.longest_edge), self.side)
+        wide, high = whole_tiles(self._enlarged(size), self.side)
         return wide // self.side, high // self.side
+
+    def _enlarged(self, size: tuple[int, int]) -> tuple[int, int]:
+        """The (width, height) of an enlarged picture: with the longest edge that leaves it few enough tiles."""
+        edges = [self.longest_edge]
+        if self.max_tiles is not None and self.splits:
+            edges += range((self.longest_edge - 1) // self.side * self.side, 0, -self.side)
+        for edge in edges:
+            resized = enlarged(size, edge)
+            if self.max_tiles is None or math.prod(whole_tiles(resized, self.side)) <= self.max_tiles * self.side**2:
+                return resized
+        return enlarged(size, self.side)
 
     def layout(self, size: tuple[int, int]) -> ImageLayout:
         """The layout of an image of (width, height) pixels."""
@@ -176,7 +192,7 @@ class Idefics3Processor(PictureProcessor):
 
     def _tiles(self, rgb: Image.Image) -> UInt8[np.ndarray, "tile side side 3"]:
         side = self.side
-        picture = rgb.resize(enlarged(rgb.size, self.longest_edge), LANCZOS)
+        picture = rgb.resize(self._enlarged(rgb.size), LANCZOS)
         if not self.splits:
             return np.asarray(picture.resize((side, side), LANCZOS))[None]
         wide, high = whole_tiles(picture.size, side)
@@ -228,7 +244,9 @@ class Idefics3Processor(PictureProcessor):
         for i, (start, stop) in enumerate(zip(starts, stops, strict=True)):
             tiles, rest = divmod(stop - start, self.tokens_per_tile)
             if rest:
-                raise InputError(f"a tile has {self.tokens_per_tile} placeholders, but a run of them has {stop - start}")
+                raise InputError(
+                    f"a tile has {self.tokens_per_tile} placeholders, but a run of them has {stop - start}"
+                )
             gap = row[stops[i - 1] : start] if i else []
             around = row[stops[-1]] if stops[-1] < len(row) else None  # the token that closes the last image
             if i and gap.count(around) < 2:
@@ -240,11 +258,8 @@ class Idefics3Processor(PictureProcessor):
     # ---------------------------------------------------------------- bounds
 
     def bounded(self, max_tiles: int | None) -> "Idefics3Processor":
-        """The same processor with a longest edge of so many tiles that no picture has more, the whole one not
-        counted."""
-        if max_tiles is None:
-            return self
-        return replace(self, longest_edge=min(self.longest_edge, math.isqrt(whole("max_tiles", max_tiles)) * self.side))
+        """The same processor with a bound on the tiles of an image; None keeps it."""
+        return self if max_tiles is None else replace(self, max_tiles=max_tiles)
 
     def _bounded(self, bounds: Bounds) -> "Idefics3Processor":
         return self.bounded(bounds.max_tiles)
@@ -260,9 +275,9 @@ class Idefics3Processor(PictureProcessor):
     def tighter(
         self, n_text: list[int], pictures: Sequence[Sequence[Any]], n_ctx: int, given: Bounds
     ) -> Iterator[tuple[str, "Idefics3Processor"]]:
-        """Fewer and fewer tiles along the longest edge."""
-        for fewer in range(math.isqrt(self.most_tiles) - 1, 0, -1):
-            yield f"max_tiles={fewer**2} (now {self.most_tiles})", self.bounded(fewer**2)
+        """Fewer and fewer tiles."""
+        for fewer in range(self.most_tiles - 1, 0, -1):
+            yield f"max_tiles={fewer} (now {self.most_tiles})", self.bounded(fewer)
 
     # ---------------------------------------------------------------- settings
 
