@@ -73,14 +73,14 @@ IDEFICS3: dict[str, KnownModel] = {
         f"the sizes of Llama-3-8B and SigLIP so400m; vocabulary, context and that positions are not scaled {_MEMORY}",
     ),
     "HuggingFaceTB/SmolVLM-Instruct": KnownModel(
-        _idefics3(_1_7B, 273768, _LARGE, 3, vocab=49155, image_token=49153, n_ctx=16384),
+        _idefics3(_1_7B, 273768.0, _LARGE, 3, vocab=49155, image_token=49153, n_ctx=16384),
         2_246_272_880,
         f"the sizes of SmolLM2-1.7B and SigLIP so400m; vocabulary, context and rope_theta {_MEMORY}",
     ),
     "HuggingFaceTB/SmolVLM-256M-Instruct": KnownModel(_idefics3(_135M, 1e5, _BASE, 4), 256_484_928, _COPIES),
     "HuggingFaceTB/SmolVLM-500M-Instruct": KnownModel(_idefics3(_360M, 1e5, _BASE, 4), 507_482_304, _COPIES),
     "HuggingFaceTB/SmolVLM2-2.2B-Instruct": KnownModel(
-        _idefics3(_1_7B, 130000, _LARGE, 3, second=True),
+        _idefics3(_1_7B, 130000.0, _LARGE, 3, second=True),
         2_246_784_880,
         f"the sizes of SmolLM2-1.7B and SigLIP so400m; vocabulary and rope_theta {_MEMORY}",
     ),

@@ -273,10 +273,8 @@ class InputBuilder:
         self._check_pixel_width(pictures["pixel_values"])
         pixels, grids, layouts = pictures["pixel_values"], pictures["image_grid_thw"], None
         if spec.layouts is not None and pixels is not None:
-            pixels, grids, sizes = spec.layouts.read_batch(tokens, pictures, spec)
-            if sizes is not None and grids is not None:
-                every = zip(grids.tolist(), sizes, strict=True)
-                layouts = tuple(spec.layout_of((t, h, w), "image", size) for (t, h, w), size in every)
+            pixels, grids, found = spec.layouts.read_batch(tokens, pictures, spec)
+            layouts = None if found is None else tuple(found)
         videos = (self._tensor(batch, "pixel_values_videos"), self._tensor(batch, "video_grid_thw"))
         if spec.layouts is not None:
             videos = spec.layouts.read_videos(*videos)

@@ -207,9 +207,8 @@ class Idefics3Processor(PictureProcessor):
 
     def read_batch(
         self, tokens: Int[Tensor, "batch pos"], batch: Mapping[str, Tensor | None], spec: "InputSpec"
-    ) -> tuple[Tensor | None, Tensor | None, list[tuple[int, int]] | None]:
-        """Pixels without the tiles of zeros that pad a batch, and grids: tiles are runs of placeholders, and between
-        two images of a row lie two of the tokens that stand around images.
+    ) -> tuple[Tensor | None, Tensor | None, list[ImageLayout] | None]:
+        """Pixels without the tiles of zeros that pad a batch, grids, and layouts in the pixels of the tiles.
 
         Raises:
             InputError: pixels and placeholders do not fit each other, or pixels of a tile are masked.
@@ -225,35 +224,48 @@ class Idefics3Processor(PictureProcessor):
         real = (pixels != 0).flatten(2).any(-1)  # as transformers finds them
         if mask is not None and (mask.shape[:2] != real.shape or not bool(mask[real].all())):
             raise InputError("pixel_attention_mask hides pixels of a tile, which this model's pictures never have")
-        by_row = [self._tiles_of_images(row, spec.image_token_id) for row in tokens.tolist()]
-        counts, found = [sum(own) for own in by_row if own], [n for n in real.sum(1).tolist() if n]
+        by_row = [self._images_of(row, spec.image_token_id) for row in tokens.tolist()]
+        counts = [sum(layout.n_tiles for layout in own) for own in by_row if own]
+        found = [n for n in real.sum(1).tolist() if n]
         if counts != found:
             raise InputError(
                 f"rows with images have {found} tiles that are not all zeros, but their placeholders are those of "
                 f"{counts} tiles of {self.tokens_per_tile}"
             )
-        n_patches = self.side // self.patch_size
-        grids = [[n, n_patches, n_patches] for own in by_row for n in own]
-        return pixels[real], torch.tensor(grids, device=pixels.device).reshape(-1, 3), None
+        layouts = [layout for own in by_row for layout in own]
+        return pixels[real], torch.tensor([layout.grid for layout in layouts], device=pixels.device), layouts
 
-    def _tiles_of_images(self, row: list[int], image_token_id: int | None) -> list[int]:
-        """Numbers of tiles of the images of a row."""
+    def _images_of(self, row: list[int], image_token_id: int | None) -> list[ImageLayout]:
+        """Layouts of the images of a row.
+
+        Each tile is a run of placeholders. The token that stands around images follows at once, but for a line break
+        behind each row of tiles; between images it stands twice.
+        """
         bounds = np.flatnonzero(np.diff([False, *(token == image_token_id for token in row), False]))
         starts, stops = bounds[::2].tolist(), bounds[1::2].tolist()
-        counts: list[int] = []
+        mark = row[stops[-1]] if stops and stops[-1] < len(row) else None
+        images: list[list[int]] = []  # numbers of tiles side by side
         for i, (start, stop) in enumerate(zip(starts, stops, strict=True)):
-            tiles, rest = divmod(stop - start, self.tokens_per_tile)
-            if rest:
+            if stop - start != self.tokens_per_tile:
                 raise InputError(
                     f"a tile has {self.tokens_per_tile} placeholders, but a run of them has {stop - start}"
                 )
             gap = row[stops[i - 1] : start] if i else []
-            around = row[stops[-1]] if stops[-1] < len(row) else None  # the token that closes the last image
-            if i and gap.count(around) < 2:
-                counts[-1] += tiles
+            if not i or gap.count(mark) > 1:
+                images.append([1])
+            elif gap[0] == mark:
+                images[-1][-1] += 1
             else:
-                counts.append(tiles)
-        return counts
+                images[-1].append(1)
+        return [self._of_lines(*lines) for lines in images]
+
+    def _of_lines(self, *lines: int) -> ImageLayout:
+        """The layout of an image with so many tiles side by side in each line, the whole picture being the last."""
+        *tiles, last = lines
+        tiling = (tiles[0], len(tiles)) if tiles else (1, 1)
+        if last != 1 or len(set(tiles)) > 1 or (tiles and tiling == (1, 1)):
+            return _in_runs(unplaced_layout(sum(lines), self.side // self.patch_size, self.merge_size))
+        return self._layout((tiling[0] * self.side, tiling[1] * self.side), tiling, size_known=False)
 
     # ---------------------------------------------------------------- bounds
 

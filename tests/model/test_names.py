@@ -40,7 +40,8 @@ def test_hook_out_is_hook_normalized_times_weight_plus_bias(family: str, rows: s
         assert out[real].equal(expected[real])
         size = normalized.float().pow(2).mean(-1)[real]
         assert (size - 1).abs().max() < 0.02
-    of_tower = 2 * model.cfg.vision.n_layers_run + model.cfg.vision.pre_norm
+    vision = model.cfg.vision
+    of_tower = 2 * vision.n_layers_run + vision.pre_norm + vision.post_norm
     assert seen == 2 * model.cfg.n_layers + 1 + of_tower + hasattr(model.projector, "ln") + model.cfg.n_deepstack
 
 
