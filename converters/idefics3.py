@@ -56,7 +56,7 @@ def _text(root: Fields) -> dict[str, Any]:
     """The settings of the language model, with its class's defaults."""
     stated = root.section("text_config")
     Fields(stated, where="text_config").one_of("model_type", ("llama",), default="llama")
-    silent = {} if stated else {"rms_norm_eps": 1e-5}  # of a configuration without a language model's
+    silent = {"rms_norm_eps": 1e-5} if root.get("text_config") is None else {}
     return LLAMA_DEFAULTS | silent | {name: value for name, value in stated.items() if value is not None}
 
 

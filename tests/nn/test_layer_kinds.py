@@ -31,9 +31,9 @@ def answered(family: str, rows: str) -> Any:
 def sees(cfg: Any, inputs: Any, row: int, layer: int, query: int, key: int) -> bool:
     """Whether a token sees another, both real."""
     prompt = inputs.stop[row] - inputs.n_generated[row]
-    pictures = [v.holds for v in inputs.visuals if v.row == row]
-    blocks = {None: [], "image": pictures, "prompt": [lambda pos: pos < prompt]}[cfg.bidirectional]
-    together = any(holds(query) and holds(key) for holds in blocks)
+    pictures = [run for v in inputs.visuals if v.row == row for run in v.runs]
+    blocks = {None: [], "image": pictures, "prompt": [(0, prompt)]}[cfg.bidirectional]
+    together = any(start <= query < stop and start <= key < stop for start, stop in blocks)
     window = cfg.kind_of(layer).window
     near = window is None or key > query - window
     if cfg.window_cuts_blocks:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny_idefics3
 import tiny_internvl
 import tiny_qwen2_5_vl
 import tiny_qwen3_vl
@@ -16,6 +17,7 @@ import torch
 from families import KINDS
 from safetensors.torch import save_file
 from torch import nn
+from whole_folders import save_whole
 
 from hooked_vlm import HookedVLM, InputError, cli
 from hooked_vlm.commands.verify import VerifyConfig
@@ -78,7 +80,10 @@ def test_the_bundled_models_pass(
     assert told["prompts"].keys() == {prompt.name for prompt in prompts()}
 
 
-@pytest.mark.parametrize("name", ["qwen2.5-vl", "qwen3-vl", "llava", "llava-next", "llava-onevision"])
+OF_THEIR_OWN_CLASS = ("qwen2.5-vl", "qwen3-vl", "llava", "llava-next", "llava-onevision", "idefics3", "smolvlm, tied")
+
+
+@pytest.mark.parametrize("name", OF_THEIR_OWN_CLASS)
 @torch.no_grad()
 def test_a_family_is_compared_with_the_class_of_transformers(name: str, tmp_path: Path) -> None:
     kind = KINDS[name]
@@ -96,14 +101,17 @@ def test_a_family_is_compared_with_the_class_of_transformers(name: str, tmp_path
     assert pixels(model, processor, prompts()).passed
 
 
-@pytest.mark.parametrize("family", ["qwen2.5-vl", "qwen3-vl"])
-def test_a_folder_of_a_later_qwen_vl_passes_from_pixels_to_greedy_tokens(
+@pytest.mark.parametrize("family", ["qwen2.5-vl", "qwen3-vl", "idefics3", "smolvlm"])
+def test_a_folder_of_a_later_family_passes_from_pixels_to_greedy_tokens(
     family: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    model = {"qwen2.5-vl": tiny_qwen2_5_vl, "qwen3-vl": tiny_qwen3_vl}[family].reading_model()
-    model.save_pretrained(tmp_path / "model")
-    settings = tmp_path / "model" / "preprocessor_config.json"
-    settings.write_text(json.dumps({**json.loads(settings.read_text()), "max_pixels": 64 * 100}))
+    if family in tiny_idefics3.CLASSES:
+        save_whole(family, tmp_path / "model")
+    else:
+        model = {"qwen2.5-vl": tiny_qwen2_5_vl, "qwen3-vl": tiny_qwen3_vl}[family].reading_model()
+        model.save_pretrained(tmp_path / "model")
+        settings = tmp_path / "model" / "preprocessor_config.json"
+        settings.write_text(json.dumps({**json.loads(settings.read_text()), "max_pixels": 64 * 100}))
     out = tmp_path / "verify.json"
     asked = ["hooked-vlm", "verify", str(tmp_path / "model"), "--out", str(out), "--max-new-tokens", "3"]
     monkeypatch.setattr(sys, "argv", asked)
