@@ -40,7 +40,10 @@ def taught(family: str, folder: Path, n: int = 3) -> HookedVLM:
 
 @pytest.mark.parametrize(
     "family",
-    ["llava-onevision", *(pytest.param(own, marks=pytest.mark.full) for own in ("llava", "llava-next", "qwen3-vl", "smolvlm"))],
+    [
+        "llava-onevision",
+        *(pytest.param(own, marks=pytest.mark.full) for own in ("llava", "llava-next", "qwen3-vl", "smolvlm")),
+    ],
 )
 @pytest.mark.repeats_shapes
 def test_heads_of_a_folder_are_scored_and_masked(family: str, tmp_path: Path) -> None:
