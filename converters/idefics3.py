@@ -48,8 +48,8 @@ def config_kwargs(hf_config: Mapping[str, Any]) -> dict[str, Any]:
 def _architecture(hf_config: Mapping[str, Any]) -> str:
     stated = hf_config.get("architectures") or []
     named = stated if isinstance(stated, list) else [stated]
-    by_type = dict(zip(MODEL_TYPES, ARCHITECTURES, strict=True))
-    return next((name for name in ARCHITECTURES if name in named), by_type.get(str(hf_config.get("model_type")), ""))
+    by_type = ARCHITECTURES[hf_config.get("model_type") == "smolvlm"]
+    return next((name for name in ARCHITECTURES if name in named), by_type)
 
 
 def _text(root: Fields) -> dict[str, Any]:

@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 
 MOST_PIXELS = 4096
 """Of a side of an enlarged picture (`MAX_IMAGE_SIZE` in image_processing_pil_idefics3.py)."""
-SILENT = {"size": {"longest_edge": 4 * 364}, "max_image_size": {"longest_edge": 364}}
+SILENT: dict[str, Any] = {"size": {"longest_edge": 4 * 364}, "max_image_size": {"longest_edge": 364}}
 """Where a file is silent, the class of transformers decides."""
 MARK, WHOLE = "<fake_token_around_image>", "<global-img>"
 LANCZOS = Image.Resampling.LANCZOS
@@ -243,7 +243,7 @@ class Idefics3Processor(PictureProcessor):
         """
         bounds = np.flatnonzero(np.diff([False, *(token == image_token_id for token in row), False]))
         starts, stops = bounds[::2].tolist(), bounds[1::2].tolist()
-        mark = row[stops[-1]] if stops and stops[-1] < len(row) else None
+        mark = row[stops[-1]] if stops and stops[-1] < len(row) else -1
         images: list[list[int]] = []  # numbers of tiles side by side
         for i, (start, stop) in enumerate(zip(starts, stops, strict=True)):
             if stop - start != self.tokens_per_tile:
@@ -321,7 +321,11 @@ class Idefics3Processor(PictureProcessor):
         """
         vision = cfg.vision
         assert vision is not None and vision.tile_size is not None
-        sizes = {"side": vision.tile_size, "patch_size": vision.patch_size, "merge_size": vision.merge_size}
+        sizes: dict[str, Any] = {
+            "side": vision.tile_size,
+            "patch_size": vision.patch_size,
+            "merge_size": vision.merge_size,
+        }
         if images.file is None:
             return cls(**sizes, longest_edge=4 * vision.tile_size)
         try:
