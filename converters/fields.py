@@ -36,6 +36,10 @@ class Fields:
         """Whether the key is present, even if null."""
         return any(name in source for source in self.sources)
 
+    def nulled(self, name: str) -> bool:
+        """Whether the key is present with a null, where a later source may have a value."""
+        return next((source[name] is None for source in self.sources if name in source), False)
+
     def section(self, name: str) -> Mapping[str, Any]:
         """A nested object; empty where absent."""
         value = self.get(name, {})

@@ -13,15 +13,20 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from hooked_vlm.converters.fields import Fields, refuse_quantised, stated_dtype, stored_in
-from hooked_vlm.converters.language_models import LLAMA, MOST_LAYERS, decoder_kwargs
-from hooked_vlm.converters.llava import ACTIVATIONS, tower_table
+from hooked_vlm.converters import composed
+from hooked_vlm.converters.clip_towers import SIGLIP, tower_kwargs, tower_table
+from hooked_vlm.converters.dialects import LLAMA
+from hooked_vlm.converters.fields import Fields, refuse_quantised
+from hooked_vlm.converters.language_models import decoder_kwargs
 from hooked_vlm.converters.llava_variants import DIALECTS
 from hooked_vlm.converters.renaming import Rename, tied_to_ours, tied_to_theirs
 
 ARCHITECTURES = ("Idefics3ForConditionalGeneration", "SmolVLMForConditionalGeneration")
 MODEL_TYPES = ("idefics3", "smolvlm")
 _, _, LLAMA_DEFAULTS = DIALECTS["llama"]
+TOWER_DEFAULTS = {"hidden_size": 1152, "num_attention_heads": 16, "patch_size": 32}
+"""Where they are not those of SigLIP's class."""
+dtype, published_config = composed.dtype, composed.published_config
 
 # ---------------------------------------------------------------- configuration
 
@@ -61,9 +66,9 @@ def _text(root: Fields) -> dict[str, Any]:
 
 
 def _vision_kwargs(root: Fields, text_width: int) -> dict[str, Any]:
-    vision, scale = Fields(root.section("vision_config"), where="vision_config"), root.size("scale_factor", default=2)
-    width, n_heads = vision.size("hidden_size", default=1152), vision.size("num_attention_heads", default=16)
-    image_size, patch_size = vision.size("image_size", default=224), vision.size("patch_size", default=32)
+    vision = Fields(root.section("vision_config"), TOWER_DEFAULTS, where="vision_config")
+    tower, scale = tower_kwargs(vision, SIGLIP, text_width), root.size("scale_factor", default=2)
+    image_size, patch_size = tower["tile_size"], tower["patch_size"]
     n_patches = image_size // patch_size
     if not n_patches or n_patches % scale:
         expected = f"a divisor of the {n_patches} patches (of {patch_size} pixels) on a side of {image_size} pixels"
@@ -72,29 +77,9 @@ def _vision_kwargs(root: Fields, text_width: int) -> dict[str, Any]:
         expected = f"another size: of its {n_patches} patches a side, rounding in transformers gives patch {moved} the "
         raise vision.error("image_size", f"{expected}position of its neighbour, which is not supported", image_size)
     return {
-        "n_layers": vision.size("num_hidden_layers", default=12, most=MOST_LAYERS),
-        "d_model": width,
-        "n_heads": n_heads,
-        "d_head": vision.divided("hidden_size", "num_attention_heads", width, n_heads),
-        "d_mlp": vision.size("intermediate_size", default=3072),
-        "d_out": text_width,
-        "act_fn": ACTIVATIONS[vision.one_of("hidden_act", tuple(ACTIVATIONS), default="gelu_pytorch_tanh")],
-        "gated_mlp": False,
-        "normalization_type": "LN",
-        "eps": vision.number("layer_norm_eps", default=1e-6),
-        "pre_norm": False,
+        **tower,
         "post_norm": True,
         "unread_norm": False,
-        "rope_theta": None,
-        "patch_size": patch_size,
-        "temporal_patch_size": 1,
-        "in_channels": vision.size("num_channels", default=3),
-        "patch_bias": True,
-        "patch_order": "raster",
-        "class_token": False,
-        "n_positions": n_patches**2,
-        "position_fit": "table",
-        "tile_size": image_size,
         "processor": "idefics3",
         "projector": ("merge", "linear"),
         "merge_size": scale,
@@ -114,24 +99,6 @@ def misplaced(n_patches: int) -> int | None:
     fractions = (torch.arange(n_patches) * (1.0 / torch.tensor(n_patches))).clamp(max=1.0 - 1e-6)
     moved = torch.bucketize(fractions, boundaries, right=True) != torch.arange(n_patches)
     return int(moved.nonzero()[0]) if moved.any() else None
-
-
-def dtype(hf_config: Mapping[str, Any]) -> torch.dtype | None:
-    """The dtype stated in the configuration, or None (then the tensors' own is used).
-
-    Raises:
-        CheckpointError: it names no floating-point dtype.
-    """
-    return stated_dtype(hf_config, "text_config")
-
-
-def published_config(hf_config: Mapping[str, Any], stored_as: torch.dtype | None = None) -> dict[str, Any]:
-    """The same configuration without references to remote code; `stored_as` replaces the stated dtype.
-
-    Raises:
-        CheckpointError: it names no floating-point dtype.
-    """
-    return stored_in(hf_config, dtype(hf_config) if stored_as is None else stored_as)
 
 
 # ---------------------------------------------------------------- tensors
@@ -183,7 +150,7 @@ def _table(cfg: Mapping[str, Any]) -> list[Rename]:
     projection = "model.connector.modality_projection.proj.weight"
     return [
         *(replace(entry, theirs=_text_name(entry.theirs)) for entry in LLAMA.table(cfg)),
-        *tower_table(vision, "model.vision_model."),
+        *tower_table(vision, "vision.ln_post", "model.vision_model."),
         Rename(projection, ("projector.out_proj.weight",), (vision["d_out"], wide)),
     ]
 

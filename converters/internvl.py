@@ -17,18 +17,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from hooked_vlm.converters.dialects import INTERNLM2, LLAMA, PLAIN, QWEN3, Dialect, dialect_of
 from hooked_vlm.converters.fields import Fields, refuse_quantised, stated_dtype, stored_in
 from hooked_vlm.converters.internvl_vision import hf_vision, original_vision
-from hooked_vlm.converters.language_models import (
-    INTERNLM2,
-    LLAMA,
-    MOST_LAYERS,
-    QWEN3,
-    Dialect,
-    decoder_config,
-    decoder_kwargs,
-    dialect_of,
-)
+from hooked_vlm.converters.language_models import MOST_LAYERS, decoder_config, decoder_kwargs
 from hooked_vlm.converters.renaming import Rename, tied_to_ours, tied_to_theirs
 from hooked_vlm.errors import CheckpointError
 
@@ -105,7 +97,7 @@ def _text_section(hf_config: Mapping[str, Any]) -> str:
 
 def _dialect(hf_config: Mapping[str, Any]) -> Dialect:
     name = _text_section(hf_config)
-    dialect = dialect_of(Fields(hf_config).section(name), where=name)
+    dialect = dialect_of(Fields(hf_config).section(name), where=name, among=PLAIN)
     if layout_of(hf_config) == "hf" and dialect is INTERNLM2:
         raise CheckpointError("text_config: transformers has no InternLM2; its weights are written as Llama's there")
     return dialect

@@ -1,166 +1,35 @@
-"""The language models of both families as one decoder: their settings, and the names of their tensors.
+"""Language models of every family as one decoder: their settings; text-only checkpoints are a family, too.
 
-Text-only checkpoints of these language models are a family, too. The dialects:
-
-- Qwen2 (`Qwen2ForCausalLM`), Llama, Vicuna and Yi included (`LlamaForCausalLM`), and Mistral (`MistralForCausalLM`):
-  separate projections;
-- Qwen3 (`Qwen3ForCausalLM`): the same, with norms of each head's queries and keys;
-- Phi-3 (`Phi3ForCausalLM`): q, k, v fused, and gate and up;
-- InternLM2 (`InternLM2ForCausalLM`): q, k, v fused and interleaved, once for each key-value head.
-
-Defaults are those of the classes in transformers 5.23.0, for InternLM2 those of the published code.
+`hooked_vlm.converters.dialects` has the names of their tensors. Defaults are those of the classes in transformers
+5.23.0, for InternLM2 those of the published code.
 """
 
-import math
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from hooked_vlm.converters.fields import REQUIRED, Fields, refuse_quantised, stated_dtype, stored_in
-from hooked_vlm.converters.renaming import EMBED, UNEMBED, Rename, tied_to_ours, tied_to_theirs
-from hooked_vlm.errors import CheckpointError
-
-MOST_LAYERS = 10_000
-
-
-@dataclass(frozen=True)
-class Dialect:
-    """An architecture's names for the tensors of a decoder, and its default settings."""
-
-    architecture: str
-    model_type: str
-    embed: str
-    norm: str
-    head: str
-    block: Callable[[Mapping[str, Any], str, str], list[Rename]]
-    qkv_bias: bool = False
-    qk_norm: bool = False
-    rope_theta: float = 10000.0
-    eps: float = 1e-6
-
-    def table(self, cfg: Mapping[str, Any], prefix: str = "") -> list[Rename]:
-        """Every tensor of a decoder with these settings, by `prefix` and its published name."""
-        d_model, d_vocab = cfg["d_model"], cfg["d_vocab"]
-        table = [Rename(prefix + self.embed, (EMBED,), (d_vocab, d_model))]
-        for layer in range(cfg["n_layers"]):
-            table += self.block(cfg, f"{prefix}model.layers.{layer}", f"blocks.{layer}")
-        table.append(Rename(prefix + self.norm, ("ln_final.weight",), (d_model,)))
-        if not cfg["tie_word_embeddings"]:
-            table.append(Rename(prefix + self.head, (UNEMBED,), (d_vocab, d_model)))
-        return table
-
-
-# ---------------------------------------------------------------- tensors of a block
-
-
-def llama_block(cfg: Mapping[str, Any], theirs: str, ours: str) -> list[Rename]:
-    """A block in Llama's names, which Qwen2 shares (with biases on q, k and v) and Qwen3 (with norms of q and k)."""
-    d_model, d_mlp = cfg["d_model"], cfg["d_mlp"]
-    d_query, d_key = _widths(cfg)
-    shapes: dict[tuple[str, str], tuple[int, ...]] = {
-        ("input_layernorm.weight", "ln1.weight"): (d_model,),
-        ("self_attn.o_proj.weight", "attn.o_proj.weight"): (d_model, d_query),
-        ("post_attention_layernorm.weight", "ln2.weight"): (d_model,),
-        ("mlp.gate_proj.weight", "mlp.gate_proj.weight"): (d_mlp, d_model),
-        ("mlp.up_proj.weight", "mlp.in_proj.weight"): (d_mlp, d_model),
-        ("mlp.down_proj.weight", "mlp.out_proj.weight"): (d_model, d_mlp),
-    }
-    for part, width in (("q_proj", d_query), ("k_proj", d_key), ("v_proj", d_key)):
-        shapes[f"self_attn.{part}.weight", f"attn.{part}.weight"] = (width, d_model)
-        if cfg["qkv_bias"]:
-            shapes[f"self_attn.{part}.bias", f"attn.{part}.bias"] = (width,)
-    for norm in ("q_norm", "k_norm") if cfg["qk_norm"] else ():
-        shapes[f"self_attn.{norm}.weight", f"attn.{norm}.weight"] = (cfg["d_head"],)
-    return [Rename(f"{theirs}.{hf}", (f"{ours}.{name}",), shape) for (hf, name), shape in shapes.items()]
-
-
-def phi3_block(cfg: Mapping[str, Any], theirs: str, ours: str) -> list[Rename]:
-    """A block in Phi-3's names: [q | k | v] and [gate | up] are fused."""
-    d_model, d_mlp = cfg["d_model"], cfg["d_mlp"]
-    d_query, d_key = _widths(cfg)
-    widths = (d_query, d_key, d_key)
-    qkv = tuple(f"{ours}.attn.{part}_proj.weight" for part in "qkv")
-    gate_up = (f"{ours}.mlp.gate_proj.weight", f"{ours}.mlp.in_proj.weight")
-    return [
-        Rename(f"{theirs}.input_layernorm.weight", (f"{ours}.ln1.weight",), (d_model,)),
-        Rename(f"{theirs}.self_attn.qkv_proj.weight", qkv, (sum(widths), d_model), parts=widths),
-        Rename(f"{theirs}.self_attn.o_proj.weight", (f"{ours}.attn.o_proj.weight",), (d_model, d_query)),
-        Rename(f"{theirs}.post_attention_layernorm.weight", (f"{ours}.ln2.weight",), (d_model,)),
-        Rename(f"{theirs}.mlp.gate_up_proj.weight", gate_up, (2 * d_mlp, d_model)),
-        Rename(f"{theirs}.mlp.down_proj.weight", (f"{ours}.mlp.out_proj.weight",), (d_model, d_mlp)),
-    ]
-
-
-def internlm2_block(cfg: Mapping[str, Any], theirs: str, ours: str) -> list[Rename]:
-    """A block in InternLM2's names: `wqkv` has, for each key-value head, its query heads, then its key and value."""
-    d_model, d_mlp, d_head, groups = cfg["d_model"], cfg["d_mlp"], cfg["d_head"], cfg["n_key_value_heads"]
-    d_query, d_key = _widths(cfg)
-    qkv = tuple(f"{ours}.attn.{part}_proj.weight" for part in "qkv")
-    parts = (d_query // groups, d_head, d_head)
-    return [
-        Rename(f"{theirs}.attention_norm.weight", (f"{ours}.ln1.weight",), (d_model,)),
-        Rename(f"{theirs}.attention.wqkv.weight", qkv, (d_query + 2 * d_key, d_model), parts=parts, groups=groups),
-        Rename(f"{theirs}.attention.wo.weight", (f"{ours}.attn.o_proj.weight",), (d_model, d_query)),
-        Rename(f"{theirs}.ffn_norm.weight", (f"{ours}.ln2.weight",), (d_model,)),
-        Rename(f"{theirs}.feed_forward.w1.weight", (f"{ours}.mlp.gate_proj.weight",), (d_mlp, d_model)),
-        Rename(f"{theirs}.feed_forward.w3.weight", (f"{ours}.mlp.in_proj.weight",), (d_mlp, d_model)),
-        Rename(f"{theirs}.feed_forward.w2.weight", (f"{ours}.mlp.out_proj.weight",), (d_model, d_mlp)),
-    ]
-
-
-def _widths(cfg: Mapping[str, Any]) -> tuple[int, int]:
-    """Widths of all query heads together, and of all key heads."""
-    return cfg["n_heads"] * cfg["d_head"], cfg["n_key_value_heads"] * cfg["d_head"]
-
-
-LLAMA = Dialect(
-    "LlamaForCausalLM",
-    "llama",
-    embed="model.embed_tokens.weight",
-    norm="model.norm.weight",
-    head="lm_head.weight",
-    block=llama_block,
-)
-QWEN2 = replace(LLAMA, architecture="Qwen2ForCausalLM", model_type="qwen2", qkv_bias=True)
-MISTRAL = replace(LLAMA, architecture="MistralForCausalLM", model_type="mistral")
-QWEN3 = replace(LLAMA, architecture="Qwen3ForCausalLM", model_type="qwen3", qk_norm=True)
-PHI3 = replace(LLAMA, architecture="Phi3ForCausalLM", model_type="phi3", block=phi3_block, eps=1e-5)
-INTERNLM2 = replace(
+from hooked_vlm.converters.dialects import (
+    DIALECTS,
+    GEMMAS,
+    INTERNLM2,
     LLAMA,
-    architecture="InternLM2ForCausalLM",
-    model_type="internlm2",
-    embed="model.tok_embeddings.weight",
-    head="output.weight",
-    block=internlm2_block,
+    MISTRAL,
+    PHI3,
+    QWEN2,
+    QWEN3,
+    Dialect,
+    dialect_of,
 )
-DIALECTS = (QWEN2, QWEN3, LLAMA, MISTRAL, PHI3, INTERNLM2)
-ARCHITECTURES = tuple(d.architecture for d in DIALECTS)
-MODEL_TYPES = tuple(d.model_type for d in DIALECTS)
+from hooked_vlm.converters.fields import REQUIRED, Fields, refuse_quantised, stated_dtype, stored_in
+from hooked_vlm.converters.gemma_text import gemma_kwargs
+from hooked_vlm.converters.renaming import tied_to_ours, tied_to_theirs
+from hooked_vlm.converters.rope import rope_kwargs
 
-
-def dialect_of(config: Mapping[str, Any], where: str = "config.json") -> Dialect:
-    """The dialect of a configuration, by its `architectures` or, where it has none, its `model_type`.
-
-    Raises:
-        CheckpointError: another language model; the supported ones are listed.
-    """
-    stated = config.get("architectures") or []
-    named = stated if isinstance(stated, list) else [stated]
-    for dialect in DIALECTS:
-        if dialect.architecture in named or (not named and config.get("model_type") == dialect.model_type):
-            return dialect
-    name = ", ".join(map(str, named)) or f"model_type {config.get('model_type')!r}"
-    if "moe" in name.lower() or "GptOss" in name:
-        raise CheckpointError(
-            f"{where}: {name} is a mixture of experts, which is not supported: use a dense size of the family"
-        )
-    raise CheckpointError(
-        f"{where}: the language model {name} is not supported; supported are {', '.join(ARCHITECTURES)}"
-    )
-
+ARCHITECTURES = tuple(dialect.architecture for dialect in DIALECTS)
+MODEL_TYPES = tuple(dialect.model_type for dialect in DIALECTS)
+MOST_LAYERS = 10_000
 
 # ---------------------------------------------------------------- configuration
 
@@ -171,27 +40,20 @@ def decoder_kwargs(section: Mapping[str, Any], dialect: Dialect, where: str = "c
     Raises:
         CheckpointError: a field is missing, absurd, contradicts another or asks for something not supported.
     """
-    text = Fields(section, where=where)
+    text = Fields(section, dialect.defaults, where=where)
     _refuse_unsupported(text, dialect)
     own = 128 if dialect is QWEN3 else None
     sizes = head_sizes(text, kv_may_be_absent=dialect not in (QWEN2, QWEN3, MISTRAL), d_head=own)
     n_ctx = text.size(
         "max_position_embeddings", default={QWEN2: 32768, QWEN3: 32768, MISTRAL: 131072}.get(dialect, 2048)
     )
-    windows = dialect in (PHI3, MISTRAL)
-    # Mistral's class has a window by default: none only where the file says null
-    silent = 4096 if dialect is MISTRAL and not text.states("sliding_window") else None
-    window = text.get("sliding_window", silent) if windows else None
+    sizes |= {"n_layers": text.size("num_hidden_layers", most=MOST_LAYERS), "n_ctx": n_ctx}
     return {
-        "n_layers": text.size("num_hidden_layers", most=MOST_LAYERS),
         **sizes,
         "d_mlp": text.size("intermediate_size"),
         "d_vocab": text.size("vocab_size"),
-        "n_ctx": n_ctx,
-        **_rope(text, dialect, sizes["d_head"], n_ctx),
-        "sliding_window": None if window is None else text.size("sliding_window", default=window),
+        **(gemma_kwargs if dialect in GEMMAS else _plain_kwargs)(text, dialect, sizes),
         "eps": text.number("rms_norm_eps", default=dialect.eps),
-        "act_fn": text.one_of("hidden_act", ("silu",), default="silu"),
         "normalization_type": "RMS",
         "gated_mlp": True,
         "qkv_bias": dialect.qkv_bias,
@@ -199,6 +61,19 @@ def decoder_kwargs(section: Mapping[str, Any], dialect: Dialect, where: str = "c
         "tie_word_embeddings": text.flag("tie_word_embeddings", False),
         "eos_token_ids": text.token_ids("eos_token_id"),
         "pad_token_id": text.token_id("pad_token_id"),
+    }
+
+
+def _plain_kwargs(text: Fields, dialect: Dialect, sizes: Mapping[str, int]) -> dict[str, Any]:
+    """Rotary positions and windows, alike in all layers, and SiLU."""
+    windows = dialect in (PHI3, MISTRAL)
+    # Mistral's class has a window by default: none only where the file says null
+    silent = 4096 if dialect is MISTRAL and not text.states("sliding_window") else None
+    window = text.get("sliding_window", silent) if windows else None
+    return {
+        **rope_kwargs(text, dialect.rope_theta, sizes["d_head"], sizes["n_ctx"]),
+        "sliding_window": None if window is None else text.size("sliding_window", default=window),
+        "act_fn": text.one_of("hidden_act", ("silu",), default="silu"),
     }
 
 
@@ -233,57 +108,12 @@ def _refuse_unsupported(text: Fields, dialect: Dialect) -> None:
     for name in biases.get(dialect, ()):
         if text.flag(name, default=dialect is INTERNLM2):
             raise text.error(name, "false (biases are not supported in this language model)", True)
+    if dialect in GEMMAS:
+        return
     layers = text.get("layer_types", [])
     allowed = {"full_attention"} | ({"sliding_attention"} if dialect in (PHI3, MISTRAL) else set())
     if not isinstance(layers, list | tuple) or any(kind not in allowed for kind in layers):
         raise text.error("layer_types", "'full_attention' for every layer (others are not supported)", layers)
-
-
-def _rope(text: Fields, dialect: Dialect, d_head: int, n_ctx: int) -> dict[str, Any]:
-    """The base of the rotary frequencies and their scaling, if any.
-
-    Both are in `rope_theta` and `rope_scaling` or, since transformers 5, both in `rope_parameters`.
-    """
-    key = "rope_scaling" if text.get("rope_scaling") else "rope_parameters"
-    rope = Fields(text.section(key), where=f"{text.where}: {key}")
-    theta = rope.number("rope_theta", default=text.number("rope_theta", default=dialect.rope_theta))
-    for fields in (rope, text):
-        if fields.number("partial_rotary_factor", default=1.0) != 1.0:
-            raise fields.error("partial_rotary_factor", "1", fields.get("partial_rotary_factor"))
-    return {"rope_theta": theta, "rope_scaling": _scaling(rope, text, d_head, n_ctx)}
-
-
-def _scaling(rope: Fields, text: Fields, d_head: int, n_ctx: int) -> dict[str, Any] | None:
-    """Keyword arguments for `RopeScaling`."""
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind in ("default", None):
-        return None
-    if kind == "linear":
-        return {"kind": "linear", "factor": rope.number("factor")}
-    if kind == "dynamic":
-        # as in transformers, which ignores `original_max_position_embeddings` here
-        return {"kind": "dynamic", "factor": rope.number("factor"), "n_ctx_trained": n_ctx}
-    if kind not in ("longrope", "su"):
-        raise rope.error("type", "'default', 'linear', 'dynamic' or 'longrope' (others are not supported)", kind)
-    stated = text.get("original_max_position_embeddings", n_ctx)
-    trained = rope.size("original_max_position_embeddings", default=stated)
-    growth = rope.number("factor", default=n_ctx / trained)
-    attention = math.sqrt(1 + math.log(growth) / math.log(trained)) if growth > 1 else 1.0
-    return {
-        "kind": "longrope",
-        "n_ctx_trained": trained,
-        "short_factor": _factors(rope, "short_factor", d_head // 2),
-        "long_factor": _factors(rope, "long_factor", d_head // 2),
-        "attention_factor": rope.number("attention_factor", default=attention),
-    }
-
-
-def _factors(rope: Fields, name: str, n: int) -> tuple[float, ...]:
-    values = rope.get(name)
-    numbers = isinstance(values, list | tuple) and all(isinstance(v, int | float) and v > 0 for v in values)
-    if not numbers or len(values) != n:
-        raise rope.error(name, f"{n} positive numbers, one for each frequency", values)
-    return tuple(float(v) for v in values)
 
 
 def decoder_config(cfg: Mapping[str, Any], dialect: Dialect) -> dict[str, Any]:
@@ -339,7 +169,12 @@ def config_kwargs(hf_config: Mapping[str, Any]) -> dict[str, Any]:
         CheckpointError: see `decoder_kwargs`.
     """
     dialect = dialect_of(hf_config)
-    return {**decoder_kwargs(hf_config, dialect), "vision": None, "original_architecture": dialect.architecture}
+    return {
+        **decoder_kwargs(hf_config, dialect),
+        "prompt_style": "gemma" if dialect in GEMMAS else "chatml",
+        "vision": None,
+        "original_architecture": dialect.architecture,
+    }
 
 
 def dtype(hf_config: Mapping[str, Any]) -> torch.dtype | None:

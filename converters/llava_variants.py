@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from hooked_vlm.converters.language_models import LLAMA, MISTRAL, QWEN2, Dialect
+from hooked_vlm.converters.dialects import LLAMA, MISTRAL, QWEN2, Dialect
 
 
 @dataclass(frozen=True)
@@ -90,17 +90,6 @@ LLAMA_STYLES = ((128000, "llama3"), (64000, "chatml"), (0, "vicuna"))
 """Styles of prompts of language models in Llama's dialect (Llama-3, Yi, Vicuna), each from an id of the image's
 placeholder on: it is among the first ids behind the language model's own vocabulary."""
 
-TOWERS: dict[str, dict[str, Any]] = {
-    "clip_vision_model": {
-        "patch_size": 32, "hidden_act": "quick_gelu", "layer_norm_eps": 1e-5,
-        "class_token": True, "pre_norm": True, "patch_bias": False, "strategy": "default",
-    },
-    "siglip_vision_model": {
-        "patch_size": 16, "hidden_act": "gelu_pytorch_tanh", "layer_norm_eps": 1e-6,
-        "class_token": False, "pre_norm": False, "patch_bias": True, "strategy": "full",
-    },
-}  # fmt: skip
-"""Default settings of a vision tower, and what its class fixes: its parts, and which of its tokens are read."""
 UNSTATED = {
     "clip_vision_model": {
         "hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16,

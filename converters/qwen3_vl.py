@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from math import isqrt
 from typing import Any
 
+from hooked_vlm.converters.dialects import QWEN3
 from hooked_vlm.converters.fields import Fields
-from hooked_vlm.converters.language_models import QWEN3
 from hooked_vlm.converters.qwen_vl import QwenVL, layers_of, shared_vision_fields, tower_kwargs
 from hooked_vlm.converters.renaming import Rename, affine
 

@@ -15,8 +15,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from hooked_vlm.converters.dialects import QWEN2, Dialect
 from hooked_vlm.converters.fields import Fields, refuse_quantised, stated_dtype, stored_in
-from hooked_vlm.converters.language_models import MOST_LAYERS, QWEN2, Dialect, head_sizes
+from hooked_vlm.converters.language_models import MOST_LAYERS, head_sizes
 from hooked_vlm.converters.renaming import Rename, affine, tied_to_ours, tied_to_theirs
 
 # Rotary scalings that change the frequencies. Any other `type` ("mrope", "default", none) is plain M-RoPE.

@@ -24,7 +24,8 @@ class Rename:
     With several names in `ours`, the first axis is split among them (fused projections): into equal parts, or into
     `parts` rows each. Where the checkpoint interleaves them, it does so `groups` times, and `parts` are the
     rows of one group. `flat` turns a convolution kernel whose stride is its size into a matrix: [out, in, ...]
-    becomes [out, in * ...]. `lead` is the number of axes of length 1 that the model has in front.
+    becomes [out, in * ...]. `transposed`: the checkpoint keeps a matrix as [in, out]. `lead` is the number of axes of
+    length 1 that the model has in front.
     """
 
     theirs: str
@@ -32,6 +33,7 @@ class Rename:
     shape: tuple[int, ...]
     """The shape in the checkpoint."""
     flat: bool = False
+    transposed: bool = False
     lead: int = 0
     parts: tuple[int, ...] = ()
     groups: int = 1
@@ -39,6 +41,8 @@ class Rename:
     @property
     def our_shapes(self) -> dict[str, tuple[int, ...]]:
         """The shape in the model of each tensor in `ours`."""
+        if self.transposed:
+            return {self.ours[0]: self.shape[::-1]}
         rest = [prod(self.shape[1:])] if self.flat else list(self.shape[1:])
         ones = (1,) * self.lead
         return {name: (*ones, self.groups * n, *rest) for name, n in zip(self.ours, self._rows, strict=True)}
@@ -53,6 +57,8 @@ class Rename:
 
         The parts are views of a contiguous tensor, or copies where they are interleaved.
         """
+        if self.transposed:
+            return (tensor.T,)
         matrix = tensor.flatten(1) if self.flat else tensor
         if len(self.ours) == 1:
             return (matrix.view(*[1] * self.lead, *matrix.shape) if self.lead else matrix,)
@@ -63,6 +69,8 @@ class Rename:
 
     def backward(self, parts: Sequence[Tensor]) -> Shaped[Tensor, "out *rest"]:
         """The inverse; copies only where several tensors become one."""
+        if self.transposed:
+            return parts[0].T.contiguous()
         if len(parts) == 1:
             return parts[0].reshape(self.shape)
         grouped = [part.unflatten(0, (self.groups, -1)) for part in parts]

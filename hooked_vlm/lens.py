@@ -19,11 +19,13 @@ from jaxtyping import Float, Int
 from matplotlib.figure import Figure
 from torch import Tensor
 
+from hooked_vlm.analysis.head_outputs import on_head_outputs
 from hooked_vlm.analysis.pictures import heatmap, overlay
 from hooked_vlm.errors import InputError
 from hooked_vlm.inputs.vlm_inputs import VLMInputs
 from hooked_vlm.interventions.base import Positions, position_table
 from hooked_vlm.metrics import Tokens, tokens_of_rows
+from hooked_vlm.nn.components import soft_capped
 from hooked_vlm.nn.hooks import HookPoint, deepstack_points, silent_hook_points
 
 if TYPE_CHECKING:
@@ -187,7 +189,8 @@ def vocabulary(model: "HookedVLM", written: Float[Tensor, "*dims d_model"]) -> F
 def head_lens(
     model: "HookedVLM", inputs: VLMInputs, targets: Tokens, positions: Positions = "final"
 ) -> Float[np.ndarray, "batch layer head"]:
-    """The probability of a token in the output of each head: softmax(W_U norm(W_O z)), averaged over positions.
+    """The probability of a token in the output of each head: softmax(W_U norm(W_O z)), averaged over positions. Under a
+    norm behind attention the output is what that norm makes of it (`Block.head_outputs`).
 
     Averaged over images and the first tokens of their words, this is the score of the "OCR lens" (arXiv 2609.18823).
 
@@ -206,18 +209,17 @@ def head_lens(
     rows, columns = table.to(inputs.device).nonzero().unbind(1)
     found: dict[int, Tensor] = {}
 
-    def read(z: Tensor, hook: HookPoint) -> None:
-        z = z[rows.to(z.device), columns.to(z.device)]
-        written = model.blocks[hook.layer()].attn.head_results(z).to(inputs.device)
+    def read(layer: int, z: Tensor, scale: Tensor | None) -> None:
+        here = rows.to(z.device), columns.to(z.device)
+        written = model.blocks[layer].head_outputs(z[here], None if scale is None else scale[here]).to(inputs.device)
         index = wanted[rows, None, None].expand(-1, written.shape[1], 1)
         n = max(1, CHUNK // written.shape[1])
         parts = zip(written.split(n), index.split(n), strict=True)
         own = torch.cat([vocabulary(model, part).gather(-1, at)[..., 0].exp() for part, at in parts])
         counts = torch.bincount(rows, minlength=len(inputs))
-        found[hook.layer()] = own.new_zeros(len(inputs), own.shape[1]).index_add(0, rows, own) / counts[:, None]
+        found[layer] = own.new_zeros(len(inputs), own.shape[1]).index_add(0, rows, own) / counts[:, None]
 
-    names = [f"blocks.{layer}.attn.hook_z" for layer in range(model.cfg.n_layers)]
-    model.run_with_hooks(inputs, return_type=None, fwd_hooks=[(name, read) for name in names])
+    model.run_with_hooks(inputs, return_type=None, fwd_hooks=on_head_outputs(model, read))
     return torch.stack([found[layer] for layer in range(model.cfg.n_layers)], 1).cpu().double().numpy()
 
 
@@ -235,7 +237,7 @@ class LogitAttribution:
     """"embed", then "L2", "L2 attn", "L2 mlp" or "L2H0"; "L0 deepstack" for image features behind block 0."""
     values: Float[np.ndarray, "part row"]
     logit: Float[np.ndarray, "row"]
-    """The model's logit; equal to the sum of the parts up to rounding."""
+    """The model's logit, before a soft cap if it has one; equal to the sum of the parts up to rounding."""
 
     def to_dataframe(self) -> pd.DataFrame:
         """A line for each part and row: `part`, `row`, `value`."""
@@ -253,7 +255,8 @@ def logit_attribution(
     unit: Unit = "component",
 ) -> LogitAttribution:
     """Direct logit attribution: what each part adds to the logit of `right` (minus that of `wrong`) without the help of
-    later ones. The final norm's denominator is that of the run, its weight is applied.
+    later ones. The final norm's denominator is that of the run, its weight is applied; where heads are told apart, so
+    it is with norms behind attention. Logits are taken before a soft cap, under which parts would not sum.
 
     Args:
         right: a token id for each row, or one for all.
@@ -275,12 +278,14 @@ def logit_attribution(
     def keep(x: Tensor, hook: HookPoint) -> None:
         # the final norm sees each row's last token only
         x = x.to(inputs.device)
-        found[str(hook.name)] = x[:, 0] if hook.name == "ln_final.hook_scale" else x[rows, last]
+        found[str(hook.name)] = x[:, 0] if str(hook.name).startswith("ln_final") else x[rows, last]
 
     attention = "attn.hook_z" if unit == "head" else "hook_attn_out"
     layers = range(model.cfg.n_layers)
-    names = ["hook_embed", "ln_final.hook_scale"]
+    names = ["hook_embed", "ln_final.hook_scale", "ln_final.hook_out"]
     names += [f"blocks.{layer}.{suffix}" for layer in layers for suffix in (attention, "hook_mlp_out")]
+    post_scales = [f"blocks.{layer}.ln1_post.hook_scale" for layer in layers]
+    names += post_scales if unit == "head" and model.cfg.use_normalization_before_and_after else []
     entering = deepstack_points(model.cfg.n_deepstack if inputs.has_visuals else 0)
     names += entering
     logits = model.run_with_hooks(inputs, fwd_hooks=[(name, keep) for name in names], logits_at="last")[:, 0]
@@ -292,21 +297,26 @@ def logit_attribution(
         elif unit == "component":
             parts[f"L{layer} attn"], parts[f"L{layer} mlp"] = wrote, mlp
         else:
-            attn = model.blocks[layer].attn
-            by_head = attn.head_results(wrote).to(mlp.device).unbind(1)
+            block, scale = model.blocks[layer], found.get(post_scales[layer])
+            by_head = block.head_outputs(wrote, scale).to(mlp.device).unbind(1)
             parts |= {f"L{layer}H{head}": own for head, own in enumerate(by_head)}
-            bias = attn.output_bias()
+            bias = block.attn.output_bias()
             if bias is not None and bias.any():
+                bias = bias if scale is None else block.ln1_post.frozen(bias, scale)
                 parts[f"L{layer} b_O"] = bias.to(mlp.device).expand_as(mlp)
             parts[f"L{layer} mlp"] = mlp
     parts |= {f"L{layer} deepstack": found[name] for layer, name in enumerate(entering)}
     exact = torch.promote_types(logits.dtype, torch.float32)
     direction = sum(sign * model.W_U.T[tokens].to(exact) for tokens, sign in asked)
-    direction = direction * model.ln_final.w.to(exact) / found["ln_final.hook_scale"].to(exact)
-    values = torch.stack([(part.to(exact) * direction).sum(-1) for part in parts.values()])
-    true = torch.stack([sign * logits[rows, tokens].to(exact) for tokens, sign in asked]).sum(0)
+    per_unit = direction * model.ln_final.factor.to(exact) / found["ln_final.hook_scale"].to(exact)
+    values = torch.stack([(part.to(exact) * per_unit).sum(-1) for part in parts.values()])
     rounding = 32 * torch.finfo(logits.dtype).eps * values.abs().sum(0)
-    if not ((values.sum(0) - true).abs() <= rounding).all():
+    given = [logits[rows, tokens].to(exact) for tokens, _ in asked]
+    normalized, cap = found["ln_final.hook_out"].to(exact), model.cfg.output_logits_soft_cap
+    before = given if cap is None else [(normalized * model.W_U.T[tokens].to(exact)).sum(-1) for tokens, _ in asked]
+    true = sum(sign * own for own, (_, sign) in zip(before, asked, strict=True))
+    off = [values.sum(0) - true, *(soft_capped(x, cap) - y for x, y in zip(before, given, strict=True))]
+    if not (torch.stack(off).abs() <= rounding).all():
         raise InputError(
             f"the parts sum to {values.sum(0).tolist()}, but the logits are {true.tolist()}: a hook or another module "
             "changes the stream or the logits outside of attention and MLPs. Remove it to attribute logits"

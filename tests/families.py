@@ -11,10 +11,12 @@ from typing import Any
 
 import pytest
 import tiny_anyres
+import tiny_gemma3
 import tiny_idefics3
 import tiny_internvl
 import tiny_llava
 import tiny_made_up
+import tiny_paligemma
 import tiny_qwen2_5_vl
 import tiny_qwen2_vl
 import tiny_qwen3_vl
@@ -85,6 +87,7 @@ IDEFICS3 = {
     "hook_image_features": "model.connector",
 }
 ONEVISION = {**NEXT, "vision.blocks.0.hook_resid_pre": "model.vision_tower.embeddings"}
+SIGLIP = {**LLAVA, "vision.blocks.0.hook_resid_pre": "model.vision_tower.embeddings"}
 
 
 MADE_UP = {
@@ -190,6 +193,30 @@ def idefics3(name: str, tied: bool) -> Kind:
     )
 
 
+def gemma3(tied: bool) -> Kind:
+    return Kind(
+        hf=partial(tiny_gemma3.tiny_hf, tied),
+        batch=tiny_gemma3.gemma3_batch,
+        for_hf=tiny_gemma3.for_hf,
+        images={"small": "image", "large": "image"},
+        cases=tiny_gemma3.CASES,
+        vision=SIGLIP,
+        placeholders=(tiny_gemma3.IMAGE,),
+    )
+
+
+def paligemma(text: str) -> Kind:
+    return Kind(
+        hf=partial(tiny_paligemma.tiny_hf, text),
+        batch=tiny_paligemma.paligemma_batch,
+        for_hf=tiny_paligemma.for_hf,
+        images={"small": "image", "large": "image"},
+        cases=tiny_paligemma.CASES,
+        vision=SIGLIP,
+        placeholders=(tiny_paligemma.IMAGE,),
+    )
+
+
 def made_up() -> Kind:
     return Kind(
         hf=tiny_made_up.tiny_hf,
@@ -223,6 +250,10 @@ KINDS = {
     "llava-onevision, tied": onevision(tied=True),
     "idefics3": idefics3("idefics3", tied=False),
     "smolvlm, tied": idefics3("smolvlm", tied=True),
+    "gemma3": gemma3(tied=True),
+    "gemma3, untied": gemma3(tied=False),
+    "paligemma": paligemma("gemma"),
+    "paligemma2": paligemma("gemma2"),
     "made-up": made_up(),
 }
 FAMILIES = (*ONE_OF_EACH_KIND, *OTHERS)

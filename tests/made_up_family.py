@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from hooked_vlm.config import VLMConfig
-from hooked_vlm.converters.language_models import LLAMA, decoder_kwargs
+from hooked_vlm.converters.dialects import LLAMA
+from hooked_vlm.converters.language_models import decoder_kwargs
 from hooked_vlm.converters.renaming import Rename, affine, tied_to_ours, tied_to_theirs
 from hooked_vlm.inputs.boxes import ImageSize
 from hooked_vlm.inputs.geometry import ImageLayout

@@ -8,10 +8,11 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from hooked_vlm.analysis.head_outputs import on_head_outputs
 from hooked_vlm.experiments.head_attribution.ablation import Probe
 from hooked_vlm.experiments.head_attribution.config import Regression
 from hooked_vlm.experiments.head_attribution.regression import chosen
-from hooked_vlm.nn.attention import attention_pattern
+from hooked_vlm.nn.scores import attention_pattern
 
 RANKINGS = {
     "attribution": "head attribution",
@@ -86,23 +87,32 @@ def other_rankings(probe: Probe) -> pd.DataFrame:
 def attention_scores_of(probe: Probe) -> tuple[Scores, Scores, Scores]:
     """Attention to the image: from all text, from the final token, and from all text weighted by values.
 
-    sum_j a_j, or sum_j a_j ||v_j W_O|| (Kobayashi et al. 2020), over image tokens j. "All text" is the mean over the
-    positions behind the image.
+    sum_j a_j, or sum_j a_j ||v_j W_O|| (Kobayashi et al. 2020), over image tokens j; in place of v_j W_O what a norm
+    behind attention makes of it (`Block.head_outputs`). "All text" is the mean over the positions behind the image.
     """
     model, inputs = probe.model, probe.case.inputs
     image, queries = list(probe.image), torch.tensor(probe.text, device=inputs.device)
     found: dict[int, Tensor] = {}
+    seen: dict[int, tuple[Tensor, Tensor]] = {}
 
-    def watch(z: Tensor, hook: Any) -> None:
-        call, layer = hook.ctx["attention"], hook.layer()
+    def watch(layer: int, z: Tensor, post_scale: Tensor | None) -> None:
+        rows, v = seen.pop(layer)
+        values = v.repeat_interleave(z.shape[2] // v.shape[1], dim=1)
+        one = None if post_scale is None else torch.ones_like(post_scale[0, : len(values)])
+        norms = model.blocks[layer].head_outputs(values, one).float().norm(dim=-1).T
+        mass, weighted = rows.sum(-1), (rows * norms[:, None]).sum(-1)  # [head, query]
+        if post_scale is not None:
+            weighted = weighted / post_scale[0, queries, 0]
+        found[layer] = torch.stack((mass.mean(-1), mass[:, -1], weighted.mean(-1)))
+
+    def see(z: Tensor, hook: Any) -> None:
+        call = hook.ctx["attention"]
         rows = attention_pattern(call.scores(queries[None]), keep_float32=True)[0][..., image]
-        values = call.v[0, image].repeat_interleave(z.shape[2] // call.v.shape[2], dim=1)
-        norms = model.blocks[layer].attn.head_results(values).float().norm(dim=-1).T
-        mass = rows.sum(-1)
-        found[layer] = torch.stack((mass.mean(-1), mass[:, -1], (rows * norms[:, None]).sum(-1).mean(-1)))
+        seen[hook.layer()] = rows, call.v[0, image]
 
     layers = range(model.cfg.n_layers)
-    model.run_with_hooks(inputs, fwd_hooks=[(f"blocks.{layer}.attn.hook_z", watch) for layer in layers])
+    hooks = [(f"blocks.{layer}.attn.hook_z", see) for layer in layers]
+    model.run_with_hooks(inputs, fwd_hooks=[*hooks, *on_head_outputs(model, watch)])
     mass, of_final, weighted = torch.stack([found[layer] for layer in layers], dim=1).double().cpu().numpy()
     return mass, of_final, weighted
 

@@ -14,11 +14,12 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from hooked_vlm.analysis.head_outputs import on_head_outputs
 from hooked_vlm.analysis.rows import attention_rows
 from hooked_vlm.experiments.ocr_heads.examples import Example, to_inputs
 from hooked_vlm.inputs.vlm_inputs import VLMInputs
 from hooked_vlm.model.vlm import HookedVLM
-from hooked_vlm.nn.attention import Attention
+from hooked_vlm.nn.block import Block
 from hooked_vlm.nn.weight_access import is_plain
 
 
@@ -152,8 +153,8 @@ def _argmax(
     prompt = inputs.attention_mask.clone()
     prompt[:, n_prompt:] = 0
 
-    def measure_norm(z: Tensor, hook: Any) -> None:
-        norms[hook.layer()] = _output_norm(z, model.blocks[hook.layer()].attn, prompt)
+    def measure_norm(layer: int, z: Tensor, post_scale: Tensor | None) -> None:
+        norms[layer] = _output_norm(z, model.blocks[layer], prompt, post_scale)
 
     def predict(normalized: Tensor, hook: Any) -> None:
         for row, (stop, n) in enumerate(zip(inputs.stop, n_reply, strict=True)):
@@ -164,10 +165,7 @@ def _argmax(
         inputs,
         positions,
         reduce=lambda rows: rows[..., :last_key].argmax(-1),
-        fwd_hooks=[
-            (lambda name: name.endswith("attn.hook_z") and name.startswith("blocks."), measure_norm),
-            ("ln_final.hook_out", predict),
-        ],
+        fwd_hooks=[*on_head_outputs(model, measure_norm), ("ln_final.hook_out", predict)],
     ).cpu()
     looked = []
     for row, own in enumerate(copies):
@@ -180,15 +178,22 @@ def _argmax(
     return looked, stacked.float().cpu().numpy(), predicted
 
 
-def _output_norm(z: Tensor, attn: Attention, where: Int[Tensor, "batch pos"]) -> Float[Tensor, "batch head"]:
-    """Mean norm of z W_O per head over the positions marked in `where`.
+def _output_norm(
+    z: Float[Tensor, "batch pos head d_head"],
+    block: Block,
+    where: Int[Tensor, "batch pos"],
+    post_scale: Float[Tensor, "batch pos 1"] | None,
+) -> Float[Tensor, "batch head"]:
+    """Mean norm of what each head adds to the stream, over the positions marked in `where`.
 
     Makes no [pos, head, d_model] tensor if the output projection is a plain linear layer.
     """
-    if is_plain(attn.o_proj):
-        gram = torch.einsum("hdm,hem->hde", attn.W_O.float(), attn.W_O.float())
+    if is_plain(block.attn.o_proj):
+        written = block.attn.W_O.float() * (block.ln1_post.factor if block.post_norms else 1)
+        gram = torch.einsum("hdm,hem->hde", written, written)
         norms = torch.einsum("bphd,hde,bphe->bph", z.float(), gram, z.float()).clamp_min(0).sqrt()
+        norms = norms if post_scale is None else norms / post_scale
     else:
-        norms = attn.head_results(z).float().norm(dim=-1)
+        norms = block.head_outputs(z, post_scale).float().norm(dim=-1)
     mask = where.to(norms)[:, :, None]
     return (norms * mask).sum(1) / mask.sum(1)

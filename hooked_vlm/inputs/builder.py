@@ -21,14 +21,15 @@ from hooked_vlm.inputs.prompt_styles import PromptStyle
 from hooked_vlm.inputs.prompts import Prompt, check_placeholders, expand_placeholders, read_prompt, with_runs
 from hooked_vlm.inputs.templates import style_of
 from hooked_vlm.inputs.text import TextCodec, check_ids
-from hooked_vlm.inputs.token_layout import InputSpec, Turns
+from hooked_vlm.inputs.token_layout import InputSpec, Turns, real_span
 from hooked_vlm.inputs.vlm_inputs import VLMInputs
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 OF_IMAGES = (
-    "pixel_values", "image_grid_thw", "num_tiles", "image_sizes", "batch_num_images", "pixel_attention_mask",
+    "pixel_values", "image_grid_thw", "num_tiles", "image_sizes", "batch_num_images", "num_crops",
+    "pixel_attention_mask",
 )  # fmt: skip
 """What a Hugging Face batch says of its images, in one family or another."""
 
@@ -281,7 +282,33 @@ class InputBuilder:
             videos = spec.layouts.read_videos(*videos)
         timed = self._timed(spec, videos[1], self._tensor(batch, "second_per_grid_ts"))
         mask = torch.ones_like(tokens) if mask is None else mask.reshape(tokens.shape)
-        return VLMInputs(tokens, spec, mask, pixels, grids, *videos, image_layouts=layouts, video_layouts=timed)
+        return VLMInputs(
+            tokens,
+            spec,
+            mask,
+            pixels,
+            grids,
+            *videos,
+            image_layouts=layouts,
+            video_layouts=timed,
+            n_generated=self._n_suffix(mask, self._tensor(batch, "token_type_ids")),
+        )
+
+    def _n_suffix(self, mask: Tensor, types: Tensor | None) -> tuple[int, ...]:
+        """Number of tokens behind the prompt of each row, of models whose prompts are seen both ways: those of type 1.
+
+        Raises:
+            InputError: they do not end their row.
+        """
+        if self.cfg.bidirectional != "prompt" or types is None:
+            return ()
+        types = (types.reshape(mask.shape) == 1) & mask.bool()
+        counts, (_, stop) = types.sum(1).tolist(), real_span(mask)
+        if any(not types[row, end - n : end].all() for row, (n, end) in enumerate(zip(counts, stop, strict=True))):
+            raise InputError(
+                "token_type_ids must be 0 for the tokens of a prompt and 1 for those behind it, got others"
+            )
+        return tuple(counts)
 
     def _timed(self, spec: InputSpec, grids: Tensor | None, seconds: Tensor | None) -> tuple[ImageLayout, ...] | None:
         """Layouts of videos of whose frames each takes so many seconds."""

@@ -27,7 +27,7 @@ from hooked_vlm.inputs.image_settings import (
     processor_settings,
     whole,
 )
-from hooked_vlm.inputs.layouts import square_layout
+from hooked_vlm.inputs.layouts import squares_layout
 from hooked_vlm.inputs.picture_processor import PictureProcessor, Prepared, each_image
 
 if TYPE_CHECKING:
@@ -81,7 +81,7 @@ class CropProcessor(PictureProcessor):
                 (left + self.side) * width / wide,
                 (top + self.side) * height / high,
             )
-        return square_layout((width, height), area, self.side, self.patch_size)
+        return squares_layout((width, height), (area,), self.side, self.patch_size)
 
     def _resized(self, size: tuple[int, int]) -> tuple[int, int]:
         """Width and height with a shorter edge of `side` pixels.
@@ -109,7 +109,8 @@ class CropProcessor(PictureProcessor):
             raise InputError(f"this model sees every picture as (1, {side}, {side}) patches, got a grid of {grid}")
         if size is not None:
             return self.layout(size)
-        return square_layout((self.side, self.side), (0, 0, self.side, self.side), self.side, self.patch_size, False)
+        seen = (self.side, self.side)
+        return squares_layout(seen, ((0, 0, *seen),), self.side, self.patch_size, size_known=False)
 
     def __call__(self, images: Sequence[Any], *, resized: Sequence[tuple[int, int] | None] | None = None) -> Prepared:
         """Prepare images (anything `load_image` takes).

@@ -65,12 +65,8 @@ def idefics3_layout(
     """
     cols, rows = tiling
     layout = tiled_layout(image_size, tiling, tiling != (1, 1), patch_size, merge_size, side, False, size_known)
-    return _in_runs(layout, _texts(cols, rows))
-
-
-def _in_runs(layout: ImageLayout, texts: tuple[str, ...] = ()) -> ImageLayout:
-    """The layout with a run of placeholders for each tile."""
-    return replace(layout, runs=(layout.n_tokens // layout.n_tiles,) * layout.n_tiles, between=texts)
+    runs = (layout.n_tokens // layout.n_tiles,) * layout.n_tiles
+    return replace(layout, runs=runs, between=_texts(cols, rows))
 
 
 def _texts(cols: int, rows: int) -> tuple[str, ...]:
@@ -160,7 +156,7 @@ class Idefics3Processor(PictureProcessor):
         if size is None and grid[0] == 1:
             return self._layout((self.side, self.side), (1, 1), size_known=False)
         if size is None:
-            return _in_runs(unplaced_layout(grid[0], n_patches, self.merge_size))
+            return unplaced_layout(grid[0], n_patches, self.merge_size, runs=grid[0])
         layout = self.layout(size)
         if layout.n_tiles != grid[0]:
             raise InputError(
@@ -264,7 +260,8 @@ class Idefics3Processor(PictureProcessor):
         *tiles, last = lines
         tiling = (tiles[0], len(tiles)) if tiles else (1, 1)
         if last != 1 or len(set(tiles)) > 1 or (tiles and tiling == (1, 1)):
-            return _in_runs(unplaced_layout(sum(lines), self.side // self.patch_size, self.merge_size))
+            n_tiles = sum(lines)
+            return unplaced_layout(n_tiles, self.side // self.patch_size, self.merge_size, runs=n_tiles)
         return self._layout((tiling[0] * self.side, tiling[1] * self.side), tiling, size_known=False)
 
     # ---------------------------------------------------------------- bounds

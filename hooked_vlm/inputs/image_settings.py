@@ -65,9 +65,9 @@ def whole(name: str, value: Any) -> int:
 
 
 def common_settings(
-    config: Mapping[str, Any], resample: Image.Resampling = Image.Resampling.BICUBIC
+    config: Mapping[str, Any], resample: Image.Resampling | None = Image.Resampling.BICUBIC
 ) -> dict[str, tuple[float, ...]]:
-    """`image_mean` and `image_std`, where stated; `resample` is the only filter that is supported.
+    """`image_mean` and `image_std`, where stated; `resample` is the only filter that is supported, None: any is.
 
     Raises:
         ImageError: a step is switched off, or set to something not supported.
@@ -76,7 +76,7 @@ def common_settings(
         ("do_resize", True),
         ("do_rescale", True),
         ("do_normalize", True),
-        ("resample", resample.value),
+        ("resample", config.get("resample") if resample is None else resample.value),
         ("rescale_factor", 1 / 255),
     ):
         if config.get(key) not in (None, expected):

@@ -143,39 +143,53 @@ def tiled_layout(
     )
 
 
+Area = tuple[float | int, float | int, float | int, float | int]
+
+
 @lru_cache(maxsize=512)
-def square_layout(
+def squares_layout(
     image_size: tuple[int, int],
-    area: tuple[float | int, float | int, float | int, float | int],
+    areas: tuple[Area, ...],
     side: int,
     patch_size: int,
+    token_size: int = 1,
+    between: tuple[str, ...] = (),
     size_known: bool = True,
 ) -> ImageLayout:
-    """A square of a picture, every patch of which is a token: less than the picture where it was cropped, more where it
-    was padded.
+    """Squares made of rectangles of a picture, each a run of tokens: the main one, then crops of it.
+
+    A rectangle is less than the picture where it was cropped, more where it was padded.
 
     Args:
         image_size: (width, height) of the original image in pixels.
-        area: the square, in pixels of the original image.
-        side: of the square in pixels, as the vision tower sees it.
+        areas: the rectangles, in pixels of the original image.
+        side: of each square in pixels, as the vision tower sees it.
         patch_size: a rest of pixels at the right and at the bottom is in no patch.
+        token_size: side in patches of the square that a token covers.
+        between: texts around the runs.
     """
-    n = side // patch_size
-    spans = np.stack((np.arange(n), np.arange(n) + 1), axis=1) * patch_size
-    cells = np.arange(n * n).reshape(1, n, n)
+    n, patches = side // patch_size // token_size, side // patch_size
+    spans = np.stack((np.arange(n), np.arange(n) + 1), axis=1) * patch_size * token_size
+    cells, seen = np.arange(len(areas) * n * n).reshape(-1, 1, n, n), ImageSize(side, side)
+    names = ("tiles", *(f"crop {i}" for i in range(len(areas) - 1)))
+    own = zip(names, cells, areas, strict=True)
+    fine = partial(squares_layout, image_size, areas, side, patch_size, size_known=size_known)
     return ImageLayout(
         ImageSize(*image_size),
-        (LayoutPart("tiles", cells, area, ImageSize(side, side), spans, spans),),
-        n * n,
-        (1, n, n),
-        np.zeros(n * n, dtype=int),
-        cells.reshape(1, -1),
+        tuple(LayoutPart(name, squares, area, seen, spans, spans) for name, squares, area in own),
+        cells.size,
+        (len(areas), patches, patches),
+        np.arange(len(areas)).repeat(n * n),
+        np.arange(len(areas) * patches**2).reshape(len(areas), -1),
+        None if token_size == 1 else fine,
+        runs=(n * n,) * len(areas),
+        between=between,
         size_known=size_known,
     )
 
 
-def unplaced_layout(n_tiles: int, side: int, merge_size: int) -> ImageLayout:
-    """Tiles of `side` x `side` patches whose arrangement is not known."""
+def unplaced_layout(n_tiles: int, side: int, merge_size: int, runs: int = 1) -> ImageLayout:
+    """Tiles of `side` x `side` patches whose arrangement is not known, in so many equal runs of tokens."""
     n_tokens = n_tiles * (side // merge_size) ** 2
     return ImageLayout(
         ImageSize(0, 0),
@@ -184,5 +198,6 @@ def unplaced_layout(n_tiles: int, side: int, merge_size: int) -> ImageLayout:
         (n_tiles, side, side),
         np.arange(n_tiles).repeat(n_tokens // n_tiles),
         np.arange(n_tiles * side**2).reshape(n_tiles, side**2),
+        runs=(n_tokens // runs,) * runs,
         size_known=False,
     )

@@ -8,7 +8,9 @@ from hooked_vlm.inputs.idefics3 import Idefics3Processor
 from hooked_vlm.inputs.image_processor import ImageProcessor
 from hooked_vlm.inputs.image_settings import Settings
 from hooked_vlm.inputs.onevision import OneVisionProcessor
+from hooked_vlm.inputs.pan_and_scan import PanScanProcessor
 from hooked_vlm.inputs.picture_processor import PictureProcessor
+from hooked_vlm.inputs.stretched import StretchProcessor
 from hooked_vlm.inputs.tiles import TileProcessor
 
 PROCESSORS: dict[str, type[PictureProcessor]] = {
@@ -18,6 +20,8 @@ PROCESSORS: dict[str, type[PictureProcessor]] = {
     "anyres": AnyresProcessor,
     "onevision": OneVisionProcessor,
     "idefics3": Idefics3Processor,
+    "stretched": StretchProcessor,
+    "pan_and_scan": PanScanProcessor,
 }
 
 

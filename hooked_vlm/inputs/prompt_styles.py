@@ -22,7 +22,11 @@ class PromptStyle:
     adds_marks: bool = False
     """Whether the tokens that open and close a picture are put around placeholders that lack them."""
     image_slot: str | None = None
-    """What stands for an image in a text given by a user; None: its placeholder."""
+    """What stands for an image in a text given by a user or by a chat template; None: its placeholder."""
+    around_image: tuple[str, str] = ("", "")
+    """Text before the token that opens a picture, and behind the one that closes it."""
+    plain: bool = False
+    """Whether there are no chats: a prompt is its pictures, the user's header, a text and the header of the answer."""
     tokens: Mapping[str, str] = field(default_factory=dict)
     """Fields of the configuration, and the special tokens that only the tokenizer knows the ids of."""
     stop: str | None = None
@@ -56,6 +60,15 @@ LLAMA3 = PromptStyle(
     turn_end="<|eot_id|>",
 )
 IDEFICS3 = PromptStyle(user_header="User:", assistant_header="Assistant:", turn_end="<end_of_utterance>")
+GEMMA = PromptStyle(
+    user_header="<start_of_turn>user\n",
+    assistant_header="<start_of_turn>model\n",
+    turn_starts=("<start_of_turn>",),
+    turn_end="<end_of_turn>",
+    image_slot="<start_of_image>",
+    around_image=("\n\n", "\n\n"),
+)
+PALIGEMMA = PromptStyle(user_header="<bos>", assistant_header="\n", plain=True)
 STYLES: dict[str, PromptStyle] = {
     "chatml": CHATML,
     "internvl": INTERNVL,
@@ -63,5 +76,7 @@ STYLES: dict[str, PromptStyle] = {
     "mistral": MISTRAL,
     "llama3": LLAMA3,
     "idefics3": IDEFICS3,
+    "gemma": GEMMA,
+    "paligemma": PALIGEMMA,
 }
 """Styles by the name that a configuration gives (`VLMConfig.prompt_style`)."""

@@ -44,12 +44,17 @@ def read_prompt(
     """
     images, videos = ([Picture(source) for source in sources] for sources in (images, videos))
     named = chat and codec.cfg.chat_template is not None
-    if template and (named or not chat):
+    plain = chat and codec.style.plain and getattr(codec.tokenizer, "chat_template", None) is None
+    if template and (named or plain or not chat):
         why = "the template that config.json names takes none" if named else "chat=False applies no template"
+        why = "this model has none" if plain else why
         raise InputError(f"got arguments for the chat template ({', '.join(map(str, template))}), but {why}")
     if named:
         return _by_named_template(prompt, images, videos, codec)
+    if plain:
+        return _without_chat(prompt, images, videos, codec)
     if isinstance(prompt, str) and not chat:
+        prompt = codec.with_placeholders(prompt)
         missing = "" if codec.image_token in prompt else codec.marked(codec.image_token) * len(images)
         missing += "" if codec.video_token in prompt else codec.marked(codec.video_token) * len(videos)
         return Prompt(missing + prompt, images, videos)
@@ -59,7 +64,32 @@ def read_prompt(
     messages, images, videos = _with_pictures(prompt, images, videos)
     if codec.cfg.vision is None:
         messages = [_as_text(message) for message in messages]
-    return Prompt(_render(messages, codec.require_tokenizer(), template or {}), images, videos)
+    text = _render(messages, codec.require_tokenizer(), template or {})
+    return Prompt(codec.with_placeholders(text), images, videos)
+
+
+def _without_chat(prompt: str | Messages, images: list[Picture], videos: list[Picture], codec: TextCodec) -> Prompt:
+    """The pictures, then the text between the headers of question and answer.
+
+    A text may have the placeholders of its pictures, of which the last ends them.
+
+    Raises:
+        InputError: something else than one message by the user.
+    """
+    if not isinstance(prompt, str):
+        messages, images, videos = _with_pictures(prompt, images, videos)
+        roles = [message["role"] for message in messages]
+        if roles != ["user"]:
+            raise InputError(
+                f"this model has no chats: give one message by the user, got {', '.join(map(repr, roles))} (an answer "
+                "follows with inputs.append(...))"
+            )
+        _refuse_unread(_keys_of(messages))
+        content = messages[0]["content"]
+        prompt = content if isinstance(content, str) else "".join(part.get("text", "") for part in content)
+    before, placeholder, text = prompt.rpartition(codec.image_token)
+    pictures = before + placeholder if placeholder else codec.image_token * len(images)
+    return Prompt(pictures + codec.style.user_header + text + codec.style.assistant_header, images, videos)
 
 
 def _as_text(message: Mapping[str, Any]) -> dict[str, Any]:

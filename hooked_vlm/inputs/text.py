@@ -9,6 +9,7 @@ from torch import Tensor
 
 from hooked_vlm.config import VLMConfig
 from hooked_vlm.errors import InputError
+from hooked_vlm.inputs.prompt_styles import STYLES, PromptStyle
 from hooked_vlm.inputs.vlm_inputs import VLMInputs
 
 if TYPE_CHECKING:
@@ -65,9 +66,9 @@ class TextCodec:
         To a rendered chat it does what the checkpoint's processor does: `transformers`' processors
         (processing_utils.py, `apply_chat_template`) and the published InternVL code add them, unless the template
         wrote the token; `transformers`' tokenizers, which render the chats of text-only checkpoints, never do. Text
-        without a template is taken as it stands.
+        without a template is taken as it stands, and so is a prompt of a style without chats.
         """
-        if not chat or self.cfg.vision is None:
+        if not chat or self.cfg.vision is None or self.style.plain:
             return False
         first = self.require_tokenizer().bos_token
         return first is None or not text.startswith(first)
@@ -120,11 +121,28 @@ class TextCodec:
         """The text of a video's placeholder."""
         return self._token_text(self.cfg.video_token_id)
 
+    @property
+    def style(self) -> PromptStyle:
+        """The marks of the family's prompts."""
+        return STYLES[self.cfg.prompt_style]
+
     def marked(self, placeholder: str) -> str:
-        """A placeholder between the tokens that open and close a picture, where the family has such tokens."""
+        """A placeholder between the tokens that open and close a picture and the text around them, where the family
+        has such."""
         ids = (self.cfg.vision_start_token_id, self.cfg.vision_end_token_id)
         start, end = ("" if token_id is None else self._token_text(token_id) for token_id in ids)
-        return f"{start}{placeholder}{end}"
+        before, behind = self.style.around_image
+        return f"{before}{start}{placeholder}{end}{behind}"
+
+    def with_placeholders(self, text: str) -> str:
+        """A text in which the placeholder of each image, with what stands around it, is in the place of its slot.
+
+        A text that has placeholders is taken as it stands.
+        """
+        slot = self.style.image_slot
+        if slot is None or self.cfg.vision is None or self.image_token in text:
+            return text
+        return text.replace(slot, self.marked(self.image_token))
 
     def _token_text(self, token_id: int | None) -> str:
         return "\0" if token_id is None else self.require_tokenizer().convert_ids_to_tokens(token_id)

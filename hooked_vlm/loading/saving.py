@@ -36,6 +36,10 @@ def to_hf_state_dict(model: "HookedVLM", names: str = "published") -> dict[str, 
     return converter_for(model.hf_config).to_hf(state, model.hf_config, names)
 
 
+NULL_IS_NONE = ("sliding_window", "attn_logit_softcapping", "final_logit_softcapping")
+"""Settings whose class default is a number, which a null takes away."""
+
+
 def save_pretrained(model: "HookedVLM", folder: str | Path, *, layout: Literal["original", "hf"] | None = None) -> None:
     """Write a checkpoint folder that `from_pretrained` loads, bit for bit.
 
@@ -103,8 +107,8 @@ def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def without_none(config: dict[str, Any]) -> dict[str, Any]:
-    """The settings that have a value; a null window is one: none."""
-    return {key: value for key, value in config.items() if value is not None or key == "sliding_window"}
+    """The settings that have a value; a null window, or cap of scores or logits, is one: none."""
+    return {key: value for key, value in config.items() if value is not None or key in NULL_IS_NONE}
 
 
 def _write_json(path: Path, content: Mapping[str, Any]) -> None:

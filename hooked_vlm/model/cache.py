@@ -1,12 +1,10 @@
 """`VLMCache`: TransformerLens' `ActivationCache` for models with images and unfolded norms."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from copy import copy, deepcopy
 from dataclasses import replace
-from functools import wraps
-from inspect import signature
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
@@ -19,31 +17,12 @@ from hooked_vlm.errors import InputError
 from hooked_vlm.inputs.token_layout import real_span
 from hooked_vlm.inputs.vlm_inputs import VLMInputs
 from hooked_vlm.model import cache_files
-from hooked_vlm.model.cut import Spans, cut_of, spans_of
+from hooked_vlm.model.cut import Spans, at_real_positions, spans_of
 from hooked_vlm.model.deriving import Derivation, DerivingCache
 from hooked_vlm.nn.hooks import deepstack_points, is_vision
 
 if TYPE_CHECKING:
     from hooked_vlm.model.vlm import HookedVLM
-
-P = ParamSpec("P")
-R = TypeVar("R")
-
-
-def _at_real_positions(method: Callable[P, R]) -> Callable[P, R]:
-    """Have a decomposition refuse a `pos_slice` that falls on padding."""
-
-    @wraps(method)
-    def checked(*args: P.args, **kwargs: P.kwargs) -> R:
-        given = signature(method).bind(*args, **kwargs).arguments
-        cache, pos_slice = given["self"], given.get("pos_slice")
-        if isinstance(pos_slice, str):
-            raise InputError(f"pos_slice={pos_slice!r} is one of run_with_cache, after which a cache holds these alone")
-        if (spans := cache._spans()) is not None and not cache._cut:
-            cut_of(pos_slice, *spans)
-        return method(*args, **kwargs)
-
-    return checked
 
 
 class VLMCache(DerivingCache):
@@ -235,13 +214,64 @@ class VLMCache(DerivingCache):
 
     # ---------------------------------------------------------------- TransformerLens' decompositions
 
-    accumulated_resid = _at_real_positions(ActivationCache.accumulated_resid)
-    stack_head_results = _at_real_positions(ActivationCache.stack_head_results)
-    get_neuron_results = _at_real_positions(ActivationCache.get_neuron_results)
-    stack_neuron_results = _at_real_positions(ActivationCache.stack_neuron_results)
-    logit_attrs = _at_real_positions(ActivationCache.logit_attrs)
+    accumulated_resid = at_real_positions(ActivationCache.accumulated_resid)
+    stack_neuron_results = at_real_positions(ActivationCache.stack_neuron_results)
+    logit_attrs = at_real_positions(ActivationCache.logit_attrs)
 
-    @_at_real_positions
+    @at_real_positions
+    def stack_head_results(
+        self,
+        layer: int = -1,
+        return_labels: bool = False,
+        incl_remainder: bool = False,
+        pos_slice: Slice | SliceInput = None,
+        apply_ln: bool = False,
+    ) -> Any:
+        """TransformerLens' stack: what each head adds to the stream (`Block.head_outputs`)."""
+        self._ensure_head_results()
+        added = copy(self)
+        for own, block in enumerate(self.model.blocks):
+            if block.post_norms:
+                name, scale = f"blocks.{own}.attn.hook_result", self._post_scale(own, "ln1_post")
+                added.cache_dict[name] = block.ln1_post.frozen(self[name], scale[..., None, :])
+        return super(VLMCache, added).stack_head_results(layer, return_labels, incl_remainder, pos_slice, apply_ln)
+
+    @at_real_positions
+    def get_neuron_results(
+        self,
+        layer: int,
+        neuron_slice: Slice | SliceInput = None,
+        pos_slice: Slice | SliceInput = None,
+        project_output_onto: Tensor | None = None,
+    ) -> Tensor:
+        """TransformerLens' results: what each neuron adds to the stream. The denominator of a norm behind the MLP is
+        that of the run."""
+        block = self.model.blocks[layer]
+        if not block.post_norms:
+            return super().get_neuron_results(layer, neuron_slice, pos_slice, project_output_onto)
+        at = pos_slice if isinstance(pos_slice, Slice) else Slice(pos_slice)
+        scale = at.apply(self._post_scale(layer, "ln2_post"), dim=-2)  # [..., 1]
+        if project_output_onto is None:
+            return block.ln2_post.frozen(super().get_neuron_results(layer, neuron_slice, at), scale[..., None, :])
+        weighted = (block.ln2_post.factor * project_output_onto.T).T.to(project_output_onto.dtype)
+        results = super().get_neuron_results(layer, neuron_slice, at, weighted)
+        return (results / (scale if weighted.ndim == 1 else scale[..., None])).to(results.dtype)
+
+    def _post_scale(self, layer: int, norm: str) -> Float[Tensor, "*batch pos 1"]:
+        """The denominator of a norm behind attention or MLP.
+
+        Raises:
+            InputError: it is not in this cache.
+        """
+        name = f"blocks.{layer}.{norm}.hook_scale"
+        if name not in self.cache_dict:
+            raise InputError(
+                f"this cache holds no {name}, which it takes to tell apart what heads or neurons add to the stream "
+                "behind a norm: name it in names_filter"
+            )
+        return self.cache_dict[name]
+
+    @at_real_positions
     def decompose_resid(
         self,
         layer: int | None = None,
@@ -260,7 +290,7 @@ class VLMCache(DerivingCache):
             parts, labels = torch.cat((parts, *entering)), [*labels, *names]
         return (parts, labels) if return_labels else parts
 
-    @_at_real_positions
+    @at_real_positions
     def get_full_resid_decomposition(
         self,
         layer: int | None = None,
@@ -307,7 +337,7 @@ class VLMCache(DerivingCache):
 
     # ---------------------------------------------------------------- norms, weight included
 
-    @_at_real_positions
+    @at_real_positions
     def apply_ln_to_stack(
         self,
         residual_stack: Tensor,
@@ -325,7 +355,7 @@ class VLMCache(DerivingCache):
         is_final = layer is None or layer == -1 or layer == self.model.cfg.n_layers
         if recompute_ln and is_final:  # the parent called ln_final itself, weight and all
             return out
-        return out * self._norm_weight(layer, mlp_input)
+        return (out * self._norm_factor(layer, mlp_input)).to(out.dtype)
 
     def _ensure_head_results(self) -> bool:
         # the parent multiplies by W_O where it lies, which need not be here, and may be no plain matrix
@@ -339,13 +369,17 @@ class VLMCache(DerivingCache):
         self, layer: int, pos_slice: Slice, neuron_slice: Slice, project_2d: Tensor, mlp_input: bool = False
     ) -> Tensor:
         # the parent divides by the scale within the projection, so the weight goes into the projection
-        project_2d = project_2d * self._norm_weight(layer, mlp_input)[:, None]
+        project_2d = project_2d * self._norm_factor(layer, mlp_input)[:, None]
+        if layer and self.model.cfg.use_normalization_before_and_after:
+            scale = self._get_cached_ln_scale(layer, mlp_input=mlp_input, pos_slice=pos_slice)[..., None]
+            parts = [self.get_neuron_results(own, neuron_slice, pos_slice, project_2d) for own in range(layer)]
+            return torch.cat([part / scale for part in parts], dim=-2).movedim(-2, 0)
         return super()._stack_neuron_results_apply_ln_projected(
             layer, pos_slice, neuron_slice, project_2d, mlp_input=mlp_input
         )
 
-    def _norm_weight(self, layer: int | None, mlp_input: bool) -> Tensor:
+    def _norm_factor(self, layer: int | None, mlp_input: bool) -> Tensor:
         if layer is None or layer == -1 or layer == self.model.cfg.n_layers:
-            return self.model.ln_final.w
+            return self.model.ln_final.factor
         block = self.model.blocks[layer]
-        return (block.ln2 if mlp_input else block.ln1).w.to(self.model.cfg.device)
+        return (block.ln2 if mlp_input else block.ln1).factor.to(self.model.cfg.device)

@@ -13,6 +13,7 @@ from torch import Tensor
 from hooked_vlm.errors import InputError
 from hooked_vlm.model.deriving import Derivation, own_tensors
 from hooked_vlm.nn.masks import AttentionMask
+from hooked_vlm.nn.scores import Scoring
 from hooked_vlm.runtime.files import atomic_write, why
 
 FILE = "cache.safetensors"
@@ -83,5 +84,10 @@ def _derivation(side: str, facts: dict[str, Any], stored: dict[str, Tensor]) -> 
     for rule in facts["masks"]:
         tensors: dict[str, Any] = {field: stored[_MASK.format(side=side, field=field)] for field in rule.pop("tensors")}
         masks.append(AttentionMask(**rule, **tensors))
-    kinds = tuple(facts.get("kind_of", ()))
-    return Derivation(**{**facts, "exchanged": frozenset(facts["exchanged"]), "masks": tuple(masks), "kind_of": kinds})
+    plain = {
+        "exchanged": frozenset(facts["exchanged"]),
+        "masks": tuple(masks),
+        "kind_of": tuple(facts.get("kind_of", ())),
+        "scoring": Scoring(**facts.get("scoring", {})),
+    }
+    return Derivation(**{**facts, **plain})

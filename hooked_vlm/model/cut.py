@@ -1,7 +1,10 @@
 """Positions of the text side that a cache keeps: `pos_slice`, checked against the padding of the inputs."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from functools import wraps
+from inspect import signature
+from typing import Any, ClassVar, Literal, ParamSpec, TypeVar
 
 import numpy as np
 import torch
@@ -12,6 +15,8 @@ from transformer_lens.utilities import Slice, SliceInput
 from hooked_vlm.errors import InputError
 from hooked_vlm.inputs.vlm_inputs import VLMInputs
 
+P = ParamSpec("P")
+R = TypeVar("R")
 PositionSlice = Slice | SliceInput | Literal["last"]
 """TransformerLens' slices, and "last": each row's own last token."""
 
@@ -87,3 +92,19 @@ def cut_of_step(pos_slice: Any) -> Cut:
 def spans_of(inputs: VLMInputs) -> Spans:
     """Where the tokens of each row lie between its padding."""
     return tuple(zip(inputs.first, inputs.stop, strict=True))
+
+
+def at_real_positions(method: Callable[P, R]) -> Callable[P, R]:
+    """Have a decomposition refuse a `pos_slice` that falls on padding."""
+
+    @wraps(method)
+    def checked(*args: P.args, **kwargs: P.kwargs) -> R:
+        given = signature(method).bind(*args, **kwargs).arguments
+        cache, pos_slice = given["self"], given.get("pos_slice")
+        if isinstance(pos_slice, str):
+            raise InputError(f"pos_slice={pos_slice!r} is one of run_with_cache, after which a cache holds these alone")
+        if (spans := cache._spans()) is not None and not cache._cut:
+            cut_of(pos_slice, *spans)
+        return method(*args, **kwargs)
+
+    return checked

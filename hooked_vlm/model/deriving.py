@@ -11,9 +11,9 @@ from transformer_lens import ActivationCache
 from transformer_lens.utilities import get_act_name
 
 from hooked_vlm.errors import InputError
-from hooked_vlm.nn.attention import attention_pattern, masked_scores
 from hooked_vlm.nn.hooks import canonical, nearest_names
 from hooked_vlm.nn.masks import AttentionMask
+from hooked_vlm.nn.scores import PLAIN, Scoring, attention_pattern, masked_scores
 
 if TYPE_CHECKING:
     from hooked_vlm.model.vlm import HookedVLM
@@ -36,6 +36,7 @@ class Derivation:
     """Attention modules in which another module stands in the place of scores or pattern: nothing is derived."""
     kind_of: tuple[int, ...] = ()
     """The kind of each layer; empty where all are alike."""
+    scoring: Scoring = PLAIN
 
     def mask_of(self, layer: int) -> AttentionMask | None:
         """Who sees whom in a layer."""
@@ -135,7 +136,7 @@ class DerivingCache(ActivationCache):
         if query is not None:
             q, queries = q[:, [query]], queries[[query]]
             valid = None if valid is None else valid[:, [query]]
-        scores = masked_scores(q, k, mask, queries[None])
+        scores = masked_scores(q, k, mask, self.derivation.scoring, queries[None])
         if name.endswith("hook_attn_scores"):
             return scores if self.has_batch_dim else scores[0]
         pattern = attention_pattern(scores, valid)

@@ -31,6 +31,16 @@ MLP_IN = "with use_hook_mlp_in"
 IMAGES = "once, if there are images"
 ENCODES = "once, if images are encoded"
 
+
+def _norm(name: str, where: str, out: str) -> dict[str, tuple[str, str, str]]:
+    """Rows of a block's norm."""
+    return {
+        f"{name}.hook_scale": ("1", ONCE, f"denominator of the norm {where}"),
+        f"{name}.hook_normalized": ("d_model", ONCE, "normalised stream before the norm's weight and bias"),
+        f"{name}.hook_out": ("d_model", ONCE, out),
+    }
+
+
 # suffix: (axes after those of batch and position, when it fires, what it is), in the order of the forward pass
 _BLOCK = {
     "hook_resid_pre": ("d_model", ONCE, "residual stream entering the block"),
@@ -38,9 +48,7 @@ _BLOCK = {
     "attn.hook_q_input": ("head d_model", SPLIT, "what each query head reads, before ln1"),
     "attn.hook_k_input": ("kv_head d_model", SPLIT, "what each key head reads, before ln1"),
     "attn.hook_v_input": ("kv_head d_model", SPLIT, "what each value head reads, before ln1"),
-    "ln1.hook_scale": ("1", ONCE, "denominator of the norm before attention"),
-    "ln1.hook_normalized": ("d_model", ONCE, "normalised stream before the norm's weight and bias"),
-    "ln1.hook_out": ("d_model", ONCE, "what attention reads"),
+    **_norm("ln1", "before attention", "what attention reads"),
     "attn.hook_q": ("head d_head", ONCE, "queries, bias included, before a norm and rotation"),
     "attn.hook_k": ("kv_head d_head", ONCE, "keys, bias included, before a norm and rotation"),
     "attn.hook_v": ("kv_head d_head", ONCE, "values, bias included"),
@@ -48,19 +56,21 @@ _BLOCK = {
     "attn.hook_k_normed": ("kv_head d_head", ONCE, "keys behind their norm, where there is one"),
     "attn.hook_rot_q": ("head d_head", ONCE, "rotated queries"),
     "attn.hook_rot_k": ("kv_head d_head", ONCE, "rotated keys"),
-    "attn.hook_attn_scores": ("", ONCE, "q·k / sqrt(d_head), -inf where masked"),
+    "attn.hook_attn_scores": ("", ONCE, "q·k / sqrt(d_head), scaled and soft-capped as configured; -inf where masked"),
     "attn.hook_pattern": ("", ONCE, "softmax of the scores; zero in rows of padding"),
     "attn.hook_z": ("head d_head", ONCE, "pattern times values, per head"),
-    "attn.hook_result": ("head d_model", RESULT, "each head's own output, z W_O"),
+    "attn.hook_result": ("head d_model", RESULT, "each head's own output, z W_O, before a post-norm"),
+    "attn.hook_out": ("d_model", ONCE, "what the norm behind attention reads, where there is one"),
+    **_norm("ln1_post", "behind attention, where there is one", "what attention adds to the stream"),
     "hook_attn_out": ("d_model", ONCE, "what attention adds to the stream"),
     "hook_resid_mid": ("d_model", ONCE, "stream between attention and MLP"),
     "hook_mlp_in": ("d_model", MLP_IN, "the MLP's own copy of the stream, before ln2"),
-    "ln2.hook_scale": ("1", ONCE, "denominator of the norm before the MLP"),
-    "ln2.hook_normalized": ("d_model", ONCE, "normalised stream before the norm's weight and bias"),
-    "ln2.hook_out": ("d_model", ONCE, "what the MLP reads"),
+    **_norm("ln2", "before the MLP", "what the MLP reads"),
     "mlp.hook_pre": ("d_mlp", ONCE, "before the activation function"),
     "mlp.hook_pre_linear": ("d_mlp", ONCE, "the other factor of a gated MLP"),
     "mlp.hook_post": ("d_mlp", ONCE, "what the output matrix reads (gated: the product)"),
+    "mlp.hook_out": ("d_model", ONCE, "what the norm behind the MLP reads, where there is one"),
+    **_norm("ln2_post", "behind the MLP, where there is one", "what the MLP adds to the stream"),
     "hook_mlp_out": ("d_model", ONCE, "what the MLP adds to the stream"),
     "hook_deepstack": ("d_model", IMAGES, "image features that enter the stream here (DeepStack); zero for text"),
     "hook_resid_post": ("d_model", ONCE, "residual stream leaving the block"),

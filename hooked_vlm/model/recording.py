@@ -14,7 +14,8 @@ from hooked_vlm.inputs.vlm_inputs import VLMInputs
 from hooked_vlm.model.cache import Derivation, VLMCache
 from hooked_vlm.model.cut import Cut, LastOfRows, PositionSlice, Spans, check_cut, cut_of, cut_of_step, spans_of
 from hooked_vlm.model.hooking import switched_off
-from hooked_vlm.nn.attention import AttentionCall, attention_pattern
+from hooked_vlm.nn.attention import AttentionCall
+from hooked_vlm.nn.block import scoring_of
 from hooked_vlm.nn.forward_pass import Recorder, inputs_masks
 from hooked_vlm.nn.hooks import (
     QUADRATIC,
@@ -26,6 +27,7 @@ from hooked_vlm.nn.hooks import (
     is_vision,
     shows_modules,
 )
+from hooked_vlm.nn.scores import attention_pattern
 from hooked_vlm.nn.vision import image_pass
 
 if TYPE_CHECKING:
@@ -198,8 +200,15 @@ def _cache(
     elif recording.pos_slice is not None:
         why_not = "pos_slice cut the keys"
     masks, kinds = inputs_masks(model.cfg, inputs, None), model.cfg.layer_kind_of
-    has_norms = model.blocks[0].attn.has_qk_norm if len(model.blocks) else False
-    text = Derivation(model.cfg.n_layers, masks, why_not, normed=has_norms, exchanged=exchanged, kind_of=kinds)
+    text = Derivation(
+        model.cfg.n_layers,
+        masks,
+        why_not,
+        normed=model.cfg.qk_norm,
+        exchanged=exchanged,
+        kind_of=kinds,
+        scoring=scoring_of(model.cfg),
+    )
     vision = Derivation(0, exchanged=exchanged)
     if tower is not None:
         masks = image_pass(model, inputs.grids, inputs.device).patches.masks if inputs.has_visuals else ()

@@ -31,7 +31,7 @@ from hooked_vlm.model import (
 )
 from hooked_vlm.model.weights import stacked_view
 from hooked_vlm.nn import kv_cache
-from hooked_vlm.nn.block import run_blocks, text_blocks
+from hooked_vlm.nn.block import run_blocks, text_blocks, text_norm
 from hooked_vlm.nn.components import Embed, Norm, Unembed, WithViews
 from hooked_vlm.nn.forward_pass import (
     DeepStack,
@@ -114,15 +114,15 @@ class HookedVLM(WithViews, HookedRootModule):
         """Where each part is, if they are spread (`hooked_vlm.loading.placement`)."""
         self._hooked_at: defaultdict[int, set[Any]] = defaultdict(set)
         """Hook points by the depth of the `hooks` block that set hooks there."""
-        self.embed = Embed(cfg.d_vocab, cfg.d_model)
+        self.embed = Embed(cfg.d_vocab, cfg.d_model, cfg.embed_scale)
         if cfg.vision is not None:
             self.vision = VisionTower(cfg.vision)
             self.projector = Projector(cfg.vision)
             self.hook_image_features = HookPoint(packs=False)  # [image token of the batch, d_model]
         self.hook_embed = HookPoint()  # [batch, pos, d_model]
         self.blocks = text_blocks(cfg)
-        self.ln_final = Norm(cfg.d_model, cfg.eps, centered=False)
-        self.unembed = Unembed(cfg.d_model, cfg.d_vocab)
+        self.ln_final = text_norm(cfg)
+        self.unembed = Unembed(cfg.d_model, cfg.d_vocab, cfg.output_logits_soft_cap)
         if cfg.tie_word_embeddings:
             self.unembed.weight = self.embed.weight
         self.setup()
@@ -354,8 +354,8 @@ class HookedVLM(WithViews, HookedRootModule):
     W_in, W_gate, W_out = (stacked_view("mlp", name) for name in ("W_in", "W_gate", "W_out"))
     b_in, b_out = (stacked_view("mlp", name) for name in ("b_in", "b_out"))
     W_E, W_U, b_U = weights.W_E, weights.W_U, weights.b_U
-    OV, QK, all_head_labels = (property(fn) for fn in (weights.OV, weights.QK, weights.all_head_labels))
-    absent_biases = property(weights.absent_biases)
+    OV, QK, adapter = (property(fn) for fn in (weights.OV, weights.QK, weights.adapter))
+    all_head_labels, absent_biases = property(weights.all_head_labels), property(weights.absent_biases)
     tl_parameters = weights.tl_parameters
     tl_state_dict = weights.tl_state_dict
     blocks_with = weights.blocks_with

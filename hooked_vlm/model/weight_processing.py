@@ -18,6 +18,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from hooked_vlm.errors import InputError
+from hooked_vlm.nn.components import Norm
 from hooked_vlm.nn.weight_access import why_closed
 
 if TYPE_CHECKING:
@@ -28,25 +29,26 @@ def fold_ln(model: "HookedVLM") -> None:
     """The weights of the decoder's norms, folded into the matrices that read behind them: W_Q, W_K, W_V, W_in, W_gate
     and W_U. The norms' own weights are then 1. Exact up to rounding.
 
-    `hook_out` is then `hook_normalized`, and `ln_final`'s weight is in `W_U`. A tied model is untied first.
+    `hook_out` is then `hook_normalized`, and `ln_final`'s weight is in `W_U`. A tied model is untied first. Weights
+    that are offsets from 1 (Gemma) are then 0. Norms behind attention and MLPs keep theirs: no matrix alone reads them.
 
     Raises:
         InputError: they are folded already.
     """
     _check_open(model)
     norms = [norm for block in model.blocks for norm in (block.ln1, block.ln2)]
-    if all(bool((norm.weight == 1).all()) for norm in (*norms, model.ln_final)):
-        raise InputError("all norm weights are 1: there is nothing to fold (were they folded before?)")
+    if all(bool((norm.factor == 1).all()) for norm in (*norms, model.ln_final)):
+        raise InputError("all norms multiply by 1: there is nothing to fold (were they folded before?)")
     untie(model)
     for block in model.blocks:
         for linear in (block.attn.q_proj, block.attn.k_proj, block.attn.v_proj):
-            _set_weight(linear, linear.weight * block.ln1.weight)
+            _set_weight(linear, _folded(linear, block.ln1))
         for linear in (block.mlp.in_proj, block.mlp.gate_proj):
             if linear is not None:
-                _set_weight(linear, linear.weight * block.ln2.weight)
-    _set_weight(model.unembed, model.unembed.weight * model.ln_final.weight)
+                _set_weight(linear, _folded(linear, block.ln2))
+    _set_weight(model.unembed, _folded(model.unembed, model.ln_final))
     for norm in (*norms, model.ln_final):
-        _set_weight(norm, torch.ones_like(norm.weight))
+        _set_weight(norm, torch.full_like(norm.weight, 0.0 if norm.offset else 1.0))
     _note(model, "fold_ln")
 
 
@@ -55,9 +57,11 @@ def center_unembed(model: "HookedVLM") -> None:
     so that log-probabilities and differences of logits stay. A tied model is untied first.
 
     Raises:
-        InputError: it is centred already.
+        InputError: it is centred already, or a soft cap stands behind it, under which logits would fall unevenly.
     """
     _check_open(model)
+    if (cap := model.cfg.output_logits_soft_cap) is not None:
+        raise InputError(f"the logits have a soft cap of {cap}: centring W_U would change log-probabilities")
     weight = model.unembed.weight.detach()
     mean = weight.mean(0, keepdim=True, dtype=torch.promote_types(weight.dtype, torch.float32))
     if float(mean.abs().max()) <= torch.finfo(weight.dtype).eps * float(weight.abs().max()):
@@ -96,6 +100,10 @@ def fold_value_biases(model: "HookedVLM") -> None:
         attn.o_proj.bias = _parameter(folded, attn.o_proj.weight)
         attn.v_proj.bias = _parameter(torch.zeros_like(attn.v_proj.bias), attn.v_proj.weight)
     _note(model, "fold_value_biases")
+
+
+def _folded(linear: nn.Linear, norm: Norm) -> Float[Tensor, "d_out d_model"]:
+    return (linear.weight * norm.factor).to(linear.weight.dtype)
 
 
 def untie(model: "HookedVLM") -> None:

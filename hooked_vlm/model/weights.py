@@ -5,6 +5,7 @@ Those of a block (`model.blocks[3].attn.W_O`) are views: an edit in place edits 
 """
 
 import re
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,7 +13,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from transformer_lens import FactoredMatrix
 
-from hooked_vlm.nn.components import weight_view
+from hooked_vlm.errors import InputError
+from hooked_vlm.nn.components import soft_capped, weight_view
 from hooked_vlm.nn.weight_access import AbsentBias, values_of
 
 if TYPE_CHECKING:
@@ -57,6 +59,21 @@ def b_U(model: "HookedVLM") -> Float[Tensor, "d_vocab"]:
     return model.unembed.b_U
 
 
+@dataclass(frozen=True)
+class Readout:
+    """What follows the unembedding's matrix, as TransformerLens' readouts ask for it (`model.adapter`)."""
+
+    soft_cap: float | None
+
+    def apply_output_logits_transform(self, logits: Float[Tensor, "*dims d_vocab"]) -> Float[Tensor, "*dims d_vocab"]:
+        return soft_capped(logits, self.soft_cap)
+
+
+def adapter(model: "HookedVLM") -> Readout:
+    """The soft cap of the logits, for readouts that multiply by `W_U` themselves."""
+    return Readout(model.cfg.output_logits_soft_cap)
+
+
 def OV(model: "HookedVLM") -> FactoredMatrix:
     """`W_V` @ `W_O` of every head, [layer, head, d_model, d_model], key-value heads repeated for their queries."""
     return FactoredMatrix(_for_query_heads(model, model.W_V), model.W_O)
@@ -89,6 +106,8 @@ def tl_parameters(model: "HookedVLM") -> dict[str, Tensor]:
     for layer, block in enumerate(model.blocks):
         at = f"blocks.{layer}"
         named[f"{at}.ln1.w"], named[f"{at}.ln2.w"] = block.ln1.w, block.ln2.w
+        if block.post_norms:
+            named[f"{at}.ln1_post.w"], named[f"{at}.ln2_post.w"] = block.ln1_post.w, block.ln2_post.w
         named |= {f"{at}.attn.{name}": getattr(block.attn, name) for name in _ATTENTION}
         named |= {f"{at}.mlp.{name}": getattr(block.mlp, name) for name in _MLP}
     named |= {"ln_final.w": model.ln_final.w, "unembed.W_U": model.W_U, "unembed.b_U": model.b_U}
@@ -114,13 +133,20 @@ def blocks_with(model: "HookedVLM", name: str) -> list[tuple[int, nn.Module]]:
 def accumulated_bias(
     model: "HookedVLM", layer: int, mlp_input: bool = False, include_mlp_biases: bool = True
 ) -> Float[Tensor, "d_model"]:
-    """The sum of all biases added to the residual stream before `layer` (and before its MLP)."""
+    """The sum of all biases added to the residual stream before `layer` (and before its MLP).
+
+    Raises:
+        InputError: biases in front of a norm, which adds another vector at each position.
+    """
     total = torch.zeros(model.cfg.d_model, device=model.cfg.device, dtype=model.cfg.dtype)
     for block in model.blocks[:layer]:
         total = _plus(total, block.attn.output_bias())
         if include_mlp_biases:
             total = _plus(total, block.mlp.output_bias())
-    return _plus(total, model.blocks[layer].attn.output_bias()) if mlp_input else total
+    total = _plus(total, model.blocks[layer].attn.output_bias()) if mlp_input else total
+    if model.cfg.use_normalization_before_and_after and bool(total.any()):
+        raise InputError("the norms behind attention and MLPs make another vector of their biases at each position")
+    return total
 
 
 def tokens_to_residual_directions(model: "HookedVLM", tokens: Any) -> Float[Tensor, "*dims d_model"]:

@@ -1,10 +1,10 @@
 """Attention: the place where the presence of a hook chooses the arithmetic.
 
 `attend` runs the fused kernel unless that layer's scores or pattern are wanted; only then are the [query, key]
-tensors made. The two paths compute the same function (tested in float32 and bfloat16).
+tensors made (`hooked_vlm.nn.scores`). The two paths compute the same function (tested in float32 and bfloat16).
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -13,20 +13,19 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from hooked_vlm.errors import HookError
-from hooked_vlm.nn.components import (
-    AllHeadsNorm,
-    EachHeadNorm,
-    Linear,
-    WithViews,
-    bias_by_head,
-    by_head,
-    project,
-    weight_view,
-)
+from hooked_vlm.nn.components import Linear, WithViews, bias_by_head, by_head, project, weight_view
 from hooked_vlm.nn.forward_pass import ForwardPass
 from hooked_vlm.nn.hooks import HookPoint, current_pass, has_context, listens
 from hooked_vlm.nn.masks import AttentionMask
 from hooked_vlm.nn.packing import Group
+from hooked_vlm.nn.scores import (
+    PLAIN,
+    Scoring,
+    attention_pattern,
+    masked_scores,
+    weighted_values,
+    written_out_attention,
+)
 from hooked_vlm.nn.weight_access import absent_bias, bias_of, is_plain, values_of
 
 
@@ -44,9 +43,16 @@ class Attention(WithViews):
         o_bias: bool,
         split_inputs: bool,
         rotary: bool = True,
-        qk_norm_eps: float | None = None,
-        norms_each_head: bool = False,
+        qk_norm: Callable[[int], nn.Module] | None = None,
+        scoring: Scoring = PLAIN,
+        post_norm: bool = False,
     ) -> None:
+        """Attention of one layer.
+
+        Args:
+            qk_norm: from a number of heads, the norm of their queries or keys.
+            post_norm: whether the block normalises what comes out.
+        """
         super().__init__()
         self.layer, self.n_heads, self.n_key_value_heads, self.d_head = layer, n_heads, n_key_value_heads, d_head
         self.q_proj = Linear(d_model, n_heads * d_head, bias=qkv_bias)
@@ -62,11 +68,9 @@ class Attention(WithViews):
         self.hook_q = HookPoint()  # [batch, pos, head, d_head]
         self.hook_k = HookPoint()  # [batch, pos, kv_head, d_head]
         self.hook_v = HookPoint()  # [batch, pos, kv_head, d_head]
-        self.has_qk_norm = qk_norm_eps is not None
-        if qk_norm_eps is not None:
-            norm = EachHeadNorm if norms_each_head else AllHeadsNorm
-            self.q_norm = norm(n_heads, d_head, qk_norm_eps)
-            self.k_norm = norm(n_key_value_heads, d_head, qk_norm_eps)
+        self.scoring, self.has_qk_norm, self.post_norm = scoring, qk_norm is not None, post_norm
+        if qk_norm is not None:
+            self.q_norm, self.k_norm = qk_norm(n_heads), qk_norm(n_key_value_heads)
             self.hook_q_normed = HookPoint()  # [batch, pos, head, d_head]
             self.hook_k_normed = HookPoint()  # [batch, pos, kv_head, d_head]
         if rotary:
@@ -76,6 +80,8 @@ class Attention(WithViews):
         self.hook_pattern = HookPoint(packs=False)  # [batch, head, query, key]
         self.hook_z = HookPoint()  # [batch, pos, head, d_head]
         self.hook_result = HookPoint()  # [batch, pos, head, d_model], with use_attn_result
+        if post_norm:
+            self.hook_out = HookPoint()  # [batch, pos, d_model]
 
     def forward(
         self,
@@ -83,7 +89,7 @@ class Attention(WithViews):
         k_input: Float[Tensor, "*key_dims d_model"] | None = None,
         v_input: Float[Tensor, "*key_dims d_model"] | None = None,
     ) -> Float[Tensor, "*out d_model"]:
-        """Return what attention adds to the stream.
+        """Return what attention writes: what is added to the stream, or goes through the block's post-norm first.
 
         Queries are computed from `x`; keys and values from `x`, too, or from inputs of their own: those of more
         positions, of which `x` has the last, or [batch, pos, head, d_model] with one for each head.
@@ -102,27 +108,29 @@ class Attention(WithViews):
             q = self.hook_rot_q(of_queries(q))  # [batch, pos, head, d_head]
             k = self.hook_rot_k(rotate(k))  # [batch, pos, kv_head, d_head]
         z = self.hook_z(self._attend(q, k, v, here))  # [batch, pos, head, d_head]
-        if not here.cfg.use_attn_result:
-            return self.o_proj(z.flatten(-2))
+        out = self._sum_of_results(z) if here.cfg.use_attn_result else self.o_proj(z.flatten(-2))
+        return self.hook_out(out) if self.post_norm else out  # [batch, pos, d_model]
+
+    def _sum_of_results(self, z: Float[Tensor, "*dims head d_head"]) -> Float[Tensor, "*dims d_model"]:
         result = self.hook_result(self.head_results(z))  # [batch, pos, head, d_model]
         bias = self._output_bias_at(z)
         return result.sum(-2) if bias is None else result.sum(-2) + bias
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, here: ForwardPass) -> Tensor:
-        """softmax(q k^T / sqrt(d_head)) v; `hook_z` has what it was made from in its context."""
-        groups = here.groups_of(self.layer)
+        """softmax(scores) v; `hook_z` has what it was made from in its context."""
+        groups, mask, scoring = here.groups_of(self.layer), here.mask_of(self.layer), self.scoring
         if groups is not None and not (listens(self.hook_attn_scores) or listens(self.hook_pattern)):
-            z = grouped_attention(q, k, v, groups, here.mask_of(self.layer).causal, packed=here.packing is not None)
+            z = grouped_attention(q, k, v, groups, mask.causal, here.packing is not None, scoring)
             if has_context(self.hook_z):
-                self.hook_z.tell(AttentionCall(here.pad(q), here.pad(k), here.pad(v), here.mask_of(self.layer)))
+                self.hook_z.tell(AttentionCall(here.pad(q), here.pad(k), here.pad(v), mask, scoring))
             return z
-        q, k, v, mask = here.pad(q), here.pad(k), here.pad(v), here.mask_of(self.layer)
+        q, k, v = here.pad(q), here.pad(k), here.pad(v)
         if here.past is not None:
             k, v = here.past.extend(self.layer, k, v)
-        z = attend(q, k, v, mask, self.hook_attn_scores, self.hook_pattern)
+        z = attend(q, k, v, mask, self.hook_attn_scores, self.hook_pattern, scoring)
         if has_context(self.hook_z):
             n_shared = 0 if here.past is None else here.past.n_shared
-            self.hook_z.tell(AttentionCall(q, k, v, mask, n_shared))
+            self.hook_z.tell(AttentionCall(q, k, v, mask, scoring, n_shared))
         return here.pack(z)
 
     # ---------------------------------------------------------------- each head's own output
@@ -200,7 +208,7 @@ class Attention(WithViews):
         return absent_bias(o_proj, o_proj.out_features) if o_proj.bias is None else values_of(o_proj, "bias")
 
 
-# ---------------------------------------------------------------- scores, pattern, z
+# ---------------------------------------------------------------- z of queries, keys and values
 
 
 def attend(
@@ -210,95 +218,49 @@ def attend(
     mask: AttentionMask,
     hook_attn_scores: nn.Module,
     hook_pattern: nn.Module,
+    scoring: Scoring = PLAIN,
 ) -> Float[Tensor, "batch query head d_head"]:
     """softmax(q k^T / sqrt(d_head)) v with grouped key-value heads; rows of padding queries are zero."""
     valid = mask.query_valid(q.shape[1])
     if listens(hook_attn_scores) or listens(hook_pattern):
-        scores = hook_attn_scores(masked_scores(q, k, mask))  # [batch, head, query, key]
+        scores = hook_attn_scores(masked_scores(q, k, mask, scoring))  # [batch, head, query, key]
         pattern = hook_pattern(attention_pattern(scores, valid))  # [batch, head, query, key]
         z = weighted_values(pattern, v)
     else:
-        z = fused_attention(q, k, v, mask)
+        z = fused_attention(q, k, v, mask, scoring)
     return z if valid is None else z * valid[:, :, None, None]
 
 
-def masked_scores(
-    q: Float[Tensor, "batch query head d_head"],
-    k: Float[Tensor, "batch key kv_head d_head"],
-    mask: AttentionMask,
-    positions: Int[Tensor, "#batch query"] | None = None,
-) -> Float[Tensor, "batch head query key"]:
-    """q k^T / sqrt(d_head), -inf where a query does not see a key.
-
-    `positions` are those of the queries among the keys; by default the last ones.
-    """
-    n_queries, n_keys = q.shape[1], k.shape[1]
-    seen = mask.dense(n_queries, n_keys, q.device) if positions is None else mask.visible(positions, n_keys)
-    return attention_scores(q, k).masked_fill(~seen, -torch.inf)
-
-
-def attention_scores(
-    q: Float[Tensor, "batch query head d_head"], k: Float[Tensor, "batch key kv_head d_head"]
-) -> Float[Tensor, "batch head query key"]:
-    """Unmasked scores, q k^T / sqrt(d_head)."""
-    scale = q.shape[-1] ** -0.5
-    before, after = (scale, 1.0) if q.dtype == torch.float16 else (1.0, scale)  # float16 ends at 65504
-    scores = _by_group(q.transpose(1, 2) * before, k.shape[2]) @ k.permute(0, 2, 3, 1)
-    return scores.view(q.shape[0], q.shape[2], q.shape[1], k.shape[1]) * after
-
-
-def attention_pattern(
-    scores: Float[Tensor, "batch head query key"],
-    valid: Bool[Tensor, "batch query"] | None = None,
-    keep_float32: bool = False,
-) -> Float[Tensor, "batch head query key"]:
-    """Softmax over keys, made in float32 at least and given in the scores' dtype (unless `keep_float32`); zero in rows
-    of queries that are not `valid` (padding)."""
-    pattern = scores.softmax(-1, dtype=torch.promote_types(torch.float32, scores.dtype))
-    if not keep_float32:
-        pattern = pattern.to(scores.dtype)
-    return pattern if valid is None else pattern.masked_fill(~valid[:, None, :, None], 0.0)
-
-
-def weighted_values(
-    pattern: Float[Tensor, "batch head query key"], v: Float[Tensor, "batch key kv_head d_head"]
-) -> Float[Tensor, "batch query head d_head"]:
-    """Values averaged by a pattern."""
-    z = _by_group(pattern, v.shape[2]) @ v.transpose(1, 2)
-    return z.view(*pattern.shape[:3], v.shape[-1]).transpose(1, 2)
-
-
-def _by_group(x: Float[Tensor, "batch head query d"], n_groups: int) -> Float[Tensor, "batch group grouped d"]:
-    """The queries of all heads that share keys and values, one after the other."""
-    return x.reshape(x.shape[0], n_groups, -1, x.shape[-1])
-
-
-def fused_attention(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask) -> Tensor:
+def fused_attention(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask, scoring: Scoring = PLAIN) -> Tensor:
     """z in PyTorch's fused kernel, which makes no [pos, pos] tensor; padding queries hold unused numbers."""
     n_queries, n_keys = q.shape[1], k.shape[1]
     if not mask.is_simple(n_queries, n_keys):
-        return _sdpa(q, k, v, mask.dense(n_queries, n_keys, q.device), causal=False)
+        return _z(q, k, v, mask.dense(n_queries, n_keys, q.device), causal=False, scoring=scoring)
     padding = mask.uncached_left_padding
     if mask.causal and n_queries == n_keys and padding is not None:
         # Rolling every row to the left puts its padding last, where a causal mask hides it: the fused
         # causal kernel then needs no [pos, pos] mask.
         there = (torch.arange(n_queries, device=q.device) + padding[:, None]) % n_queries
         back = (torch.arange(n_queries, device=q.device) - padding[:, None]) % n_queries
-        z = _sdpa(_take(q, there), _take(k, there), _take(v, there), None, causal=True)
+        z = _z(_take(q, there), _take(k, there), _take(v, there), None, causal=True, scoring=scoring)
         return _take(z, back)
     if mask.causal and n_queries == n_keys:
         # without left padding, keys padded at the end lie in every real query's future
-        return _sdpa(q, k, v, None, causal=True)
+        return _z(q, k, v, None, causal=True, scoring=scoring)
     if n_queries == 1 or not mask.causal:
         key_mask = None if mask.key_valid is None else mask.key_valid[:, None, None, :]
-        return _sdpa(q, k, v, key_mask, causal=False)
-    return _sdpa(q, k, v, mask.dense(n_queries, n_keys, q.device), causal=False)
+        return _z(q, k, v, key_mask, causal=False, scoring=scoring)
+    return _z(q, k, v, mask.dense(n_queries, n_keys, q.device), causal=False, scoring=scoring)
 
 
-def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
+def _z(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scoring: Scoring) -> Tensor:
+    """z under a mask that is written out [batch, 1, query, key], or causal; in the fused kernel if it knows the
+    scoring."""
+    if scoring.soft_cap is not None:
+        return written_out_attention(q, k, v, mask, causal, scoring)
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
-    grouped = q.shape[1] != k.shape[1]
-    z = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=grouped)
+    grouped, scale = q.shape[1] != k.shape[1], None if scoring.divisor is None else scoring.scale(q.shape[-1])
+    z = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=grouped, scale=scale)
     return z.transpose(1, 2)
 
 
@@ -314,16 +276,18 @@ def grouped_attention(
     groups: Sequence[Group],
     causal: bool,
     packed: bool = True,
+    scoring: Scoring = PLAIN,
 ) -> Float[Tensor, "*dims head d_head"]:
     """z in the fused kernel, one group of positions at a time; zero at positions of no group.
 
     Groups number the positions of packed rows, [position, head, d_head], or those of all rows of a batch.
     """
     if not packed:
-        return grouped_attention(q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), groups, causal).view_as(q)
+        flat = (x.flatten(0, 1) for x in (q, k, v))
+        return grouped_attention(*flat, groups, causal, scoring=scoring).view_as(q)
     z = torch.empty_like(q) if sum(group.n_positions for group in groups) == len(q) else torch.zeros_like(q)
     for group in groups:
-        own = fused_attention(group.take(q), group.take(k), group.take(v), group.mask(causal))
+        own = fused_attention(group.take(q), group.take(k), group.take(v), group.mask(causal), scoring)
         z = group.put(z, own)
     return z
 
@@ -340,6 +304,7 @@ class AttentionCall:
     k: Float[Tensor, "batch key kv_head d_head"]
     v: Float[Tensor, "batch key kv_head d_head"]
     mask: AttentionMask
+    scoring: Scoring = PLAIN
     n_shared: int = 0
     """Number of leading keys and values shared by all runs of the batch (`sweep`)."""
 
@@ -353,7 +318,7 @@ class AttentionCall:
     ) -> Float[Tensor, "batch head row key"]:
         """Masked scores of some queries, given as indices into the query axis, and of all or some heads."""
         q, k, _ = self._of(queries, heads)
-        return masked_scores(q, k, self.mask, queries + self.n_past)
+        return masked_scores(q, k, self.mask, self.scoring, queries + self.n_past)
 
     def pattern(
         self, queries: Int[Tensor, "#batch row"], heads: Sequence[int] | None = None
@@ -376,7 +341,8 @@ class AttentionCall:
     ) -> Float[Tensor, "batch row head d_head"]:
         """z of some queries and heads, in the fused kernel; what they see may be given."""
         q, k, v = self._of(queries, heads)
-        return _sdpa(q, k, v, self.visible(queries) if visible is None else visible, causal=False)
+        seen = self.visible(queries) if visible is None else visible
+        return _z(q, k, v, seen, causal=False, scoring=self.scoring)
 
     def visible(self, queries: Int[Tensor, "#batch row"]) -> Bool[Tensor, "#batch 1 row key"]:
         """Mask of the keys that these queries see."""
@@ -397,4 +363,4 @@ class AttentionCall:
     def rows(self, first: int, stop: int) -> "AttentionCall":
         """Select rows `first` to `stop` - 1 of the batch."""
         q, k, v = (x[first:stop] for x in (self.q, self.k, self.v))
-        return AttentionCall(q, k, v, self.mask.rows(first, stop), self.n_shared)
+        return AttentionCall(q, k, v, self.mask.rows(first, stop), self.scoring, self.n_shared)

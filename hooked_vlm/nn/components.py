@@ -32,6 +32,11 @@ def gelu_tanh(x: Tensor) -> Tensor:
     return F.gelu(x, approximate="tanh")
 
 
+def soft_capped(x: Float[Tensor, "*dims"], cap: float | None) -> Float[Tensor, "*dims"]:
+    """cap * tanh(x / cap); x itself without a cap."""
+    return x if cap is None else torch.tanh(x / cap) * cap
+
+
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
     "gelu": F.gelu,
@@ -92,12 +97,15 @@ class Norm(WithViews):
 
     `hook_scale` is the denominator, sqrt(variance + eps), [..., 1]; `hook_normalized` what weight and bias are applied
     to, in the dtype in which the reference multiplies; `hook_out` what the next layer reads.
+
+    Args:
+        offset: whether the weight is an offset from 1 (Gemma).
     """
 
-    def __init__(self, d_model: int, eps: float, centered: bool) -> None:
+    def __init__(self, d_model: int, eps: float, centered: bool, offset: bool = False) -> None:
         super().__init__()
         self.eps = eps
-        self.centered = centered
+        self.centered, self.offset = centered, offset
         self.weight = nn.Parameter(torch.empty(d_model))
         self.bias = nn.Parameter(torch.empty(d_model)) if centered else None
         self.hook_scale = HookPoint()  # [batch, pos, 1]
@@ -106,20 +114,35 @@ class Norm(WithViews):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        nn.init.ones_(self.weight)
+        nn.init.constant_(self.weight, 0.0 if self.offset else 1.0)
         if self.bias is not None:
             nn.init.zeros_(self.bias)
 
     @weight_view
     def w(self) -> Tensor:
-        """The weight, [d_model] (TransformerLens' name)."""
+        """The weight, [d_model] (TransformerLens' name), an offset from 1 or not."""
         return values_of(self)
+
+    @property
+    def factor(self) -> Float[Tensor, "d_model"]:
+        """What the normalised stream is multiplied by: the weight, or 1 + weight in float32 at least."""
+        return one_plus(self.w) if self.offset else self.w
+
+    def frozen(
+        self, part: Float[Tensor, "*dims d_model"], scale: Float[Tensor, "*#dims 1"]
+    ) -> Float[Tensor, "*dims d_model"]:
+        """What an RMSNorm makes of a part of its input when the denominator is that of a run: such parts sum to the
+        output of the run."""
+        return (part / scale.to(part.device) * self.factor.to(part.device)).to(part.dtype)
 
     def forward(self, x: Float[Tensor, "*dims d_model"]) -> Float[Tensor, "*dims d_model"]:
         full = x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
         if self.centered:
             full = full - full.mean(-1, keepdim=True)
         scale = self.hook_scale((full.pow(2).mean(-1, keepdim=True) + self.eps).sqrt())  # [batch, pos, 1]
+        if self.offset:  # in float32, rounded last
+            normalized = self.hook_normalized(full / scale)  # [batch, pos, d_model]
+            return self.hook_out((normalized * one_plus(self.weight)).to(x.dtype))  # [batch, pos, d_model]
         if self.bias is None:  # the reference rounds before the weight in RMSNorm, after it in LayerNorm
             normalized = self.hook_normalized((full / scale).to(x.dtype))  # [batch, pos, d_model]
             return self.hook_out(normalized * self.weight)  # [batch, pos, d_model]
@@ -127,46 +150,16 @@ class Norm(WithViews):
         return self.hook_out((normalized * self.weight + self.bias).to(x.dtype))  # [batch, pos, d_model]
 
 
-class AllHeadsNorm(nn.Module):
-    """RMSNorm of queries or keys over the width of all heads together."""
-
-    def __init__(self, n_heads: int, d_head: int, eps: float) -> None:
-        super().__init__()
-        self.eps = eps
-        self.weight = nn.Parameter(torch.empty(n_heads * d_head))
-        self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        nn.init.ones_(self.weight)
-
-    def forward(self, x: Float[Tensor, "*dims head d_head"]) -> Float[Tensor, "*dims head d_head"]:
-        full = x.flatten(-2).to(torch.promote_types(x.dtype, torch.float32))
-        normalized = full * torch.rsqrt(full.pow(2).mean(-1, keepdim=True) + self.eps)
-        return (normalized.to(x.dtype) * self.weight).unflatten(-1, x.shape[-2:])
-
-
-class EachHeadNorm(nn.Module):
-    """RMSNorm of queries or keys, each head by itself; one weight of a head's width for all."""
-
-    def __init__(self, n_heads: int, d_head: int, eps: float) -> None:
-        super().__init__()
-        self.eps = eps
-        self.weight = nn.Parameter(torch.empty(d_head))
-        self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        nn.init.ones_(self.weight)
-
-    def forward(self, x: Float[Tensor, "*dims head d_head"]) -> Float[Tensor, "*dims head d_head"]:
-        full = x.to(torch.promote_types(x.dtype, torch.float32))
-        normalized = full * torch.rsqrt(full.pow(2).mean(-1, keepdim=True) + self.eps)
-        return normalized.to(x.dtype) * self.weight
+def one_plus(weight: Float[Tensor, "d"]) -> Float[Tensor, "d"]:
+    """1 + a norm's weight, in float32 at least: in bfloat16 the sum would be rounded."""
+    return 1 + weight.to(torch.promote_types(weight.dtype, torch.float32))
 
 
 class MLP(WithViews):
     """act(gate(x)) * in(x) when gated, act(in(x)) otherwise, then out."""
 
-    def __init__(self, d_model: int, d_mlp: int, act_fn: str, gated: bool, bias: bool) -> None:
+    def __init__(self, d_model: int, d_mlp: int, act_fn: str, gated: bool, bias: bool, post_norm: bool = False) -> None:
+        """An MLP; `post_norm`: whether the block normalises what comes out."""
         super().__init__()
         self.act, self.d_mlp = ACTIVATIONS[act_fn], d_mlp
         self.gate_proj = Linear(d_model, d_mlp, bias=bias) if gated else None
@@ -176,6 +169,9 @@ class MLP(WithViews):
         if gated:
             self.hook_pre_linear = HookPoint()  # [batch, pos, d_mlp]
         self.hook_post = HookPoint()  # [batch, pos, d_mlp]
+        self.post_norm = post_norm
+        if post_norm:
+            self.hook_out = HookPoint()  # [batch, pos, d_model]
 
     def forward(self, x: Float[Tensor, "*dims d_model"]) -> Float[Tensor, "*dims d_model"]:
         if self.gate_proj is None:
@@ -183,7 +179,8 @@ class MLP(WithViews):
         else:
             pre = self.hook_pre(self.gate_proj(x))  # [batch, pos, d_mlp]
             post = self.act(pre) * self.hook_pre_linear(self.in_proj(x))  # [batch, pos, d_mlp]
-        return self.out_proj(self.hook_post(post))
+        out = self.out_proj(self.hook_post(post))
+        return self.hook_out(out) if self.post_norm else out  # [batch, pos, d_model]
 
     def output_bias(self) -> Float[Tensor, "d_model"] | None:
         """Output bias of `out_proj`; None if it has none."""
@@ -216,21 +213,33 @@ def _bias(linear: nn.Linear) -> Tensor:
 
 
 class Embed(WithViews, nn.Embedding):
-    """Token embedding."""
+    """Token embedding, multiplied by `scale` where there is one (rounded to the weights' dtype, as in Gemma)."""
+
+    def __init__(self, d_vocab: int, d_model: int, scale: float | None = None) -> None:
+        super().__init__(d_vocab, d_model)
+        self.scale = scale
 
     @weight_view
     def W_E(self) -> Float[Tensor, "d_vocab d_model"]:
+        """What is looked up, before the scale."""
         return values_of(self)
 
     def forward(self, input: Int[Tensor, "batch pos"]) -> Float[Tensor, "batch pos d_model"]:
-        return super().forward(input)
+        embedded = super().forward(input)
+        if self.scale is None:
+            return embedded
+        return embedded * torch.tensor(self.scale, dtype=torch.float32).to(embedded.dtype).item()
 
 
 class Unembed(WithViews, nn.Linear):
-    """Logits from the normalised residual stream."""
+    """Logits from the normalised residual stream, under a soft cap where there is one."""
 
-    def __init__(self, d_model: int, d_vocab: int) -> None:
+    def __init__(self, d_model: int, d_vocab: int, soft_cap: float | None = None) -> None:
         super().__init__(d_model, d_vocab, bias=False)
+        self.soft_cap = soft_cap
+
+    def forward(self, input: Float[Tensor, "*dims d_model"]) -> Float[Tensor, "*dims d_vocab"]:
+        return soft_capped(super().forward(input), self.soft_cap)
 
     @weight_view
     def W_U(self) -> Float[Tensor, "d_model d_vocab"]:

@@ -203,7 +203,8 @@ class Projector(nn.Module):
         hidden = cfg.d_merged if cfg.d_projector is None else cfg.d_projector
         if self.norm_of is not None:
             width = cfg.d_model if self.norm_of == "patches" else cfg.d_merged
-            self.ln = Norm(width, cfg.projector_eps, centered=cfg.projector_norm_type == "LN")
+            centered, offset = cfg.projector_norm_type == "LN", cfg.projector_norm_offset
+            self.ln = Norm(width, cfg.projector_eps, centered, offset)
         if "activation" in cfg.projector:
             self.in_proj = nn.Linear(cfg.d_merged, hidden, bias=cfg.projector_bias)
             self.hook_pre = HookPoint()  # [image, token, d_projector]

@@ -52,6 +52,9 @@ class PatchPath(Intervention):
         mids: `resid_mid` of the run that is edited, by layer, from the sender's layer up to the receiver's: the MLPs
             of these layers are recomputed on the changed stream, one after the other, as in Wang et al. Without it all
             MLPs stay as they are.
+        post_scale: the denominator of a norm behind the sender's attention, in the run that is edited
+            (`ln1_post.hook_scale`): it stays, so that the changes of several heads sum. MLPs that follow are recomputed
+            with their norms.
     """
 
     sender: Head
@@ -61,6 +64,7 @@ class PatchPath(Intervention):
     change: Float[Tensor, "batch pos d_head"]
     positions: Rows | None = None
     mids: Mapping[int, Float[Tensor, "batch pos d_model"]] | None = None
+    post_scale: Float[Tensor, "batch pos 1"] | None = None
 
     position_aware: ClassVar[bool] = True
 
@@ -72,6 +76,11 @@ class PatchPath(Intervention):
 
     def hooks(self, model: "HookedVLM", inputs: VLMInputs) -> Hooks:
         inputs = model.as_inputs(inputs)
+        if model.cfg.use_normalization_before_and_after and self.post_scale is None:
+            raise InputError(
+                f"a norm stands behind the attention of layer {self.sender[0]}: give post_scale, its "
+                "ln1_post.hook_scale in the run that is edited"
+            )
         table = position_table(self.positions, inputs).to(inputs.device)
         if self.receiver == "logits":
             name = f"blocks.{model.cfg.n_layers - 1}.hook_resid_post"
@@ -106,10 +115,12 @@ class PatchPath(Intervention):
         span = slice(first, first + x.shape[1])
         layer, head = self.sender
         change = model.blocks[layer].attn.head_result(self.change[:, span], head)
+        if self.post_scale is not None:
+            change = model.blocks[layer].ln1_post.frozen(change, self.post_scale[:, span])
         for layer in sorted(self.mids or ()):
             block, mid = model.blocks[layer], self.mids[layer][:, span]  # pyright: ignore[reportOptionalSubscript]
             with silent_hook_points():
-                before, after = (block.mlp(block.ln2(stream)) for stream in (mid, mid + change.to(mid.device)))
+                before, after = (block.mlp_output(stream) for stream in (mid, mid + change.to(mid.device)))
             change = change + (after - before).to(change.device)
         stream = (self.stream[:, span] + change.to(self.stream.device)).to(x.device)
         return stream.repeat(len(x) // len(stream), 1, 1)
@@ -162,13 +173,15 @@ def patch_paths(
     streams = {_stream(end, n_layers) for end in reached}
     last = max(n_layers if end == "logits" else end[0] for end in reached)
     between = range(min(layer for layer, _ in senders), last) if mlps == "follow" else range(0)
-    mid_names = {f"blocks.{layer}.hook_resid_mid" for layer in between}
+    kept = {f"blocks.{layer}.hook_resid_mid" for layer in between}
+    if post_norms := model.cfg.use_normalization_before_and_after:
+        kept |= {f"blocks.{layer}.ln1_post.hook_scale" for layer, _ in senders}
 
     def run(pair: Pair, metric: Metric) -> Values:
         base, source = encoded_sides(model, pair, direction)
         matches = pair.matches(direction)
         positions = positions_at(pair, where, direction, matches)
-        _, edited = model.run_with_cache(base, names_filter=sorted(zs | streams | mid_names), return_type=None)
+        _, edited = model.run_with_cache(base, names_filter=sorted(zs | streams | kept), return_type=None)
         _, other = model.run_with_cache(source, names_filter=sorted(zs), return_type=None)
         change = {(i, h): aligned(other["z", i][:, :, h], matches) - edited["z", i][:, :, h] for i, h in senders}
 
@@ -176,7 +189,8 @@ def patch_paths(
             stop = n_layers if end == "logits" else end[0]
             mids = {i: edited["resid_mid", i] for i in range(sender[0], stop)} if mlps == "follow" else None
             own = None if end == "logits" else reads
-            return PatchPath(sender, end, own, edited[_stream(end, n_layers)], change[sender], positions, mids)
+            scale = edited["scale", sender[0], "ln1_post"] if post_norms else None
+            return PatchPath(sender, end, own, edited[_stream(end, n_layers)], change[sender], positions, mids, scale)
 
         paths = {}
         for sender, receiver in edges:

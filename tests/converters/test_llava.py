@@ -15,7 +15,8 @@ from transformers import AutoConfig
 
 from hooked_vlm import CheckpointError, HookedVLM
 from hooked_vlm.converters import KNOWN_MODELS, converter_for, llava
-from hooked_vlm.converters.llava_variants import DIALECTS, INSTEAD, TOWERS
+from hooked_vlm.converters.clip_towers import TOWERS
+from hooked_vlm.converters.llava_variants import DIALECTS, INSTEAD
 
 NAMES = ("llava", "llava-next", "llava-onevision", "llava-onevision, tied")
 

@@ -31,8 +31,8 @@ from hooked_vlm.interventions import (
 )
 from hooked_vlm.interventions.attention import all_heads
 from hooked_vlm.interventions.base import position_table
-from hooked_vlm.nn.attention import attention_scores
 from hooked_vlm.nn.forward_pass import inputs_rotations
+from hooked_vlm.nn.scores import attention_scores
 
 
 @pytest.fixture(params=list(ROWS))

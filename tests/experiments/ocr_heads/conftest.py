@@ -11,7 +11,7 @@ from families import bundled
 from safetensors.torch import save_file
 
 from hooked_vlm import HookedVLM
-from hooked_vlm.converters import language_models
+from hooked_vlm.converters import dialects, language_models
 from hooked_vlm.inputs.templates import template_named
 from tools.toy_training.families import FAMILIES
 
@@ -34,7 +34,7 @@ def text_only() -> Callable[[HookedVLM, Path], Path]:
 
 def save_text_only(model: HookedVLM, folder: Path) -> Path:
     """The model's decoder as a checkpoint of its own, with the tokenizer and no eyes."""
-    dialect = next(d for d in language_models.DIALECTS if d.qkv_bias == model.cfg.qkv_bias)
+    dialect = next(d for d in dialects.DIALECTS if d.qkv_bias == model.cfg.qkv_bias)
     config = language_models.decoder_config(asdict(model.cfg), dialect)
     own = ("embed.", "blocks.", "ln_final.", "unembed.")
     decoder = {name: tensor for name, tensor in model.state_dict().items() if name.startswith(own)}
