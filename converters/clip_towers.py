@@ -1,4 +1,5 @@
-"""The vision towers of CLIP and SigLIP as LLaVA, Gemma 3, PaliGemma and Idefics3 read them: settings, and names of tensors.
+"""The vision towers of CLIP and SigLIP as LLaVA, Gemma 3, PaliGemma and Idefics3 read them: settings, and names of
+tensors.
 
 Defaults are those of `CLIPVisionConfig` and `SiglipVisionConfig` in transformers 5.23.0.
 """
