@@ -86,15 +86,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     began = time.perf_counter()
     asked = VerifyConfig(str(folder), out=config.out / "verify.json", device="cpu", max_new_tokens=4, quiet=True)
+    print(f"{config.model} and its reference are compared, then its heads are ranked ...", file=sys.stderr)
     compared, found = verify.answer(asked)
-    print(f"{config.model}\n\n{compared}\n")
     model = HookedVLM.from_pretrained(folder, device="cpu", dtype="float32")
     image, inputs = drawing(model, config.max_tiles)
     ranking = rank(model, inputs)
-    print(ranking)
     picture = config.out / "where-it-looks.png"
     look(model, inputs, image, list(ranking.effects)[:PANELS], picture)
-    print(f"\nwhere heads look: {picture}; {time.perf_counter() - began:.0f} s on {torch.get_num_threads()} cores")
+    seconds, n_cores = time.perf_counter() - began, torch.get_num_threads()
+    print(f"{ranking}\n\nwhere these heads look: {picture}\n\n{compared}\n{seconds:.0f} s on {n_cores} cores")
     return 0 if found["passed"] else 1
 
 
