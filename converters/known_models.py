@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from hooked_vlm.converters.known_gemma import GEMMA
 from hooked_vlm.converters.known_idefics3 import IDEFICS3
 from hooked_vlm.converters.known_llava import LLAVA
 from hooked_vlm.converters.known_qwen_vl import QWEN_VL
@@ -182,6 +183,7 @@ KNOWN_MODELS: dict[str, KnownModel] = {
     "OpenGVLab/InternVL3_5-14B": _internvl3_5(5120, 17408, 40, 40, 15_119_523_840, "Qwen3-14B"),
     "OpenGVLab/InternVL3_5-38B": _internvl3_5(5120, 25600, 64, 64, 38_390_405_504, "Qwen3-32B"),
     **LLAVA,
+    **GEMMA,
     **IDEFICS3,
 }
 # fmt: on

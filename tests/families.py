@@ -205,9 +205,9 @@ def gemma3(tied: bool) -> Kind:
     )
 
 
-def paligemma(text: str) -> Kind:
+def paligemma(text: str, tied: bool) -> Kind:
     return Kind(
-        hf=partial(tiny_paligemma.tiny_hf, text),
+        hf=partial(tiny_paligemma.tiny_hf, text, tied),
         batch=tiny_paligemma.paligemma_batch,
         for_hf=tiny_paligemma.for_hf,
         images={"small": "image", "large": "image"},
@@ -250,10 +250,12 @@ KINDS = {
     "llava-onevision, tied": onevision(tied=True),
     "idefics3": idefics3("idefics3", tied=False),
     "smolvlm, tied": idefics3("smolvlm", tied=True),
-    "gemma3": gemma3(tied=True),
-    "gemma3, untied": gemma3(tied=False),
-    "paligemma": paligemma("gemma"),
-    "paligemma2": paligemma("gemma2"),
+    "gemma3": gemma3(tied=False),
+    "gemma3, tied": gemma3(tied=True),
+    "paligemma": paligemma("gemma", tied=False),
+    "paligemma, tied": paligemma("gemma", tied=True),
+    "paligemma2": paligemma("gemma2", tied=False),
+    "paligemma2, tied": paligemma("gemma2", tied=True),
     "made-up": made_up(),
 }
 FAMILIES = (*ONE_OF_EACH_KIND, *OTHERS)

@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from by_hand import factor, head_output, normed, unembedded
 from families import model_and_inputs
 from pairs import last_logits
 from PIL import Image
@@ -26,8 +27,7 @@ def case(family: str, request: pytest.FixtureRequest) -> tuple[Any, Any]:
 
 def spoken(model: Any, written: Tensor) -> Tensor:
     """Log-probabilities through the final norm and unembedding, written out."""
-    scale = (written.pow(2).mean(-1, keepdim=True) + model.cfg.eps).sqrt()
-    return (written / scale * model.ln_final.w @ model.W_U).log_softmax(-1)
+    return unembedded(model, normed(model.ln_final, written)).log_softmax(-1)
 
 
 # ---- logit lens ----
@@ -102,7 +102,7 @@ def test_the_head_lens_reads_what_one_head_writes(case: tuple[Any, Any]) -> None
         for row, own in enumerate(group):
             for layer in range(3):
                 for head in range(4):
-                    written = cache["z", layer][row, own, head] @ model.blocks[layer].attn.W_O[head]
+                    written = head_output(model, cache, layer, head)[row, own]
                     expected = spoken(model, written)[:, targets[row]].exp().mean()
                     assert found[row, layer, head] == pytest.approx(expected.item(), abs=1e-5)
     with pytest.raises(InputError, match=rf"{len(inputs)} rows.*\({len(inputs) + 1},\)"):
@@ -116,6 +116,8 @@ def test_a_logit_is_the_sum_of_what_its_parts_add(case: tuple[Any, Any], unit: A
     right, wrong = torch.arange(5, 5 + len(inputs)), 42
     found = logit_attribution(model, inputs, right, wrong, unit)
     logits = last_logits(model(inputs), inputs)
+    if (cap := model.cfg.output_logits_soft_cap) is not None:
+        logits = cap * torch.atanh(logits / cap)  # parts sum to what is capped
     expected = logits[torch.arange(len(inputs)), right] - logits[:, 42]
     np.testing.assert_allclose(found.logit, expected, atol=2e-5)
     np.testing.assert_allclose(found.values.sum(0), expected, atol=5e-5)
@@ -125,9 +127,9 @@ def test_a_logit_is_the_sum_of_what_its_parts_add(case: tuple[Any, Any], unit: A
     if unit == "head":
         _, cache = model.run_with_cache(inputs)
         last = inputs.stop[0] - 1
-        written = cache["z", 1][0, last, 2] @ model.blocks[1].attn.W_O[2]
-        normed = written / cache["ln_final.hook_scale"][0, last] * model.ln_final.w
-        by_hand = normed @ (model.W_U[:, right[0]] - model.W_U[:, 42])
+        written = head_output(model, cache, 1, 2)[0, last]
+        read = written / cache["ln_final.hook_scale"][0, last] * factor(model.ln_final)
+        by_hand = read @ (model.W_U[:, right[0]] - model.W_U[:, 42])
         assert found.values[found.labels.index("L1H2"), 0] == pytest.approx(by_hand.item(), abs=1e-5)
         assert len(found.to_dataframe()) == found.values.size
 

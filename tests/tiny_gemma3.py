@@ -39,9 +39,9 @@ TEXT: dict[str, Any] = {
 def with_offsets(hf: Any) -> Any:
     """The same model, its RMSNorms multiplying by about 1: by 1 + weight."""
     with torch.no_grad():
-        for name, weight in hf.named_parameters():
-            if ("language_model" in name or "soft_emb" in name) and "norm" in name:
-                weight.sub_(1)
+        for module in hf.modules():
+            if type(module).__name__.endswith("RMSNorm"):
+                module.weight.sub_(1)
     return hf
 
 

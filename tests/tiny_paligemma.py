@@ -36,11 +36,15 @@ def tiny_hf(text: str = "gemma", tied: bool = True) -> Any:
 def paligemma_batch(rows: list[list[Any]], seed: int = 0) -> dict[str, torch.Tensor]:
     """A batch as PaliGemma's processor returns it, padded on the left.
 
-    A row is a list of token ids and of "image", every one of another picture.
+    A row is a list of token ids and of "image", every one of another picture; ("suffix", ids) may end it, which the
+    tokens before do not see.
     """
     n_images = sum(item == "image" for row in rows for item in row)
-    batch = spelled(rows, lambda _: [IMAGE] * N_TOKENS)
+    batch = spelled(rows, lambda item: [IMAGE] * N_TOKENS if item == "image" else list(item[1]))
     batch["token_type_ids"] = torch.zeros_like(batch["input_ids"])
+    for types, row in zip(batch["token_type_ids"], rows, strict=True):
+        if isinstance(row[-1], tuple):
+            types[-len(row[-1][1]) :] = 1
     if n_images:
         batch["pixel_values"] = torch.randn(n_images, 3, SIDE, SIDE, generator=torch.Generator().manual_seed(seed))
     return batch
@@ -49,13 +53,13 @@ def paligemma_batch(rows: list[list[Any]], seed: int = 0) -> dict[str, torch.Ten
 def for_hf(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """What the reference takes of a batch: positions count real tokens from 1 on; it is told what the prompt is."""
     positions = batch["attention_mask"].cumsum(1).clamp(min=1)
-    prompt = torch.zeros_like(batch["input_ids"])
-    return {**batch, "position_ids": positions, "token_type_ids": batch.get("token_type_ids", prompt)}
+    return {**batch, "position_ids": positions}
 
 
 CASES: dict[str, list[list[Any]]] = {
     "one-image": [["image", 5, 6, 7, 8, 9, 10]],
     "images-of-two-sizes": [["image", "image", 5, 7, 8, 9]],
     "text": [[5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16]],
+    "suffix": [["image", 5, 6, ("suffix", [7, 8, 9, 10, 11, 12, 13])], ["image", 9, ("suffix", [10, 11])]],
     "left-padded": [["image", 7, 8], [11, 12, 13], ["image", "image", 9]],
 }

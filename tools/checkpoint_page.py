@@ -44,6 +44,7 @@ residual streams, patterns, image features, greedy tokens, rounding errors, pixe
 Fine-tunes of these and folders saved by `save_pretrained` of either library load, too. Of LLaVA the repositories of
 `llava-hf` are meant: files of its original code (`liuhaotian/llava-v1.5-7b`, ...) are refused with the name to use. The
 chat- and single-image variants of LLaVA-OneVision (`-ov-chat-hf`, `-si-hf`) have the sizes of their `-ov-hf`.
+PaliGemmas tuned on one task (`-ft-*`) have those of their `-pt-*`. EmbeddingGemma, Gemma 3n and Gemma 4 are refused.
 
 LLaVA-NeXT and LLaVA-OneVision were compared with transformers 5.23.0, on tiny models with ragged pictures: logits,
 streams of both towers, patterns, packed image features, gradients, greedy tokens cached and uncached, batches, several
@@ -51,6 +52,11 @@ images and (OneVision) resampled grids and videos within 2e-5; pixels bit for bi
 `LlavaOnevisionImageProcessorPil`, but for frames of videos, whose processor needs torchvision. Prompts are string for
 string those of public copies; Yi's template is from memory. The mean and deviation of OneVision's pixels, where a
 folder has no settings, are SigLIP's, whose processor the published conversion takes.
+
+Gemma 3 and PaliGemma were compared with transformers 5.23.0, on tiny models: logits, streams of both towers, patterns,
+features, gradients, greedy tokens, batches, several images, answers as suffixes within 2e-5; pixels bit for bit with
+`Gemma3ImageProcessorPil` (pan and scan, too) and `SiglipImageProcessorPil`; prompts id for id with `Gemma3Processor`
+(in the template of public copies) and `PaliGemmaProcessor`.
 
 Idefics3 and SmolVLM were compared in the same way, with ragged numbers of tiles and several images, with both classes
 of transformers; pixels bit for bit with `Idefics3ImageProcessorPil` and `SmolVLMImageProcessorPil`, token ids with
@@ -89,8 +95,8 @@ in logits and image features may be at most 1.1 times the reference's; equal tok
 The reference is built from the folder's own files, with neutral generation settings (a `repetition_penalty` of
 generation_config.json, say, does not count):
 
-- Qwen2-VL, the three LLaVA families, Idefics3 and SmolVLM, InternVL in the `-hf` layout, text-only Qwen2, Llama,
-  Mistral and Phi-3: `transformers` loads the same folder itself.
+- Qwen2-VL, the three LLaVA families, Gemma 3, PaliGemma, Idefics3, SmolVLM, InternVL in the `-hf` layout, text-only
+  Qwen2, Llama, Mistral, Gemma and Phi-3: `transformers` loads the same folder itself.
 - InternVL as published: its code is remote code, which is never executed. This library's converter passes the tensors
   to `transformers`' InternVL class, so a tensor converted to a wrong name would be wrong in both; the tests compare the
   converter with the published names one by one.

@@ -62,6 +62,21 @@ def _axes(cfg: VLMConfig) -> str:
     return f"3 (M-RoPE, {'in turns' if cfg.mrope_interleaved else 'in chunks'})"
 
 
+def _norms(cfg: VLMConfig) -> str:
+    places = "before and behind" if cfg.use_normalization_before_and_after else "before"
+    return f"{places} attention and MLP, times {'1 + weight' if cfg.rmsnorm_uses_offset else 'weight'}"
+
+
+def _scales(cfg: VLMConfig) -> str:
+    scores = cfg.d_head**0.5 if cfg.attn_scale is None else cfg.attn_scale
+    return f"{cfg.embed_scale or 1:.4g}, {scores:.4g}"
+
+
+def _caps(cfg: VLMConfig) -> str:
+    caps = (cfg.attn_scores_soft_cap, cfg.output_logits_soft_cap)
+    return ", ".join("none" if cap is None else f"{cap:g}" for cap in caps)
+
+
 VALUES: dict[str, Callable[[VLMConfig], str]] = {
     "pictures reach the tower": _vision(lambda v: "as patches" if v.patch_order == "blocks" else "as squares"),
     "order of patches": _vision(lambda v: "merge block by merge block" if v.patch_order == "blocks" else "row by row"),
@@ -85,6 +100,9 @@ VALUES: dict[str, Callable[[VLMConfig], str]] = {
     "time of videos": lambda cfg: "no videos" if cfg.video_token_id is None else _vision(_time)(cfg),
     "position axes of the text": _axes,
     "norms of queries and keys of the text": lambda cfg: "of each head" if cfg.qk_norm else "none",
+    "norms of the text": _norms,
+    "embeddings are multiplied by, scores divided by": _scales,
+    "soft caps of scores, of logits": _caps,
     "kinds of layers": lambda cfg: str(len(cfg.kinds)),
     "tokens that see each other both ways": lambda cfg: str(cfg.bidirectional or "none"),
     "turns begin with": lambda cfg: _code(style_of(cfg).user_header),
@@ -128,12 +146,12 @@ LAWS: dict[str, Callable[[VLMConfig], str]] = {
 
 def one_of_each() -> dict[str, VLMConfig]:
     """The first published size of every architecture that sees pictures, with and without norms of queries and keys of
-    the text, by its repository."""
+    the text and kinds of layers, by its repository."""
     found: dict[str, VLMConfig] = {}
-    seen: set[tuple[str, bool]] = set()
+    seen: set[tuple[str, bool, int]] = set()
     for name, known in KNOWN_MODELS.items():
         cfg = model_config(converter_for(known.config), known.config, {})
-        kind = (cfg.original_architecture, cfg.qk_norm)
+        kind = (cfg.original_architecture, cfg.qk_norm, len(cfg.kinds))
         if cfg.vision is not None and kind not in seen:
             seen.add(kind)
             found[name] = cfg

@@ -57,9 +57,9 @@ class Block(Part):
         self.hook_resid_pre = HookPoint(shared=True)  # [batch, pos, d_model]; the resid_post of the block before
         if self.split_inputs:
             self.hook_mlp_in = HookPoint(shared=True)  # [batch, pos, d_model], with use_hook_mlp_in
-        self.hook_attn_out = HookPoint()  # [batch, pos, d_model]
+        self.hook_attn_out = HookPoint(shared=self.post_norms)  # [batch, pos, d_model]
         self.hook_resid_mid = HookPoint()  # [batch, pos, d_model]
-        self.hook_mlp_out = HookPoint()  # [batch, pos, d_model]
+        self.hook_mlp_out = HookPoint(shared=self.post_norms)  # [batch, pos, d_model]
         if deepstack is not None:
             self.hook_deepstack = HookPoint()  # [batch, pos, d_model]
         self.hook_resid_post = HookPoint()  # [batch, pos, d_model]

@@ -119,8 +119,9 @@ class Norm(WithViews):
             nn.init.zeros_(self.bias)
 
     @weight_view
-    def w(self) -> Tensor:
-        """The weight, [d_model] (TransformerLens' name), an offset from 1 or not."""
+    def w(self) -> Float[Tensor, "d_model"]:
+        """The weight (TransformerLens' name), which may be an offset from 1: its tools read
+        `cfg.rmsnorm_uses_offset`."""
         return values_of(self)
 
     @property
@@ -228,7 +229,7 @@ class Embed(WithViews, nn.Embedding):
         embedded = super().forward(input)
         if self.scale is None:
             return embedded
-        return embedded * torch.tensor(self.scale, dtype=torch.float32).to(embedded.dtype).item()
+        return embedded * torch.tensor(self.scale, dtype=torch.float32).to(embedded.dtype)  # on the host: no copy
 
 
 class Unembed(WithViews, nn.Linear):

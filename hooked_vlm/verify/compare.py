@@ -170,8 +170,8 @@ def prompt_tokens(
     equal = total = 0
     placeholder = model.cfg.image_token_id
     for prompt, own in zip(asked, inputs, strict=True):
-        ids = own.tokens[0].tolist()
-        ours = [a for a, before in zip(ids, [None, *ids], strict=False) if (a, before) != (placeholder, placeholder)]
+        starts = {start for visual in own.visuals for start, _ in visual.runs}
+        ours = [t for at, t in enumerate(own.tokens[0].tolist()) if t != placeholder or at in starts]
         theirs = render(prompt)
         equal, total = equal + _n_same(ours, theirs), total + max(len(ours), len(theirs))
     return Row("prompts", equal, total, "tokens", largest=total)
@@ -195,8 +195,9 @@ def pixels(model: "HookedVLM", processor: Callable[[Any], Any], asked: Sequence[
 
 @contextmanager
 def attention(reference: Reference, kernel: str) -> Iterator[None]:
-    """Switch the reference's attention implementation within a `with` block."""
-    reference.model.set_attn_implementation(kernel)
+    """Switch the reference's attention implementation within a `with` block, if every part of it has this one."""
+    if all(getattr(part, "_supports_sdpa", True) for part in reference.model.modules()):
+        reference.model.set_attn_implementation(kernel)
     try:
         yield
     finally:
@@ -205,7 +206,7 @@ def attention(reference: Reference, kernel: str) -> Iterator[None]:
 
 @torch.no_grad()
 def cost(model: "HookedVLM", reference: Reference, inputs: VLMInputs) -> list[Row]:
-    """Time (best of three) and peak memory beyond the weights of a forward pass, fused kernels in both."""
+    """Time (best of three) and peak memory beyond the weights of a forward pass, fused kernels if there are any."""
     batch = reference.batch(inputs)
 
     def ours() -> Tensor:

@@ -7,6 +7,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from hooked_vlm.inputs.picture_processor import Bounds, PictureProcessor
+from hooked_vlm.inputs.prompt_styles import STYLES
 from hooked_vlm.inputs.vlm_inputs import VLMInputs
 
 if TYPE_CHECKING:
@@ -62,9 +63,10 @@ def transparent_picture() -> Image.Image:
 
 
 def inputs_for(model: "HookedVLM", prompt: Prompt) -> VLMInputs:
-    """Inputs of a prompt, with bounded pictures; a model without a conversation template gets bare text."""
+    """Inputs of a prompt, with bounded pictures; a model that has chats, but no template of them, gets bare text."""
     tokenizer, processor = model.tokenizer, model.image_processor
-    chat = bool(getattr(tokenizer, "chat_template", None)) or model.cfg.chat_template is not None
+    templates = (getattr(tokenizer, "chat_template", None), model.cfg.chat_template)
+    chat = any(templates) or STYLES[model.cfg.prompt_style].plain
     bounds: dict[str, Any] = {}
     if prompt.pictures:
         bounds = processor.bounds_below(MOST_TOKENS, MOST_TILES)

@@ -12,24 +12,29 @@ from typing import TYPE_CHECKING, Any
 import torch
 import transformers
 from accelerate import init_empty_weights
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, GenerationConfig, InternVLConfig, InternVLForConditionalGeneration
+from transformers.models.gemma3.image_processing_pil_gemma3 import Gemma3ImageProcessorPil
 from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2ImageProcessorPil
 from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3ImageProcessorPil
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
 from transformers.models.llava_onevision.image_processing_pil_llava_onevision import LlavaOnevisionImageProcessorPil
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 from transformers.models.smolvlm.processing_smolvlm import get_image_prompt_string
 from transformers.processing_utils import ProcessorMixin
 from transformers.vision_utils import get_vision_window_index
 
 from hooked_vlm.converters import (
     converter_for,
+    gemma3,
     idefics3,
+    language_models,
     llava,
     llava_variants,
+    paligemma,
     qwen2_5_vl,
     qwen2_vl,
     qwen3_vl,
@@ -44,6 +49,8 @@ from hooked_vlm.inputs.idefics3 import MARK, WHOLE, Idefics3Processor
 from hooked_vlm.inputs.image_processor import ImageProcessor
 from hooked_vlm.inputs.image_settings import IMAGES
 from hooked_vlm.inputs.onevision import OneVisionProcessor
+from hooked_vlm.inputs.pan_and_scan import PanScanProcessor
+from hooked_vlm.inputs.stretched import StretchProcessor
 from hooked_vlm.inputs.tiles import IMAGENET_MEAN, IMAGENET_STD, TileProcessor
 from hooked_vlm.inputs.token_layout import Grid
 from hooked_vlm.inputs.tokenization import load_tokenizer
@@ -55,8 +62,10 @@ if TYPE_CHECKING:
     from hooked_vlm.model.vlm import HookedVLM
 
 QWEN_VL = tuple(family.architecture for family in (qwen2_vl.FAMILY, qwen2_5_vl.FAMILY, qwen3_vl.FAMILY))
-LANGUAGE_MODELS = ("Qwen2ForCausalLM", "Qwen3ForCausalLM", "LlamaForCausalLM", "MistralForCausalLM", "Phi3ForCausalLM")
-OWN_CLASS = (HF, *QWEN_VL, *llava.ARCHITECTURES, *idefics3.ARCHITECTURES)
+LANGUAGE_MODELS = tuple(name for name in language_models.ARCHITECTURES if name != "InternLM2ForCausalLM")
+COMPOSED = (*llava.ARCHITECTURES, *gemma3.ARCHITECTURES, *paligemma.ARCHITECTURES)
+"""Architectures made of a CLIP or SigLIP tower, a projector and a language model."""
+OWN_CLASS = (HF, *QWEN_VL, *COMPOSED, *idefics3.ARCHITECTURES)
 """Architectures of models with pictures that `transformers` loads from the same folder."""
 
 
@@ -73,7 +82,7 @@ class Reference:
         """The blocks of the vision tower; none in a language model."""
         if isinstance(self.model, InternVLForConditionalGeneration):
             return list(self.model.model.vision_tower.encoder.layer)
-        if type(self.model).__name__ in llava.ARCHITECTURES:
+        if type(self.model).__name__ in COMPOSED:
             return list(self.model.model.vision_tower.encoder.layers)
         if self.is_idefics3:
             return list(self.model.model.vision_model.encoder.layers)
@@ -84,7 +93,7 @@ class Reference:
         """Projector: from the tower's output to image features; None where these are arranged behind it."""
         if self.packs:
             return None
-        if type(self.model).__name__ in (HF, *llava.ARCHITECTURES):
+        if type(self.model).__name__ in (HF, *COMPOSED):
             return self.model.model.multi_modal_projector
         if self.is_idefics3:
             return self.model.model.connector
@@ -122,6 +131,8 @@ class Reference:
         batch = {"input_ids": inputs.tokens, "attention_mask": inputs.attention_mask}
         if self.is_qwen_vl:
             batch["mm_token_type_ids"] = (inputs.tokens == inputs.spec.image_token_id).int()
+        if (kinds := self._token_types(inputs)) is not None:
+            batch["token_type_ids"] = kinds
         if inputs.pixel_values is not None:
             pixels = inputs.pixel_values.to(dtype)
             batch["pixel_values"] = (
@@ -135,6 +146,17 @@ class Reference:
                 if type(self.model).__name__ == llava_variants.ONEVISION.architecture:
                     batch["batch_num_images"] = torch.tensor(_images_of_rows(inputs), device=inputs.device)
         return batch
+
+    def _token_types(self, inputs: VLMInputs) -> Int[Tensor, "batch pos"] | None:
+        """Gemma 3: which tokens are images; PaliGemma: which follow the prompt. Without them, both run causally."""
+        if type(self.model).__name__ in gemma3.ARCHITECTURES:
+            return (inputs.tokens == inputs.spec.image_token_id).long()
+        if type(self.model).__name__ not in paligemma.ARCHITECTURES:
+            return None
+        kinds = torch.zeros_like(inputs.tokens)
+        for row, stop, n in zip(kinds, inputs.stop, inputs.n_generated, strict=True):
+            row[stop - n : stop] = 1
+        return kinds
 
 
 def _images_of_rows(inputs: VLMInputs) -> list[int]:
@@ -213,6 +235,8 @@ REFERENCE_PROCESSORS = {
     CropProcessor: LlavaImageProcessorPil,
     AnyresProcessor: LlavaNextImageProcessorPil,
     OneVisionProcessor: LlavaOnevisionImageProcessorPil,
+    StretchProcessor: SiglipImageProcessorPil,
+    PanScanProcessor: Gemma3ImageProcessorPil,
     Idefics3Processor: Idefics3ImageProcessorPil,
 }
 """Classes of `transformers` that prepare pictures as ours do."""
@@ -228,7 +252,7 @@ def reference_processor(model: "HookedVLM", folder: Path) -> Any:
         processor = theirs(**_published_tiles(folder))
     elif picture_settings(folder)[0].file is not None:
         processor = theirs.from_pretrained(folder, local_files_only=True)
-    elif isinstance(ours, CropProcessor | AnyresProcessor | Idefics3Processor):
+    elif isinstance(ours, CropProcessor | AnyresProcessor | StretchProcessor | Idefics3Processor):
         processor = theirs(**ours.to_files()[IMAGES])
     elif tiles:
         processor = theirs(size={"height": ours.tile_size, "width": ours.tile_size})
@@ -265,6 +289,8 @@ def reference_prompt(model: "HookedVLM", folder: Path) -> Callable[[Prompt], lis
     template: Any = ProcessorMixin.get_processor_dict(folder)[0].get("chat_template") if sees else None
     template = template or load_tokenizer(folder).chat_template  # pyright: ignore[reportOptionalMemberAccess]
     template = template.get("default") if isinstance(template, dict) else template
+    if template is None and model.cfg.original_architecture in paligemma.ARCHITECTURES:
+        return lambda prompt: _prompt_of_paligemma(tokenizer, model.cfg.image_token_id, prompt)
     if template is None or model.cfg.original_architecture == ORIGINAL:
         return None
 
@@ -274,6 +300,8 @@ def reference_prompt(model: "HookedVLM", folder: Path) -> Callable[[Prompt], lis
         text = tokenizer.apply_chat_template(chat, chat_template=template, tokenize=False, add_generation_prompt=True)
         if model.cfg.original_architecture == HF:  # as its processor's `replace_image_token`
             text = text.replace("<IMG_CONTEXT>", "<img><IMG_CONTEXT></img>")
+        if model.cfg.original_architecture in gemma3.ARCHITECTURES:  # likewise
+            text = text.replace("<start_of_image>", "\n\n<start_of_image><image_soft_token><end_of_image>\n\n")
         if model.cfg.original_architecture in idefics3.ARCHITECTURES:
             text = _with_tiles(text, prompt, model)
         first = tokenizer.bos_token
@@ -281,6 +309,13 @@ def reference_prompt(model: "HookedVLM", folder: Path) -> Callable[[Prompt], lis
         return tokenizer(text, add_special_tokens=special)["input_ids"]
 
     return ids
+
+
+def _prompt_of_paligemma(tokenizer: Any, image: int | None, prompt: Prompt) -> list[int]:
+    """As its processor's `prepare_inputs_layout`."""
+    pictures = tokenizer.convert_ids_to_tokens(image) * len(prompt.pictures)
+    text = f"{pictures}{tokenizer.bos_token}{prompt.text}\n"
+    return tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
 def _with_tiles(text: str, prompt: Prompt, model: "HookedVLM") -> str:

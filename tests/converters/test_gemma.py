@@ -11,12 +11,13 @@ import pytest
 import tiny_gemma3
 import tiny_paligemma
 import torch
+from families import KINDS
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoConfig, Gemma2Config, Gemma3TextConfig, GemmaConfig
 
-from hooked_vlm import CheckpointError
-from hooked_vlm.converters import converter_for, gemma3, language_models, paligemma
+from hooked_vlm import CheckpointError, HookedVLM
+from hooked_vlm.converters import KNOWN_MODELS, converter_for, gemma3, language_models, paligemma
 from hooked_vlm.loading.saving import without_none
 
 MODELS: dict[str, Callable[[], Any]] = {
@@ -95,6 +96,28 @@ def test_transformers_loads_what_is_written(name: str, tmp_path: Path) -> None:
     assert equal(again.state_dict(), hf.state_dict())
 
 
+@pytest.mark.parametrize("spelling", [*SPELLINGS, "saved"])
+@pytest.mark.parametrize("name", ["gemma3", "paligemma", "paligemma2"])
+@torch.no_grad()
+def test_folders_give_the_references_numbers(name: str, spelling: str, tmp_path: Path) -> None:
+    hf = MODELS[name]()
+    if spelling == "saved":
+        hf.save_pretrained(tmp_path / "hf")
+    else:
+        state = {SPELLINGS[spelling](key): t.contiguous() for key, t in state_of(hf).items()}
+        (tmp_path / "hf").mkdir()
+        save_file(state, tmp_path / "hf" / "model.safetensors")
+        (tmp_path / "hf" / "config.json").write_text(json.dumps(config_of(hf)))
+    model = HookedVLM.from_pretrained(tmp_path / "hf", device="cpu")
+    batch = KINDS[name].batch(KINDS[name].cases["one-image"])
+    ours, theirs = model(model.inputs_from_hf(batch)), hf(**KINDS[name].for_hf(batch)).logits
+    torch.testing.assert_close(ours, theirs, atol=2e-5, rtol=0)
+    model.save_pretrained(tmp_path / "again")
+    again = HookedVLM.from_pretrained(tmp_path / "again", device="cpu")
+    assert torch.equal(again(again.inputs_from_hf(batch)), ours)
+    assert again.image_processor == model.image_processor == HookedVLM.from_hf(hf).image_processor
+
+
 def test_gemma3s_projection_is_stored_the_other_way_around() -> None:
     hf = tiny_gemma3.tiny_hf()
     ours = gemma3.from_hf(hf.state_dict(), config_of(hf))["projector.out_proj.weight"]
@@ -130,7 +153,6 @@ VISION_FIELDS = {
     "hidden_size": "d_model", "intermediate_size": "d_mlp", "num_hidden_layers": "n_layers",
     "num_attention_heads": "n_heads", "image_size": "tile_size", "patch_size": "patch_size", "layer_norm_eps": "eps",
 }  # fmt: skip
-KINDS = ("full_attention", "sliding_attention")
 NO_HEAD = {"vision_config": {"vision_use_head": False}}
 SILENT: list[dict[str, Any]] = [
     {"architectures": ["GemmaForCausalLM"]},
@@ -199,6 +221,11 @@ def matches(config: dict[str, Any]) -> None:
 @pytest.mark.parametrize("config", SILENT, ids=str)
 def test_what_a_file_leaves_out_has_the_value_of_transformers_class(config: dict[str, Any]) -> None:
     matches(config)
+
+
+@pytest.mark.parametrize("name", [name for name in KNOWN_MODELS if name.startswith("google/")])
+def test_known_configurations_have_the_sizes_that_transformers_reads(name: str) -> None:
+    matches(KNOWN_MODELS[name].config)
 
 
 GEMMA3 = {"architectures": ["Gemma3ForCausalLM"], "num_hidden_layers": 7}

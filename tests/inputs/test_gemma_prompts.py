@@ -7,67 +7,22 @@ from typing import Any
 
 import pytest
 import torch
-from families import own_copy, tiny_model
+from families import own_copy
 from prompt_templates import GEMMA3
+from reading_gemma import reading
 from tiny_gemma3 import N_TOKENS
 from tiny_llava import picture
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
-from transformers import Gemma3Processor, PaliGemmaProcessor, PreTrainedTokenizerFast
+from transformers import Gemma3Processor, PaliGemmaProcessor
 from transformers.models.gemma3.image_processing_pil_gemma3 import Gemma3ImageProcessorPil
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
 from hooked_vlm.errors import InputError
 
-MARKS = [
-    "<start_of_turn>", "<end_of_turn>", "<start_of_image>", "<end_of_image>", "<image_soft_token>", "<image>",
-    "<loc0012>", "<seg003>",
-]  # fmt: skip
 WIDE, SMALL = picture(120, 40), picture(30, 28)
 CROPS = {
     "do_pan_and_scan": True, "pan_and_scan_min_crop_size": 20, "pan_and_scan_max_num_crops": 4,
     "pan_and_scan_min_ratio_to_activate": 1.2,
 }  # fmt: skip
-
-
-def tokenizer() -> Any:
-    """Letter by letter, line breaks together, spaces as ▁ and none put in front of a text, as Gemma's."""
-    breaks = ["\n" * n for n in range(1, 6)]
-    letters = dict.fromkeys("▁abcdefghijklmnopqrstuvwxyzHAY?.,")
-    vocab = {t: i for i, t in enumerate(["<pad>", "<eos>", "<bos>", "<unk>", *MARKS, *letters, *breaks])}
-    merges = [("\n" * n, "\n") for n in range(1, 5)] + [("\n", "\n" * n) for n in range(2, 5)]
-    made = Tokenizer(models.BPE(vocab=vocab, merges=merges, unk_token="<unk>"))
-    made.normalizer = normalizers.Replace(" ", "▁")
-    made.pre_tokenizer = pre_tokenizers.Split(" ", "merged_with_previous")
-    made.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.Fuse()])
-    wrapped: Any = PreTrainedTokenizerFast(
-        tokenizer_object=made,
-        pad_token="<pad>",
-        bos_token="<bos>",
-        eos_token="<eos>",
-        unk_token="<unk>",
-        padding_side="left",
-        clean_up_tokenization_spaces=False,
-        extra_special_tokens={
-            "image_token": "<image_soft_token>", "boi_token": "<start_of_image>", "eoi_token": "<end_of_image>",
-        },
-    )  # fmt: skip
-    wrapped.add_special_tokens({"additional_special_tokens": ["<start_of_turn>", "<end_of_turn>", "<image>"]})
-    wrapped.add_tokens(["<loc0012>", "<seg003>"])
-    return wrapped
-
-
-def reading(family: str) -> Any:
-    """The tiny model of a family with such a tokenizer."""
-    model, known = own_copy(tiny_model(family)), tokenizer()
-    ids = dict(zip(MARKS, known.convert_tokens_to_ids(MARKS), strict=True))
-    if family == "gemma3":
-        known.chat_template = GEMMA3
-        marks = {"vision_start_token_id": ids["<start_of_image>"], "vision_end_token_id": ids["<end_of_image>"]}
-        model.cfg = model.cfg.with_(image_token_id=ids["<image_soft_token>"], **marks)
-    else:
-        model.cfg = model.cfg.with_(image_token_id=ids["<image>"])
-    model.tokenizer = known
-    return model
 
 
 def gemma3(crops: bool = False) -> tuple[Any, Any]:
@@ -76,6 +31,7 @@ def gemma3(crops: bool = False) -> tuple[Any, Any]:
     images = Gemma3ImageProcessorPil(size={"height": 32, "width": 32})
     theirs = Gemma3Processor(images, deepcopy(model.tokenizer), chat_template=GEMMA3, image_seq_length=N_TOKENS)
     if crops:
+        model = own_copy(model)
         model.image_processor = replace(model.image_processor, pan_and_scan=True, min_crop_size=20)
         options["images_kwargs"] = CROPS
     return model, partial(theirs, **options)
@@ -188,7 +144,6 @@ def test_a_batch_of_gemma3_is_padded_as_by_transformers() -> None:
 def paligemma(family: str = "paligemma") -> tuple[Any, Any]:
     model, images = reading(family), SiglipImageProcessorPil(size={"height": 32, "width": 32})
     known = deepcopy(model.tokenizer)
-    known.image_token, known.image_token_id = "<image>", model.cfg.image_token_id
     images.image_seq_length = N_TOKENS  # pyright: ignore[reportAttributeAccessIssue]
     return model, PaliGemmaProcessor(images, known)
 

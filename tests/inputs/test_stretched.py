@@ -64,10 +64,12 @@ def test_pixels_of_other_modes_equal_those_of_transformers(mode: str, name: str)
 
 @pytest.mark.parametrize(("width", "height"), [(640, 480), (896, 896), (1000, 3000), (2100, 600)])
 def test_pixels_of_the_published_size_equal_those_of_transformers(width: int, height: int) -> None:
-    size = {"height": 896, "width": 896}
-    crops = dict(zip(("min_crop_size", "max_num_crops", "min_ratio_to_activate"), (256, 4, 1.2), strict=True))
     theirs = Gemma3ImageProcessorPil(
-        size=size, do_pan_and_scan=True, **{f"pan_and_scan_{name}": value for name, value in crops.items()}
+        size={"height": 896, "width": 896},
+        do_pan_and_scan=True,
+        pan_and_scan_min_crop_size=256,
+        pan_and_scan_max_num_crops=4,
+        pan_and_scan_min_ratio_to_activate=1.2,
     )
     ours = PanScanProcessor(pan_and_scan=True)
     assert torch.equal(

@@ -4,6 +4,8 @@ from typing import Any
 
 import pytest
 import torch
+from by_hand import keys_seen
+from by_hand import scores as scores_of
 from every_kind import HEADS, KINDS, of_every_kind, some_of_the_image
 from families import ROWS, model_and_inputs
 from tiny_qwen2_vl import PADDED, inputs, tiny_model
@@ -116,7 +118,7 @@ def literal_replacement(
     layer, h = head
     seen: dict[str, Tensor] = {}
     at = f"blocks.{layer}.attn."
-    rotate = inputs_rotations(model.cfg, batch, model.cfg.dtype)[0]
+    rotate = inputs_rotations(model.cfg, batch, model.cfg.dtype)[model.cfg.kind_number(layer)]
     unrotated = "hook_k_normed" if model.cfg.qk_norm else "hook_k"  # what rotation reads
 
     def keep(x: Tensor, hook: Any) -> None:
@@ -151,14 +153,14 @@ def literal_replacement(
             for query in range(batch.first[row], batch.stop[row]):
                 if queries is not None and query not in getattr(batch.positions, queries)[row]:
                     continue
-                if is_image[query] or not any(visual.start < query for visual in own):
+                behind = own if model.cfg.bidirectional == "prompt" else [v for v in own if v.start < query]
+                if is_image[query] or not behind:
                     continue
-                visible = torch.arange(len(k)) <= query
-                visible &= torch.arange(len(k)) >= batch.first[row]
+                visible = keys_seen(model, batch, row, layer, query)
                 if baseline == "knockout":
                     visible &= ~hidden
-                scores = keys[visible, group] @ seen["hook_rot_q"][row, query, h] / model.cfg.d_head**0.5
-                z[row, query, h] = scores.softmax(-1) @ v[visible, group]
+                own_scores = scores_of(model.cfg, seen["hook_rot_q"][row, query, h], keys[visible, group])
+                z[row, query, h] = own_scores.softmax(-1) @ v[visible, group]
         return z
 
     names = (unrotated, "hook_v", "hook_rot_k", "hook_rot_q")
@@ -203,13 +205,21 @@ def test_without_any_head_seeing_the_image_its_content_does_not_matter(family: s
 
 
 def test_the_image_itself_and_text_before_it_are_left_alone(case: tuple[Any, Any]) -> None:
+    """Where a prompt's tokens see each other both ways, all text sees the image, which later sees changed text: there
+    its tokens are left alone in the first layer."""
     model, batch = case
-    iv = ReplaceImageKV(all_heads(model), "knockout")
+    both_ways = model.cfg.bidirectional == "prompt"
+    name = "blocks.0.attn.hook_z" if both_ways else "ln_final.hook_out"
+    hooks = ReplaceImageKV(all_heads(model), "knockout").hooks(model, batch)
     with torch.no_grad():
-        plain, found = model(batch), edited(model, batch, iv)
+        plain = model.run_with_cache(batch, names_filter=name)[1][name]
+        with model.hooks(fwd_hooks=hooks):
+            found = model.run_with_cache(batch, names_filter=name)[1][name]
     for row in range(len(batch)):
-        before = [v.runs[0][1] for v in batch.visuals if v.row == row]
-        untouched = slice(batch.first[row], min(before) if before else batch.stop[row])
+        own = [v for v in batch.visuals if v.row == row]
+        untouched = list(range(batch.first[row], min((v.runs[0][1] for v in own), default=batch.stop[row])))
+        if both_ways and own:
+            untouched = [p for v in own for p in v.positions.tolist()]
         assert found[row, untouched].equal(plain[row, untouched])
 
 
@@ -266,10 +276,12 @@ def test_redistributed_sink(case: tuple[Any, Any]) -> None:
     def literal(pattern: Tensor, hook: Any) -> Tensor:
         for row in range(len(batch)):
             sink = batch.first[row]
-            for query in range(sink + 1, batch.stop[row]):
+            for query in range(sink, batch.stop[row]):
                 a = pattern[row, 2, query].clone()
                 rest = a.sum() - a[sink]
-                for key in range(sink, query + 1):
+                if rest < 1e-9:
+                    continue
+                for key in range(sink, batch.stop[row]):
                     pattern[row, 2, query, key] = (
                         beta * a[sink] if key == sink else a[key] + (1 - beta) * a[sink] * a[key] / rest
                     )
@@ -285,6 +297,7 @@ def test_redistributed_sink(case: tuple[Any, Any]) -> None:
 def test_sink_redistribution_as_the_papers_code_does_it(case: tuple[Any, Any], causal: bool, alone: Any) -> None:
     """Without a causal mask, and with the first query's attention spread over later keys."""
     model, batch = case
+    assert model.cfg.kind_of(1).window is None
     beta, scores = 0.4, {}
 
     def keep(x: Tensor, hook: Any) -> None:
@@ -295,9 +308,9 @@ def test_sink_redistribution_as_the_papers_code_does_it(case: tuple[Any, Any], c
         for row in range(len(batch)):
             sink, stop = batch.first[row], batch.stop[row]
             for query in range(sink, stop):
-                last = query + 1 if causal else stop
+                seen = keys_seen(model, batch, row, 1, query) if causal else batch.attention_mask[row].bool()
                 a = torch.zeros(pattern.shape[-1])
-                a[sink:last] = (k[row, sink:last] @ q[row, query] / q.shape[-1] ** 0.5).softmax(-1)
+                a[seen] = scores_of(model.cfg, q[row, query], k[row, seen]).softmax(-1)
                 rest = a.sum() - a[sink]
                 for key in range(sink, stop):
                     if rest > 1e-9:
@@ -323,11 +336,10 @@ def test_uniform_attention(case: tuple[Any, Any], positions: Any, monkeypatch: p
 
     def literal(pattern: Tensor, hook: Any) -> Tensor:
         for row in range(len(batch)):
-            first = batch.first[row]
-            for query in range(first, batch.stop[row]):
+            for query in range(batch.first[row], batch.stop[row]):
                 if table[row, query]:
-                    pattern[row, 2, query] = 0
-                    pattern[row, 2, query, first : query + 1] = 1 / (query + 1 - first)
+                    seen = keys_seen(model, batch, row, 1, query)
+                    pattern[row, 2, query] = seen / seen.sum()
         return pattern
 
     expected = by_hand(model, batch, [("blocks.1.attn.hook_pattern", literal)])

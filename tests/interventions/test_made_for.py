@@ -1,5 +1,6 @@
 """Hooks run on the token layout that they were made for, and are refused elsewhere."""
 
+from dataclasses import replace
 from functools import lru_cache
 from typing import Any
 
@@ -96,14 +97,17 @@ def test_hooks_for_whole_inputs_act_in_each_pass_of_a_key_value_cache(model: Any
     hooks = ZeroHeads(((1, 0),), positions="final+generated").hooks(model, whole)
     expected = model.run_with_hooks(whole, fwd_hooks=hooks)
     cache = model.new_kv_cache(1, 8)
+    answer = inputs_of(family, [[12]]).append([[13, 14]])
+    answer = replace(answer, n_generated=(3,))  # no part of a prompt, whose tokens may see each other both ways
     with model.hooks(fwd_hooks=hooks):
-        parts = [model(begin, past_kv_cache=cache), model(torch.tensor([[12, 13, 14]]), past_kv_cache=cache)]
+        parts = [model(begin, past_kv_cache=cache), model(answer, past_kv_cache=cache)]
     torch.testing.assert_close(torch.cat(parts, dim=1), expected, atol=1e-5, rtol=1e-5)
 
 
 @torch.no_grad()
 def test_hooks_in_a_key_value_cache_are_for_all_of_it(model: Any, family: str) -> None:
-    begin, chunk, other = (inputs_of(family, [row]) for row in ([5, 6], [7, 8], [9, 10]))
+    begin = inputs_of(family, [[5, 6]])
+    chunk, other = (replace(inputs_of(family, [row]), n_generated=(2,)) for row in ([7, 8], [9, 10]))
 
     def run(hooks: list, continued: Any) -> torch.Tensor:
         cache = model.new_kv_cache(1, 8)

@@ -8,7 +8,11 @@ import torch
 from families import KINDS, tiny_model
 
 from hooked_vlm import HookedVLM
+from hooked_vlm.config import LayerKind, RopeScaling
 
+FULL, WINDOW = LayerKind(None, 1e6, RopeScaling("linear", 8.0)), LayerKind(8, 1e4)
+"""Of Gemma 3's layers."""
+GEMMA2 = LayerKind(None, 1e4)
 # family: what it has, and the case of its parity tests that shows it
 FLAGS: dict[str, dict[str, tuple[dict[str, Any], str]]] = {
     "qwen2.5-vl": {
@@ -49,9 +53,48 @@ FLAGS: dict[str, dict[str, tuple[dict[str, Any], str]]] = {
         "activation of the tower": ({"act_fn": "gelu"}, "one-image"),
         "the order of patches in a token": ({"transposed_tokens": True}, "one-image"),
     },
+    "gemma3": {
+        "norms that multiply by 1 + weight": ({"rmsnorm_uses_offset": False}, "one-image"),
+        "norms behind attention and MLP": ({"use_normalization_before_and_after": False}, "one-image"),
+        "norms of queries and keys": ({"qk_norm": False}, "one-image"),
+        "scale of scores": ({"attn_scale": None}, "one-image"),
+        "scale of embeddings": ({"embed_scale": None}, "one-image"),
+        "windows": ({"layer_kinds": (FULL, replace(WINDOW, window=None))}, "text"),
+        "frequencies of layers with windows": ({"layer_kinds": (FULL, replace(WINDOW, rope_theta=1e6))}, "text"),
+        "scaling of the others'": ({"layer_kinds": (replace(FULL, rope_scaling=None), WINDOW)}, "text"),
+        "which layers have windows": ({"layer_kind_of": (0, 1, 1)}, "text"),
+        "tokens of a picture see each other": ({"bidirectional": None}, "one-image"),
+        "of pictures alone": ({"bidirectional": "prompt"}, "text"),
+        "windows cut pictures": ({"window_cuts_blocks": False}, "one-image"),
+        "norm behind the last block": ({"post_norm": False}, "one-image"),
+        "norm of the projector": ({"projector": ("pool", "linear")}, "one-image"),
+        "it multiplies by 1 + weight": ({"projector_norm_offset": False}, "one-image"),
+        "activation of the tower": ({"act_fn": "quick_gelu"}, "one-image"),
+    },
+    "paligemma": {
+        "norms that multiply by 1 + weight": ({"rmsnorm_uses_offset": False}, "one-image"),
+        "scale of embeddings": ({"embed_scale": None}, "one-image"),
+        "tokens of a prompt see each other": ({"bidirectional": None}, "text"),
+        "text, too": ({"bidirectional": "image"}, "one-image"),
+        "norm behind the last block": ({"post_norm": False}, "one-image"),
+        "bias of the projector": ({"projector_bias": False}, "one-image"),
+    },
+    "paligemma2": {
+        "cap of scores": ({"attn_scores_soft_cap": None}, "one-image"),
+        "cap of logits": ({"output_logits_soft_cap": None}, "one-image"),
+        "norms behind attention and MLP": ({"use_normalization_before_and_after": False}, "one-image"),
+        "scale of scores": ({"attn_scale": None}, "one-image"),
+        "tokens of a prompt see each other": ({"bidirectional": None}, "text"),
+        "windows cut no prompt": ({"window_cuts_blocks": True}, "one-image"),
+        "windows": ({"layer_kinds": (GEMMA2, GEMMA2)}, "suffix"),
+    },
     "internvl3.5": {"norms of queries and keys": ({"qk_norm": False}, "one-image")},
 }
-OF_TEXT = ("qk_norm", "mrope_interleaved", "mrope_section")
+OF_TEXT = (
+    "qk_norm", "mrope_interleaved", "mrope_section", "rmsnorm_uses_offset", "use_normalization_before_and_after",
+    "attn_scale", "attn_scores_soft_cap", "output_logits_soft_cap", "embed_scale", "layer_kinds", "layer_kind_of",
+    "bidirectional", "window_cuts_blocks",
+)  # fmt: skip
 MOVES = 1e-4
 """Thirty times what the parity tests find between these models and their references."""
 CASES = [(family, flag) for family, flags in FLAGS.items() for flag in flags]

@@ -6,6 +6,7 @@ import pytest
 import tiny_internvl
 import tiny_qwen2_vl as tiny
 import torch
+from by_hand import normed
 from families import model_and_inputs, own_copy
 from torch import Tensor
 from transformer_lens.utilities import get_act_name
@@ -33,16 +34,17 @@ def test_hook_out_is_hook_normalized_times_weight_plus_bias(family: str, rows: s
         seen += 1
         normalized, out = cache[f"{name}.hook_normalized"], cache[f"{name}.hook_out"]
         assert out.dtype == dtype
-        assert normalized.dtype == (torch.float32 if norm.centered else dtype)  # in which the reference multiplies
-        expected = normalized * norm.weight
+        in_full = norm.centered or norm.offset  # what the reference multiplies in float32
+        assert normalized.dtype == (torch.float32 if in_full else dtype)
+        expected = normalized * (1 + norm.weight.float() if norm.offset else norm.weight)
         expected = (expected if norm.bias is None else expected + norm.bias).to(dtype)
         real = normalized.abs().sum(-1) > 0  # padding of packed rows is zero behind the bias, too
         assert out[real].equal(expected[real])
         size = normalized.float().pow(2).mean(-1)[real]
         assert (size - 1).abs().max() < 0.02
-    vision = model.cfg.vision
+    vision, of_block = model.cfg.vision, 4 if model.cfg.use_normalization_before_and_after else 2
     of_tower = 2 * vision.n_layers_run + vision.pre_norm + vision.post_norm
-    assert seen == 2 * model.cfg.n_layers + 1 + of_tower + hasattr(model.projector, "ln") + model.cfg.n_deepstack
+    assert seen == of_block * model.cfg.n_layers + 1 + of_tower + hasattr(model.projector, "ln") + model.cfg.n_deepstack
 
 
 @torch.no_grad()
@@ -152,7 +154,7 @@ def test_an_edit_of_a_heads_input_is_a_pass_in_which_its_projections_read_it(fam
     block, d = model.blocks[1], model.cfg.d_head
     _, cache = model.run_with_cache(inputs, names_filter="blocks.1.hook_resid_pre")
     stream = cache["resid_pre", 1] + shift
-    read = stream / (stream.pow(2).mean(-1, keepdim=True) + model.cfg.eps).sqrt() * block.ln1.weight
+    read = normed(block.ln1, stream)
 
     def made(side: str, n: int) -> Any:
         own = getattr(block.attn, f"{side}_proj")(read).unflatten(-1, (n, d))[:, :, 1]
@@ -163,8 +165,10 @@ def test_an_edit_of_a_heads_input_is_a_pass_in_which_its_projections_read_it(fam
         return (f"blocks.1.attn.hook_{side}", put)
 
     n_kv = model.cfg.n_key_value_heads
-    assert n_kv >= 2  # head 1 of keys and values reads the input of query head 1
-    by_hand = model.run_with_hooks(inputs, fwd_hooks=[made("q", model.cfg.n_heads), made("k", n_kv), made("v", n_kv)])
+    made_anew = [made("q", model.cfg.n_heads)]
+    if n_kv >= 2:  # head 1 of keys and values reads the input of query head 1
+        made_anew += [made("k", n_kv), made("v", n_kv)]
+    by_hand = model.run_with_hooks(inputs, fwd_hooks=made_anew)
     torch.testing.assert_close(edited[real], by_hand[real], atol=2e-5, rtol=1e-4)
     assert (by_hand - plain)[real].abs().max() > 0.01
 

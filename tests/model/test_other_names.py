@@ -56,6 +56,11 @@ def test_heads_and_their_matrices(family: str) -> None:
 def test_the_loss_of_each_token(family: str) -> None:
     model = tiny_model(family)
     batch = inputs_of(family, [[5, 6, "small", 7, 8], [11, 12, 13]])
+    if model.cfg.bidirectional == "prompt":
+        for return_type in ("loss", "both"):
+            with pytest.raises(InputError, match="see each other both ways"):
+                model(batch, return_type=return_type)
+        return
     with torch.no_grad():
         logits = model(batch)
         each = model(batch, return_type="loss", loss_per_token=True)

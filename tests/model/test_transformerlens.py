@@ -17,6 +17,7 @@ from typing import Any
 import pandas as pd
 import pytest
 import torch
+from by_hand import factor, head_output, normed
 from families import KINDS, inputs_of, model_and_inputs, tiny_model
 from torch import Tensor
 from transformer_lens import ActivationCache, HookedRootModule, SVDInterpreter, patching
@@ -98,6 +99,17 @@ def true_difference(which: Callable[[], Any]) -> float:
         return metric(model()(which())).item()
 
 
+def uncapped(logits: Tensor) -> Tensor:
+    """Logits before their soft cap, what parts of the stream sum to."""
+    cap = model().cfg.output_logits_soft_cap
+    return logits if cap is None else cap * torch.atanh(logits / cap)
+
+
+def uncapped_difference(which: Callable[[], Any]) -> float:
+    with torch.no_grad():
+        return metric(uncapped(model()(which()))).item()
+
+
 def close(a: Any, b: Any, atol: float = 1e-5) -> None:
     torch.testing.assert_close(torch.as_tensor(a), torch.as_tensor(b), atol=atol, rtol=1e-4)
 
@@ -128,12 +140,9 @@ def test_the_model_has(name):
     {
         "n_layers": 3,
         "n_heads": 4,
-        "n_key_value_heads": 2,
         "d_model": 64,
-        "d_head": 16,
         "d_mlp": 96,
         "d_vocab": 200,
-        "act_fn": "silu",
         "normalization_type": "RMS",
         "gated_mlp": True,
         "attn_only": False,
@@ -146,7 +155,11 @@ def test_the_model_has(name):
     }.items(),
 )
 def test_the_config_has(field, value):
-    assert model().cfg.n_ctx == KINDS[current].hf().config.get_text_config().max_position_embeddings
+    published = KINDS[current].hf().config.get_text_config()
+    assert model().cfg.n_ctx == published.max_position_embeddings
+    assert model().cfg.n_key_value_heads == published.num_key_value_heads
+    assert model().cfg.d_head == (getattr(published, "head_dim", None) or 16)
+    assert model().cfg.act_fn == ("gelu_tanh" if "gemma" in current else "silu")
     assert getattr(model().cfg, field) == value
     with pytest.raises(FrozenInstanceError):
         setattr(model().cfg, field, value)
@@ -169,13 +182,13 @@ def test_the_config_follows_moves_and_casts():
 
 
 SHAPES = {
-    "attn.W_Q": (4, 64, 16),
-    "attn.W_K": (2, 64, 16),
-    "attn.W_V": (2, 64, 16),
-    "attn.W_O": (4, 16, 64),
-    "attn.b_Q": (4, 16),
-    "attn.b_K": (2, 16),
-    "attn.b_V": (2, 16),
+    "attn.W_Q": ("head", 64, "d_head"),
+    "attn.W_K": ("kv_head", 64, "d_head"),
+    "attn.W_V": ("kv_head", 64, "d_head"),
+    "attn.W_O": ("head", "d_head", 64),
+    "attn.b_Q": ("head", "d_head"),
+    "attn.b_K": ("kv_head", "d_head"),
+    "attn.b_V": ("kv_head", "d_head"),
     "attn.b_O": (64,),
     "mlp.W_in": (64, 96),
     "mlp.W_gate": (64, 96),
@@ -191,12 +204,14 @@ SHAPES = {
 def test_block_weights_have_transformer_lens_shapes_and_are_views(name):
     own = copy.deepcopy(model())
     part, attribute = name.split(".")
+    sizes: Any = {"head": 4, "kv_head": own.cfg.n_key_value_heads, "d_head": own.cfg.d_head}
+    shape = tuple(sizes.get(axis, axis) for axis in SHAPES[name])
     for layer, block in enumerate(own.blocks):
-        assert getattr(getattr(block, part), attribute).shape == SHAPES[name]
-        assert own.tl_parameters()[f"blocks.{layer}.{name}"].shape == SHAPES[name]
+        assert getattr(getattr(block, part), attribute).shape == shape
+        assert own.tl_parameters()[f"blocks.{layer}.{name}"].shape == shape
         assert block.hook_out_is_single_residual_stream
     stacked = None if part.startswith("ln") else getattr(own, attribute)
-    assert stacked is None or stacked.shape == (3, *SHAPES[name])
+    assert stacked is None or stacked.shape == (3, *shape)
     weight = own.tl_parameters()[f"blocks.2.{name}"]
     if isinstance(weight, AbsentBias):
         assert weight.eq(0).all()
@@ -307,9 +322,10 @@ def test_whole_sweeps_and_every_reduction_have_the_right_shape_and_ends():
     close(blocks[0, 0, 2], patched_by_hand("hook_resid_pre", 0, (slice(None), 2)))
     heads = patching.get_act_patch_attn_head_all_pos_every(model(), corrupt(), cache, metric)
     assert heads.shape == (5, 3, 4)
-    assert heads[2:4, :, 2:].eq(0).all()  # keys and values have two heads
+    n_kv = model().cfg.n_key_value_heads
+    assert heads[2:4, :, n_kv:].eq(0).all()  # keys and values have fewer heads
     close(heads[0, 1, 3], patched_by_hand("attn.hook_z", 1, (slice(None), slice(None), 3)))
-    close(heads[2, 1, 1], patched_by_hand("attn.hook_k", 1, (slice(None), slice(None), 1)))
+    close(heads[2, 1, n_kv - 1], patched_by_hand("attn.hook_k", 1, (slice(None), slice(None), n_kv - 1)))
 
     def per_example(logits: Tensor) -> Tensor:
         return logits[:, -1, ANSWER] - logits[:, -1, OTHER]
@@ -336,9 +352,17 @@ def test_the_sweep_over_heads_and_positions_runs_whole():
 @torch.no_grad()
 def test_direct_path_patching_equals_a_query_recomputed_by_hand():
     src, src_head = 0, 2
-    results = patching.get_act_patch_direct_path(
-        model(), corrupt(), cached(clean), cached(corrupt), metric, src_layer=src, src_head=src_head, verbose=False
-    )
+
+    def patched() -> Tensor:
+        caches = cached(clean), cached(corrupt)
+        chosen: Any = {"src_layer": src, "src_head": src_head, "verbose": False}
+        return patching.get_act_patch_direct_path(model(), corrupt(), *caches, metric, **chosen)
+
+    if model().cfg.use_normalization_before_and_after:
+        with pytest.raises(ValueError, match=r"ln1_post\.hook_out, after the head sum"):
+            patched()
+        return
+    results = patched()
     assert not model().cfg.use_split_qkv_input
     assert results[0].eq(0).all()
     write = (cached(clean)["z", src] - cached(corrupt)["z", src])[:, :, src_head] @ model().blocks[src].attn.W_O[
@@ -347,8 +371,7 @@ def test_direct_path_patching_equals_a_query_recomputed_by_hand():
     for layer, head in ((1, 3), (2, 0)):
         block = model().blocks[layer]
         resid = cached(corrupt)["resid_pre", layer] + write
-        normalized = resid / (resid.pow(2).mean(-1, keepdim=True) + model().cfg.eps).sqrt() * block.ln1.w
-        q = normalized @ block.attn.W_Q[head] + block.attn.b_Q[head]
+        q = normed(block.ln1, resid) @ block.attn.W_Q[head] + block.attn.b_Q[head]
 
         def put(x, hook, head=head, q=q):
             x = x.clone()
@@ -417,7 +440,7 @@ def test_logit_readout_ranks_targets():
 def test_direct_logit_attribution_adds_up_to_the_true_logit_difference(unit):
     out = direct_logit_attribution(model(), clean(), ANSWER, OTHER, unit=unit)
     total = out.attribution[-1] if unit == "layer" else out.attribution.sum(0)
-    close(total, [true_difference(clean)])
+    close(total, [uncapped_difference(clean)], atol=5e-5)
     assert len(out.labels) == len(out.attribution)
 
 
@@ -425,9 +448,9 @@ def test_direct_logit_attribution_adds_up_to_the_true_logit_difference(unit):
 def test_the_attribution_of_a_head_is_its_write_through_the_frozen_norm():
     out = direct_logit_attribution(model(), clean(), ANSWER, OTHER, unit="head")
     cache = cached(clean)
-    write = cache["z", 1][0, -1, 2] @ model().blocks[1].attn.W_O[2]
-    normed = write / cache["ln_final.hook_scale"][0, -1] * model().ln_final.w
-    expected = normed @ (model().W_U[:, ANSWER] - model().W_U[:, OTHER])
+    write = head_output(model(), cache, 1, 2)[0, -1]
+    read = write / cache["ln_final.hook_scale"][0, -1] * factor(model().ln_final)
+    expected = read @ (model().W_U[:, ANSWER] - model().W_U[:, OTHER])
     close(out.attribution[out.labels.index("L1H2"), 0], expected)
 
 
@@ -450,7 +473,7 @@ def test_decompositions_sum_to_the_stream_and_with_the_norm_to_the_logits(name, 
     logits, cache = model().run_with_cache(clean(), remove_batch_dim=removed)
     logits = logits[0] if removed else logits
     close(DECOMPOSITIONS[name](cache, False), cache["resid_post", 2])
-    close(DECOMPOSITIONS[name](cache, True) @ model().W_U, logits, atol=5e-5)
+    close(DECOMPOSITIONS[name](cache, True) @ model().W_U, uncapped(logits), atol=5e-5)
 
 
 @pytest.mark.parametrize(("layer", "mlp_input", "norm"), [(1, False, "ln1"), (1, True, "ln2"), (0, True, "ln2")])
@@ -466,14 +489,19 @@ def test_neurons_projected_on_a_direction_give_its_logit():
     direction = model().W_U[:, ANSWER]
     _, cache = model().run_with_cache(clean())
     parts = cache.stack_neuron_results(3, incl_remainder=True, apply_ln=True, project_output_onto=direction)
-    close(parts.sum(0), model()(clean())[..., ANSWER], atol=5e-5)
+    close(parts.sum(0), uncapped(model()(clean()))[..., ANSWER], atol=5e-5)
 
 
 @torch.no_grad()
 def test_neuron_results_and_stacked_activations_are_those_of_the_cache():
     cache, block = cached(clean), model().blocks[1]
     neurons = cache.get_neuron_results(1)
-    close(neurons, cache["post", 1][..., None] * block.mlp.W_out)
+    written = cache["post", 1][..., None] * block.mlp.W_out
+    if block.post_norms:
+        whole = cache["post", 1] @ block.mlp.W_out
+        scale = (whole.pow(2).mean(-1, keepdim=True) + model().cfg.eps).sqrt()[..., None]
+        written = written / scale * factor(block.ln2_post)
+    close(neurons, written)
     close(neurons.sum(-2), cache["mlp_out", 1])
     close(cache.stack_activation("resid_mid"), torch.stack([cache["resid_mid", layer] for layer in range(3)]))
     close(cache.stack_activation("pattern"), torch.stack([cache["pattern", layer] for layer in range(3)]))
@@ -485,14 +513,14 @@ def test_decompositions_of_padded_rows_with_images_rebuild_their_last_logits():
     logits, cache = shared.run_with_cache(inputs)
     for parts in (cache.decompose_resid(pos_slice=-1), cache.stack_head_results(pos_slice=-1, incl_remainder=True)):
         attrs = cache.logit_attrs(parts, tokens=ANSWER, pos_slice=-1)
-        close(attrs.sum(0).flatten(), logits[:, -1, ANSWER], atol=5e-5)
+        close(attrs.sum(0).flatten(), uncapped(logits)[:, -1, ANSWER], atol=5e-5)
 
 
 @torch.no_grad()
 def test_logit_attrs_add_up_to_the_logits():
     cache = cached(clean)
     attrs = cache.logit_attrs(cache.decompose_resid(), tokens=ANSWER)
-    close(attrs.sum(0), model()(clean())[..., ANSWER])
+    close(attrs.sum(0), uncapped(model()(clean()))[..., ANSWER], atol=5e-5)
 
 
 @torch.no_grad()
@@ -613,7 +641,7 @@ def test_a_reinitialized_copy_has_all_parameters_drawn_anew():
 @torch.no_grad()
 def test_subspace_affinity_is_that_of_orthonormal_bases(role):
     result = attention_head_subspace_affinity(model(), target_role=role, layer_order="all")
-    n_targets = 4 if role == "Q" else 2
+    n_targets = 4 if role == "Q" else model().cfg.n_key_value_heads
     assert result.scores.shape == (3, 4, 3, n_targets)
     written = torch.linalg.qr(model().blocks[0].attn.W_O[3].T).Q
     read = torch.linalg.qr(getattr(model().blocks[2].attn, f"W_{role}")[1]).Q
@@ -625,16 +653,17 @@ def test_folded_and_centred_weights_copied_back_through_the_views_keep_the_log_p
     own = copy.deepcopy(model())
     before = own(clean()).log_softmax(-1)
     state = ProcessWeights.fold_layer_norm(own.tl_state_dict(), own.cfg, fold_biases=False, center_weights=False)
-    state = ProcessWeights.center_unembed(state, cfg=own.cfg)
+    if own.cfg.output_logits_soft_cap is None:
+        state = ProcessWeights.center_unembed(state, cfg=own.cfg)
     views = own.tl_parameters()
     for name, view in views.items():
         *at, last = name.split(".")
         if isinstance(view, AbsentBias):
             continue
         new = state.get(".".join([*at, f"_{last}"]), state.get(name))
-        # a norm that was folded away is one of ones
-        view.copy_(torch.ones_like(view) if new is None else new)
-    assert own.ln_final.w.eq(1).all() and own.blocks[1].ln1.w.eq(1).all()
+        # a norm that was folded away is one of ones (zeros, where they are offsets from 1)
+        view.copy_(torch.full_like(view, 0.0 if own.cfg.rmsnorm_uses_offset else 1.0) if new is None else new)
+    assert factor(own.ln_final).eq(1).all() and factor(own.blocks[1].ln1).eq(1).all()
     assert not own(clean()).equal(model()(clean()))
     close(own(clean()).log_softmax(-1), before, atol=5e-5)
 
@@ -643,7 +672,7 @@ def test_folded_and_centred_weights_copied_back_through_the_views_keep_the_log_p
 def test_folded_value_biases_are_what_they_add_to_the_stream():
     state = ProcessWeights.fold_value_biases(model().tl_state_dict(), model().cfg)
     for layer, block in enumerate(model().blocks):
-        b_V = block.attn.b_V.repeat_interleave(2, dim=0)
+        b_V = block.attn.b_V.repeat_interleave(4 // len(block.attn.b_V), dim=0)
         close(state[f"blocks.{layer}.attn.b_O"], torch.einsum("hd,hdm->m", b_V, block.attn.W_O))
         assert state[f"blocks.{layer}.attn._b_V"].eq(0).all()
 
@@ -655,7 +684,7 @@ def test_singular_vectors_are_those_of_the_weights(kind):
     block = model().blocks[1]
     matrix = {
         "OV": block.attn.W_V[0] @ block.attn.W_O[0],
-        "w_in": block.mlp.W_in.T * block.ln2.w,
+        "w_in": block.mlp.W_in.T * factor(block.ln2),
         "w_out": block.mlp.W_out,
     }[kind]
     directions = torch.linalg.svd(matrix.double()).Vh[:3].float()

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from by_hand import factor
 from families import FAMILIES, KINDS, ROWS, inputs_of, own_copy, plain_first, tiny_model
 from torch import Tensor
 from transformer_lens.weight_processing import ProcessWeights
@@ -22,8 +23,10 @@ TIED = [kind for kind in KINDS if kind.endswith(", tied")]
 
 
 def folds_of(model: Any) -> list[str]:
-    """Those that have something to fold: not every family has value biases."""
-    return [name for name in FUNCTIONS if name != "fold_value_biases" or model.blocks[0].attn.v_proj.bias is not None]
+    """Those that have something to fold: not every family has value biases, and a soft cap keeps `W_U` as it is."""
+    none = {"fold_value_biases"} if model.blocks[0].attn.v_proj.bias is None else set()
+    none |= set() if model.cfg.output_logits_soft_cap is None else {"center_unembed"}
+    return [name for name in FUNCTIONS if name not in none]
 
 
 @pytest.fixture(params=[*plain_first([*FAMILIES, *TIED[:-1]]), TIED[-1]])
@@ -42,9 +45,9 @@ def test_the_function_stays_to_1e_5(case: tuple[Any, Any], names: tuple[str, ...
     model, inputs = case
     before, published = log_probs(model, inputs), {n: p.clone() for n, p in model.named_parameters()}
     assert model.cfg.processed == ()
-    if names == ("fold_value_biases",) and names[0] not in folds_of(model):
-        with pytest.raises(InputError, match="this model has none"):
-            fold_value_biases(model)
+    if len(names) == 1 and names[0] not in folds_of(model):
+        with pytest.raises(InputError, match=r"this model has none|soft cap"):
+            FUNCTIONS[names[0]](model)
         assert all(p.equal(published[n]) for n, p in model.named_parameters()) and model.cfg.processed == ()
         return
     names = tuple(name for name in names if name in folds_of(model))
@@ -62,13 +65,14 @@ def test_the_function_stays_to_1e_5(case: tuple[Any, Any], names: tuple[str, ...
 def test_weights_are_those_of_transformer_lens(case: tuple[Any, Any]) -> None:
     model, _ = case
     state = ProcessWeights.fold_layer_norm(model.tl_state_dict(), model.cfg, fold_biases=False, center_weights=False)
-    state = ProcessWeights.center_unembed(state, cfg=model.cfg)
+    if model.cfg.output_logits_soft_cap is None:
+        state = ProcessWeights.center_unembed(state, cfg=model.cfg)
     state = ProcessWeights.fold_value_biases(state, model.cfg)
     for fold in folds_of(model):
         FUNCTIONS[fold](model)
     for name, found in model.tl_state_dict().items():
         if name.endswith(("ln1.w", "ln2.w", "ln_final.w")):
-            assert found.eq(1).all()
+            assert found.eq(0.0 if model.cfg.rmsnorm_uses_offset else 1.0).all()
         else:
             torch.testing.assert_close(found, state[name], atol=1e-5, rtol=1e-5, msg=name)
 
@@ -76,7 +80,7 @@ def test_weights_are_those_of_transformer_lens(case: tuple[Any, Any]) -> None:
 def test_folded_norms_leave_hooks_without_weight(case: tuple[Any, Any]) -> None:
     model, inputs = case
     _, before = model.run_with_cache(inputs)
-    weight = model.blocks[1].ln1.weight.clone()
+    weight = factor(model.blocks[1].ln1).clone()
     fold_ln(model)
     _, after = model.run_with_cache(inputs)
     real = inputs.attention_mask.bool()
@@ -102,8 +106,8 @@ def test_a_tied_model_is_untied_first_and_its_embedding_stays(kind: str) -> None
 def test_folding_twice_is_an_error(case: tuple[Any, Any], name: str) -> None:
     model, inputs = case
     if name not in folds_of(model):
-        with pytest.raises(InputError, match="biases"):
-            fold_value_biases(model)
+        with pytest.raises(InputError, match=r"biases|soft cap"):
+            FUNCTIONS[name](model)
         return
     FUNCTIONS[name](model)
     before = log_probs(model, inputs)

@@ -100,7 +100,7 @@ def expected_shape(row: HookRow, name: str, model: HookedVLM, inputs: VLMInputs)
         "patch": max(patches),
         "query_patch": max(patches),
         "key_patch": max(patches),
-        "token": max(seen) // vision.merge_size**2,
+        "token": max(seen) // vision.token_size**2,
         "image_token": n_image_tokens,
         "d_merged": vision.d_model * vision.merge_size**2,
         "d_projector": vision.d_projector or vision.d_model * vision.merge_size**2,

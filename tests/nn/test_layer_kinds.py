@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from by_hand import sees
 from families import ROWS, inputs_of
 from layer_kinds import BOTH_WAYS, FAR, NEAR, OF_KINDS, with_kinds
 from torch import Tensor
@@ -26,19 +27,6 @@ def answered(family: str, rows: str) -> Any:
     """Prompts with answers of two lengths."""
     inputs = inputs_of(family, ROWS[rows])
     return inputs.append([[7, 8, 9][: 3 - row % 2] for row in range(len(inputs))])
-
-
-def sees(cfg: Any, inputs: Any, row: int, layer: int, query: int, key: int) -> bool:
-    """Whether a token sees another, both real."""
-    prompt = inputs.stop[row] - inputs.n_generated[row]
-    pictures = [run for v in inputs.visuals if v.row == row for run in v.runs]
-    blocks = {None: [], "image": pictures, "prompt": [(0, prompt)]}[cfg.bidirectional]
-    together = any(start <= query < stop and start <= key < stop for start, stop in blocks)
-    window = cfg.kind_of(layer).window
-    near = window is None or key > query - window
-    if cfg.window_cuts_blocks:
-        return (key <= query or together) and near
-    return (key <= query and near) or together
 
 
 def rotated(x: Tensor, kind: LayerKind) -> Tensor:

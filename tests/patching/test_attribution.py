@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from by_hand import head_output, normed
 from pairs import last_logits, model_and_pair, patched_by_hand
 from torch import Tensor
 
@@ -124,12 +125,10 @@ def test_a_path_is_the_receivers_input_recomputed(family: str, reads: Any, where
                 assert result.effects[i, j, 0] == 0
                 continue
             attn = model.blocks[layer].attn
-            stream = (
-                corrupt["resid_pre", layer] + (clean["z", a] - corrupt["z", a])[:, :, b] @ model.blocks[a].attn.W_O[b]
-            )
-            scale = (stream.pow(2).mean(-1, keepdim=True) + model.cfg.eps).sqrt()
+            change = head_output(model, corrupt, a, b, (clean["z", a] - corrupt["z", a])[:, :, b])
             weights = getattr(attn, f"W_{reads.upper()}")[head], getattr(attn, f"b_{reads.upper()}")[head]
-            made = stream / scale * model.blocks[layer].ln1.w @ weights[0] + weights[1]
+            stream = normed(model.blocks[layer].ln1, corrupt["resid_pre", layer] + change)
+            made = stream @ weights[0] + weights[1]
 
             def put(x: Tensor, source: Tensor, head=head, made=made) -> None:
                 x[:, at, head] = made[:, at].detach()
@@ -142,7 +141,8 @@ def test_a_path_is_the_receivers_input_recomputed(family: str, reads: Any, where
 
 def frozen_but_one(model: Any, pair: Pair, sender: tuple[int, int], mlps: str, record: list[str]) -> dict[str, Tensor]:
     """Wang et al.'s recording run: every head has its output of the corrupt run, the sender that of the clean one, and
-    MLPs theirs of the corrupt run or what they make of the changed stream."""
+    MLPs theirs of the corrupt run or what they make of the changed stream. Norms behind attention have the denominators
+    of the corrupt run."""
     with torch.no_grad():
         _, clean = model.run_with_cache(pair.clean)
         _, corrupt = model.run_with_cache(pair.corrupt)
@@ -158,6 +158,11 @@ def frozen_but_one(model: Any, pair: Pair, sender: tuple[int, int], mlps: str, r
         kept[hook.name] = x.detach().clone()
 
     hooks: list = [(f"blocks.{layer}.attn.hook_z", freeze) for layer in range(model.cfg.n_layers)]
+    hooks += [
+        (f"blocks.{i}.ln1_post.hook_scale", lambda x, hook: corrupt[hook.name])
+        for i, block in enumerate(model.blocks)
+        if block.post_norms
+    ]
     if mlps == "frozen":
         hooks += [(f"blocks.{i}.hook_mlp_out", lambda x, hook: corrupt[hook.name]) for i in range(model.cfg.n_layers)]
     with torch.no_grad():

@@ -5,16 +5,18 @@ import logging
 import shutil
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import pytest
-import tiny_idefics3
 import tiny_internvl
 import tiny_qwen2_5_vl
 import tiny_qwen3_vl
 import torch
 from families import KINDS
+from reading_gemma import reading
 from safetensors.torch import save_file
 from torch import nn
 from whole_folders import save_whole
@@ -80,7 +82,10 @@ def test_the_bundled_models_pass(
     assert told["prompts"].keys() == {prompt.name for prompt in prompts()}
 
 
-OF_THEIR_OWN_CLASS = ("qwen2.5-vl", "qwen3-vl", "llava", "llava-next", "llava-onevision", "idefics3", "smolvlm, tied")
+OF_THEIR_OWN_CLASS = (
+    "qwen2.5-vl", "qwen3-vl", "llava", "llava-next", "llava-onevision", "gemma3", "paligemma2", "idefics3",
+    "smolvlm, tied",
+)  # fmt: skip
 
 
 @pytest.mark.parametrize("name", OF_THEIR_OWN_CLASS)
@@ -101,17 +106,32 @@ def test_a_family_is_compared_with_the_class_of_transformers(name: str, tmp_path
     assert pixels(model, processor, prompts()).passed
 
 
-@pytest.mark.parametrize("family", ["qwen2.5-vl", "qwen3-vl", "idefics3", "smolvlm"])
+def whole(family: str) -> Any:
+    """The model of a whole folder."""
+    with TemporaryDirectory() as folder:
+        return HookedVLM.from_pretrained(save_whole(family, Path(folder) / "model"))
+
+
+READING = {
+    "qwen2.5-vl": (tiny_qwen2_5_vl.reading_model, {"max_pixels": 64 * 100}),
+    "qwen3-vl": (tiny_qwen3_vl.reading_model, {"max_pixels": 64 * 100}),
+    "gemma3": (partial(reading, "gemma3"), {"image_mean": [0.4, 0.5, 0.6], "resample": 3}),
+    "paligemma": (partial(reading, "paligemma"), {"image_std": [0.4, 0.5, 0.6], "resample": 2}),
+    "paligemma2": (partial(reading, "paligemma2"), {}),
+    "idefics3": (partial(whole, "idefics3"), {"image_mean": [0.4, 0.5, 0.6]}),
+    "smolvlm": (partial(whole, "smolvlm"), {}),
+}
+"""Models with a tokenizer, and settings of pictures that their folders have instead of the published ones."""
+
+
+@pytest.mark.parametrize("family", READING)
 def test_a_folder_of_a_later_family_passes_from_pixels_to_greedy_tokens(
     family: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    if family in tiny_idefics3.CLASSES:
-        save_whole(family, tmp_path / "model")
-    else:
-        model = {"qwen2.5-vl": tiny_qwen2_5_vl, "qwen3-vl": tiny_qwen3_vl}[family].reading_model()
-        model.save_pretrained(tmp_path / "model")
-        settings = tmp_path / "model" / "preprocessor_config.json"
-        settings.write_text(json.dumps({**json.loads(settings.read_text()), "max_pixels": 64 * 100}))
+    make, changes = READING[family]
+    make().save_pretrained(tmp_path / "model")
+    settings = tmp_path / "model" / "preprocessor_config.json"
+    settings.write_text(json.dumps({**json.loads(settings.read_text()), **changes}))
     out = tmp_path / "verify.json"
     asked = ["hooked-vlm", "verify", str(tmp_path / "model"), "--out", str(out), "--max-new-tokens", "3"]
     monkeypatch.setattr(sys, "argv", asked)
