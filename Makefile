@@ -1,6 +1,6 @@
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-full test-slow test-all test-oldest lint format bench docs docs-hooks setup clean
+.PHONY: help demo demo-real test test-full test-slow test-all test-oldest lint format bench docs docs-hooks setup clean
 
 PYTHON ?= python3
 JOBS ?= auto
@@ -14,6 +14,7 @@ unexport PYTHONDONTWRITEBYTECODE
 
 help:
 	@echo "make demo        which heads of the bundled toy model read text: table, heatmap, masking control"
+	@echo "make demo-real   a published model: downloads SmolVLM-256M (0.5 GB), verifies it, ranks the heads that see the picture"
 	@echo "make test        every law on its fewest cases (seven minutes on two cores, no download, no GPU)"
 	@echo "make test-full   the cases that make test leaves out: all families, inputs and switches (a quarter of an hour)"
 	@echo "make test-slow   browser, cluster, kills, long fuzzing, notebooks (a quarter of an hour or more)"
@@ -29,6 +30,9 @@ help:
 
 demo: $(VENV)/.installed
 	$(BIN)/hooked-vlm ocr-heads mask --model toy-qwen2-vl --out out/ocr-heads
+
+demo-real: $(VENV)/.installed
+	$(BIN)/python -m tools.real_demo --out out/demo-real
 
 test: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest --numprocesses $(JOBS) --dist worksteal

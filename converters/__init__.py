@@ -11,6 +11,7 @@ from torch import Tensor
 
 from hooked_vlm.converters import (
     gemma3,
+    idefics3,
     internvl,
     language_models,
     llava,
@@ -68,7 +69,9 @@ class Family(Protocol):
         ...
 
 
-FAMILIES: list[Family] = [qwen2_vl, qwen2_5_vl, qwen3_vl, internvl, llava, gemma3, paligemma, language_models]
+FAMILIES: list[Family] = [
+    qwen2_vl, qwen2_5_vl, qwen3_vl, internvl, llava, gemma3, paligemma, idefics3, language_models,
+]  # fmt: skip
 """Families by precedence. A family of one's own is appended, its image processor and the marks of its prompts are
 added by name to `hooked_vlm.inputs.processors.PROCESSORS` and `hooked_vlm.inputs.prompt_styles.STYLES`."""
 

@@ -1,4 +1,5 @@
-"""The vision towers of CLIP and SigLIP as LLaVA, Gemma 3 and PaliGemma read them: settings, and names of tensors.
+"""The vision towers of CLIP and SigLIP as LLaVA, Gemma 3, PaliGemma and Idefics3 read them: settings, and names of
+tensors.
 
 Defaults are those of `CLIPVisionConfig` and `SiglipVisionConfig` in transformers 5.23.0.
 """
@@ -68,11 +69,12 @@ def tower_kwargs(vision: Fields, kind: str, d_out: int) -> dict[str, Any]:
     }
 
 
-def tower_table(cfg: Mapping[str, Any], last_norm: str) -> list[Rename]:
-    """Every tensor of a tower by its published name; `last_norm` is our name of the norm behind the last block."""
+def tower_table(cfg: Mapping[str, Any], last_norm: str, prefix: str = PREFIX) -> list[Rename]:
+    """Every tensor of a tower by `prefix` and its published name; `last_norm` is our name of the norm behind the last
+    block."""
     width, d_mlp, side = cfg["d_model"], cfg["d_mlp"], cfg["patch_size"]
     n_tokens, channels = cfg["class_token"] + cfg["n_positions"], cfg["in_channels"]
-    theirs, ours = f"{PREFIX}embeddings", "vision.tile_embed"
+    theirs, ours = f"{prefix}embeddings", "vision.tile_embed"
     table = [
         Rename(f"{theirs}.position_embedding.weight", (f"{ours}.positions",), (n_tokens, width), lead=1),
         Rename(
@@ -87,13 +89,13 @@ def tower_table(cfg: Mapping[str, Any], last_norm: str) -> list[Rename]:
     if cfg["patch_bias"]:
         table.append(Rename(f"{theirs}.patch_embedding.bias", ("vision.patch_embed.proj.bias",), (width,)))
     if cfg["pre_norm"]:
-        table += affine(f"{PREFIX}pre_layrnorm", ("vision.ln_pre",), (width,))
+        table += affine(f"{prefix}pre_layrnorm", ("vision.ln_pre",), (width,))
     for layer in range(cfg["n_layers"]):
-        theirs, ours = f"{PREFIX}encoder.layers.{layer}", f"vision.blocks.{layer}"
+        theirs, ours = f"{prefix}encoder.layers.{layer}", f"vision.blocks.{layer}"
         for name, part in (("q_proj", "q_proj"), ("k_proj", "k_proj"), ("v_proj", "v_proj"), ("out_proj", "o_proj")):
             table += affine(f"{theirs}.self_attn.{name}", (f"{ours}.attn.{part}",), (width, width))
         table += affine(f"{theirs}.layer_norm1", (f"{ours}.ln1",), (width,))
         table += affine(f"{theirs}.layer_norm2", (f"{ours}.ln2",), (width,))
         table += affine(f"{theirs}.mlp.fc1", (f"{ours}.mlp.in_proj",), (d_mlp, width))
         table += affine(f"{theirs}.mlp.fc2", (f"{ours}.mlp.out_proj",), (width, d_mlp))
-    return table + affine(f"{PREFIX}post_layernorm", (last_norm,), (width,))
+    return table + affine(f"{prefix}post_layernorm", (last_norm,), (width,))

@@ -3,6 +3,7 @@
 from typing import Any
 
 from hooked_vlm.converters.known_gemma import GEMMA
+from hooked_vlm.converters.known_idefics3 import IDEFICS3
 from hooked_vlm.converters.known_llava import LLAVA
 from hooked_vlm.converters.known_qwen_vl import QWEN_VL
 from hooked_vlm.converters.known_sizes import SEEN, KnownModel
@@ -183,5 +184,6 @@ KNOWN_MODELS: dict[str, KnownModel] = {
     "OpenGVLab/InternVL3_5-38B": _internvl3_5(5120, 25600, 64, 64, 38_390_405_504, "Qwen3-32B"),
     **LLAVA,
     **GEMMA,
+    **IDEFICS3,
 }
 # fmt: on

@@ -34,7 +34,7 @@ def scores(cfg: Any, q: Tensor, k: Tensor) -> Tensor:
 def sees(cfg: Any, inputs: Any, row: int, layer: int, query: int, key: int) -> bool:
     """Whether a token sees another, both real."""
     prompt = inputs.stop[row] - inputs.n_generated[row]
-    pictures = [(v.start, v.stop) for v in inputs.visuals if v.row == row]
+    pictures = [run for v in inputs.visuals if v.row == row for run in v.runs]
     blocks = {None: [], "image": pictures, "prompt": [(0, prompt)]}[cfg.bidirectional]
     together = any(start <= query < stop and start <= key < stop for start, stop in blocks)
     window = cfg.kind_of(layer).window

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import tiny_anyres
 import tiny_gemma3
+import tiny_idefics3
 import tiny_internvl
 import tiny_llava
 import tiny_made_up
@@ -79,6 +80,12 @@ CLIP = {
 }
 LLAVA = {**CLIP, "hook_image_features": "model.multi_modal_projector"}
 NEXT = {**CLIP, "hook_image_features": "model.packed"}
+IDEFICS3 = {
+    "vision.blocks.0.hook_resid_pre": "model.vision_model.embeddings",
+    "vision.blocks.{l}.hook_resid_post": "model.vision_model.encoder.layers.{l}",
+    "vision.blocks.{l}.attn.hook_pattern": "model.vision_model.encoder.layers.{l}.self_attn",
+    "hook_image_features": "model.connector",
+}
 ONEVISION = {**NEXT, "vision.blocks.0.hook_resid_pre": "model.vision_tower.embeddings"}
 SIGLIP = {**LLAVA, "vision.blocks.0.hook_resid_pre": "model.vision_tower.embeddings"}
 
@@ -174,6 +181,18 @@ def onevision(tied: bool) -> Kind:
     )
 
 
+def idefics3(name: str, tied: bool) -> Kind:
+    return Kind(
+        hf=partial(tiny_idefics3.tiny_hf, name, tied),
+        batch=tiny_idefics3.hf_batch,
+        for_hf=tiny_idefics3.for_hf,
+        images={"small": ("image", tiny_idefics3.SMALL), "large": ("image", tiny_idefics3.LARGE)},
+        cases=tiny_idefics3.CASES,
+        vision=IDEFICS3,
+        placeholders=(tiny_idefics3.IMAGE,),
+    )
+
+
 def gemma3(tied: bool) -> Kind:
     return Kind(
         hf=partial(tiny_gemma3.tiny_hf, tied),
@@ -229,6 +248,8 @@ KINDS = {
     "llava-next": llava_next(),
     "llava-onevision": onevision(tied=False),
     "llava-onevision, tied": onevision(tied=True),
+    "idefics3": idefics3("idefics3", tied=False),
+    "smolvlm, tied": idefics3("smolvlm", tied=True),
     "gemma3": gemma3(tied=False),
     "gemma3, tied": gemma3(tied=True),
     "paligemma": paligemma("gemma", tied=False),

@@ -1,4 +1,5 @@
-"""The chat templates of the LLaVA families, as far as public copies show them (Qwen3-VL's: tiny_qwen3_vl.py).
+"""The chat templates of the LLaVA families and of SmolVLM, as far as public copies show them (Qwen3-VL's is in
+tiny_qwen3_vl.py).
 
 Sources: transformers' documentation and tests, the published conversion scripts, public copies of chat_template.json.
 (Yi's, "chatml": the prompt in the documentation; its template is from memory.)
@@ -47,6 +48,16 @@ TEMPLATES = {
         before="{{'\\n'}}",
     ),
 }
+
+# as published with HuggingFaceTB/SmolVLM-256M-Instruct (public copies of its chat_template.json)
+SMOLVLM = (
+    "<|im_start|>{% for message in messages %}{{message['role'] | capitalize}}"
+    "{% if message['content'][0]['type'] == 'image' %}{{':'}}{% else %}{{': '}}{% endif %}"
+    "{% for line in message['content'] %}{% if line['type'] == 'text' %}{{line['text']}}"
+    "{% elif line['type'] == 'image' %}{{ '<image>' }}{% endif %}{% endfor %}<end_of_utterance>\n{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'Assistant:' }}{% endif %}"
+)
+
 # as published with google/gemma-3-4b-it (public copies of its tokenizer_config.json)
 GEMMA3 = r"""{{ bos_token }}
 {%- if messages[0]['role'] == 'system' -%}

@@ -1,21 +1,24 @@
-"""Whole checkpoint folders of the LLaVA families and of Qwen3-VL: random weights, a tokenizer that reads any question,
-the published chat template, the settings of pictures; and pictures annotated with what such a model calls them."""
+"""Whole checkpoint folders of the LLaVA families, of Idefics3, SmolVLM and Qwen3-VL: random weights, a tokenizer that
+reads any question, the published chat template, the settings of pictures; and pictures annotated with what such a model
+calls them."""
 
 import json
 from collections.abc import Sequence
 from copy import deepcopy
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from string import printable
 from typing import Any
 
 import numpy as np
 import tiny_anyres
+import tiny_idefics3
 import tiny_llava
 import tiny_qwen3_vl
 import torch
 from PIL import Image
-from prompt_templates import TEMPLATES, VICUNA
+from prompt_templates import SMOLVLM, TEMPLATES, VICUNA
 from tiny import randomise
 from tokenizers import Tokenizer, decoders, models, normalizers
 from transformers import PreTrainedTokenizerFast
@@ -32,11 +35,14 @@ REFERENCES = {
     "llava": tiny_llava.tiny_llava,
     "llava-next": tiny_anyres.tiny_next,
     "llava-onevision": tiny_anyres.tiny_onevision,
+    "idefics3": partial(tiny_idefics3.tiny_hf, "idefics3"),
+    "smolvlm": partial(tiny_idefics3.tiny_hf, "smolvlm"),
 }
 PROCESSORS = {
     "llava": LlavaImageProcessorPil(size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28}),
     "llava-next": tiny_anyres.NEXT_PROCESSOR,
     "llava-onevision": tiny_anyres.ONEVISION_PROCESSOR,
+    **{name: made(**tiny_idefics3.SETTINGS) for name, made in tiny_idefics3.OF_TRANSFORMERS.items()},
 }
 SIZE = (60, 33)
 """Width and height of pictures."""
@@ -70,10 +76,24 @@ def byte_level(template: str) -> Any:
     return wrapped
 
 
+END = "<end_of_utterance>"
+TAGS = ("<global-img>", *(f"<row_{row}_col_{col}>" for row in range(1, 5) for col in range(1, 5)))
+
+
+def smol(template: str, tags: Sequence[str] = TAGS) -> Any:
+    """The toy models' own tokenizer, with the marks of SmolVLM; without `tags` these are plain text (Idefics3-8B)."""
+    made = build_tokenizer((END_OF_TEXT, IM_START, END, "<image>", "<fake_token_around_image>", *tags))
+    wrapped = PreTrainedTokenizerFast(tokenizer_object=made, pad_token=END_OF_TEXT, eos_token=END, bos_token=IM_START)
+    wrapped.chat_template = template
+    return wrapped
+
+
 TOKENIZERS = {
     "llava": (sentencepiece_like, VICUNA),
     "llava-next": (sentencepiece_like, TEMPLATES["mistral"]),
     "llava-onevision": (byte_level, TEMPLATES["onevision, converted"]),
+    "idefics3": (partial(smol, tags=()), SMOLVLM),
+    "smolvlm": (smol, SMOLVLM),
 }
 
 

@@ -58,6 +58,12 @@ features, gradients, greedy tokens, batches, several images, answers as suffixes
 `Gemma3ImageProcessorPil` (pan and scan, too) and `SiglipImageProcessorPil`; prompts id for id with `Gemma3Processor`
 (in the template of public copies) and `PaliGemmaProcessor`.
 
+Idefics3 and SmolVLM were compared in the same way, with ragged numbers of tiles and several images, with both classes
+of transformers; pixels bit for bit with `Idefics3ImageProcessorPil` and `SmolVLMImageProcessorPil`, token ids with
+`Idefics3Processor`. Learned positions are looked up by fractions of a tile's side: with the 26, 27 and 32 patches of
+the published towers each patch has its own; towers in which float32 moves one are refused. `make demo-real` verifies
+SmolVLM-256M as published.
+
 ## Your own checkpoint: `hooked-vlm verify`
 
 ```
@@ -89,9 +95,8 @@ in logits and image features may be at most 1.1 times the reference's; equal tok
 The reference is built from the folder's own files, with neutral generation settings (a `repetition_penalty` of
 generation_config.json, say, does not count):
 
-- Qwen2-VL, the three LLaVA families, Gemma 3, PaliGemma, InternVL in the `-hf` layout, text-only Qwen2, Llama, Mistral,
-  Gemma and Phi-3:
-  `transformers` loads the same folder itself.
+- Qwen2-VL, the three LLaVA families, Gemma 3, PaliGemma, Idefics3, SmolVLM, InternVL in the `-hf` layout, text-only
+  Qwen2, Llama, Mistral, Gemma and Phi-3: `transformers` loads the same folder itself.
 - InternVL as published: its code is remote code, which is never executed. This library's converter passes the tensors
   to `transformers`' InternVL class, so a tensor converted to a wrong name would be wrong in both; the tests compare the
   converter with the published names one by one.

@@ -303,8 +303,8 @@ tested against manual patches, autograd and the logits in every family (`tests/m
 - `random_init_bridge` and `JacobianLens.from_pretrained` take the name of a repository, not a model.
 - What enters the stream behind blocks (Qwen3-VL's DeepStack) is a part of its own in `decompose_resid`,
   `get_full_resid_decomposition` and `direct_logit_attribution`; it is no node of `attribution_patch`.
-- Where a family has no value biases (Qwen3-VL, InternVL3.5, LLaVA with Llama or Mistral), `fold_value_biases` of
-  `hooked_vlm` refuses, and TransformerLens' adds zeros.
+- Where a family has no value biases (Qwen3-VL, InternVL3.5, SmolVLM, LLaVA with Llama or Mistral),
+  `fold_value_biases` of `hooked_vlm` refuses, and TransformerLens' adds zeros.
 - `ProcessWeights` works on copies under TransformerLens' keys; `hooked_vlm.model.weight_processing` folds the model
   itself.
 

@@ -24,6 +24,7 @@ SHORT_NAMES = {
     "LLaVA-1.5": "llava-hf/llava-1.5-7b-hf",
     "LLaVA-NeXT": "llava-hf/llava-v1.6-mistral-7b-hf",
     "OneVision": "llava-hf/llava-onevision-qwen2-0.5b-ov-hf",
+    "SmolVLM": "HuggingFaceTB/SmolVLM-256M-Instruct",
 }
 """Of the families, and the published size whose values the minute model has."""
 SIDE = 8
@@ -85,7 +86,7 @@ class Setup:
         assert processor is not None
         n, cells = (3 if cfg.vision.pinpoints else 1), SIDE // cfg.vision.patch_size
         grid = (n, cells, cells)
-        layout = processor.layout_of(grid, (SIDE if n == 1 else 2 * SIDE, SIDE))
+        layout = processor.layout_of(grid, (2 * SIDE, SIDE) if cfg.vision.pinpoints else None)
         tokens = torch.tensor([[5, *[1] * layout.n_tokens, 6, 7]])
         raster = cfg.vision.patch_order == "raster"
         shape = (n, 3, SIDE, SIDE) if raster else (cells**2, cfg.vision.d_patch)

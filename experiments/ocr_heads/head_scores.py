@@ -144,7 +144,7 @@ def looks(study: Study) -> Figure:
             rows = attention_rows(model, continued, torch.tensor([positions]), [layer])[0, 0, head]
             page = continued.visuals[example.evidence[0].image]
             keys = [int(k) for k in rows.argmax(-1)]
-            seen = [continued.box_of_token(k) for k in keys if page.start <= k < page.stop]
+            seen = [continued.box_of_token(k) for k in keys if page.holds(k)]
             scale = np.divide(picture_size(example.images[page.index]), continued.image_grid(page.index).image_size)
             # a line break has no box
             boxes = [tuple(np.multiply(box, [*scale, *scale]).tolist()) for box in seen if box is not None]

@@ -157,8 +157,8 @@ class AnyresProcessor(PictureProcessor):
 
     def read_batch(
         self, tokens: Int[Tensor, "batch pos"], batch: Mapping[str, Tensor | None], spec: "InputSpec"
-    ) -> tuple[Tensor | None, Tensor | None, list[tuple[int, int]] | None]:
-        """Pixels without the tiles that pad a batch, grids and sizes, which `image_sizes` says.
+    ) -> tuple[Tensor | None, Tensor | None, list[ImageLayout] | None]:
+        """Pixels without the tiles that pad a batch, grids and layouts, which follow from `image_sizes`.
 
         Raises:
             InputError: pixels, `image_sizes` and placeholders do not fit each other.
@@ -189,7 +189,7 @@ class AnyresProcessor(PictureProcessor):
                 self._misfit(sizes, counts, f"they need {n_tokens} placeholders, the tokens have {n_placeholders}")
             )
         grids = torch.tensor([layout.grid for layout in layouts], device=pixels.device)
-        return pixels, grids, sizes
+        return pixels, grids, layouts
 
     def _sizes(self, stated: Tensor | None) -> list[tuple[int, int]]:
         """(width, height) of each image."""

@@ -27,7 +27,10 @@ from hooked_vlm.inputs.vlm_inputs import VLMInputs
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-OF_IMAGES = ("pixel_values", "image_grid_thw", "num_tiles", "image_sizes", "batch_num_images", "num_crops")
+OF_IMAGES = (
+    "pixel_values", "image_grid_thw", "num_tiles", "image_sizes", "batch_num_images", "num_crops",
+    "pixel_attention_mask",
+)  # fmt: skip
 """What a Hugging Face batch says of its images, in one family or another."""
 
 
@@ -108,7 +111,8 @@ class InputBuilder:
                 `video`), of which frames are sampled ({"type": "video", "video": "clip.mp4", "fps": 1.0}).
             min_pixels: least area of the resized image, in pixels; the checkpoint's by default. (Qwen2-VL)
             max_pixels: largest area. A token covers `cfg.vision.pixels_per_token` squared pixels. (Qwen2-VL)
-            max_tiles: largest number of tiles that an image is cut into, without its thumbnail. (InternVL)
+            max_tiles: largest number of tiles that an image is cut into, without its thumbnail. (InternVL, LLaVA,
+                SmolVLM)
             chat: apply the checkpoint's chat template. Without it the text is taken as it stands, and
                 pictures whose placeholders it lacks are put in front.
             template: arguments of the checkpoint's chat template: dict(tools=[...]), dict(add_vision_id=True),
@@ -257,8 +261,8 @@ class InputBuilder:
         `video_grid_thw` and `second_per_grid_ts`; for models that tile images `pixel_values` [tile, 3, height, width]
         and `num_tiles` [image], the number of tiles of each image with its thumbnail (without it, every run of
         placeholders is one image), or `pixel_values` [image, tile, 3, height, width], `image_sizes` [image, (height,
-        width)] and `batch_num_images`. Other keys (`mm_token_type_ids`, ...) are ignored, since positions are computed
-        here.
+        width)] and `batch_num_images`, or [row, tile, 3, height, width] and `pixel_attention_mask`. Other keys
+        (`mm_token_type_ids`, ...) are ignored, since positions are computed here.
 
         Raises:
             InputError: images and placeholders disagree, or token ids outside the vocabulary.
@@ -271,10 +275,8 @@ class InputBuilder:
         self._check_pixel_width(pictures["pixel_values"])
         pixels, grids, layouts = pictures["pixel_values"], pictures["image_grid_thw"], None
         if spec.layouts is not None and pixels is not None:
-            pixels, grids, sizes = spec.layouts.read_batch(tokens, pictures, spec)
-            if sizes is not None and grids is not None:
-                every = zip(grids.tolist(), sizes, strict=True)
-                layouts = tuple(spec.layout_of((t, h, w), "image", size) for (t, h, w), size in every)
+            pixels, grids, found = spec.layouts.read_batch(tokens, pictures, spec)
+            layouts = None if found is None else tuple(found)
         videos = (self._tensor(batch, "pixel_values_videos"), self._tensor(batch, "video_grid_thw"))
         if spec.layouts is not None:
             videos = spec.layouts.read_videos(*videos)

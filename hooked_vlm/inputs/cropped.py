@@ -148,7 +148,7 @@ class CropProcessor(PictureProcessor):
 
     def read_batch(
         self, tokens: Int[Tensor, "batch pos"], batch: Mapping[str, Tensor | None], spec: "InputSpec"
-    ) -> tuple[Tensor | None, Tensor | None, list[tuple[int, int]] | None]:
+    ) -> tuple[Tensor | None, Tensor | None, list[ImageLayout] | None]:
         """Pixels and grids: every square is an image."""
         pixels = batch["pixel_values"]
         if pixels is None:

@@ -101,7 +101,7 @@ def _placeholders(spec: InputSpec, row: Tensor, visual: Visual, layout: ImageLay
     """
     if len(layout.runs) == 1 == len(visual.runs):
         return row.new_full((layout.n_tokens,), int(row[visual.start]))
-    if layout.runs == visual.layout.runs:
+    if (layout.runs, layout.between) == (visual.layout.runs, visual.layout.between):
         return row[visual.start : visual.stop]
     raise InputError(
         f"image {visual.index} has {len(visual.runs)} runs of tokens with text between them, the new picture others "

@@ -64,8 +64,10 @@ def whole(name: str, value: Any) -> int:
     return value
 
 
-def common_settings(config: Mapping[str, Any], any_filter: bool = False) -> dict[str, tuple[float, ...]]:
-    """`image_mean` and `image_std`, where stated; `any_filter`: pictures may be resized by any filter.
+def common_settings(
+    config: Mapping[str, Any], resample: Image.Resampling | None = Image.Resampling.BICUBIC
+) -> dict[str, tuple[float, ...]]:
+    """`image_mean` and `image_std`, where stated; `resample` is the only filter that is supported, None: any is.
 
     Raises:
         ImageError: a step is switched off, or set to something not supported.
@@ -74,10 +76,10 @@ def common_settings(config: Mapping[str, Any], any_filter: bool = False) -> dict
         ("do_resize", True),
         ("do_rescale", True),
         ("do_normalize", True),
-        ("resample", Image.Resampling.BICUBIC.value),
+        ("resample", config.get("resample") if resample is None else resample.value),
         ("rescale_factor", 1 / 255),
     ):
-        if config.get(key) not in (None, expected) and not (any_filter and key == "resample"):
+        if config.get(key) not in (None, expected):
             raise ImageError(f"unsupported image processor: expected {key} = {expected}, got {config[key]!r}")
     fields = {}
     for key in ("image_mean", "image_std"):

@@ -18,11 +18,23 @@ def even_part(
     area: Sequence[float | int],
     pixels_per_token: int,
     tiles: tuple[int, int] = (1, 1),
+    tile_size: int | None = None,
 ) -> LayoutPart:
-    """A part whose tokens are squares of so many seen pixels, side by side."""
+    """A part whose tokens are squares of so many seen pixels, side by side.
+
+    Args:
+        tiles: (columns, rows) of tiles that it is put together of.
+        tile_size: their side in pixels, of which a rest at the right and at the bottom is in no token; None: no rest.
+    """
+    per_tile = [n // of for n, of in zip(cells.shape[:0:-1], tiles, strict=True)]  # columns, rows
+    sizes = [n * pixels_per_token if tile_size is None else tile_size for n in per_tile]
+    begins = [
+        (np.arange(of)[:, None] * size + np.arange(n) * pixels_per_token).ravel()
+        for of, size, n in zip(tiles, sizes, per_tile, strict=True)
+    ]
+    columns, rows = (np.stack((begin, begin + pixels_per_token), axis=1) for begin in begins)
     x0, y0, x1, y1 = area
-    rows, columns = (np.stack((np.arange(n), np.arange(n) + 1), axis=1) * pixels_per_token for n in cells.shape[1:])
-    seen = ImageSize(cells.shape[2] * pixels_per_token, cells.shape[1] * pixels_per_token)
+    seen = ImageSize(tiles[0] * sizes[0], tiles[1] * sizes[1])
     return LayoutPart(name, cells, (x0, y0, x1, y1), seen, columns, rows, tiles)
 
 
@@ -103,7 +115,7 @@ def tiled_layout(
         image_size: (width, height) of the original image in pixels.
         layout: (columns, rows) of tiles, the thumbnail not counted.
         patch_size: side of a patch in pixels of a tile.
-        tile_size: side of a tile in pixels.
+        tile_size: side of a tile in pixels; a rest at its right and at its bottom is in no token.
         transposed_tokens: the tokens of a tile are numbered column by column (pixel shuffle "v1").
     """
     (tile_cols, tile_rows), side = layout, tile_size // (patch_size * merge_size)
@@ -113,9 +125,10 @@ def tiled_layout(
         numbers = numbers.swapaxes(1, 2)
     of_tiles = numbers[: tile_cols * tile_rows].reshape(tile_rows, tile_cols, side, side).swapaxes(1, 2)
     area, pixels = (0, 0, *image_size), patch_size * merge_size
-    parts = [even_part("tiles", of_tiles.reshape(1, tile_rows * side, tile_cols * side), area, pixels, layout)]
+    of_tiles = of_tiles.reshape(1, tile_rows * side, tile_cols * side)
+    parts = [even_part("tiles", of_tiles, area, pixels, layout, tile_size)]
     if thumbnail:
-        parts.append(even_part("thumbnail", numbers[-1:], area, pixels))
+        parts.append(even_part("thumbnail", numbers[-1:], area, pixels, tile_size=tile_size))
     patches = (tile_size // patch_size) ** 2
     fine = partial(tiled_layout, image_size, layout, thumbnail, patch_size, 1, tile_size, False, size_known)
     return ImageLayout(

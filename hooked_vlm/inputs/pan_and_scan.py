@@ -103,16 +103,16 @@ class PanScanProcessor(StretchProcessor):
 
     def read_batch(
         self, tokens: Int[Tensor, "batch pos"], batch: Mapping[str, Tensor | None], spec: "InputSpec"
-    ) -> tuple[Tensor | None, Tensor | None, list[tuple[int, int]] | None]:
+    ) -> tuple[Tensor | None, Tensor | None, list[ImageLayout] | None]:
         """Pixels and grids, from `num_crops` or else every square as an image by itself.
 
         Raises:
             InputError: `num_crops` counts other squares than there are.
         """
-        pixels, grids, sizes = super().read_batch(tokens, batch, spec)
+        pixels, grids, layouts = super().read_batch(tokens, batch, spec)
         crops = batch.get("num_crops")
         if pixels is None or crops is None:
-            return pixels, grids, sizes
+            return pixels, grids, layouts
         n_squares = [int(n) + 1 for n in crops.reshape(-1).tolist()]
         if sum(n_squares) != len(pixels) or min(n_squares) < 1:
             raise InputError(f"got {len(pixels)} squares, but num_crops counts {n_squares} for the images")

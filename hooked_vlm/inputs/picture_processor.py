@@ -87,8 +87,9 @@ class PictureProcessor(ABC):
 
     def read_batch(
         self, tokens: Int[Tensor, "batch pos"], batch: Mapping[str, Tensor | None], spec: "InputSpec"
-    ) -> tuple[Tensor | None, Tensor | None, list[tuple[int, int]] | None]:
-        """Pixels, grids and sizes of the images of a Hugging Face batch; sizes are None where it does not say them."""
+    ) -> tuple[Tensor | None, Tensor | None, list[ImageLayout] | None]:
+        """Pixels, grids and layouts of the images of a Hugging Face batch; layouts are None where grids say all that is
+        known."""
         return batch["pixel_values"], batch["image_grid_thw"], None
 
     def read_videos(self, pixels: Tensor | None, grids: Tensor | None) -> tuple[Tensor | None, Tensor | None]:

@@ -1,6 +1,6 @@
 """Positions in the token stream: the three M-RoPE axes, and groups of tokens by their role in the prompt."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -104,6 +104,7 @@ def prompt_groups(
     turns: Turns | None,
     markers: frozenset[int | None],
     openers: frozenset[int | None],
+    encode: Callable[[str], list[int]] = lambda text: [],
 ) -> dict[str, list[int]]:
     """The fields of `TokenGroups` for one row.
 
@@ -113,17 +114,17 @@ def prompt_groups(
         turns: the tokens of the turns of a chat; None: there is no chat.
         markers: placeholders and the token that closes an image: never part of the question.
         openers: the token that opens an image, in families that have one.
+        encode: the tokens of a text; none without a tokenizer. The texts around an image are not part of the question.
     """
     prompt_stop = stop - n_generated
     user_start, header_start = _last_turn(tokens[:prompt_stop], first, turns)
-    last_visual = max((v.stop for v in visuals if v.stop <= header_start), default=user_start)
+    ends = (_end(v, tokens, encode) for v in visuals if v.stop <= header_start)
+    last_visual = max(ends, default=user_start)
     text = range(max(last_visual, user_start), header_start)
     question = [p for p in text if tokens[p] not in markers]
     if not question:  # the image closes the turn: the question comes before it
-        before = [v.start for v in visuals if v.start > user_start]
-        end = min(before, default=user_start)
-        opened = end > user_start and tokens[end - 1] in openers
-        question = list(range(user_start, end - opened))
+        before = [_begin(v, tokens, openers, encode) for v in visuals if v.start > user_start]
+        question = list(range(user_start, min(before, default=user_start)))
     return {
         "image": [p for v in visuals if v.kind == "image" for p in v.positions.tolist()],
         "video": [p for v in visuals if v.kind == "video" for p in v.positions.tolist()],
@@ -132,6 +133,22 @@ def prompt_groups(
         "final": [prompt_stop - 1],
         "generated": list(range(prompt_stop, stop)),
     }
+
+
+def _begin(
+    visual: Visual, tokens: Sequence[int], openers: frozenset[int | None], encode: Callable[[str], list[int]]
+) -> int:
+    """Where an image begins with its opener and the text before it."""
+    start = visual.start - (visual.start > 0 and tokens[visual.start - 1] in openers)
+    text = encode(visual.layout.between[0]) if visual.layout.between else []
+    return start - len(text) if list(tokens[start - len(text) : start]) == text else start
+
+
+def _end(visual: Visual, tokens: Sequence[int], encode: Callable[[str], list[int]]) -> int:
+    """Where an image ends with the text behind it."""
+    text = encode(visual.layout.between[-1]) if visual.layout.between else []
+    stop = visual.stop + len(text)
+    return stop if list(tokens[visual.stop : stop]) == text else visual.stop
 
 
 def _last_turn(tokens: Sequence[int], first: int, turns: Turns | None) -> tuple[int, int]:
@@ -149,7 +166,8 @@ def _last_turn(tokens: Sequence[int], first: int, turns: Turns | None) -> tuple[
 
 
 def _last_turn_by_headers(tokens: Sequence[int], first: int, turns: Turns) -> tuple[int, int]:
-    """The same where headers are plain text: the row must end with the one of an answer."""
+    """The same where headers are plain text: the row must end with the one of an answer. A token that closes the user's
+    turn belongs to that header."""
     row = tuple(tokens[first:])
     ends = [len(row) - len(h) for h in {turns.assistant, turns.assistant_behind} if h and row[-len(h) :] == h]
     if not ends:
@@ -158,4 +176,6 @@ def _last_turn_by_headers(tokens: Sequence[int], first: int, turns: Turns) -> tu
     for spelled in {turns.user, turns.user_behind} - {()}:
         n = len(spelled)
         users += [at + n for at in range(header - n + 1) if row[at : at + n] == spelled]
-    return first + max(users), first + header
+    user = max(users)
+    closed = [at for at in range(user, header) if row[at] == turns.end]
+    return first + user, first + (closed[-1] if closed else header)

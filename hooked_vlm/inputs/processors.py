@@ -4,6 +4,7 @@ from hooked_vlm.config import VLMConfig
 from hooked_vlm.errors import CheckpointError
 from hooked_vlm.inputs.anyres import AnyresProcessor
 from hooked_vlm.inputs.cropped import CropProcessor
+from hooked_vlm.inputs.idefics3 import Idefics3Processor
 from hooked_vlm.inputs.image_processor import ImageProcessor
 from hooked_vlm.inputs.image_settings import Settings
 from hooked_vlm.inputs.onevision import OneVisionProcessor
@@ -18,6 +19,7 @@ PROCESSORS: dict[str, type[PictureProcessor]] = {
     "cropped": CropProcessor,
     "anyres": AnyresProcessor,
     "onevision": OneVisionProcessor,
+    "idefics3": Idefics3Processor,
     "stretched": StretchProcessor,
     "pan_and_scan": PanScanProcessor,
 }

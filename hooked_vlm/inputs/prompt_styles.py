@@ -59,6 +59,7 @@ LLAMA3 = PromptStyle(
     turn_starts=("<|start_header_id|>",),
     turn_end="<|eot_id|>",
 )
+IDEFICS3 = PromptStyle(user_header="User:", assistant_header="Assistant:", turn_end="<end_of_utterance>")
 GEMMA = PromptStyle(
     user_header="<start_of_turn>user\n",
     assistant_header="<start_of_turn>model\n",
@@ -74,6 +75,7 @@ STYLES: dict[str, PromptStyle] = {
     "vicuna": VICUNA,
     "mistral": MISTRAL,
     "llama3": LLAMA3,
+    "idefics3": IDEFICS3,
     "gemma": GEMMA,
     "paligemma": PALIGEMMA,
 }

@@ -122,7 +122,7 @@ class StretchProcessor(PictureProcessor):
 
     def read_batch(
         self, tokens: Int[Tensor, "batch pos"], batch: Mapping[str, Tensor | None], spec: "InputSpec"
-    ) -> tuple[Tensor | None, Tensor | None, list[tuple[int, int]] | None]:
+    ) -> tuple[Tensor | None, Tensor | None, list[ImageLayout] | None]:
         """Pixels and grids: every square is an image."""
         pixels = batch["pixel_values"]
         if pixels is None:
@@ -143,7 +143,7 @@ class StretchProcessor(PictureProcessor):
             ImageError: a setting that is not supported.
         """
         config = processor_settings(config)
-        made = cls(**{**defaults, **common_settings(config, any_filter=True), **cls._own_settings(config)})
+        made = cls(**{**defaults, **common_settings(config, resample=None), **cls._own_settings(config)})
         for key in ("do_center_crop", "do_pad"):
             if config.get(key):
                 raise ImageError(f"unsupported image processor: expected {key} = False, got {config[key]!r}")

@@ -163,7 +163,7 @@ class TileProcessor(PictureProcessor):
 
     def read_batch(
         self, tokens: Int[Tensor, "batch pos"], batch: Mapping[str, Tensor | None], spec: "InputSpec"
-    ) -> tuple[Tensor | None, Tensor | None, list[tuple[int, int]] | None]:
+    ) -> tuple[Tensor | None, Tensor | None, list[ImageLayout] | None]:
         """Pixels and grids, from `num_tiles` or else the runs of placeholders."""
         pixels = batch["pixel_values"]
         return pixels, None if pixels is None else tile_grids(tokens, pixels, batch["num_tiles"], spec), None

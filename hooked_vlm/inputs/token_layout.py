@@ -86,6 +86,10 @@ class InputSpec:
         """Number of class tokens before the patches of a picture in the tower."""
         return int(self.vision is not None and self.vision.class_token)
 
+    def encode(self, text: str) -> list[int]:
+        """Token ids of a text as it stands; none without a tokenizer."""
+        return [] if self.tokenizer is None else self.tokenizer(text, add_special_tokens=False)["input_ids"]
+
     def layout_of(self, grid: Grid, kind: Kind, size: tuple[int, int] | None = None) -> ImageLayout:
         """The layout of an image or video that the tower sees as `grid`."""
         if self.layouts is None:

@@ -340,6 +340,7 @@ class VLMInputs:
                 spec.turns,
                 frozenset({spec.vision_end_token_id, *spec.placeholder_ids}),
                 frozenset({spec.vision_start_token_id} - {None}),
+                spec.encode,
             )
             for row in range(len(self))
         ]

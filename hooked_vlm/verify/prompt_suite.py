@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from hooked_vlm.inputs.picture_processor import Bounds, PictureProcessor
 from hooked_vlm.inputs.prompt_styles import STYLES
 from hooked_vlm.inputs.vlm_inputs import VLMInputs
 
@@ -70,3 +71,9 @@ def inputs_for(model: "HookedVLM", prompt: Prompt) -> VLMInputs:
     if prompt.pictures:
         bounds = processor.bounds_below(MOST_TOKENS, MOST_TILES)
     return model.to_inputs(prompt.text, images=list(prompt.pictures) or None, chat=chat, **bounds)
+
+
+def bounded_processor(model: "HookedVLM") -> PictureProcessor:
+    """The image processor with the bounds of `inputs_for`."""
+    processor: Any = model.image_processor
+    return processor.with_bounds(Bounds(**processor.bounds_below(MOST_TOKENS, MOST_TILES)))

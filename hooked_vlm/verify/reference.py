@@ -17,17 +17,20 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, GenerationConfig, InternVLConfig, InternVLForConditionalGeneration
 from transformers.models.gemma3.image_processing_pil_gemma3 import Gemma3ImageProcessorPil
 from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2ImageProcessorPil
+from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3ImageProcessorPil
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
 from transformers.models.llava_onevision.image_processing_pil_llava_onevision import LlavaOnevisionImageProcessorPil
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
+from transformers.models.smolvlm.processing_smolvlm import get_image_prompt_string
 from transformers.processing_utils import ProcessorMixin
 from transformers.vision_utils import get_vision_window_index
 
 from hooked_vlm.converters import (
     converter_for,
     gemma3,
+    idefics3,
     language_models,
     llava,
     llava_variants,
@@ -42,6 +45,7 @@ from hooked_vlm.converters.internvl import HF, ORIGINAL
 from hooked_vlm.errors import CheckpointError, InputError
 from hooked_vlm.inputs.anyres import AnyresProcessor
 from hooked_vlm.inputs.cropped import CropProcessor
+from hooked_vlm.inputs.idefics3 import MARK, WHOLE, Idefics3Processor
 from hooked_vlm.inputs.image_processor import ImageProcessor
 from hooked_vlm.inputs.image_settings import IMAGES
 from hooked_vlm.inputs.onevision import OneVisionProcessor
@@ -52,7 +56,7 @@ from hooked_vlm.inputs.token_layout import Grid
 from hooked_vlm.inputs.tokenization import load_tokenizer
 from hooked_vlm.inputs.vlm_inputs import VLMInputs
 from hooked_vlm.loading.pictures import picture_settings
-from hooked_vlm.verify.prompt_suite import Prompt
+from hooked_vlm.verify.prompt_suite import Prompt, bounded_processor
 
 if TYPE_CHECKING:
     from hooked_vlm.model.vlm import HookedVLM
@@ -61,7 +65,7 @@ QWEN_VL = tuple(family.architecture for family in (qwen2_vl.FAMILY, qwen2_5_vl.F
 LANGUAGE_MODELS = tuple(name for name in language_models.ARCHITECTURES if name != "InternLM2ForCausalLM")
 COMPOSED = (*llava.ARCHITECTURES, *gemma3.ARCHITECTURES, *paligemma.ARCHITECTURES)
 """Architectures made of a CLIP or SigLIP tower, a projector and a language model."""
-OWN_CLASS = (HF, *QWEN_VL, *COMPOSED)
+OWN_CLASS = (HF, *QWEN_VL, *COMPOSED, *idefics3.ARCHITECTURES)
 """Architectures of models with pictures that `transformers` loads from the same folder."""
 
 
@@ -80,6 +84,8 @@ class Reference:
             return list(self.model.model.vision_tower.encoder.layer)
         if type(self.model).__name__ in COMPOSED:
             return list(self.model.model.vision_tower.encoder.layers)
+        if self.is_idefics3:
+            return list(self.model.model.vision_model.encoder.layers)
         return list(self.model.model.visual.blocks) if self.is_qwen_vl else []
 
     @property
@@ -89,6 +95,8 @@ class Reference:
             return None
         if type(self.model).__name__ in (HF, *COMPOSED):
             return self.model.model.multi_modal_projector
+        if self.is_idefics3:
+            return self.model.model.connector
         return self.model.model.visual.merger if self.is_qwen_vl else None
 
     @property
@@ -104,6 +112,10 @@ class Reference:
     @property
     def is_qwen_vl(self) -> bool:
         return type(self.model).__name__ in QWEN_VL
+
+    @property
+    def is_idefics3(self) -> bool:
+        return type(self.model).__name__ in idefics3.ARCHITECTURES
 
     def in_order(self, x: Float[Tensor, "position *rest"], grids: Sequence[Grid]) -> Float[Tensor, "position *rest"]:
         """Patches or image tokens in the order of the picture, where this class has them window by window."""
@@ -122,7 +134,10 @@ class Reference:
         if (kinds := self._token_types(inputs)) is not None:
             batch["token_type_ids"] = kinds
         if inputs.pixel_values is not None:
-            batch["pixel_values"] = inputs.pixel_values.to(dtype)
+            pixels = inputs.pixel_values.to(dtype)
+            batch["pixel_values"] = (
+                pixels[None] if self.is_idefics3 else pixels
+            )  # [row, tile, ...]: rows are not told apart
             if self.is_qwen_vl and inputs.image_grid_thw is not None:
                 batch["image_grid_thw"] = inputs.image_grid_thw
             if self.packs and inputs.image_sizes is not None:
@@ -222,6 +237,7 @@ REFERENCE_PROCESSORS = {
     OneVisionProcessor: LlavaOnevisionImageProcessorPil,
     StretchProcessor: SiglipImageProcessorPil,
     PanScanProcessor: Gemma3ImageProcessorPil,
+    Idefics3Processor: Idefics3ImageProcessorPil,
 }
 """Classes of `transformers` that prepare pictures as ours do."""
 
@@ -236,7 +252,7 @@ def reference_processor(model: "HookedVLM", folder: Path) -> Any:
         processor = theirs(**_published_tiles(folder))
     elif picture_settings(folder)[0].file is not None:
         processor = theirs.from_pretrained(folder, local_files_only=True)
-    elif isinstance(ours, CropProcessor | AnyresProcessor | StretchProcessor):
+    elif isinstance(ours, CropProcessor | AnyresProcessor | StretchProcessor | Idefics3Processor):
         processor = theirs(**ours.to_files()[IMAGES])
     elif tiles:
         processor = theirs(size={"height": ours.tile_size, "width": ours.tile_size})
@@ -244,7 +260,7 @@ def reference_processor(model: "HookedVLM", folder: Path) -> Any:
         bounds = {"min_pixels": ours.min_pixels, "max_pixels": ours.max_pixels}
         colours = {"image_mean": list(ours.image_mean), "image_std": list(ours.image_std)}
         processor = theirs(patch_size=ours.patch_size, **bounds, **colours)
-    if not isinstance(ours, AnyresProcessor):
+    if not isinstance(ours, AnyresProcessor | Idefics3Processor):
         return lambda picture: processor([picture], return_tensors="pt", **options)
     return lambda picture: {"pixel_values": processor([picture], return_tensors="pt")["pixel_values"].flatten(0, 1)}
 
@@ -266,7 +282,7 @@ def _published_tiles(folder: Path) -> dict[str, Any]:
 def reference_prompt(model: "HookedVLM", folder: Path) -> Callable[[Prompt], list[int]] | None:
     """Token ids of a prompt in the template that `transformers` finds in the folder, one placeholder for each picture.
 
-    None where there is no such template: the published InternVL code has its own.
+    (Of Idefics3, for each tile.) None where there is no such template: the published InternVL code has its own.
     """
     tokenizer: Any = model.tokenizer
     sees = model.cfg.vision is not None
@@ -286,6 +302,8 @@ def reference_prompt(model: "HookedVLM", folder: Path) -> Callable[[Prompt], lis
             text = text.replace("<IMG_CONTEXT>", "<img><IMG_CONTEXT></img>")
         if model.cfg.original_architecture in gemma3.ARCHITECTURES:  # likewise
             text = text.replace("<start_of_image>", "\n\n<start_of_image><image_soft_token><end_of_image>\n\n")
+        if model.cfg.original_architecture in idefics3.ARCHITECTURES:
+            text = _with_tiles(text, prompt, model)
         first = tokenizer.bos_token
         special = sees and not (first is not None and text.startswith(first))  # as `apply_chat_template` of processors
         return tokenizer(text, add_special_tokens=special)["input_ids"]
@@ -298,3 +316,14 @@ def _prompt_of_paligemma(tokenizer: Any, image: int | None, prompt: Prompt) -> l
     pictures = tokenizer.convert_ids_to_tokens(image) * len(prompt.pictures)
     text = f"{pictures}{tokenizer.bos_token}{prompt.text}\n"
     return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+def _with_tiles(text: str, prompt: Prompt, model: "HookedVLM") -> str:
+    """The text with what the processor of `transformers` writes for the tiles of each picture."""
+    processor: Any = bounded_processor(model)
+    for picture in prompt.pictures:
+        cols, rows = processor.tiling(picture.size)
+        grid = (0, 0) if cols == rows == 1 else (rows, cols)
+        tiles = get_image_prompt_string(*grid, 1, MARK, "\0", WHOLE)
+        text = text.replace("<image>", tiles, 1)
+    return text.replace("\0", "<image>")

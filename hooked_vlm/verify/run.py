@@ -21,7 +21,7 @@ from hooked_vlm.runtime.files import atomic_write, writable_folder
 from hooked_vlm.sweeps.plan import free_memory
 from hooked_vlm.verify.compare import cost, differences, equal_tokens, pixels, prompt_tokens, rounding_errors
 from hooked_vlm.verify.config import VerifyConfig
-from hooked_vlm.verify.prompt_suite import inputs_for, prompts
+from hooked_vlm.verify.prompt_suite import bounded_processor, inputs_for, prompts
 from hooked_vlm.verify.reference import Reference, reference_for, reference_processor, reference_prompt
 from hooked_vlm.verify.result import Row, Verification
 
@@ -96,6 +96,8 @@ def room_for_both(config: VerifyConfig) -> str:
     """
     model = HookedVLM.without_weights(config.model)
     dtype: torch.dtype = getattr(torch, config.dtype)
+    if model.image_processor is not None:
+        model.image_processor = bounded_processor(model)
     prompt = prompt_with_picture(model, min(LONGEST_PROMPT, model.cfg.n_ctx_limit))
     plan = memory_plan(model, prompt, dtype)
     # the reference keeps every residual stream and pattern, this library every activation

@@ -136,15 +136,15 @@ def _chips(model: "HookedVLM", inputs: VLMInputs, shown: Sequence[int]) -> list[
     prompt_stop = inputs.stop[0] - inputs.n_generated[0]
     rows = {pos: row for row, pos in enumerate(shown)}
     images = {visual.start: visual for visual in inputs.visuals}
-    chips, within = [], 0
+    chips, within = [], None
     for pos in range(inputs.first[0], inputs.stop[0]):
         if pos in images:
-            within = images[pos].stop
-            chips.append(Chip(f"image {images[pos].index}: {images[pos].n_tokens} tokens", "image"))
-        if pos < within:
-            if pos in rows:
-                chips.append(Chip(f"image token {pos}", "image", rows[pos]))
-            continue
+            within = images[pos]
+            chips.append(Chip(f"image {within.index}: {within.n_tokens} tokens", "image"))
         text = str(ids[pos]) if model.tokenizer is None else str(model.to_string([ids[pos]]))
+        if within is not None and pos < within.stop:
+            if pos in rows:
+                chips.append(Chip(f"image token {pos}" if within.holds(pos) else text, "image", rows[pos]))
+            continue
         chips.append(Chip(text, "prompt" if pos < prompt_stop else "answer", rows.get(pos)))
     return chips

@@ -133,7 +133,7 @@ def literal_replacement(
             v = seen["hook_v"][row].clone()
             hidden = torch.zeros(len(k), dtype=torch.bool)
             for visual in own:
-                span = slice(visual.start, visual.stop)
+                span = visual.positions
                 hidden[span] = True
                 if baseline == "mean":
                     k[span], v[span] = k[span].mean(0), v[span].mean(0)
@@ -217,9 +217,9 @@ def test_the_image_itself_and_text_before_it_are_left_alone(case: tuple[Any, Any
             found = model.run_with_cache(batch, names_filter=name)[1][name]
     for row in range(len(batch)):
         own = [v for v in batch.visuals if v.row == row]
-        untouched = list(range(batch.first[row], min((v.stop for v in own), default=batch.stop[row])))
+        untouched = list(range(batch.first[row], min((v.runs[0][1] for v in own), default=batch.stop[row])))
         if both_ways and own:
-            untouched = [p for v in own for p in range(v.start, v.stop)]
+            untouched = [p for v in own for p in v.positions.tolist()]
         assert found[row, untouched].equal(plain[row, untouched])
 
 
@@ -236,7 +236,7 @@ def test_dataset_means_are_of_image_tokens(before_rope: bool, keys: str) -> None
     means = mean_image_kv(model, [batch], before_rope)
     _, cache = model.run_with_cache(batch)
     for found, name in ((means.keys, keys), (means.values, "v")):
-        tokens = torch.cat([cache[name, 2][v.row, v.start : v.stop] for v in batch.visuals])
+        tokens = torch.cat([cache[name, 2][v.row, v.positions] for v in batch.visuals])
         torch.testing.assert_close(found[2], tokens.mean(0), atol=1e-6, rtol=1e-5)
     with pytest.raises(InputError, match=f"before_rope={before_rope}.*before_rope={not before_rope}"):
         ReplaceImageKV(HEADS, means, not before_rope).hooks(model, batch)
@@ -434,8 +434,8 @@ def test_replaced_image_tokens(case: tuple[Any, Any], values: Any) -> None:
                 if isinstance(values, Tensor):
                     new[row, p] = values[entry] if n_inner else values
                 else:
-                    own = next(v for v in batch.visuals if v.row == row and v.start <= p < v.stop)
-                    new[row, p] = 0 if values == "zero" else x[row, own.start : own.stop].mean(0)
+                    own = next(v for v in batch.visuals if v.row == row and v.holds(p))
+                    new[row, p] = 0 if values == "zero" else x[row, own.positions].mean(0)
         return new
 
     same(model, batch, ReplaceImageTokens(chosen, values), by_hand(model, batch, [(name, literal) for name in names]))

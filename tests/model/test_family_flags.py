@@ -46,6 +46,13 @@ FLAGS: dict[str, dict[str, tuple[dict[str, Any], str]]] = {
         "bias of the patches": ({"patch_bias": False}, "one-image"),
         "activation of the tower": ({"act_fn": "gelu"}, "as the table"),
     },
+    "idefics3": {
+        "learned positions": ({"n_positions": 0}, "one-image"),
+        "bias of the patch embedding": ({"patch_bias": False}, "one-image"),
+        "norm behind the last block": ({"post_norm": False}, "one-image"),
+        "activation of the tower": ({"act_fn": "gelu"}, "one-image"),
+        "the order of patches in a token": ({"transposed_tokens": True}, "one-image"),
+    },
     "gemma3": {
         "norms that multiply by 1 + weight": ({"rmsnorm_uses_offset": False}, "one-image"),
         "norms behind attention and MLP": ({"use_normalization_before_and_after": False}, "one-image"),

@@ -67,7 +67,7 @@ def test_the_loss_of_each_token(family: str) -> None:
         mean = model(batch, return_type="loss")
         both = model(batch, return_type="both", loss_per_token=True)[1]
     expected = torch.zeros_like(each)
-    placeholders = {v.start + i for v in batch.visuals for i in range(v.n_tokens)}
+    placeholders = {p for v in batch.visuals for p in v.positions.tolist()}
     counted = []
     for row in range(2):
         for position in range(batch.first[row] + 1, batch.stop[row]):

@@ -222,7 +222,7 @@ def test_zeroing_a_head_equals_the_same_edit_of_the_reference(kind: str, layer: 
         z[:, :, head] = 0
 
     hf = run.kind.hf()
-    handle = hf.model.language_model.layers[layer].self_attn.o_proj.register_forward_pre_hook(zero_theirs)
+    handle = hf.get_decoder().layers[layer].self_attn.o_proj.register_forward_pre_hook(zero_theirs)
     try:
         theirs = hf(**run.kind.for_hf(run.batch)).logits
     finally:
@@ -240,7 +240,7 @@ def reference_gradients(run: Both, scalar: Any) -> dict[str, Tensor]:
         layer.register_forward_pre_hook(
             lambda _m, args, kwargs, i=i: tensors.update({f"text.{i}": (*args, *kwargs.values())[0]}), with_kwargs=True
         )
-        for i, layer in enumerate(hf.model.language_model.layers)
+        for i, layer in enumerate(hf.get_decoder().layers)
     ]
 
     def keep(_module: Any, _args: Any, out: Any) -> None:

@@ -40,7 +40,7 @@ def explicit(model: Any, inputs: Any) -> list[tuple[str, Callable[..., Tensor]]]
 
 def fused_attention_of(reference: Any) -> str:
     """The fused attention of a reference, or the written-out one where it has none (soft caps on scores)."""
-    return "sdpa" if reference.model.language_model._supports_sdpa else "eager"
+    return "sdpa" if reference.get_decoder()._supports_sdpa else "eager"
 
 
 @lru_cache(maxsize=2)

@@ -164,6 +164,7 @@ def test_patches_of_the_vision_tower_equal_the_loop(family: str, what: Any) -> N
         "internvl2": 65,
         "internvl3.5": 65,
         "llava": 17,
+        "idefics3": 48,
         "gemma3": 64,
         "made-up": 64,
         "llava-next": 50,

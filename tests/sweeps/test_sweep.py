@@ -292,6 +292,7 @@ def test_runs_on_the_image_side_share_batches_and_begin_where_they_act(family: s
     inner = "projector.hook_pre" if "projector.hook_pre" in model.hook_dict else "vision.blocks.1.hook_mlp_out"
     n_images, n_patches = cache["vision.hook_embed"].shape[:2]
     own = tuple((i % n_patches,) if i else () for i in range(n_images))
+    inner = "projector.hook_pre" if "projector.hook_pre" in model.hook_dict else "vision.blocks.1.hook_mlp_out"
     runs: list[Intervention] = [
         patched("vision.blocks.1.attn.hook_z", (1,)),
         patched("vision.hook_embed", own),
@@ -375,7 +376,7 @@ def test_only_what_an_intervention_touches_is_computed(family: str, monkeypatch:
     plan = make_plan(model, batch, [ReplaceImageKV((h,)) for h in heads], logits_at="last")
     monkeypatch.setattr(Block, "forward", watch)
     sweep(model, batch, [ReplaceImageKV((h,)) for h in heads], logit(5))
-    first, n = int(batch.positions.image[0][-1]) + 1, batch.shape[1]
+    first, n = batch.visuals[0].runs[0][1], batch.shape[1]
     first = 0 if model.cfg.bidirectional == "prompt" else first  # later text changes the image there
     whole = [(0, 1, n), (1, 1, n), (2, 1, n)]
     assert ran == [*whole, (0, 4, n - first), (1, 8, n - first), (2, 12, 1)]

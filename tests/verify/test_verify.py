@@ -7,6 +7,7 @@ import sys
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import pytest
@@ -18,6 +19,7 @@ from families import KINDS
 from reading_gemma import reading
 from safetensors.torch import save_file
 from torch import nn
+from whole_folders import save_whole
 
 from hooked_vlm import HookedVLM, InputError, cli
 from hooked_vlm.commands.verify import VerifyConfig
@@ -80,9 +82,13 @@ def test_the_bundled_models_pass(
     assert told["prompts"].keys() == {prompt.name for prompt in prompts()}
 
 
-@pytest.mark.parametrize(
-    "name", ["qwen2.5-vl", "qwen3-vl", "llava", "llava-next", "llava-onevision", "gemma3", "paligemma2"]
-)
+OF_THEIR_OWN_CLASS = (
+    "qwen2.5-vl", "qwen3-vl", "llava", "llava-next", "llava-onevision", "gemma3", "paligemma2", "idefics3",
+    "smolvlm, tied",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("name", OF_THEIR_OWN_CLASS)
 @torch.no_grad()
 def test_a_family_is_compared_with_the_class_of_transformers(name: str, tmp_path: Path) -> None:
     kind = KINDS[name]
@@ -100,12 +106,20 @@ def test_a_family_is_compared_with_the_class_of_transformers(name: str, tmp_path
     assert pixels(model, processor, prompts()).passed
 
 
+def whole(family: str) -> Any:
+    """The model of a whole folder."""
+    with TemporaryDirectory() as folder:
+        return HookedVLM.from_pretrained(save_whole(family, Path(folder) / "model"))
+
+
 READING = {
     "qwen2.5-vl": (tiny_qwen2_5_vl.reading_model, {"max_pixels": 64 * 100}),
     "qwen3-vl": (tiny_qwen3_vl.reading_model, {"max_pixels": 64 * 100}),
     "gemma3": (partial(reading, "gemma3"), {"image_mean": [0.4, 0.5, 0.6], "resample": 3}),
     "paligemma": (partial(reading, "paligemma"), {"image_std": [0.4, 0.5, 0.6], "resample": 2}),
     "paligemma2": (partial(reading, "paligemma2"), {}),
+    "idefics3": (partial(whole, "idefics3"), {"image_mean": [0.4, 0.5, 0.6]}),
+    "smolvlm": (partial(whole, "smolvlm"), {}),
 }
 """Models with a tokenizer, and settings of pictures that their folders have instead of the published ones."""
 

@@ -25,12 +25,13 @@ from hooked_vlm.experiments.head_attribution.items import Item
 from hooked_vlm.experiments.head_attribution.tasks import Case, items_of
 from hooked_vlm.experiments.head_attribution.text_flow import text_groups
 
-FAMILIES = ("llava", "llava-next", "llava-onevision", "qwen3-vl")
+FAMILIES = ("llava", "llava-next", "llava-onevision", "qwen3-vl", "smolvlm")
 ROLES = {
     "llava": "ASSISTANT:",
     "llava-next": "[/INST]",
     "llava-onevision": "<|im_end|>\n<|im_start|>assistant\n",
     "qwen3-vl": "<|im_end|>\n<|im_start|>assistant\n",
+    "smolvlm": "<end_of_utterance>\nAssistant:",
 }
 QUESTION = "What is the main object in the image? Answer with one word."
 
@@ -90,7 +91,7 @@ def test_the_command_goes_from_a_folder_and_coco_to_the_papers_claims(
 
 
 @pytest.mark.parametrize(
-    "family", ["llava", "qwen3-vl", *(pytest.param(n, marks=pytest.mark.full) for n in FAMILIES[1:3])]
+    "family", ["llava", "qwen3-vl", *(pytest.param(n, marks=pytest.mark.full) for n in (*FAMILIES[1:3], "smolvlm"))]
 )
 def test_role_tokens_are_found_by_their_text(family: str, folders: Any) -> None:
     """The last of them is the final token; all of the text behind the image is shared out."""

@@ -40,7 +40,10 @@ def taught(family: str, folder: Path, n: int = 3) -> HookedVLM:
 
 @pytest.mark.parametrize(
     "family",
-    ["llava-onevision", *(pytest.param(own, marks=pytest.mark.full) for own in ("llava", "llava-next", "qwen3-vl"))],
+    [
+        "llava-onevision",
+        *(pytest.param(own, marks=pytest.mark.full) for own in ("llava", "llava-next", "qwen3-vl", "smolvlm")),
+    ],
 )
 @pytest.mark.repeats_shapes
 def test_heads_of_a_folder_are_scored_and_masked(family: str, tmp_path: Path) -> None:
@@ -53,7 +56,7 @@ def test_heads_of_a_folder_are_scored_and_masked(family: str, tmp_path: Path) ->
     assert set(answers["task"]) == {"page", "text", "naming"} and answers["reply"].notna().all()
 
 
-@pytest.mark.parametrize("family", STITCHED)
+@pytest.mark.parametrize("family", (*STITCHED, "smolvlm"))
 def test_a_place_that_is_seen_twice_has_tokens_in_both_parts(family: str, tmp_path: Path) -> None:
     """By hand: the tokens whose box shares more than a tenth of the character's; never one of a line break."""
     model = HookedVLM.from_pretrained(save_whole(family, tmp_path), device="cpu")
@@ -67,7 +70,7 @@ def test_a_place_that_is_seen_twice_has_tokens_in_both_parts(family: str, tmp_pa
         for copy, evidence in zip(copies, page.evidence, strict=True):
             expected = {p for p in visual.positions.tolist() if shared(inputs.box_of_token(p), evidence.box) > 0.1}
             assert set(copy.evidence) == expected
-            parts = {layout.part_of(p - visual.start) for p in copy.evidence}
+            parts = {layout.part_of(visual.positions.tolist().index(p)) for p in copy.evidence}
             assert parts <= {"tiles", "thumbnail"}
             both += len(parts) == 2
     assert both
