@@ -17,6 +17,11 @@ _BASE = {
 _135M, _360M = (576, 1536, 30, 9, 3), (960, 2560, 32, 15, 5)
 _1_7B, _LLAMA3_8B = (2048, 8192, 24, 32, 32), (4096, 14336, 32, 32, 8)
 """Of SmolLM2 and Llama 3: widths of the stream and the MLP, numbers of layers, heads and key-value heads."""
+_LLAMA3_1 = {
+    "factor": 8.0, "high_freq_factor": 4.0, "low_freq_factor": 1.0, "original_max_position_embeddings": 8192,
+    "rope_type": "llama3",
+}  # fmt: skip
+"""How Llama 3.1 scales rotary positions."""
 
 
 def _idefics3(
@@ -29,6 +34,7 @@ def _idefics3(
     image_token: int = 49190,
     n_ctx: int = 8192,
     pad: int = 2,
+    scaling: dict[str, Any] | None = None,
     second: bool = False,
 ) -> dict[str, Any]:
     """The published `config.json`, reduced to the fields that describe the model; `second`: of SmolVLM2."""
@@ -49,6 +55,7 @@ def _idefics3(
             "num_key_value_heads": kv_heads,
             "pad_token_id": pad,
             "rms_norm_eps": 1e-05,
+            **({} if scaling is None else {"rope_scaling": scaling}),
             "rope_theta": theta,
             "vocab_size": vocab,
         },
@@ -67,10 +74,10 @@ IDEFICS3: dict[str, KnownModel] = {
     "HuggingFaceM4/Idefics3-8B-Llama3": KnownModel(
         _idefics3(
             _LLAMA3_8B, 5e5, {**_SO400M, "image_size": 364}, 2, vocab=128259, image_token=128257, n_ctx=131072,
-            pad=128002,
+            pad=128002, scaling=_LLAMA3_1,
         ),
         8_462_086_384,
-        f"the sizes of Llama-3-8B and SigLIP so400m; vocabulary, context and that positions are not scaled {_MEMORY}",
+        f"the sizes of Llama-3.1-8B and SigLIP so400m; vocabulary, context, its scaling of positions {_MEMORY}",
     ),
     "HuggingFaceTB/SmolVLM-Instruct": KnownModel(
         _idefics3(_1_7B, 273768.0, _LARGE, 3, vocab=49155, image_token=49153, n_ctx=16384),

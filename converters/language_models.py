@@ -125,10 +125,11 @@ def decoder_config(cfg: Mapping[str, Any], dialect: Dialect) -> dict[str, Any]:
             "linear": ("factor",),
             "dynamic": ("factor",),
             "longrope": ("short_factor", "long_factor", "attention_factor"),
+            "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
         }[scaling["kind"]]
         values = {name: list(v) if isinstance(v := scaling[name], tuple) else v for name in names}
         rope = {"type": scaling["kind"], **values}
-        if scaling["kind"] == "longrope":
+        if scaling["kind"] in ("longrope", "llama3"):
             rope["original_max_position_embeddings"] = scaling["n_ctx_trained"]
     eos = list(cfg["eos_token_ids"])
     config = {

@@ -35,8 +35,11 @@ def _scaling(rope: Fields, text: Fields, d_head: int, n_ctx: int) -> dict[str, A
     if kind == "dynamic":
         # as in transformers, which ignores `original_max_position_embeddings` here
         return {"kind": "dynamic", "factor": rope.number("factor"), "n_ctx_trained": n_ctx}
+    if kind == "llama3":
+        return _by_wavelength(rope, text, n_ctx)
     if kind not in ("longrope", "su"):
-        raise rope.error("type", "'default', 'linear', 'dynamic' or 'longrope' (others are not supported)", kind)
+        known = "'default', 'linear', 'dynamic', 'longrope' or 'llama3' (others are not supported)"
+        raise rope.error("type", known, kind)
     stated = text.get("original_max_position_embeddings", n_ctx)
     trained = rope.size("original_max_position_embeddings", default=stated)
     growth = rope.number("factor", default=n_ctx / trained)
@@ -47,6 +50,21 @@ def _scaling(rope: Fields, text: Fields, d_head: int, n_ctx: int) -> dict[str, A
         "short_factor": _factors(rope, "short_factor", d_head // 2),
         "long_factor": _factors(rope, "long_factor", d_head // 2),
         "attention_factor": rope.number("attention_factor", default=attention),
+    }
+
+
+def _by_wavelength(rope: Fields, text: Fields, n_ctx: int) -> dict[str, Any]:
+    """Llama 3.1's; the trained length beside the section counts before the one in it, as in transformers."""
+    low, high = rope.number("low_freq_factor"), rope.number("high_freq_factor")
+    if high <= low:
+        raise rope.error("high_freq_factor", f"more than low_freq_factor, {low}", high)
+    stated = rope.get("original_max_position_embeddings", n_ctx)
+    return {
+        "kind": "llama3",
+        "factor": rope.number("factor"),
+        "n_ctx_trained": text.size("original_max_position_embeddings", default=stated),
+        "low_freq_factor": low,
+        "high_freq_factor": high,
     }
 
 

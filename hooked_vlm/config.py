@@ -17,17 +17,21 @@ from hooked_vlm.vision_config import VisionConfig
 class RopeScaling:
     """How rotary frequencies change with the length of the sequence (`hooked_vlm.nn.rotary` has the formulas)."""
 
-    kind: Literal["linear", "dynamic", "longrope"]
+    kind: Literal["linear", "dynamic", "longrope", "llama3"]
     factor: float = 1.0
-    """Linear and dynamic: by how much the context grows."""
+    """All but longrope: by how much the context grows."""
     n_ctx_trained: int = 0
-    """Dynamic and longrope: up to this length the frequencies are those of training."""
+    """Dynamic and longrope: up to this length the frequencies are those of training. Llama3: length of training."""
     short_factor: tuple[float, ...] = ()
     """Longrope: divisors of the frequencies up to `n_ctx_trained` positions, one for each."""
     long_factor: tuple[float, ...] = ()
     """Longrope: the same beyond."""
     attention_factor: float = 1.0
     """Longrope: queries and keys are both multiplied by it."""
+    low_freq_factor: float = 1.0
+    """Llama3: frequencies of fewer turns over `n_ctx_trained` positions are divided by `factor`."""
+    high_freq_factor: float = 4.0
+    """Llama3: frequencies of more turns stay."""
 
 
 @dataclass(frozen=True)
@@ -181,7 +185,7 @@ class VLMConfig:
     def n_ctx_limit(self) -> int:
         """How many positions may be run: `n_ctx`, or more where a scaling stretches it (dynamic: without end)."""
         scaling = self.rope_scaling
-        if scaling is None or scaling.kind == "longrope":
+        if scaling is None or scaling.kind in ("longrope", "llama3"):
             return self.n_ctx
         return 2**31 - 1 if scaling.kind == "dynamic" else int(self.n_ctx * scaling.factor)
 

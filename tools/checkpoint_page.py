@@ -72,8 +72,8 @@ hooked-vlm verify Qwen/Qwen2-VL-2B-Instruct
 
 runs the checkpoint here and in `transformers` in one process, on generated pictures (a page of text, a wide picture, a
 transparent one, two at once) and on text alone. It reports the memory it needs before loading, prints one line per
-comparison (`--layers`: also per layer), writes `verify.json`, and exits with 0 if all agree, 1 if not. For the bundled
-model:
+comparison (`--layers`: also per layer), writes `verify.json`, and exits with 0 if all agree, 1 if not. `--quick` takes the
+wide picture and text alone, and times nothing. For the bundled model:
 
 ```text
 {example}
@@ -101,7 +101,7 @@ generation_config.json, say, does not count):
   to `transformers`' InternVL class, so a tensor converted to a wrong name would be wrong in both; the tests compare the
   converter with the published names one by one.
 - InternLM2 inside InternVL (dynamic rotary scaling included): `transformers` has no InternLM2, so its weights run in
-  the equivalent Llama. Phi-3 with `longrope` runs in `transformers`' own Phi-3.
+  the equivalent Llama. Phi-3 with `longrope` runs in `transformers`' own Phi-3, Llama 3.1's scaling in its Llama.
 - Text-only InternLM2: there is no reference; the command reports this.
 
 ## Memory

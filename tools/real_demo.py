@@ -33,7 +33,7 @@ from hooked_vlm.toys.drawings import draw_object
 from hooked_vlm.verify.config import VerifyConfig
 
 MODEL = "HuggingFaceTB/SmolVLM-256M-Instruct"
-DRAWN, SIZE, SEED = "star", (320, 256), 7
+DRAWN, SIZE, SEED = "star", (320, 160), 7
 """Object, (width, height) in pixels, seed of its colour, place and clutter."""
 TOP, PANELS = 10, 5
 """Heads in the table, and in the figure."""
@@ -48,8 +48,8 @@ class DemoConfig:
     model: str = MODEL
     """A hub name or a checkpoint folder."""
     out: Path = Path("out/demo-real")
-    max_tiles: int = 4
-    """Tiles that the drawing is cut into; with more, more is seen and everything takes longer."""
+    max_tiles: int = 2
+    """Tiles that the drawing is cut into, beside the whole; with more, more is seen and everything takes longer."""
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"skipped: {error}")
         return 0
     began = time.perf_counter()
-    asked = VerifyConfig(str(folder), out=config.out / "verify.json", device="cpu", max_new_tokens=4, quiet=True)
+    asked = VerifyConfig(str(folder), out=config.out / "verify.json", device="cpu", max_new_tokens=4, quick=True, quiet=True)
     print(f"{config.model} and its reference are compared, then its heads are ranked ...", file=sys.stderr)
     compared, found = verify.answer(asked)
     model = HookedVLM.from_pretrained(folder, device="cpu", dtype="float32")
@@ -98,16 +98,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0 if found["passed"] else 1
 
 
+@torch.no_grad()
 def drawing(model: HookedVLM, max_tiles: int) -> tuple[Image.Image, VLMInputs]:
-    """A drawn object, and the question for its name."""
+    """A drawn object, and the question for its name; the picture is encoded here, once for all that follows."""
     image = Image.fromarray(draw_object(np.random.default_rng(SEED), DRAWN, SIZE)[0])
-    return image, model.to_inputs(ONE_WORD, images=image, max_tiles=max_tiles)
+    inputs = model.to_inputs(ONE_WORD, images=image, max_tiles=max_tiles)
+    return image, inputs.with_image_features(model.encode_images(inputs))
 
 
 @torch.no_grad()
 def rank(model: HookedVLM, inputs: VLMInputs) -> Ranking:
     """Hide the picture from one head at a time, for all of the text behind it."""
-    inputs = inputs.with_image_features(model.encode_images(inputs))
     token = int(model(inputs, logits_at="last")[0, -1].argmax())
     behind = tuple(range(inputs.visuals[0].stop, inputs.stop[0]))
     heads = all_heads(model)

@@ -6,6 +6,7 @@ cosines rounded to the activations' dtype, the vision side rotated in float32. S
 one run to the next, and each row of a batch is scaled by its own length.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, cached_property, lru_cache
@@ -116,11 +117,13 @@ def scaled_frequencies(
 
     linear: all divided by `factor`. dynamic (neural tangent kernel): beyond the trained length n the base
     becomes theta * (factor * length / n - factor + 1)^(d/(d-2)). longrope: divided by `short_factor` up to
-    the trained length and by `long_factor` beyond.
+    the trained length and by `long_factor` beyond. llama3: see `_by_wavelength`.
     """
     device = lengths.device
     if scaling.kind == "linear":
         return frequencies(d_rotary, theta, device)[None, None] / scaling.factor
+    if scaling.kind == "llama3":
+        return _by_wavelength(frequencies(d_rotary, theta, device), scaling)[None, None]
     trained = scaling.n_ctx_trained
     if scaling.kind == "dynamic":
         stretch = scaling.factor * lengths.clamp(min=trained).float() / trained - (scaling.factor - 1)
@@ -130,6 +133,18 @@ def scaled_frequencies(
     short, long = (torch.tensor(f, device=device) for f in (scaling.short_factor, scaling.long_factor))
     divisors = torch.where(lengths[:, None, None] > trained, long, short)
     return frequencies(d_rotary, theta, device) / divisors
+
+
+def _by_wavelength(plain: Float[Tensor, "half"], scaling: RopeScaling) -> Float[Tensor, "half"]:
+    """Llama 3.1's: short wavelengths stay, long ones grow by `factor`, those between are mixed.
+
+    Of a frequency that turns r times over the trained length, a share s = (r - low) / (high - low) stays, cut to
+    [0, 1], and 1 - s is divided by `factor`.
+    """
+    turns = scaling.n_ctx_trained / (2 * math.pi / plain)
+    low, high = scaling.low_freq_factor, scaling.high_freq_factor
+    stays = ((turns - low) / (high - low)).clamp(0, 1)
+    return (1 - stays) * plain / scaling.factor + stays * plain
 
 
 def text_rotation(

@@ -23,6 +23,8 @@ class VerifyConfig:
     """Length of each greedy answer."""
     seed: int = 0
     """Seed of the colours of one picture."""
+    quick: bool = False
+    """Text alone and one picture, and nothing is timed."""
     layers: bool = False
     """A line for each layer instead of the worst one of each quantity."""
     quiet: tyro.conf.Suppress[bool] = False

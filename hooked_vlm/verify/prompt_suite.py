@@ -29,16 +29,22 @@ class Prompt:
     pictures: tuple[Image.Image, ...] = ()
 
 
-def prompts(seed: int = 0) -> list[Prompt]:
-    """Prompts: text alone, a page of text, a wide picture, a transparent one, and two pictures of different sizes."""
+QUICK = ("text only", "wide picture")
+"""Names of the prompts of a quick comparison."""
+
+
+def prompts(seed: int = 0, quick: bool = False) -> list[Prompt]:
+    """Prompts: text alone, a page of text, a wide picture, a transparent one, and two pictures of different sizes;
+    `quick`: the first and the third."""
     page, wide, transparent = page_of_text(), wide_picture(seed), transparent_picture()
-    return [
+    every = [
         Prompt("text only", "Name three colours of the rainbow."),
         Prompt("page of text", "What is the total?", (page,)),
         Prompt("wide picture", "Which colours are in this picture?", (wide,)),
         Prompt("transparent picture", "Which shape is this?", (transparent,)),
         Prompt("two pictures", "What do these pictures have in common?", (transparent, page)),
     ]
+    return [prompt for prompt in every if not quick or prompt.name in QUICK]
 
 
 def page_of_text() -> Image.Image:

@@ -56,7 +56,7 @@ def verify(config: VerifyConfig) -> Verification:
 
 def compare(model: HookedVLM, reference: Reference, folder: Path, config: VerifyConfig) -> Verification:
     """Run all comparisons of two loaded models; `folder` has the checkpoint's image settings and chat template."""
-    asked = prompts(config.seed)
+    asked = prompts(config.seed, config.quick)
     if model.cfg.vision is None:
         asked = [prompt for prompt in asked if not prompt.pictures]
     inputs = [inputs_for(model, prompt).to(model.cfg.device) for prompt in asked]
@@ -76,7 +76,8 @@ def compare(model: HookedVLM, reference: Reference, folder: Path, config: Verify
     must = config.dtype == "float32"
     answers = _bar(config, inputs, "greedy tokens")
     rows.append(equal_tokens(model, reference, answers, config.max_new_tokens, must))
-    rows += cost(model, reference, inputs[-1])
+    if not config.quick:
+        rows += cost(model, reference, inputs[-1])
     record = {
         **provenance(model),
         "seed": config.seed,

@@ -162,7 +162,7 @@ def _small() -> dict[str, Any]:
         ({"scale_factor": 0}, "scale_factor"),
         ({"text_config": {"model_type": "mistral"}}, "text_config: model_type must be 'llama'"),
         ({"text_config": {"attention_bias": True}}, "attention_bias"),
-        ({"text_config": {"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}}, "rope_scaling: type"),
+        ({"text_config": {"rope_scaling": {"rope_type": "yarn", "factor": 8.0}}}, "rope_scaling: type"),
         ({"vision_config": {**VISION, "hidden_act": "relu"}}, "hidden_act"),
         ({"vision_config": {**VISION, "patch_size": 64}}, "divisor of the 0 patches"),
         ({"quantization_config": {"quant_method": "awq"}}, "quantised"),

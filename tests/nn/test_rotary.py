@@ -6,6 +6,7 @@ import transformers
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.models.qwen2_vl.modeling_qwen2_vl import (
     Qwen2VLRotaryEmbedding,
     apply_rotary_pos_emb,
@@ -124,3 +125,26 @@ def test_scaled_frequencies_follow_their_formulas(length: int) -> None:
     dynamic = RopeScaling("dynamic", factor=2.0, n_ctx_trained=32)
     base = THETA * max(1.0, 2 * length / 32 - 1) ** (D_HEAD / (D_HEAD - 2))
     close(scaled_frequencies(D_HEAD, THETA, dynamic, lengths)[0, 0], frequencies(D_HEAD, base, torch.device("cpu")))
+
+
+@pytest.mark.parametrize(
+    ("factor", "low", "high", "trained"), [(8.0, 1.0, 4.0, 8192), (32.0, 1.0, 4.0, 8192), (3.0, 0.5, 9.0, 100)]
+)
+@pytest.mark.parametrize("length", [1, 100_000])
+def test_frequencies_of_llama_3_1_are_those_of_transformers(
+    factor: float, low: float, high: float, trained: int, length: int
+) -> None:
+    scaling = RopeScaling("llama3", factor, trained, low_freq_factor=low, high_freq_factor=high)
+    rope = {
+        "rope_type": "llama3", "rope_theta": 5e5, "factor": factor, "low_freq_factor": low, "high_freq_factor": high,
+        "original_max_position_embeddings": trained,
+    }  # fmt: skip
+    config = transformers.LlamaConfig(
+        hidden_size=256, num_attention_heads=2, max_position_embeddings=131072, rope_parameters=rope
+    )  # pyright: ignore
+    theirs, attention_factor = ROPE_INIT_FUNCTIONS["llama3"](config, torch.device("cpu"))
+    ours = scaled_frequencies(128, 5e5, scaling, torch.tensor([length]))[0, 0]
+    assert torch.equal(ours, theirs) and attention_factor == scaling.attention_factor
+    plain = frequencies(128, 5e5, torch.device("cpu"))
+    stay, divided = ours == plain, ours == plain / factor
+    assert stay.any() and divided.any() and not (stay | divided).all()
