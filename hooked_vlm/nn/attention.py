@@ -257,7 +257,7 @@ def _z(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scori
     """z under a mask that is written out [batch, 1, query, key], or causal; in the fused kernel if it knows the
     scoring."""
     if scoring.soft_cap is not None:
-        return written_out_attention(q, k, v, mask, causal, scoring)
+        return written_out_attention(q, k, v, mask, causal, scoring, scoring.soft_cap)
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
     grouped, scale = q.shape[1] != k.shape[1], None if scoring.divisor is None else scoring.scale(q.shape[-1])
     z = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=grouped, scale=scale)

@@ -6,7 +6,6 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from hooked_vlm.nn.components import soft_capped
 from hooked_vlm.nn.masks import AttentionMask
 
 AT_ONCE = 2**24
@@ -52,10 +51,26 @@ def attention_scores(
     scoring: Scoring = PLAIN,
 ) -> Float[Tensor, "batch head query key"]:
     """Unmasked scores: q k^T / sqrt(d_head), or as the model's `Scoring` says."""
+    if scoring.soft_cap is not None:
+        return _capped(q, k, scoring, scoring.soft_cap) * scoring.soft_cap
     scale = scoring.scale(q.shape[-1])
     before, after = (scale, 1.0) if q.dtype == torch.float16 else (1.0, scale)  # float16 ends at 65504
     scores = _by_group(q.transpose(1, 2) * before, k.shape[2]) @ k.permute(0, 2, 3, 1)
-    return soft_capped(scores.view(q.shape[0], q.shape[2], q.shape[1], k.shape[1]) * after, scoring.soft_cap)
+    return scores.view(q.shape[0], q.shape[2], q.shape[1], k.shape[1]) * after
+
+
+def _capped(
+    q: Float[Tensor, "batch query head d_head"],
+    k: Float[Tensor, "batch key kv_head d_head"],
+    scoring: Scoring,
+    cap: float,
+) -> Float[Tensor, "batch head query key"]:
+    """tanh(score / cap); the product with the scale over the cap is one pass, and so is the tanh, in place."""
+    rows, n_keys, n_groups = k.shape[:3]
+    queries = _by_group(q.transpose(1, 2), n_groups).flatten(0, 1)
+    keys = k.permute(0, 2, 3, 1).flatten(0, 1)
+    products = torch.baddbmm(q.new_zeros(()), queries, keys, beta=0, alpha=scoring.scale(q.shape[-1]) / cap)
+    return products.tanh_().view(rows, q.shape[2], q.shape[1], n_keys)
 
 
 def attention_pattern(
@@ -85,17 +100,24 @@ def _by_group(x: Float[Tensor, "batch head query d"], n_groups: int) -> Float[Te
 
 
 def written_out_attention(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scoring: Scoring
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scoring: Scoring, cap: float
 ) -> Tensor:
-    """z under a mask [batch, 1, query, key], or causal, from scores that are made for some queries at a time."""
+    """z under a mask [batch, 1, query, key], or causal, from scores that are made for some queries at a time.
+
+    The mask, 0 or -inf, and the cap times the tanh are added in one pass.
+    """
     rows, n_queries, n_heads, _ = q.shape
     keys = torch.arange(k.shape[1], device=q.device)
-    parts = []
-    for at in torch.arange(n_queries, device=q.device).split(max(1, AT_ONCE // (rows * n_heads * len(keys)))):
-        scores = attention_scores(q[:, at], k, scoring)
-        if causal:
-            scores = scores.masked_fill(keys > at[:, None], -torch.inf)
-        elif mask is not None:
-            scores = scores.masked_fill(~(mask if mask.shape[2] == 1 else mask[:, :, at]), -torch.inf)
+    if causal:
+        mask = (keys <= torch.arange(n_queries, device=q.device)[:, None])[None, None]
+    hidden = None if mask is None else torch.zeros_like(mask, dtype=q.dtype).masked_fill_(~mask, -torch.inf)
+    at_once, parts = max(1, AT_ONCE // (rows * n_heads * len(keys))), []
+    for first in range(0, n_queries, at_once):
+        at = slice(first, first + at_once)
+        capped = _capped(q[:, at], k, scoring, cap)
+        if hidden is None:
+            scores = capped * cap
+        else:
+            scores = torch.add(hidden if hidden.shape[2] == 1 else hidden[:, :, at], capped, alpha=cap)
         parts.append(weighted_values(attention_pattern(scores), v))
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
