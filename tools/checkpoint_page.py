@@ -72,8 +72,8 @@ hooked-vlm verify Qwen/Qwen2-VL-2B-Instruct
 
 runs the checkpoint here and in `transformers` in one process, on generated pictures (a page of text, a wide picture, a
 transparent one, two at once) and on text alone. It reports the memory it needs before loading, prints one line per
-comparison (`--layers`: also per layer), writes `verify.json`, and exits with 0 if all agree, 1 if not. `--quick` takes the
-wide picture and text alone, and times nothing. For the bundled model:
+comparison (`--layers`: also per layer), writes `verify.json`, and exits with 0 if all agree, 1 if not. `--quick` takes
+the wide picture and text alone, and times nothing. For the bundled model:
 
 ```text
 {example}

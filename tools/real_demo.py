@@ -85,7 +85,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"skipped: {error}")
         return 0
     began = time.perf_counter()
-    asked = VerifyConfig(str(folder), out=config.out / "verify.json", device="cpu", max_new_tokens=4, quick=True, quiet=True)
+    asked = VerifyConfig(
+        str(folder), out=config.out / "verify.json", device="cpu", max_new_tokens=4, quick=True, quiet=True
+    )
     print(f"{config.model} and its reference are compared, then its heads are ranked ...", file=sys.stderr)
     compared, found = verify.answer(asked)
     model = HookedVLM.from_pretrained(folder, device="cpu", dtype="float32")

@@ -33,7 +33,7 @@ Key = tuple[str, int | None]
 
 def our_tensors(model: "HookedVLM", inputs: VLMInputs) -> Iterator[tuple[Key, Tensor]]:
     """Logits, residual streams, patterns, and the image side, named as `their_tensors` names them."""
-    logits, cache = model.run_with_cache(inputs, names_filter=_compared)
+    logits, cache = model.run_with_cache(inputs)
     yield ("logits", None), logits
     for layer in range(model.cfg.n_layers):
         yield ("residual stream", layer), cache["resid_pre", layer]
@@ -50,14 +50,6 @@ def our_tensors(model: "HookedVLM", inputs: VLMInputs) -> Iterator[tuple[Key, Te
     for layer in range(vision.n_layers_run):
         padded = cache[f"vision.blocks.{layer}.hook_resid_post"]
         yield ("vision residual stream", layer), torch.cat([p[:n] for p, n in zip(padded, lengths, strict=True)])
-
-
-def _compared(name: str) -> bool:
-    """Whether `our_tensors` reads this hook: the tower runs its fused kernel, the language model writes patterns out."""
-    if name.startswith("vision."):
-        return name.endswith(".hook_resid_post")
-    of_blocks = (".hook_resid_pre", ".hook_pattern", ".hook_deepstack")
-    return name in ("hook_image_features", "ln_final.hook_out") or name.endswith(of_blocks)
 
 
 def their_tensors(reference: Reference, inputs: VLMInputs, attentions: bool) -> dict[Key, Tensor]:

@@ -28,7 +28,7 @@ from hooked_vlm.loading.quantisation import quiet_torchao
 from hooked_vlm.model.fingerprints import weights_hash
 from hooked_vlm.verify import run
 from hooked_vlm.verify.compare import cost, differences, equal_tokens, pixels, prompt_tokens, rounding_errors
-from hooked_vlm.verify.prompt_suite import inputs_for, prompts
+from hooked_vlm.verify.prompt_suite import QUICK, inputs_for, prompts
 from hooked_vlm.verify.reference import Reference, reference_for, reference_processor, reference_prompt
 from hooked_vlm.verify.result import Row, Verification
 from hooked_vlm.verify.run import verify
@@ -80,6 +80,16 @@ def test_the_bundled_models_pass(
         assert 0 <= row["value"] <= row["tolerance"] == bound
     assert rows["greedy tokens", None]["value"] == rows["greedy tokens", None]["largest"] >= 5
     assert told["prompts"].keys() == {prompt.name for prompt in prompts()}
+
+
+def test_a_quick_comparison_is_of_text_and_one_picture_without_times(tmp_path: Path) -> None:
+    asked = VerifyConfig("toy-internvl2", out=tmp_path / "verify.json", max_new_tokens=2, quick=True, quiet=True)
+    found = verify(asked)
+    told = json.loads(asked.out.read_text())
+    assert found.passed and tuple(told["prompts"]) == QUICK == tuple(p.name for p in prompts(quick=True))
+    quantities = {row["quantity"] for row in told["rows"]}
+    assert {"image preprocessing", "image features", "vision residual stream", "greedy tokens"} <= quantities
+    assert not {"time of a forward pass", "peak memory of a forward pass"} & quantities
 
 
 OF_THEIR_OWN_CLASS = (
