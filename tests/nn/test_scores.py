@@ -74,14 +74,14 @@ def test_scores_are_the_formula_and_the_cap_holds() -> None:
 
 @pytest.mark.parametrize("case", CASES)
 def test_gradients_are_those_of_the_formula(case: str) -> None:
-    (mask, causal), inputs = CASES[case], [x.requires_grad_() for x in made(2)]
+    (mask, causal), (q, k, v) = CASES[case], made(2)
+    inputs = [x.requires_grad_() for x in (q, k, v)]
     seen = torch.ones(7, 7, dtype=torch.bool).tril()[None, None] if causal else mask
     weights = torch.randn(2, 7, 6, 4, dtype=EXACT)
-    ours = torch.autograd.grad((written_out_attention(*inputs, mask, causal, SCORING, CAP) * weights).sum(), inputs)  # pyright: ignore[reportCallIssue]
-    theirs = torch.autograd.grad((literal(*inputs, seen)[1] * weights).sum(), inputs)  # pyright: ignore
+    ours = torch.autograd.grad((written_out_attention(q, k, v, mask, causal, SCORING, CAP) * weights).sum(), inputs)
+    theirs = torch.autograd.grad((literal(q, k, v, seen)[1] * weights).sum(), inputs)
     for own, other in zip(ours, theirs, strict=True):
         close(own, other)
-    q, k, _ = inputs
     by_hand = torch.autograd.grad((attention_scores(q, k, SCORING) ** 2).sum(), (q, k))
     plain = CAP * torch.tanh(torch.einsum("bqhd,bkhd->bhqk", q, k.repeat_interleave(3, dim=2)) / DIVISOR / CAP)
     for own, other in zip(by_hand, torch.autograd.grad((plain**2).sum(), (q, k)), strict=True):
