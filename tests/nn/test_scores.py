@@ -96,7 +96,7 @@ def test_a_hook_on_scores_and_pattern_sees_the_formula_and_changes_nothing() -> 
         point.add_hook(lambda x, hook, name=name: seen.__setitem__(name, x.clone()))
     lower = torch.ones(7, 7, dtype=torch.bool).tril()[None, None]
     all_scores, z = literal(q, k, v, lower)
-    hooked = attend(q, k, v, mask, *points, SCORING)
+    hooked = attend(q, k, v, mask, points[0], points[1], SCORING)
     close(hooked, z)
     close(seen["scores"], all_scores.masked_fill(~lower, -torch.inf))
     close(seen["pattern"], seen["scores"].softmax(-1))
