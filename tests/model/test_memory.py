@@ -11,7 +11,7 @@ import tiny_qwen2_vl as tiny
 import torch
 import towers
 import transformers
-from families import KINDS, plain_first, tiny_model
+from families import KINDS, inputs_of, own_copy, plain_first, tiny_model
 from largest import Largest
 from PIL import Image
 from torch import Tensor
@@ -127,6 +127,27 @@ def test_gradients_have_room(name: str) -> None:
     weights = sum(p.grad.nbytes for p in model.parameters() if p.grad is not None)
     assert plan.gradients == plan.full_cache + 2 * copies + weights
     assert 0.9 * (plan.full_cache + plan.gradients) <= made.peak <= plan.total(gradients=True) - plan.weights
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("kind", ["gemma3", "paligemma", "paligemma2"])
+def test_norms_behind_attention_and_soft_caps_have_room(kind: str, dtype: torch.dtype) -> None:
+    """Norms whose weights are offsets multiply in float32; under a cap scores are written out, and kept for backward."""
+    model, inputs = own_copy(tiny_model(kind)).to(dtype), inputs_of(kind, [[5, 6, "small", 7, 8]]).to(dtype)
+    n_patches = math.prod(inputs.grids[0][1:])
+    plan = memory_plan(model, PromptSize(inputs.shape[1], 1, n_patches, len(inputs.feature_slots)), dtype)
+    with torch.no_grad():
+        _, cache = model.run_with_cache(inputs)
+    assert plan.full_cache == allocated(all_of(cache))
+    text = VLMInputs(torch.full((1, 250), 5), model.input_spec(), n_generated=(250,))  # no prompt: it has a loss
+    plan = memory_plan(model, PromptSize(250), dtype)
+    with torch.no_grad(), Allocations() as made:
+        model(text)
+    least = 0.9 if kind == "paligemma2" else 0.0
+    assert least * plan.activations <= made.peak and (kind == "gemma3" or made.peak <= 1.01 * plan.activations)
+    with Allocations() as made:
+        model.run_with_cache(text, incl_bwd=True, return_type="loss")
+    assert made.peak <= plan.total(gradients=True) - plan.weights
 
 
 def test_allocations_are_counted_until_they_are_freed() -> None:
