@@ -1,4 +1,5 @@
-"""Forward passes of every family beside `transformers` (sdpa), and sweeps over heads in plain forwards.
+"""Forward passes of every family beside `transformers` (sdpa, or eager where it refuses that), and sweeps over heads in
+plain forwards.
 
 python benchmarks/families.py [--device cuda] [--dtype bfloat16] [--rounds 15]
 """
@@ -29,7 +30,10 @@ def main() -> None:
         inputs = ours.inputs_from_hf(batch)
         difference = (hf(**batch).logits - ours(inputs)).abs().max().item()
         measured = measure(
-            {"transformers, sdpa": partial(hf, **batch), "hooked_vlm": partial(ours, inputs)},
+            {
+                f"transformers, {hf.config._attn_implementation}": partial(hf, **batch),
+                "hooked_vlm": partial(ours, inputs),
+            },
             settings.rounds,
             settings.device,
             warmup=2,

@@ -4,6 +4,7 @@ Towers have four layers, language models eight; windows, DeepStack, tiles and li
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ Batch = dict[str, Tensor]
 TEXT = text_fields(num_hidden_layers=8)
 SIDE, PATCH = 168, 14
 """Pixels of a side of a tile and of a patch: 144 patches to a tile."""
+LINE = 40
 WIDE = (2 * SIDE, SIDE)
 """A picture that two tiles show, and one more as a whole."""
 TOWER = {"hidden_size": 320, "intermediate_size": 1280, "num_hidden_layers": 4, "num_attention_heads": 4}
@@ -84,6 +86,36 @@ def onevision() -> Any:
     )
 
 
+def siglip(side: int) -> dict[str, Any]:
+    return {"model_type": "siglip_vision_model", **TILED, "image_size": side, "vision_use_head": False}
+
+
+def gemma3() -> Any:
+    """256 tokens that see each other both ways, windows in seven of eight layers."""
+    text = {"model_type": "gemma3_text", **TEXT, "head_dim": 128, "sliding_window": 128}
+    return transformers.Gemma3Config(
+        text_config=text, vision_config=siglip(448), mm_tokens_per_image=256, boi_token_index=START,
+        eoi_token_index=END, image_token_index=IMAGE, tie_word_embeddings=False,
+    )  # fmt: skip
+
+
+def paligemma(text: str, **fields: Any) -> Any:
+    """256 tokens and a prompt that see each other both ways."""
+    return transformers.PaliGemmaConfig(
+        text_config={"model_type": text, **TEXT, "head_dim": 64, "num_key_value_heads": 1, **fields},
+        vision_config=siglip(224), projection_dim=512, image_token_index=IMAGE, tie_word_embeddings=False,
+    )  # fmt: skip
+
+
+def smolvlm() -> Any:
+    """Three tiles of 64 tokens: two of the picture, and the whole."""
+    text = {"model_type": "llama", **TEXT, "tie_word_embeddings": False}
+    tower = {**TOWER, "image_size": 512, "patch_size": 16}
+    return transformers.Idefics3Config(
+        text_config=text, vision_config=tower, scale_factor=4, image_token_id=IMAGE, tie_word_embeddings=False
+    )
+
+
 CONFIGS: dict[str, tuple[Callable[[], Any], Any]] = {
     "Qwen2.5-VL": (qwen2_5_vl, transformers.Qwen2_5_VLForConditionalGeneration),
     "Qwen3-VL": (qwen3_vl, transformers.Qwen3VLForConditionalGeneration),
@@ -91,14 +123,19 @@ CONFIGS: dict[str, tuple[Callable[[], Any], Any]] = {
     "LLaVA-1.5": (llava, transformers.LlavaForConditionalGeneration),
     "LLaVA-NeXT": (llava_next, transformers.LlavaNextForConditionalGeneration),
     "LLaVA-OneVision": (onevision, transformers.LlavaOnevisionForConditionalGeneration),
+    "Gemma 3": (gemma3, transformers.Gemma3ForConditionalGeneration),
+    "PaliGemma": (partial(paligemma, "gemma"), transformers.PaliGemmaForConditionalGeneration),
+    "PaliGemma 2": (partial(paligemma, "gemma2"), transformers.PaliGemmaForConditionalGeneration),
+    "SmolVLM": (smolvlm, transformers.Idefics3ForConditionalGeneration),
 }
 
 
 def model_of(family: str, device: str, dtype: torch.dtype) -> Any:
-    """The reference, whose attention is sdpa, with random weights."""
+    """The reference with random weights. Its attention is sdpa, or eager where it refuses that (caps on scores)."""
     make, model_class = CONFIGS[family]
     torch.manual_seed(0)
-    return model_class._from_config(make(), attn_implementation="sdpa").eval().to(device, dtype)
+    attention = "eager" if family == "PaliGemma 2" else "sdpa"
+    return model_class._from_config(make(), attn_implementation=attention).eval().to(device, dtype)
 
 
 def prompt_of(family: str, ours: HookedVLM, device: str) -> Batch:
@@ -108,14 +145,22 @@ def prompt_of(family: str, ours: HookedVLM, device: str) -> Batch:
     if vision.patch_order == "blocks":
         return batch_of([(32, 32)], device, d_patch=vision.d_patch)
     side = vision.tile_size or SIDE
-    n, sizes = 1, {}
     n_tokens = (side // vision.patch_size // vision.token_size) ** 2
+    n, sizes, tokens = 1, {}, [START, *[IMAGE] * n_tokens, END]
     if vision.pinpoints:
         processor: Any = processor_of(ours.cfg)
         layout = processor.layout(WIDE)
-        n, n_tokens, sizes = layout.grid[0], layout.n_tokens, {"image_sizes": torch.tensor([WIDE[::-1]])}
-    ids = torch.tensor([[START, *[IMAGE] * n_tokens, END, *range(2, 34)]])
+        tokens = [START, *[IMAGE] * layout.n_tokens, END]
+        n, sizes = layout.grid[0], {"image_sizes": torch.tensor([WIDE[::-1]])}
+    elif family == "SmolVLM":  # two tiles side by side, a line break, the whole
+        tile = [IMAGE] * n_tokens
+        n, tokens = 3, [END, START, *tile, END, START, *tile, LINE, END, START, *tile, END]
+    elif ours.cfg.bidirectional == "prompt":
+        tokens = [IMAGE] * n_tokens
+    ids = torch.tensor([[*tokens, *range(2, 34)]])
+    if ours.cfg.bidirectional:  # without them the reference runs causally
+        sizes["token_type_ids"] = ((ids == IMAGE) & (ours.cfg.bidirectional == "image")).long()
     pixels = torch.randn(n, 3, side, side, generator=torch.Generator().manual_seed(0))
-    pixels = pixels[None] if vision.pinpoints else pixels
+    pixels = pixels[None] if vision.pinpoints or n > 1 else pixels
     batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": pixels, **sizes}
     return {name: tensor.to(device) for name, tensor in batch.items()}

@@ -22,6 +22,7 @@ from torch import Tensor
 from hooked_vlm.analysis.head_outputs import on_head_outputs
 from hooked_vlm.analysis.pictures import heatmap, overlay
 from hooked_vlm.errors import InputError
+from hooked_vlm.inputs.boxes import Part
 from hooked_vlm.inputs.vlm_inputs import VLMInputs
 from hooked_vlm.interventions.base import Positions, position_table
 from hooked_vlm.metrics import Tokens, tokens_of_rows
@@ -81,7 +82,7 @@ class LogitLens:
         picture: Any,
         image: int = 0,
         target: int = 0,
-        part: Literal["tiles", "thumbnail"] = "tiles",
+        part: Part = "tiles",
         title: str = "",
     ) -> Figure:
         """The probability of a target at the image's tokens, over the picture, a panel for each layer.

@@ -24,6 +24,9 @@ SHORT_NAMES = {
     "LLaVA-1.5": "llava-hf/llava-1.5-7b-hf",
     "LLaVA-NeXT": "llava-hf/llava-v1.6-mistral-7b-hf",
     "OneVision": "llava-hf/llava-onevision-qwen2-0.5b-ov-hf",
+    "Gemma 3": "google/gemma-3-4b-it",
+    "PaliGemma": "google/paligemma-3b-mix-224",
+    "PaliGemma 2": "google/paligemma2-3b-mix-448",
     "SmolVLM": "HuggingFaceTB/SmolVLM-256M-Instruct",
 }
 """Of the families, and the published size whose values the minute model has."""
@@ -42,6 +45,7 @@ def minute(cfg: VLMConfig) -> VLMConfig:
         **sizes,
         n_key_value_heads=1 if grouped else 2,
         rope_scaling=None,
+        layer_kind_of=(0, len(cfg.layer_kinds) - 1) if cfg.layer_kinds else (),
         mrope_section=None if cfg.mrope_section is None else (1, 1, 0),
         image_token_id=1,
         video_token_id=None,

@@ -14,6 +14,7 @@ from transformer_lens import ActivationCache
 from transformer_lens.utilities import Slice, SliceInput
 
 from hooked_vlm.errors import InputError
+from hooked_vlm.inputs.boxes import Part
 from hooked_vlm.inputs.token_layout import real_span
 from hooked_vlm.inputs.vlm_inputs import VLMInputs
 from hooked_vlm.model import cache_files
@@ -168,7 +169,7 @@ class VLMCache(DerivingCache):
         head: int | None = None,
         query: int = -1,
         image: int = 0,
-        part: Literal["tiles", "thumbnail"] = "tiles",
+        part: Part = "tiles",
     ) -> Float[Tensor, "rows cols"] | Float[Tensor, "head rows cols"]:
         """The attention of one query to the tokens of an image, laid out as the picture: [row, column] of tokens.
 

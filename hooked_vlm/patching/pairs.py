@@ -6,11 +6,11 @@ from typing import Literal
 
 import numpy as np
 import torch
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from hooked_vlm.errors import InputError
-from hooked_vlm.inputs.boxes import Box, Part
+from hooked_vlm.inputs.boxes import Box, LayoutPart, Part
 from hooked_vlm.inputs.geometry import ImageLayout
 from hooked_vlm.inputs.token_layout import Visual
 from hooked_vlm.inputs.vlm_inputs import VLMInputs
@@ -193,12 +193,25 @@ def _groups(inputs: VLMInputs, row: int) -> list[Tensor]:
 
 def by_place(base: ImageLayout, source: ImageLayout) -> Int[np.ndarray, "token"]:
     """For each token of an image, the token of another that covers its centre when both pictures are scaled alike; -1
-    for tokens that stand for no place."""
+    for tokens that stand for no place, or for one that the other image's part of this name does not show."""
     found = np.full(base.n_tokens, -1)
-    shared = {part.name for part in source.parts}
+    named = {part.name: part for part in source.parts}
     for part in base.parts:
-        own = part.cells[0]
-        other = source.part(part.name if part.name in shared else source.parts[0].name).cells[0]
-        rows, cols = (((np.arange(n) + 0.5) / n * of).astype(int) for n, of in zip(own.shape, other.shape, strict=True))
-        found[own] = other[np.ix_(rows, cols)]
+        x0, y0, x1, y1 = np.divide(part.area, 2 * base.image_size)
+        rows, cols = ((np.arange(n) + 0.5) / n for n in part.cells[0].shape)
+        other = named.get(part.name, source.parts[0])
+        found[part.cells[0]] = _covering(other, source, x0 + cols * (x1 - x0), y0 + rows * (y1 - y0))
     return found
+
+
+def _covering(
+    part: LayoutPart, layout: ImageLayout, xs: Float[np.ndarray, "col"], ys: Float[np.ndarray, "row"]
+) -> Int[np.ndarray, "row col"]:
+    """Tokens of a part at places given as shares of the picture; -1 where it shows nothing."""
+    x0, y0, x1, y1 = np.divide(part.area, 2 * layout.image_size)
+    cells = part.cells[0]
+    n_rows, n_cols = cells.shape
+    rows, cols = np.floor((ys - y0) / (y1 - y0) * n_rows), np.floor((xs - x0) / (x1 - x0) * n_cols)
+    shown = np.outer((rows >= 0) & (rows < n_rows), (cols >= 0) & (cols < n_cols))
+    at = np.ix_(np.clip(rows, 0, n_rows - 1).astype(int), np.clip(cols, 0, n_cols - 1).astype(int))
+    return np.where(shown, cells[at], -1)

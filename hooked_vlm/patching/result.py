@@ -3,7 +3,7 @@
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import product
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -14,6 +14,7 @@ from hooked_vlm.analysis.intervals import ratio_interval, ratio_of_means, share_
 from hooked_vlm.analysis.pictures import heatmap, overlay
 from hooked_vlm.analysis.statistics import Estimate, paired_p
 from hooked_vlm.errors import InputError
+from hooked_vlm.inputs.boxes import Part
 from hooked_vlm.inputs.vlm_inputs import VLMInputs
 from hooked_vlm.patching.pairs import Direction
 from hooked_vlm.patching.places import patches_on_image
@@ -213,7 +214,7 @@ class PatchingResult:
         inputs: VLMInputs,
         picture: Any,
         image: int = 0,
-        part: Literal["tiles", "thumbnail"] = "tiles",
+        part: Part = "tiles",
         title: str = "",
         **labels: Label,
     ) -> Figure:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from hooked_vlm import GeometryError, HookedVLM, InputError
 from hooked_vlm.inputs.layouts import tiled_layout, whole_layout
+from hooked_vlm.inputs.pan_and_scan import PanScanProcessor
 from hooked_vlm.metrics import logit
 from hooked_vlm.patching import Pair, Region, masked, noised, patch, swapped
 from hooked_vlm.patching.pairs import by_place
@@ -125,6 +126,26 @@ def test_tiles_correspond_by_place_and_thumbnails_to_thumbnails() -> None:
                 assert source.is_thumbnail(int(other)) == base.is_thumbnail(token)
     flat, tall = whole_layout((60, 60), (1, 4, 8)), whole_layout((60, 60), (1, 8, 4))
     assert by_place(flat, tall).tolist() == [2, 2, 3, 3, 6, 6, 7, 7]  # centres in the 2nd and 4th of four rows
+
+
+def test_crops_correspond_by_place_in_the_picture() -> None:
+    """Of a wide picture three crops, of a less wide one two: the second crop lies elsewhere, the third is nowhere."""
+    processor = PanScanProcessor(pan_and_scan=True, min_crop_size=8, side=32, patch_size=4, token_size=2)
+    base, source = (processor.layout(size) for size in ((96, 32), (64, 32)))
+    assert [part.name for part in base.parts] == ["tiles", "crop 0", "crop 1", "crop 2"]
+    assert [part.name for part in source.parts] == ["tiles", "crop 0", "crop 1"]
+    found = by_place(base, source)
+    assert (found[base.part("crop 0").cells] >= 0).all() and (found[base.part("crop 1").cells] < 0).any()
+    for token in range(base.n_tokens):
+        (x0, y0, x1, y1) = base.boxes[token]
+        x, y = (x0 + x1) / 2 / 96, (y0 + y1) / 2 / 32
+        name = base.part_of(token) if base.part_of(token) in ("tiles", "crop 0", "crop 1") else "tiles"
+        other = [int(t) for t in source.tokens_of(name) if within(source.boxes[int(t)], x * 64, y * 32)]
+        assert found[token] == (other[0] if other else -1)
+
+
+def within(box: Any, x: float, y: float) -> bool:
+    return box[0] <= x < box[2] and box[1] <= y < box[3]
 
 
 def test_as_many_tiles_that_lie_otherwise_are_no_same_columns() -> None:

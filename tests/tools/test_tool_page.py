@@ -40,6 +40,8 @@ def test_a_refusal_names_a_line_of_theirs_and_is_not_of_our_calls_making() -> No
         assert cited == set(re.findall(r"^(\d+)\. cannot: `[\w/]+\.py:\d+` ", section, re.MULTILINE))
         names |= {line.split("|")[1].strip() for line in refused}
     assert names == {
+        '`get_act_patch_direct_path`, component "q"',
+        "`get_act_patch_direct_path_all_sources`",
         '`get_act_patch_direct_path`, component "k"',
         '`get_act_patch_direct_path`, component "v"',
         "`attribution_patch`, edges",
@@ -48,6 +50,14 @@ def test_a_refusal_names_a_line_of_theirs_and_is_not_of_our_calls_making() -> No
         "`JacobianLens.fit`",
         "`ProcessWeights.refactor_factored_attn_matrices`",
     }
+
+
+def test_paths_are_refused_where_a_norm_stands_behind_attention() -> None:
+    lines = PAGE.read_text(encoding="utf-8").splitlines()
+    families = next(line for line in lines if line.startswith("| tool")).split("|")[2:]
+    (row,) = (line for line in lines if line.startswith("| `get_act_patch_direct_path_all_sources`"))
+    refused = {family.strip() for family, cell in zip(families, row.split("|")[2:], strict=True) if "cannot" in cell}
+    assert refused == {"Gemma 3", "PaliGemma 2"}
 
 
 def test_an_empty_circuit_recovers_nothing_and_all_edges_everything() -> None:
