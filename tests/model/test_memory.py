@@ -208,8 +208,8 @@ def test_a_plan_needs_no_weights_and_knows_the_published_sizes() -> None:
     for name, known in KNOWN_MODELS.items():
         model = HookedVLM.without_weights(name)
         assert all(p.is_meta for p in model.parameters())
-        plan = memory_plan(model, PromptSize(1000), torch.bfloat16)
-        assert plan.weights == 2 * known.n_params
+        plan = memory_plan(model, PromptSize(1000), model.dtype)
+        assert plan.weights == model.dtype.itemsize * known.n_params
         cache = model.new_kv_cache(1, 1000)
         assert plan.kv_cache == sum(t.nbytes for t in [*cache.keys, *cache.values])
 
