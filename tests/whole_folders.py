@@ -1,6 +1,6 @@
-"""Whole checkpoint folders of the LLaVA families, of Gemma 3, PaliGemma 2, Idefics3, SmolVLM and Qwen3-VL: random weights, a tokenizer that
-reads any question, the published chat template, the settings of pictures; and pictures annotated with what such a model
-calls them."""
+"""Whole checkpoint folders of LLaVA's families, Gemma 3, PaliGemma 2, Idefics3, SmolVLM and Qwen3-VL: random weights, a
+tokenizer that reads any question, the published chat template, the settings of pictures; and pictures annotated with
+what such a model calls them."""
 
 import json
 import math

@@ -169,8 +169,9 @@ def _handed_on(found: Measured) -> str:
     if found.probes[0].model.cfg.bidirectional != "prompt":
         return ""
     return (
-        " The tokens of this model's prompts see each other both ways: image tokens read the question, too, and can hand "
-        "it on, so that a blocked edge cuts the direct way alone, and the image's later information may hold the text's."
+        " The tokens of this model's prompts see each other both ways: image tokens read the question, too, and can "
+        "hand it on, so that a blocked edge cuts the direct way alone, and what comes from the image later may hold "
+        "what the text says."
     )
 
 

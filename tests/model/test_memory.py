@@ -132,7 +132,7 @@ def test_gradients_have_room(name: str) -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize("kind", ["gemma3", "paligemma", "paligemma2"])
 def test_norms_behind_attention_and_soft_caps_have_room(kind: str, dtype: torch.dtype) -> None:
-    """Norms whose weights are offsets multiply in float32; under a cap scores are written out, and kept for backward."""
+    """Gemma's norms multiply in float32; under a cap scores are written out, and kept for backward."""
     model, inputs = own_copy(tiny_model(kind)).to(dtype), inputs_of(kind, [[5, 6, "small", 7, 8]]).to(dtype)
     n_patches = math.prod(inputs.grids[0][1:])
     plan = memory_plan(model, PromptSize(inputs.shape[1], 1, n_patches, len(inputs.feature_slots)), dtype)

@@ -1,4 +1,4 @@
-"""The study on checkpoint folders of LLaVA's families, of Gemma 3, PaliGemma 2 and Qwen3-VL, with COCO's annotations: the paper's setting."""
+"""The study on checkpoint folders of later families, with COCO's annotations: the paper's setting."""
 
 import json
 import sys

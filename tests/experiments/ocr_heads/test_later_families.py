@@ -1,4 +1,4 @@
-"""The study on checkpoint folders of LLaVA's families, of Gemma 3, PaliGemma 2 and Qwen3-VL: places that are seen twice, or not at all."""
+"""The study on checkpoint folders of later families: places that are seen twice, or not at all."""
 
 from pathlib import Path
 from typing import Any
