@@ -46,6 +46,13 @@ def test_inputs_with_other_columns_are_refused_with_both_shapes_and_a_way_out(co
     assert "with_image" in str(refused.value) and 'by="groups"' in str(refused.value)
 
 
+def test_an_answer_does_not_correspond_to_a_part_of_a_prompt() -> None:
+    """In PaliGemma the one is causal, the other seen by the whole prompt."""
+    clean = inputs_of("paligemma2", [["small", 6, 7]], 1).append([8, 9])
+    with pytest.raises(InputError, match=r"2 of them appended.*20 tokens \("):
+        Pair(clean, replace(clean, n_generated=(0,)))
+
+
 def test_other_refusals() -> None:
     clean = inputs_of("qwen2-vl", [[5, "small", 7]], 1)
     with pytest.raises(InputError, match=r"clean.*1 rows.*corrupt.*2"):
