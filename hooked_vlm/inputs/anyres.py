@@ -4,7 +4,7 @@ Pixel values equal those of `transformers`' `LlavaNextImageProcessorPil` bit for
 Face batches are (height, width); everything else here is (width, height), as Pillow has it.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -23,12 +23,11 @@ from hooked_vlm.inputs.image_settings import (
     Settings,
     colours,
     common_settings,
-    normalised,
     processor_settings,
     whole,
 )
-from hooked_vlm.inputs.picture_processor import Bounds, PictureProcessor, Prepared, each_image
 from hooked_vlm.inputs.stitched import fitted, stitched_layout
+from hooked_vlm.inputs.tiling import TilingProcessor
 
 if TYPE_CHECKING:
     from hooked_vlm.inputs.token_layout import Grid, InputSpec
@@ -56,11 +55,9 @@ def best_pinpoint(size: tuple[int, int], pinpoints: Pinpoints) -> tuple[int, int
 
 
 @dataclass(frozen=True)
-class AnyresProcessor(PictureProcessor):
+class AnyresProcessor(TilingProcessor):
     """Turn images into `pixel_values` [tile, 3, side, side], the whole picture first of each image's tiles."""
 
-    bounds: ClassVar[tuple[str, ...]] = ("max_tiles",)
-    sees: ClassVar[str] = "this model cuts images into tiles"
     files: ClassVar[dict[str, str]] = {
         "image_processor_type": "LlavaNextImageProcessor",
         "processor_class": "LlavaNextProcessor",
@@ -120,26 +117,7 @@ class AnyresProcessor(PictureProcessor):
 
     # ---------------------------------------------------------------- pixels
 
-    def __call__(self, images: Sequence[Any], *, resized: Sequence[tuple[int, int] | None] | None = None) -> Prepared:
-        """Prepare images (anything `load_image` takes).
-
-        Returns:
-            pixel_values: float32 [tile, 3, side, side], of each image the whole picture, then its tiles row by row.
-            grids: int64, (tiles with the whole picture, rows, columns) of patches per image.
-            layouts: where the tokens of each image lie in the original (after EXIF orientation).
-
-        Raises:
-            ImageError: see `load_image`; the message starts with the number of the image.
-        """
-        tiles, layouts = [np.zeros((0, self.side, self.side, 3), np.uint8)], []
-        for _, rgb in each_image(images):
-            tiles.append(self._tiles(rgb))
-            layouts.append(self.layout(rgb.size))
-        grids = torch.tensor([layout.grid for layout in layouts], dtype=torch.int64).reshape(-1, 3)
-        pixels = normalised(np.concatenate(tiles), self.image_mean, self.image_std)
-        return torch.from_numpy(pixels), grids, layouts
-
-    def _tiles(self, rgb: Image.Image) -> UInt8[np.ndarray, "tile side side 3"]:
+    def tiles_of(self, rgb: Image.Image) -> UInt8[np.ndarray, "tile side side 3"]:
         """The picture stretched to a square, and the tiles of the pinpoint that it lies in the middle of, on black."""
         side, (high, wide) = self.side, best_pinpoint(rgb.size, self.pinpoints)
         new_width, new_height = fitted(rgb.size, (high, wide))
@@ -211,39 +189,23 @@ class AnyresProcessor(PictureProcessor):
 
     # ---------------------------------------------------------------- bounds
 
-    def bounded(self, max_tiles: int | None) -> "AnyresProcessor":
+    def with_most_tiles(self, max_tiles: int) -> "AnyresProcessor":
         """The same processor with the pinpoints of at most so many tiles, the whole picture not counted."""
-        if max_tiles is None:
-            return self
         most = whole("max_tiles", max_tiles) * self.side**2
         kept = tuple(own for own in self.pinpoints if own[0] * own[1] <= most)
         if not kept:
-            least = min(high * wide for high, wide in self.pinpoints) // self.side**2
+            least = self.tile_counts[-1]
             raise ImageError(f"max_tiles must be at least {least}, the fewest tiles of this model, got {max_tiles}")
         return replace(self, pinpoints=kept)
 
-    def _bounded(self, bounds: Bounds) -> "AnyresProcessor":
-        return self.bounded(bounds.max_tiles)
-
     @property
-    def _counts(self) -> list[int]:
+    def tile_counts(self) -> list[int]:
         """Numbers of tiles of the pinpoints, each once, from the most to the fewest."""
         return sorted({high * wide // self.side**2 for high, wide in self.pinpoints}, reverse=True)
 
-    def bounds_for(self, pixels: int | None) -> dict[str, int | None]:
-        """Arguments of `to_inputs` with which every picture has the fewest tiles, if an area is given."""
-        return {"max_tiles": None if pixels is None else self._counts[-1]}
-
-    def bounds_below(self, n_tokens: int, n_tiles: int) -> dict[str, int]:
-        """Arguments of `to_inputs` with which a picture has at most so many tiles, if it can have as few."""
-        return {"max_tiles": max(min(n_tiles, self._counts[0]), self._counts[-1])}
-
-    def tighter(
-        self, n_text: list[int], pictures: Sequence[Sequence[Any]], n_ctx: int, given: Bounds
-    ) -> Iterator[tuple[str, "AnyresProcessor"]]:
-        """Fewer and fewer tiles."""
-        for fewer in self._counts[1:]:
-            yield f"max_tiles={fewer} (now {self._counts[0]})", self.bounded(fewer)
+    @property
+    def tile_side(self) -> int:
+        return self.side
 
     # ---------------------------------------------------------------- settings
 

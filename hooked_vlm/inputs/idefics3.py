@@ -6,10 +6,10 @@ model drops; none are made here.
 """
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -27,12 +27,11 @@ from hooked_vlm.inputs.image_settings import (
     Settings,
     colours,
     common_settings,
-    normalised,
     processor_settings,
     whole,
 )
 from hooked_vlm.inputs.layouts import tiled_layout, unplaced_layout
-from hooked_vlm.inputs.picture_processor import Bounds, PictureProcessor, Prepared, each_image
+from hooked_vlm.inputs.tiling import TilingProcessor, cut
 
 if TYPE_CHECKING:
     from hooked_vlm.inputs.token_layout import Grid, InputSpec
@@ -80,11 +79,8 @@ def _texts(cols: int, rows: int) -> tuple[str, ...]:
 
 
 @dataclass(frozen=True)
-class Idefics3Processor(PictureProcessor):
+class Idefics3Processor(TilingProcessor):
     """Turn images into `pixel_values` [tile, 3, side, side], the whole picture last of each image's tiles."""
-
-    bounds: ClassVar[tuple[str, ...]] = ("max_tiles",)
-    sees: ClassVar[str] = "this model cuts images into tiles"
 
     side: int
     """Of a tile in pixels."""
@@ -109,11 +105,6 @@ class Idefics3Processor(PictureProcessor):
         colours("image_std", self.image_std)
 
     # ---------------------------------------------------------------- layouts
-
-    @property
-    def most_tiles(self) -> int:
-        """Tiles of a square picture, the whole one not counted."""
-        return math.prod(self.tiling((1, 1)))
 
     @property
     def tokens_per_tile(self) -> int:
@@ -167,34 +158,14 @@ class Idefics3Processor(PictureProcessor):
 
     # ---------------------------------------------------------------- pixels
 
-    def __call__(self, images: Sequence[Any], *, resized: Sequence[tuple[int, int] | None] | None = None) -> Prepared:
-        """Prepare images (anything `load_image` takes).
-
-        Returns:
-            pixel_values: float32 [tile, 3, side, side], the tiles of each image row by row, then the whole one.
-            grids: int64, (tiles with the whole picture, rows, columns) of patches per image.
-            layouts: where the tokens of each image lie in the original (after EXIF orientation).
-
-        Raises:
-            ImageError: see `load_image`; the message starts with the number of the image.
-        """
-        tiles, layouts = [np.zeros((0, self.side, self.side, 3), np.uint8)], []
-        for _, rgb in each_image(images):
-            tiles.append(self._tiles(rgb))
-            layouts.append(self.layout(rgb.size))
-        grids = torch.tensor([layout.grid for layout in layouts], dtype=torch.int64).reshape(-1, 3)
-        pixels = normalised(np.concatenate(tiles), self.image_mean, self.image_std)
-        return torch.from_numpy(pixels), grids, layouts
-
-    def _tiles(self, rgb: Image.Image) -> UInt8[np.ndarray, "tile side side 3"]:
+    def tiles_of(self, rgb: Image.Image) -> UInt8[np.ndarray, "tile side side 3"]:
+        """The tiles row by row, the whole picture last."""
         side = self.side
         picture = rgb.resize(self._enlarged(rgb.size), LANCZOS)
         if not self.splits:
             return np.asarray(picture.resize((side, side), LANCZOS))[None]
-        wide, high = whole_tiles(picture.size, side)
-        picture = picture.resize((wide, high), LANCZOS)
-        tiles = np.asarray(picture).reshape(high // side, side, wide // side, side, 3)
-        tiles = tiles.swapaxes(1, 2).reshape(-1, side, side, 3)
+        picture = picture.resize(whole_tiles(picture.size, side), LANCZOS)
+        tiles = cut(picture, side)
         if len(tiles) == 1:
             return tiles
         return np.concatenate((tiles, np.asarray(picture.resize((side, side), LANCZOS))[None]))
@@ -266,27 +237,18 @@ class Idefics3Processor(PictureProcessor):
 
     # ---------------------------------------------------------------- bounds
 
-    def bounded(self, max_tiles: int | None) -> "Idefics3Processor":
-        """The same processor with a bound on the tiles of an image; None keeps it."""
-        return self if max_tiles is None else replace(self, max_tiles=max_tiles)
+    def with_most_tiles(self, max_tiles: int) -> "Idefics3Processor":
+        """The same processor with a bound on the tiles of an image, the whole one not counted."""
+        return replace(self, max_tiles=max_tiles)
 
-    def _bounded(self, bounds: Bounds) -> "Idefics3Processor":
-        return self.bounded(bounds.max_tiles)
+    @property
+    def tile_counts(self) -> range:
+        """From the tiles of a square picture down."""
+        return range(math.prod(self.tiling((1, 1))), 0, -1)
 
-    def bounds_for(self, pixels: int | None) -> dict[str, int | None]:
-        """Arguments of `to_inputs` with which every picture is one tile, if an area is given."""
-        return {"max_tiles": None if pixels is None else 1}
-
-    def bounds_below(self, n_tokens: int, n_tiles: int) -> dict[str, int]:
-        """Arguments of `to_inputs` with which a picture has at most so many tiles."""
-        return {"max_tiles": min(n_tiles, self.most_tiles)}
-
-    def tighter(
-        self, n_text: list[int], pictures: Sequence[Sequence[Any]], n_ctx: int, given: Bounds
-    ) -> Iterator[tuple[str, "Idefics3Processor"]]:
-        """Fewer and fewer tiles."""
-        for fewer in range(self.most_tiles - 1, 0, -1):
-            yield f"max_tiles={fewer} (now {self.most_tiles})", self.bounded(fewer)
+    @property
+    def tile_side(self) -> int:
+        return self.side
 
     # ---------------------------------------------------------------- settings
 

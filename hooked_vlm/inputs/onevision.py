@@ -76,10 +76,10 @@ class OneVisionProcessor(AnyresProcessor):
             return square_with_break((width, height), self.side, self.patch_size, size is not None)
         return AnyresProcessor.layout_of(replace(self, squares=False), grid, size)
 
-    def _tiles(self, rgb: Image.Image) -> UInt8[np.ndarray, "tile side side 3"]:
+    def tiles_of(self, rgb: Image.Image) -> UInt8[np.ndarray, "tile side side 3"]:
         if self.squares:
             return np.asarray(padded_square(rgb, self.image_mean, self.side))[None]
-        return super()._tiles(rgb)
+        return super().tiles_of(rgb)
 
     # ---------------------------------------------------------------- videos
 

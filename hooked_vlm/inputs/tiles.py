@@ -5,11 +5,11 @@ tile. `hooked_vlm.inputs.images` reads the pictures (orientation, transparency, 
 """
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import groupby
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -25,12 +25,11 @@ from hooked_vlm.inputs.image_settings import (
     Settings,
     colours,
     common_settings,
-    normalised,
     processor_settings,
     whole,
 )
 from hooked_vlm.inputs.layouts import tiled_layout, unplaced_layout
-from hooked_vlm.inputs.picture_processor import Bounds, PictureProcessor, Prepared, each_image
+from hooked_vlm.inputs.tiling import TilingProcessor, cut
 
 if TYPE_CHECKING:
     from hooked_vlm.inputs.token_layout import Grid, InputSpec
@@ -47,11 +46,8 @@ MOST_TILES, MOST_PIXELS = 256, 2**26
 
 
 @dataclass(frozen=True)
-class TileProcessor(PictureProcessor):
+class TileProcessor(TilingProcessor):
     """Turn images into `pixel_values` [tile, 3, tile_size, tile_size]; the defaults are the published checkpoints'."""
-
-    bounds: ClassVar[tuple[str, ...]] = ("max_tiles",)
-    sees: ClassVar[str] = "this model cuts images into tiles"
 
     tile_size: int = 448
     """Side of a tile in pixels."""
@@ -140,27 +136,6 @@ class TileProcessor(PictureProcessor):
     def _unplaced(self, grid: "Grid") -> ImageLayout:
         return unplaced_layout(grid[0], grid[1], self.merge_size)
 
-    def __call__(self, images: Sequence[Any], *, resized: Sequence[tuple[int, int] | None] | None = None) -> Prepared:
-        """Prepare images (anything `load_image` takes); all are resized to tiles.
-
-        Returns:
-            pixel_values: float32 [tile, 3, side, side], the tiles of all images one after the other: row by row, the
-                thumbnail last.
-            grids: int64, (tiles with the thumbnail, rows, columns) of patches per image.
-            layouts: where the tokens of each image lie in the original (after EXIF orientation).
-
-        Raises:
-            ImageError: see `load_image`; the message starts with the number of the image.
-        """
-        tiles, layouts = [], []
-        for _, rgb in each_image(images):
-            tiles.append(self._cut(rgb))
-            layouts.append(self.layout(rgb.size))
-        side = self.tile_size // self.patch_size
-        grids = torch.tensor([[len(own), side, side] for own in tiles], dtype=torch.int64).reshape(-1, 3)
-        pixels = np.concatenate(tiles) if tiles else np.zeros((0, self.tile_size, self.tile_size, 3), np.uint8)
-        return torch.from_numpy(self._normalised(pixels)), grids, layouts
-
     def read_batch(
         self, tokens: Int[Tensor, "batch pos"], batch: Mapping[str, Tensor | None], spec: "InputSpec"
     ) -> tuple[Tensor | None, Tensor | None, list[ImageLayout] | None]:
@@ -168,18 +143,15 @@ class TileProcessor(PictureProcessor):
         pixels = batch["pixel_values"]
         return pixels, None if pixels is None else tile_grids(tokens, pixels, batch["num_tiles"], spec), None
 
-    def _cut(self, rgb: Image.Image) -> UInt8[np.ndarray, "tile side side 3"]:
+    def tiles_of(self, rgb: Image.Image) -> UInt8[np.ndarray, "tile side side 3"]:
+        """The tiles row by row, the thumbnail last."""
         side = self.tile_size
         cols, rows = self.tiling(*rgb.size)
-        whole = np.asarray(rgb.resize((cols * side, rows * side), Image.Resampling.BICUBIC))
-        tiles = whole.reshape(rows, side, cols, side, 3).swapaxes(1, 2).reshape(-1, side, side, 3)
+        tiles = cut(rgb.resize((cols * side, rows * side), Image.Resampling.BICUBIC), side)
         if self.thumbnail and cols * rows > 1:
             small = np.asarray(rgb.resize((side, side), Image.Resampling.BICUBIC))
             tiles = np.concatenate([tiles, small[None]])
         return tiles
-
-    def _normalised(self, tiles: UInt8[np.ndarray, "tile side side 3"]) -> Float[np.ndarray, "tile 3 side side"]:
-        return normalised(tiles, self.image_mean, self.image_std)
 
     @classmethod
     def from_dict(cls, config: Mapping[str, Any], **defaults: Any) -> "TileProcessor":
@@ -213,23 +185,16 @@ class TileProcessor(PictureProcessor):
         least = min(self.min_tiles, most) if min_tiles is None else min_tiles
         return replace(self, min_tiles=least, max_tiles=most)
 
-    def _bounded(self, bounds: Bounds) -> "TileProcessor":
-        return self.bounded(None, bounds.max_tiles)
+    def with_most_tiles(self, max_tiles: int) -> "TileProcessor":
+        return self.bounded(None, max_tiles)
 
-    def bounds_for(self, pixels: int | None) -> dict[str, int | None]:
-        """Arguments of `to_inputs` with which every picture is one tile, if an area is given."""
-        return {"max_tiles": None if pixels is None else 1}
+    @property
+    def tile_counts(self) -> range:
+        return range(self.max_tiles, 0, -1)
 
-    def bounds_below(self, n_tokens: int, n_tiles: int) -> dict[str, int]:
-        """Arguments of `to_inputs` with which a picture has at most so many tiles."""
-        return {"max_tiles": min(n_tiles, self.max_tiles)}
-
-    def tighter(
-        self, n_text: list[int], pictures: Sequence[Sequence[Any]], n_ctx: int, given: Bounds
-    ) -> Iterator[tuple[str, "TileProcessor"]]:
-        """Fewer and fewer tiles."""
-        for fewer in range(self.max_tiles - 1, 0, -1):
-            yield f"max_tiles={fewer} (now {self.max_tiles})", self.bounded(None, fewer)
+    @property
+    def tile_side(self) -> int:
+        return self.tile_size
 
     @classmethod
     def from_checkpoint(cls, cfg: VLMConfig, images: Settings, videos: Settings) -> "TileProcessor":
