@@ -47,9 +47,10 @@ class Pair:
     Args:
         places: regions and positions by names of your own, beside the groups every input has.
         by: how positions correspond. "columns": both inputs have the same columns, with images of the same sizes in
-            the same places and as many tokens appended. "groups": stretches of text between images correspond where they are of one length, and
-            so do `question`, `assistant_header`, `final` and `generated`; image tokens correspond to those at the same
-            place of the picture, whatever the two grids. Positions without counterpart cannot be patched.
+            the same places and as many tokens appended. "groups": stretches of text between images correspond where
+            they are of one length, and so do `question`, `assistant_header`, `final` and `generated`; image tokens
+            correspond to those at the same place of the picture, whatever the two grids. Positions without counterpart
+            cannot be patched.
 
     Raises:
         InputError: the inputs cannot be aligned, or a place has the name of a group.

@@ -146,7 +146,7 @@ def test_crops_correspond_by_place_in_the_picture() -> None:
     for token in range(base.n_tokens):
         (x0, y0, x1, y1) = base.boxes[token]
         x, y = (x0 + x1) / 2 / 96, (y0 + y1) / 2 / 32
-        name = base.part_of(token) if base.part_of(token) in ("tiles", "crop 0", "crop 1") else "tiles"
+        name: Any = base.part_of(token) if base.part_of(token) in ("tiles", "crop 0", "crop 1") else "tiles"
         other = [int(t) for t in source.tokens_of(name) if within(source.boxes[int(t)], x * 64, y * 32)]
         assert found[token] == (other[0] if other else -1)
 
