@@ -1,8 +1,9 @@
-"""Whole checkpoint folders of the LLaVA families, of Idefics3, SmolVLM and Qwen3-VL: random weights, a tokenizer that
-reads any question, the published chat template, the settings of pictures; and pictures annotated with what such a model
-calls them."""
+"""Whole checkpoint folders of LLaVA's families, Gemma 3, PaliGemma 2, Idefics3, SmolVLM and Qwen3-VL: random weights, a
+tokenizer that reads any question, the published chat template, the settings of pictures; and pictures annotated with
+what such a model calls them."""
 
 import json
+import math
 from collections.abc import Sequence
 from copy import deepcopy
 from dataclasses import dataclass
@@ -12,17 +13,22 @@ from string import printable
 from typing import Any
 
 import numpy as np
+import reading_gemma
 import tiny_anyres
+import tiny_gemma3
 import tiny_idefics3
 import tiny_llava
+import tiny_paligemma
 import tiny_qwen3_vl
 import torch
 from PIL import Image
-from prompt_templates import SMOLVLM, TEMPLATES, VICUNA
+from prompt_templates import GEMMA3, SMOLVLM, TEMPLATES, VICUNA
 from tiny import randomise
 from tokenizers import Tokenizer, decoders, models, normalizers
 from transformers import PreTrainedTokenizerFast
+from transformers.models.gemma3.image_processing_pil_gemma3 import Gemma3ImageProcessorPil
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
+from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
 from hooked_vlm import HookedVLM
 from hooked_vlm.experiments.head_attribution.tasks import ONE_WORD
@@ -37,11 +43,15 @@ REFERENCES = {
     "llava-onevision": tiny_anyres.tiny_onevision,
     "idefics3": partial(tiny_idefics3.tiny_hf, "idefics3"),
     "smolvlm": partial(tiny_idefics3.tiny_hf, "smolvlm"),
+    "gemma3": partial(tiny_gemma3.tiny_hf, False),
+    "paligemma2": partial(tiny_paligemma.tiny_hf, "gemma2", False),
 }
 PROCESSORS = {
     "llava": LlavaImageProcessorPil(size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28}),
     "llava-next": tiny_anyres.NEXT_PROCESSOR,
     "llava-onevision": tiny_anyres.ONEVISION_PROCESSOR,
+    "gemma3": Gemma3ImageProcessorPil(size=dict.fromkeys(("height", "width"), tiny_gemma3.SIDE)),
+    "paligemma2": SiglipImageProcessorPil(size=dict.fromkeys(("height", "width"), tiny_paligemma.SIDE)),
     **{name: made(**tiny_idefics3.SETTINGS) for name, made in tiny_idefics3.OF_TRANSFORMERS.items()},
 }
 SIZE = (60, 33)
@@ -88,12 +98,21 @@ def smol(template: str, tags: Sequence[str] = TAGS) -> Any:
     return wrapped
 
 
-TOKENIZERS = {
+def gemma(template: str | None, image: str) -> Any:
+    """Letter by letter; PaliGemma has no template."""
+    wrapped = reading_gemma.tokenizer(image)
+    wrapped.chat_template = template
+    return wrapped
+
+
+TOKENIZERS: dict[str, tuple[Any, Any]] = {
     "llava": (sentencepiece_like, VICUNA),
     "llava-next": (sentencepiece_like, TEMPLATES["mistral"]),
     "llava-onevision": (byte_level, TEMPLATES["onevision, converted"]),
     "idefics3": (partial(smol, tags=()), SMOLVLM),
     "smolvlm": (smol, SMOLVLM),
+    "gemma3": (partial(gemma, image="<image_soft_token>"), GEMMA3),
+    "paligemma2": (partial(gemma, image="<image>"), None),
 }
 
 
@@ -115,11 +134,12 @@ def _with_vocabulary_of(hf: Any, tokenizer: Any) -> Any:
     own = {"vocab_size": len(tokenizer), "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
     for name, value in {**own, "max_position_embeddings": 512}.items():
         setattr(config.text_config, name, value)
-    config.image_token_id = tokenizer.convert_tokens_to_ids("<image>")
+    config.image_token_id = tokenizer.convert_tokens_to_ids(getattr(tokenizer, "image_token", None) or "<image>")
     if "<video>" in tokenizer.get_vocab():
         config.video_token_id = tokenizer.convert_tokens_to_ids("<video>")
     made = type(hf)._from_config(config, attn_implementation="eager").eval()
     randomise(made)
+    tiny_gemma3.with_offsets(made)
     made.generation_config.eos_token_id = tokenizer.eos_token_id
     made.generation_config.pad_token_id = tokenizer.pad_token_id
     return made
@@ -141,13 +161,18 @@ def save_named(family: str, folder: Path, n: int = 3) -> Named:
     pictures = [rng.integers(0, 256, (SIZE[1], SIZE[0], 3), dtype=np.uint8) for _ in range(n)]
     pictures = [Image.fromarray(pixels) for pixels in (*pictures, *(touched(pixels) for pixels in pictures))]
     names, end = (*OBJECTS[:n], *OBJECTS[:n]), model.cfg.eos_token_ids[0]
-    known: Any = model.tokenizer
-    known = known.get_vocab()
-    tokens = [known.get("▁" + name, known.get(name)) for name in names]
     asked = [model.to_inputs(ONE_WORD, images=picture) for picture in pictures]
-    teach(model, [(inputs, (token, end)) for inputs, token in zip(asked, tokens, strict=True)])
+    teach(model, [(inputs, (*said(model, name), end)) for inputs, name in zip(asked, names, strict=True)])
     model.save_pretrained(folder / "model")
     return Named(folder / "model", *annotated(pictures, names, folder / "coco"))
+
+
+def said(model: HookedVLM, name: str) -> list[int]:
+    """The tokens of a name: one where the vocabulary has it, otherwise its letters."""
+    tokenizer: Any = model.tokenizer
+    known = tokenizer.get_vocab()
+    one = known.get("▁" + name, known.get(name))
+    return tokenizer(name, add_special_tokens=False)["input_ids"] if one is None else [one]
 
 
 def touched(pixels: np.ndarray) -> np.ndarray:
@@ -159,12 +184,13 @@ def touched(pixels: np.ndarray) -> np.ndarray:
 def teach(model: HookedVLM, lessons: Sequence[tuple[Any, Sequence[int]]]) -> None:
     """Set the unembedding such that the model continues inputs of one row by these tokens, with logits of 10, and of 0
     for the first one where no head sees the pictures."""
-    nothing_seen = ReplaceImageKV(all_heads(model))
+    nothing_seen, cap = ReplaceImageKV(all_heads(model)), model.cfg.output_logits_soft_cap
+    ten = 10.0 if cap is None else cap * math.atanh(10 / cap)
     read, wanted = [], []
     for inputs, reply in lessons:
         _, cache = model.run_with_cache(inputs.append([list(reply)]), return_type=None)
         read.append(model.ln_final(cache["resid_post", -1][0, -len(reply) - 1 : -1]))
-        wanted.append(10 * torch.eye(model.cfg.d_vocab)[list(reply)])
+        wanted.append(ten * torch.eye(model.cfg.d_vocab)[list(reply)])
         with model.hooks(nothing_seen.hooks(model, inputs)):
             _, cache = model.run_with_cache(inputs, return_type=None)
         read.append(model.ln_final(cache["resid_post", -1][0, -1:]))

@@ -130,7 +130,7 @@ The arithmetic, with s bytes to a number (2 in bfloat16), n tokens and P patches
 - GPUs: blocks are laid out in order, each whole on one GPU with its share of the caches; every GPU keeps room for the
   activations of a pass, and a tenth of it stays free for CUDA and the allocator. Workspaces of kernels are not counted.
 
-Weights, key-value cache and full cache equal what is allocated, byte for byte, in the tests' models of both families;
+Weights, key-value cache and full cache equal what is allocated, byte for byte, in models of several families;
 activations are an upper bound within a tenth of the measured peak. The last columns were not checked on a GPU.
 """
 

@@ -133,7 +133,7 @@ def _edges(report: Report, found: Measured, config: HeadAttributionConfig) -> Fi
         "Order of the flow: attention from one group to another is blocked in a window of layers. An edge's mean layer "
         "is the mean centre of the windows, weighted by the loss; a picture on which all windows together lose less "
         f"than {MIN_LOSS:.0%} of the image's effect, or to which the image adds less than {MIN_GAP}, has none. Blocked "
-        "scores are minus infinity, for any baseline."
+        "scores are minus infinity, for any baseline." + _handed_on(found)
     )
     if len(sliding):
         grid = sliding.pivot_table(index="edge", columns="first", values="value", sort=False)
@@ -162,6 +162,17 @@ def _edges(report: Report, found: Measured, config: HeadAttributionConfig) -> Fi
         report.text(order)
         findings[f"layers from {early} to {late}"] = difference
     return findings
+
+
+def _handed_on(found: Measured) -> str:
+    """What a blocked edge leaves open where image tokens see the text."""
+    if found.probes[0].model.cfg.bidirectional != "prompt":
+        return ""
+    return (
+        " The tokens of this model's prompts see each other both ways: image tokens read the question, too, and can "
+        "hand it on, so that a blocked edge cuts the direct way alone, and what comes from the image later may hold "
+        "what the text says."
+    )
 
 
 def _image(report: Report, found: Measured, config: HeadAttributionConfig) -> Findings:

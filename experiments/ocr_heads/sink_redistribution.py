@@ -41,7 +41,7 @@ def sink(study: Study, config: SinkConfig) -> Finding:
     notes = [*held, *(line for own in chosen for line in own.describe())]
     about = [
         *notes,
-        "The sink is the first token. " + _rule(study),
+        f"The sink is {first_token(study.model)}. {_rule(study)}",
         "Attention on the first token is measured at the last position of each prompt, where the answer begins, and as "
         f"the mean over up to {QUERIES} positions spread over the prompt (early ones see few other tokens). Little "
         "attention on the first token leaves little to redistribute.",
@@ -113,12 +113,18 @@ def redistribution(model: HookedVLM, beta: float, compat: bool) -> Callable[[tup
     return partial(RedistributeSink, beta=beta, **options)
 
 
+def first_token(model: HookedVLM) -> str:
+    """The sink in words: the prompts of a style without chats begin with their pictures."""
+    plain = model.input_builder.text.style.plain
+    return "the first token" + (", one of the picture's in this model's prompts that have one" if plain else "")
+
+
 def _rule(study: Study) -> str:
     """What becomes of causality, in words."""
     if not study.config.compat:
         return (
-            "A query that sees no other token keeps its attention, so causality holds (the published code spreads it "
-            "over later tokens, and has no causal mask over the prompt of Qwen2-VL: --compat)."
+            "A query that sees no other token keeps its attention, so that none sees more than before (the published "
+            "code spreads it over later tokens, and has no causal mask over the prompt of Qwen2-VL: --compat)."
         )
     if official_code(study.model).sink.get("causal", True):
         return "As in the published code, a query that sees no other token spreads its attention over later ones."

@@ -1,5 +1,6 @@
 """Splitting a batch of inputs into rows, each with its images, and joining rows into a batch."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -36,6 +37,22 @@ class Row:
     mask: Tensor
     n_generated: int
     slices: list[ImageSlice]
+
+
+def checked_counts(n_generated: Sequence[int], first: Sequence[int], stop: Sequence[int]) -> tuple[int, ...]:
+    """The number of tokens appended to each row, whose tokens lie at first <= pos < stop; by default none.
+
+    Raises:
+        InputError: not one number for each row, or more than a row has tokens.
+    """
+    lengths = [end - begin for begin, end in zip(first, stop, strict=True)]
+    counts = tuple(n_generated) or (0,) * len(lengths)
+    if len(counts) != len(lengths) or any(not 0 <= n <= most for n, most in zip(counts, lengths, strict=True)):
+        raise InputError(
+            f"n_generated counts the tokens appended to each of {len(lengths)} rows, which have "
+            f"{', '.join(map(str, lengths))} tokens; got {counts}"
+        )
+    return counts
 
 
 def rows_of(inputs: "VLMInputs") -> list[Row]:

@@ -291,17 +291,23 @@ class InputBuilder:
             *videos,
             image_layouts=layouts,
             video_layouts=timed,
-            n_generated=self._n_suffix(mask, self._tensor(batch, "token_type_ids")),
+            n_generated=self._n_suffix(mask, batch),
         )
 
-    def _n_suffix(self, mask: Tensor, types: Tensor | None) -> tuple[int, ...]:
+    def _n_suffix(self, mask: Tensor, batch: Mapping[str, Any]) -> tuple[int, ...]:
         """Number of tokens behind the prompt of each row, of models whose prompts are seen both ways: those of type 1.
 
         Raises:
-            InputError: they do not end their row.
+            InputError: they do not end their row, or there are labels, hence an answer, and no types.
         """
-        if self.cfg.bidirectional != "prompt" or types is None:
+        types = self._tensor(batch, "token_type_ids")
+        if self.cfg.bidirectional != "prompt" or (types is None and batch.get("labels") is None):
             return ()
+        if types is None:
+            raise InputError(
+                "this batch has labels, so that an answer follows each prompt, but no token_type_ids that say where it "
+                "begins: it would be seen as a part of the prompt. Call the processor with return_token_type_ids=True"
+            )
         types = (types.reshape(mask.shape) == 1) & mask.bool()
         counts, (_, stop) = types.sum(1).tolist(), real_span(mask)
         if any(not types[row, end - n : end].all() for row, (n, end) in enumerate(zip(counts, stop, strict=True))):

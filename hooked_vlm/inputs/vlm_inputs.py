@@ -19,7 +19,7 @@ from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
 from hooked_vlm.errors import InputError
-from hooked_vlm.inputs.batching import join, rows_of
+from hooked_vlm.inputs.batching import checked_counts, join, rows_of
 from hooked_vlm.inputs.boxes import Box, Part
 from hooked_vlm.inputs.edits import Answer, append_answer, replace_image
 from hooked_vlm.inputs.geometry import ImageLayout, features_of
@@ -38,7 +38,7 @@ class VLMInputs:
     must lie at the ends of a row.
 
     Raises:
-        InputError: images and placeholders disagree, or the mask has holes.
+        InputError: images and placeholders disagree, the mask has holes, or `n_generated` does not fit the rows.
     """
 
     tokens: Int[Tensor, "batch pos"]
@@ -78,11 +78,10 @@ class VLMInputs:
                 f"tokens and attention_mask must both be [batch, pos], got {tuple(self.tokens.shape)} "
                 f"and {tuple(self.attention_mask.shape)}"
             )
-        if not self.n_generated:
-            set_(self, "n_generated", (0,) * len(self.tokens))
         first, stop = real_span(self.attention_mask)
         set_(self, "first", first)
         set_(self, "stop", stop)
+        set_(self, "n_generated", checked_counts(self.n_generated, first, stop))
         pictures: dict[Kind, Any] = {"image": self._placed("image"), "video": self._placed("video")}
         set_(self, "image_layouts", tuple(pictures["image"][1]) or None)
         set_(self, "video_layouts", tuple(pictures["video"][1]) or None)

@@ -100,8 +100,10 @@ class RedistributeSink(EditedPattern):
         return super().edits(model, inputs, layer)
 
     def pattern(self, call: AttentionCall, queries: Tensor, heads: Sequence[int]) -> Tensor:
-        mask = call.mask if self.causal else replace(call.mask, causal=False, blocks=None)
-        return replace(call, mask=mask).pattern(queries, heads)
+        if self.causal:
+            return call.pattern(queries, heads)
+        one_block = torch.zeros(len(call.k), call.k.shape[1], dtype=torch.long, device=call.k.device)
+        return replace(call, mask=replace(call.mask, causal=True, blocks=one_block)).pattern(queries, heads)
 
     def edit_pattern(self, pattern: Tensor, call: AttentionCall, queries: Tensor, inputs: VLMInputs) -> Tensor:
         sinks = torch.tensor(inputs.first, device=pattern.device) + self.sink

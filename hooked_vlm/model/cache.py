@@ -251,12 +251,14 @@ class VLMCache(DerivingCache):
         if not block.post_norms:
             return super().get_neuron_results(layer, neuron_slice, pos_slice, project_output_onto)
         at = pos_slice if isinstance(pos_slice, Slice) else Slice(pos_slice)
-        scale = at.apply(self._post_scale(layer, "ln2_post"), dim=-2)  # [..., 1]
-        if project_output_onto is None:
-            return block.ln2_post.frozen(super().get_neuron_results(layer, neuron_slice, at), scale[..., None, :])
-        weighted = (block.ln2_post.factor * project_output_onto.T).T.to(project_output_onto.dtype)
-        results = super().get_neuron_results(layer, neuron_slice, at, weighted)
-        return (results / (scale if weighted.ndim == 1 else scale[..., None])).to(results.dtype)
+        scale = at.apply(self._post_scale(layer, "ln2_post")[..., 0], dim=-1)  # [...]
+        onto, factor = project_output_onto, block.ln2_post.factor
+        if onto is not None:
+            factor = factor.to(onto.device) if onto.ndim == 1 else factor[:, None].to(onto.device)
+            onto = (factor * onto).to(onto.dtype)
+        results = super().get_neuron_results(layer, neuron_slice, at, onto)  # [..., neuron, d_model or direction]
+        scale = scale[(..., *[None] * (results.ndim - scale.ndim))].to(results.device)
+        return (results / scale * (factor.to(results.device) if onto is None else 1)).to(results.dtype)
 
     def _post_scale(self, layer: int, norm: str) -> Float[Tensor, "*batch pos 1"]:
         """The denominator of a norm behind attention or MLP.

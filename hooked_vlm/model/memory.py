@@ -8,11 +8,14 @@ With s bytes to a number, n tokens and, on the image side, P patches of all imag
   whichever of three is largest: the MLP of a language block, n (5 d_model + 4 d_mlp + 2 d_head) s; that of a vision
   block, P ((5 d_model + k d_mlp) s + 4 (d_patch + 2 d_head)) + n (d_model + 2 d_head) s with k = 2 (3 for
   quick_gelu, 4 with a gate; pixels and angles are float32), and P d_model s for each block that DeepStack reads; the
-  logits, n (2 d_model + d_vocab) s;
+  logits, n (2 d_model + d_vocab) s. Where scores have a soft cap, which no fused kernel knows, also the attention of a
+  language block, n (2 d_model + 2 (heads + key-value heads) d_head) s + 2 n^2 for masks + (3 s + 4) for each of its
+  heads x n x n scores, of which at most 2^24 are alive at a time;
 - full cache, what `run_with_cache` stores by default: the hook table with numbers for its axes, without
-  `hook_resid_pre`, which is the tensor of the hook point before it;
-- gradients, for `run_with_cache(..., incl_bwd=True)`: one for every weight and for every number of the full cache; and
-  `hook_resid_pre`, of which hooks then get copies, with its gradient.
+  `hook_resid_pre` (and `hook_attn_out` and `hook_mlp_out` behind norms), which are the tensor of the hook point before;
+- gradients, for `run_with_cache(..., incl_bwd=True)`: one for every weight and for every number of the full cache;
+  hook points left out there, of which hooks then get copies, with their gradients; and under a soft cap what backward
+  needs of every layer's heads x n x n scores, 2 s + 4 each (2 s in float32).
 
 Workspaces of kernels and what CUDA takes for itself are not in it: `n_gpus` leaves a tenth of each GPU free.
 """
@@ -24,9 +27,11 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from hooked_vlm.config import VLMConfig
 from hooked_vlm.model.hook_catalogue import HookRow, hook_table
 from hooked_vlm.model.hook_shapes import PromptSize, filled, layers_of
 from hooked_vlm.nn.hooks import is_encoder, is_quadratic
+from hooked_vlm.nn.scores import AT_ONCE
 
 if TYPE_CHECKING:
     from hooked_vlm.model.vlm import HookedVLM
@@ -55,14 +60,15 @@ def memory_plan(model: "HookedVLM", prompt: PromptSize, dtype: torch.dtype) -> M
     """Memory of a forward pass over one prompt; `model` may be on the meta device."""
     weights = sum(parameter.numel() for parameter in model.parameters()) * dtype.itemsize
     stored = sum(_cached_bytes(row, model, prompt, dtype) for row in cached_rows(model))
-    copies = sum(_cached_bytes(row, model, prompt, dtype) for row in cached_rows(model) if _is_shared(row))
+    copies = sum(_cached_bytes(row, model, prompt, dtype) for row in cached_rows(model) if _is_shared(row, model))
+    scores = model.cfg.n_layers * _kept_score_bytes(model, prompt, dtype)
     full_cache = stored - copies
     return MemoryPlan(
         weights=weights,
         kv_cache=_kv_bytes(model, prompt.n_tokens, dtype),
         activations=_activation_bytes(model, prompt, dtype),
         full_cache=full_cache,
-        gradients=weights + full_cache + 2 * copies,
+        gradients=weights + full_cache + 2 * copies + scores,
     )
 
 
@@ -72,24 +78,39 @@ def cached_rows(model: "HookedVLM") -> list[HookRow]:
 
 
 def _cached_bytes(row: HookRow, model: "HookedVLM", prompt: PromptSize, dtype: torch.dtype) -> int:
-    """Bytes in all layers together. Denominators of norms, and inputs of a LayerNorm's weight, are float32 at least."""
-    in_float32 = row.name.endswith("hook_scale") or (row.name.endswith("hook_normalized") and _centered(row, model))
+    """Bytes in all layers together. Denominators of norms are float32 at least, and so is what some multiply."""
+    in_float32 = row.name.endswith("hook_scale") or (row.name.endswith("hook_normalized") and _rounds_last(row, model))
     stored = torch.promote_types(dtype, torch.float32) if in_float32 else dtype
     shape = [int(size) for size in filled(row, model.cfg, prompt)]
     return math.prod(shape) * layers_of(row, model.cfg) * stored.itemsize
 
 
-def _is_shared(row: HookRow) -> bool:
-    """Whether a hook point's tensor is that of the point before it: the stream that enters a block."""
-    return row.name.endswith("hook_resid_pre")
+def _is_shared(row: HookRow, model: "HookedVLM") -> bool:
+    """Whether a hook point's tensor is that of the point before it: the stream that enters a block, or what a norm
+    behind attention or MLP gives."""
+    behind_norms = model.cfg.use_normalization_before_and_after and not is_encoder(row.name)
+    return row.name.endswith("hook_resid_pre") or (
+        behind_norms and row.name.endswith((".hook_attn_out", ".hook_mlp_out"))
+    )
 
 
-def _centered(row: HookRow, model: "HookedVLM") -> bool:
-    """Whether a norm's hook point belongs to a LayerNorm."""
+def _rounds_last(row: HookRow, model: "HookedVLM") -> bool:
+    """Whether a hook point's norm multiplies in float32: a LayerNorm, or an RMSNorm whose weights are offsets."""
     vision = model.cfg.vision
     if vision is None or not is_encoder(row.name):
-        return False
-    return (vision.projector_norm_type if row.name.startswith("projector.") else vision.normalization_type) == "LN"
+        return model.cfg.rmsnorm_uses_offset
+    if row.name.startswith("projector."):
+        return vision.projector_norm_type == "LN" or vision.projector_norm_offset
+    return vision.normalization_type == "LN"
+
+
+def _kept_score_bytes(model: "HookedVLM", prompt: PromptSize, dtype: torch.dtype) -> int:
+    """Bytes of a layer's scores that backward needs, where attention is written out: tanh and softmax, and the pattern
+    where it is rounded."""
+    if model.cfg.attn_scores_soft_cap is None:
+        return 0
+    rounded = dtype.itemsize < 4
+    return model.cfg.n_heads * prompt.n_tokens**2 * (2 * dtype.itemsize + (4 if rounded else 0))
 
 
 def _kv_bytes(model: "HookedVLM", n_tokens: int, dtype: torch.dtype) -> int:
@@ -102,6 +123,10 @@ def _activation_bytes(model: "HookedVLM", prompt: PromptSize, dtype: torch.dtype
     positions = 8 * (n + 1)
     block = n * (5 * cfg.d_model + 4 * cfg.d_mlp + 2 * cfg.d_head) * dtype.itemsize
     logits = n * (2 * cfg.d_model + cfg.d_vocab) * dtype.itemsize
+    if cfg.attn_scores_soft_cap is not None:
+        width = 2 * cfg.d_model + 2 * (cfg.n_heads + cfg.n_key_value_heads) * cfg.d_head
+        scores = _written_out_scores(cfg, n) * (3 * dtype.itemsize + 4)
+        block = max(block, n * width * dtype.itemsize + 2 * n**2 + scores)
     if vision is None or not prompt.n_images:
         return positions + max(block, logits)
     wide = 4 if vision.gated_mlp else 3 if vision.act_fn == "quick_gelu" else 2
@@ -111,6 +136,11 @@ def _activation_bytes(model: "HookedVLM", prompt: PromptSize, dtype: torch.dtype
     waiting += cfg.n_deepstack * prompt.n_images * prompt.n_patches * vision.d_model * dtype.itemsize
     tower = prompt.n_images * prompt.n_patches * per_patch + waiting
     return positions + max(block, logits, tower)
+
+
+def _written_out_scores(cfg: VLMConfig, n: int) -> int:
+    """Number of scores alive at a time where no fused kernel makes them."""
+    return cfg.n_heads * n * min(n, max(1, AT_ONCE // (cfg.n_heads * n)))
 
 
 # ---------------------------------------------------------------- several GPUs
@@ -143,7 +173,8 @@ def _layer_bytes(
         parts[part] = parts.get(part, 0) + copies * parameter.numel() * dtype.itemsize
     for layer in range(model.cfg.n_layers):
         parts[f"blocks.{layer}"] += _kv_bytes(model, prompt.n_tokens, dtype) // model.cfg.n_layers
-    stored = [row for row in cached_rows(model) if gradients or (full_cache and not _is_shared(row))]
+        parts[f"blocks.{layer}"] += _kept_score_bytes(model, prompt, dtype) if gradients else 0
+    stored = [row for row in cached_rows(model) if gradients or (full_cache and not _is_shared(row, model))]
     for row in stored:
         n_layers = layers_of(row, model.cfg)
         for layer in range(n_layers):

@@ -47,9 +47,10 @@ class Pair:
     Args:
         places: regions and positions by names of your own, beside the groups every input has.
         by: how positions correspond. "columns": both inputs have the same columns, with images of the same sizes in
-            the same places. "groups": stretches of text between images correspond where they are of one length, and
-            so do `question`, `assistant_header`, `final` and `generated`; image tokens correspond to those at the same
-            place of the picture, whatever the two grids. Positions without counterpart cannot be patched.
+            the same places and as many tokens appended. "groups": stretches of text between images correspond where
+            they are of one length, and so do `question`, `assistant_header`, `final` and `generated`; image tokens
+            correspond to those at the same place of the picture, whatever the two grids. Positions without counterpart
+            cannot be patched.
 
     Raises:
         InputError: the inputs cannot be aligned, or a place has the name of a group.
@@ -73,7 +74,9 @@ class Pair:
         for name, place in self.places.items():
             _check_place(name, place)
         for row in range(len(self.clean)):
-            if self.by == "columns" and not same_columns(self.clean, row, self.corrupt, row):
+            appended = [side.n_generated[row] for side in (self.clean, self.corrupt)]
+            alike = appended[0] == appended[1] and same_columns(self.clean, row, self.corrupt, row)
+            if self.by == "columns" and not alike:
                 raise InputError(_misaligned(self.clean, self.corrupt, row))
             kinds = [[v.kind for v in _visuals(side, row)] for side in (self.clean, self.corrupt)]
             if kinds[0] != kinds[1]:
@@ -137,7 +140,7 @@ def _visuals(inputs: VLMInputs, row: int) -> list[Visual]:
 def _misaligned(clean: VLMInputs, corrupt: VLMInputs, row: int) -> str:
     return (
         f"clean and corrupt do not have the same columns in row {row}: clean is {_described(clean, row)}, corrupt is "
-        f"{_described(corrupt, row)}. Give both prompts the same number of tokens and both images the same size "
+        f"{_described(corrupt, row)}. Give both prompts (and answers) the same number of tokens, images one size "
         '(corrupt = clean.with_image(0, picture)), or let them correspond by groups: Pair(..., by="groups")'
     )
 
@@ -146,7 +149,8 @@ def _described(inputs: VLMInputs, row: int) -> str:
     parts = [f"{v.kind} of {_shape(v)} tokens at {v.start}" for v in _visuals(inputs, row)]
     padded = inputs.shape[1] - (inputs.stop[row] - inputs.first[row])
     padding = f", {padded} of them padding" if padded else ""
-    return f"{len(inputs)} x {inputs.shape[1]} tokens{padding} ({'; '.join(parts) or 'no image'})"
+    appended = f", {inputs.n_generated[row]} of them appended" if inputs.n_generated[row] else ""
+    return f"{len(inputs)} x {inputs.shape[1]} tokens{padding}{appended} ({'; '.join(parts) or 'no image'})"
 
 
 def _shape(visual: Visual) -> str:

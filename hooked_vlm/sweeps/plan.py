@@ -52,6 +52,8 @@ class SweepPlan:
     """Whether all interventions read the positions in their hook context."""
     encodes: bool
     """Whether there are images that are not encoded yet."""
+    earlier: int = 0
+    """Number of runs that begin before their first change, where tokens before it see it."""
 
     @property
     def encoder_runs(self) -> tuple[int, ...]:
@@ -97,6 +99,11 @@ class SweepPlan:
                 f"{len(batch.runs)} runs in one batch: {reused if batch.first_position else ''}"
                 f"{_joining(batch.layers, self.n_layers)}"
             )
+        if self.earlier:
+            lines.append(
+                f"{self.earlier} runs begin before their first change, at the first of the tokens that see each other "
+                "both ways"
+            )
         if self.narrow_end:
             lines.append("last block: queries of the last position only")
         share = self.naive_work / self.work if self.work else 1.0
@@ -134,10 +141,9 @@ def make_plan(
     n_positions, n_layers = inputs.shape[1], model.cfg.n_layers
     foreign = bool(foreign_module(model))  # an adapter or an SAE, which may look at all positions of a row
     spans = block_spans(model.cfg, inputs)
-    begins = [
-        (iv.first_layer(model, inputs), 0 if foreign else first_seen(iv.first_position(model, inputs), spans))
-        for iv in interventions
-    ]
+    changes = [(iv.first_layer(model, inputs), iv.first_position(model, inputs)) for iv in interventions]
+    begins = [(layer, 0 if foreign else first_seen(position, spans)) for layer, position in changes]
+    earlier = sum(layer != ENCODER and first_seen(position, spans) < position for layer, position in changes)
     end = min(inputs.stop) - 1  # every row's last position is computed
     rest = sorted((min(p, end), layer, i) for i, (layer, p) in enumerate(begins) if layer != ENCODER)
     groups: list[list[tuple[int, int, int]]] = []
@@ -158,7 +164,7 @@ def make_plan(
     find_positions = all(iv.position_aware for iv in interventions)
     narrow = logits_at == "last" and find_positions and not foreign and min(inputs.stop) == n_positions
     encodes = inputs.has_visuals and inputs.image_features is None
-    return SweepPlan(tuple(batches), len(inputs), n_positions, n_layers, narrow, find_positions, encodes)
+    return SweepPlan(tuple(batches), len(inputs), n_positions, n_layers, narrow, find_positions, encodes, earlier)
 
 
 def _encoder_batches(

@@ -199,6 +199,15 @@ def test_token_types_that_are_no_suffix_are_refused() -> None:
         model.inputs_from_hf({**batch, "token_type_ids": types})
 
 
+def test_an_answer_whose_beginning_nobody_says_is_refused() -> None:
+    """It would be seen as a part of the prompt, without a word."""
+    model, theirs = paligemma()
+    batch = theirs(text=["is red?"], images=[[WIDE]], suffix=["no"], return_tensors="pt")
+    without = {name: x for name, x in batch.items() if name != "token_type_ids"}
+    with pytest.raises(InputError, match=r"labels.*return_token_type_ids=True"):
+        model.inputs_from_hf(without)
+
+
 def test_question_and_header_of_paligemma_are_found() -> None:
     model, _ = paligemma()
     inputs = model.to_inputs(["detect a <loc0012> cat", "a"], images=[WIDE, SMALL])

@@ -130,6 +130,13 @@ def test_what_is_made_from_inputs_leaves_them_as_they_were(batch):
 # ---- refused at the door ----
 
 
+@pytest.mark.parametrize("n_generated", [(1,), (1, 1, 1, 1, 1), (-1, 0, 0, 0), (500, 0, 0, 0)])
+def test_no_more_tokens_are_appended_than_there_are(batch, n_generated):
+    assert len(batch) == 4
+    with pytest.raises(InputError, match=r"n_generated.*each of 4 rows"):
+        replace(batch, n_generated=n_generated)
+
+
 @pytest.mark.parametrize(
     ("mask", "says"),
     [

@@ -1,5 +1,6 @@
 """Every intervention does what a literal few lines do, in both families, and acts in generation."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -7,7 +8,8 @@ import torch
 from by_hand import keys_seen
 from by_hand import scores as scores_of
 from every_kind import HEADS, KINDS, of_every_kind, some_of_the_image
-from families import ROWS, model_and_inputs
+from families import ROWS, inputs_of, model_and_inputs
+from families import tiny_model as model_of
 from tiny_qwen2_vl import PADDED, inputs, tiny_model
 from torch import Tensor
 
@@ -326,6 +328,22 @@ def test_sink_redistribution_as_the_papers_code_does_it(case: tuple[Any, Any], c
     names = [("blocks.1.attn.hook_rot_q", keep), ("blocks.1.attn.hook_rot_k", keep)]
     expected = by_hand(model, batch, [*names, ("blocks.1.attn.hook_pattern", literal)])
     same(model, batch, RedistributeSink(((1, 2),), beta, causal=causal, alone=alone), expected)
+
+
+def test_without_a_causal_mask_no_window_hides_what_the_mask_shows() -> None:
+    """A prompt that sees itself both ways does so in spite of windows. Without a causal mask an answer is as if it were
+    a part of the prompt."""
+    model, prompt = model_of("paligemma2"), inputs_of("paligemma2", [["small", 7, 8]])
+    assert model.cfg.kind_of(0).window < prompt.shape[1]
+    answered, found = prompt.append([9, 10]), []
+
+    def keep(z: Tensor, hook: Any) -> None:
+        found.append(z[:, :, 1].clone())
+
+    iv = RedistributeSink(((0, 1),), 1.0, causal=False)
+    by_hand(model, answered, [*iv.hooks(model, answered), ("blocks.0.attn.hook_z", keep)])
+    by_hand(model, replace(answered, n_generated=(0,)), [("blocks.0.attn.hook_z", keep)])
+    torch.testing.assert_close(*found, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("positions", [None, "text", "final"])

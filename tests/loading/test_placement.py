@@ -105,9 +105,21 @@ def rotated(x: Tensor, hook: Any) -> Tensor:
     return x.roll(1, -1) * torch.linspace(0.5, 1, x.shape[-1], device=x.device)
 
 
+def with_loss(model: Any, inputs: Any) -> Any:
+    """Inputs that have a loss: a prompt whose tokens see each other both ways has none, an answer has."""
+    if model.cfg.bidirectional != "prompt":
+        return inputs
+    return replace(inputs, n_generated=tuple(b - a for a, b in zip(inputs.first, inputs.stop, strict=True)))
+
+
 def forward(model: Any, inputs: Any) -> Any:
     answer = torch.tensor([[5, 6]] * len(inputs))
-    return model(inputs, return_type="both"), model(inputs, logits_at="last"), model.log_probs(inputs, answer)
+    return (
+        model(inputs),
+        model(with_loss(model, inputs), return_type="both"),
+        model(inputs, logits_at="last"),
+        model.log_probs(inputs, answer),
+    )
 
 
 def start_and_stop(model: Any, inputs: Any) -> Any:
@@ -150,7 +162,8 @@ def cache_tools(model: Any, inputs: Any) -> Any:
 def gradients(model: Any, inputs: Any) -> Any:
     names = ["vision.blocks.1.hook_resid_post", "blocks.0.hook_resid_pre", "blocks.2.attn.hook_z"]
     with torch.enable_grad():
-        found = model.run_with_cache(inputs, names_filter=names, incl_bwd=True, return_type="loss")[1]
+        inputs_with_loss = with_loss(model, inputs)
+        found = model.run_with_cache(inputs_with_loss, names_filter=names, incl_bwd=True, return_type="loss")[1]
     model.zero_grad()
     pair = Pair(inputs, replace(inputs, pixel_values=inputs.pixel_values.flip(0)))
     estimated = attribute(model, pair, "resid_pre", log_prob(7), where="final", check=0)

@@ -11,7 +11,7 @@ import tiny_qwen2_vl as tiny
 import torch
 import towers
 import transformers
-from families import KINDS, plain_first, tiny_model
+from families import KINDS, inputs_of, own_copy, plain_first, tiny_model
 from largest import Largest
 from PIL import Image
 from torch import Tensor
@@ -129,6 +129,27 @@ def test_gradients_have_room(name: str) -> None:
     assert 0.9 * (plan.full_cache + plan.gradients) <= made.peak <= plan.total(gradients=True) - plan.weights
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("kind", ["gemma3", "paligemma", "paligemma2"])
+def test_norms_behind_attention_and_soft_caps_have_room(kind: str, dtype: torch.dtype) -> None:
+    """Gemma's norms multiply in float32; under a cap scores are written out, and kept for backward."""
+    model, inputs = own_copy(tiny_model(kind)).to(dtype), inputs_of(kind, [[5, 6, "small", 7, 8]]).to(dtype)
+    n_patches = math.prod(inputs.grids[0][1:])
+    plan = memory_plan(model, PromptSize(inputs.shape[1], 1, n_patches, len(inputs.feature_slots)), dtype)
+    with torch.no_grad():
+        _, cache = model.run_with_cache(inputs)
+    assert plan.full_cache == allocated(all_of(cache))
+    text = VLMInputs(torch.full((1, 250), 5), model.input_spec(), n_generated=(250,))  # no prompt: it has a loss
+    plan = memory_plan(model, PromptSize(250), dtype)
+    with torch.no_grad(), Allocations() as made:
+        model(text)
+    least = 0.9 if kind == "paligemma2" else 0.0
+    assert least * plan.activations <= made.peak and (kind == "gemma3" or made.peak <= 1.01 * plan.activations)
+    with Allocations() as made:
+        model.run_with_cache(text, incl_bwd=True, return_type="loss")
+    assert made.peak <= plan.total(gradients=True) - plan.weights
+
+
 def test_allocations_are_counted_until_they_are_freed() -> None:
     given = torch.zeros(1000)
     with Allocations() as made:
@@ -187,8 +208,8 @@ def test_a_plan_needs_no_weights_and_knows_the_published_sizes() -> None:
     for name, known in KNOWN_MODELS.items():
         model = HookedVLM.without_weights(name)
         assert all(p.is_meta for p in model.parameters())
-        plan = memory_plan(model, PromptSize(1000), torch.bfloat16)
-        assert plan.weights == 2 * known.n_params
+        plan = memory_plan(model, PromptSize(1000), model.dtype)
+        assert plan.weights == model.dtype.itemsize * known.n_params
         cache = model.new_kv_cache(1, 1000)
         assert plan.kv_cache == sum(t.nbytes for t in [*cache.keys, *cache.values])
 

@@ -503,6 +503,11 @@ def test_neuron_results_and_stacked_activations_are_those_of_the_cache():
         written = written / scale * factor(block.ln2_post)
     close(neurons, written)
     close(neurons.sum(-2), cache["mlp_out", 1])
+    close(cache.get_neuron_results(1, 3), written[..., 3, :])
+    close(cache.get_neuron_results(1, 3, pos_slice=-1), written[:, -1, 3])
+    for direction in (model().W_U[:, ANSWER], model().W_U[:, :2]):
+        close(cache.get_neuron_results(1, 3, project_output_onto=direction), written[..., 3, :] @ direction)
+        close(cache.get_neuron_results(1, project_output_onto=direction), written @ direction)
     close(cache.stack_activation("resid_mid"), torch.stack([cache["resid_mid", layer] for layer in range(3)]))
     close(cache.stack_activation("pattern"), torch.stack([cache["pattern", layer] for layer in range(3)]))
 

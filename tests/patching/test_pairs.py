@@ -46,6 +46,13 @@ def test_inputs_with_other_columns_are_refused_with_both_shapes_and_a_way_out(co
     assert "with_image" in str(refused.value) and 'by="groups"' in str(refused.value)
 
 
+def test_an_answer_does_not_correspond_to_a_part_of_a_prompt() -> None:
+    """In PaliGemma the one is causal, the other seen by the whole prompt."""
+    clean = inputs_of("paligemma2", [["small", 6, 7]], 1).append([8, 9])
+    with pytest.raises(InputError, match=r"2 of them appended.*20 tokens \("):
+        Pair(clean, replace(clean, n_generated=(0,)))
+
+
 def test_other_refusals() -> None:
     clean = inputs_of("qwen2-vl", [[5, "small", 7]], 1)
     with pytest.raises(InputError, match=r"clean.*1 rows.*corrupt.*2"):
@@ -139,7 +146,7 @@ def test_crops_correspond_by_place_in_the_picture() -> None:
     for token in range(base.n_tokens):
         (x0, y0, x1, y1) = base.boxes[token]
         x, y = (x0 + x1) / 2 / 96, (y0 + y1) / 2 / 32
-        name = base.part_of(token) if base.part_of(token) in ("tiles", "crop 0", "crop 1") else "tiles"
+        name: Any = base.part_of(token) if base.part_of(token) in ("tiles", "crop 0", "crop 1") else "tiles"
         other = [int(t) for t in source.tokens_of(name) if within(source.boxes[int(t)], x * 64, y * 32)]
         assert found[token] == (other[0] if other else -1)
 

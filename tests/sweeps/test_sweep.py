@@ -87,6 +87,7 @@ def test_a_prefix_is_shared_up_to_the_tokens_that_see_each_other_both_ways(mode:
     change = AddVector("blocks.1.hook_resid_post", torch.randn(model.cfg.d_model), positions=(8,))
     plan = make_plan(model, batch, [change], "last")
     assert plan.batches[0].first_position == begins
+    assert ("1 runs begin before their first change" in plan.describe()) == (begins < 8)
     agrees(model, batch, [change], log_prob(7))
     # between query and key of a blocked edge, both orders, where all layers see far
     model = with_kinds("qwen2-vl", mode, layer_kind_of=(1, 1, 1))

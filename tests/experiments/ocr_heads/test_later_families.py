@@ -1,4 +1,4 @@
-"""The study on checkpoint folders of LLaVA's families and of Qwen3-VL: places that are seen twice, or not at all."""
+"""The study on checkpoint folders of later families: places that are seen twice, or not at all."""
 
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from hooked_vlm.experiments.ocr_heads.data.scored import toy_pages
 from hooked_vlm.experiments.ocr_heads.examples import Evidence, Example, to_inputs
 from hooked_vlm.experiments.ocr_heads.head_scores import looks
 from hooked_vlm.experiments.ocr_heads.scoring import find_copies
+from hooked_vlm.experiments.ocr_heads.sink_redistribution import first_token
 from hooked_vlm.experiments.ocr_heads.study import Study
 
 SMALL: dict[str, Any] = {
@@ -42,7 +43,10 @@ def taught(family: str, folder: Path, n: int = 3) -> HookedVLM:
     "family",
     [
         "llava-onevision",
-        *(pytest.param(own, marks=pytest.mark.full) for own in ("llava", "llava-next", "qwen3-vl", "smolvlm")),
+        *(
+            pytest.param(own, marks=pytest.mark.full)
+            for own in ("llava", "llava-next", "qwen3-vl", "smolvlm", "gemma3", "paligemma2")
+        ),
     ],
 )
 @pytest.mark.repeats_shapes
@@ -54,6 +58,14 @@ def test_heads_of_a_folder_are_scored_and_masked(family: str, tmp_path: Path) ->
     run(MaskConfig(**common, out=tmp_path / "masks", task_samples=2, random_draws=2))
     answers: Any = pd.read_parquet(tmp_path / "masks" / "tables" / "masking-answers.parquet")
     assert set(answers["task"]) == {"page", "text", "naming"} and answers["reply"].notna().all()
+
+
+@pytest.mark.parametrize("family", ["gemma3", "paligemma2"])
+def test_the_sink_is_said_to_be_the_pictures_where_prompts_begin_with_it(family: str, tmp_path: Path) -> None:
+    model = HookedVLM.from_pretrained(save_whole(family, tmp_path), device="cpu")
+    inputs = to_inputs(model, toy_pages(0, 1, False), None)
+    pictured = inputs.visuals[0].holds(inputs.first[0])
+    assert pictured == ("picture" in first_token(model)) == (family == "paligemma2")
 
 
 @pytest.mark.parametrize("family", (*STITCHED, "smolvlm"))
