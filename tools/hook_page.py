@@ -129,14 +129,14 @@ what enters at the embedding alone. To take a picture out, take all of them out:
 `inputs.with_image_features(x)` takes `[token, feature, d_model]`, as `model.encode_images` returns it. In a step of
 cached generation nothing enters, and these points do not fire.
 
-With norms behind attention and MLP (`model.cfg.use_normalization_before_and_after`: Gemma 3, PaliGemma 2) `hook_attn_out`
-and `hook_mlp_out` are what is added to the stream, as `ln1_post.hook_out` and `ln2_post.hook_out`; `attn.hook_out` and
-`mlp.hook_out` are what these norms read, and `attn.hook_result` sums to `attn.hook_out`. What a head adds to the stream is
-then no longer z W_O: [lenses](patching.md#lenses) says how it is told apart. Norms of Gemma multiply by 1 + weight, in
-float32, so that their `hook_normalized` is in float32, too.
+With norms behind attention and MLP (`model.cfg.use_normalization_before_and_after`: Gemma 3, PaliGemma 2)
+`hook_attn_out` and `hook_mlp_out` are what is added to the stream, as `ln1_post.hook_out` and `ln2_post.hook_out`;
+`attn.hook_out` and `mlp.hook_out` are what these norms read, and `attn.hook_result` sums to `attn.hook_out`. What a
+head adds to the stream is then no longer z W_O: [lenses](patching.md#lenses) says how it is told apart. Norms of
+Gemma multiply by 1 + weight, in float32, so that their `hook_normalized` is in float32, too.
 
-Tokens of one picture (Gemma 3) or of the whole prompt (PaliGemma) see each other both ways: `hook_attn_scores` is -inf and
-`hook_pattern` 0 where a token does not see another, which is not the triangle of a causal mask.
+Tokens of one picture (Gemma 3) or of the whole prompt (PaliGemma) see each other both ways: `hook_attn_scores` is
+-inf and `hook_pattern` 0 where a token does not see another, which is not the triangle of a causal mask.
 
 What a tower and a projector are made of is in `model.cfg.vision`, and some points exist with some parts only:
 `vision.ln_pre` with `pre_norm`, `vision.ln_post` with `post_norm`, the vision tower's `mlp.hook_pre_linear` with

@@ -303,14 +303,15 @@ tested against manual patches, autograd and the logits in every family (`tests/m
 - `random_init_bridge` and `JacobianLens.from_pretrained` take the name of a repository, not a model.
 - What enters the stream behind blocks (Qwen3-VL's DeepStack) is a part of its own in `decompose_resid`,
   `get_full_resid_decomposition` and `direct_logit_attribution`; it is no node of `attribution_patch`.
-- Behind a norm of what attention and MLPs write (Gemma 3, PaliGemma 2) the outputs of heads and neurons are what that norm
-  makes of them with the run's denominator, so that they sum to what the layer added: in `stack_head_results`, neuron results,
-  `get_full_resid_decomposition` and `direct_logit_attribution`. `hook_result` is before the norm. Direct paths and edges, which
-  take z W_O for a head's write, refuse.
-- Under a soft cap of logits (PaliGemma 2) parts sum to the logits before it; `logit_lens` and `logit_readout` apply it.
-  `ProcessWeights.center_unembed` knows no cap and would change log-probabilities: `hooked_vlm`'s `center_unembed` refuses.
-- Norms that multiply by 1 + weight (Gemma 3, PaliGemma) show their weight as `w`, and `cfg.rmsnorm_uses_offset` says so, which
-  these tools read; `norm.factor` is what is multiplied.
+- Behind a norm of what attention and MLPs write (Gemma 3, PaliGemma 2) the outputs of heads and neurons are what that
+  norm makes of them with the run's denominator, so that they sum to what the layer added: in `stack_head_results`,
+  neuron results, `get_full_resid_decomposition` and `direct_logit_attribution`. `hook_result` is before the norm.
+  Direct paths and edges, which take z W_O for a head's write, refuse.
+- Under a soft cap of logits (PaliGemma 2) parts sum to the logits before it; `logit_lens` and `logit_readout` apply
+  it. `ProcessWeights.center_unembed` knows no cap and would change log-probabilities: `hooked_vlm`'s `center_unembed`
+  refuses.
+- Norms that multiply by 1 + weight (Gemma 3, PaliGemma) show their weight as `w`, and `cfg.rmsnorm_uses_offset` says
+  so, which these tools read; `norm.factor` is what is multiplied.
 - Where a family has no value biases (Qwen3-VL, InternVL3.5, SmolVLM, Gemma, LLaVA with Llama or Mistral),
   `fold_value_biases` of `hooked_vlm` refuses, and TransformerLens' adds zeros.
 - `ProcessWeights` works on copies under TransformerLens' keys; `hooked_vlm.model.weight_processing` folds the model
