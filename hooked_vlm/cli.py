@@ -5,7 +5,9 @@ import os
 import sys
 import warnings
 from dataclasses import dataclass, replace
+from difflib import get_close_matches
 from importlib import import_module
+from importlib.metadata import version
 from typing import Any, Literal
 
 import tyro
@@ -107,7 +109,22 @@ def _run(module: str, config: Any, output: Output) -> Any:
     return data
 
 
+def _refuse_unknown(given: list[str]) -> None:
+    """Refuse a first word that is no command, with the command that it may mean."""
+    if not given or given[0].startswith("-") or given[0] in app._subcommands:
+        return
+    near = get_close_matches(given[0], app._subcommands, n=1)
+    meant = f"did you mean {near[0]}?" if near else f"commands are {', '.join(app._subcommands)}"
+    print(f"hooked-vlm: there is no command {given[0]}: {meant}", file=sys.stderr)
+    sys.exit(2)
+
+
 def _parse(arguments: list[str] | None = None) -> None:
+    given = sys.argv[1:] if arguments is None else arguments
+    if given == ["--version"]:
+        print(f"hooked-vlm {version('hooked-vlm')}")
+        return
+    _refuse_unknown(given)
     app.cli(
         prog="hooked-vlm",
         description="Inside vision-language models. Each command explains itself: hooked-vlm COMMAND --help",

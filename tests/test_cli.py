@@ -4,6 +4,7 @@ import json
 import os
 import sys
 import warnings
+from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -33,6 +34,24 @@ def test_every_experiment_has_a_command(
     call(monkeypatch, "ocr-heads", command, "--samples", "7", "--query", "copied")
     assert f"ran {type(asked[0]).__name__}" in capsys.readouterr().out
     assert (asked[0].samples, asked[0].protocol.query) == (7, "copied")
+
+
+@pytest.mark.parametrize(
+    ("word", "said"), [("vew", "did you mean view?"), ("ocr-head", "did you mean ocr-heads?"), ("xyz", "models, hooks")]
+)
+def test_a_command_that_is_none_is_refused_with_the_nearest(
+    word: str, said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        call(monkeypatch, word, "--samples", "7")
+    assert stopped.value.code == 2
+    message = capsys.readouterr().err
+    assert f"no command {word}" in message and said in message and message.count("\n") == 1
+
+
+def test_the_version_is_printed(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    call(monkeypatch, "--version")
+    assert capsys.readouterr().out == f"hooked-vlm {version('hooked-vlm')}\n"
 
 
 @pytest.mark.parametrize(

@@ -182,6 +182,12 @@ def test_attention_on_the_image_is_that_of_the_tokens_there(name: str, stored: b
     torch.testing.assert_close(heads[1].sum() > 0, torch.tensor(True))
     figure = overlay(noise, heads.numpy(), [f"head {h}" for h in range(4)], "attention")
     assert len(figure.axes) == 5
+    assert len(overlay(noise, heads.bfloat16()).axes) == 5  # tensors, with default titles
+    assert [axes.get_title() for axes in overlay(noise, heads[1]).axes[:1]] == [""]
+    with pytest.raises(InputError, match="4 maps, got 1"):
+        overlay(noise, heads, ["head 1"])
+    with pytest.raises(InputError, match="row, col"):
+        overlay(noise, heads[0, 0])
 
 
 def test_attention_on_the_image_of_padded_rows_and_without_a_batch_axis() -> None:

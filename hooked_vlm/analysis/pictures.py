@@ -10,7 +10,9 @@ import numpy as np
 from jaxtyping import Float
 from matplotlib.colors import Normalize, TwoSlopeNorm
 from matplotlib.figure import Figure
+from torch import Tensor
 
+from hooked_vlm.errors import InputError
 from hooked_vlm.inputs.images import load_image
 
 SEQUENTIAL, DIVERGING = "viridis", "RdBu_r"
@@ -48,14 +50,33 @@ def heatmap(
     return figure
 
 
-def overlay(picture: Any, panels: Float[np.ndarray, "panel row col"], titles: Sequence[str], label: str) -> Figure:
+def overlay(
+    picture: Any,
+    panels: Float[np.ndarray, "*maps"] | Float[Tensor, "*maps"],
+    titles: Sequence[str] = (),
+    label: str = "",
+) -> Figure:
     """Draw each panel of values over the picture, stretched to its size. NaN is transparent.
+
+        overlay(page.image, cache.on_image(2, 1))  # head 2.1, over the page
 
     Args:
         picture: the original image, as for `model.to_inputs`.
-        panels: values as returned by `inputs.on_image` or `cache.on_image`.
+        panels: values as returned by `inputs.on_image` or `cache.on_image`: one map, or several.
+        titles: one for each map; by default their numbers, where there are several.
+
+    Raises:
+        InputError: values that are no maps, or another number of titles.
     """
     shown = load_image(picture)
+    values = panels.detach().cpu().float().numpy() if isinstance(panels, Tensor) else np.asarray(panels)
+    if values.ndim not in (2, 3):
+        raise InputError(f"overlay draws maps [row, col] or [map, row, col], got values of shape {values.shape}")
+    panels = values.reshape(-1, *values.shape[-2:])
+    if not titles:
+        titles = [""] if len(panels) == 1 else [str(i) for i in range(len(panels))]
+    if len(titles) != len(panels):
+        raise InputError(f"overlay needs a title for each of {len(panels)} maps, got {len(titles)}")
     columns = min(5, len(panels))
     rows = -(-len(panels) // columns)
     width, height = shown.size

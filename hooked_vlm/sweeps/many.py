@@ -5,7 +5,7 @@ table = sweep_many(model, cases, out / "parts")
 table = sweep_many(model, cases, out / "parts", workers=OnRay(model, "auto"))  # the same table, on a cluster
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -40,7 +40,7 @@ class SweepCase:
 
 def sweep_many(
     model: "HookedVLM",
-    cases: Sequence[SweepCase],
+    cases: Iterable[SweepCase],
     folder: Path,
     *,
     workers: Workers | None = None,
@@ -57,6 +57,7 @@ def sweep_many(
     may differ in the last digits from a sweep over all blocks at once.
 
     Args:
+        cases: read once, before the first of them runs.
         workers: executors of the blocks; this process by default.
         logits_at, max_runs: as in `sweep`.
         runs_per_block: largest number of interventions in a block.
@@ -68,16 +69,18 @@ def sweep_many(
         OutputError: the folder cannot be written.
         WorkerError: see `hooked_vlm.runtime.ray_workers`.
     """
-    names = [case.name for case in cases]
-    if len(set(names)) < len(names):
-        twice = next(name for name in names if names.count(name) > 1)
-        raise InputError(f"there are several cases named {twice!r}: their rows could not be distinguished in the table")
     if runs_per_block < 1:
         raise InputError(f"runs_per_block must be at least 1, got {runs_per_block}")
     shared = {"model": model.identity(), "logits_at": logits_at}
     tasks: list[Task] = []
     origins: list[tuple[str, int]] = []
+    names: set[str] = set()
     for case in cases:
+        if case.name in names:
+            raise InputError(
+                f"there are several cases named {case.name!r}: their rows could not be distinguished in the table"
+            )
+        names.add(case.name)
         inputs = case.inputs.portable()
         key = {**shared, "inputs": digest(inputs), "metric": digest(case.metric)}
         setup = SharedSetup(prepared, (inputs, _encodes(model, case)))

@@ -120,7 +120,7 @@ def test_many_sweeps_are_sweeps_one_after_the_other(family: str, tmp_path: Path)
     labels = ["case", "run", "intervention", "row"]
     pd.testing.assert_frame_equal(found[labels], expected[labels])
     assert found.groupby(["case", "run"])["effect"].first().nunique() > 20  # or equal rows would prove nothing
-    whole = sweep_many(model, cases, tmp_path / "whole")
+    whole = sweep_many(model, (case for case in cases), tmp_path / "whole")  # any iterable of cases
     pd.testing.assert_frame_equal(whole, expected)  # one block is one sweep, bit for bit
 
 
