@@ -15,7 +15,7 @@ unexport PYTHONDONTWRITEBYTECODE
 help:
 	@echo "make demo        which heads of the bundled toy model read text: table, heatmap, masking control"
 	@echo "make demo-real   a published model: downloads SmolVLM-256M (0.5 GB), verifies it, ranks the heads that see the picture"
-	@echo "make test        every law on its fewest cases (seven minutes on two cores, no download, no GPU)"
+	@echo "make test        every law on its fewest cases (five minutes on two cores, no download, no GPU)"
 	@echo "make test-full   the cases that make test leaves out: all families, inputs and switches (a quarter of an hour)"
 	@echo "make test-slow   browser, cluster, kills, long fuzzing, notebooks (a quarter of an hour or more)"
 	@echo "make test-all    all of them"

@@ -9,8 +9,8 @@ With s bytes to a number, n tokens and, on the image side, P patches of all imag
   block, P ((5 d_model + k d_mlp) s + 4 (d_patch + 2 d_head)) + n (d_model + 2 d_head) s with k = 2 (3 for
   quick_gelu, 4 with a gate; pixels and angles are float32), and P d_model s for each block that DeepStack reads; the
   logits, n (2 d_model + d_vocab) s. Where scores have a soft cap, which no fused kernel knows, also the attention of a
-  language block, n (2 d_model + 2 (heads + key-value heads) d_head) s + 2 n^2 for masks + (3 s + 4) for each of its
-  heads x n x n scores, of which at most 2^24 are alive at a time;
+  language block, n (2 d_model + 3 (heads + key-value heads) d_head) s + n^2 (s + 1) for masks + s + 8 (2 s in float32)
+  for each of its heads x n x n scores, of which at most 2^24 are alive at a time;
 - full cache, what `run_with_cache` stores by default: the hook table with numbers for its axes, without
   `hook_resid_pre` (and `hook_attn_out` and `hook_mlp_out` behind norms), which are the tensor of the hook point before;
 - gradients, for `run_with_cache(..., incl_bwd=True)`: one for every weight and for every number of the full cache;
@@ -124,9 +124,10 @@ def _activation_bytes(model: "HookedVLM", prompt: PromptSize, dtype: torch.dtype
     block = n * (5 * cfg.d_model + 4 * cfg.d_mlp + 2 * cfg.d_head) * dtype.itemsize
     logits = n * (2 * cfg.d_model + cfg.d_vocab) * dtype.itemsize
     if cfg.attn_scores_soft_cap is not None:
-        width = 2 * cfg.d_model + 2 * (cfg.n_heads + cfg.n_key_value_heads) * cfg.d_head
-        scores = _written_out_scores(cfg, n) * (3 * dtype.itemsize + 4)
-        block = max(block, n * width * dtype.itemsize + 2 * n**2 + scores)
+        width = 2 * cfg.d_model + 3 * (cfg.n_heads + cfg.n_key_value_heads) * cfg.d_head
+        of_score = dtype.itemsize + (8 if dtype.itemsize < 4 else dtype.itemsize)  # the softmax is in float32 at least
+        scores = _written_out_scores(cfg, n) * of_score
+        block = max(block, n * width * dtype.itemsize + n**2 * (dtype.itemsize + 1) + scores)
     if vision is None or not prompt.n_images:
         return positions + max(block, logits)
     wide = 4 if vision.gated_mlp else 3 if vision.act_fn == "quick_gelu" else 2

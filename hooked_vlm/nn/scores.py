@@ -114,10 +114,10 @@ def written_out_attention(
     at_once, parts = max(1, AT_ONCE // (rows * n_heads * len(keys))), []
     for first in range(0, n_queries, at_once):
         at = slice(first, first + at_once)
-        capped = _capped(q[:, at], k, scoring, cap)
         if hidden is None:
-            scores = capped * cap
+            scores = _capped(q[:, at], k, scoring, cap) * cap
         else:
-            scores = torch.add(hidden if hidden.shape[2] == 1 else hidden[:, :, at], capped, alpha=cap)
+            own = hidden if hidden.shape[2] == 1 else hidden[:, :, at]
+            scores = torch.add(own, _capped(q[:, at], k, scoring, cap), alpha=cap)
         parts.append(weighted_values(attention_pattern(scores), v))
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
