@@ -205,9 +205,9 @@ def gemma3(tied: bool) -> Kind:
     )
 
 
-def paligemma(text: str, tied: bool) -> Kind:
+def paligemma(text: str, tied: bool, n_key_value_heads: int = 2) -> Kind:
     return Kind(
-        hf=partial(tiny_paligemma.tiny_hf, text, tied),
+        hf=partial(tiny_paligemma.tiny_hf, text, tied, n_key_value_heads),
         batch=tiny_paligemma.paligemma_batch,
         for_hf=tiny_paligemma.for_hf,
         images={"small": "image", "large": "image"},
@@ -254,6 +254,7 @@ KINDS = {
     "gemma3, tied": gemma3(tied=True),
     "paligemma": paligemma("gemma", tied=False),
     "paligemma, tied": paligemma("gemma", tied=True),
+    "paligemma, one key-value head": paligemma("gemma", tied=False, n_key_value_heads=1),
     "paligemma2": paligemma("gemma2", tied=False),
     "paligemma2, tied": paligemma("gemma2", tied=True),
     "made-up": made_up(),

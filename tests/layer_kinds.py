@@ -13,6 +13,8 @@ OF_KINDS = {
     "rope_theta": 1e6,
     "sliding_window": None,
     "rope_scaling": None,
+    "bidirectional": None,
+    "window_cuts_blocks": True,
 }
 BOTH_WAYS: dict[str, dict[str, Any]] = {
     "causal": OF_KINDS,

@@ -13,17 +13,18 @@ N_TOKENS, SIDE = 16, 32
 """Tokens of a picture, and pixels of its side."""
 TEXT: dict[str, Any] = {**LANGUAGE_MODEL, "head_dim": 24, "max_position_embeddings": 256}
 TEXTS: dict[str, dict[str, Any]] = {
-    "gemma": {**TEXT, "num_key_value_heads": 1},
+    "gemma": TEXT,
     "gemma2": {**TEXT, "query_pre_attn_scalar": 20, "sliding_window": 8},
 }
-"""Gemma has one key-value head; Gemma 2 windows in the first and the last of three layers."""
+"""Gemma 2 has windows in the first and the last of three layers."""
 
 
 @lru_cache(maxsize=4)
-def tiny_hf(text: str = "gemma", tied: bool = True) -> Any:
-    """PaliGemma ("gemma") or PaliGemma 2 ("gemma2"). Shared: tests must not change its weights."""
+def tiny_hf(text: str = "gemma", tied: bool = True, n_key_value_heads: int = 2) -> Any:
+    """PaliGemma ("gemma"; published ones have one key-value head) or PaliGemma 2 ("gemma2"). Shared: tests must not
+    change its weights."""
     config = transformers.PaliGemmaConfig(
-        text_config={**TEXTS[text], "model_type": text, "tie_word_embeddings": tied},
+        text_config={**TEXTS[text], "num_key_value_heads": n_key_value_heads, "model_type": text, "tie_word_embeddings": tied},
         vision_config={**SIGLIP, "patch_size": 8},
         projection_dim=64,
         hidden_size=64,
