@@ -24,7 +24,12 @@ def tiny_hf(text: str = "gemma", tied: bool = True, n_key_value_heads: int = 2) 
     """PaliGemma ("gemma"; published ones have one key-value head) or PaliGemma 2 ("gemma2"). Shared: tests must not
     change its weights."""
     config = transformers.PaliGemmaConfig(
-        text_config={**TEXTS[text], "num_key_value_heads": n_key_value_heads, "model_type": text, "tie_word_embeddings": tied},
+        text_config={
+            **TEXTS[text],
+            "num_key_value_heads": n_key_value_heads,
+            "model_type": text,
+            "tie_word_embeddings": tied,
+        },
         vision_config={**SIGLIP, "patch_size": 8},
         projection_dim=64,
         hidden_size=64,
