@@ -1,6 +1,6 @@
 """Outputs of heads, watched in a run."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from torch import Tensor
@@ -15,10 +15,8 @@ Watch = Callable[[int, Tensor, Tensor | None], None]
 [batch, pos, 1], None where there is no such norm: what `Block.head_outputs` takes."""
 
 
-def on_head_outputs(
-    model: "HookedVLM", watch: Watch, layers: Sequence[int] | None = None
-) -> list[tuple[str, Callable]]:
-    """Hooks that call `watch` for each layer, in order (all layers by default)."""
+def on_head_outputs(model: "HookedVLM", watch: Watch) -> list[tuple[str, Callable]]:
+    """Hooks that call `watch` for each layer, in order."""
     zs: dict[int, Tensor] = {}
 
     def keep(z: Tensor, hook: HookPoint) -> None:
@@ -30,8 +28,7 @@ def on_head_outputs(
     def alone(z: Tensor, hook: HookPoint) -> None:
         watch(hook.layer(), z, None)
 
-    chosen = range(model.cfg.n_layers) if layers is None else layers
-    if not model.cfg.use_normalization_before_and_after:
-        return [(f"blocks.{layer}.attn.hook_z", alone) for layer in chosen]
-    points = (("attn.hook_z", keep), ("ln1_post.hook_scale", with_scale))
-    return [(f"blocks.{layer}.{point}", fn) for layer in chosen for point, fn in points]
+    points = [("attn.hook_z", alone)]
+    if model.cfg.use_normalization_before_and_after:
+        points = [("attn.hook_z", keep), ("ln1_post.hook_scale", with_scale)]
+    return [(f"blocks.{layer}.{point}", fn) for layer in range(model.cfg.n_layers) for point, fn in points]

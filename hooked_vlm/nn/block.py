@@ -115,8 +115,9 @@ class Block(Part):
         """
         assert isinstance(self.attn, Attention)
         results = self.attn.head_results(z)
-        if post_scale is None or not self.post_norms:
+        if not self.post_norms:
             return results
+        assert post_scale is not None
         return self.ln1_post.frozen(results, post_scale[..., None, :])
 
     def _attention_inputs(self, resid_pre: Tensor, here: ForwardPass) -> tuple[Tensor, ...]:
