@@ -63,6 +63,8 @@ class Task:
     size: int = 1
     """Its weight in the throughput: a number of tokens or runs."""
     setup: SharedSetup | None = None
+    label: str = ""
+    """What it is about, for whoever made it."""
 
     @property
     def path(self) -> Path:
