@@ -20,6 +20,7 @@ from hooked_vlm.experiments.head_attribution import config as head_attribution_c
 from hooked_vlm.experiments.head_sweep.config import HeadSweepConfig
 from hooked_vlm.experiments.ocr_heads import config as ocr_heads_config
 from hooked_vlm.experiments.reproduce.config import ReproduceConfig
+from hooked_vlm.experiments.steering.config import SteerConfig
 from hooked_vlm.verify.config import VerifyConfig
 
 app = tyro.extras.SubcommandApp()
@@ -108,6 +109,12 @@ def reproduce(config: tyro.conf.OmitArgPrefixes[ReproduceConfig], output: Shared
     """Judge the claims of a paper on a model: pass, differs or cannot say. Exit status 0 if nothing differs, else 1."""
     found = _run("experiments.reproduce.commands", replace(config, quiet=output.quiet), output)
     sys.exit(0 if found["passed"] else 1)
+
+
+@app.command(name="steer")
+def steer(config: tyro.conf.OmitArgPrefixes[SteerConfig], output: Shared) -> None:
+    """Make steering vectors from two data sets, test them on held-out items, and answer with and without them."""
+    _run("experiments.steering.commands", replace(config, quiet=output.quiet), output)
 
 
 @app.command(name="completion")
