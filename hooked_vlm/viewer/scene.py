@@ -92,7 +92,8 @@ def scene_of(inputs: VLMInputs, images: Any = None, boxes: Boxes = ()) -> Scene:
             which are as coarse as the model's resizing left them.
 
     Raises:
-        InputError: other pictures than those of the inputs, or boxes of an image that is not there.
+        InputError: other pictures than those of the inputs, boxes of an image that is not there, or tiles of which it
+            is not known where they lie.
         GeometryError: a box outside its image.
     """
     by_image = dict(boxes) if isinstance(boxes, Mapping) else {0: boxes} if len(boxes) else {}
@@ -127,7 +128,16 @@ def _held(grid: ImageLayout, boxes: Sequence[Box]) -> list[int]:
 
 
 def _panels(label: str, picture: int, grid: ImageLayout, first: int) -> list[Panel]:
-    """A panel for each part."""
+    """A panel for each part.
+
+    Raises:
+        InputError: it is not known where the tokens lie.
+    """
+    if not grid.parts:
+        raise InputError(
+            f"where the tiles of {label} lie is not known, as these inputs come from a Hugging Face batch: make them "
+            "with model.to_inputs(prompt, images=...)"
+        )
     several = len(grid.parts) > 1
     panels = []
     for part in grid.parts:
