@@ -65,6 +65,7 @@ def overlay(
     panels: Float[np.ndarray | Tensor, "*maps"] | Sequence[Float[np.ndarray | Tensor, "row col"]],
     titles: Sequence[str] = (),
     label: str = "",
+    columns: int = 5,
 ) -> Picture:
     """Draw each panel of values over the picture, stretched to its size. NaN is transparent.
 
@@ -76,6 +77,8 @@ def overlay(
         panels: values as returned by `inputs.on_image` or `cache.on_image`: one map, or several in one array or in a
             sequence of maps.
         titles: one for each map; by default their numbers, where there are several.
+        label: name of the values.
+        columns: largest number of maps side by side.
 
     Raises:
         InputError: values that are no maps, or another number of titles.
@@ -89,7 +92,7 @@ def overlay(
         titles = [""] if len(panels) == 1 else [str(i) for i in range(len(panels))]
     if len(titles) != len(panels):
         raise InputError(f"overlay needs a title for each of {len(panels)} maps, got {len(titles)}")
-    columns = min(5, len(panels))
+    columns = min(columns, len(panels))
     rows = -(-len(panels) // columns)
     width, height = shown.size
     figure = Picture(figsize=(3.2 * columns + 0.9, (3.2 * height / width + 0.4) * rows), layout="constrained")
