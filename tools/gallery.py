@@ -18,7 +18,7 @@ DOCS = Path(__file__).parents[1] / "docs"
 PAGE = DOCS / "gallery.md"
 BLOCK = re.compile(r"```python\n(.*?)```(?:\s*!\[[^\]]*\]\((\S+?)\))?", flags=re.DOTALL)
 """A block of code, and the picture behind it."""
-DPI, WIDEST, COLOURS = 90, 1000, 128
+DPI, WIDEST = 90, 800
 
 
 def blocks() -> list[tuple[str, str]]:
@@ -46,13 +46,13 @@ def run_cell(code: str, names: dict[str, Any]) -> Any:
 
 
 def small_png(figure: Any) -> bytes:
-    """A figure as a PNG of few colours."""
+    """A figure as a PNG of bounded width."""
     drawn, file = io.BytesIO(), io.BytesIO()
     figure.savefig(drawn, dpi=DPI)
     with Image.open(drawn) as picture:
         shown = picture.convert("RGB")
         shown.thumbnail((WIDEST, WIDEST))
-        shown.quantize(COLOURS).save(file, "PNG", optimize=True)
+        shown.save(file, "PNG", optimize=True)
     return file.getvalue()
 
 
