@@ -1,4 +1,4 @@
-"""Notebooks as pages of the site: MkDocs calls this (`hooks` in mkdocs.yml). Nothing is run: outputs are those stored."""
+"""Notebooks as pages of the site, with the outputs that they hold: MkDocs calls this (`hooks` in mkdocs.yml)."""
 
 import base64
 import json

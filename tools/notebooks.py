@@ -3,6 +3,7 @@
 `python -m tools.notebooks` writes them; it needs nbclient and ipykernel (the extra `dev`). Edit the Python files.
 """
 
+import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -48,6 +49,7 @@ def executed(path: Path) -> Any:
         nbclient.exceptions.CellExecutionError: the code of a cell failed.
     """
     made = notebook(path)
+    os.environ["PYTHONWARNINGS"] = "ignore:IProgress not found"  # progress bars ask for widgets
     NotebookClient(made, timeout=600, kernel_name="python3", record_timing=False).execute()
     made.metadata = nbformat.from_dict(METADATA)  # without the version of this machine's Python
     for cell in made.cells:

@@ -1,8 +1,8 @@
 # %% [markdown]
 # # Cache a run and look at attention
 #
-# One forward pass caches every activation of both towers. Where does each head attend just before the answer? The model is
-# bundled: nothing is downloaded.
+# One forward pass caches every activation of both towers. Where does each head attend just before the answer? The model
+# is bundled: nothing is downloaded.
 
 # %%
 import numpy as np
@@ -47,8 +47,8 @@ print("heads that look at the value most:", names)
 heatmap(mass, layers, heads, ("layer", "head"), "attention to the value")
 
 # %% [markdown]
-# Each head's output through the head lens: the probability of the answer's first character from that head's output alone,
-# through the final norm and the unembedding.
+# Each head's output through the head lens: the probability of the answer's first character from that head's output
+# alone, through the final norm and the unembedding.
 
 # %%
 answer = model.to_tokens(page.lines[1].value)[0, 0].item()
@@ -63,9 +63,9 @@ lens = logit_lens(model, inputs, "final", targets=[answer])
 print(lens.to_dataframe(model).query("rank == 0")[["layer", "text", "prob"]])
 
 # %% [markdown]
-# The same as a page: choose a token, a layer and a head, see the attention to the picture and to the text. In a notebook
-# `view` shows the page below the cell; here it is written to a file.
+# The same as a page: choose a token, a layer and a head, see the attention to the picture and to the text. A last line
+# `view` would show it below the cell; `view.save("attention.html")` writes it.
 
 # %%
 view = viewer.attention(model, inputs, images=page.image)
-print(view.facts)
+dict(view.facts)

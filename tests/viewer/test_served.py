@@ -126,7 +126,7 @@ def test_a_picture_is_changed_heads_are_edited_and_the_model_answers(browser: An
     )
     assert said and int(said[2]) == int(row.argmax()) and abs(float(said[1]) - float(row.max())) < 0.003
     chips = [chip.text for chip in view.chips if chip.kind == "answer"]
-    assert frame.locator("button.chip.answer").all_inner_texts() == chips
+    assert frame.locator("button.chip.answer").all_inner_texts()[: len(chips)] == chips
     opened.check_quiet()
 
 
