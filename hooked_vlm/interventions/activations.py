@@ -15,6 +15,7 @@ from hooked_vlm.interventions.base import (
     Hooks,
     Intervention,
     Positions,
+    first_image_position,
     first_position,
     image_tokens,
     layer_of,
@@ -52,7 +53,7 @@ class PatchActivation(Intervention):
         return layer_of(self.name, model.cfg.n_layers)
 
     def first_position(self, model: "HookedVLM", inputs: VLMInputs) -> int:
-        return 0 if is_vision(self.name) else first_position(position_table(self.positions, inputs))
+        return _first_position(self.name, self.positions, inputs)
 
     def hooks(self, model: "HookedVLM", inputs: VLMInputs) -> Hooks:
         inputs = model.as_inputs(inputs)
@@ -118,7 +119,7 @@ class AddVector(Intervention):
     position_aware: ClassVar[bool] = True
 
     def first_position(self, model: "HookedVLM", inputs: VLMInputs) -> int:
-        return 0 if is_vision(self.name) else first_position(position_table(self.positions, inputs))
+        return _first_position(self.name, self.positions, inputs)
 
     def hooks(self, model: "HookedVLM", inputs: VLMInputs) -> Hooks:
         inputs = model.as_inputs(inputs)
@@ -233,9 +234,14 @@ class _Where:
         return here.to(x.device)
 
 
+def _first_position(name: str, positions: Positions, inputs: VLMInputs) -> int:
+    """The first position of the decoder that an edit of a hook point reaches."""
+    return first_image_position(inputs) if is_vision(name) else first_position(position_table(positions, inputs))
+
+
 def _head_axis(name: str) -> int | None:
     per_head = ("hook_q", "hook_k", "hook_v", "hook_z", "hook_rot_q", "hook_rot_k", "hook_result")
-    per_head += ("hook_q_input", "hook_k_input", "hook_v_input")
+    per_head += ("hook_q_normed", "hook_k_normed", "hook_q_input", "hook_k_input", "hook_v_input")
     if name.endswith(("hook_attn_scores", "hook_pattern")):
         return 1
     return 2 if name.endswith(per_head) else None

@@ -29,6 +29,10 @@ Positions = str | tuple[int, ...] | tuple[tuple[int, ...], ...] | None
 "final", "generated"), "text" (all but images and videos) or a sum of groups ("final+generated", where a group that
 these inputs do not have adds nothing); absolute positions, for all rows or a tuple per row."""
 
+Tower = Literal["text", "vision"]
+"""The language model, or the vision tower: there positions are numbers of patches, a class token in front of them
+included; the same of every image, or a tuple for each image, tile or frame of a video."""
+
 EMBEDDING = -1
 """The "layer" of `hook_embed`."""
 ENCODER = -2
@@ -74,21 +78,23 @@ class Compose(Intervention):
         pairs = [pair for part in self.parts for pair in part.hooks(model, inputs)]
         recomputed, edited = self._heads("recomputed"), self._heads("edited")
         if both := sorted(head for head in recomputed if recomputed[head] > 1 or edited[head]):
-            layer, head = both[0]
+            tower, layer, head = both[0]
+            of = " of the vision tower" if tower == "vision" else ""
             raise InputError(
-                f"head {layer}.{head} has its z recomputed from queries and keys, which would undo what another part "
-                "does to its attention: put them on different heads, or block attention (BlockAttention) in both"
+                f"head {layer}.{head}{of} has its z recomputed from queries and keys, which would undo what another "
+                "part does to its attention: put them on different heads, or block attention (BlockAttention) in both"
             )
         return pairs
 
-    def _heads(self, kind: str) -> Counter[tuple[int, int]]:
+    def _heads(self, kind: str) -> Counter[tuple[Tower, int, int]]:
         """Number of parts that change the attention of each head in this way."""
-        counts: Counter[tuple[int, int]] = Counter()
+        counts: Counter[tuple[Tower, int, int]] = Counter()
         for part in self.parts:
             if isinstance(part, Compose):
                 counts += part._heads(kind)
             elif part.attention == kind:
-                counts.update({tuple(head) for head in getattr(part, "heads", ())})
+                tower = getattr(part, "tower", "text")
+                counts.update({(tower, *head) for head in getattr(part, "heads", ())})
         return counts
 
     def first_position(self, model: "HookedVLM", inputs: VLMInputs) -> int:
@@ -97,10 +103,20 @@ class Compose(Intervention):
 
 @dataclass(frozen=True, eq=False)
 class CustomHooks(Intervention):
-    """Hooks of your own, for a sweep: (name or filter, function that sees a whole tensor), as in `run_with_hooks`."""
+    """Hooks of your own, for a sweep: (name or filter, function that sees a whole tensor), as in `run_with_hooks`.
+
+    Results that are stored (`sweep_many`) need a label and a version of them: functions cannot be compared, so stored
+    results are used as long as both are the same.
+    """
 
     fwd_hooks: Sequence[tuple[HookName, Callable]]
     label: str = "custom"
+    version: str | int | None = None
+
+    @property
+    def known_as(self) -> tuple[str, str | int] | None:
+        """What the hooks are identified by, if a version is given."""
+        return None if self.version is None else (self.label, self.version)
 
     def hooks(self, model: "HookedVLM", inputs: VLMInputs) -> Hooks:
         pairs: Hooks = []
@@ -150,7 +166,7 @@ def position_table(where: Positions, inputs: VLMInputs) -> Bool[Tensor, "batch w
         if "generated" not in names and not table.any():
             raise InputError(f"these inputs have no {where} positions")
         return table
-    for row, members in enumerate(_per_row(where, n_rows)):
+    for row, members in enumerate(_per_row(where, n_rows, "rows")):
         first, stop = spans[row]
         outside = [p for p in members if not first <= p < stop]
         if outside:
@@ -191,7 +207,7 @@ def whole_numbers(values: Any) -> bool:
     return isinstance(values, Sequence) and all(isinstance(v, Integral) and not isinstance(v, bool) for v in values)
 
 
-def _per_row(where: Any, n_rows: int) -> Sequence[Sequence[int]]:
+def _per_row(where: Any, n_rows: int, unit: str) -> Sequence[Sequence[int]]:
     if whole_numbers(where):
         return [where] * n_rows
     if not isinstance(where, Sequence) or not all(whole_numbers(row) for row in where):
@@ -200,8 +216,41 @@ def _per_row(where: Any, n_rows: int) -> Sequence[Sequence[int]]:
             f"{where!r}"
         )
     if len(where) != n_rows:
-        raise InputError(f"there are positions for {len(where)} rows, but the inputs have {n_rows}")
+        raise InputError(f"there are positions for {len(where)} {unit}, but the inputs have {n_rows}")
     return where
+
+
+# ---------------------------------------------------------------- the vision tower
+
+
+def n_patches(inputs: VLMInputs) -> tuple[int, ...]:
+    """Patches of each image, tile or video frame, class token included: the vision tower's first two axes."""
+    return tuple(inputs.spec.class_tokens + h * w for t, h, w in inputs.grids for _ in range(t))
+
+
+def patch_table(where: Positions, inputs: VLMInputs) -> Bool[Tensor, "image patch_and_one"]:
+    """Selected patches, image by image, as a `position_table`; the last entry is False, since no patch is added later.
+
+    Raises:
+        InputError: no images, the name of a group, patches that an image does not have, or another number of images.
+    """
+    counts = n_patches(inputs)
+    if not counts:
+        raise InputError("there is no image in these inputs, so the vision tower does not run")
+    if isinstance(where, str):
+        raise InputError(f"patches of the vision tower have numbers, not groups like {where!r}: None for all of them")
+    table = torch.zeros(len(counts), max(counts) + 1, dtype=torch.bool)
+    chosen = [range(n) for n in counts] if where is None else _per_row(where, len(counts), "images")
+    for image, (members, n) in enumerate(zip(chosen, counts, strict=True)):
+        if outside := [patch for patch in members if not 0 <= patch < n]:
+            raise InputError(f"image {image} has no patch {outside[0]}: its patches are numbered 0 to {n - 1}")
+        table[image, list(members)] = True
+    return table
+
+
+def first_image_position(inputs: VLMInputs) -> int:
+    """The first position that a change of the image side reaches; 0 where there are no images."""
+    return min((visual.start for visual in inputs.visuals), default=0)
 
 
 def first_position(table: Bool[Tensor, "batch width_and_one"]) -> int:

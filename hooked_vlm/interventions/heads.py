@@ -13,11 +13,17 @@ from torch import Tensor
 from hooked_vlm.errors import InputError
 from hooked_vlm.inputs.vlm_inputs import VLMInputs
 from hooked_vlm.interventions.base import (
+    ENCODER,
+    Edits,
     Hooks,
     Intervention,
     Positions,
+    Tower,
+    first_image_position,
     first_position,
     made_for,
+    n_patches,
+    patch_table,
     position_table,
     positions_mask,
     whole_numbers,
@@ -39,7 +45,7 @@ class HeadSelection:
     heads: tuple[int, ...]
     """Heads chosen in any row."""
     runs: "tuple[HeadIntervention, ...]"
-    """The run of each block of rows: all rows of the inputs for the first run, then for the next."""
+    """The run of each block of rows: all rows (images) of the inputs for the first run, then for the next."""
 
     def rows_of(self, x: Tensor) -> "HeadSelection":
         """The selection for a tensor, whose batch may hold all rows several times (samples of the same prompts)."""
@@ -74,7 +80,18 @@ class HeadIntervention(Intervention):
         """The field `positions` of interventions that have one, otherwise all positions."""
         return getattr(self, "positions", None)
 
+    @property
+    def in_tower(self) -> Tower:
+        """The field `tower` of interventions that have one, otherwise "text"."""
+        return getattr(self, "tower", "text")
+
+    def selected(self, where: Positions, inputs: VLMInputs) -> Bool[Tensor, "row width_and_one"]:
+        """Positions of each row, or patches of each image, as a table (`position_table`, `patch_table`)."""
+        return table_in(self.in_tower, where, inputs).to(inputs.device)
+
     def first_position(self, model: "HookedVLM", inputs: VLMInputs) -> int:
+        if self.in_tower == "vision":
+            return first_image_position(inputs)
         return first_position(position_table(self.edited_positions, inputs))
 
     @property
@@ -86,20 +103,25 @@ class HeadIntervention(Intervention):
     def hooks(self, model: "HookedVLM", inputs: VLMInputs) -> Hooks:
         inputs = model.as_inputs(inputs)
         by_layer: dict[int, list[int]] = defaultdict(list)
-        for layer, head in check_heads(model, self.heads):
+        for layer, head in check_heads(model, self.heads, self.in_tower):
             by_layer[layer].append(head)
         pairs: Hooks = []
+        n_heads = tower_shape(model, self.in_tower)[1]
         for layer, heads in sorted(by_layer.items()):
-            chosen = torch.zeros(1, model.cfg.n_heads, dtype=torch.bool)
+            chosen = torch.zeros(1, n_heads, dtype=torch.bool)
             chosen[0, heads] = True
             pairs += layer_hooks((self,), model, inputs, layer, chosen)
         return made_for(inputs, pairs)
 
     def first_layer(self, model: "HookedVLM", inputs: VLMInputs) -> int:
-        return min((layer for layer, _ in check_heads(model, self.heads)), default=model.cfg.n_layers)
+        layers = [layer for layer, _ in check_heads(model, self.heads, self.in_tower)]
+        if layers and self.in_tower == "vision":
+            return ENCODER
+        return min(layers, default=model.cfg.n_layers)
 
     def __str__(self) -> str:
-        return f"{type(self).__name__} {' '.join(f'{layer}.{head}' for layer, head in self.heads)}"
+        tower = "vision " if self.in_tower == "vision" else ""
+        return f"{type(self).__name__} {tower}{' '.join(f'{layer}.{head}' for layer, head in self.heads)}"
 
 
 def layer_hooks(
@@ -109,14 +131,47 @@ def layer_hooks(
     layer: int,
     chosen: Bool[Tensor, "run head"],
 ) -> Hooks:
-    """The edits of one layer as hooks, for runs of one kind that share a batch (run by run, row by row)."""
+    """The edits of one layer as hooks, for runs of one kind that share a batch (run by run, row by row; in the vision
+    tower image by image)."""
     heads = tuple(chosen.any(0).nonzero()[:, 0].tolist())
-    where = HeadSelection(chosen.repeat_interleave(len(inputs), dim=0).to(inputs.device), heads, runs)
+    vision = runs[0].in_tower == "vision"
+    n_rows = len(n_patches(inputs)) if vision else len(inputs)
+    where = HeadSelection(chosen.repeat_interleave(n_rows, dim=0).to(inputs.device), heads, runs)
+    attn = f"vision.blocks.{layer}.attn" if vision else f"blocks.{layer}.attn"
 
     def hook_for(edit: Edit) -> Callable[[Tensor, Any], Tensor]:
         return lambda x, hook: edit(x, hook, where.rows_of(x))
 
-    return [(f"blocks.{layer}.attn.{suffix}", hook_for(edit)) for suffix, edit in runs[0].edits(model, inputs, layer)]
+    return [(f"{attn}.{suffix}", hook_for(edit)) for suffix, edit in runs[0].edits(model, inputs, layer)]
+
+
+def joint_edits(model: "HookedVLM", inputs: VLMInputs, runs: Sequence[Intervention]) -> dict[str, Edits]:
+    """The edits of runs that share a batch, by hook point.
+
+    Interventions on heads that can be edited together (`HeadIntervention.kind`) become one edit with a mask.
+    """
+    edits: dict[str, Edits] = defaultdict(list)
+    kinds: dict[tuple, dict[int, HeadIntervention]] = defaultdict(dict)
+    for i, run in enumerate(runs):
+        if isinstance(run, HeadIntervention):
+            kinds[run.kind][i] = run
+        else:
+            for name, fn in run.hooks(model, inputs):
+                edits[name].append((i, i + 1, fn))
+    for members in kinds.values():
+        any_member = next(iter(members.values()))
+        heads = torch.zeros(len(runs), *tower_shape(model, any_member.in_tower)[:2], dtype=torch.bool)
+        for i, run in members.items():
+            if run.heads:
+                layers, numbers = zip(*run.heads, strict=True)
+                heads[i, list(layers), list(numbers)] = True
+        for layer in heads.any(-1).any(0).nonzero()[:, 0].tolist():
+            touched = heads[:, layer].any(-1).nonzero()[:, 0]
+            lo, hi = int(touched[0]), int(touched[-1]) + 1
+            own = tuple(members.get(i, any_member) for i in range(lo, hi))  # the mask leaves other runs' rows alone
+            for name, fn in layer_hooks(own, model, inputs, layer, heads[lo:hi, layer]):
+                edits[name].append((lo, hi, fn))
+    return edits
 
 
 @dataclass(frozen=True)
@@ -125,9 +180,10 @@ class ScaleHeads(HeadIntervention):
 
     factor: float
     positions: Positions = None
+    tower: Tower = "text"
 
     def edits(self, model: "HookedVLM", inputs: VLMInputs, layer: int) -> list[tuple[str, Edit]]:
-        return [("hook_z", _edit_z(inputs, self.positions, lambda z: z * self.factor))]
+        return [("hook_z", _edit_z(self.selected(self.positions, inputs), lambda z: z * self.factor))]
 
 
 @dataclass(frozen=True)
@@ -135,9 +191,10 @@ class ZeroHeads(HeadIntervention):
     """The outputs of heads (`hook_z`) are zero, at every position and every step of generation by default."""
 
     positions: Positions = None
+    tower: Tower = "text"
 
     def edits(self, model: "HookedVLM", inputs: VLMInputs, layer: int) -> list[tuple[str, Edit]]:
-        return [("hook_z", _edit_z(inputs, self.positions, torch.zeros_like))]
+        return [("hook_z", _edit_z(self.selected(self.positions, inputs), torch.zeros_like))]
 
 
 @dataclass(frozen=True, eq=False)
@@ -146,18 +203,17 @@ class MeanHeads(HeadIntervention):
 
     means: Float[Tensor, "layer head d_head"]
     positions: Positions = None
+    tower: Tower = "text"
 
     def edits(self, model: "HookedVLM", inputs: VLMInputs, layer: int) -> list[tuple[str, Edit]]:
-        cfg = model.cfg
-        if self.means.shape != (cfg.n_layers, cfg.n_heads, cfg.d_head):
-            expected = (cfg.n_layers, cfg.n_heads, cfg.d_head)
-            raise InputError(f"means must be [layer, head, d_head] = {expected}, got {tuple(self.means.shape)}")
-        return [("hook_z", _edit_z(inputs, self.positions, lambda z: self.means[layer].to(z)))]
+        expected = tower_shape(model, self.tower)
+        if self.means.shape != expected:
+            of = " of the vision tower" if self.tower == "vision" else ""
+            raise InputError(f"means{of} must be [layer, head, d_head] = {expected}, got {tuple(self.means.shape)}")
+        return [("hook_z", _edit_z(self.selected(self.positions, inputs), lambda z: self.means[layer].to(z)))]
 
 
-def _edit_z(inputs: VLMInputs, positions: Positions, make: Callable[[Tensor], Tensor]) -> Edit:
-    table = position_table(positions, inputs).to(inputs.device)
-
+def _edit_z(table: Bool[Tensor, "row width_and_one"], make: Callable[[Tensor], Tensor]) -> Edit:
     def edit(z: Tensor, hook: HookPoint, chosen: HeadSelection) -> Tensor:
         call = hook.ctx["attention"]
         here = positions_mask(table, call.k.shape[1] - z.shape[1], z.shape[1], len(z)).to(z.device)
@@ -166,19 +222,41 @@ def _edit_z(inputs: VLMInputs, positions: Positions, make: Callable[[Tensor], Te
     return edit
 
 
-def check_heads(model: "HookedVLM", heads: Sequence[Head]) -> Sequence[Head]:
+def table_in(tower: Tower, where: Positions, inputs: VLMInputs) -> Bool[Tensor, "row width_and_one"]:
+    """Selected positions of each row, or patches of each image."""
+    return patch_table(where, inputs) if tower == "vision" else position_table(where, inputs)
+
+
+def tower_shape(model: "HookedVLM", tower: Tower) -> tuple[int, int, int]:
+    """Number of layers that run, of heads in each, and d_head.
+
+    Raises:
+        InputError: a model without a vision tower, or another word for a tower.
+    """
+    if tower not in ("text", "vision"):
+        raise InputError(f'tower must be "text" or "vision", got {tower!r}')
+    cfg, vision = model.cfg, model.cfg.vision
+    if tower == "text":
+        return cfg.n_layers, cfg.n_heads, cfg.d_head
+    if vision is None:
+        raise InputError(f"{cfg.model_name or 'this model'} is a language model without a vision tower")
+    return vision.n_layers_run, vision.n_heads, vision.d_head
+
+
+def check_heads(model: "HookedVLM", heads: Sequence[Head], tower: Tower = "text") -> Sequence[Head]:
     """Check that heads exist, and return them.
 
     Raises:
-        InputError: entries that are not pairs of integers, or a layer or head out of range.
+        InputError: entries that are not pairs of integers, a layer or head out of range, or what `tower_shape` raises.
     """
-    n_layers, n_heads = model.cfg.n_layers, model.cfg.n_heads
+    n_layers, n_heads, _ = tower_shape(model, tower)
     if not isinstance(heads, Sequence) or not all(whole_numbers(head) and len(head) == 2 for head in heads):
         raise InputError(f"heads are pairs (layer, head), such as ((2, 1), (3, 0)), got {heads!r}")
     for layer, head in heads:
         if not (0 <= layer < n_layers and 0 <= head < n_heads):
+            which = "model" if tower == "text" else "vision tower"
             raise InputError(
-                f"there is no head {layer}.{head}: the model has layers 0 to {n_layers - 1} "
+                f"there is no head {layer}.{head}: the {which} has layers 0 to {n_layers - 1} "
                 f"with heads 0 to {n_heads - 1}"
             )
     return heads
@@ -186,13 +264,20 @@ def check_heads(model: "HookedVLM", heads: Sequence[Head]) -> Sequence[Head]:
 
 @torch.no_grad()
 def mean_head_outputs(
-    model: "HookedVLM", inputs: Iterable[VLMInputs], positions: Positions = None
+    model: "HookedVLM", inputs: Iterable[VLMInputs], positions: Positions = None, tower: Tower = "text"
 ) -> Float[Tensor, "layer head d_head"]:
-    """Every head's `hook_z` averaged over positions of all inputs, for `MeanHeads`."""
+    """Every head's `hook_z` averaged over positions of all inputs, for `MeanHeads`.
+
+    In the vision tower over patches, class tokens included: each patch counts once, so a picture with more of them, in
+    more tiles or frames, counts more. Inputs without images are left out there.
+    """
     total, n = torch.zeros((), device=model.cfg.device), 0
-    names = [f"blocks.{layer}.attn.hook_z" for layer in range(model.cfg.n_layers)]
+    prefix = "vision." if tower == "vision" else ""
+    names = [f"{prefix}blocks.{layer}.attn.hook_z" for layer in range(tower_shape(model, tower)[0])]
     for batch in inputs:
-        table = position_table(positions, batch)[:, :-1].to(batch.device)
+        if tower == "vision" and not batch.has_visuals:
+            continue
+        table = table_in(tower, positions, batch)[:, :-1].to(batch.device)
         _, cache = model.run_with_cache(batch, names_filter=names, return_type=None)
         z = torch.stack([cache[name][table] for name in names])
         total, n = total + z.sum(1, dtype=torch.promote_types(z.dtype, torch.float32)), n + z.shape[1]

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from hooked_vlm.errors import InputError
 from hooked_vlm.inputs.vlm_inputs import VLMInputs
-from hooked_vlm.interventions.base import Positions, position_table, positions_mask
+from hooked_vlm.interventions.base import Positions, Tower, positions_mask
 from hooked_vlm.interventions.heads import Edit, HeadIntervention, HeadSelection
 from hooked_vlm.nn.attention import AttentionCall
 from hooked_vlm.nn.hooks import HookPoint
@@ -49,7 +49,7 @@ class EditedPattern(HeadIntervention):
         return call.pattern(queries, heads)
 
     def edits(self, model: "HookedVLM", inputs: VLMInputs, layer: int) -> list[tuple[str, Edit]]:
-        table = position_table(self.edited_positions, inputs).to(inputs.device)
+        table = self.selected(self.edited_positions, inputs)
 
         def edit(z: Tensor, hook: HookPoint, chosen: HeadSelection) -> Tensor:
             call: AttentionCall = hook.ctx["attention"]
@@ -131,12 +131,14 @@ def _real_keys(call: AttentionCall, rows: int) -> Bool[Tensor, "rows 1 1 key"]:
 
 @dataclass(frozen=True)
 class UniformAttention(EditedPattern):
-    """Heads attend equally to every key that a query sees, as if all scores were zero.
+    """Heads attend equally to every key that a query sees, as if all scores were zero; in the vision tower to all
+    patches of their picture, or of their window in blocks that have windows.
 
     Wu et al. (arXiv 2404.15574) switch off retrieval heads this way; `positions="generated"` limits it to generation.
     """
 
     positions: Positions = None
+    tower: Tower = "text"
 
     def edit_pattern(self, pattern: Tensor, call: AttentionCall, queries: Tensor, inputs: VLMInputs) -> Tensor:
         seen = call.visible(queries).expand(len(pattern), pattern.shape[1], -1, -1).to(pattern.dtype)

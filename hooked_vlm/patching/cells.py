@@ -9,6 +9,7 @@ from torch import Tensor
 from hooked_vlm.errors import InputError
 from hooked_vlm.interventions import PatchActivation
 from hooked_vlm.interventions.base import in_range
+from hooked_vlm.interventions.heads import tower_shape
 from hooked_vlm.patching.pairs import Direction, Pair, same_places
 from hooked_vlm.patching.places import Tower, Where, patches_at, place_names, positions_at
 
@@ -119,11 +120,8 @@ def _sizes(model: "HookedVLM", what: str, tower: str) -> tuple[int, int]:
             where = "the vision tower" if tower != "text" else cfg.model_name or "this model"
             raise InputError(f"no image features enter behind the blocks of {where}: it has no deepstack to patch")
         return cfg.n_deepstack, 0
-    if tower == "text":
-        return cfg.n_layers, cfg.n_key_value_heads if what in ("k", "v") else cfg.n_heads
-    if cfg.vision is None:
-        raise InputError(f"{cfg.model_name or 'this model'} is a language model without a vision tower")
-    return cfg.vision.n_layers_run, cfg.vision.n_heads
+    n_layers, n_heads, _ = tower_shape(model, tower)
+    return n_layers, cfg.n_key_value_heads if tower == "text" and what in ("k", "v") else n_heads
 
 
 def _check_grids(pairs: Sequence[Pair]) -> None:

@@ -1,7 +1,6 @@
 """Positions of the decoder and patches of the vision tower, by names of places."""
 
 from collections.abc import Mapping, Sequence
-from typing import Literal
 
 import numpy as np
 import torch
@@ -11,10 +10,9 @@ from torch import Tensor
 from hooked_vlm.errors import InputError
 from hooked_vlm.inputs.boxes import Part
 from hooked_vlm.inputs.vlm_inputs import VLMInputs
-from hooked_vlm.interventions.base import Positions, position_table
+from hooked_vlm.interventions.base import Positions, Tower, n_patches, position_table
 from hooked_vlm.patching.pairs import Direction, Pair, Place, Region, same_columns, same_places
 
-Tower = Literal["text", "vision"]
 Where = str | int | Sequence[str | int]
 """Names of places: groups ("image", "question", "assistant_header", "final", "text", "generated"), "all", places of the
 pair; numbers of positions of the inputs that are run (vision tower: of patches); or "each", each one by itself.
@@ -159,11 +157,6 @@ def _regions(given: Place) -> list[Region]:
 
 
 # ---------------------------------------------------------------- the vision tower
-
-
-def n_patches(inputs: VLMInputs) -> tuple[int, ...]:
-    """Patches of each image, tile or video frame, class token included: the vision tower's first two axes."""
-    return tuple(inputs.spec.class_tokens + h * w for t, h, w in inputs.grids for _ in range(t))
 
 
 def patches_at(pair: Pair, place: str | int) -> Rows:

@@ -3,7 +3,6 @@
 Their features enter the decoder as an edit of `hook_embed`, after which they are runs like any other.
 """
 
-from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -15,10 +14,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from hooked_vlm.inputs.vlm_inputs import VLMInputs
-from hooked_vlm.interventions.base import EMBEDDING, Edits, Hooks, Intervention, on_own_rows
+from hooked_vlm.interventions.base import EMBEDDING, Hooks, Intervention, n_patches, on_own_rows
+from hooked_vlm.interventions.heads import joint_edits
 from hooked_vlm.nn.hooks import HookPoint, deepstack_points, is_vision, running
 from hooked_vlm.nn.vision import image_pass
-from hooked_vlm.sweeps.plan import first_vision_layer
 
 if TYPE_CHECKING:
     from hooked_vlm.model.vlm import HookedVLM
@@ -83,13 +82,17 @@ def _by_place(features: Float[Tensor, "token *feature d_model"]) -> tuple[Float[
 
 
 def encoded(
-    model: "HookedVLM", inputs: VLMInputs, plain: PlainEncoding, interventions: Sequence[Intervention]
+    model: "HookedVLM",
+    inputs: VLMInputs,
+    plain: PlainEncoding,
+    interventions: Sequence[Intervention],
+    layers: Sequence[int],
 ) -> list[Encoded]:
-    """Encode the images of runs, given in the order of their first layers in the vision tower."""
+    """Encode the images of runs, given in the order of their first `layers` in the vision tower."""
     n, n_tokens = len(interventions), len(plain.features)
     with model.hooks(fwd_hooks=_hooks(model, inputs, interventions, n_tokens)):
         if inputs.image_features is None:
-            features = _encode(model, inputs, plain, [first_vision_layer(iv, model, inputs) for iv in interventions])
+            features = _encode(model, inputs, plain, layers)
         else:
             features = plain.features.repeat(n, *[1] * (plain.features.ndim - 1))
         at_embedding, *inner = _by_place(features)
@@ -125,12 +128,8 @@ def _encode(
 
 def _hooks(model: "HookedVLM", inputs: VLMInputs, interventions: Sequence[Intervention], n_tokens: int) -> Hooks:
     """One hook for each point of the image side; each run's edits see its own images only."""
-    n_images = sum(grid[0] for grid in inputs.grids)
-    edits: dict[str, Edits] = defaultdict(list)
-    for i, intervention in enumerate(interventions):
-        for name, fn in intervention.hooks(model, inputs):
-            if is_vision(name):
-                edits[name].append((i, i + 1, fn))
+    edits = {name: own for name, own in joint_edits(model, inputs, interventions).items() if is_vision(name)}
     model.check_reachable(list(edits), inputs, {})
+    n_images = len(n_patches(inputs))
     per_run = {name: n_tokens if name == "hook_image_features" else n_images for name in edits}
     return [(name, on_own_rows(own, per_run[name])) for name, own in edits.items()]

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -16,9 +17,21 @@ from hooked_vlm.interventions.heads import HeadIntervention
 if TYPE_CHECKING:
     from hooked_vlm.sweeps.run import SweepResult
 
-Cell = tuple[str, str, int, int | str]
-"""The name of the columns, what is done and where in a layer; then the layer, and the head or position."""
 _OF_LAYER = re.compile(r"(.*blocks\.)(\d+)(\..*)")
+
+
+@dataclass(frozen=True)
+class Cell:
+    """The place of a run in a heatmap."""
+
+    axis: str
+    """What the columns are: heads or positions."""
+    what: str
+    """What is done, and where in a layer."""
+    settings: tuple
+    """Everything else in which two runs of one heatmap must agree."""
+    layer: int
+    column: int | str
 
 
 def effects_figure(result: "SweepResult", title: str = "") -> Figure:
@@ -32,39 +45,45 @@ def effects_figure(result: "SweepResult", title: str = "") -> Figure:
     effects = result.effects.float().mean(1).cpu().numpy()
     n_rows = result.values.shape[1]
     label = "effect on the metric" if n_rows == 1 else f"effect on the metric, mean of {n_rows} rows"
-    cells = [_cell(intervention) for intervention in result.interventions]
-    grid = [cell for cell in cells if cell is not None]
-    one_kind = len({cell[:2] for cell in grid}) == 1
-    if len(grid) < len(cells) or not one_kind or len(set(grid)) < len(grid):
+    cells = [cell for intervention in result.interventions if (cell := _cell(intervention)) is not None]
+    n_kinds = len({(cell.axis, cell.what, cell.settings) for cell in cells})
+    if n_kinds != 1 or len(set(cells)) < len(result.interventions):
         names = [str(intervention) for intervention in result.interventions]
         return heatmap(effects[:, None], names, [""], ("run", ""), label, title)
-    axis, what = grid[0][:2]
-    layers, columns = _in_order([cell[2] for cell in grid]), _in_order([cell[3] for cell in grid])
+    layers, columns = _in_order([cell.layer for cell in cells]), _in_order([cell.column for cell in cells])
     values = np.full((len(layers), len(columns)), np.nan)
-    for (_, _, layer, column), effect in zip(grid, effects, strict=True):
-        values[layers.index(layer), columns.index(column)] = effect
-    return heatmap(values, layers, columns, ("layer", axis), label, title or what)
+    for cell, effect in zip(cells, effects, strict=True):
+        values[layers.index(cell.layer), columns.index(cell.column)] = effect
+    return heatmap(values, layers, columns, ("layer", cells[0].axis), label, title or cells[0].what)
 
 
 def _cell(intervention: Intervention) -> Cell | None:
     """The place of an intervention in a heatmap; None where it edits several heads or no layer."""
-    what = type(intervention).__name__
     if isinstance(intervention, HeadIntervention):
-        return ("head", what, *intervention.heads[0]) if len(intervention.heads) == 1 else None
+        return _head_cell(intervention)
     if not isinstance(intervention, PatchActivation | AddVector):
         return None
     found, positions = _OF_LAYER.fullmatch(intervention.name), intervention.positions
     if found is None:
         return None
     before, layer, behind = found.groups()
-    what, heads = f"{what} {before}{{l}}{behind}", getattr(intervention, "heads", None)
+    what, heads = f"{type(intervention).__name__} {before}{{l}}{behind}", getattr(intervention, "heads", None)
+    settings = (getattr(intervention, "scale", None),)
     if heads is not None:
-        at = f"{what} at {position_label(positions)}"
-        return ("head", at, int(layer), int(heads[0])) if len(heads) == 1 else None
+        what = f"{what} at {position_label(positions)}"
+        return Cell("head", what, settings, int(layer), int(heads[0])) if len(heads) == 1 else None
     match positions:
         case (int(position),):
-            return ("position", what, int(layer), position)
-    return ("position", what, int(layer), position_label(positions))
+            return Cell("position", what, settings, int(layer), position)
+    return Cell("position", what, settings, int(layer), position_label(positions))
+
+
+def _head_cell(intervention: HeadIntervention) -> Cell | None:
+    if len(intervention.heads) != 1:
+        return None
+    varied = (getattr(intervention, name) for name in sorted(intervention.varies - {"heads"}))
+    what = type(intervention).__name__ + (" in the vision tower" if intervention.in_tower == "vision" else "")
+    return Cell("head", what, (*intervention.kind, *varied), *intervention.heads[0])
 
 
 def _in_order(labels: Sequence[int | str]) -> list[int | str]:

@@ -9,7 +9,7 @@ import torch
 
 from hooked_vlm.errors import InputError
 from hooked_vlm.inputs.vlm_inputs import VLMInputs
-from hooked_vlm.interventions.base import EMBEDDING, ENCODER, Intervention
+from hooked_vlm.interventions.base import EMBEDDING, ENCODER, Intervention, first_image_position, n_patches
 from hooked_vlm.nn.forward_pass import block_spans
 from hooked_vlm.nn.hooks import foreign_module, is_vision
 
@@ -34,8 +34,14 @@ class Batch:
     """The first layer of each run."""
     first_position: int
     """Positions before it are the plain run's, whose keys and values stand in for them."""
-    encodes: bool = False
-    """Whether the runs change the image side; they then go through the vision tower together first."""
+    vision_layers: tuple[int, ...] = ()
+    """The first layer of the vision tower of each run, where the runs change the image side; they then go through the
+    tower together first."""
+
+    @property
+    def encodes(self) -> bool:
+        """Whether the runs change the image side."""
+        return bool(self.vision_layers)
 
 
 @dataclass(frozen=True)
@@ -52,6 +58,10 @@ class SweepPlan:
     """Whether all interventions read the positions in their hook context."""
     encodes: bool
     """Whether there are images that are not encoded yet."""
+    n_patches: int
+    """Patches of all images of the inputs, class tokens included."""
+    n_vision_layers: int
+    """Layers of the vision tower that run."""
     earlier: int = 0
     """Number of runs that begin before their first change, where tokens before it see it."""
 
@@ -75,6 +85,24 @@ class SweepPlan:
         whole = self.n_rows * self.n_positions * self.n_layers
         return whole + sum(self._work(batch) for batch in self.batches)
 
+    @property
+    def vision_layers(self) -> tuple[int, ...]:
+        """The first layer of the vision tower of each run that changes the image side."""
+        return tuple(layer for batch in self.batches for layer in batch.vision_layers)
+
+    @property
+    def naive_vision_work(self) -> int:
+        """Patches times layers of the vision tower that a loop over `run_with_hooks` computes."""
+        return self.n_runs * self.n_patches * self.n_vision_layers if self.encodes else 0
+
+    @property
+    def vision_work(self) -> int:
+        """Patches times layers of the vision tower that the plan computes, the plain run included."""
+        if not self.encodes:
+            return 0
+        n_layers = self.n_vision_layers
+        return self.n_patches * (n_layers + sum(n_layers - max(layer, 0) for layer in self.vision_layers))
+
     def _work(self, batch: Batch) -> int:
         width = self.n_positions - batch.first_position
         n_layers = [self.n_layers - max(layer, 0) for layer in batch.layers]
@@ -85,19 +113,20 @@ class SweepPlan:
     def describe(self) -> str:
         """The plan in words and numbers."""
         lines = [f"{self.n_runs} runs on {self.n_rows} x {self.n_positions} tokens, {self.n_layers} layers"]
-        if self.encodes:
-            lines.append(f"vision tower: 1 pass instead of {self.n_runs - len(self.encoder_runs)}")
+        n_text = self.n_runs - len(self.encoder_runs)
+        if self.encodes and n_text:
+            lines.append(f"vision tower: 1 pass instead of {n_text}")
         if self.encoder_runs:
             n = sum(batch.encodes for batch in self.batches)
             lines.append(
                 f"{len(self.encoder_runs)} runs change the image side: through the vision tower in "
-                f"{n} {'batch' if n == 1 else 'batches'}, each run from the first layer it touches on"
+                f"{n} {'batch' if n == 1 else 'batches'}, {_joining(self.vision_layers, self.n_vision_layers, TOWER)}"
             )
         for batch in self.batches:
             reused = f"reuse keys and values of positions 0 to {batch.first_position - 1}, "
             lines.append(
                 f"{len(batch.runs)} runs in one batch: {reused if batch.first_position else ''}"
-                f"{_joining(batch.layers, self.n_layers)}"
+                f"{_joining(batch.layers, self.n_layers, DECODER)}"
             )
         if self.earlier:
             lines.append(
@@ -106,16 +135,23 @@ class SweepPlan:
             )
         if self.narrow_end:
             lines.append("last block: queries of the last position only")
-        share = self.naive_work / self.work if self.work else 1.0
-        lines.append(
-            f"positions x layers: {self.work:,} (the plain run included) instead of {self.naive_work:,}, "
-            f"{share:.1f} times fewer"
-        )
+        if self.encodes:
+            lines.append(_compared("patches x layers of the vision tower", self.vision_work, self.naive_vision_work))
+        lines.append(_compared("positions x layers", self.work, self.naive_work))
         return "\n".join(lines)
 
 
-def _joining(layers: Sequence[int], n_layers: int) -> str:
-    names = ["the embedding" if x < 0 else "the final norm" if x == n_layers else f"layer {x}" for x in layers]
+DECODER, TOWER = ("the embedding", "the final norm"), ("the patch embedding", "behind its last layer")
+"""Where runs join before the first layer, and behind the last."""
+
+
+def _compared(what: str, work: int, naive_work: int) -> str:
+    share = naive_work / work if work else 1.0
+    return f"{what}: {work:,} (the plain run included) instead of {naive_work:,}, {share:.1f} times fewer"
+
+
+def _joining(layers: Sequence[int], n_layers: int, ends: tuple[str, str]) -> str:
+    names = [ends[0] if x < 0 else ends[1] if x == n_layers else f"layer {x}" for x in layers]
     counted = ", ".join(f"{names.count(name)} from {name}" for name in dict.fromkeys(names))
     return f"{counted} on"
 
@@ -164,7 +200,9 @@ def make_plan(
     find_positions = all(iv.position_aware for iv in interventions)
     narrow = logits_at == "last" and find_positions and not foreign and min(inputs.stop) == n_positions
     encodes = inputs.has_visuals and inputs.image_features is None
-    return SweepPlan(tuple(batches), len(inputs), n_positions, n_layers, narrow, find_positions, encodes, earlier)
+    tower = (sum(n_patches(inputs)), 0 if model.cfg.vision is None else model.cfg.vision.n_layers_run)
+    shape = (len(inputs), n_positions, n_layers)
+    return SweepPlan(tuple(batches), *shape, narrow, find_positions, encodes, *tower, earlier)
 
 
 def _encoder_batches(
@@ -180,18 +218,21 @@ def _encoder_batches(
     encoder = [i for i, (layer, _) in enumerate(begins) if layer == ENCODER]
     if not encoder:
         return []
-    model.check_reachable([name for i in encoder for name, _ in interventions[i].hooks(model, inputs)], inputs, {})
-    encoder.sort(key=lambda i: first_vision_layer(interventions[i], model, inputs))
+    names = {i: [name for name, _ in interventions[i].hooks(model, inputs)] for i in encoder}
+    model.check_reachable(list({name: None for own in names.values() for name in own}), inputs, {})
+    layers = {i: first_vision_layer(own, model.vision.n_layers_run) for i, own in names.items()}
+    encoder.sort(key=layers.__getitem__)
     n_positions = inputs.shape[1]
     end = min(inputs.stop) - 1
     spans = block_spans(model.cfg, inputs)
-    reached = [first_seen(first_position_behind(interventions[i], model, inputs), spans) for i in encoder]
-    first = 0 if foreign else min(end, *reached)
+    reached = [first_image_position(inputs)]
+    reached += [interventions[i].first_position(model, inputs) for i in encoder if not all(map(is_vision, names[i]))]
+    first = 0 if foreign else min(end, *(first_seen(position, spans) for position in reached))
     most = max_runs or min(
         runs_that_fit(model, inputs, n_positions - first, logits_at), _runs_that_encode(model, inputs)
     )
     parts = [tuple(encoder[start : start + most]) for start in range(0, len(encoder), most)]
-    return [Batch(part, (EMBEDDING,) * len(part), first, encodes=True) for part in parts]
+    return [Batch(part, (EMBEDDING,) * len(part), first, tuple(layers[i] for i in part)) for part in parts]
 
 
 def first_seen(position: int, spans: Sequence[tuple[int, int, int]]) -> int:
@@ -200,18 +241,10 @@ def first_seen(position: int, spans: Sequence[tuple[int, int, int]]) -> int:
     return min([start for _, start, stop in spans if start <= position < stop], default=position)
 
 
-def first_position_behind(intervention: Intervention, model: "HookedVLM", inputs: VLMInputs) -> int:
-    """The first position of the decoder that a change of the image side reaches."""
-    first = min(visual.start for visual in inputs.visuals)
-    alone = all(is_vision(name) for name, _ in intervention.hooks(model, inputs))
-    return first if alone else min(first, intervention.first_position(model, inputs))
-
-
-def first_vision_layer(intervention: Intervention, model: "HookedVLM", inputs: VLMInputs) -> int:
-    """The first layer of the vision tower that changes; `EMBEDDING`, or the number of layers behind the last."""
-    n_layers = 0 if model.cfg.vision is None else model.cfg.vision.n_layers_run
-    names = [name for name, _ in intervention.hooks(model, inputs) if is_vision(name)]
-    return min(_layer(name, n_layers) for name in names)
+def first_vision_layer(names: Sequence[str], n_layers: int) -> int:
+    """The first of the vision tower's `n_layers` that hooks on these points change; `EMBEDDING`, or `n_layers` behind
+    the last."""
+    return min(_layer(name, n_layers) for name in names if is_vision(name))
 
 
 def _layer(name: str, n_layers: int) -> int:

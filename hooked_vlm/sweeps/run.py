@@ -9,7 +9,6 @@ computes queries of the last position only, if the metric reads nothing else. `r
 """
 
 import warnings
-from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -23,8 +22,8 @@ from tqdm.auto import tqdm
 
 from hooked_vlm.errors import InputError
 from hooked_vlm.inputs.vlm_inputs import VLMInputs
-from hooked_vlm.interventions.base import EMBEDDING, Edits, Hooks, Intervention, on_own_rows
-from hooked_vlm.interventions.heads import HeadIntervention, layer_hooks
+from hooked_vlm.interventions.base import EMBEDDING, Hooks, Intervention, on_own_rows
+from hooked_vlm.interventions.heads import joint_edits
 from hooked_vlm.metrics import Metric
 from hooked_vlm.model.finite import check_finite, described
 from hooked_vlm.nn.forward_pass import DeepStack, ForwardPass, are_finite, inputs_masks, inputs_rotations, last_of_rows
@@ -33,7 +32,7 @@ from hooked_vlm.nn.kv_cache import KVCache, SharedPrefix
 from hooked_vlm.nn.masks import AttentionMask
 from hooked_vlm.nn.rotary import Rotations
 from hooked_vlm.sweeps.encoder import PlainEncoding, encoded
-from hooked_vlm.sweeps.plan import Batch, SweepPlan, first_vision_layer, make_plan
+from hooked_vlm.sweeps.plan import Batch, SweepPlan, make_plan
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -117,7 +116,7 @@ def sweep(
     plan = make_plan(model, inputs, interventions, logits_at, max_runs)
     given, encoding = inputs, None
     if plan.encoder_runs:
-        layers = {first_vision_layer(interventions[i], model, inputs) for i in plan.encoder_runs}
+        layers = {layer for batch in plan.batches for layer in batch.vision_layers}
         encoding = PlainEncoding.of(model, inputs, layers)
         inputs = inputs.with_image_features(encoding.features)
     else:
@@ -134,7 +133,7 @@ def sweep(
             try:
                 runs: Sequence[Intervention] = [interventions[i] for i in batch.runs]
                 if batch.encodes and encoding is not None:
-                    runs = encoded(model, given, encoding, runs)
+                    runs = encoded(model, given, encoding, runs, batch.vision_layers)
                 logits = batch_logits(model, plain, batch, runs, plan, logits_at)
                 rows = [measure(metric, _with_prefix(own, plain, logits_at), logits_at) for own in logits]
             except (RuntimeError, MemoryError) as error:
@@ -199,7 +198,7 @@ def _halves(batch: Batch) -> list[Batch]:
     """The second half, then the first (they are taken from the end)."""
     middle = len(batch.runs) // 2
     return [
-        replace(batch, runs=batch.runs[part], layers=batch.layers[part])
+        replace(batch, runs=batch.runs[part], layers=batch.layers[part], vision_layers=batch.vision_layers[part])
         for part in (slice(middle, None), slice(None, middle))
     ]
 
@@ -299,29 +298,5 @@ def batch_logits(
 
 
 def batch_hooks(model: "HookedVLM", inputs: VLMInputs, runs: Sequence[Intervention]) -> Hooks:
-    """One hook for each point that any of the runs touches; each run's edits see its own rows only.
-
-    Interventions on heads that can be edited together (`HeadIntervention.kind`) become one edit with a mask.
-    """
-    edits: dict[str, Edits] = defaultdict(list)
-    kinds: dict[tuple, dict[int, HeadIntervention]] = defaultdict(dict)
-    for i, run in enumerate(runs):
-        if isinstance(run, HeadIntervention):
-            kinds[run.kind][i] = run
-        else:
-            for name, fn in run.hooks(model, inputs):
-                edits[name].append((i, i + 1, fn))
-    for members in kinds.values():
-        heads = torch.zeros(len(runs), model.cfg.n_layers, model.cfg.n_heads, dtype=torch.bool)
-        for i, run in members.items():
-            if run.heads:
-                layers, numbers = zip(*run.heads, strict=True)
-                heads[i, list(layers), list(numbers)] = True
-        any_member = next(iter(members.values()))
-        for layer in heads.any(-1).any(0).nonzero()[:, 0].tolist():
-            touched = heads[:, layer].any(-1).nonzero()[:, 0]
-            lo, hi = int(touched[0]), int(touched[-1]) + 1
-            own = tuple(members.get(i, any_member) for i in range(lo, hi))  # the mask leaves other runs' rows alone
-            for name, fn in layer_hooks(own, model, inputs, layer, heads[lo:hi, layer]):
-                edits[name].append((lo, hi, fn))
-    return [(name, on_own_rows(own, len(inputs))) for name, own in edits.items()]
+    """One hook for each point that any of the runs touches; each run's edits see its own rows only."""
+    return [(name, on_own_rows(own, len(inputs))) for name, own in joint_edits(model, inputs, runs).items()]

@@ -8,7 +8,7 @@ import tiny_qwen2_vl as tiny
 import torch
 
 from hooked_vlm import InputError, sweep
-from hooked_vlm.interventions import AddVector, Compose, PatchActivation, ScaleHeads, ZeroHeads
+from hooked_vlm.interventions import AddVector, Compose, PatchActivation, ReplaceImageKV, ScaleHeads, ZeroHeads
 from hooked_vlm.metrics import log_prob
 from hooked_vlm.sweeps.plan import make_plan
 from hooked_vlm.sweeps.run import SweepResult
@@ -61,11 +61,25 @@ def test_heads_of_patched_activations_lie_by_head() -> None:
     [
         [ZeroHeads(((0, 1),)), ZeroHeads(((0, 1), (0, 2)))],
         [ZeroHeads(((0, 1),)), ScaleHeads(((0, 2),), 0.5)],
-        [ScaleHeads(((0, 1),), 0.5), ScaleHeads(((0, 1),), 2.0)],
+        [ZeroHeads(((0, 1),)), ZeroHeads(((0, 1),))],
+        [ScaleHeads(((0, 1),), 0.5), ScaleHeads(((0, 2),), 2.0)],
+        [ZeroHeads(((0, 1),)), ZeroHeads(((0, 2),), tower="vision")],
+        [ReplaceImageKV(((0, 1),)), ReplaceImageKV(((0, 2),), queries="text")],
+        [AddVector(f"blocks.{layer}.hook_resid_post", torch.ones(4), scale=1.0 + layer) for layer in (0, 1)],
         [Compose((ZeroHeads(((0, 1),)),)), ZeroHeads(((1, 1),))],
         [AddVector("hook_embed", torch.ones(4)), AddVector("blocks.0.hook_resid_post", torch.ones(4))],
     ],
-    ids=["several heads", "two kinds", "one cell twice", "composed", "no layer"],
+    ids=[
+        "several heads",
+        "two kinds",
+        "one cell twice",
+        "two factors",
+        "two towers",
+        "two queries",
+        "two scales",
+        "composed",
+        "no layer",
+    ],
 )
 def test_runs_without_a_grid_are_a_list_in_their_order(runs: list[Any]) -> None:
     figure = result(runs).show()

@@ -11,6 +11,7 @@ from families import ROWS, inputs_of, model_and_inputs
 from hypothesis import given
 from hypothesis import strategies as st
 from layer_kinds import BOTH_WAYS, with_kinds
+from sweeps_by_hand import agrees, naive
 from torch import Tensor
 
 from hooked_vlm import HookError, InputError, sweep
@@ -28,6 +29,7 @@ from hooked_vlm.interventions import (
     UniformAttention,
     ZeroHeads,
 )
+from hooked_vlm.interventions.base import n_patches
 from hooked_vlm.metrics import kl_divergence, log_prob, logit, logit_difference, margin
 from hooked_vlm.nn.block import Block
 from hooked_vlm.sweeps import run as sweep_run_module
@@ -35,24 +37,6 @@ from hooked_vlm.sweeps.plan import make_plan
 
 FAMILIES = ("qwen2-vl", "internvl2", "made-up")
 SWEEP = import_module("hooked_vlm.sweeps.run")  # the package's attribute of this name is the function
-
-
-def naive(model: Any, batch: Any, interventions: list[Intervention], metric: Any, logits_at: str = "last") -> Tensor:
-    """One forward pass, from the pixels on, for each intervention."""
-    values = []
-    for iv in interventions:
-        with torch.no_grad():
-            logits = model.run_with_hooks(batch, fwd_hooks=iv.hooks(model, batch))
-        last = torch.tensor(batch.stop) - 1
-        values.append(metric(logits[torch.arange(len(batch)), last] if logits_at == "last" else logits))
-    return torch.stack(values)
-
-
-def agrees(model: Any, batch: Any, interventions: list[Intervention], metric: Any, **settings: Any) -> Any:
-    result = sweep(model, batch, interventions, metric, **settings)
-    expected = naive(model, batch, interventions, metric, settings.get("logits_at", "last"))
-    torch.testing.assert_close(result.values, expected, atol=2e-5, rtol=1e-5)
-    return result
 
 
 def right_padded(model: Any, batch: Any) -> Any:
@@ -125,7 +109,9 @@ def random_intervention(draw: Any, model: Any, batch: Any, cache: Any) -> Interv
     where = draw(groups)
     layer = draw(st.integers(0, 2))
     generator = torch.Generator().manual_seed(draw(st.integers(0, 5)))
-    kind = draw(st.integers(0, 8))
+    kind = draw(st.integers(0, 9))
+    if kind == 9:
+        return random_vision_heads(draw, batch)
     if kind == 0:
         return ZeroHeads(heads, where)
     if kind == 1:
@@ -155,6 +141,15 @@ def random_intervention(draw: Any, model: Any, batch: Any, cache: Any) -> Interv
     except InputError:  # both want to make the z of one head again
         return together.parts[0]
     return together
+
+
+def random_vision_heads(draw: Any, batch: Any) -> Intervention:
+    heads = tuple(draw(st.lists(st.tuples(st.integers(0, 1), st.integers(0, 1)), min_size=1, unique=True)))
+    each = tuple((image % 4, 0) for image in range(len(n_patches(batch))))
+    patches = st.sampled_from([None, (0, 2), each])
+    kind = draw(st.sampled_from([ZeroHeads, UniformAttention, BlockAttention]))
+    where = (draw(patches), draw(patches)) if kind is BlockAttention else (draw(patches),)
+    return kind(heads, *where, tower="vision")
 
 
 @pytest.mark.repeats_shapes

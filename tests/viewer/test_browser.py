@@ -207,7 +207,7 @@ def test_pictures_are_saved_at_their_width_on_paper(browser: Any, tmp_path: Path
     space = {"svg": "http://www.w3.org/2000/svg"}
     assert root.tag == "{http://www.w3.org/2000/svg}svg" and root.get("width") == "3.25in"
     texts = [text.text for text in root.iterfind(".//svg:text", space)]
-    assert texts[0] == "“4”, layer 2, head 1" and texts[-1].endswith(" attention")
+    assert texts[0] == "“4”, layer 2, head 1" and str(texts[-1]).endswith(" attention")
     assert len(root.findall(".//svg:image", space)) == len(view.scene.panels)
     # the boxes that are drawn are those of the tokens with weight, as opaque as their share of the largest
     whole = inputs.append(page.lines[QUESTIONED].value)
