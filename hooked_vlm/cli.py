@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 import tyro
 
-from hooked_vlm.commands.config import CacheConfig, HooksConfig, MergeConfig, ModelsConfig, ViewConfig
+from hooked_vlm.commands.config import CacheConfig, HooksConfig, MergeConfig, ModelsConfig, PushConfig, ViewConfig
 from hooked_vlm.errors import HookedVLMError
 from hooked_vlm.experiments.head_attribution import config as head_attribution_config
 from hooked_vlm.experiments.head_sweep.config import HeadSweepConfig
@@ -89,6 +89,12 @@ def sweep(config: tyro.conf.OmitArgPrefixes[HeadSweepConfig], output: SharedLong
 def merge(config: tyro.conf.OmitArgPrefixes[MergeConfig], output: Shared) -> None:
     """Join what the shards of a sweep, or of a stream of activations, wrote: the whole, as from one process."""
     _run("commands.merge", replace(config, quiet=output.quiet), output)
+
+
+@app.command(name="push")
+def push(config: tyro.conf.OmitArgPrefixes[PushConfig], output: Shared) -> None:
+    """Send activations, or the tables of a run, to the hub as an ordinary data set; or write it to a folder."""
+    _run("commands.push", config, output)
 
 
 @app.command(name="ocr-heads")

@@ -121,3 +121,15 @@ class MergeConfig:
     """Where the whole goes."""
     quiet: tyro.conf.Suppress[bool] = False
     """No progress bar."""
+
+
+@dataclass(frozen=True)
+class PushConfig:
+    """A folder of results, and where it goes."""
+
+    folder: tyro.conf.Positional[Path]
+    """What `hooked-vlm cache`, `sweep` or a study wrote."""
+    to: tyro.conf.Positional[str]
+    """A data set on the hub (owner/name), or a new folder (./name)."""
+    public: bool = False
+    """Everybody may see the data set on the hub."""
