@@ -5,7 +5,7 @@
 
 The metrics of this module are frozen dataclasses, so that they can be pickled and identified by their content
 (`hooked_vlm.runtime.digests`). A metric of your own may be any function; where results are stored, it must be a frozen
-dataclass with `__call__`.
+dataclass with `__call__`, or have a name and a version (`Named`).
 """
 
 from collections.abc import Callable, Sequence
@@ -114,6 +114,23 @@ class Answered:
             greedy = logits[row, stop - n - 1 : stop - 1].argmax(-1)
             right.append((greedy == inputs.tokens[row, stop - n : stop].to(greedy.device)).all())
         return torch.stack(right).to(torch.promote_types(logits.dtype, torch.float32))
+
+
+@dataclass(frozen=True, eq=False)
+class Named:
+    """A metric of your own that stored results know by a name and a version; change the version with the function."""
+
+    function: Metric
+    name: str
+    version: str | int
+
+    @property
+    def known_as(self) -> tuple[str, str | int]:
+        """What it is identified by."""
+        return self.name, self.version
+
+    def __call__(self, logits: Float[Tensor, "batch *pos d_vocab"]) -> Float[Tensor, "batch"]:
+        return self.function(logits)
 
 
 logit, log_prob, logit_difference, margin = Logit, LogProb, LogitDifference, Margin

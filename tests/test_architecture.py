@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parent.parent
 FOLDERS = {"hooked_vlm": "hooked_vlm", "converters": "hooked_vlm.converters", "experiments": "hooked_vlm.experiments"}
 LAYERS = (
     "cli", "commands", "experiments", "viewer", "verify", "activations", "patching", "toys", "lens", "analysis",
-    "sweeps", "metrics", "interventions", "model", "loading", "nn", "inputs", "runtime", "converters", "config",
+    "sweeps", "metrics", "interventions", "model", "loading", "nn", "data", "inputs", "runtime", "converters", "config",
     "vision_config", "errors", "_lazy",
 )  # fmt: skip
 """From the top to the ground."""

@@ -26,6 +26,7 @@ LAYERS = (
     ("model", "HookedVLM: forward pass, generation, cache, weights"),
     ("loading", "checkpoint folders, placement, quantisation"),
     ("nn", "attention, block, vision tower, KV cache, hook points"),
+    ("data", "samples of a data set, read one by one"),
     ("inputs", "VLMInputs, images, geometry, prompts, tokenizers"),
     ("runtime", "tasks, result store, atomic files, Ray"),
     ("converters", "checkpoint formats: names and configurations"),

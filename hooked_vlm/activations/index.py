@@ -11,8 +11,8 @@ from torch import Tensor
 
 from hooked_vlm.activations.names import Kind
 from hooked_vlm.activations.places import Places, patch_places, token_places
-from hooked_vlm.activations.samples import Sample
 from hooked_vlm.config import VLMConfig
+from hooked_vlm.data.samples import Sample
 from hooked_vlm.errors import GeometryError, InputError
 from hooked_vlm.inputs.vlm_inputs import VLMInputs
 

@@ -7,7 +7,7 @@ from functools import lru_cache
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
-from hooked_vlm.activations.samples import NamedBox
+from hooked_vlm.data.samples import NamedBox
 from hooked_vlm.inputs.geometry import ImageLayout
 
 

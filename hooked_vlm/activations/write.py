@@ -23,7 +23,6 @@ from tqdm.auto import tqdm
 from hooked_vlm.activations.index import Indexer, TokenChoice, checked_choice, take_rows
 from hooked_vlm.activations.names import Kind, NamesFilter, kind_of, resolve_names, row_shapes
 from hooked_vlm.activations.read import Activations
-from hooked_vlm.activations.samples import Sample
 from hooked_vlm.activations.shards import (
     Shard,
     claim,
@@ -34,6 +33,7 @@ from hooked_vlm.activations.shards import (
     write_manifest,
     write_shard,
 )
+from hooked_vlm.data.samples import Sample
 from hooked_vlm.errors import ActivationsError, InputError
 from hooked_vlm.inputs.vlm_inputs import VLMInputs
 from hooked_vlm.interventions.base import layer_of

@@ -3,9 +3,9 @@
 from typing import Any
 
 from hooked_vlm.activations.read import Activations
-from hooked_vlm.activations.samples import read_samples
 from hooked_vlm.activations.write import stream_activations
 from hooked_vlm.commands.config import CacheConfig
+from hooked_vlm.data.sources import read_samples
 from hooked_vlm.loading.settings import as_dtype
 from hooked_vlm.model.by_name import load
 from hooked_vlm.runtime.files import writable_folder

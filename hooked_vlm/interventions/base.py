@@ -103,10 +103,20 @@ class Compose(Intervention):
 
 @dataclass(frozen=True, eq=False)
 class CustomHooks(Intervention):
-    """Hooks of your own, for a sweep: (name or filter, function that sees a whole tensor), as in `run_with_hooks`."""
+    """Hooks of your own, for a sweep: (name or filter, function that sees a whole tensor), as in `run_with_hooks`.
+
+    Results that are stored (`sweep_many`) need a label and a version of them: functions cannot be compared, so stored
+    results are used as long as both are the same.
+    """
 
     fwd_hooks: Sequence[tuple[HookName, Callable]]
     label: str = "custom"
+    version: str | int | None = None
+
+    @property
+    def known_as(self) -> tuple[str, str | int] | None:
+        """What the hooks are identified by, if a version is given."""
+        return None if self.version is None else (self.label, self.version)
 
     def hooks(self, model: "HookedVLM", inputs: VLMInputs) -> Hooks:
         pairs: Hooks = []

@@ -25,6 +25,9 @@ def digest(value: Any) -> str:
     of a dataclass of your own includes its source text, but not the functions it calls; fields that are not compared
     are left out.
 
+    A value with a property `known_as` that is not None is known by it: the name and the version that a user gave to
+    what cannot be compared.
+
     Raises:
         InputError: a value without comparable content, such as a function or an object of another class.
     """
@@ -36,7 +39,9 @@ def digest(value: Any) -> str:
 def _feed(found: Any, value: Any) -> None:
     kind: Any = type(value)
     found.update(f"{kind.__module__}.{kind.__qualname__}(".encode())
-    if value is None or isinstance(value, _PLAIN):
+    if (known := getattr(value, "known_as", None)) is not None:
+        _feed(found, known)
+    elif value is None or isinstance(value, _PLAIN):
         found.update(repr(value).encode())
     elif isinstance(value, Tensor):
         found.update(f"{value.dtype} {tuple(value.shape)} ".encode())
@@ -61,7 +66,9 @@ def _feed(found: Any, value: Any) -> None:
     else:
         raise InputError(
             f"{_shown(value)} cannot be identified by its content, so results cannot be stored under it: give a "
-            "dataclass on the top level of a module (interventions and metrics of this package are such)"
+            "dataclass on the top level of a module (interventions and metrics of this package are such), or a name "
+            'and a version that you change with it: CustomHooks(hooks, label="mine", version=1), or '
+            'Named(function, "mine", version=1) of hooked_vlm.metrics'
         )
     found.update(b")")
 

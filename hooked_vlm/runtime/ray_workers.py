@@ -14,10 +14,10 @@ import pickle
 import sys
 import traceback
 from collections import Counter, deque
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterator
 from contextlib import redirect_stdout
 from functools import cached_property, partial
-from itertools import count
+from itertools import count, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,7 +27,7 @@ from tqdm.auto import tqdm
 
 from hooked_vlm.errors import WorkerError
 from hooked_vlm.runtime.ray_cluster import Share, connect, n_gpus_of, share_of
-from hooked_vlm.runtime.tasks import SharedSetup, Task, Workers, WorkerState
+from hooked_vlm.runtime.tasks import SKIPPED, Result, SharedSetup, Stored, Task, Workers, WorkerState
 
 if TYPE_CHECKING:
     from hooked_vlm.model.vlm import HookedVLM
@@ -83,22 +83,23 @@ class OnRay(Workers):
         self._n_failed = 0
         """Actors in a row that died while starting."""
 
-    def tables(self, *args: Any, **kwargs: Any) -> list[pd.DataFrame]:
+    def stored(self, *args: Any, **settings: Any) -> list[Stored | None]:
         with redirect_stdout(sys.stderr):  # Ray prints messages about lost workers
-            return super().tables(*args, **kwargs)
+            return super().stored(*args, **settings)
 
-    def results(self, tasks: Sequence[Task]) -> Generator[tuple[Task, pd.DataFrame], None, None]:
-        if not tasks:
+    def results(self, tasks: Iterator[Task]) -> Generator[Result, None, None]:
+        waiting, begun, working = deque(islice(tasks, 1)), Counter[Path](), dict[Any, tuple[Any, Task]]()
+        if not waiting:
             return  # do not connect without tasks
         self._start(self.n - len(self._idle) - len(self._loading))
-        waiting, begun, working = deque(tasks), Counter[Path](), dict[Any, tuple[Any, Task]]()
-        setups = _SharedSetups(self._ray, tasks)
+        setups = _SharedSetups(self._ray)
 
         def assign() -> None:
-            while waiting and self._idle:
+            while self._idle and waiting:
                 actor, task = self._idle.pop(), waiting.popleft()
                 begun[task.path] += 1
                 working[actor.do.remote(task.work, task.arguments, setups.reference(task))] = (actor, task)
+                waiting.extend(islice(tasks, 1 - len(waiting)))
 
         try:
             while waiting or working:
@@ -114,9 +115,10 @@ class OnRay(Workers):
                     waiting.appendleft(task)
                     continue
                 self._idle.append(actor)
-                if isinstance(table, BaseException):
+                if isinstance(table, BaseException) and not isinstance(table, SKIPPED):
                     raise table
                 setups.release(task)
+                del begun[task.path]
                 assign()  # before this process stores the table
                 yield task, table
         finally:
@@ -248,25 +250,31 @@ class OnRay(Workers):
 
 
 class _SharedSetups:
-    """Shared setups in Ray's object store, each put there once and released after its last task."""
+    """Shared setups in Ray's object store, each put there once; tasks of one setup follow each other."""
 
-    def __init__(self, ray: Any, tasks: Sequence[Task]) -> None:
+    def __init__(self, ray: Any) -> None:
         self._ray = ray
-        self._n_left = Counter(id(task.setup) for task in tasks)
-        self._references: dict[int, tuple[int, Any]] = {}
+        self._n_working: Counter[SharedSetup] = Counter()
+        self._references: dict[SharedSetup, tuple[int, Any]] = {}
 
     def reference(self, task: Task) -> tuple[int, Any] | None:
         """A unique number and an object reference."""
-        if task.setup is None:
+        setup = task.setup
+        if setup is None:
             return None
-        if id(task.setup) not in self._references:
-            self._references[id(task.setup)] = (next(_NUMBERS), self._ray.put(task.setup))
-        return self._references[id(task.setup)]
+        if setup not in self._references:
+            self._references = {own: held for own, held in self._references.items() if self._n_working[own]}
+            self._references[setup] = (next(_NUMBERS), self._ray.put(setup))
+        self._n_working[setup] += 1
+        return self._references[setup]
 
     def release(self, task: Task) -> None:
-        self._n_left[id(task.setup)] -= 1
-        if not self._n_left[id(task.setup)]:
-            self._references.pop(id(task.setup), None)
+        """One of a setup's tasks is done. The last setup is kept, since more of its tasks may come."""
+        if task.setup is None:
+            return
+        self._n_working[task.setup] -= 1
+        if not self._n_working[task.setup]:
+            del self._n_working[task.setup]
 
 
 _NUMBERS = count()

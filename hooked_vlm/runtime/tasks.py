@@ -13,7 +13,7 @@ import json
 import time
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sized
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,13 +22,16 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import pandas as pd
 import torch
-from tqdm.auto import tqdm
 
+from hooked_vlm.errors import GeometryError, HookedVLMError, ImageError, InputError, NotFiniteError, OutputError
+from hooked_vlm.runtime.progress import Progress
 from hooked_vlm.runtime.store import ResultStore
 
 if TYPE_CHECKING:
     from hooked_vlm.model.vlm import HookedVLM
 
+SKIPPED = (InputError, ImageError, GeometryError, NotFiniteError)
+"""Errors of what a task was given, which say nothing about other tasks."""
 Some = TypeVar("Some", bound="Workers")
 """The class entered (`typing.Self`, which beartype does not know in methods)."""
 
@@ -60,6 +63,8 @@ class Task:
     size: int = 1
     """Its weight in the throughput: a number of tokens or runs."""
     setup: SharedSetup | None = None
+    label: str = ""
+    """What it is about, for whoever made it."""
 
     @property
     def path(self) -> Path:
@@ -72,6 +77,29 @@ class Task:
         return f"{self.work.__name__} of {key if len(key) <= 200 else key[:200] + '...'}"
 
 
+@dataclass(frozen=True, eq=False)
+class Stored:
+    """The place of a table that is stored."""
+
+    parts: ResultStore
+    key: Mapping[str, Any]
+
+    def read(self) -> pd.DataFrame:
+        """The table.
+
+        Raises:
+            OutputError: it was removed or damaged since it was stored.
+        """
+        table = self.parts.get(self.key)
+        if table is None:
+            raise OutputError(f"{self.parts.path(self.key)} was removed or damaged by another program: run this again")
+        return table
+
+
+Result = tuple[Task, "pd.DataFrame | HookedVLMError"]
+"""A task with its table, or with the reason why it has none."""
+
+
 class Workers(ABC):
     """Executes tasks."""
 
@@ -79,47 +107,88 @@ class Workers(ABC):
         self.size, self.seconds = 0, 0.0
         """Sum of `Task.size` of the executed tasks, and the seconds they took."""
 
-    def tables(
-        self, tasks: Sequence[Task], what: str, *, each: str = "task", counted: str | None = None, quiet: bool = False
-    ) -> list[pd.DataFrame]:
-        """Return the tables of all tasks, in their order, as read from the store.
+    def tables(self, tasks: Iterable[Task], what: str, **settings: Any) -> list[pd.DataFrame]:
+        """Return the tables of all tasks, in their order, as read from the store; `settings` as of `stored`."""
+        return [stored.read() for stored in self.stored(tasks, what, **settings) if stored is not None]
 
-        Missing ones are computed and stored first; tasks with the same key are one.
+    def stored(
+        self,
+        tasks: Iterable[Task],
+        what: str,
+        *,
+        each: str = "task",
+        counted: str | None = None,
+        total: int | None = None,
+        quiet: bool = False,
+        skip: Callable[[Task, HookedVLMError], None] | None = None,
+    ) -> "list[Stored | None]":
+        """Have the tables of all tasks in their stores, and return where they are, in the order of the tasks.
+
+        Tasks are taken one by one, as workers become free, and dropped when they are done. Tables that are missing
+        are computed and stored; tasks with the same key are one.
 
         Args:
             what: label of the progress bar.
             each: name of a task in the bar.
             counted: name of the quantity in `Task.size`; the bar then shows its rate per second.
+            total: number of tasks; by default their length, if they have one.
             quiet: show no bar.
+            skip: called with a task that cannot be done because of what it was given (`SKIPPED`), and the reason; its
+                place in the list is None. By default such an error ends the work.
 
         Raises:
             OutputError: a table cannot be written.
             WorkerError: see the class.
         """
-        stored = [task.parts.get(task.key) for task in tasks]
-        missing = {task.path: task for task, table in zip(tasks, stored, strict=True) if table is None}
-        n_found = sum(table is not None for table in stored)
-        if missing and not n_found:
-            _say_what_changed(next(iter(missing.values())))
-        bar = tqdm(total=n_found + len(missing), initial=n_found, desc=what, unit=each, disable=quiet)
-        with bar, closing(self.results(list(missing.values()))) as results:
-            begun, done = time.perf_counter(), 0
-            try:
-                for task, table in results:
-                    task.parts.put(task.key, table)
-                    done += task.size
-                    if counted is not None:
+        if total is None and isinstance(tasks, Sized):
+            total = len(tasks)
+        places: list[Stored | None] = []
+        numbers: dict[Path, list[int]] = {}
+        with Progress(what, each, total, quiet=quiet) as progress:
+            missing = self._missing(tasks, places, numbers, progress)
+            with closing(self.results(missing)) as results:
+                begun, done = time.perf_counter(), 0
+                try:
+                    for task, table in results:
+                        if isinstance(table, HookedVLMError):
+                            if skip is None:
+                                raise table
+                            skip(task, table)
+                            for number in numbers[task.path]:
+                                places[number] = None
+                        else:
+                            task.parts.put(task.key, table)
+                            done += task.size
                         rate = done / (time.perf_counter() - begun)
-                        bar.set_postfix_str(f"{rate:,.0f} {counted}/s", refresh=False)
-                    bar.update()
-            finally:
-                if done:
-                    self.count(done, time.perf_counter() - begun)
-        return [_read(task) if table is None else table for task, table in zip(tasks, stored, strict=True)]
+                        progress.update(note="" if counted is None else f"{rate:,.0f} {counted}/s")
+                finally:
+                    if done:
+                        self.count(done, time.perf_counter() - begun)
+        return places
+
+    def _missing(
+        self,
+        tasks: Iterable[Task],
+        places: "list[Stored | None]",
+        numbers: dict[Path, list[int]],
+        progress: Progress,
+    ) -> Iterator[Task]:
+        """The tasks whose tables are not stored, each once; the place of every task is noted on the way."""
+        for task in tasks:
+            path = task.path
+            numbers.setdefault(path, []).append(len(places))
+            places.append(Stored(task.parts, task.key))
+            if len(numbers[path]) > 1 or task.parts.get(task.key) is not None:
+                progress.found()
+            else:
+                if len(numbers) == 1:
+                    _say_what_changed(task)
+                yield task
 
     @abstractmethod
-    def results(self, tasks: Sequence[Task]) -> Generator[tuple[Task, pd.DataFrame], None, None]:
-        """Execute tasks; yield each with its table, in the order they finish. Closing the generator stops the rest."""
+    def results(self, tasks: Iterator[Task]) -> Generator[Result, None, None]:
+        """Execute tasks, taken as workers become free; yield each with its table, or with an error of `SKIPPED`, in the
+        order they finish. Closing the generator stops the rest."""
 
     @property
     @abstractmethod
@@ -156,12 +225,16 @@ class InProcess(Workers):
     def device(self) -> str:
         return str(self.model.cfg.device)
 
-    def results(self, tasks: Sequence[Task]) -> Generator[tuple[Task, pd.DataFrame], None, None]:
+    def results(self, tasks: Iterator[Task]) -> Generator[Result, None, None]:
         state = WorkerState(self.model)
         for task in tasks:
             setup = task.setup
-            prepared = () if setup is None else state.prepared(id(setup), lambda setup=setup: setup)
-            yield task, state.table(task.work, (*prepared, *task.arguments))
+            try:
+                prepared = () if setup is None else state.prepared(setup, lambda setup=setup: setup)
+                found: pd.DataFrame | HookedVLMError = state.table(task.work, (*prepared, *task.arguments))
+            except SKIPPED as error:
+                found = error
+            yield task, found
 
 
 class WorkerState:
@@ -175,7 +248,7 @@ class WorkerState:
     @torch.no_grad()
     def prepared(self, key: Any, get: Callable[[], SharedSetup]) -> tuple[Any]:
         """The result of a shared setup, run if its key differs from the last one."""
-        if key != self._key:
+        if self._key is None or key != self._key:
             self._key = self._value = None  # before there are two
             setup = get()
             self._key, self._value = key, setup.make(self.model, *setup.arguments)
@@ -195,9 +268,3 @@ def _say_what_changed(task: Task) -> None:
             f"{', '.join(changed)} changed",
             stacklevel=3,
         )
-
-
-def _read(task: Task) -> pd.DataFrame:
-    table = task.parts.get(task.key)
-    assert table is not None
-    return table
