@@ -101,13 +101,13 @@ def curves(report: Report, found: Measured, config: HeadAttributionConfig) -> Se
     report.section(
         "Faithfulness and completeness",
         f"Faithfulness is the share of the effect of {config.carrier} on the target that the top k heads recover "
-        "alone; completeness is the share that is lost when these k are ablated. Each picture has its own rankings; random "
-        f"ones are means over {config.random_rankings} draws. Shares and areas are ratios of means over all "
+        "alone; completeness is the share that is lost when these k are ablated. Each picture has its own rankings; "
+        f"random ones are means over {config.random_rankings} draws. Shares and areas are ratios of means over all "
         f"{len(found.gaps)} pictures; areas are over the share of the {n_heads} heads.",
         f"Heads needed: the smallest k at which a picture's curves reach a level, of {n_used} pictures, those to which "
         f"{config.carrier} adds at least {MIN_GAP}. Curves may fall again, so the k from which on the level holds is "
-        "given, too. With all heads both curves are 1 by definition: a picture that reaches the level only there is censored "
-        f"and counts as {n_heads}, which makes means of heads needed restricted means.",
+        "given, too. With all heads both curves are 1 by definition: a picture that reaches the level only there is "
+        f"censored and counts as {n_heads}, which makes means of heads needed restricted means.",
         "Runs per picture is what a ranking costs. Random masks are compared with runs of single heads at equal "
         "budgets: regressions on the first masks, as many as these rankings have runs (ridge). Comparisons at other "
         "budgets are marked.",
