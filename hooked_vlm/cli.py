@@ -12,9 +12,10 @@ from typing import Any, Literal
 
 import tyro
 
-from hooked_vlm.commands.config import CacheConfig, HooksConfig, ModelsConfig, ViewConfig
+from hooked_vlm.commands.config import CacheConfig, HooksConfig, MergeConfig, ModelsConfig, ViewConfig
 from hooked_vlm.errors import HookedVLMError
 from hooked_vlm.experiments.head_attribution import config as head_attribution_config
+from hooked_vlm.experiments.head_sweep.config import HeadSweepConfig
 from hooked_vlm.experiments.ocr_heads import config as ocr_heads_config
 from hooked_vlm.experiments.reproduce.config import ReproduceConfig
 from hooked_vlm.verify.config import VerifyConfig
@@ -64,6 +65,18 @@ def view(config: tyro.conf.OmitArgPrefixes[ViewConfig], output: Shared) -> None:
 def cache(config: tyro.conf.OmitArgPrefixes[CacheConfig], output: Shared) -> None:
     """Write activations of a data set to a folder, with an index of their tokens, patches and boxes."""
     _run("commands.cache", replace(config, quiet=output.quiet), output)
+
+
+@app.command(name="sweep")
+def sweep(config: tyro.conf.OmitArgPrefixes[HeadSweepConfig], output: Shared) -> None:
+    """What each head does for the answers to a folder of pictures or a data set: one intervention per head."""
+    _run("experiments.head_sweep.commands", replace(config, quiet=output.quiet), output)
+
+
+@app.command(name="merge")
+def merge(config: tyro.conf.OmitArgPrefixes[MergeConfig], output: Shared) -> None:
+    """Join what the shards of a sweep, or of a stream of activations, wrote: the whole, as from one process."""
+    _run("commands.merge", replace(config, quiet=output.quiet), output)
 
 
 @app.command(name="ocr-heads")

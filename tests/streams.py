@@ -43,8 +43,9 @@ def stream(model: Any, folder: Path, n: int = 4, **settings: Any) -> Activations
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    """Every file of a folder, hidden ones included."""
-    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+    """Every file of a folder but the times of its progress, hidden ones included."""
+    files = (path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != "progress.jsonl")
+    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
 
 
 if __name__ == "__main__":

@@ -25,15 +25,7 @@ RayAddress = Annotated[
 
 
 @dataclass(frozen=True, kw_only=True)
-class ReportConfig:
-    """Settings of whatever writes a report."""
-
-    zip: bool = False
-    """Also pack the report with its figures and tables into report.zip."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class WorkersConfig(ReportConfig):
+class RayConfig:
     """Settings that say who does the work; results do not depend on them."""
 
     ray: RayAddress = None
@@ -54,11 +46,24 @@ class WorkersConfig(ReportConfig):
             raise StudyError("--workers says how many workers do the work on Ray: it goes with --ray")
 
 
+@dataclass(frozen=True, kw_only=True)
+class ReportConfig:
+    """Settings of whatever writes a report."""
+
+    zip: bool = False
+    """Also pack the report with its figures and tables into report.zip."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class WorkersConfig(RayConfig, ReportConfig):
+    """Settings of a study that results do not depend on."""
+
+
 NOT_RECORDED = ("ray", "workers", "zip")
 """Settings that no result depends on."""
 
 
-def workers_of(config: WorkersConfig, model: "HookedVLM", device: str | None) -> "Workers":
+def workers_of(config: RayConfig, model: "HookedVLM", device: str | None) -> "Workers":
     """Return the configured workers; close them when the work is done. `device`: of replicas on Ray."""
     from hooked_vlm.runtime.ray_workers import OnRay  # not above: the command line needs the settings alone
     from hooked_vlm.runtime.tasks import InProcess

@@ -61,6 +61,11 @@ class Activations:
         return sum(shard.n_samples for shard in self.shards)
 
     @property
+    def skipped(self) -> dict[str, str]:
+        """Samples that could not be used, with the reason."""
+        return {id: reason for shard in self.shards for id, reason in shard.skipped.values()}
+
+    @property
     def n_rows(self) -> dict[Kind, int]:
         """Number of rows of each kind."""
         return {kind: sum(shard.rows.get(kind, 0) for shard in self.shards) for kind in COLUMNS}
@@ -223,7 +228,7 @@ def _shards(folder: Path, key: str) -> Iterator[Shard]:
         shard = read_shard(path.with_suffix(""))
         if (shard.key, shard.start) != (key, start):
             raise damaged(path, f"the shard before it ends at sample {start}")
-        start += shard.n_samples
+        start = shard.stop
         yield shard
 
 

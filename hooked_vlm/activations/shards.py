@@ -10,7 +10,7 @@ The number is that of the shard's first sample; the key stands for the settings 
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from torch import Tensor
 
 from hooked_vlm.errors import ActivationsError, InputError, OutputError
 from hooked_vlm.runtime.files import atomic_write
+from hooked_vlm.runtime.progress import FILE as PROGRESS
 from hooked_vlm.runtime.store import canonical
 
 MANIFEST = "activations.json"
@@ -40,10 +41,18 @@ class Shard:
     start: int
     """Number of its first sample."""
     n_samples: int
+    """Samples with activations."""
     samples: str
     """Digest of its samples."""
     rows: Mapping[str, int]
     """Number of rows of each kind."""
+    skipped: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    """Samples among them that could not be used, by their place from `start` on: id and reason."""
+
+    @property
+    def stop(self) -> int:
+        """Number of the first sample of the next shard."""
+        return self.start + self.n_samples + len(self.skipped)
 
     @property
     def data(self) -> Path:
@@ -123,9 +132,8 @@ def write_shard(shard: Shard, pieces: dict[str, list[Tensor]], tables: Sequence[
 
 
 def _extent(shard: Shard) -> dict[str, Any]:
-    fields = asdict(shard)
-    del fields["path"]
-    return fields
+    left_out = {"path"} if shard.skipped else {"path", "skipped"}
+    return {name: value for name, value in asdict(shard).items() if name not in left_out}
 
 
 def read_shard(path: Path) -> Shard:
@@ -186,7 +194,7 @@ def claim(folder: Path, made: Mapping[str, Any]) -> None:
         OutputError: it cannot be written.
     """
     there = read_manifest(folder)
-    if there is None and any(not path.name.startswith(".") for path in folder.iterdir()):
+    if there is None and any(not path.name.startswith(".") and path.name != PROGRESS for path in folder.iterdir()):
         raise InputError(f"{folder} is not empty and holds no {MANIFEST}: choose a new folder for activations")
     if there is not None and there["key"] != key_of(made):
         changed = sorted(name for name in {*made, *there["made"]} if made.get(name) != there["made"].get(name))

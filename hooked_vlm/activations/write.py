@@ -12,13 +12,12 @@ from collections.abc import Iterable, Sized
 from dataclasses import dataclass
 from functools import cached_property, lru_cache, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import pyarrow as pa
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from hooked_vlm.activations.index import Indexer, TokenChoice, checked_choice, take_rows
 from hooked_vlm.activations.names import Kind, NamesFilter, kind_of, resolve_names, row_shapes
@@ -34,12 +33,16 @@ from hooked_vlm.activations.shards import (
     write_shard,
 )
 from hooked_vlm.data.samples import Sample
+from hooked_vlm.data.skipped import report_skipped
+from hooked_vlm.data.sources import Samples
 from hooked_vlm.errors import ActivationsError, InputError
 from hooked_vlm.inputs.vlm_inputs import VLMInputs
 from hooked_vlm.interventions.base import layer_of
 from hooked_vlm.model.fingerprints import provenance
 from hooked_vlm.nn.hooks import HookPoint, hooked_module
 from hooked_vlm.runtime.files import writable_folder
+from hooked_vlm.runtime.progress import Progress, recorded
+from hooked_vlm.runtime.tasks import SKIPPED
 
 if TYPE_CHECKING:
     from hooked_vlm.model.vlm import HookedVLM
@@ -60,6 +63,7 @@ def stream_activations(
     min_overlap: float | int = 0.0,
     max_pixels: int | None = None,
     max_tiles: int | None = None,
+    on_error: Literal["stop", "skip"] = "stop",
     progress: bool = False,
 ) -> Activations:
     """Write chosen activations of every sample to `folder`, and open it.
@@ -79,7 +83,9 @@ def stream_activations(
         shard_bytes: largest size of a shard in bytes; a larger sample has its own shard.
         min_overlap: a token or patch lies in a named box if more than this share of the box lies in it.
         max_pixels, max_tiles: bounds on pictures, as in `model.to_inputs`.
-        progress: show a bar.
+        on_error: "skip" leaves out samples that cannot be used (a broken picture, a prompt that does not fit), with a
+            warning; `skipped.csv` lists them.
+        progress: show a bar. `progress.jsonl` in the folder is written either way.
 
     Raises:
         HookError: names that match nothing or would not fire.
@@ -107,33 +113,47 @@ def stream_activations(
         shard_bytes,
         float(min_overlap),
         {"max_pixels": max_pixels, "max_tiles": max_tiles},
+        on_error == "skip",
     )
     made, folder = plan.record(), writable_folder(Path(folder))
     claim(folder, made)
     clear_leftovers(folder)
     queue, start = _Queue(samples, plan), 0
     total = len(samples) if isinstance(samples, Sized) else None
-    with tqdm(total=total, disable=not progress, desc="activations", unit="sample") as bar:
-        while queue.next is not None:
+    with recorded(folder), Progress("activations", "sample", total, quiet=not progress) as bar:
+        while queue.following is not None:
             path = shard_path(folder, key_of(made), start)
-            shard = _kept(path, queue) or _make(path, key_of(made), start, queue, plan)
-            start += shard.n_samples
-            bar.update(shard.n_samples)
+            if (shard := _kept(path, queue)) is not None:
+                bar.found(shard.stop - start)
+            elif (shard := _make(path, key_of(made), start, queue, plan)) is not None:
+                bar.update(shard.stop - start)
+            else:
+                break  # none of those that are left can be used
+            start = shard.stop
     if shard_path(folder, key_of(made), start).with_suffix(".parquet").exists():
         raise InputError(f"{folder} holds more than the {start} samples that came: choose another folder")
-    write_manifest(folder, made, Activations(folder).summary())
+    report_skipped(folder, dict(queue.skipped), stacklevel=3)
+    whole = {"range": [samples.start, samples.stop]} if isinstance(samples, Samples) else {}
+    write_manifest(folder, made, Activations(folder).summary() | {"skipped": len(queue.skipped)} | whole)
     return Activations(folder)
 
 
 def _kept(path: Path, queue: "_Queue") -> Shard | None:
-    """Skip the samples of a shard that is complete."""
+    """Pass over the samples of a shard that is complete."""
     try:
         shard = read_shard(path)
     except (FileNotFoundError, ActivationsError):
         return None
     digests = []
-    while queue.next is not None and len(digests) < shard.n_samples:
-        digests.append(queue.take().digest)
+    for place in range(shard.stop - shard.start):
+        if queue.following is None:
+            break
+        turn = queue.take()
+        if str(place) in shard.skipped:
+            id, reason = shard.skipped[str(place)]
+            queue.skipped.append((id, reason))
+        else:
+            digests.append(turn.digest)
     if _together(digests) != shard.samples:
         raise InputError(
             f"the samples from number {shard.start} on are not those that {shard.index} was made of: choose another "
@@ -142,12 +162,13 @@ def _kept(path: Path, queue: "_Queue") -> Shard | None:
     return shard
 
 
-def _make(path: Path, key: str, start: int, queue: "_Queue", plan: "_Plan") -> Shard:
-    """Write the shard of the next samples: all batches that fit, or one sample that does not fit."""
+def _make(path: Path, key: str, start: int, queue: "_Queue", plan: "_Plan") -> Shard | None:
+    """Write the shard of the next samples: all batches that fit, or one sample that does not fit. None if no sample
+    that is left can be used."""
     pieces: dict[str, list[Tensor]] = defaultdict(list)
     tables: dict[Kind, list[pa.Table]] = {kind: [] for kind in plan.kinds}
     digests: list[str] = []
-    n_bytes = 0
+    n_bytes, first, n_skipped = 0, queue.n_taken, len(queue.skipped)
     while batch := queue.take_batch(plan.shard_bytes - n_bytes, may_exceed=not n_bytes):
         for name, tensor in plan.run(batch).items():
             pieces[name].append(tensor)
@@ -156,9 +177,13 @@ def _make(path: Path, key: str, start: int, queue: "_Queue", plan: "_Plan") -> S
                 tables[kind].append(table)
             digests.append(turn.digest)
             n_bytes += turn.n_bytes
+    if not digests:
+        return None
     joined = {kind: pa.concat_tables(own) for kind, own in tables.items()}
     rows = {kind: len(table) for kind, table in joined.items()}
-    shard = Shard(path, key, start, len(digests), _together(digests), rows)
+    places = [str(number - first) for number in queue.skipped_at[n_skipped:]]
+    skipped = dict(zip(places, queue.skipped[n_skipped:], strict=True))
+    shard = Shard(path, key, start, len(digests), _together(digests), rows, skipped)
     write_shard(shard, pieces, list(joined.values()))
     return shard
 
@@ -197,23 +222,48 @@ class _Queue:
 
     def __init__(self, samples: Iterable[Sample], plan: "_Plan") -> None:
         self._samples, self._plan = iter(samples), plan
-        self.next = self._following()
+        self._ahead: _Turn | None = None
+        self.n_taken = 0
+        """Samples taken so far, skipped ones included."""
+        self.skipped: list[tuple[str, str]] = []
+        """Id and reason of samples that could not be used."""
+        self.skipped_at: list[int] = []
+        """The number of each of them."""
 
-    def _following(self) -> _Turn | None:
-        sample = next(self._samples, None)
-        return None if sample is None else _Turn(sample, self._plan)
+    @property
+    def following(self) -> _Turn | None:
+        """The next sample, whether it can be used or not."""
+        if self._ahead is None and (sample := next(self._samples, None)) is not None:
+            self._ahead = _Turn(sample, self._plan)
+        return self._ahead
+
+    @property
+    def usable(self) -> _Turn | None:
+        """The next sample that can be used; those before it are skipped, if the plan says so."""
+        while (turn := self.following) is not None:
+            if not self._plan.skips:
+                return turn
+            try:
+                _ = turn.tables, turn.digest
+                return turn
+            except SKIPPED as error:
+                self.skipped_at.append(self.n_taken)
+                self.skipped.append((turn.sample.id, str(error)))
+                self.take()
+        return None
 
     def take(self) -> _Turn:
-        assert self.next is not None
-        taken, self.next = self.next, self._following()
+        taken, self._ahead = self.following, None
+        assert taken is not None
+        self.n_taken += 1
         return taken
 
     def take_batch(self, n_bytes: int, may_exceed: bool) -> list[_Turn]:
         """Take samples for one batch whose rows fit into `n_bytes`; the first may exceed them if `may_exceed`."""
         batch: list[_Turn] = []
         longest = 0
-        while self.next is not None:
-            longest, n_bytes = max(longest, self.next.inputs.shape[1]), n_bytes - self.next.n_bytes
+        while (turn := self.usable) is not None:
+            longest, n_bytes = max(longest, turn.inputs.shape[1]), n_bytes - turn.n_bytes
             too_many = (len(batch) + 1) * longest > self._plan.tokens_per_batch
             if (batch and too_many) or (n_bytes < 0 and (batch or not may_exceed)):
                 break
@@ -233,6 +283,8 @@ class _Plan:
     shard_bytes: int
     min_overlap: float
     bounds: dict[str, int | None]
+    skips: bool
+    """Whether samples that cannot be used are left out."""
 
     def record(self) -> dict[str, Any]:
         """Everything that decides the activations except the samples, for `activations.json`."""

@@ -1,31 +1,59 @@
 """`hooked-vlm cache`: activations of a data set, written to a folder. Repeat an interrupted command to go on."""
 
-from typing import Any
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
+import pandas as pd
+
+from hooked_vlm.activations.join import join_activations
 from hooked_vlm.activations.read import Activations
 from hooked_vlm.activations.write import stream_activations
 from hooked_vlm.commands.config import CacheConfig
-from hooked_vlm.data.sources import read_samples
+from hooked_vlm.data.sources import Samples
+from hooked_vlm.errors import ActivationsError
+from hooked_vlm.experiments.common.workers import workers_of
 from hooked_vlm.loading.settings import as_dtype
 from hooked_vlm.model.by_name import load
 from hooked_vlm.runtime.files import writable_folder
+from hooked_vlm.runtime.progress import recorded
+from hooked_vlm.runtime.store import ResultStore
+from hooked_vlm.runtime.tasks import Task
+
+if TYPE_CHECKING:
+    from hooked_vlm.model.vlm import HookedVLM
+
+SAMPLES_PER_TASK = 256
+"""Samples that a worker on Ray streams at a time."""
 
 
 def answer(config: CacheConfig) -> tuple[str, dict[str, Any]]:
     """Write the activations; what `hooked-vlm cache` prints, and the same as data."""
-    found = written(config)
-    return summary(found), {"folder": str(found.folder), "samples": found.n_samples, "rows": found.n_rows}
+    return told(written(config))
+
+
+def told(found: Activations) -> tuple[str, dict[str, Any]]:
+    """A folder of activations as text and as data."""
+    counts = {"samples": found.n_samples, "skipped": len(found.skipped), "rows": found.n_rows}
+    return summary(found), {"folder": str(found.folder), **counts}
 
 
 def written(config: CacheConfig) -> Activations:
     """Write the activations.
 
     Raises:
-        InputError, HookError, CheckpointError, OutputError, ActivationsError: what a user can mend.
+        InputError, HookError, CheckpointError, OutputError, ActivationsError, WorkerError: what a user can mend.
     """
-    samples = read_samples(config.data, config.prompt)
+    config.check_workers()
+    samples = config.samples()
     writable_folder(config.out)
     model = load(config.model, config.device, config.dtype)
+    return streamed(model, samples, config) if config.ray is None else _on_ray(model, samples, config)
+
+
+def streamed(model: "HookedVLM", samples: Samples, config: CacheConfig) -> Activations:
+    """Write the activations of some samples to `config.out`, in this process."""
     return stream_activations(
         model,
         samples,
@@ -38,8 +66,38 @@ def written(config: CacheConfig) -> Activations:
         min_overlap=config.min_overlap,
         max_pixels=config.max_pixels,
         max_tiles=config.max_tiles,
+        on_error=config.on_error,
         progress=not config.quiet,
     )
+
+
+def _on_ray(model: "HookedVLM", samples: Samples, config: CacheConfig) -> Activations:
+    """Let each worker stream some of the samples into a folder of its own, and join them."""
+    parts = config.out / ".parts"
+    n = -(-len(samples) // SAMPLES_PER_TASK)
+    own = [replace(config, out=(parts / str(i)).resolve(), quiet=True) for i in range(n)]
+    tasks = [
+        Task(ResultStore(parts), {"model": model.identity(), "part": i}, part, (samples.shard(i, n), config))
+        for i, config in enumerate(own)
+        if not _finished(config.out)
+    ]
+    with recorded(config.out), workers_of(config, model, config.device) as workers:
+        workers.tables(tasks, "activations", each=f"{SAMPLES_PER_TASK} samples", quiet=config.quiet)
+    found = join_activations([config.out for config in own], config.out, progress=not config.quiet)
+    shutil.rmtree(parts)
+    return found
+
+
+def _finished(folder: Path) -> bool:
+    try:
+        return Activations(folder).finished
+    except ActivationsError:
+        return False
+
+
+def part(model: "HookedVLM", samples: Samples, config: CacheConfig) -> pd.DataFrame:
+    """Stream some of the samples: the work of one task."""
+    return pd.DataFrame({"samples": [streamed(model, samples, config).n_samples]})
 
 
 def summary(activations: Activations) -> str:

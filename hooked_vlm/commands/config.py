@@ -6,6 +6,9 @@ from typing import Annotated, Literal
 
 import tyro
 
+from hooked_vlm.data.config import DataConfig
+from hooked_vlm.experiments.common.workers import RayConfig
+
 
 @dataclass(frozen=True)
 class ModelsConfig:
@@ -77,20 +80,16 @@ class ViewConfig:
     """The checkpoint's own by default."""
 
 
-@dataclass(frozen=True)
-class CacheConfig:
+@dataclass(frozen=True, kw_only=True)
+class CacheConfig(RayConfig, DataConfig):
     """A data set, and what to keep of it."""
 
-    data: Path
-    """JSON lines (id, prompt, images, boxes, answer), or a folder of pictures (then --prompt)."""
     names: tuple[str, ...]
     """Hook points, wildcards allowed: --names 'blocks.*.hook_resid_post' hook_image_features"""
     out: Path
-    """The folder; the same command goes on where it stopped."""
+    """The folder; the same command goes on where it stopped. With --ray all machines must see it under this path."""
     model: str = "toy-qwen2-vl"
     """A bundled toy model, a checkpoint folder or a hub name such as Qwen/Qwen2-VL-2B-Instruct."""
-    prompt: str | None = None
-    """Asked about every picture of a folder, and where a line has no prompt."""
     tokens: tuple[str, ...] = ("all",)
     """Tokens of the language model to keep: all, text, image, question, role, generated, final, evidence, or
     positions in the sample (--tokens=-1 is its last)."""
@@ -100,15 +99,23 @@ class CacheConfig:
     """Size of a file; memory grows with it."""
     min_overlap: float = 0.0
     """A token lies in a box if more than this share of the box lies in it."""
-    max_pixels: int | None = None
-    """Bound on the area of a resized picture (Qwen2-VL); the checkpoint's by default."""
-    max_tiles: int | None = None
-    """How many tiles a picture is cut into at most (InternVL); the checkpoint's by default."""
     keep_as: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Data type of the files; the model's own by default."""
     device: str | None = None
     """CUDA if present by default; "auto" spreads the model over what there is."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """The checkpoint's own by default."""
+    quiet: tyro.conf.Suppress[bool] = False
+    """No progress bar."""
+
+
+@dataclass(frozen=True)
+class MergeConfig:
+    """Folders that the shards of one command wrote."""
+
+    folders: tyro.conf.Positional[tuple[Path, ...]]
+    """What `hooked-vlm sweep --shard` or `hooked-vlm cache --shard` wrote, in any order."""
+    out: Path
+    """Where the whole goes."""
     quiet: tyro.conf.Suppress[bool] = False
     """No progress bar."""

@@ -262,7 +262,6 @@ def check_heads(model: "HookedVLM", heads: Sequence[Head], tower: Tower = "text"
     return heads
 
 
-@torch.no_grad()
 def mean_head_outputs(
     model: "HookedVLM", inputs: Iterable[VLMInputs], positions: Positions = None, tower: Tower = "text"
 ) -> Float[Tensor, "layer head d_head"]:
@@ -270,10 +269,25 @@ def mean_head_outputs(
 
     In the vision tower over patches, class tokens included: each patch counts once, so a picture with more of them, in
     more tiles or frames, counts more. Inputs without images are left out there.
+
+    Raises:
+        InputError: there are no such positions.
     """
-    total, n = torch.zeros((), device=model.cfg.device), 0
+    total, n = head_output_sums(model, inputs, positions, tower)
+    if n == 0:
+        raise InputError("there are no such positions in these inputs to average over")
+    return total / n
+
+
+@torch.no_grad()
+def head_output_sums(
+    model: "HookedVLM", inputs: Iterable[VLMInputs], positions: Positions = None, tower: Tower = "text"
+) -> tuple[Float[Tensor, "layer head d_head"], int]:
+    """Sums of `mean_head_outputs`, and the number of positions; they add up over parts of a data set."""
+    shape = tower_shape(model, tower)
+    total, n = torch.zeros(shape, device=model.cfg.device), 0
     prefix = "vision." if tower == "vision" else ""
-    names = [f"{prefix}blocks.{layer}.attn.hook_z" for layer in range(tower_shape(model, tower)[0])]
+    names = [f"{prefix}blocks.{layer}.attn.hook_z" for layer in range(shape[0])]
     for batch in inputs:
         if tower == "vision" and not batch.has_visuals:
             continue
@@ -281,6 +295,4 @@ def mean_head_outputs(
         _, cache = model.run_with_cache(batch, names_filter=names, return_type=None)
         z = torch.stack([cache[name][table] for name in names])
         total, n = total + z.sum(1, dtype=torch.promote_types(z.dtype, torch.float32)), n + z.shape[1]
-    if n == 0:
-        raise InputError("there are no such positions in these inputs to average over")
-    return total / n
+    return total, n

@@ -69,9 +69,14 @@ def subject(
         return Subject(model, model.as_inputs(inputs), metric, logits_at)
     if isinstance(given, Sample):
         metric = replace(metric, answer=given.answer) if metric.answer is None else metric
-        given = replace(given, answer=None).inputs(model, **bounds)
+        given = without_answer(given).inputs(model, **bounds)
     prompt = Subject(model, model.as_inputs(given), log_prob(0), "last")
     return _of_answer(prompt, metric)
+
+
+def without_answer(sample: Sample) -> Sample:
+    """The prompt of a sample."""
+    return replace(sample, answer=None)
 
 
 def _of_answer(prompt: Subject, wanted: OfAnswer) -> Subject:

@@ -11,17 +11,16 @@ from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
-from warnings import warn
 
 import pandas as pd
 
 from hooked_vlm.data.samples import Sample
+from hooked_vlm.data.skipped import report_skipped
 from hooked_vlm.errors import HookedVLMError, InputError
 from hooked_vlm.inputs.vlm_inputs import VLMInputs
 from hooked_vlm.interventions.base import ENCODER, Intervention
 from hooked_vlm.metrics import Metric
 from hooked_vlm.runtime.digests import digest
-from hooked_vlm.runtime.files import atomic_write
 from hooked_vlm.runtime.progress import recorded
 from hooked_vlm.runtime.store import ResultStore
 from hooked_vlm.runtime.tasks import InProcess, SharedSetup, Stored, Task, Workers
@@ -34,7 +33,6 @@ if TYPE_CHECKING:
 RUNS_PER_BLOCK = 512
 """Default size of a block, which costs one plain run in addition."""
 COLUMNS = ("case", "run", "intervention", "row", "value", "baseline", "effect")
-SKIPPED = "skipped.csv"
 _TWICE = "there are several cases named {!r}: their rows could not be distinguished in the table"
 
 
@@ -162,7 +160,7 @@ def sweep_each(
             quiet=not progress,
             skip=skip if on_error == "skip" else None,
         )
-    _report_skipped(folder, skipped)
+    report_skipped(folder, skipped, stacklevel=3)
     for name, blocks in groupby(zip(origins, stored, strict=True), key=lambda block: block[0][0]):
         if name not in skipped:
             yield _joined(name, [(first, place) for (_, first), place in blocks if place is not None])
@@ -173,19 +171,6 @@ def _joined(name: str, blocks: list[tuple[int, Stored]]) -> pd.DataFrame:
     table = pd.concat([place.read().assign(run=lambda own, first=first: own["run"] + first) for first, place in blocks])
     table.insert(0, "case", name)
     return table.reset_index(drop=True)
-
-
-def _report_skipped(folder: Path, skipped: dict[str, str]) -> None:
-    """Write which cases were skipped, and say so."""
-    path = folder / SKIPPED
-    path.unlink(missing_ok=True)
-    if not skipped:
-        return
-    table = pd.DataFrame(skipped.items(), columns=["case", "error"])
-    atomic_write(path, lambda aside: table.to_csv(aside, index=False))
-    name, error = next(iter(skipped.items()))
-    which = "1 case was" if len(skipped) == 1 else f"{len(skipped)} cases were"
-    warn(f"{which} skipped, the first {name!r} ({error}): all are in {path}", stacklevel=4)
 
 
 def sweep_block(

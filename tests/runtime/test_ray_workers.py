@@ -226,7 +226,7 @@ def numbers_in(tables: Any, column: str = "square") -> list[int]:
 
 
 def names(folder: Path) -> list[str]:
-    return sorted(path.name for path in folder.iterdir())
+    return sorted(path.name for path in folder.glob("*.parquet"))
 
 
 @pytest.mark.slow

@@ -99,15 +99,15 @@ def test_broken_pictures_stop_or_are_skipped(toy: HookedVLM, pages: list[Sample]
     several = [pages[0], broken, missing, pages[1]]
     with pytest.raises(InputError, match=r"broken\.png"):
         sweep_many(toy, cases_of(several), tmp_path / "stop")
-    with pytest.warns(UserWarning, match=r"2 cases were skipped, the first 'missing'|the first 'broken'"):
+    with pytest.warns(UserWarning, match=r"2 samples were skipped"):
         found = sweep_many(toy, cases_of(several), tmp_path / "skip", on_error="skip")
     clean = sweep_many(toy, cases_of([pages[0], pages[1]]), tmp_path / "clean")
     pd.testing.assert_frame_equal(found, clean)
     skipped = pd.read_csv(tmp_path / "skip" / "skipped.csv")
-    assert sorted(skipped["case"]) == ["broken", "missing"] and skipped["error"].str.contains("png").all()
+    assert sorted(skipped["sample"]) == ["broken", "missing"] and skipped["reason"].str.contains("png").all()
     assert not (tmp_path / "clean" / "skipped.csv").exists()
     (tmp_path / "missing.png").write_bytes(Path(pages[2].images[0]).read_bytes())
-    with pytest.warns(UserWarning, match=r"1 case was skipped, the first 'broken'"):
+    with pytest.warns(UserWarning, match=r"1 sample was skipped, the first 'broken'"):
         again = sweep_many(toy, cases_of(several), tmp_path / "skip", on_error="skip")
     assert list(again["case"].unique()) == ["0", "missing", "1"], "a picture that was mended is taken"
 

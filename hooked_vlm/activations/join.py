@@ -1,0 +1,108 @@
+"""Joining streams that were written in parts: one folder, with the samples in their order."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from safetensors import SafetensorError
+
+from hooked_vlm.activations.read import Activations
+from hooked_vlm.activations.shards import (
+    Shard,
+    claim,
+    clear_leftovers,
+    damaged,
+    open_data,
+    read_shard,
+    shard_path,
+    write_manifest,
+    write_shard,
+)
+from hooked_vlm.data.skipped import join_skipped
+from hooked_vlm.errors import ActivationsError, InputError
+from hooked_vlm.runtime.files import writable_folder
+from hooked_vlm.runtime.progress import Progress
+
+
+def join_activations(folders: Iterable[str | Path], out: str | Path, *, progress: bool = False) -> Activations:
+    """Copy the shards of finished streams, which together are one data set, into one folder. Repeat an interrupted
+    call to go on.
+
+    The rows are those of a stream over the whole data set, in the same order; only their division into shards differs.
+    Streams of `Samples.shard` know which samples they hold and are put in order; others are joined as they are given.
+
+    Raises:
+        InputError: streams of other settings, unfinished ones, samples that are missing or come twice.
+        ActivationsError: a damaged file.
+        OutputError: `out` cannot be written.
+    """
+    parts = [Activations(folder) for folder in folders]
+    if not parts:
+        raise InputError("there are no folders to join")
+    for part in parts:
+        _check_fits(part, parts[0])
+    ordered, extent = _in_order(parts)
+    made, key, out = parts[0].manifest["made"], parts[0].manifest["key"], writable_folder(Path(out))
+    claim(out, made)
+    clear_leftovers(out)
+    shards = [shard for part in ordered for shard in part.shards]
+    start = 0
+    with Progress("joining", "shard", len(shards), quiet=not progress) as bar:
+        for shard in shards:
+            moved = replace(shard, path=shard_path(out, key, start), start=start)
+            if _is_there(moved):
+                bar.found()
+            else:
+                _copy(shard, moved, parts[0].names)
+                bar.update()
+            start = moved.stop
+    join_skipped([part.folder for part in ordered], out)
+    skipped = sum(part.manifest.get("skipped", 0) for part in ordered)
+    write_manifest(out, made, Activations(out).summary() | {"skipped": skipped} | extent)
+    return Activations(out)
+
+
+def _check_fits(part: Activations, first: Activations) -> None:
+    if not part.finished:
+        raise InputError(f"{part.folder} is unfinished: run its stream again before it is joined")
+    own, others = part.manifest["made"], first.manifest["made"]
+    if changed := sorted(name for name in {*own, *others} if own.get(name) != others.get(name)):
+        raise InputError(f"{part.folder} was made with another {' and '.join(changed)} than {first.folder}")
+
+
+def _in_order(parts: Sequence[Activations]) -> tuple[list[Activations], dict[str, Any]]:
+    """The streams in the order of their samples, and the range of samples that they are together, if they know it."""
+    if any("range" not in part.manifest for part in parts):
+        return list(parts), {}
+    ordered = sorted(parts, key=lambda part: part.manifest["range"])
+    for one, other in pairwise(ordered):
+        (_, stop), (start, _) = one.manifest["range"], other.manifest["range"]
+        if start > stop:
+            raise InputError(f"samples {stop} to {start - 1} are missing, between {one.folder} and {other.folder}")
+        if start < stop:
+            raise InputError(f"{one.folder} and {other.folder} both hold sample {start}")
+    return ordered, {"range": [ordered[0].manifest["range"][0], ordered[-1].manifest["range"][1]]}
+
+
+def _is_there(shard: Shard) -> bool:
+    try:
+        return read_shard(shard.path) == shard
+    except (FileNotFoundError, ActivationsError):
+        return False
+
+
+def _copy(shard: Shard, moved: Shard, names: Sequence[str]) -> None:
+    try:
+        with open_data(shard.data) as file:
+            pieces = {name: [file.get_tensor(name)] for name in file.keys() if name in names}  # noqa: SIM118
+    except (SafetensorError, OSError, RuntimeError) as error:
+        raise damaged(shard.data, error) from error
+    try:
+        table = pq.read_table(shard.index)
+    except (pa.ArrowException, OSError) as error:
+        raise damaged(shard.index, error) from error
+    write_shard(moved, pieces, [table])
