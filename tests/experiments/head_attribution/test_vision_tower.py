@@ -52,7 +52,7 @@ def by_hand(probe: Probe, heads: Any, written: Any) -> float:
 def outputs(probe: Probe) -> torch.Tensor:
     """Every head's output at every patch [layer, patch, head, d_head]."""
     _, cache = probe.model.run_with_cache(probe.case.inputs)
-    layers = range(probe.model.cfg.vision.n_layers_run)
+    layers = range(probe.shape[0])
     return torch.stack([cache[f"vision.blocks.{layer}.attn.hook_z"].flatten(0, 1) for layer in layers])
 
 
