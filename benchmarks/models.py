@@ -44,6 +44,28 @@ def shape_of_2b(device: str, dtype: torch.dtype) -> Any:
     return _random(config, device, dtype)
 
 
+def shape_of_7b(device: str, dtype: torch.dtype) -> Any:
+    """Random weights in the shape of Qwen2-VL-7B."""
+    text = {
+        "vocab_size": 152064,
+        "hidden_size": 3584,
+        "intermediate_size": 18944,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 28,
+        "num_key_value_heads": 4,
+        "max_position_embeddings": 32768,
+    }
+    config = _config(text, {"depth": 32, "embed_dim": 1280, "num_heads": 16}, mrope_section=[16, 24, 24])
+    return _random(config, device, dtype)
+
+
+def tiny_model(device: str, dtype: torch.dtype) -> Any:
+    """2 layers, 4 heads (2 key-value heads), d_model 64: to see that a benchmark runs from end to end."""
+    text = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = _config(text, {"depth": 2, "embed_dim": 64, "num_heads": 4}, mrope_section=[2, 3, 3])
+    return _random(config, device, dtype)
+
+
 def text_fields(**sizes: int) -> dict[str, int]:
     """Fields of a language model's configuration: the middle size, where not given."""
     return {

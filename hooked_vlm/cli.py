@@ -4,7 +4,9 @@ import json
 import os
 import sys
 import warnings
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
 from difflib import get_close_matches
 from importlib import import_module
 from importlib.metadata import version
@@ -12,12 +14,13 @@ from typing import Any, Literal
 
 import tyro
 
-from hooked_vlm.commands.config import CacheConfig, HooksConfig, MergeConfig, ModelsConfig, ViewConfig
+from hooked_vlm.commands.config import CacheConfig, HooksConfig, MergeConfig, ModelsConfig, PushConfig, ViewConfig
 from hooked_vlm.errors import HookedVLMError
 from hooked_vlm.experiments.head_attribution import config as head_attribution_config
 from hooked_vlm.experiments.head_sweep.config import HeadSweepConfig
 from hooked_vlm.experiments.ocr_heads import config as ocr_heads_config
 from hooked_vlm.experiments.reproduce.config import ReproduceConfig
+from hooked_vlm.experiments.steering.config import SteerConfig
 from hooked_vlm.verify.config import VerifyConfig
 
 app = tyro.extras.SubcommandApp()
@@ -33,7 +36,16 @@ class Output:
     """No progress bars."""
 
 
+@dataclass(frozen=True)
+class LongOutput(Output):
+    """How a command answers that takes long."""
+
+    track: Literal["wandb", "mlflow", "tensorboard"] | None = None
+    """Log progress and results with this library too, if it is installed."""
+
+
 Shared = tyro.conf.OmitArgPrefixes[Output]
+SharedLong = tyro.conf.OmitArgPrefixes[LongOutput]
 
 
 @app.command(name="models")
@@ -62,13 +74,13 @@ def view(config: tyro.conf.OmitArgPrefixes[ViewConfig], output: Shared) -> None:
 
 
 @app.command(name="cache")
-def cache(config: tyro.conf.OmitArgPrefixes[CacheConfig], output: Shared) -> None:
+def cache(config: tyro.conf.OmitArgPrefixes[CacheConfig], output: SharedLong) -> None:
     """Write activations of a data set to a folder, with an index of their tokens, patches and boxes."""
     _run("commands.cache", replace(config, quiet=output.quiet), output)
 
 
 @app.command(name="sweep")
-def sweep(config: tyro.conf.OmitArgPrefixes[HeadSweepConfig], output: Shared) -> None:
+def sweep(config: tyro.conf.OmitArgPrefixes[HeadSweepConfig], output: SharedLong) -> None:
     """What each head does for the answers to a folder of pictures or a data set: one intervention per head."""
     _run("experiments.head_sweep.commands", replace(config, quiet=output.quiet), output)
 
@@ -79,24 +91,36 @@ def merge(config: tyro.conf.OmitArgPrefixes[MergeConfig], output: Shared) -> Non
     _run("commands.merge", replace(config, quiet=output.quiet), output)
 
 
+@app.command(name="push")
+def push(config: tyro.conf.OmitArgPrefixes[PushConfig], output: Shared) -> None:
+    """Send activations, or the tables of a run, to the hub as an ordinary data set; or write it to a folder."""
+    _run("commands.push", config, output)
+
+
 @app.command(name="ocr-heads")
-def ocr_heads(experiment: tyro.conf.OmitArgPrefixes[ocr_heads_config.Command], output: Shared) -> None:
+def ocr_heads(experiment: tyro.conf.OmitArgPrefixes[ocr_heads_config.Command], output: SharedLong) -> None:
     """Study: which attention heads read text in images (arXiv 2505.15865)."""
     _run("experiments.ocr_heads.commands", replace(experiment, quiet=output.quiet), output)
 
 
 @app.command(name="head-attribution")
-def head_attribution(command: tyro.conf.OmitArgPrefixes[head_attribution_config.Command], output: Shared) -> None:
+def head_attribution(command: tyro.conf.OmitArgPrefixes[head_attribution_config.Command], output: SharedLong) -> None:
     """Study: which attention heads carry information from image to text (arXiv 2509.17588)."""
     asked = command if isinstance(command, head_attribution_config.Compare) else replace(command, quiet=output.quiet)
     _run("experiments.head_attribution.commands", asked, output)
 
 
 @app.command(name="reproduce")
-def reproduce(config: tyro.conf.OmitArgPrefixes[ReproduceConfig], output: Shared) -> None:
+def reproduce(config: tyro.conf.OmitArgPrefixes[ReproduceConfig], output: SharedLong) -> None:
     """Judge the claims of a paper on a model: pass, differs or cannot say. Exit status 0 if nothing differs, else 1."""
     found = _run("experiments.reproduce.commands", replace(config, quiet=output.quiet), output)
     sys.exit(0 if found["passed"] else 1)
+
+
+@app.command(name="steer")
+def steer(config: tyro.conf.OmitArgPrefixes[SteerConfig], output: Shared) -> None:
+    """Make steering vectors from two data sets, test them on held-out items, and answer with and without them."""
+    _run("experiments.steering.commands", replace(config, quiet=output.quiet), output)
 
 
 @app.command(name="completion")
@@ -110,8 +134,11 @@ def _run(module: str, config: Any, output: Output) -> Any:
 
     The module is imported here and not above: parsing, help and completion need neither torch nor transformers.
     """
+    track = output.track if isinstance(output, LongOutput) else None
     try:
-        text, data = import_module(f"hooked_vlm.{module}").answer(config)
+        with _tracked(track, module, config) as log:
+            text, data = import_module(f"hooked_vlm.{module}").answer(config)
+            log(data)
     except HookedVLMError as error:
         if not output.json:
             raise
@@ -120,6 +147,18 @@ def _run(module: str, config: Any, output: Output) -> Any:
     if shown := json.dumps(data, indent=2) if output.json else text:
         print(shown)
     return data
+
+
+@contextmanager
+def _tracked(library: Any, module: str, config: Any) -> Iterator[Callable[[dict[str, Any]], None]]:
+    """`hooked_vlm.runtime.tracking.tracked`, if a library is asked for."""
+    if library is None:
+        yield lambda data: None
+        return
+    from hooked_vlm.runtime.tracking import tracked  # needs torch
+
+    with tracked(library, module.removesuffix(".commands").rpartition(".")[2], asdict(config)) as log:
+        yield log
 
 
 def _refuse_unknown(given: list[str]) -> None:

@@ -40,6 +40,7 @@ def python(*arguments: str, folder: Path | None = None) -> subprocess.CompletedP
         (["cache", "--help"], 0),
         (["head-attribution", "all", "--help"], 0),
         (["reproduce", "--help"], 0),
+        (["steer", "--help"], 0),
         (["modles"], 2),
         (["ocr-heads", "mask", "--sample", "3"], 2),
         (["completion", "bash"], 0),

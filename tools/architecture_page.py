@@ -12,9 +12,10 @@ LIBRARY = ROOT / "hooked_vlm"
 LAYERS = (
     ("cli", "command line"),
     ("commands", "one module per command"),
-    ("experiments", "the two studies, and the reproduction of their papers"),
+    ("experiments", "the two studies, the reproduction of their papers, reports on steering"),
     ("viewer", "HTML pages of attention and other values"),
     ("verify", "comparison with transformers on a checkpoint"),
+    ("steering", "contrast sets to steering vectors, with held-out separability"),
     ("activations", "activations of a data set on disk"),
     ("patching", "activation, path and attribution patching, attention knock-out"),
     ("toys", "toy pages and drawings"),

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Sized
 from dataclasses import dataclass
 from functools import cached_property, lru_cache, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import pyarrow as pa
 import torch
@@ -125,14 +125,12 @@ def stream_activations(
             path = shard_path(folder, key_of(made), start)
             if (shard := _kept(path, queue)) is not None:
                 bar.found(shard.stop - start)
-            elif (shard := _make(path, key_of(made), start, queue, plan)) is not None:
-                bar.update(shard.stop - start)
-            else:
+            elif (shard := _make(path, key_of(made), start, queue, plan, bar)) is None:
                 break  # none of those that are left can be used
             start = shard.stop
     if shard_path(folder, key_of(made), start).with_suffix(".parquet").exists():
         raise InputError(f"{folder} holds more than the {start} samples that came: choose another folder")
-    report_skipped(folder, dict(queue.skipped), stacklevel=3)
+    report_skipped(folder, {own.id: own.reason for own in queue.skipped}, stacklevel=3)
     whole = {"range": [samples.start, samples.stop]} if isinstance(samples, Samples) else {}
     write_manifest(folder, made, Activations(folder).summary() | {"skipped": len(queue.skipped)} | whole)
     return Activations(folder)
@@ -151,7 +149,7 @@ def _kept(path: Path, queue: "_Queue") -> Shard | None:
         turn = queue.take()
         if str(place) in shard.skipped:
             id, reason = shard.skipped[str(place)]
-            queue.skipped.append((id, reason))
+            queue.skipped.append(_Skipped(shard.start + place, id, reason))
         else:
             digests.append(turn.digest)
     if _together(digests) != shard.samples:
@@ -162,7 +160,7 @@ def _kept(path: Path, queue: "_Queue") -> Shard | None:
     return shard
 
 
-def _make(path: Path, key: str, start: int, queue: "_Queue", plan: "_Plan") -> Shard | None:
+def _make(path: Path, key: str, start: int, queue: "_Queue", plan: "_Plan", bar: Progress) -> Shard | None:
     """Write the shard of the next samples: all batches that fit, or one sample that does not fit. None if no sample
     that is left can be used."""
     pieces: dict[str, list[Tensor]] = defaultdict(list)
@@ -177,12 +175,13 @@ def _make(path: Path, key: str, start: int, queue: "_Queue", plan: "_Plan") -> S
                 tables[kind].append(table)
             digests.append(turn.digest)
             n_bytes += turn.n_bytes
+        bar.update(len(batch))
+    bar.update(len(queue.skipped) - n_skipped)
     if not digests:
         return None
     joined = {kind: pa.concat_tables(own) for kind, own in tables.items()}
     rows = {kind: len(table) for kind, table in joined.items()}
-    places = [str(number - first) for number in queue.skipped_at[n_skipped:]]
-    skipped = dict(zip(places, queue.skipped[n_skipped:], strict=True))
+    skipped = {str(own.number - first): (own.id, own.reason) for own in queue.skipped[n_skipped:]}
     shard = Shard(path, key, start, len(digests), _together(digests), rows, skipped)
     write_shard(shard, pieces, list(joined.values()))
     return shard
@@ -217,6 +216,14 @@ class _Turn:
         return self.sample.digest()
 
 
+class _Skipped(NamedTuple):
+    """A sample that could not be used."""
+
+    number: int
+    id: str
+    reason: str
+
+
 class _Queue:
     """The remaining samples, read one ahead."""
 
@@ -225,10 +232,8 @@ class _Queue:
         self._ahead: _Turn | None = None
         self.n_taken = 0
         """Samples taken so far, skipped ones included."""
-        self.skipped: list[tuple[str, str]] = []
-        """Id and reason of samples that could not be used."""
-        self.skipped_at: list[int] = []
-        """The number of each of them."""
+        self.skipped: list[_Skipped] = []
+        """Samples that could not be used."""
 
     @property
     def following(self) -> _Turn | None:
@@ -247,8 +252,7 @@ class _Queue:
                 _ = turn.tables, turn.digest
                 return turn
             except SKIPPED as error:
-                self.skipped_at.append(self.n_taken)
-                self.skipped.append((turn.sample.id, str(error)))
+                self.skipped.append(_Skipped(self.n_taken, turn.sample.id, str(error)))
                 self.take()
         return None
 

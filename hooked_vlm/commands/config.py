@@ -70,6 +70,8 @@ class ViewConfig:
     """How many tiles a picture is cut into at most (InternVL); the checkpoint's by default."""
     serve: bool = False
     """Instead of writing a page, serve one on 127.0.0.1 in which picture, prompt and heads can be changed."""
+    steer: Path | None = None
+    """With --serve: a steering.safetensors (`hooked-vlm steer`) whose layer and scale can be chosen in the page."""
     port: int = 0
     """Where the page is served; 0 takes any free port."""
     open: bool = True
@@ -119,3 +121,15 @@ class MergeConfig:
     """Where the whole goes."""
     quiet: tyro.conf.Suppress[bool] = False
     """No progress bar."""
+
+
+@dataclass(frozen=True)
+class PushConfig:
+    """A folder of results, and where it goes."""
+
+    folder: tyro.conf.Positional[Path]
+    """What `hooked-vlm cache`, `sweep` or a study wrote."""
+    to: tyro.conf.Positional[str]
+    """A data set on the hub (owner/name), or a new folder (./name)."""
+    public: bool = False
+    """Everybody may see the data set on the hub."""

@@ -13,6 +13,7 @@ from hooked_vlm.errors import InputError
 from hooked_vlm.inputs.images import load_image
 from hooked_vlm.model.by_name import load
 from hooked_vlm.runtime.files import writable_folder
+from hooked_vlm.steering import SteeringVectors
 from hooked_vlm.toys.pages import make_page
 from hooked_vlm.viewer.attention_view import attention
 from hooked_vlm.viewer.session import Asked, Picture, Session
@@ -43,6 +44,8 @@ def write_page(config: ViewConfig) -> Path:
     """
     if not config.image:
         raise InputError("--image needs a picture file")
+    if config.steer is not None:
+        raise InputError("--steer is of the page that is served: add --serve")
     if not config.prompt:
         raise InputError("--prompt needs a question about the picture")
     heads = [_head(name) for name in config.heads]
@@ -78,7 +81,14 @@ def serve_page(config: ViewConfig) -> None:
     from hooked_vlm.viewer.server import serve  # NiceGUI is an extra
 
     model = load(config.model, config.device, config.dtype)
-    session = Session(model, max_pixels=config.max_pixels, max_tiles=config.max_tiles, ranked=heads, query=config.query)
+    session = Session(
+        model,
+        max_pixels=config.max_pixels,
+        max_tiles=config.max_tiles,
+        ranked=heads,
+        query=config.query,
+        steering=None if config.steer is None else SteeringVectors.load(config.steer, model),
+    )
     serve(session, Asked(picture, prompt, config.max_new_tokens), config.port, config.open)
 
 

@@ -99,6 +99,7 @@ class Progress:
         self._bar = tqdm(total=total, desc=what, unit=unit, disable=quiet)
         self._begun, self._told = time.perf_counter(), -SECONDS_BETWEEN
         self._found = self._done = 0
+        self._told_of: int | None = None
 
     def found(self, n: int = 1) -> None:
         """Count things that were done before; the rate leaves them out."""
@@ -123,6 +124,7 @@ class Progress:
         seconds = self._told = self._seconds()
         rate = self._done / seconds if seconds else 0.0
         step, left = self._found + self._done, None
+        self._told_of = step
         if self.total is not None and rate:
             left = round(max(0, self.total - step) / rate, 3)
         told = Step(self.what, step, self.total, self.unit, round(rate, 6), round(seconds, 3), left)
@@ -136,5 +138,5 @@ class Progress:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self._bar.close()
-        if self._done or (kind is None and self._found):
+        if self._told_of != self._found + self._done and (self._done or (self._found and kind is None)):
             self._tell()

@@ -22,6 +22,7 @@ from hooked_vlm.inputs.images import load_image_bytes
 from hooked_vlm.viewer.guard import Guard
 from hooked_vlm.viewer.scene import data_url
 from hooked_vlm.viewer.session import MOST_TOKENS, Answer, Asked, Picture, Session, Shown
+from hooked_vlm.viewer.steering_control import SteeringControl
 from hooked_vlm.viewer.view import Head, page_file
 
 MOST_BYTES = 64 * 2**20
@@ -115,10 +116,15 @@ class ServedPage:
 
     @property
     def asked(self) -> Asked:
-        """The current settings."""
+        """The current settings.
+
+        Raises:
+            InputError: a scale of steering that is no number.
+        """
         n_tokens = self.n_tokens.value
         whole = None if n_tokens is None else int(n_tokens)
-        return Asked(self.picture, self.prompt.value or "", whole, tuple(sorted(self.factors.items())))
+        steering = None if self.steering is None else self.steering.chosen
+        return Asked(self.picture, self.prompt.value or "", whole, tuple(sorted(self.factors.items())), steering)
 
     # ---------------------------------------------------------------- what is on the page
 
@@ -154,6 +160,8 @@ class ServedPage:
                 with ui.element("div").classes("head-scroll"):
                     self.grid = HeadGrid(self.session.model.cfg.n_layers, self.session.model.cfg.n_heads)
                     self.grid.on("choose", lambda event: self._choose(**event.args))
+                vectors = self.session.steering
+                self.steering = None if vectors is None else SteeringControl(vectors, self._compare)
         with ui.element("div").classes("inline"):
             self.button = ui.button("Generate", icon="play_arrow", color=None, on_click=self._generate).classes("run")
             self.busy = ui.label("The model is at work …").props("role=status")
@@ -224,7 +232,11 @@ class ServedPage:
     # ---------------------------------------------------------------- result
 
     async def _generate(self) -> None:
-        asked = self.asked
+        try:
+            asked = self.asked
+        except InputError as error:
+            self._say(str(error))
+            return
         self._say("")
         self.button.disable()
         self.busy.set_visibility(True)
@@ -265,7 +277,10 @@ class ServedPage:
         """Mark the result as outdated if the settings have changed."""
         if self.shown is None:
             return
-        old = self.asked != self.shown.asked
+        try:
+            old = self.asked != self.shown.asked
+        except InputError:  # half a number: the answer has another one
+            old = True
         self.old.set_visibility(old)
         self.result.classes(add="old" if old else "", remove="" if old else "old")
 

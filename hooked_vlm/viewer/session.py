@@ -13,6 +13,7 @@ from PIL import Image
 from hooked_vlm.errors import InputError
 from hooked_vlm.inputs.vlm_inputs import VLMInputs
 from hooked_vlm.interventions import Compose, Intervention, ScaleHeads, ZeroHeads
+from hooked_vlm.steering import SteeringVectors
 from hooked_vlm.viewer.attention_view import Query, attention
 from hooked_vlm.viewer.view import Head
 
@@ -41,13 +42,16 @@ class Asked:
     max_new_tokens: int | None
     factors: tuple[tuple[Head, float | int], ...] = ()
     """Heads with the factors of their outputs, in order; 0 masks a head."""
+    steering: tuple[int, float | int] | None = None
+    """Layer and scale of the steering vector that is added."""
 
     @property
     def edits(self) -> str:
-        """Description of the edited heads."""
-        if not self.factors:
-            return "no head edited"
-        return ", ".join(f"{layer}.{head} × {factor:g}" for (layer, head), factor in self.factors)
+        """Description of the edited heads, and of the steering."""
+        said = [f"{layer}.{head} × {factor:g}" for (layer, head), factor in self.factors]
+        if self.steering is not None:
+            said.append(f"steering at layer {self.steering[0]} × {self.steering[1]:g}")
+        return ", ".join(said) or "no head edited"
 
     def __str__(self) -> str:
         name = "no picture" if self.picture is None else self.picture.name
@@ -98,8 +102,11 @@ class Session:
         max_tiles: int | None = None,
         ranked: Sequence[Head] = (),
         query: Query = "producing",
+        steering: SteeringVectors | None = None,
     ) -> None:
         self.model = model
+        self.steering = steering
+        """Vectors that may be added."""
         self._bounds: dict[str, Any] = {"max_pixels": max_pixels, "max_tiles": max_tiles}
         self._view = {"heads": ranked, "query": query}
         self._alone = threading.Lock()
@@ -109,7 +116,8 @@ class Session:
         """Generate greedy answers with and without the edits, and the attention of the edited run.
 
         Raises:
-            InputError: no picture, an empty prompt, a length or factor out of range, or heads that do not exist.
+            InputError: no picture, an empty prompt, a length or factor out of range, or heads or
+                steering vectors that do not exist.
             ImageError: a picture that the model cannot take.
         """
         if asked.picture is None:
@@ -121,7 +129,7 @@ class Session:
             raise InputError(f"an answer may have 1 to {MOST_TOKENS} tokens, got {n_tokens}")
         with self._alone:
             inputs = self.model.to_inputs(asked.prompt, images=[asked.picture.image], **self._bounds)
-            hooks = intervention(asked.factors).hooks(self.model, inputs)
+            hooks = Compose((intervention(asked.factors), *self._steer(asked))).hooks(self.model, inputs)
             unedited = self._generated(inputs, n_tokens, [])
             edited = self._generated(inputs, n_tokens, hooks) if hooks else unedited
             title = f"Where the model looks: {asked.edits}"
@@ -129,6 +137,13 @@ class Session:
                 self.model, inputs, edited, images=asked.picture.image, fwd_hooks=hooks, title=title, **self._view
             ).html
             return Shown(asked, *compared(self.model, unedited, edited), page)
+
+    def _steer(self, asked: Asked) -> list[Intervention]:
+        if asked.steering is None:
+            return []
+        if self.steering is None:
+            raise InputError("there are no steering vectors: start with --steer FILE")
+        return [self.steering.at(*asked.steering)]
 
     def _generated(self, inputs: VLMInputs, n_tokens: int, hooks: list) -> list[int]:
         return self.model.generate(inputs, n_tokens, fwd_hooks=hooks)[0, inputs.shape[1] :].tolist()
