@@ -25,6 +25,7 @@ from hooked_vlm.model.by_name import load
 from hooked_vlm.model.fingerprints import provenance
 from hooked_vlm.model.vlm import HookedVLM
 from hooked_vlm.runtime.files import writable_folder
+from hooked_vlm.runtime.progress import recorded
 
 PAPER = (
     "Jinyeong Kim, Seil Kang, Jiwoo Park, Junhyeok Kim and Seong Jae Hwang. Interpreting Attention Heads for "
@@ -73,7 +74,7 @@ def run(config: HeadAttributionConfig, model: HookedVLM | None = None, step: Ste
     model = model or load(config.model, config.device, config.dtype)
     check_takes_images(model, config.model)
     config.check_against(model)
-    with workers_of(config, model, config.device) as workers:
+    with recorded(config.out), workers_of(config, model, config.device) as workers:
         found = measure(model, config, workers, step)
         device = workers.device
     name = Path(config.model).name

@@ -5,6 +5,7 @@ import os
 import re
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -15,6 +16,8 @@ from pages import ROOT
 from hooked_vlm.toys import make_page
 
 N = 3
+PATH = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+ENVIRONMENT = os.environ | {"PATH": PATH, "OMP_NUM_THREADS": "1"}
 
 
 @pytest.mark.slow
@@ -31,7 +34,7 @@ def test_an_array_job_with_a_preempted_task_is_the_whole(tmp_path: Path) -> None
     (tmp_path / "job.sh").write_text(script, encoding="utf-8")
 
     def start(task: int) -> subprocess.Popen[bytes]:
-        own = os.environ | {"SLURM_ARRAY_TASK_ID": str(task), "OMP_NUM_THREADS": "1"}
+        own = ENVIRONMENT | {"SLURM_ARRAY_TASK_ID": str(task)}
         return subprocess.Popen(["bash", "job.sh"], cwd=tmp_path, env=own, start_new_session=True)
 
     tasks = [start(task) for task in range(N)]
@@ -46,9 +49,9 @@ def test_an_array_job_with_a_preempted_task_is_the_whole(tmp_path: Path) -> None
     assert [task.wait() for task in tasks] == [0] * N
     assert {path: path.stat().st_mtime_ns for path in kept} == kept, "what was done is not done again"
     folders = [f"heads/{task}" for task in range(N)]
-    subprocess.run(["hooked-vlm", "merge", *folders, "--out", "heads/all"], cwd=tmp_path, check=True)
+    subprocess.run(["hooked-vlm", "merge", *folders, "--out", "heads/all"], cwd=tmp_path, check=True, env=ENVIRONMENT)
     whole = ["hooked-vlm", "sweep", "--data", "pages.jsonl", "--out", "whole", "--quiet"]
-    subprocess.run(whole, cwd=tmp_path, check=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    subprocess.run(whole, cwd=tmp_path, check=True, env=ENVIRONMENT)
     assert (tmp_path / "heads/all/sweep.csv").read_bytes() == (tmp_path / "whole/sweep.csv").read_bytes()
     last = json.loads((tmp_path / "heads/1/progress.jsonl").read_text().splitlines()[-1])
     assert last["step"] == last["total"]
