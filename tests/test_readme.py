@@ -45,7 +45,7 @@ def test_every_python_block_of_the_page_about_the_viewer_runs(tmp_path: Path, mo
     names = run_page("docs/viewer.md")
     written = {"attention.html", "lens.html", "patches.html", "values.html", "heads.html", "tokens.html"}
     assert {path.name for path in tmp_path.glob("*.html")} == written
-    assert "".join(chip.text for chip in names["view"].chips if chip.row is not None) == "4s4g"
+    assert "".join(chip.text for chip in names["view"].chips if chip.kind == "answer") == "4s4g"
 
 
 def test_every_python_block_of_the_page_about_activations_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

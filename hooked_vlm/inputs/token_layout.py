@@ -90,6 +90,12 @@ class InputSpec:
         """Token ids of a text as it stands; none without a tokenizer."""
         return [] if self.tokenizer is None else self.tokenizer(text, add_special_tokens=False)["input_ids"]
 
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of token ids, special tokens included; their numbers without a tokenizer."""
+        if self.tokenizer is None:
+            return " ".join(map(str, ids))
+        return str(self.tokenizer.decode(list(ids), clean_up_tokenization_spaces=False))
+
     def layout_of(self, grid: Grid, kind: Kind, size: tuple[int, int] | None = None) -> ImageLayout:
         """The layout of an image or video that the tower sees as `grid`."""
         if self.layouts is None:
