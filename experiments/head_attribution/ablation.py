@@ -61,7 +61,7 @@ class Probe:
     metric: Metric
     baseline: Baseline = "mean"
     before_rope: bool = True
-    tower: Tower = "text"
+    tower: Tower = "language"
 
     def portable(self) -> tuple[Case, Metric, Baseline, bool, Tower]:
         """All but the model, on the CPU: arguments of `probe_on`."""

@@ -12,7 +12,7 @@ from hooked_vlm.experiments.common.workers import NOT_RECORDED, ReportConfig, Wo
 if TYPE_CHECKING:
     from hooked_vlm.model.vlm import HookedVLM
 
-Tower = Literal["text", "vision"]
+Tower = Literal["language", "vision"]
 Target = Literal["logit", "log_prob", "margin", "difference"]
 Regression = Literal["ols", "ridge", "lasso"]
 Design = Literal["random", "antithetic", "balanced", "paired"]
@@ -48,7 +48,7 @@ class HeadAttributionConfig(WorkersConfig):
     """Pictures to ask about; those answered correctly are studied."""
     question: str | None = None
     """The question; by default the paper's, with a request for one word where the model is not a toy."""
-    tower: Tower = "text"
+    tower: Tower = "language"
     """Heads of the language model, ablated as readers of the image; or heads of the vision tower, whose outputs are
     replaced (token flow is left out there)."""
     target: Target = "logit"
@@ -156,12 +156,12 @@ class HeadAttributionConfig(WorkersConfig):
     @property
     def shown_sections(self) -> tuple[Section, ...]:
         """`sections` that there are in the tower: token flow is about the language model's heads."""
-        return tuple(section for section in self.sections if self.tower == "text" or section != "tokens")
+        return tuple(section for section in self.sections if self.tower == "language" or section != "tokens")
 
     @property
     def carrier(self) -> str:
         """What ablating all heads takes from the answer."""
-        return "the image" if self.tower == "text" else "attention in the vision tower"
+        return "the image" if self.tower == "language" else "attention in the vision tower"
 
     def check_against(self, model: "HookedVLM") -> None:
         """Refuse more heads or layers than the model, or its vision tower, has.

@@ -97,7 +97,7 @@ def measure(model: HookedVLM, config: HeadAttributionConfig, workers: Workers, s
     store = ResultStore(config.out / "parts" / "answers")
     with step("answers"):
         answers = ask(workers, items, store, key, config.quiet, label(1, "answers"))
-    cases = right_cases(model, items, answers, encode=config.tower == "text")
+    cases = right_cases(model, items, answers, encode=config.tower == "language")
     probes = make_probes(model, cases, config)
     key |= {name: getattr(config, name) for name in ("target", "baseline", "rope", "seed", "tower")}
     if config.baseline == "dataset":

@@ -19,7 +19,7 @@ def heads_page(measured: Measured, picture: int = 0) -> View:
     """
     probe = measured.probes[_place(picture, measured.heads, "heads")]
     if probe.tower == "vision":
-        raise StudyError("this page shows where text looks: it is for heads of the language model, --tower text")
+        raise StudyError("this page shows where text looks: it is for heads of the language model, --tower language")
     order = np.argsort(-measured.heads[picture].fit.coefficients, kind="stable")
     return viewer.attention(
         probe.model,

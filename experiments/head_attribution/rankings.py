@@ -72,7 +72,7 @@ def other_rankings(probe: Probe) -> pd.DataFrame:
     each = np.eye(len(probe.heads), dtype=bool)
     dropped, alone = np.split(probe.over_heads(np.concatenate((~each, each))), 2)
     columns = {"single": full - dropped, "alone": alone - none}
-    if probe.tower == "text":
+    if probe.tower == "language":
         kinds = ("attention", "attention_final", "value_weighted")
         columns |= {kind: own.ravel() for kind, own in zip(kinds, attention_scores_of(probe), strict=True)}
     columns |= {"gradient": gradients(probe).ravel()}

@@ -58,7 +58,7 @@ def task(report: Report, found: Measured, config: HeadAttributionConfig) -> Sect
 def _added(found: Measured, config: HeadAttributionConfig) -> str:
     """What all heads together add to the target."""
     gap = f"{found.gaps.mean():.3f}"
-    if config.tower == "text":
+    if config.tower == "language":
         return (
             f"The image adds {gap}: the difference between all heads and no head of any text token seeing it "
             f"(baseline: {config.baseline}, {config.rope} RoPE)."
@@ -126,7 +126,7 @@ def _named_heads(table: pd.DataFrame, found: Measured, target: str) -> str:
     positive = table.loc[table["coefficient"] > 0]
     certain = positive.loc[positive["adjusted p"] <= 0.05]
     columns = BY_NAME if unit_of(found) == "name" else BY_PICTURE
-    seen = " when they see the image" if found.probes[0].tower == "text" else ""
+    seen = " when they see the image" if found.probes[0].tower == "language" else ""
     told = []
     for own in (certain if len(certain) else positive).head(NAMED).to_dict("records"):
         low, high = (own[column] for column in columns)

@@ -208,7 +208,7 @@ class MaskConfig(TaskConfig):
     """How many top heads to mask; 10 and 20 (as the paper), and for small models an eighth of all, by default."""
     modes: tuple[Literal["zero", "uniform"], ...] = ("zero",)
     """Heads write nothing (the paper), or look everywhere alike (Wu et al.'s retrieval heads)."""
-    tower: Literal["text", "vision"] = "text"
+    tower: Literal["language", "vision"] = "language"
     """Heads of the language model, the top ones by their scores; or heads of the vision tower, which have no such
     scores and are named by --heads."""
     heads: tuple[str, ...] | None = None
@@ -216,7 +216,7 @@ class MaskConfig(TaskConfig):
 
     def check(self) -> None:
         super().check()
-        if self.tower == "text":
+        if self.tower == "language":
             if self.heads is not None:
                 raise StudyError(
                     "--heads names heads of the vision tower, --tower vision; those of the language model are the top "

@@ -44,7 +44,7 @@ def mask(study: Study, config: MaskConfig) -> Finding:
 
 
 def masking_conditions(
-    chosen: Sequence[ChangedHeads], modes: Sequence[str], tower: Tower = "text"
+    chosen: Sequence[ChangedHeads], modes: Sequence[str], tower: Tower = "language"
 ) -> list[changed.Condition]:
     """Unchanged first; then, for every number of heads and mode, the top heads of both kinds, and random sets."""
     conditions = [changed.UNCHANGED]
@@ -58,11 +58,11 @@ def _label(mode: str) -> str:
     return "" if mode == "zero" else f", {mode}"
 
 
-def masked(heads: tuple[Head, ...], mode: str, tower: Tower = "text") -> Intervention:
+def masked(heads: tuple[Head, ...], mode: str, tower: Tower = "language") -> Intervention:
     """Zero the heads' outputs, or make their attention uniform: for generated tokens (Wu et al.), for all patches."""
     if mode == "zero":
         return ZeroHeads(heads, tower=tower)
-    return UniformAttention(heads, "generated" if tower == "text" else None, tower)
+    return UniformAttention(heads, "generated" if tower == "language" else None, tower)
 
 
 def check_counts(study: Study, counts: tuple[int, ...], option: str) -> None:

@@ -32,7 +32,7 @@ class HooksConfig:
 
     model: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="MODEL")]
     """A bundled toy model, a checkpoint folder or a hub name such as Qwen/Qwen2-VL-72B-Instruct."""
-    tower: Literal["all", "text", "vision", "projector"] = "all"
+    tower: Literal["all", "language", "vision", "projector"] = "all"
     """Which part of the model."""
     grep: str | None = None
     """Only hook points whose name or description has this in it (a regular expression, case ignored)."""

@@ -61,7 +61,7 @@ def test_the_printed_table(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captu
     assert vision.split()[:6] == ["vision.blocks.{l}.attn.hook_z", "3", "[image,", "patch,", "4,", "24]"]
     assert text.split()[:6] == ["blocks.{l}.attn.hook_z", "4", "[batch,", "pos,", "4,", "48]"]
     _, told = answer(HooksConfig("toy-qwen2-vl", grep="hook_z$"))
-    assert told[1]["shape"] == ("batch", "pos", 4, 48) and told[1]["tower"] == "text" and told[1]["n_layers"] == 4
+    assert told[1]["shape"] == ("batch", "pos", 4, 48) and told[1]["tower"] == "language" and told[1]["n_layers"] == 4
 
 
 @pytest.mark.parametrize(

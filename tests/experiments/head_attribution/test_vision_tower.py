@@ -118,7 +118,7 @@ def test_a_run_reports_the_tower_and_leaves_token_flow_out(tmp_path: Path) -> No
 @pytest.mark.repeats_shapes
 def test_both_towers_may_share_a_folder(tmp_path: Path) -> None:
     model = bundled("toy-qwen2-vl")
-    configs = [Attribute(out=tmp_path, tower=tower, **SMALL) for tower in ("text", "vision", "text")]
+    configs = [Attribute(out=tmp_path, tower=tower, **SMALL) for tower in ("language", "vision", "language")]
     first, vision, again = (measure(model, config, InProcess(model)) for config in configs)
     assert vision.coefficients.shape[1] == 12 and first.coefficients.shape[1] == 16
     pd.testing.assert_frame_equal(first.answers, again.answers)
@@ -146,5 +146,5 @@ def test_more_heads_than_the_tower_has_are_refused(tmp_path: Path) -> None:
 def test_a_metric_of_the_answer_is_the_same_in_both_towers() -> None:
     case = cases_of("toy-qwen2-vl", 1)[0]
     probe = Probe(bundled("toy-qwen2-vl"), case, metric_of(case, "logit"), "zero", tower="vision")
-    text = replace(probe, tower="text", baseline="mean")
+    text = replace(probe, tower="language", baseline="mean")
     assert probe.ends[0] == pytest.approx(text.ends[0], abs=1e-4) and probe.ends[1] != pytest.approx(text.ends[1])

@@ -83,7 +83,7 @@ def test_a_run_leaves_out_tasks_without_pictures(qwen: HookedVLM, tmp_path: Path
     ("changes", "words"),
     [
         ({"heads": None}, "--tower vision needs --heads"),
-        ({"tower": "text"}, "--heads names heads of the vision tower"),
+        ({"tower": "language"}, "--heads names heads of the vision tower"),
         ({"mask_heads": (2,)}, "--mask-heads counts top heads"),
         ({"heads": ("2-1",)}, r"LAYER\.HEAD.*2-1"),
         ({"heads": ("2.1", "2.1")}, "--heads names a value twice"),
