@@ -6,7 +6,7 @@ import os
 import sys
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext, redirect_stderr
+from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout, suppress
 from dataclasses import asdict, dataclass, replace
 from difflib import get_close_matches
 from functools import partial
@@ -32,6 +32,10 @@ app = tyro.extras.SubcommandApp()
 T = TypeVar("T")
 Options = Annotated[T, tyro.conf.OmitArgPrefixes, tyro.conf.arg(name="")]
 """Settings whose fields are a command's options, without a heading of their own."""
+
+FISH_ARGUMENT = '$python_cmd -c "$pycode" $words'
+FISH_INPUT = 'printf %s "$pycode" | $python_cmd - $words'
+"""The parser's script for fish hands over a program that is longer than Linux lets an argument be (128 KiB)."""
 
 
 @dataclass(frozen=True)
@@ -134,7 +138,11 @@ def steer(config: Options[SteerConfig], output: Options[Output]) -> Work:
 @app.command(name="completion")
 def completion(shell: tyro.conf.Positional[Literal["bash", "zsh", "fish"]]) -> None:
     """Print completions for a shell, for a file that it reads when it starts."""
-    _understood(["--tyro-print-completion", shell])
+    script = io.StringIO()
+    with redirect_stdout(script), suppress(SystemExit):
+        _understood(["--tyro-print-completion", shell])
+    print(script.getvalue().replace(FISH_ARGUMENT, FISH_INPUT), end="")
+    sys.exit()
 
 
 def _run(work: Work) -> None:

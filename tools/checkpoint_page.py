@@ -107,7 +107,7 @@ generation_config.json, say, does not count):
 ## Memory
 
 `hooked-vlm models` prints the main columns of this table; `hooked-vlm models MODEL` prints one checkpoint in detail.
-`--tokens` sets the length, `--full-cache` and `--gradients` add what they store, `--json` prints every number, in bytes.
+`--tokens` sets the length, `--full-cache` and `--gradients` add what they store, `--json` prints all, in bytes.
 Nothing is loaded: the numbers are computed from config.json on the meta device.
 
 {memory}

@@ -260,6 +260,16 @@ def test_costs_are_of_both() -> None:
     assert peak.value > 1e5 and (peak.reference or 0) > 1e5
 
 
+@pytest.mark.parametrize("release", ["5.9.0", "5.22.2"])
+def test_a_release_of_transformers_that_is_no_reference_is_refused(
+    release: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr("transformers.__version__", release)
+    with pytest.raises(InputError, match=release):
+        verify(VerifyConfig("toy-qwen2-vl", out=tmp_path / "verify.json"))
+    assert not list(tmp_path.iterdir())
+
+
 def test_rows_pass_and_fail() -> None:
     assert Row("a", 1e-5, 1e-4).passed and not Row("a", 1e-3, 1e-4).passed
     assert not Row("a", float("nan"), 1e-4).passed and Row("a", 5.0, None).passed
