@@ -1,9 +1,7 @@
 """The report of a sweep over heads: which heads the answers need, with intervals and tests over pictures."""
 
-import textwrap
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -136,11 +134,10 @@ def _answer(table: pd.DataFrame, results: Results, record: Mapping[str, Any]) ->
 
 
 def in_terminal(shown: Shown) -> str:
-    """The answer and the strongest heads, in 80 columns."""
-    fill = partial(textwrap.fill, width=80, break_long_words=False)
+    """The answer and the strongest heads."""
     rows = [
         [f"{row.layer}.{row.head}", *map("{:+.3f}".format, row[2:5]), f"{row.p_holm:.2g}", f"{row.lowered:.0%}"]
         for row in each_row(shown.table.rename(columns={"p, Holm": "p_holm"}).head(SHOWN))
     ]
     header = ["head", "effect", "low", "high", "p (Holm)", "lowered"]
-    return "\n".join([*map(fill, shown.answer), "", text_table(header, rows)])
+    return "\n".join([*shown.answer, "", text_table(header, rows)])
