@@ -84,7 +84,7 @@ def write_report(out: Path, results: Results, record: Mapping[str, Any]) -> Show
     layers, heads = (sorted(set(table[axis])) for axis in ("layer", "head"))
     values, framed = _as_matrix(table, layers, heads)
     labels = ("layer", "head", f"mean effect{f' ({unit})' if unit else ''}")
-    caption = f"Mean effect of every head; frames: p below {LEVEL} after Holm's adjustment."
+    caption = f"Mean effect of every head; frames: p below {LEVEL} after Holm's adjustment"
     report.figure("effects", heatmap(values, layers, heads, labels, framed=framed), caption)
     report.table("heads", table, "Every head: mean effect, its interval and test; lowered: share of samples", shown=20)
     report.section("Samples")
@@ -122,10 +122,8 @@ def _answer(table: pd.DataFrame, results: Results, record: Mapping[str, Any]) ->
     effect, p = (table[column].to_numpy(dtype=float) for column in ("effect", "p, Holm"))
     if not np.isnan(p).all():
         lower, higher = (int((moved & (p < LEVEL)).sum()) for moved in (effect < 0, effect > 0))
-        sentences.append(
-            f"{lower} heads lower and {higher} raise it at p < {LEVEL} (two-sided t over pictures, Holm over "
-            f"{len(table)} heads)."
-        )
+        found = f"{lower} heads lower it and {higher} raise it" if lower + higher else "No head changes it"
+        sentences.append(f"{found} at p < {LEVEL} (two-sided t over pictures, Holm over {len(table)} heads).")
     else:
         sentences.append("There are too few pictures for tests and intervals: three at least.")
     if record["skipped"]:
