@@ -14,10 +14,14 @@ def test_every_python_block_of_the_readme_runs(capsys) -> None:
     assert set(names["table"]["intervention"][:2]) == {"ReplaceImageKV 2.1", "ReplaceImageKV 2.0"}
 
 
-def test_every_python_block_of_the_page_about_sweeps_runs(capsys) -> None:
+def test_every_python_block_of_the_page_about_sweeps_runs(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
     names = run_page("docs/sweeps.md")
     assert "vision tower: 1 pass instead of 16" in capsys.readouterr().out
     assert names["result"].values.shape == (16, 1)
+    assert len(names["table"]) == 16 and set(names["table"]["answer"]) == {names["page"].lines[2].value}
 
 
 @pytest.mark.repeats_shapes

@@ -85,11 +85,6 @@ class HeadSweepConfig(WorkersConfig, DataConfig):
             found.update(own)
         return sorted(found)
 
-    @property
-    def library_tower(self) -> Literal["text", "vision"]:
-        """The tower, as interventions name it."""
-        return "vision" if self.tower == "vision" else "text"
-
     def recorded(self) -> dict[str, Any]:
         """Settings that results depend on; equal for the shards of one run."""
         left_out = (*NOT_RECORDED, "out", "quiet", "shard", "on_error", "device")

@@ -1,9 +1,7 @@
 """The report of a sweep over heads: which heads the answers need, with intervals and tests over pictures."""
 
-import textwrap
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -86,7 +84,7 @@ def write_report(out: Path, results: Results, record: Mapping[str, Any]) -> Show
     layers, heads = (sorted(set(table[axis])) for axis in ("layer", "head"))
     values, framed = _as_matrix(table, layers, heads)
     labels = ("layer", "head", f"mean effect{f' ({unit})' if unit else ''}")
-    caption = f"Mean effect of every head; frames: p below {LEVEL} after Holm's adjustment."
+    caption = f"Mean effect of every head; frames: p below {LEVEL} after Holm's adjustment"
     report.figure("effects", heatmap(values, layers, heads, labels, framed=framed), caption)
     report.table("heads", table, "Every head: mean effect, its interval and test; lowered: share of samples", shown=20)
     report.section("Samples")
@@ -124,10 +122,8 @@ def _answer(table: pd.DataFrame, results: Results, record: Mapping[str, Any]) ->
     effect, p = (table[column].to_numpy(dtype=float) for column in ("effect", "p, Holm"))
     if not np.isnan(p).all():
         lower, higher = (int((moved & (p < LEVEL)).sum()) for moved in (effect < 0, effect > 0))
-        sentences.append(
-            f"{lower} heads lower and {higher} raise it at p < {LEVEL} (two-sided t over pictures, Holm over "
-            f"{len(table)} heads)."
-        )
+        found = f"{lower} heads lower it and {higher} raise it" if lower + higher else "No head changes it"
+        sentences.append(f"{found} at p < {LEVEL} (two-sided t over pictures, Holm over {len(table)} heads).")
     else:
         sentences.append("There are too few pictures for tests and intervals: three at least.")
     if record["skipped"]:
@@ -136,11 +132,10 @@ def _answer(table: pd.DataFrame, results: Results, record: Mapping[str, Any]) ->
 
 
 def in_terminal(shown: Shown) -> str:
-    """The answer and the strongest heads, in 80 columns."""
-    fill = partial(textwrap.fill, width=80, break_long_words=False)
+    """The answer and the strongest heads."""
     rows = [
         [f"{row.layer}.{row.head}", *map("{:+.3f}".format, row[2:5]), f"{row.p_holm:.2g}", f"{row.lowered:.0%}"]
         for row in each_row(shown.table.rename(columns={"p, Holm": "p_holm"}).head(SHOWN))
     ]
     header = ["head", "effect", "low", "high", "p (Holm)", "lowered"]
-    return "\n".join([*map(fill, shown.answer), "", text_table(header, rows)])
+    return "\n".join([*shown.answer, "", text_table(header, rows)])

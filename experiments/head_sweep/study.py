@@ -67,7 +67,7 @@ def run(config: HeadSweepConfig, model: "HookedVLM | None" = None) -> HeadSweep:
         raise InputError(f"shard {config.shard} holds none of the {len(whole)} samples")
     out = writable_folder(config.out)
     model = model or load(config.model, config.device, config.dtype)
-    heads = config.chosen(*tower_shape(model, config.library_tower)[:2])
+    heads = config.chosen(*tower_shape(model, config.tower)[:2])
     with recorded(out), workers_of(config, model, config.device) as workers:
         means = means_over(whole, config, model, workers) if config.intervention == "mean" else None
         runs = interventions(config, heads, means)

@@ -62,6 +62,11 @@ class InputSpec:
     """The processor that says where tokens lie, also of models that have none to prepare pictures."""
     mrope: bool = True
     """Whether positions have three axes (M-RoPE); otherwise every token counts one position."""
+    class_tokens: int = field(init=False, repr=False)
+    """Number of class tokens before the patches of a picture in the tower."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "class_tokens", int(self.vision is not None and self.vision.class_token))
 
     @property
     def placeholder_ids(self) -> tuple[int, ...]:
@@ -80,11 +85,6 @@ class InputSpec:
     def takes_patches(self) -> bool:
         """Whether a row of the pixel tensor is a patch; otherwise it is a picture that the tower sees."""
         return self.vision is None or self.vision.patch_order == "blocks"
-
-    @property
-    def class_tokens(self) -> int:
-        """Number of class tokens before the patches of a picture in the tower."""
-        return int(self.vision is not None and self.vision.class_token)
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a text as it stands; none without a tokenizer."""

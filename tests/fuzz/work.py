@@ -117,8 +117,7 @@ def differences(whole: Path, other: Path, complete: bool) -> list[str]:
     """Files of `other` that are not those of `whole`, byte by byte; all must be there where it is `complete`.
 
     What begins with a dot is being written; progress.jsonl holds times. A training's times differ from run to run; its
-    state and log, and the
-    counts of a stream of activations, are steps behind until it is complete.
+    state and log, and the counts of a stream of activations, are steps behind until it is complete.
     """
     names = {_name(whole, file) for file in whole.rglob("*") if file.is_file() and file.name != "progress.jsonl"}
     found = {_name(other, file) for file in other.rglob("*") if file.is_file() and file.name != "progress.jsonl"}

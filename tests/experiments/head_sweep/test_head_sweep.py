@@ -16,6 +16,7 @@ from hooked_vlm import HookedVLM, InputError, SweepCase, VLMInputs, sweep_many
 from hooked_vlm.commands.config import MergeConfig
 from hooked_vlm.commands.merge import answer as merged
 from hooked_vlm.data import read_samples
+from hooked_vlm.experiments.common.frames import each_row
 from hooked_vlm.experiments.head_sweep import HeadSweepConfig, run
 from hooked_vlm.experiments.head_sweep.changes import means_over
 from hooked_vlm.experiments.head_sweep.results import Results
@@ -64,7 +65,7 @@ def test_the_rows_are_those_of_the_loop(
 ) -> None:
     n = 3
     samples = list(read_samples(pages))[:n]
-    tower: Any = "vision" if kind == "vision" else "text"
+    tower: Any = "vision" if kind == "vision" else "language"
     heads = [(0, 1)] if tower == "vision" else HEADS
     means = mean_head_outputs(toy, prompts[:n]) if kind == "mean" else torch.empty(0)
     runs = {
@@ -80,14 +81,14 @@ def test_the_rows_are_those_of_the_loop(
     )
     found = run(config_of(pages, tmp_path / "out", factor=0.3, limit=n, **settings), toy)
     cases = [SweepCase(sample.id, sample, [runs(head) for head in heads], OfAnswer()) for sample in samples]
-    expected = sweep_many(toy, cases, tmp_path / "loop")
-    table = pd.read_parquet(tmp_path / "out" / "sweep.parquet")
+    expected: Any = sweep_many(toy, cases, tmp_path / "loop")
+    table: Any = pd.read_parquet(tmp_path / "out" / "sweep.parquet")
     pd.testing.assert_frame_equal(table[COLUMNS], expected[COLUMNS], check_dtype=False, atol=2e-5, rtol=1e-5)
     assert [*zip(table["layer"], table["head"], strict=True)][: len(heads)] == heads
     assert (table["effect"] != 0).any()
     rows = pd.read_csv(tmp_path / "out" / "sweep.csv", dtype={"answer": str})
     pd.testing.assert_frame_equal(rows, table, check_dtype=False, rtol=1e-6)
-    means = {(row.layer, row.head): row.effect for row in found.shown.table.itertuples()}
+    means = {(row.layer, row.head): row.effect for row in each_row(found.shown.table)}
     loop = expected.groupby("run")["effect"].mean()
     np.testing.assert_allclose([means[head] for head in heads], loop, rtol=1e-4, atol=1e-6)
     assert found.shown.table["effect"].abs().is_monotonic_decreasing
@@ -176,8 +177,9 @@ def test_tests_take_pictures_as_independent() -> None:
     for number in range(24):
         table = pd.DataFrame({"case": f"{number}", "answer": "a", "baseline": 0.0, "effect": one.rows[number // 2]})
         twice.add(table, f"picture {number // 2}")
-    single, double = head_table(one, 0), head_table(twice, 0)
-    columns: Any = ["layer", "head", "effect", "low", "high", "p", "p, Holm"]
+    single: Any = head_table(one, 0)
+    double: Any = head_table(twice, 0)
+    columns = ["layer", "head", "effect", "low", "high", "p", "p, Holm"]
     pd.testing.assert_frame_equal(single[columns], double[columns], rtol=1e-6)
     assert single["p, Holm"][0] < 1e-6 < 0.05 < single["p, Holm"][1] and single["head"][0] == 0
 
