@@ -66,7 +66,7 @@ format: $(VENV)/.installed-dev
 	$(BIN)/ruff format
 
 bench: $(VENV)/.installed-dev
-	@set -e; for name in forward families overhead scoring sweeps memory loading peers regression mask_designs figure; do \
+	@set -e; for name in forward families overhead scoring sweeps memory loading peers regression mask_designs lab figure; do \
 	  echo "== $$name"; PYTHONPATH=. $(BIN)/python "benchmarks/$$name.py"; done
 
 docs: $(VENV)/.installed-dev

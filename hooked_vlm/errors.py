@@ -5,6 +5,10 @@ class HookedVLMError(Exception):
     """Base of all errors below; any other exception is a fault of the library."""
 
 
+class UsageError(HookedVLMError):
+    """A command line that names no command, or options that the command does not have."""
+
+
 class InputError(HookedVLMError, ValueError):
     """Inputs that do not fit together: images against placeholders, shapes, padding, context length."""
 

@@ -1,5 +1,6 @@
 """Rules for every test: no network, a fixed seed, a share of the cores, costly kinds and further cases on request."""
 
+import gc
 import os
 import socket
 from collections import defaultdict
@@ -62,6 +63,17 @@ def pytest_itemcollected(item: pytest.Item) -> None:
     """Refuse a name that differs from process to process: workers must collect the same tests."""
     if " at 0x" in item.nodeid:
         raise pytest.UsageError(f"{item.nodeid} has an address in its name: give its parameters ids")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Iterator[None]:
+    """No search for garbage, half the time of collection, nor later among the modules and tests, which stay."""
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.freeze()
+        gc.enable()
 
 
 @pytest.hookimpl(trylast=True)  # after -k and -m, so that the cases kept are among those asked for

@@ -43,7 +43,9 @@ def python(*arguments: str, folder: Path | None = None) -> subprocess.CompletedP
         (["steer", "--help"], 0),
         (["modles"], 2),
         (["ocr-heads", "mask", "--sample", "3"], 2),
+        (["hooks", "--json"], 2),
         (["completion", "bash"], 0),
+        (["completion", "fish"], 0),
     ],
 )
 def test_help_mistypes_and_completion_import_no_tensor_library(arguments: list[str], status: int) -> None:

@@ -5,6 +5,7 @@
 
 import ast
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
@@ -113,6 +114,7 @@ out of it.
 """
 
 
+@cache
 def arrows() -> dict[str, set[str]]:
     """Layers that each layer imports, without imports under TYPE_CHECKING."""
     found: dict[str, set[str]] = {name: set() for name, _ in LAYERS}

@@ -13,15 +13,15 @@ from hooked_vlm.loading.folders import bundled_models
 _EXAMPLE = """\
 reference: transformers 5.23.0, Qwen2VLForConditionalGeneration, loaded by transformers from the same folder
 
-compared                                   ours and theirs  tolerance  largest value
-image preprocessing                                0.0e+00    1.0e-06                 pass
-prompts                                   177 of 177 equal        all                 pass
-attention pattern, worst layer (0)                 7.6e-06    2.0e-05              1  pass
-image features                                     5.0e-05    5.5e-04           55.2  pass
-logits                                             4.6e-05    2.0e-04           20.1  pass
-residual stream, worst layer (4)                   1.8e-05    1.0e-04           5.56  pass
-vision residual stream, worst layer (2)            7.0e-05    1.0e-03            100  pass
-greedy tokens                               29 of 29 equal        all                 pass"""
+compared, worst layer                ours and theirs  tolerance  largest
+image preprocessing                          0.0e+00    1.0e-06           pass
+prompts                             177 of 177 equal        all           pass
+attention pattern, layer 0                   7.6e-06    2.0e-05        1  pass
+image features                               5.0e-05    5.5e-04     55.2  pass
+logits                                       4.6e-05    2.0e-04     20.1  pass
+residual stream, layer 4                     1.8e-05    1.0e-04     5.56  pass
+vision residual stream, layer 2              7.0e-05    1.0e-03      100  pass
+greedy tokens                         29 of 29 equal        all           pass"""
 
 _BUNDLED = "trained weights, in the tests and by `hooked-vlm verify`"
 _SHAPE = "its real shape, random weights: all layers, logits, tokens"
@@ -87,7 +87,7 @@ the wide picture and text alone, and times nothing. For the bundled model:
 | attention patterns | 2e-5 |
 | prompts | all tokens equal to the folder's chat template as `transformers` finds it (not InternVL as published) |
 | greedy tokens | all equal, up to `--max-new-tokens` for each prompt |
-| time, peak memory | none, "(not required)"; fused kernels in both, memory beyond the weights |
+| time, peak memory | none; fused kernels in both, memory beyond the weights |
 
 These tolerances are for float32. With `--dtype bfloat16` (or float16) the libraries differ by rounding, so both are
 compared with a float64 run of the rounded weights (float32 if a float64 copy does not fit): our root mean square error
@@ -107,9 +107,9 @@ generation_config.json, say, does not count):
 
 ## Memory
 
-`hooked-vlm models` prints this table; `hooked-vlm models MODEL` prints one checkpoint in detail. `--tokens` sets the
-length, `--full-cache` and `--gradients` add what they store, `--json` prints bytes. Nothing is loaded: the numbers are
-computed from config.json on the meta device.
+`hooked-vlm models` prints the main columns of this table; `hooked-vlm models MODEL` prints one checkpoint in detail.
+`--tokens` sets the length, `--full-cache` and `--gradients` add what they store, `--json` prints all, in bytes.
+Nothing is loaded: the numbers are computed from config.json on the meta device.
 
 {memory}
 {legend}

@@ -1,9 +1,7 @@
 """The report of a sweep over heads: which heads the answers need, with intervals and tests over pictures."""
 
-import textwrap
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -86,13 +84,13 @@ def write_report(out: Path, results: Results, record: Mapping[str, Any]) -> Show
         "Effect of every head",
         f"Effect: the {name} with the intervention on one head minus that without, averaged over samples. Intervals "
         "(95%, bootstrap, or t below 10 pictures) and tests (two-sided t against no effect) take pictures as "
-        f"independent; p is adjusted over all {len(table)} heads (Holm), intervals are of each head alone. Neither is "
-        "there for a head whose effect is the same for all samples.",
+        f"independent; p is adjusted over the heads that are tested (Holm), intervals are of each head alone. Neither "
+        "is there for a head whose effect is the same for all samples.",
     )
     layers, heads = (sorted(set(table[axis])) for axis in ("layer", "head"))
     values, framed = _as_matrix(table, layers, heads)
     labels = ("layer", "head", f"mean effect{f' ({unit})' if unit else ''}")
-    caption = f"Mean effect of every head; frames: p below {LEVEL} after Holm's adjustment."
+    caption = f"Mean effect of every head; frames: p below {LEVEL} after Holm's adjustment"
     report.figure("effects", heatmap(values, layers, heads, labels, framed=framed), caption)
     report.table("heads", table, "Every head: mean effect, its interval and test; lowered: share of samples", shown=20)
     report.section("Samples")
@@ -137,13 +135,14 @@ def _answer(table: pd.DataFrame, results: Results, record: Mapping[str, Any]) ->
         f"heads{equal}: it changes the {name} by {change}{interval} on average over {over}."
     ]
     if n_pictures >= FEWEST:
+        untested = int(np.isnan(p).sum())
+        if untested:
+            sentences.append(f"{untested} of the heads change it by the same for all samples: they cannot be tested.")
         lower, higher = (int((moved & (p < LEVEL)).sum()) for moved in (effect < 0, effect > 0))
-        sentences.append(
-            f"{lower} heads lower and {higher} raise it at p < {LEVEL} (two-sided t over pictures, Holm over "
-            f"{len(table)} heads)."
-        )
-        if n_untested := int(np.isnan(p).sum()):
-            sentences.append(f"The effect is the same for all samples with {n_untested} heads: they are not tested.")
+        none = "No other head changes it" if untested else "No head changes it"
+        found = f"{lower} heads lower it and {higher} raise it" if lower + higher else none
+        if tested := len(table) - untested:
+            sentences.append(f"{found} at p < {LEVEL} (two-sided t over pictures, Holm over {tested} heads).")
     else:
         sentences.append("There are too few pictures for tests and intervals: three at least.")
     return sentences + _skipped(record)
@@ -164,11 +163,10 @@ def _signed(number: float) -> str:
 
 
 def in_terminal(shown: Shown) -> str:
-    """The answer and the strongest heads, in 80 columns."""
-    fill = partial(textwrap.fill, width=80, break_long_words=False)
+    """The answer and the strongest heads."""
     rows = [
         [f"{row.layer}.{row.head}", *map(_signed, row[2:5]), f"{row.p_holm:.2g}", f"{row.lowered:.0%}"]
         for row in each_row(shown.table.rename(columns={"p, Holm": "p_holm"}).head(SHOWN))
     ]
     header = ["head", "effect", "low", "high", "p (Holm)", "lowered"]
-    return "\n".join([*map(fill, shown.answer), "", text_table(header, rows)])
+    return "\n".join([*shown.answer, "", text_table(header, rows)])

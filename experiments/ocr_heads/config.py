@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from tyro.conf import Suppress, subcommand
+from tyro.conf import Suppress, arg, subcommand
 
 from hooked_vlm.errors import StudyError
 from hooked_vlm.experiments.common.workers import NOT_RECORDED, WorkersConfig
@@ -53,7 +53,9 @@ class Protocol:
     page from 11 pages on. The published OCR scores contain this, so `compare` uses it against published heads."""
     first_resize: int | None = None
     """Resize pictures to multiples of this many pixels before the model's own resizing (the code for Qwen2-VL: 28)."""
-    chat: bool = True
+    chat: Annotated[
+        bool, arg(help="Ask without the chat template (the code for InternVL2).", help_behavior_hint="")
+    ] = True
     """Ask in the checkpoint's chat template, or without one (the code for InternVL2)."""
     stop_ids: tuple[int, ...] = ()
     """Tokens that end a reply beside the checkpoint's own while heads are scored (the code for InternVL2: 281)."""

@@ -2,7 +2,7 @@
 
 import math
 import shlex
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -83,13 +83,13 @@ class Steered:
             ]
             for row in _records(self.vectors.separability)
         ]  # fmt: skip
-        shown = ["id", UNSTEERED, *map(scaled, self.config.scales), random_at(self.config.scales[-1])]
-        rows = [[_short(row[name]) for name in shown] for row in _records(self.answers)]
+        shown = [UNSTEERED, *map(scaled, self.config.scales), random_at(self.config.scales[-1])]
+        answers = [_block(row["id"], {name: row[name] for name in shown}) for row in _records(self.answers)]
         return "\n".join(
             [
                 *self.answer, "",
                 text_table(["layer", "AUC", "95% interval", "p, adjusted", "norm / stream"], layers), "",
-                text_table(shown, rows, left=len(shown)), "",
+                *answers, "",
                 f"vectors: {self.file}", f"report: {self.report}",
             ]
         )  # fmt: skip
@@ -207,6 +207,11 @@ def _words(config: SteerConfig) -> list[str]:
 
 def _records(frame: pd.DataFrame) -> list[dict[str, Any]]:
     return [{str(name): value for name, value in row.items()} for row in frame.to_dict("records")]
+
+
+def _block(name: str, answers: Mapping[str, str]) -> str:
+    first, *others = [(f"  {how}", _short(text)) for how, text in answers.items()]
+    return f"{_short(name)}\n{text_table(first, others, left=2)}"
 
 
 def _short(text: str) -> str:

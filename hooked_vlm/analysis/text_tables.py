@@ -1,6 +1,11 @@
 """Tables for the terminal and for the docs."""
 
+import re
+import textwrap
 from collections.abc import Sequence
+
+WIDTH = 80
+"""Columns of a terminal that what a command prints fits into; names and paths longer than that excepted."""
 
 
 def text_table(header: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) -> str:
@@ -14,6 +19,17 @@ def text_table(header: Sequence[str], rows: Sequence[Sequence[str]], left: int =
         ).rstrip()
         for line in lines
     )
+
+
+def in_width(text: str, width: int = WIDTH) -> str:
+    """Wrap longer lines at spaces; what follows stands under the last column (two spaces part columns)."""
+    return "\n".join(line if len(line) <= width else _wrapped(line, width) for line in text.split("\n"))
+
+
+def _wrapped(line: str, width: int) -> str:
+    column = max(gap.end() for gap in re.finditer(r"^\s*|\s{2,}(?=\S)", line))
+    indent = " " * (column if column <= width // 2 else 4)
+    return textwrap.fill(line, width, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False)
 
 
 def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -11,6 +11,7 @@ from hooked_vlm.activations.read import Activations
 from hooked_vlm.activations.write import stream_activations
 from hooked_vlm.commands.config import CacheConfig
 from hooked_vlm.data.sources import Samples
+from hooked_vlm.errors import InputError
 from hooked_vlm.experiments.common.workers import workers_of
 from hooked_vlm.loading.settings import as_dtype
 from hooked_vlm.model.by_name import load
@@ -44,6 +45,8 @@ def written(config: CacheConfig) -> Activations:
         InputError, HookError, CheckpointError, OutputError, ActivationsError, WorkerError: what a user can mend.
     """
     config.check_workers()
+    if config.shard_megabytes < 1:
+        raise InputError(f"--shard-megabytes must be at least 1, got {config.shard_megabytes}")
     samples = config.samples()
     writable_folder(config.out)
     model = load(config.model, config.device, config.dtype)

@@ -14,8 +14,10 @@ from hooked_vlm.experiments.common.workers import RayConfig
 class ModelsConfig:
     """Sizes, memory and GPUs, planned from config.json alone: nothing is loaded, known models need no download."""
 
-    model: Annotated[tyro.conf.Positional[str | None], tyro.conf.arg(metavar="MODEL")] = None
-    """One model in detail: a known name, a checkpoint folder or a hub name; all known ones by default."""
+    model: Annotated[
+        tyro.conf.Positional[str | None], tyro.conf.arg(metavar="[MODEL]", help_behavior_hint="(default: all known)")
+    ] = None
+    """One model in detail: a known name, a checkpoint folder or a hub name."""
     tokens: int = 4096
     """Length of the prompt, a picture of 1024 x 768 (or what fits of it) included; a shorter context bounds it."""
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
@@ -74,7 +76,7 @@ class ViewConfig:
     """With --serve: a steering.safetensors (`hooked-vlm steer`) whose layer and scale can be chosen in the page."""
     port: int = 0
     """Where the page is served; 0 takes any free port."""
-    open: bool = True
+    open: Annotated[bool, tyro.conf.arg(help="Do not show the page in the browser.", help_behavior_hint="")] = True
     """Show the page in the browser."""
     device: str | None = None
     """CUDA if present by default; "auto" spreads the model over what there is."""
@@ -115,7 +117,9 @@ class CacheConfig(RayConfig, DataConfig):
 class MergeConfig:
     """Folders that the shards of one command wrote."""
 
-    folders: tyro.conf.Positional[tuple[Path, ...]]
+    folders: Annotated[
+        tyro.conf.Positional[tuple[Path, ...]], tyro.conf.arg(metavar="FOLDER [FOLDER ...]", help_behavior_hint="")
+    ]
     """What `hooked-vlm sweep --shard` or `hooked-vlm cache --shard` wrote, in any order."""
     out: Path
     """Where the whole goes."""

@@ -1,10 +1,11 @@
 """`hooked-vlm hooks MODEL`: the hook points of one model, with its numbers, from config.json alone."""
 
 import re
+import textwrap
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-from hooked_vlm.analysis.text_tables import text_table
+from hooked_vlm.analysis.text_tables import WIDTH, text_table
 from hooked_vlm.commands.config import HooksConfig
 from hooked_vlm.config import VLMConfig
 from hooked_vlm.errors import InputError
@@ -58,12 +59,19 @@ def hook_lines(config: HooksConfig) -> list[HookLine]:
 def answer(config: HooksConfig) -> tuple[str, list[dict[str, Any]]]:
     """Return the output of `hooked-vlm hooks` as text and as data."""
     lines = hook_lines(config)
-    header = ("name", "layers", "shape", "fires", "what")
-    rows = [
-        (line.name, str(line.n_layers) if "{l}" in line.name else "", _shape(line.shape), line.fires, line.what)
-        for line in lines
-    ]
-    return text_table(header, rows, left=len(header)), [asdict(line) for line in lines]
+    return _text(lines), [asdict(line) for line in lines]
+
+
+def _text(lines: list[HookLine]) -> str:
+    """Names and shapes in columns; under each what it is, in how many layers, and when it fires."""
+    named = text_table(("name", "shape"), [(line.name, _shape(line.shape)) for line in lines], left=2).splitlines()
+    return "\n".join(text for pair in zip(named, ["", *map(_about, lines)], strict=True) for text in pair if text)
+
+
+def _about(line: HookLine) -> str:
+    layers = f"; {line.n_layers} layers" if "{l}" in line.name else ""
+    text = f"{line.what}{layers}; fires {line.fires}"
+    return textwrap.fill(text, WIDTH, initial_indent="    ", subsequent_indent="    ", break_on_hyphens=False)
 
 
 def _line(row: HookRow, cfg: VLMConfig) -> HookLine:

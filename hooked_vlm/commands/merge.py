@@ -16,8 +16,10 @@ def answer(config: MergeConfig) -> tuple[str, dict[str, Any]]:
     """Join the folders; what to print, and the same as data.
 
     Raises:
-        InputError: folders of both kinds, or of none.
+        InputError: no folders, or folders of both kinds, or of neither.
     """
+    if not config.folders:
+        raise InputError("name the folders to merge: hooked-vlm merge FOLDER [FOLDER ...] --out OUT")
     if config.out in config.folders:
         raise InputError(f"--out {config.out} is one of the folders to merge: choose another")
     if all((folder / RECORD).exists() for folder in config.folders):

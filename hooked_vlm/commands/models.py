@@ -90,7 +90,9 @@ def answer(config: ModelsConfig) -> tuple[str, list[dict[str, Any]]]:
     data = [asdict(row) for row in rows]
     if config.model:
         return _details(rows[0], config), data
-    return text_table(HEADER, [cells(row) for row in rows]) + "\n\n" + legend(config), data
+    return text_table(IN_TERMINAL, [_cells_in_terminal(row) for row in rows]) + "\n\n" + _legend_in_terminal(
+        config
+    ), data
 
 
 HEADER = (
@@ -98,9 +100,13 @@ HEADER = (
     *(f"{size} GB" for size in GPU_SIZES),
 )  # fmt: skip
 
+"""Columns of the table in the docs."""
+IN_TERMINAL = ("model", "size", "text", "needed", "GPUs")
+"""Columns that fit a terminal."""
+
 
 def cells(row: ModelRow) -> list[str]:
-    """A line of the table."""
+    """A line of the table in the docs."""
     return [
         row.name,
         _billions(row.n_params),
@@ -116,15 +122,38 @@ def cells(row: ModelRow) -> list[str]:
     ]
 
 
-def legend(config: ModelsConfig) -> str:
-    """Explain the columns."""
+def _cells_in_terminal(row: ModelRow) -> list[str]:
+    language, gpus = (
+        f"{row.n_layers} x {row.n_heads}",
+        "/".join("-" if n is None else str(n) for n in row.gpus.values()),
+    )
+    return [row.name, _billions(row.n_params), language, size(row.needed), gpus]
+
+
+def _legend_in_terminal(config: ModelsConfig) -> str:
+    return "\n".join(
+        (
+            "size: parameters. text: layers x heads of the language model.",
+            f"needed: weights, key-value cache, activations of one pass{_stored(config)},",
+            f"  in {config.dtype}, for a prompt of up to {config.tokens:,} tokens with one picture.",
+            f"GPUs: how many of {'/'.join(map(str, GPU_SIZES))} GB hold it (-: none does). GB are 1e9 bytes.",
+            "hooked-vlm models MODEL tells more of one; --json has every number of all.",
+        )
+    )
+
+
+def _stored(config: ModelsConfig) -> str:
     extra = ", all activations and all gradients" if config.gradients else ", all activations (run_with_cache)"
-    stored = extra if config.full_cache or config.gradients else ""
+    return extra if config.full_cache or config.gradients else ""
+
+
+def legend(config: ModelsConfig) -> str:
+    """Explain the columns of the docs."""
     return "\n".join(
         (
             "language, vision: layers x heads. bf16, fp32: the weights. KV/1k: key-value cache of 1,000 tokens.",
             "image: tokens of a picture of 1024 x 768. prompt: its length in tokens, such a picture included.",
-            f"needed: weights, key-value cache, activations of one pass{stored}, in {config.dtype}.",
+            f"needed: weights, key-value cache, activations of one pass{_stored(config)}, in {config.dtype}.",
             "Last columns: how many GPUs of that size hold it (-: none does). GB are 1e9 bytes.",
         )
     )

@@ -4,7 +4,7 @@ import math
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-from hooked_vlm.analysis.text_tables import text_table
+from hooked_vlm.analysis.text_tables import size, text_table
 
 
 @dataclass(frozen=True)
@@ -56,8 +56,8 @@ class Verification:
     def table(self, layers: bool = False) -> str:
         """One line for each comparison; of those made layer by layer the worst alone, unless `layers`."""
         shown = list(self.rows) if layers else _worst(self.rows)
-        lines = [_cells(row, every_layer=layers) for row in shown]
-        return text_table(("compared", "ours and theirs", "tolerance", "largest value", ""), lines)
+        compared = "compared" if layers else "compared, worst layer"
+        return text_table((compared, "ours and theirs", "tolerance", "largest", ""), [*map(_cells, shown)])
 
 
 def _without_infinities(row: dict[str, Any]) -> dict[str, Any]:
@@ -79,28 +79,26 @@ def _share(row: Row) -> float:
     return float("inf") if share != share else share
 
 
-NOT_REQUIRED = "(not required)"
+FREE = "none"
+"""Tolerance of a row of which nothing is required."""
 
 
-def _cells(row: Row, every_layer: bool) -> list[str]:
-    layer = "" if row.layer is None else f", layer {row.layer}" if every_layer else f", worst layer ({row.layer})"
-    verdict = NOT_REQUIRED if row.tolerance is None else "pass" if row.passed else "FAIL"
-    name = row.quantity + layer
+def _cells(row: Row) -> list[str]:
+    verdict = "" if row.tolerance is None else "pass" if row.passed else "FAIL"
+    name = row.quantity if row.layer is None else f"{row.quantity}, layer {row.layer}"
     if row.unit == "tokens":
-        return [name, f"{row.value} of {row.largest} equal", "" if row.tolerance is None else "all", "", verdict]
+        tolerance = FREE if row.tolerance is None else "all"
+        return [name, f"{row.value} of {row.largest} equal", tolerance, "", verdict]
     if row.unit in ("s", "bytes"):
-        show = _seconds if row.unit == "s" else _megabytes
-        return [name, f"{show(row.value)} and {show(row.reference or 0)}", "", "", verdict]
+        show = _seconds if row.unit == "s" else size
+        return [name, f"{show(row.value)} and {show(row.reference or 0)}", FREE, "", verdict]
     largest = "" if row.largest is None else f"{row.largest:.3g}"
     if row.unit == "ratio":
-        value = f"{row.value:.3f} of the reference's error"
-        return [name, value, f"{row.tolerance:g}" if row.tolerance else "", largest, verdict]
-    return [name, f"{row.value:.1e}", f"{row.tolerance:.1e}" if row.tolerance else "", largest, verdict]
+        value = f"{row.value:.3f} x its error"
+        return [name, value, FREE if row.tolerance is None else f"{row.tolerance:g}", largest, verdict]
+    tolerance = FREE if row.tolerance is None else f"{row.tolerance:.1e}"
+    return [name, f"{row.value:.1e}", tolerance, largest, verdict]
 
 
 def _seconds(value: float | int) -> str:
     return f"{value:.3g} s"
-
-
-def _megabytes(value: float | int) -> str:
-    return f"{value / 1e6:,.1f} MB"

@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+import transformers
 from tqdm import tqdm
 
 from hooked_vlm.analysis.text_tables import size
@@ -27,17 +28,20 @@ from hooked_vlm.verify.result import Row, Verification
 
 LONGEST_PROMPT = 2048
 """Tokens assumed for the memory estimate before loading."""
+OLDEST_REFERENCE = (5, 23)
+"""Release of `transformers` from which on it agrees; before, see docs/references.md."""
 
 
 def verify(config: VerifyConfig) -> Verification:
     """Load the checkpoint twice, compare, and write `config.out`.
 
     Raises:
-        InputError: there is nothing to compare with, or both models do not fit into memory.
+        InputError: `transformers` is too old, there is nothing to compare with, or both models do not fit into memory.
         CheckpointError, OutputError: the checkpoint cannot be loaded, the file not written.
     """
     if config.max_new_tokens < 1:
         raise InputError(f"--max-new-tokens must be at least 1, got {config.max_new_tokens}")
+    check_release(transformers.__version__)
     writable_folder(config.out.parent)
     _say(config, room_for_both(config))
     folder = find_checkpoint(config.model)
@@ -52,6 +56,20 @@ def verify(config: VerifyConfig) -> Verification:
         config.out, lambda path: path.write_text(json.dumps(found.as_dict(), indent=2) + "\n", encoding="utf-8")
     )
     return found
+
+
+def check_release(release: str) -> None:
+    """Refuse a release of `transformers` that is no reference: its numbers differ from those of the published models.
+
+    Raises:
+        InputError: it is older than `OLDEST_REFERENCE`.
+    """
+    if tuple(map(int, release.split(".")[:2])) < OLDEST_REFERENCE:
+        oldest = ".".join(map(str, OLDEST_REFERENCE))
+        raise InputError(
+            f"the comparison needs transformers {oldest} or newer, found {release}, which treats transparent "
+            "pictures and the attention of Gemma 3 and PaliGemma 2 differently: pip install --upgrade transformers"
+        )
 
 
 def compare(model: HookedVLM, reference: Reference, folder: Path, config: VerifyConfig) -> Verification:

@@ -57,11 +57,21 @@ def test_towers_and_words_are_picked() -> None:
 def test_the_printed_table(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
     monkeypatch.setattr(sys, "argv", ["hooked-vlm", "hooks", "toy-qwen2-vl", "--grep", "hook_z$"])
     cli.main()
-    _, vision, text = capsys.readouterr().out.splitlines()
-    assert vision.split()[:6] == ["vision.blocks.{l}.attn.hook_z", "3", "[image,", "patch,", "4,", "24]"]
-    assert text.split()[:6] == ["blocks.{l}.attn.hook_z", "4", "[batch,", "pos,", "4,", "48]"]
+    _, vision, about, text, _ = capsys.readouterr().out.splitlines()
+    assert vision.split() == ["vision.blocks.{l}.attn.hook_z", "[image,", "patch,", "4,", "24]"]
+    assert about.startswith("    ") and "3 layers" in about and "fires once" in about
+    assert text.split() == ["blocks.{l}.attn.hook_z", "[batch,", "pos,", "4,", "48]"]
     _, told = answer(HooksConfig("toy-qwen2-vl", grep="hook_z$"))
     assert told[1]["shape"] == ("batch", "pos", 4, 48) and told[1]["tower"] == "language" and told[1]["n_layers"] == 4
+
+
+@pytest.mark.parametrize("layers", [False, True])
+@pytest.mark.parametrize("name", ["toy-qwen2-vl", "Qwen/Qwen2-VL-72B-Instruct"])
+def test_the_printed_table_fits_80_columns_and_tells_all(name: str, layers: bool) -> None:
+    text, told = answer(HooksConfig(name, layers=layers))
+    assert max(map(len, text.splitlines())) <= 80
+    words = " ".join(text.split())
+    assert all(line["name"] in words and line["what"] in words and line["fires"] in words for line in told)
 
 
 @pytest.mark.parametrize(

@@ -67,7 +67,8 @@ def test_the_table_and_its_data_name_the_same() -> None:
     largest = next(row for row in rows if "72B" in row["name"])
     gpus = [largest["gpus"][str(size)] for size in GPU_SIZES]
     line = next(line for line in table.splitlines() if "72B" in line)
-    assert line.split()[-4:] == [str(n) for n in gpus] and gpus == sorted(gpus, reverse=True)
+    assert line.split()[-1] == "/".join(map(str, gpus)) and gpus == sorted(gpus, reverse=True)
+    assert max(map(len, table.splitlines())) <= 80
 
 
 def test_one_model_as_text_and_as_json(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:

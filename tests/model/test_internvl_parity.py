@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 import torch
+from references import KV_CACHE, with_cache
 from tiny_internvl import CASES, IMAGE, for_hf, hf_batch, tiny_config, tiny_hf, tiny_model
 from torch import Tensor
 from transformers import InternVLForConditionalGeneration, Phi3ForCausalLM
@@ -68,8 +69,8 @@ def test_steps_across_the_trained_length_equal_a_fresh_references() -> None:
     model, tokens = tiny_model("llama-dynamic"), text_of(140)["input_ids"]
     cache, step = model.new_kv_cache(1, 140), None
     for first, stop in ((0, 120), *((i, i + 1) for i in range(120, 140))):
-        past = None if step is None else step.past_key_values
-        step = fresh(input_ids=tokens[:, first:stop], past_key_values=past, use_cache=True)
+        past = None if step is None else getattr(step, KV_CACHE)
+        step = fresh(input_ids=tokens[:, first:stop], **with_cache(past))
         close(model(tokens[:, first:stop], past_kv_cache=cache)[:, -1], step.logits[:, -1])
     whole = model(tokens)[:, -1]
     assert step is not None

@@ -12,6 +12,7 @@ import torch
 import transformers
 from families import FAMILIES, KINDS, tiny_model
 from family_names import ONE_OF_EACH_KIND
+from references import KV_CACHE, with_cache
 from tiny import in_dtype, randomise
 from tiny_gemma3 import with_offsets
 from tiny_qwen2_vl import published_positions
@@ -197,12 +198,13 @@ def their_logits(low: Any, batch: dict[str, Tensor]) -> dict[str, Tensor]:
     found |= {"fused": low(**batch).logits, "vision tower": image_features(low, batch)}
     n = batch["input_ids"].shape[1] - STEPS
     of_tokens = ("input_ids", "attention_mask", "position_ids", "mm_token_type_ids")
-    past = low(**{k: v[..., :n] if k in of_tokens else v for k, v in batch.items()}, use_cache=True).past_key_values
+    begun = low(**{k: v[..., :n] if k in of_tokens else v for k, v in batch.items()}, **with_cache(None))
+    past = getattr(begun, KV_CACHE)
     steps = []
     for at in range(n, n + STEPS):
         here = {k: batch[k][..., at : at + 1] for k in ("input_ids", "position_ids") if k in batch}
         seen = batch["attention_mask"][:, : at + 1]
-        steps.append(low(**here, attention_mask=seen, past_key_values=past, use_cache=True).logits)
+        steps.append(low(**here, attention_mask=seen, **with_cache(past)).logits)
     return {**found, "cache": torch.cat(steps, 1)}
 
 

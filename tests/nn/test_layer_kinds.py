@@ -8,6 +8,7 @@ import torch
 from by_hand import sees
 from families import ROWS, inputs_of
 from layer_kinds import BOTH_WAYS, FAR, NEAR, OF_KINDS, with_kinds
+from references import KV_CACHE
 from torch import Tensor
 from transformers import Gemma2Config, Gemma3TextConfig
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
@@ -200,7 +201,7 @@ def test_masks_are_those_of_the_reference(window: int, cuts: bool) -> None:
         theirs = create_masks_for_vision_model(Gemma3TextConfig(**sizes), x, mask, None, None, blocks)
         expected = (theirs["sliding_attention"], theirs["full_attention"])
     else:
-        given = {"inputs_embeds": x, "attention_mask": mask, "past_key_values": None, "position_ids": None}
+        given = {"inputs_embeds": x, "attention_mask": mask, KV_CACHE: None, "position_ids": None}
         given |= {"config": Gemma2Config(**sizes), "block_sequence_ids": blocks}
         expected = (create_sliding_window_causal_mask(**given), create_causal_mask(**given))
     real = mask.bool()

@@ -88,7 +88,10 @@ def test_samples_are_the_loop_over_their_inputs(kind: Any, toy: HookedVLM, pages
     columns = ["case", "run", "intervention", "row", "value", "baseline", "effect"]
     pd.testing.assert_frame_equal(found[columns], expected[columns], check_exact=False, atol=2e-5, rtol=1e-5)
     assert list(found.columns) == [*columns, "answer"]
-    assert found.groupby("case")["answer"].first()["1"] == pages[1].answer
+    answers = found.groupby("case")["answer"].first()
+    assert answers["1"] == pages[1].answer
+    greedy = toy.generate(replace(pages[0], answer=None).inputs(toy), 16, return_type="str")
+    assert answers["0"] == greedy and "<" not in greedy
     assert (found["effect"].abs() > 0).any() or kind == "answer"
 
 

@@ -37,7 +37,7 @@ from hooked_vlm.experiments.ocr_heads.masking import masking_conditions
 from hooked_vlm.experiments.ocr_heads.sink_shares import PLACES, QUERIES, first_token_shares
 from hooked_vlm.experiments.ocr_heads.study import Study
 
-SMALL: dict[str, Any] = {"samples": 6, "quiet": True, "device": "cpu", "max_new_tokens": 6}
+SMALL: dict[str, Any] = {"samples": 4, "quiet": True, "device": "cpu", "max_new_tokens": 6}
 TASKS: dict[str, Any] = {"task_samples": 4, "random_draws": 2}
 
 
