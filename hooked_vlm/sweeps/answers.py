@@ -25,7 +25,9 @@ class OfAnswer:
     - "log-prob": the log-probability of the answer's first token;
     - "logit-diff": the logit of the answer's first token minus that of the most likely other token of the run without
       intervention;
-    - "answer": 1 where greedy decoding would give exactly this answer, else 0 (`hooked_vlm.metrics.answered`).
+    - "answer": 1 where greedy decoding would begin with exactly this answer's tokens, else 0
+      (`hooked_vlm.metrics.answered`). The model's own answer ends with its end token unless it reached
+      `max_new_tokens`; a sample's answer has none, so a generated "42" may count for the answer "4".
     """
 
     kind: Literal["log-prob", "logit-diff", "answer"] = "log-prob"

@@ -115,6 +115,15 @@ def test_broken_pictures_stop_or_are_skipped(toy: HookedVLM, pages: list[Sample]
     assert list(again["case"].unique()) == ["0", "missing", "1"], "a picture that was mended is taken"
 
 
+def test_a_case_that_cannot_be_used_is_named_and_its_twins_are_skipped_with_it(toy: HookedVLM, tmp_path: Path) -> None:
+    inputs, runs = toy.to_inputs("Say hello."), [ZeroHeads(((0, 0),), tower="vision")]
+    cases = [SweepCase(name, inputs, runs, OfAnswer()) for name in ("one", "two")]
+    with pytest.raises(InputError, match="'one': there is no image"):
+        sweep_many(toy, cases, tmp_path)
+    with pytest.warns(UserWarning, match="2 samples were skipped"):
+        assert not len(sweep_many(toy, cases, tmp_path, on_error="skip"))
+
+
 def test_each_table_is_read_when_its_turn_comes(toy: HookedVLM, pages: list[Sample], tmp_path: Path) -> None:
     tables = sweep_each(toy, cases_of(pages), tmp_path, runs_per_block=3)
     first: Any = next(tables)
