@@ -1,6 +1,6 @@
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo demo-real test test-full test-slow test-all test-oldest lint format bench docs docs-hooks setup clean
+.PHONY: help demo demo-real test test-full test-slow test-all test-oldest lint format bench docs docs-hooks docs-pictures setup clean
 
 PYTHON ?= python3
 JOBS ?= auto
@@ -25,6 +25,7 @@ help:
 	@echo "make bench       timings and memory, side by side with transformers (half an hour)"
 	@echo "make docs        the documentation as a site, in out/site"
 	@echo "make docs-hooks  regenerate the generated pages (hooks, checkpoints, transformerlens, architecture)"
+	@echo "make docs-pictures  run the gallery and the notebooks again (two minutes)"
 	@echo "make setup       everything a developer needs, pre-commit hooks included"
 	@echo "make clean       remove .venv and all that was built"
 
@@ -68,7 +69,7 @@ format: $(VENV)/.installed-dev
 	$(BIN)/ruff format
 
 bench: $(VENV)/.installed-dev
-	@set -e; for name in forward families overhead scoring sweeps memory loading peers regression mask_designs figure; do \
+	@set -e; for name in forward families overhead scoring sweeps memory loading peers regression mask_designs lab figure; do \
 	  echo "== $$name"; PYTHONPATH=. $(BIN)/python "benchmarks/$$name.py"; done
 
 docs: $(VENV)/.installed-dev
@@ -80,6 +81,10 @@ docs-hooks: $(VENV)/.installed-dev
 	$(BIN)/python -m tools.checkpoint_page
 	$(BIN)/python -m tools.family_page
 	$(BIN)/python -m tools.architecture_page
+
+docs-pictures: $(VENV)/.installed-dev
+	$(BIN)/python -m tools.gallery
+	$(BIN)/python -m tools.notebooks
 
 setup: $(VENV)/.installed-dev
 	$(BIN)/pre-commit install

@@ -29,6 +29,13 @@ def few_wide_layers(device: str, dtype: torch.dtype) -> Any:
     return _random(config, device, dtype)
 
 
+def one_gigabyte(device: str, dtype: torch.dtype) -> Any:
+    """Six such layers: about a gigabyte in float32."""
+    text = {"hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 6, "num_attention_heads": 16}
+    config = _config(text, {"depth": 2, "embed_dim": 320, "num_heads": 4}, mrope_section=[16, 24, 24])
+    return _random(config, device, dtype)
+
+
 def shape_of_2b(device: str, dtype: torch.dtype) -> Any:
     """Random weights in the shape of Qwen2-VL-2B."""
     text = {

@@ -49,6 +49,9 @@ def main() -> None:
         title = f"{len(zeros)} single-head zero ablations at all positions, {n_image} image tokens"
         tables[title] = against_forward(model, inputs, zeros, settings, naive_share=8)
     inputs = model.inputs_from_hf(batch_of([(32, 32)], settings.device))
+    of_tower: list[Intervention] = [ZeroHeads((head,), tower="vision") for head in all_heads(model, tower="vision")]
+    title = f"{len(of_tower)} single-head zero ablations in the vision tower, 256 image tokens"
+    tables[title] = against_forward(model, inputs, of_tower, settings, naive_share=4)
     tables["1,000 random masks of half the heads, 256 image tokens"] = against_forward(
         model, inputs, random_masks(model, 1000), settings, naive_share=100
     )

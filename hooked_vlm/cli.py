@@ -17,7 +17,7 @@ from typing import Annotated, Any, Literal, TypeVar
 import tyro
 
 from hooked_vlm.analysis.text_tables import in_width
-from hooked_vlm.commands.config import CacheConfig, HooksConfig, MergeConfig, ModelsConfig, ViewConfig
+from hooked_vlm.commands.config import CacheConfig, HooksConfig, MergeConfig, ModelsConfig, PushConfig, ViewConfig
 from hooked_vlm.commands.flags import with_flags
 from hooked_vlm.commands.quiet import only_errors
 from hooked_vlm.errors import HookedVLMError, UsageError
@@ -108,6 +108,12 @@ def sweep(config: Options[HeadSweepConfig], output: Options[LongOutput]) -> Work
 def merge(config: Options[MergeConfig], output: Options[Output]) -> Work:
     """Join what the shards of a sweep, or of a stream of activations, wrote."""
     return Work("commands.merge", replace(config, quiet=output.quiet), output)
+
+
+@app.command(name="push")
+def push(config: Options[PushConfig], output: Options[Output]) -> Work:
+    """Send activations or the tables of a run to the hub as a data set."""
+    return Work("commands.push", config, output)
 
 
 @app.command(name="ocr-heads")

@@ -1,5 +1,6 @@
 """Rules for every test: no network, a fixed seed, a share of the cores, costly kinds and further cases on request."""
 
+import gc
 import os
 import socket
 from collections import defaultdict
@@ -62,6 +63,17 @@ def pytest_itemcollected(item: pytest.Item) -> None:
     """Refuse a name that differs from process to process: workers must collect the same tests."""
     if " at 0x" in item.nodeid:
         raise pytest.UsageError(f"{item.nodeid} has an address in its name: give its parameters ids")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Iterator[None]:
+    """No search for garbage, half the time of collection, nor later among the modules and tests, which stay."""
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.freeze()
+        gc.enable()
 
 
 @pytest.hookimpl(trylast=True)  # after -k and -m, so that the cases kept are among those asked for
@@ -140,7 +152,7 @@ def fixed_seed() -> None:
 
 @pytest.fixture
 def sketches(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Figures of studies as sketches: drawn and written, but neither arranged nor fine, and without axes and fonts."""
+    """Figures of studies as sketches: without axes and fonts, neither arranged nor fine; all of it in the SVG alone."""
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
@@ -150,6 +162,8 @@ def sketches(monkeypatch: pytest.MonkeyPatch) -> None:
         figure.set_layout_engine("none")
         for axes in figure.axes:
             axes.set_axis_off()
+        for shown in (*figure.axes, *figure.legends, *figure.texts):
+            shown.set_visible(kwargs.get("format") == "svg")
         with rc_context({"pdf.use14corefonts": True}):
             save(figure, *args, **{**kwargs, "dpi": 20})
 

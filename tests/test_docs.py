@@ -1,16 +1,21 @@
 """The pages of docs/ stand: their code runs block after block, their links lead somewhere, the site builds."""
 
+import base64
+import json
 import re
 import shlex
 import sys
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
+from browsers import browser
 from pages import BLOCK, ROOT, run_page
 
 from hooked_vlm import cli
 
+__all__ = ["browser"]
 DOCS = ROOT / "docs"
 PAGES = sorted(DOCS.rglob("*.md"))
 RUN_ELSEWHERE = {
@@ -67,15 +72,51 @@ def test_every_picture_is_shown_somewhere() -> None:
         assert picture.name in texts, f"{picture.name} is on no page"
 
 
-@pytest.mark.slow
-def test_the_site_builds_without_a_warning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The site, built without a warning."""
     from mkdocs.__main__ import cli
 
-    monkeypatch.setenv("NO_MKDOCS_2_WARNING", "1")
-    monkeypatch.setattr(sys, "argv", ["mkdocs"])
-    cli(["build", "--strict", "--quiet", "-f", str(ROOT / "mkdocs.yml"), "-d", str(tmp_path)], standalone_mode=False)
-    pages = {page.relative_to(tmp_path).parent.as_posix() for page in tmp_path.rglob("index.html")}
+    folder = tmp_path_factory.mktemp("site")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("NO_MKDOCS_2_WARNING", "1")
+        patch.setattr(sys, "argv", ["mkdocs"])
+        cli(["build", "--strict", "--quiet", "-f", str(ROOT / "mkdocs.yml"), "-d", str(folder)], standalone_mode=False)
+    return folder
+
+
+@pytest.mark.slow
+def test_the_site_has_every_page_and_works_offline(site: Path) -> None:
+    pages = {page.relative_to(site).parent.as_posix() for page in site.rglob("index.html")}
     assert {name_of(page).removesuffix(".md") for page in PAGES if page.name not in ("index.md", "README.md")} <= pages
-    for page in tmp_path.rglob("*.html"):
+    for page in site.rglob("*.html"):
         reached = re.findall(r'(?:src|href)="(https?://[^"]+\.(?:js|css|woff2?)[^"]*)"', page.read_text("utf-8"))
         assert not reached, f"{page}: the site must work offline"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", sorted((DOCS / "notebooks").glob("*.ipynb")), ids=lambda path: path.stem)
+def test_the_site_shows_the_notebooks_with_their_pictures(site: Path, path: Path) -> None:
+    page = site / "notebooks" / path.stem / "index.html"
+    text = page.read_text("utf-8")
+    held = [
+        output["data"]["image/png"]
+        for cell in json.loads(path.read_text("utf-8"))["cells"]
+        for output in cell.get("outputs", ())
+        if "image/png" in output.get("data", {})
+    ]
+    shown = [page.parent / source for source in re.findall(r'<img [^>]*src="([^"]+)"', text)]
+    assert [picture.read_bytes() for picture in shown] == [base64.b64decode("".join(png)) for png in held]
+    assert f'href="../{path.name}"' in text
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("width", [1280, 390])
+def test_code_is_no_wider_than_the_page(browser: Any, site: Path, width: int) -> None:
+    opened = browser.new_page(viewport={"width": width, "height": 900})
+    for page in sorted(site.rglob("index.html")):
+        opened.goto(page.as_uri())
+        wide = opened.evaluate(
+            "[...document.querySelectorAll('pre > code')].filter(c => c.scrollWidth > c.clientWidth + 1).length"
+        )
+        assert not wide and opened.evaluate("document.documentElement.scrollWidth <= innerWidth"), page

@@ -14,10 +14,14 @@ def test_every_python_block_of_the_readme_runs(capsys) -> None:
     assert set(names["table"]["intervention"][:2]) == {"ReplaceImageKV 2.1", "ReplaceImageKV 2.0"}
 
 
-def test_every_python_block_of_the_page_about_sweeps_runs(capsys) -> None:
+def test_every_python_block_of_the_page_about_sweeps_runs(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
     names = run_page("docs/sweeps.md")
     assert "vision tower: 1 pass instead of 16" in capsys.readouterr().out
     assert names["result"].values.shape == (16, 1)
+    assert len(names["table"]) == 16 and set(names["table"]["answer"]) == {names["page"].lines[2].value}
 
 
 @pytest.mark.repeats_shapes
@@ -29,6 +33,7 @@ def test_every_python_block_of_the_page_about_patching_runs() -> None:
 
 
 @pytest.mark.repeats_shapes
+@pytest.mark.usefixtures("sketches")
 def test_every_python_block_of_the_page_about_head_attribution_runs(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -40,12 +45,13 @@ def test_every_python_block_of_the_page_about_head_attribution_runs(
 
 
 @pytest.mark.repeats_shapes
+@pytest.mark.usefixtures("sketches")
 def test_every_python_block_of_the_page_about_the_viewer_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     names = run_page("docs/viewer.md")
     written = {"attention.html", "lens.html", "patches.html", "values.html", "heads.html", "tokens.html"}
     assert {path.name for path in tmp_path.glob("*.html")} == written
-    assert "".join(chip.text for chip in names["view"].chips if chip.row is not None) == "4s4g"
+    assert "".join(chip.text for chip in names["view"].chips if chip.kind == "answer") == "4s4g"
 
 
 def test_every_python_block_of_the_page_about_activations_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

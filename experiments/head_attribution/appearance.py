@@ -45,7 +45,11 @@ def looks_of(cases: Sequence[Case], model: HookedVLM, seed: int) -> dict[str, Lo
     """
     first = [case.item for case in cases]
     second = [second_look(item, [seed, 31, i]) for i, item in enumerate(first)]
-    features = [[_features(case.inputs.image_features) for case in cases], [_encoded(model, item) for item in second]]
+    given = [case.inputs.image_features for case in cases]
+    own = [
+        _encoded(model, item) if known is None else _features(known) for item, known in zip(first, given, strict=True)
+    ]
+    features = [own, [_encoded(model, item) for item in second]]
     found: dict[str, tuple[Vectors | None, Vectors | None]] = {
         "outline": (_stacked(first, outline), _stacked(second, outline)),
         "pixels": (_stacked(first, pixels), _stacked(second, pixels)),
@@ -116,9 +120,8 @@ def _encoded(model: HookedVLM, item: Item) -> Float[np.ndarray, "token d"]:
     return _features(model.encode_images(to_inputs(model, item)))
 
 
-def _features(features: torch.Tensor | None) -> Float[np.ndarray, "token d"]:
+def _features(features: torch.Tensor) -> Float[np.ndarray, "token d"]:
     """What enters the stream at each token, with DeepStack at all its places."""
-    assert features is not None
     return features.flatten(1).float().cpu().numpy().astype(float)
 
 

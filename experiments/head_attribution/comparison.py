@@ -79,7 +79,7 @@ def _finished(folder: Path) -> _Finished:
         record = {"model": str(run["model"]), "weights": str(run["weights"]), "images": len(run["images"])}
         has_layers = (folder / "tables" / "layers.parquet").exists()
         return _Finished(
-            Path(run["config"]["model"]).name,
+            Path(run["config"]["model"]).name + (", vision tower" if run["config"].get("tower") == "vision" else ""),
             record,
             table("summary", measure=str, value=float, **by_picture, **by_name, **counts),
             table("layers", layer=int, share=float, **by_picture) if has_layers else None,

@@ -12,6 +12,7 @@ from hooked_vlm.experiments.common.workers import NOT_RECORDED, ReportConfig, Wo
 if TYPE_CHECKING:
     from hooked_vlm.model.vlm import HookedVLM
 
+Tower = Literal["language", "vision"]
 Target = Literal["logit", "log_prob", "margin", "difference"]
 Regression = Literal["ols", "ridge", "lasso"]
 Design = Literal["random", "antithetic", "balanced", "paired"]
@@ -47,12 +48,16 @@ class HeadAttributionConfig(WorkersConfig):
     """Pictures to ask about; those answered correctly are studied."""
     question: str | None = None
     """The question; by default the paper's, with a request for one word where the model is not a toy."""
+    tower: Tower = "language"
+    """Heads of the language model, ablated as readers of the image; or heads of the vision tower, whose outputs are
+    replaced (token flow is left out there)."""
     target: Target = "logit"
     """Of the answer's first token: its logit, its log-probability, its lead over the best other token, or over the
     likeliest name of the other objects in the data ("difference")."""
     baseline: Literal["mean", "dataset", "zero", "knockout"] = "mean"
     """Replacement of the image's keys and values for an ablated head: their mean over the image or over all
-    pictures, zero, or nothing at all."""
+    pictures, zero, or nothing at all. Of outputs in the vision tower: their mean over the picture's patches or over
+    those of all pictures, or zero."""
     rope: Literal["before", "after"] = "before"
     """Whether mean keys are taken before rotation and then rotated to each place, or after it."""
     keep: float = 0.5
@@ -121,6 +126,8 @@ class HeadAttributionConfig(WorkersConfig):
             raise StudyError(f"--min-object {self.min_object:g} is more than --max-object {self.max_object:g}")
         if self.seed < 0:
             raise StudyError(f"--seed must not be negative, got {self.seed}")
+        if self.tower == "vision":
+            self._check_vision()
         needed = {"toy": (), "folder": ("images",), "coco": ("images", "annotations")}[self.source]
         for name in needed:
             path = getattr(self, name)
@@ -129,14 +136,43 @@ class HeadAttributionConfig(WorkersConfig):
             if not path.exists():
                 raise StudyError(f"{_option(name)} {path} does not exist")
 
+    def _check_vision(self) -> None:
+        """Refuse settings of the language model's heads alone.
+
+        Raises:
+            StudyError: names the setting.
+        """
+        if self.sections == ("tokens",):
+            raise StudyError(
+                "--tower vision has no token flow: which text sees the image is about heads of the language model"
+            )
+        for name, value, why in (
+            ("baseline", "knockout", "a head that attends to nothing writes nothing: --baseline zero"),
+            ("rope", "after", "outputs of heads are not rotated"),
+        ):
+            if getattr(self, name) == value:
+                raise StudyError(f"--{name} {value} is about the image's keys, not for --tower vision: {why}")
+
+    @property
+    def shown_sections(self) -> tuple[Section, ...]:
+        """`sections` that there are in the tower: token flow is about the language model's heads."""
+        return tuple(section for section in self.sections if self.tower == "language" or section != "tokens")
+
+    @property
+    def carrier(self) -> str:
+        """What ablating all heads takes from the answer."""
+        return "the image" if self.tower == "language" else "attention in the vision tower"
+
     def check_against(self, model: "HookedVLM") -> None:
-        """Refuse more heads or layers than the model has.
+        """Refuse more heads or layers than the model, or its vision tower, has.
 
         Raises:
             StudyError: names the setting and what the model has.
         """
-        n_layers, n_heads = model.cfg.n_layers, model.cfg.n_layers * model.cfg.n_heads
-        for name, most, of in (("top", n_heads, "heads"), ("window", n_layers, "layers")):
+        n_layers, n_heads = model.cfg.n_layers, model.cfg.n_heads
+        if self.tower == "vision" and model.cfg.vision is not None:
+            n_layers, n_heads = model.cfg.vision.n_layers_run, model.cfg.vision.n_heads
+        for name, most, of in (("top", n_layers * n_heads, "heads"), ("window", n_layers, "layers")):
             asked = getattr(self, name)
             if asked is not None and asked > most:
                 raise StudyError(f"{_option(name)} {asked} is more than the {most} {of} of {self.model}")
@@ -152,7 +188,7 @@ class HeadAttributionConfig(WorkersConfig):
         """For run.json."""
         told = {name: value for name, value in asdict(self).items() if name not in NOT_RECORDED}
         values = {name: str(value) if isinstance(value, Path) else value for name, value in told.items()}
-        return values | {"sections": list(self.sections)}
+        return values | {"sections": list(self.shown_sections)}
 
 
 @dataclass(frozen=True)

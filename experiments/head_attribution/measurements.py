@@ -89,7 +89,7 @@ def measure(model: HookedVLM, config: HeadAttributionConfig, workers: Workers, s
     """
     items = items_of(config)
     key: dict[str, Any] = {"model": model.identity()}
-    steps = [name for name, (_, sections) in STEPS.items() if set(sections) & set(config.sections)]
+    steps = [name for name, (_, sections) in STEPS.items() if set(sections) & set(config.shown_sections)]
 
     def label(number: int, what: str) -> str:
         return f"step {number} of {1 + len(steps)}: {what}"
@@ -97,9 +97,9 @@ def measure(model: HookedVLM, config: HeadAttributionConfig, workers: Workers, s
     store = ResultStore(config.out / "parts" / "answers")
     with step("answers"):
         answers = ask(workers, items, store, key, config.quiet, label(1, "answers"))
-    cases = right_cases(model, items, answers)
+    cases = right_cases(model, items, answers, encode=config.tower == "language")
     probes = make_probes(model, cases, config)
-    key |= {name: getattr(config, name) for name in ("target", "baseline", "rope", "seed")}
+    key |= {name: getattr(config, name) for name in ("target", "baseline", "rope", "seed", "tower")}
     if config.baseline == "dataset":
         key["dataset"] = [case.item.id for case in cases]
     pictures = [_Picture(config, key, index, probe) for index, probe in enumerate(probes)]

@@ -15,9 +15,11 @@ def heads_page(measured: Measured, picture: int = 0) -> View:
     """Page with each head's attention at the token that predicts the name, heads by descending coefficient.
 
     Raises:
-        StudyError: no such picture, or the run has no regression over heads.
+        StudyError: no such picture, the run has no regression over heads, or it is about the vision tower's.
     """
     probe = measured.probes[_place(picture, measured.heads, "heads")]
+    if probe.tower == "vision":
+        raise StudyError("this page shows where text looks: it is for heads of the language model, --tower language")
     order = np.argsort(-measured.heads[picture].fit.coefficients, kind="stable")
     return viewer.attention(
         probe.model,

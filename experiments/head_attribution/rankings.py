@@ -66,19 +66,16 @@ def at_budgets(
 
 
 def other_rankings(probe: Probe) -> pd.DataFrame:
-    """Scores of every ranking that needs no random masks, one row per head."""
-    mass, of_final, weighted = attention_scores_of(probe)
+    """Scores of every ranking that needs no random masks, one row per head; attention to the image is that of the
+    language model's heads."""
     full, none = probe.ends
     each = np.eye(len(probe.heads), dtype=bool)
     dropped, alone = np.split(probe.over_heads(np.concatenate((~each, each))), 2)
-    columns = {
-        "single": full - dropped,
-        "alone": alone - none,
-        "attention": mass.ravel(),
-        "attention_final": of_final.ravel(),
-        "value_weighted": weighted.ravel(),
-        "gradient": gradients(probe).ravel(),
-    }
+    columns = {"single": full - dropped, "alone": alone - none}
+    if probe.tower == "language":
+        kinds = ("attention", "attention_final", "value_weighted")
+        columns |= {kind: own.ravel() for kind, own in zip(kinds, attention_scores_of(probe), strict=True)}
+    columns |= {"gradient": gradients(probe).ravel()}
     heads = pd.DataFrame(probe.heads, columns=["layer", "head"])
     return heads.assign(**{name: column.astype(float) for name, column in columns.items()})
 
@@ -118,13 +115,14 @@ def attention_scores_of(probe: Probe) -> tuple[Scores, Scores, Scores]:
 
 
 def gradients(probe: Probe) -> Float[np.ndarray, "layer head"]:
-    """Attribution patching: derivative of the target by how much of the image each head sees.
+    """Attribution patching: derivative of the target by how much of the image each head sees (in the vision tower: by
+    how much of its output it writes).
 
     A head's z is z~ + m (z - z~), where z~ is its z under the ablation; the derivative by m at 1 is a first-order
     estimate of the effect of ablating the head (Nanda 2023), for all heads in one forward and backward pass.
     """
     model, inputs = probe.model, probe.case.inputs
-    kept = torch.ones(model.cfg.n_layers, model.cfg.n_heads, device=inputs.device, requires_grad=True)
+    kept = torch.ones(probe.shape, device=inputs.device, requires_grad=True)
 
     def soften(ablate: Any) -> Any:
         def hook_fn(z: Tensor, hook: Any) -> Tensor:

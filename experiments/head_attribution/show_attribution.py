@@ -17,7 +17,7 @@ from hooked_vlm.experiments.head_attribution.findings import BY_NAME, BY_PICTURE
 from hooked_vlm.experiments.head_attribution.masks import PAIRED
 from hooked_vlm.experiments.head_attribution.measurements import Measured
 from hooked_vlm.experiments.head_attribution.regression import RELIABLE, Fit, convergence, settled_at
-from hooked_vlm.sweeps.plan import make_plan
+from hooked_vlm.sweeps.plan import SweepPlan, make_plan
 
 TARGETS = {"logit": "logit", "log_prob": "log-probability", "margin": "margin", "difference": "logit difference"}
 SHOWN = 4
@@ -40,9 +40,8 @@ def task(report: Report, found: Measured, config: HeadAttributionConfig) -> Sect
         "pictures, and intervals that resample names of objects with all their pictures: the second are for other "
         "objects than these. Fewer than three of either have no interval, fewer than ten Student's, more a bootstrap "
         "interval (bias-corrected and accelerated).",
-        f"The target is the {target} of the answer's first token. The image adds {found.gaps.mean():.3f}: the "
-        f"difference between all heads and no head of any text token seeing it (baseline: {config.baseline}, "
-        f"{config.rope} RoPE). Shares below are shares of this difference.",
+        f"The target is the {target} of the answer's first token. {_added(found, config)} Shares below are shares of "
+        "this difference.",
     )
     table = answers.groupby("name", sort=True)["right"].agg(["size", "sum"]).reset_index()
     report.table("names", table.set_axis(["name", "pictures", "correct"], axis=1), "Correct answers by name")
@@ -54,6 +53,22 @@ def task(report: Report, found: Measured, config: HeadAttributionConfig) -> Sect
         f"{'name' if n_names == 1 else 'names'}; intervals here are 95% and resample {unit}."
     )
     return Section({"answered correctly": right, f"{target}, all heads": full, f"{target}, no head": none}, (said,))
+
+
+def _added(found: Measured, config: HeadAttributionConfig) -> str:
+    """What all heads together add to the target."""
+    gap = f"{found.gaps.mean():.3f}"
+    if config.tower == "language":
+        return (
+            f"The image adds {gap}: the difference between all heads and no head of any text token seeing it "
+            f"(baseline: {config.baseline}, {config.rope} RoPE)."
+        )
+    written = {"mean": "its mean over the picture's patches", "dataset": "its mean over the patches of all pictures"}
+    return (
+        f"Attention in the vision tower adds {gap}: the difference between all of its heads in place and all of them "
+        f"ablated, each writing {written.get(config.baseline, 'zero')} at every patch. What patches hold by themselves "
+        "still reaches the answer then."
+    )
 
 
 def attribution(report: Report, found: Measured, config: HeadAttributionConfig) -> Section:
@@ -71,8 +86,7 @@ def attribution(report: Report, found: Measured, config: HeadAttributionConfig) 
     )
     report.figure("predicted", _predicted(found, target), f"Held-out masks of {min(SHOWN, len(fits))} pictures")
     table = heads_table(found, config)
-    shape = (found.probes[0].model.cfg.n_layers, -1)
-    means = found.coefficients.mean(0).reshape(shape)
+    means = found.coefficients.mean(0).reshape(found.probes[0].shape)
     labels = ("layer", "head", f"coefficient ({target})")
     figure = plots.heatmap(means, range(len(means)), range(means.shape[1]), labels)
     report.figure("coefficients", figure, f"Mean coefficient of every head over {len(fits)} pictures")
@@ -112,15 +126,17 @@ def _named_heads(table: pd.DataFrame, found: Measured, target: str) -> str:
     positive = table.loc[table["coefficient"] > 0]
     certain = positive.loc[positive["adjusted p"] <= 0.05]
     columns = BY_NAME if unit_of(found) == "name" else BY_PICTURE
+    seen = " when they see the image" if found.probes[0].tower == "language" else ""
     told = []
     for own in (certain if len(certain) else positive).head(NAMED).to_dict("records"):
         low, high = (own[column] for column in columns)
         interval = "" if np.isnan(low) else f", {low:.2f} to {high:.2f}"
         told.append(f"{own['layer']}.{own['head']} ({own['coefficient']:.2f}{interval})")
     if not told:
-        return "No head adds to the answer when it sees the image."
+        return f"No head adds to the answer{' when it sees the image' if seen else ''}."
     counted = f"{len(certain)} of {len(table)} heads are above 0 (p <= 0.05, Holm)"
-    return f"Heads that add most to the {target} of the name when they see the image: {', '.join(told)}; {counted}."
+    of = "Heads" if seen else "Heads of the vision tower"
+    return f"{of} that add most to the {target} of the name{seen}: {', '.join(told)}; {counted}."
 
 
 def held_out(fits: Sequence[Fit], names: Sequence[str], seed: int) -> tuple[Estimate, Estimate]:
@@ -218,5 +234,16 @@ def _cost(report: Report, found: Measured, config: HeadAttributionConfig, n_head
         f"The masks of one picture cost {passes:.1f} plain forward passes: {plan.n_runs} runs over {n_heads} heads on "
         f"{plan.n_positions} tokens ({len(probe.image)} of the image, {len(probe.text)} behind it) compute "
         f"{plan.work:,} positions x layers. A loop computes {plan.naive_work:,}, "
-        f"{plan.naive_work / plan.work:.1f} times as many, and encodes the picture for every mask."
+        f"{plan.naive_work / plan.work:.1f} times as many, and {_encoding(plan)}."
+    )
+
+
+def _encoding(plan: SweepPlan) -> str:
+    """What a loop computes in the vision tower."""
+    if not plan.vision_work:
+        return "encodes the picture for every mask"
+    fewer = plan.naive_vision_work / plan.vision_work
+    return (
+        f"{plan.naive_vision_work:,} patches x layers of the vision tower, {fewer:.1f} times as many as the sweep's "
+        f"{plan.vision_work:,}"
     )

@@ -100,14 +100,14 @@ def curves(report: Report, found: Measured, config: HeadAttributionConfig) -> Se
     n_used = int((found.gaps >= MIN_GAP).sum())
     report.section(
         "Faithfulness and completeness",
-        "Faithfulness is the share of the image's effect on the target that the top k heads recover alone; "
-        "completeness is the share that is lost when these k are ablated. Each picture has its own rankings; random "
-        f"ones are means over {config.random_rankings} draws. Shares and areas are ratios of means over all "
+        f"Faithfulness is the share of the effect of {config.carrier} on the target that the top k heads recover "
+        "alone; completeness is the share that is lost when these k are ablated. Each picture has its own rankings; "
+        f"random ones are means over {config.random_rankings} draws. Shares and areas are ratios of means over all "
         f"{len(found.gaps)} pictures; areas are over the share of the {n_heads} heads.",
         f"Heads needed: the smallest k at which a picture's curves reach a level, of {n_used} pictures, those to which "
-        f"the image adds at least {MIN_GAP}. Curves may fall again, so the k from which on the level holds is given, "
-        "too. With all heads both curves are 1 by definition: a picture that reaches the level only there is censored "
-        f"and counts as {n_heads}, which makes means of heads needed restricted means.",
+        f"{config.carrier} adds at least {MIN_GAP}. Curves may fall again, so the k from which on the level holds is "
+        "given, too. With all heads both curves are 1 by definition: a picture that reaches the level only there is "
+        f"censored and counts as {n_heads}, which makes means of heads needed restricted means.",
         "Runs per picture is what a ranking costs. Random masks are compared with runs of single heads at equal "
         "budgets: regressions on the first masks, as many as these rankings have runs (ridge). Comparisons at other "
         "budgets are marked.",
@@ -128,22 +128,23 @@ def curves(report: Report, found: Measured, config: HeadAttributionConfig) -> Se
         f"names; the adjusted one is Holm's for the {len(table)} tests of this table, by name",
     )
     images = pd.concat([own.values[name].assign(image=found.images) for name in own.rankings], ignore_index=True)
-    report.table("curve_images", images, "Measures of every picture; areas times what the image adds", shown=8)
+    report.table("curve_images", images, f"Measures of every picture; areas times what {config.carrier} adds", shown=8)
     report.table("curve_points", _points(own, found, ks), "Curves", shown=8)
     findings: Findings = {
         f"{measure}, {RANKINGS[name]}": own.mean(name, measure) for name in own.rankings for measure in MAIN
     }
-    return Section(findings, _answer(own, table, n_heads, n_masks))
+    return Section(findings, _answer(own, table, n_heads, n_masks, config.carrier))
 
 
-def _answer(own: Compared, table: pd.DataFrame, n_heads: int, n_masks: int) -> tuple[str, ...]:
+def _answer(own: Compared, table: pd.DataFrame, n_heads: int, n_masks: int, carrier: str) -> tuple[str, ...]:
     """How many heads are needed, and attribution against single heads at an equal budget."""
     needed = own.mean("attribution", NEEDED_BOTH)
     if not needed.n:
-        return ("The image adds too little to the answer on every picture to count the heads that carry it.",)
+        return (f"{carrier.capitalize()} adds too little to the answer on every picture to count the heads it needs.",)
     sentences = [
-        f"Of {n_heads} heads, the top {needed.brief}, by attribution from {n_masks} masks recover {LEVELS[0]:g} of the "
-        f"image's effect, and lose as much when ablated (in random order: {own.mean('random', NEEDED_BOTH).brief})."
+        f"Of {n_heads} heads, the top {needed.brief}, by attribution from {n_masks} masks recover {LEVELS[0]:g} of "
+        f"the effect of {carrier}, and lose as much when ablated (in random order: "
+        f"{own.mean('random', NEEDED_BOTH).brief})."
     ]
     equal = table.loc[table["equal budget"] & (table["measure"] == NEEDED_BOTH)]
     for against in equal.loc[equal["against"] == RANKINGS["alone_single"]].to_dict("records"):

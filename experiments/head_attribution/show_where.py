@@ -47,7 +47,7 @@ def where(report: Report, found: Measured, config: HeadAttributionConfig) -> Sec
 
 
 def _layers(report: Report, found: Measured, config: HeadAttributionConfig) -> Findings:
-    n_layers = found.probes[0].model.cfg.n_layers
+    n_layers, _ = found.probes[0].shape
     positive = found.coefficients.clip(0).reshape(len(found.heads), n_layers, -1).sum(2)
     some = positive.sum(1) > 0  # lasso may find nothing
     by_layer, names = positive[some] / positive[some].sum(1, keepdims=True), np.array(found.names)[some]
@@ -67,7 +67,7 @@ def _layers(report: Report, found: Measured, config: HeadAttributionConfig) -> F
 
 def _attention(report: Report, found: Measured, config: HeadAttributionConfig) -> Findings:
     rows, findings = [], {}
-    for name in SCORES:
+    for name in (name for name in SCORES if name in found.rankings[0]):
         scores = np.stack([frame[name].to_numpy() for frame in found.rankings])
         each = np.array([_spearman(a, b) for a, b in zip(scores, found.coefficients, strict=True)])
         own = over_pictures(each, found.names, config.seed)
@@ -75,11 +75,14 @@ def _attention(report: Report, found: Measured, config: HeadAttributionConfig) -
         rows.append(row(own, score=RANKINGS[name], **{"correlation of means": of_means}))
         findings[f"Spearman of coefficients with {RANKINGS[name]}"] = own
     means = found.coefficients.mean(0)
-    attention = np.stack([frame["attention"].to_numpy() for frame in found.rankings]).mean(0)
-    layers = np.array([layer for layer, _ in found.probes[0].heads])
-    label = ("attention to the image (mean over text behind it)", "coefficient")
-    caption = f"One point per head ({len(means)} heads), means over {len(found.heads)} pictures"
-    report.figure("attention", plots.scatter(attention, means, layers, label), caption)
+    if "attention" in found.rankings[0]:
+        attention = np.stack([frame["attention"].to_numpy() for frame in found.rankings]).mean(0)
+        layers = np.array([layer for layer, _ in found.probes[0].heads])
+        label = ("attention to the image (mean over text behind it)", "coefficient")
+        caption = f"One point per head ({len(means)} heads), means over {len(found.heads)} pictures"
+        report.figure("attention", plots.scatter(attention, means, layers, label), caption)
+    else:
+        report.text("Attention to the image is that of text tokens: heads of the vision tower have none to compare.")
     report.table(
         "attention",
         pd.DataFrame(rows),

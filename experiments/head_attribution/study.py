@@ -25,6 +25,7 @@ from hooked_vlm.model.by_name import load
 from hooked_vlm.model.fingerprints import provenance
 from hooked_vlm.model.vlm import HookedVLM
 from hooked_vlm.runtime.files import writable_folder
+from hooked_vlm.runtime.progress import recorded
 
 PAPER = (
     "Jinyeong Kim, Seil Kang, Jiwoo Park, Junhyeok Kim and Seong Jae Hwang. Interpreting Attention Heads for "
@@ -73,22 +74,29 @@ def run(config: HeadAttributionConfig, model: HookedVLM | None = None, step: Ste
     model = model or load(config.model, config.device, config.dtype)
     check_takes_images(model, config.model)
     config.check_against(model)
-    with workers_of(config, model, config.device) as workers:
+    with recorded(config.out), workers_of(config, model, config.device) as workers:
         found = measure(model, config, workers, step)
         device = workers.device
     name = Path(config.model).name
+    n_layers, n_heads = found.probes[0].shape
+    about = "Which attention heads carry information from the image to the text (after arXiv 2509.17588)"
+    if config.tower == "vision":
+        about = (
+            "Which attention heads of the vision tower an answer about the picture needs (by the measures that arXiv "
+            "2509.17588 has for the language model's heads; token flow is about these and left out)"
+        )
     report = Report(
-        f"Head attribution of {name}",
-        f"Which attention heads carry information from the image to the text (after arXiv 2509.17588): "
-        f"{len(found.probes)} pictures, {model.cfg.n_layers} layers of {model.cfg.n_heads} heads.",
+        f"Head attribution of {name}{', vision tower' if config.tower == 'vision' else ''}",
+        f"{about}: {len(found.probes)} pictures, {n_layers} layers of {n_heads} heads.",
         command_line("head-attribution", config, Command),
         PAPER,
     )
-    parts = [task(report, found, config), *(SECTIONS[section](report, found, config) for section in config.sections)]
+    sections = config.shown_sections
+    parts = [task(report, found, config), *(SECTIONS[section](report, found, config) for section in sections)]
     findings = {name: estimate for part in parts for name, estimate in part.findings.items()}
     answer = [sentence for part in (*parts[1:], parts[0]) for sentence in part.answer]
     report.answer = answer
-    judged = _judge(report, findings, model, config) if set(SECTIONS) <= set(config.sections) else ()
+    judged = _judge(report, findings, model, config) if set(SECTIONS) <= set(sections) else ()
     report.section("Summary", "The main numbers above, by which `compare` compares models.")
     report.table("summary", as_table(findings), "Findings, with 95% intervals")
     record: dict[str, Any] = {"config": _about(config), "images": found.images, **provenance(model), "device": device}

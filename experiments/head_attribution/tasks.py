@@ -33,7 +33,7 @@ class Case:
 
     item: Item
     inputs: VLMInputs
-    """One row, with its image features."""
+    """One row, with its image features; with its pixels where the vision tower is ablated."""
     target: int
     """First token of the model's answer."""
     foil: int | None
@@ -127,8 +127,8 @@ def to_inputs(model: HookedVLM, item: Item) -> VLMInputs:
 
 
 @torch.no_grad()
-def right_cases(model: HookedVLM, items: Sequence[Item], answers: pd.DataFrame) -> list[Case]:
-    """Cases of the items answered correctly, with their image features.
+def right_cases(model: HookedVLM, items: Sequence[Item], answers: pd.DataFrame, encode: bool = True) -> list[Case]:
+    """Cases of the items answered correctly, with their image features if `encode`.
 
     Raises:
         StudyError: there are none.
@@ -142,7 +142,8 @@ def right_cases(model: HookedVLM, items: Sequence[Item], answers: pd.DataFrame) 
     cases = []
     for item, token in zip(np.array(items, dtype=object)[right], answers["token"][right], strict=True):
         inputs = to_inputs(model, item)
-        inputs = inputs.with_image_features(model.encode_images(inputs))
+        if encode:
+            inputs = inputs.with_image_features(model.encode_images(inputs))
         others = [other for other in spoken if other != token]
         foil = None
         if others:

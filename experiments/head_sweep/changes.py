@@ -31,7 +31,7 @@ def interventions(
     config: HeadSweepConfig, heads: Sequence[Head], means: Float[Tensor, "layer head d_head"] | None
 ) -> tuple[Intervention, ...]:
     """The intervention on each head; `means` are needed for --intervention mean."""
-    tower = config.library_tower
+    tower = config.tower
     match config.intervention:
         case "zero":
             return tuple(ZeroHeads((head,), tower=tower) for head in heads)
@@ -65,7 +65,7 @@ def means_over(
         for i in range(n_tasks):
             own = samples.shard(i, n_tasks)
             key = shared | {"samples": [_digest(sample, skips) for sample in own]}
-            yield Task(store, key, summed, (own, config.library_tower, bounds, skips), len(own))
+            yield Task(store, key, summed, (own, config.tower, bounds, skips), len(own))
 
     parts = workers.stored(tasks(), "means of heads", each="part", total=n_tasks, quiet=config.quiet)
     total, n = np.zeros(()), 0
@@ -75,7 +75,7 @@ def means_over(
         total, n = total + table["sum"].to_numpy(), n + int(table["n"].to_numpy()[0])
     if not n:
         raise InputError("no sample can be used, so there is no mean of a head's output")
-    return torch.from_numpy(total / n).float().view(tower_shape(model, config.library_tower))
+    return torch.from_numpy(total / n).float().view(tower_shape(model, config.tower))
 
 
 def summed(

@@ -34,8 +34,8 @@ class HeadSweepConfig(WorkersConfig, DataConfig):
     """Whose heads."""
     metric: Literal["log-prob", "logit-diff", "answer"] = "log-prob"
     """log-prob: log-probability of the answer's first token. logit-diff: its logit minus that of the most likely other
-    token without intervention. answer: whether exactly this answer is generated. The answer is the sample's, or what
-    the model says without intervention."""
+    token without intervention. answer: whether what is generated begins with exactly this answer. The answer is the
+    sample's, or what the model says without intervention."""
     max_new_tokens: int = 16
     """How long the model's own answer may get."""
     seed: int = 0
@@ -84,11 +84,6 @@ class HeadSweepConfig(WorkersConfig, DataConfig):
                 )
             found.update(own)
         return sorted(found)
-
-    @property
-    def library_tower(self) -> Literal["text", "vision"]:
-        """The tower, as interventions name it."""
-        return "vision" if self.tower == "vision" else "text"
 
     def recorded(self) -> dict[str, Any]:
         """Settings that results depend on; equal for the shards of one run."""

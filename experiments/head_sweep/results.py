@@ -5,6 +5,7 @@ samples.csv                case, picture, answer, baseline: one row a sample
 sweep.json                 settings, model, shard
 """
 
+import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -20,9 +21,11 @@ from jaxtyping import Float
 from hooked_vlm.data.samples import Sample
 from hooked_vlm.errors import InputError
 from hooked_vlm.interventions import Head
-from hooked_vlm.runtime.files import atomic_write
+from hooked_vlm.runtime.files import atomic_write, why
 
 TABLE, CSV, SAMPLES, RECORD = "sweep.parquet", "sweep.csv", "samples.csv", "sweep.json"
+SAME = ("settings", "weights", "heads", "means", "dtype", "of_samples")
+"""What the records of one sweep's shards have in common."""
 ROWS_AT_ONCE = 2**16
 """Rows of a row group."""
 SCHEMA = pa.schema(
@@ -66,12 +69,12 @@ class Results:
 
 
 def picture_of(sample: Sample) -> str:
-    """What tells the (first) picture of a sample apart; the sample's own name where it has none."""
-    if not sample.images:
-        return sample.id
-    first = sample.images[0]
+    """What tells the (first) picture of a sample apart: its path, or the digest of its bytes where the data set holds
+    them (the names that come with these may be all the same); the sample's own name where it has none."""
+    first = next(iter(sample.images), None)
     if isinstance(first, Mapping):
-        return str(first.get("path") or sample.id)
+        held = first.get("bytes")
+        return hashlib.sha256(held).hexdigest()[:16] if held else str(first.get("path") or sample.id)
     return str(first) if isinstance(first, str | Path) else sample.id
 
 
@@ -91,7 +94,10 @@ def write_results(
 
     def save(table_aside: Path) -> None:
         def save_csv(csv_aside: Path) -> None:
-            with pq.ParquetWriter(table_aside, SCHEMA) as writer, csv_aside.open("w", encoding="utf-8") as file:
+            with (
+                pq.ParquetWriter(table_aside, SCHEMA, write_page_checksum=True) as writer,
+                csv_aside.open("w", encoding="utf-8") as file,
+            ):
                 file.write(",".join(SCHEMA.names) + "\n")
                 for group in _groups(_with_heads(table, heads) for table in tables):
                     for table in group:
@@ -99,6 +105,7 @@ def write_results(
                     whole = pd.concat(group)
                     writer.write_table(pa.Table.from_pandas(whole, SCHEMA, preserve_index=False))
                     whole.to_csv(file, index=False, header=False)
+            (out / RECORD).unlink(missing_ok=True)  # of the tables that are replaced now
 
         atomic_write(out / CSV, save_csv)
 
@@ -143,6 +150,8 @@ def read_record(folder: Path) -> dict[str, Any]:
         found = json.loads((folder / RECORD).read_text(encoding="utf-8"))
         if not isinstance(found["settings"], dict) or not isinstance(found["shard"], list):
             raise ValueError("it has other fields")
+        if missing := [name for name in (*SAME, "samples", "skipped") if name not in found]:
+            raise ValueError(f"there is no {missing[0]!r} in it")
         return found
     except FileNotFoundError:
         raise InputError(f"{folder} holds no finished sweep: there is no {RECORD} in it") from None
@@ -157,12 +166,12 @@ def read_tables(folder: Path) -> Iterator[pd.DataFrame]:
         InputError: a damaged file.
     """
     try:
-        with pq.ParquetFile(folder / TABLE) as file:
+        with pq.ParquetFile(folder / TABLE, page_checksum_verification=True) as file:
             for number in range(file.num_row_groups):
                 whole = file.read_row_group(number).to_pandas()
                 yield from (own for _, own in whole.groupby("case", sort=False))
     except (pa.ArrowException, OSError) as error:
-        raise InputError(f"{folder / TABLE} is damaged ({error}): run the sweep into this folder again") from error
+        raise InputError(f"{folder / TABLE} is damaged ({why(error)}): run the sweep into this folder again") from error
 
 
 def read_pictures(folder: Path) -> dict[str, str]:

@@ -5,6 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import pandas as pd
+
 from hooked_vlm.data.skipped import SKIPPED_FILE, join_skipped
 from hooked_vlm.errors import InputError
 from hooked_vlm.experiments.common.workers import workers_of
@@ -12,6 +14,8 @@ from hooked_vlm.experiments.head_sweep.changes import interventions, means_over
 from hooked_vlm.experiments.head_sweep.config import HeadSweepConfig
 from hooked_vlm.experiments.head_sweep.results import (
     CSV,
+    SAME,
+    SAMPLES,
     TABLE,
     Results,
     picture_of,
@@ -67,7 +71,7 @@ def run(config: HeadSweepConfig, model: "HookedVLM | None" = None) -> HeadSweep:
         raise InputError(f"shard {config.shard} holds none of the {len(whole)} samples")
     out = writable_folder(config.out)
     model = model or load(config.model, config.device, config.dtype)
-    heads = config.chosen(*tower_shape(model, config.library_tower)[:2])
+    heads = config.chosen(*tower_shape(model, config.tower)[:2])
     with recorded(out), workers_of(config, model, config.device) as workers:
         means = means_over(whole, config, model, workers) if config.intervention == "mean" else None
         runs = interventions(config, heads, means)
@@ -97,6 +101,7 @@ def run(config: HeadSweepConfig, model: "HookedVLM | None" = None) -> HeadSweep:
         "settings": config.recorded(),
         "shard": list(config.part),
         "heads": [list(head) for head in heads],
+        "of_samples": len(whole),
         "samples": len(results.cases),
         "skipped": n_skipped,
         "means": None if means is None else digest(means),
@@ -105,8 +110,14 @@ def run(config: HeadSweepConfig, model: "HookedVLM | None" = None) -> HeadSweep:
 
 
 def finished(out: Path, results: Results, record: Mapping[str, Any]) -> HeadSweep:
-    """Write the report and the record of complete results."""
+    """Write the report and the record of complete results.
+
+    Raises:
+        InputError: there are none. `merge` takes such a shard, too.
+    """
     if not results.cases:
+        if record["shard"] != [0, 1]:
+            write_record(out, record)
         raise InputError(f"none of the samples can be used: {out / SKIPPED_FILE} says why")
     shown = write_report(out, results, record)
     write_record(out, record)
@@ -120,7 +131,8 @@ def merge(folders: "list[Path]", out: Path) -> HeadSweep:
     """Join the shards of one sweep: the tables and the report of a run over all of them.
 
     Raises:
-        InputError: folders of different sweeps, a shard that is missing or given twice, a damaged file.
+        InputError: folders of different sweeps, a shard that is missing or given twice, a sample that two of them
+            have, a damaged file.
         OutputError: `out` cannot be written.
     """
     if twice := [folder for folder in folders if folders.count(folder) > 1]:
@@ -128,30 +140,48 @@ def merge(folders: "list[Path]", out: Path) -> HeadSweep:
     records = {folder: read_record(folder) for folder in folders}
     first = next(iter(records.values()))
     for folder, record in records.items():
-        for name in ("settings", "weights", "heads", "means", "dtype"):
+        for name in SAME:
             if record[name] != first[name]:
                 what = _difference(name, record, first)
                 raise InputError(f"{folder} and {folders[0]} are no shards of one sweep: they differ in {what}")
-    ordered = in_order({folder: tuple(record["shard"]) for folder, record in records.items()})
+    ordered = in_order({folder: tuple(own["shard"]) for folder, own in records.items()}, first["of_samples"])
     heads = [(int(layer), int(head)) for layer, head in first["heads"]]
     out = writable_folder(out)
-    pictures = {case: picture for folder in ordered for case, picture in read_pictures(folder).items()}
-    tables = (table for folder in ordered for table in read_tables(folder))
-    results = write_results(out, tables, heads, pictures)
+    pictures: dict[str, str] = {}
+    for folder in ordered:
+        own = read_pictures(folder)
+        if twice := sorted(own.keys() & pictures.keys()):
+            raise InputError(f"{folder} and a shard before it both have a sample named {twice[0]!r}")
+        pictures |= own
+
+    def tables() -> Iterator[pd.DataFrame]:
+        for folder in ordered:
+            cases: list[str] = []
+            for table in read_tables(folder):
+                cases.append(str(table["case"].iloc[0]))
+                yield table
+            if cases != list(read_pictures(folder)):
+                raise InputError(
+                    f"{folder / TABLE} and {folder / SAMPLES} hold different samples: run this sweep again"
+                )
+
+    results = write_results(out, tables(), heads, pictures)
     join_skipped(ordered, out)
     n_skipped = sum(record["skipped"] for record in records.values())
     return finished(out, results, first | {"shard": [0, 1], "samples": len(results.cases), "skipped": n_skipped})
 
 
 def _difference(name: str, one: Mapping[str, Any], other: Mapping[str, Any]) -> str:
+    if name == "of_samples":
+        return f"the number of samples of the data ({one[name]} and {other[name]})"
     if name != "settings":
         return name
     own, others = one[name], other[name]
     return ", ".join("--" + key.replace("_", "-") for key in own if own[key] != others.get(key))
 
 
-def in_order(shards: Mapping[Path, tuple[int, ...]]) -> list[Path]:
-    """Folders in the order of their shards.
+def in_order(shards: Mapping[Path, tuple[int, ...]], n_samples: int) -> list[Path]:
+    """Folders in the order of their shards; shards that hold none of the samples need not be there.
 
     Raises:
         InputError: shards of different divisions, a shard that is missing or given twice.
@@ -164,9 +194,9 @@ def in_order(shards: Mapping[Path, tuple[int, ...]]) -> list[Path]:
         if i in found:
             raise InputError(f"shard {i}/{n} was given twice: {found[i]} and {folder}")
         found[i] = folder
-    if missing := [f"{i}/{n}" for i in range(n) if i not in found]:
+    if missing := [f"{i}/{n}" for i in range(n) if i not in found and n_samples * i // n < n_samples * (i + 1) // n]:
         raise InputError(f"shards are missing: {', '.join(missing)}")
-    return [found[i] for i in range(n)]
+    return [found[i] for i in sorted(found)]
 
 
 def _named(shard: tuple[Path, tuple[int, ...]]) -> str:

@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 
 import pandas as pd
 
+from hooked_vlm.errors import StudyError
 from hooked_vlm.experiments.ocr_heads.answers import METRICS, judge
 from hooked_vlm.experiments.ocr_heads.config import TaskConfig
 from hooked_vlm.experiments.ocr_heads.controls import ChangedHeads, different
@@ -45,7 +46,7 @@ def conditions_of(
     """
     conditions: list[Condition] = []
     for kinds, heads in different(chosen.tops).items():
-        names = [f"top {chosen.k} {kind}{label}" for kind in kinds]
+        names = [chosen.name(kind) + label for kind in kinds]
         for kind, name in zip(kinds, names, strict=True):
             tested = tuple(own[kind].name + label for own in chosen.randoms if own[kind].sets)
             same = "" if name == names[0] else names[0]
@@ -66,10 +67,26 @@ def tasks_of(study: Study, config: TaskConfig) -> list[QATask]:
     return study.asked(found)
 
 
-def answer_all(study: Study, tasks: Sequence[QATask], conditions: Sequence[Condition], what: str) -> pd.DataFrame:
+def tasks_with_pictures(study: Study, config: TaskConfig) -> tuple[list[QATask], list[str]]:
+    """Configured tasks whose samples all have pictures, and the names of those left out.
+
+    Raises:
+        StudyError: there are none, or --tasks names one that is left out.
+    """
+    tasks = tasks_of(study, config)
+    seen = [task for task in tasks if all(example.images for example in task.data.examples)]
+    blind = [task.name for task in tasks if task not in seen]
+    if not seen or (blind and config.tasks is not None):
+        raise StudyError(f"--tasks {blind[0]} has samples without a picture, in which the vision tower does not run")
+    return seen, blind
+
+
+def answer_all(
+    study: Study, tasks: Sequence[QATask], conditions: Sequence[Condition], what: str, encode: bool = True
+) -> pd.DataFrame:
     """Answer every task under every condition, one row per condition, draw, task and sample: reply and metrics.
 
-    Images are encoded once; stored results are reused.
+    Images are encoded once if `encode`: not for conditions that change the vision tower. Stored results are reused.
     """
     config, frames = study.config, []
     for task in tasks:
@@ -77,7 +94,7 @@ def answer_all(study: Study, tasks: Sequence[QATask], conditions: Sequence[Condi
         units: list[Task] = []
         answered: list[tuple[list[int], Condition]] = []
         for group, n_tokens in study.groups(study.model, examples, config.new_tokens):
-            prompts = SharedSetup(encoded, ([examples[i] for i in group], study.pixels))
+            prompts = SharedSetup(encoded if encode else to_inputs, ([examples[i] for i in group], study.pixels))
             for condition in conditions:
                 key = {
                     "answers": task.data.digest,

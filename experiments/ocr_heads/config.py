@@ -1,5 +1,6 @@
 """What an experiment of the study is: frozen configurations, which are also the command line."""
 
+import re
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -194,9 +195,11 @@ class TaskConfig(ScoreConfig):
     random_draws: int = 20
     """Distinct random sets of heads for comparison; the smallest p of n draws is 1 / (n + 1), so fewer than 20 cannot
     reach 0.05 (the paper: 5)."""
-    random_from: tuple[Source, ...] = ("live",)
-    """Where random heads come from: live ones that score below the threshold; all but the changed; all (the paper's
-    code); or those below the threshold most like each changed head in layer, output norm or attention on the image."""
+    random_from: tuple[Source, ...] | None = None
+    """Where random heads come from: live ones that score below the threshold (the default); all but the changed; all
+    (the paper's code); or those below the threshold most like each changed head in layer, output norm or attention on
+    the image. Heads of the vision tower have no scores: all but the changed (the default there), all, or like in
+    layer."""
 
 
 @dataclass(frozen=True)
@@ -207,6 +210,43 @@ class MaskConfig(TaskConfig):
     """How many top heads to mask; 10 and 20 (as the paper), and for small models an eighth of all, by default."""
     modes: tuple[Literal["zero", "uniform"], ...] = ("zero",)
     """Heads write nothing (the paper), or look everywhere alike (Wu et al.'s retrieval heads)."""
+    tower: Literal["language", "vision"] = "language"
+    """Heads of the language model, the top ones by their scores; or heads of the vision tower, which have no such
+    scores and are named by --heads."""
+    heads: tuple[str, ...] | None = None
+    """Heads of the vision tower to mask together, LAYER.HEAD each, such as 2.1 2.3."""
+
+    def check(self) -> None:
+        super().check()
+        if self.tower == "language":
+            if self.heads is not None:
+                raise StudyError(
+                    "--heads names heads of the vision tower, --tower vision; those of the language model are the top "
+                    "ones by score, --mask-heads of them"
+                )
+            return
+        if self.heads is None:
+            raise StudyError(
+                "--tower vision needs --heads: OCR and retrieval scores rank heads of the language model only, so name "
+                "those of the vision tower, such as --heads 2.1 2.3"
+            )
+        if self.mask_heads is not None:
+            raise StudyError("--mask-heads counts top heads by score, of which the vision tower has none: use --heads")
+        for head in self.heads:
+            if not re.fullmatch(r"\d+\.\d+", head):
+                raise StudyError(f"--heads are LAYER.HEAD, such as 2.1, got {head}")
+        scored = [source for source in self.random_from or () if source not in ("others", "any", "layer")]
+        if scored:
+            raise StudyError(
+                f"--random-from {scored[0]} needs scores, which heads of the vision tower do not have: others, any or "
+                "layer"
+            )
+
+    @property
+    def named_heads(self) -> tuple[tuple[int, int], ...]:
+        """`heads` as (layer, head)."""
+        pairs = [head.split(".") for head in self.heads or ()]
+        return tuple((int(layer), int(head)) for layer, head in pairs)
 
 
 @dataclass(frozen=True)

@@ -7,10 +7,11 @@ from math import comb
 import numpy as np
 from jaxtyping import Float
 
-from hooked_vlm.experiments.ocr_heads.config import Source, TaskConfig
+from hooked_vlm.experiments.ocr_heads.config import MaskConfig, Source, TaskConfig
 from hooked_vlm.experiments.ocr_heads.image_attention import attention_on_images
 from hooked_vlm.experiments.ocr_heads.study import Study, head_names
-from hooked_vlm.interventions import Head
+from hooked_vlm.interventions import Head, all_heads
+from hooked_vlm.interventions.heads import check_heads
 
 LIVE_SHARE = 0.1
 """A head is live if its mean output norm is at least this share of the largest."""
@@ -42,13 +43,19 @@ class Control:
 
 @dataclass(frozen=True)
 class ChangedHeads:
-    """Top heads of every kind, and their random controls: drawn once, changed in one way or several."""
+    """Top heads of every kind, or named ones, and their random controls: drawn once, changed in one way or several."""
 
     k: int
     tops: Mapping[str, tuple[Head, ...]]
     """Kind -> heads."""
     randoms: Sequence[Mapping[str, Control]]
     """Of each source: kind -> control."""
+    ranked: bool = True
+    """Whether they are the top heads by a score."""
+
+    def name(self, kind: str) -> str:
+        """As conditions are named: "top 2 OCR", or "2 vision"."""
+        return f"{'top ' if self.ranked else ''}{self.k} {kind}"
 
     @property
     def controls(self) -> list[Control]:
@@ -57,7 +64,7 @@ class ChangedHeads:
 
     def describe(self) -> list[str]:
         """Lines that name the top heads, and say where each random control comes from."""
-        lines = [f"top {self.k} {kind} heads: {head_names(heads)}" for kind, heads in self.tops.items()]
+        lines = [f"{self.name(kind)} heads: {head_names(heads)}" for kind, heads in self.tops.items()]
         return lines + [f"{control.name}: {control.origin}" for control in self.controls]
 
 
@@ -69,8 +76,29 @@ def top_heads(study: Study, k: int) -> dict[str, tuple[Head, ...]]:
 def choose_heads(study: Study, config: TaskConfig, k: int) -> ChangedHeads:
     """Top `k` heads of either kind, with random heads from every configured source."""
     tops = top_heads(study, k)
-    randoms = [random_controls(study, source, tops, k, config.random_draws) for source in config.random_from]
+    sources: tuple[Source, ...] = ("live",) if config.random_from is None else config.random_from
+    randoms = [random_controls(study, source, tops, k, config.random_draws) for source in sources]
     return ChangedHeads(k, tops, randoms)
+
+
+def vision_heads(study: Study, config: MaskConfig) -> ChangedHeads:
+    """The named heads of the vision tower, with random heads of the tower from every configured source.
+
+    Raises:
+        InputError: a head that the tower does not have.
+    """
+    heads = tuple(check_heads(study.model, config.named_heads, "vision"))
+    tops, k, every = {"vision": heads}, len(heads), all_heads(study.model, tower="vision")
+    sources: tuple[Source, ...] = ("others",) if config.random_from is None else config.random_from
+    layers = np.zeros((max(layer for layer, _ in every) + 1, max(head for _, head in every) + 1))
+    layers += np.arange(len(layers))[:, None]
+    randoms = []
+    for source in sources:
+        pool = every if source == "any" else [head for head in every if head not in heads]
+        what = f"{WORDS['any' if source == 'any' else 'others']}, of the vision tower"
+        quantity = layers if source == "layer" else None
+        randoms.append(_controls(source, tops, k, config.random_draws, study.config.seed, pool, what, quantity))
+    return ChangedHeads(k, tops, randoms, ranked=False)
 
 
 def different(tops: Mapping[str, tuple[Head, ...]]) -> dict[tuple[str, ...], tuple[Head, ...]]:
@@ -91,20 +119,34 @@ def random_controls(
     """
     excluded = [head for heads in tops.values() for head in heads]
     pool = candidates(study, source, excluded)
-    if source not in MATCHED:
-        sets = distinct_sets([pool] * k, draws, study.config.seed)
-        control = Control(f"random {k} {source}", sets, _origin(sets, pool, k, WORDS[source]))
+    quantity = MATCHED[source](study) if source in MATCHED else None
+    return _controls(source, tops, k, draws, study.config.seed, pool, WORDS.get(source, WORDS["matched"]), quantity)
+
+
+def _controls(
+    source: Source,
+    tops: Mapping[str, tuple[Head, ...]],
+    k: int,
+    draws: int,
+    seed: int,
+    pool: Sequence[Head],
+    what: str,
+    quantity: Float[np.ndarray, "layer head"] | None,
+) -> dict[str, Control]:
+    """Draw from a pool, or from its heads nearest to each changed one in a quantity; `what` is the pool in words."""
+    if quantity is None:
+        sets = distinct_sets([pool] * k, draws, seed)
+        control = Control(f"random {k} {source}", sets, _origin(sets, pool, k, what))
         return dict.fromkeys(tops, control)
-    quantity = MATCHED[source](study)
     found = {}
     for kinds, heads in different(tops).items():
-        sets = distinct_sets([nearest(head, pool, quantity) for head in heads], draws, study.config.seed)
-        origin = _origin(sets, pool, k, WORDS["matched"])
+        sets = distinct_sets([nearest(head, pool, quantity) for head in heads], draws, seed)
+        origin = _origin(sets, pool, k, what)
         if sets:
             drawn = np.mean([quantity[head] for own in sets for head in own])
             masked, all_of_them = (np.mean([quantity[head] for head in own]) for own in (heads, pool))
             origin += (
-                f", each among the {NEAREST} nearest in {QUANTITIES[source]}: mean {masked:.3g} in the top heads, "
+                f", each among the {NEAREST} nearest in {QUANTITIES[source]}: mean {masked:.3g} in the changed heads, "
                 f"{drawn:.3g} in the control, {all_of_them:.3g} in all candidates"
             )
         control = Control(f"random {k} like {' and '.join(kinds)} in {source}", sets, origin)

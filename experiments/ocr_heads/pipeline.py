@@ -31,6 +31,7 @@ from hooked_vlm.experiments.ocr_heads.study import Finding, Study, head_names
 from hooked_vlm.model.fingerprints import provenance
 from hooked_vlm.model.vlm import HookedVLM
 from hooked_vlm.runtime.files import writable_folder
+from hooked_vlm.runtime.progress import recorded
 
 PAPER = (
     "Ingeol Baek, Hwan Chang, Sunghyun Ryu and Hwanhee Lee. How Do Large Vision-Language Models See Text in Image? "
@@ -104,7 +105,7 @@ def run(config: ScoreConfig, model: HookedVLM | None = None, step: Step = untime
     writable_folder(config.out)
     study = Study(config, model)
     config = study.config  # with "auto" resolved
-    with study.workers as workers:
+    with recorded(config.out), study.workers as workers:
         findings = []
         for name, kind, experiment in EXPERIMENTS:
             if isinstance(config, kind):

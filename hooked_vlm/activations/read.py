@@ -27,7 +27,7 @@ from hooked_vlm.errors import ActivationsError, InputError
 from hooked_vlm.nn.hooks import nearest_names
 
 _NULLABLE = {pa.int32(): pd.Int32Dtype(), pa.bool_(): pd.BooleanDtype()}
-_DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 class Activations:
@@ -133,7 +133,7 @@ class Rows(Dataset):
 
     @property
     def dtype(self) -> torch.dtype:
-        return _DTYPES[self.activations.manifest["made"]["written_as"]]
+        return DTYPES[self.activations.manifest["made"]["written_as"]]
 
     @property
     def shape(self) -> tuple[int, ...]:

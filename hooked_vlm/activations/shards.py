@@ -28,7 +28,7 @@ from hooked_vlm.runtime.store import canonical
 
 MANIFEST = "activations.json"
 FORMAT = 1
-_EXTENT = b"hooked_vlm.shard"
+EXTENT = b"hooked_vlm.shard"
 
 
 @dataclass(frozen=True)
@@ -127,7 +127,7 @@ def write_shard(shard: Shard, pieces: dict[str, list[Tensor]], tables: Sequence[
 
     atomic_write(shard.data, save)
     table = pa.concat_tables(tables)
-    table = table.replace_schema_metadata({_EXTENT: canonical(_extent(shard)).encode()})
+    table = table.replace_schema_metadata({EXTENT: canonical(_extent(shard)).encode()})
     atomic_write(shard.index, lambda aside: pq.write_table(table, aside))
 
 
@@ -145,7 +145,7 @@ def read_shard(path: Path) -> Shard:
     """
     index, data = path.with_suffix(".parquet"), path.with_suffix(".safetensors")
     try:
-        found = json.loads((pq.read_schema(index).metadata or {})[_EXTENT])
+        found = json.loads((pq.read_schema(index).metadata or {})[EXTENT])
         shard = Shard(path, **found)
     except FileNotFoundError:
         raise

@@ -1,8 +1,9 @@
 """Figures of results: heatmaps, and values of image tokens laid over the picture.
 
-They return matplotlib figures (`figure.savefig("page.png")`); a notebook shows them.
+They return matplotlib figures (`figure.savefig("page.png")`) that a notebook shows.
 """
 
+import io
 from collections.abc import Sequence
 from typing import Any
 
@@ -20,6 +21,15 @@ WRITTEN = 80
 """Heatmaps of at most this number of cells show their values as text."""
 
 
+class Picture(Figure):
+    """A figure that a notebook shows by itself: matplotlib's own needs pyplot to be imported for that."""
+
+    def _repr_png_(self) -> bytes:
+        file = io.BytesIO()
+        self.savefig(file, format="png")
+        return file.getvalue()
+
+
 def heatmap(
     values: Float[np.ndarray, "row col"],
     rows: Sequence[Any],
@@ -27,10 +37,10 @@ def heatmap(
     names: tuple[str, str],
     label: str,
     title: str = "",
-) -> Figure:
+) -> Picture:
     """Draw values as colours; zero is the middle of the scale if any value is negative."""
     n_rows, n_columns = values.shape
-    figure = Figure(figsize=(min(14, 2.8 + 0.5 * n_columns), min(12, 1.7 + 0.38 * n_rows)), layout="constrained")
+    figure = Picture(figsize=(min(14, 2.8 + 0.5 * n_columns), min(12, 1.7 + 0.38 * n_rows)), layout="constrained")
     axes = figure.subplots()
     norm, colours = _scale(values)
     image = axes.imshow(values, norm=norm, cmap=colours, aspect="auto")
@@ -52,24 +62,29 @@ def heatmap(
 
 def overlay(
     picture: Any,
-    panels: Float[np.ndarray, "*maps"] | Float[Tensor, "*maps"],
+    panels: Float[np.ndarray | Tensor, "*maps"] | Sequence[Float[np.ndarray | Tensor, "row col"]],
     titles: Sequence[str] = (),
     label: str = "",
-) -> Figure:
+    columns: int = 5,
+) -> Picture:
     """Draw each panel of values over the picture, stretched to its size. NaN is transparent.
 
         overlay(page.image, cache.on_image(2, 1))  # head 2.1, over the page
+        overlay(page.image, [cache.on_image(2, 1), cache.on_image(2, 0)], ["head 2.1", "head 2.0"])
 
     Args:
         picture: the original image, as for `model.to_inputs`.
-        panels: values as returned by `inputs.on_image` or `cache.on_image`: one map, or several.
+        panels: values as returned by `inputs.on_image` or `cache.on_image`: one map, or several in one array or in a
+            sequence of maps.
         titles: one for each map; by default their numbers, where there are several.
+        label: name of the values.
+        columns: largest number of maps side by side.
 
     Raises:
         InputError: values that are no maps, or another number of titles.
     """
     shown = load_image(picture)
-    values = panels.detach().cpu().float().numpy() if isinstance(panels, Tensor) else np.asarray(panels)
+    values = _array(panels)
     if values.ndim not in (2, 3):
         raise InputError(f"overlay draws maps [row, col] or [map, row, col], got values of shape {values.shape}")
     panels = values.reshape(-1, *values.shape[-2:])
@@ -77,10 +92,10 @@ def overlay(
         titles = [""] if len(panels) == 1 else [str(i) for i in range(len(panels))]
     if len(titles) != len(panels):
         raise InputError(f"overlay needs a title for each of {len(panels)} maps, got {len(titles)}")
-    columns = min(5, len(panels))
+    columns = min(columns, len(panels))
     rows = -(-len(panels) // columns)
     width, height = shown.size
-    figure = Figure(figsize=(3.2 * columns + 0.9, (3.2 * height / width + 0.4) * rows), layout="constrained")
+    figure = Picture(figsize=(3.2 * columns + 0.9, (3.2 * height / width + 0.4) * rows), layout="constrained")
     norm, colours = _scale(panels)
     largest = max(abs(norm.vmin or 0.0), abs(norm.vmax or 0.0))
     image = None
@@ -96,6 +111,17 @@ def overlay(
         bar: Any = figure.colorbar(image, ax=figure.axes, label=label, shrink=0.8)
         bar.solids.set_alpha(1)
     return figure
+
+
+def _array(panels: Any) -> Float[np.ndarray, "*maps"]:
+    if isinstance(panels, Tensor):
+        return panels.detach().cpu().float().numpy()
+    if isinstance(panels, np.ndarray):
+        return panels
+    maps = [_array(own) for own in panels]
+    if shapes := {own.shape for own in maps} - {maps[0].shape} if maps else {()}:
+        raise InputError(f"overlay draws maps of one shape, got {maps[0].shape if maps else 'none'} and {min(shapes)}")
+    return np.stack(maps)
 
 
 def _scale(values: Float[np.ndarray, "..."]) -> tuple[Normalize, str]:

@@ -2,7 +2,6 @@
 
 import shutil
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pandas as pd
@@ -12,7 +11,7 @@ from hooked_vlm.activations.read import Activations
 from hooked_vlm.activations.write import stream_activations
 from hooked_vlm.commands.config import CacheConfig
 from hooked_vlm.data.sources import Samples
-from hooked_vlm.errors import ActivationsError, InputError
+from hooked_vlm.errors import InputError
 from hooked_vlm.experiments.common.workers import workers_of
 from hooked_vlm.loading.settings import as_dtype
 from hooked_vlm.model.by_name import load
@@ -74,27 +73,21 @@ def streamed(model: "HookedVLM", samples: Samples, config: CacheConfig) -> Activ
 
 
 def _on_ray(model: "HookedVLM", samples: Samples, config: CacheConfig) -> Activations:
-    """Let each worker stream some of the samples into a folder of its own, and join them."""
+    """Let each worker stream some of the samples into a folder of its own, and join them.
+
+    A stream that is there already is repeated, too: it takes no forward pass, and refuses other settings and samples.
+    """
     parts = config.out / ".parts"
+    done = ResultStore(parts / "done")
+    shutil.rmtree(done.folder, ignore_errors=True)
     n = -(-len(samples) // SAMPLES_PER_TASK)
     own = [replace(config, out=(parts / str(i)).resolve(), quiet=True) for i in range(n)]
-    tasks = [
-        Task(ResultStore(parts), {"model": model.identity(), "part": i}, part, (samples.shard(i, n), config))
-        for i, config in enumerate(own)
-        if not _finished(config.out)
-    ]
+    tasks = [Task(done, {"part": i}, part, (samples.shard(i, n), config)) for i, config in enumerate(own)]
     with recorded(config.out), workers_of(config, model, config.device) as workers:
         workers.tables(tasks, "activations", each=f"{SAMPLES_PER_TASK} samples", quiet=config.quiet)
     found = join_activations([config.out for config in own], config.out, progress=not config.quiet)
     shutil.rmtree(parts)
     return found
-
-
-def _finished(folder: Path) -> bool:
-    try:
-        return Activations(folder).finished
-    except ActivationsError:
-        return False
 
 
 def part(model: "HookedVLM", samples: Samples, config: CacheConfig) -> pd.DataFrame:

@@ -34,7 +34,7 @@ class HooksConfig:
 
     model: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="MODEL")]
     """A bundled toy model, a checkpoint folder or a hub name such as Qwen/Qwen2-VL-72B-Instruct."""
-    tower: Literal["all", "text", "vision", "projector"] = "all"
+    tower: Literal["all", "language", "vision", "projector"] = "all"
     """Which part of the model."""
     grep: str | None = None
     """Only hook points whose name or description has this in it (a regular expression, case ignored)."""
@@ -125,3 +125,15 @@ class MergeConfig:
     """Where the whole goes."""
     quiet: tyro.conf.Suppress[bool] = False
     """No progress bar."""
+
+
+@dataclass(frozen=True)
+class PushConfig:
+    """A folder of results, and where it goes."""
+
+    folder: tyro.conf.Positional[Path]
+    """What `hooked-vlm cache`, `sweep` or a study wrote."""
+    to: tyro.conf.Positional[str]
+    """A data set on the hub (owner/name), or a new folder (./name)."""
+    public: bool = False
+    """Everybody may see the data set on the hub."""

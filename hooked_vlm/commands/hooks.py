@@ -14,7 +14,7 @@ from hooked_vlm.model.hook_shapes import filled
 from hooked_vlm.model.vlm import HookedVLM
 from hooked_vlm.nn.hooks import is_vision
 
-Tower = Literal["text", "vision", "projector"]
+Tower = Literal["language", "vision", "projector"]
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ def _line(row: HookRow, cfg: VLMConfig) -> HookLine:
 
 def _tower(name: str) -> Tower:
     if not is_vision(name):
-        return "text"
+        return "language"
     return "vision" if name.startswith("vision.") else "projector"
 
 

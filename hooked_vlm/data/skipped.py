@@ -34,7 +34,11 @@ def join_skipped(folders: Iterable[Path], out: Path) -> None:
     Raises:
         OutputError: it cannot be written.
     """
-    lists = [pd.read_csv(path, dtype=str) for folder in folders if (path := folder / SKIPPED_FILE).exists()]
+    lists = [
+        pd.read_csv(path, dtype=str, keep_default_na=False)
+        for folder in folders
+        if (path := folder / SKIPPED_FILE).exists()
+    ]
     (out / SKIPPED_FILE).unlink(missing_ok=True)
     if lists:
         table = pd.concat(lists)

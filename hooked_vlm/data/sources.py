@@ -157,7 +157,7 @@ class JsonLines(Source):
 
     def read(self, start: int, stop: int) -> Iterator[Sample]:
         seen: set[str] = set()
-        with self.path.open(encoding="utf-8") as lines:
+        with self.path.open(encoding="utf-8-sig") as lines:
             filled = ((n, line) for n, line in enumerate(lines, start=1) if line.strip())
             for number, (n, line) in enumerate(islice(filled, start, stop), start=start):
                 yield _named(seen, f"{self.path}, line {n}", lambda line=line: json.loads(line), number, self)
@@ -172,7 +172,7 @@ class Csv(Source):
 
     def __len__(self) -> int:
         with self._open() as file:
-            return sum(1 for _ in csv.reader(file)) - 1
+            return max(0, sum(1 for row in csv.reader(file) if row) - 1)  # blank lines are no rows
 
     def _open(self) -> Any:
         return self.path.open(encoding="utf-8-sig", newline="")

@@ -62,6 +62,11 @@ class InputSpec:
     """The processor that says where tokens lie, also of models that have none to prepare pictures."""
     mrope: bool = True
     """Whether positions have three axes (M-RoPE); otherwise every token counts one position."""
+    class_tokens: int = field(init=False, repr=False)
+    """Number of class tokens before the patches of a picture in the tower."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "class_tokens", int(self.vision is not None and self.vision.class_token))
 
     @property
     def placeholder_ids(self) -> tuple[int, ...]:
@@ -81,14 +86,15 @@ class InputSpec:
         """Whether a row of the pixel tensor is a patch; otherwise it is a picture that the tower sees."""
         return self.vision is None or self.vision.patch_order == "blocks"
 
-    @property
-    def class_tokens(self) -> int:
-        """Number of class tokens before the patches of a picture in the tower."""
-        return int(self.vision is not None and self.vision.class_token)
-
     def encode(self, text: str) -> list[int]:
         """Token ids of a text as it stands; none without a tokenizer."""
         return [] if self.tokenizer is None else self.tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of token ids, special tokens included; their numbers without a tokenizer."""
+        if self.tokenizer is None:
+            return " ".join(map(str, ids))
+        return str(self.tokenizer.decode(list(ids), clean_up_tokenization_spaces=False))
 
     def layout_of(self, grid: Grid, kind: Kind, size: tuple[int, int] | None = None) -> ImageLayout:
         """The layout of an image or video that the tower sees as `grid`."""

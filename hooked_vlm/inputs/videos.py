@@ -151,7 +151,7 @@ def _decoded(source: str | io.BytesIO, name: str) -> Iterator[_Decoded]:
             file = stack.enter_context(open(source, "rb")) if isinstance(source, str) else source
             file.seek(0)
             options = {"format_whitelist": _CONTAINERS}
-            container = stack.enter_context(av.open(file, container_options=options, io_open=_refuse_other_files))
+            container: Any = stack.enter_context(av.open(file, container_options=options, io_open=_refuse_other_files))
             stream = container.streams.video[0]
             rate = None if stream.average_rate is None else float(stream.average_rate)
             _check_pixels(stream.codec_context.width, stream.codec_context.height)

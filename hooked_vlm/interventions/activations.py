@@ -98,7 +98,7 @@ class PatchActivation(Intervention):
 
     def __str__(self) -> str:
         heads = "" if self.heads is None else f" heads {','.join(map(str, self.heads))}"
-        return f"PatchActivation {self.name}{heads} at {_label(self.positions)}"
+        return f"PatchActivation {self.name}{heads} at {position_label(self.positions)}"
 
 
 @dataclass(frozen=True, eq=False)
@@ -134,7 +134,7 @@ class AddVector(Intervention):
         return made_for(inputs, [(self.name, add)])
 
     def __str__(self) -> str:
-        return f"AddVector {self.scale:g} at {self.name}, {_label(self.positions)}"
+        return f"AddVector {self.scale:g} at {self.name}, {position_label(self.positions)}"
 
 
 @dataclass(frozen=True, eq=False)
@@ -187,7 +187,7 @@ class ReplaceImageTokens(Intervention):
 
     def __str__(self) -> str:
         values = self.values if isinstance(self.values, str) else "a vector"
-        return f"ReplaceImageTokens {_label(self.tokens)} by {values}"
+        return f"ReplaceImageTokens {position_label(self.tokens)} by {values}"
 
 
 class _Where:
@@ -247,5 +247,6 @@ def _head_axis(name: str) -> int | None:
     return 2 if name.endswith(per_head) else None
 
 
-def _label(positions: Positions) -> str:
+def position_label(positions: Positions) -> str:
+    """Name of positions in texts and tables."""
     return "all positions" if positions is None else positions if isinstance(positions, str) else f"{positions}"

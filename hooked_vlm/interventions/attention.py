@@ -26,7 +26,7 @@ class BlockAttention(HeadIntervention):
 
     query: Positions = None
     key: Positions = None
-    tower: Tower = "text"
+    tower: Tower = "language"
 
     attention: ClassVar[Literal["edited", "recomputed", ""]] = "edited"
 
@@ -37,7 +37,7 @@ class BlockAttention(HeadIntervention):
         layers: range | tuple[int, ...],
         query: Positions = None,
         key: Positions = None,
-        tower: Tower = "text",
+        tower: Tower = "language",
     ) -> "BlockAttention":
         """For all heads of some layers."""
         return cls(all_heads(model, layers, tower), query, key, tower)
@@ -69,7 +69,7 @@ class BlockAttention(HeadIntervention):
 
 
 def all_heads(
-    model: "HookedVLM", layers: range | tuple[int, ...] | None = None, tower: Tower = "text"
+    model: "HookedVLM", layers: range | tuple[int, ...] | None = None, tower: Tower = "language"
 ) -> tuple[Head, ...]:
     """Every head of some layers, or of all layers that run."""
     n_layers, n_heads, _ = tower_shape(model, tower)

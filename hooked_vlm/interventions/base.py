@@ -29,7 +29,7 @@ Positions = str | tuple[int, ...] | tuple[tuple[int, ...], ...] | None
 "final", "generated"), "text" (all but images and videos) or a sum of groups ("final+generated", where a group that
 these inputs do not have adds nothing); absolute positions, for all rows or a tuple per row."""
 
-Tower = Literal["text", "vision"]
+Tower = Literal["language", "vision"]
 """The language model, or the vision tower: there positions are numbers of patches, a class token in front of them
 included; the same of every image, or a tuple for each image, tile or frame of a video."""
 
@@ -93,8 +93,8 @@ class Compose(Intervention):
             if isinstance(part, Compose):
                 counts += part._heads(kind)
             elif part.attention == kind:
-                tower = getattr(part, "tower", "text")
-                counts.update({(tower, *head) for head in getattr(part, "heads", ())})
+                tower: Tower = getattr(part, "tower", "language")
+                counts.update({(tower, layer, head) for layer, head in getattr(part, "heads", ())})
         return counts
 
     def first_position(self, model: "HookedVLM", inputs: VLMInputs) -> int:

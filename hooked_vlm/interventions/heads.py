@@ -82,8 +82,8 @@ class HeadIntervention(Intervention):
 
     @property
     def in_tower(self) -> Tower:
-        """The field `tower` of interventions that have one, otherwise "text"."""
-        return getattr(self, "tower", "text")
+        """The field `tower` of interventions that have one, otherwise "language"."""
+        return getattr(self, "tower", "language")
 
     def selected(self, where: Positions, inputs: VLMInputs) -> Bool[Tensor, "row width_and_one"]:
         """Positions of each row, or patches of each image, as a table (`position_table`, `patch_table`)."""
@@ -180,7 +180,7 @@ class ScaleHeads(HeadIntervention):
 
     factor: float
     positions: Positions = None
-    tower: Tower = "text"
+    tower: Tower = "language"
 
     def edits(self, model: "HookedVLM", inputs: VLMInputs, layer: int) -> list[tuple[str, Edit]]:
         return [("hook_z", _edit_z(self.selected(self.positions, inputs), lambda z: z * self.factor))]
@@ -191,7 +191,7 @@ class ZeroHeads(HeadIntervention):
     """The outputs of heads (`hook_z`) are zero, at every position and every step of generation by default."""
 
     positions: Positions = None
-    tower: Tower = "text"
+    tower: Tower = "language"
 
     def edits(self, model: "HookedVLM", inputs: VLMInputs, layer: int) -> list[tuple[str, Edit]]:
         return [("hook_z", _edit_z(self.selected(self.positions, inputs), torch.zeros_like))]
@@ -203,7 +203,7 @@ class MeanHeads(HeadIntervention):
 
     means: Float[Tensor, "layer head d_head"]
     positions: Positions = None
-    tower: Tower = "text"
+    tower: Tower = "language"
 
     def edits(self, model: "HookedVLM", inputs: VLMInputs, layer: int) -> list[tuple[str, Edit]]:
         expected = tower_shape(model, self.tower)
@@ -233,17 +233,17 @@ def tower_shape(model: "HookedVLM", tower: Tower) -> tuple[int, int, int]:
     Raises:
         InputError: a model without a vision tower, or another word for a tower.
     """
-    if tower not in ("text", "vision"):
-        raise InputError(f'tower must be "text" or "vision", got {tower!r}')
+    if tower not in ("language", "vision"):
+        raise InputError(f'tower must be "language" or "vision", got {tower!r}')
     cfg, vision = model.cfg, model.cfg.vision
-    if tower == "text":
+    if tower == "language":
         return cfg.n_layers, cfg.n_heads, cfg.d_head
     if vision is None:
         raise InputError(f"{cfg.model_name or 'this model'} is a language model without a vision tower")
     return vision.n_layers_run, vision.n_heads, vision.d_head
 
 
-def check_heads(model: "HookedVLM", heads: Sequence[Head], tower: Tower = "text") -> Sequence[Head]:
+def check_heads(model: "HookedVLM", heads: Sequence[Head], tower: Tower = "language") -> Sequence[Head]:
     """Check that heads exist, and return them.
 
     Raises:
@@ -254,7 +254,7 @@ def check_heads(model: "HookedVLM", heads: Sequence[Head], tower: Tower = "text"
         raise InputError(f"heads are pairs (layer, head), such as ((2, 1), (3, 0)), got {heads!r}")
     for layer, head in heads:
         if not (0 <= layer < n_layers and 0 <= head < n_heads):
-            which = "model" if tower == "text" else "vision tower"
+            which = "model" if tower == "language" else "vision tower"
             raise InputError(
                 f"there is no head {layer}.{head}: the {which} has layers 0 to {n_layers - 1} "
                 f"with heads 0 to {n_heads - 1}"
@@ -263,7 +263,7 @@ def check_heads(model: "HookedVLM", heads: Sequence[Head], tower: Tower = "text"
 
 
 def mean_head_outputs(
-    model: "HookedVLM", inputs: Iterable[VLMInputs], positions: Positions = None, tower: Tower = "text"
+    model: "HookedVLM", inputs: Iterable[VLMInputs], positions: Positions = None, tower: Tower = "language"
 ) -> Float[Tensor, "layer head d_head"]:
     """Every head's `hook_z` averaged over positions of all inputs, for `MeanHeads`.
 
@@ -281,7 +281,7 @@ def mean_head_outputs(
 
 @torch.no_grad()
 def head_output_sums(
-    model: "HookedVLM", inputs: Iterable[VLMInputs], positions: Positions = None, tower: Tower = "text"
+    model: "HookedVLM", inputs: Iterable[VLMInputs], positions: Positions = None, tower: Tower = "language"
 ) -> tuple[Float[Tensor, "layer head d_head"], int]:
     """Sums of `mean_head_outputs`, and the number of positions; they add up over parts of a data set."""
     shape = tower_shape(model, tower)

@@ -138,7 +138,7 @@ class UniformAttention(EditedPattern):
     """
 
     positions: Positions = None
-    tower: Tower = "text"
+    tower: Tower = "language"
 
     def edit_pattern(self, pattern: Tensor, call: AttentionCall, queries: Tensor, inputs: VLMInputs) -> Tensor:
         seen = call.visible(queries).expand(len(pattern), pattern.shape[1], -1, -1).to(pattern.dtype)

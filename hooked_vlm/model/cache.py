@@ -4,37 +4,37 @@ from collections.abc import Iterable, Iterator
 from copy import copy, deepcopy
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from transformer_lens import ActivationCache
 from transformer_lens.utilities import Slice, SliceInput
 
 from hooked_vlm.errors import InputError
 from hooked_vlm.inputs.boxes import Part
+from hooked_vlm.inputs.seen_pictures import seen_picture
 from hooked_vlm.inputs.token_layout import real_span
 from hooked_vlm.inputs.vlm_inputs import VLMInputs
 from hooked_vlm.model import cache_files
-from hooked_vlm.model.cut import Spans, at_real_positions, spans_of
+from hooked_vlm.model.cut import Spans, spans_of
+from hooked_vlm.model.decompositions import DecomposingCache
 from hooked_vlm.model.deriving import Derivation, DerivingCache
-from hooked_vlm.nn.hooks import deepstack_points, is_vision
+from hooked_vlm.nn.hooks import is_vision
 
 if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
     from hooked_vlm.model.vlm import HookedVLM
 
 
-class VLMCache(DerivingCache):
+class VLMCache(DecomposingCache):
     """Activations of one run, by hook name or TransformerLens' shorthand (`cache["pattern", 3]`).
 
     Image-side activations (batch axis: images) live in `cache.vision`, under their names without `vision.`:
     `cache.vision["resid_post", 1]`. Position slicing and batch removal leave them alone. They are also found
     here under their full hook names.
-
-    `apply_ln` applies norms whole, weight included, so that decompositions rebuild the logits of a model whose
-    norm weights are not folded.
     """
 
     def __init__(
@@ -193,11 +193,7 @@ class VLMCache(DerivingCache):
                 "this cache was cut to some rows, or loaded, and does not know its images: ask before, or set "
                 "cache.inputs to the inputs of the run"
             )
-        row, tokens = inputs.row_of_image(image), inputs.image_tokens(image)
-        first, stop = inputs.first[row], inputs.stop[row]
-        at = stop + query if query < 0 else query
-        if not first <= at < stop:
-            raise InputError(f"there is no query {query} in row {row}, whose tokens lie at {first} to {stop - 1}")
+        row, at = _query(inputs, image, query)
         name = self._full_name(("pattern", layer))
         if name in self.cache_dict:
             pattern = self.cache_dict[name] if self.has_batch_dim else self.cache_dict[name][None]
@@ -209,180 +205,61 @@ class VLMCache(DerivingCache):
             attention = (attention[row] if self.has_batch_dim else attention)[:, 0]
         if head is not None and not 0 <= head < len(attention):
             raise InputError(f"there is no head {head}: the model has heads 0 to {len(attention) - 1}")
-        chosen = attention[:, tokens.to(attention.device)]
+        chosen = attention[:, inputs.image_tokens(image).to(attention.device)]
         laid_out = torch.from_numpy(np.ascontiguousarray(inputs.on_image(image, chosen, part)))
         return laid_out if head is None else laid_out[head]
 
-    # ---------------------------------------------------------------- TransformerLens' decompositions
-
-    accumulated_resid = at_real_positions(ActivationCache.accumulated_resid)
-    stack_neuron_results = at_real_positions(ActivationCache.stack_neuron_results)
-    logit_attrs = at_real_positions(ActivationCache.logit_attrs)
-
-    @at_real_positions
-    def stack_head_results(
-        self,
-        layer: int = -1,
-        return_labels: bool = False,
-        incl_remainder: bool = False,
-        pos_slice: Slice | SliceInput = None,
-        apply_ln: bool = False,
-    ) -> Any:
-        """TransformerLens' stack: what each head adds to the stream (`Block.head_outputs`)."""
-        self._ensure_head_results()
-        added = copy(self)
-        for own, block in enumerate(self.model.blocks):
-            if block.post_norms:
-                name, scale = f"blocks.{own}.attn.hook_result", self._post_scale(own, "ln1_post")
-                added.cache_dict[name] = block.ln1_post.frozen(self[name], scale[..., None, :])
-        return super(VLMCache, added).stack_head_results(layer, return_labels, incl_remainder, pos_slice, apply_ln)
-
-    @at_real_positions
-    def get_neuron_results(
+    def show(
         self,
         layer: int,
-        neuron_slice: Slice | SliceInput = None,
-        pos_slice: Slice | SliceInput = None,
-        project_output_onto: Tensor | None = None,
-    ) -> Tensor:
-        """TransformerLens' results: what each neuron adds to the stream. The denominator of a norm behind the MLP is
-        that of the run."""
-        block = self.model.blocks[layer]
-        if not block.post_norms:
-            return super().get_neuron_results(layer, neuron_slice, pos_slice, project_output_onto)
-        at = pos_slice if isinstance(pos_slice, Slice) else Slice(pos_slice)
-        scale = at.apply(self._post_scale(layer, "ln2_post")[..., 0], dim=-1)  # [...]
-        onto, factor = project_output_onto, block.ln2_post.factor
-        if onto is not None:
-            factor = factor.to(onto.device) if onto.ndim == 1 else factor[:, None].to(onto.device)
-            onto = (factor * onto).to(onto.dtype)
-        results = super().get_neuron_results(layer, neuron_slice, at, onto)  # [..., neuron, d_model or direction]
-        scale = scale[(..., *[None] * (results.ndim - scale.ndim))].to(results.device)
-        return (results / scale * (factor.to(results.device) if onto is None else 1)).to(results.dtype)
+        head: int | None = None,
+        token: int = -1,
+        image: int = 0,
+        part: Part = "tiles",
+        picture: Any = None,
+    ) -> "Figure":
+        """Draw the attention of one token over an image; a notebook shows the figure.
 
-    def _post_scale(self, layer: int, norm: str) -> Float[Tensor, "*batch pos 1"]:
-        """The denominator of a norm behind attention or MLP.
+            cache.show(2, 1)                      # head 2.1, from the last token
+            cache.show(2, picture=page.image)     # all heads of the layer, over the original
+
+        Args:
+            head: None for all heads, side by side.
+            token: the query, a column of the inputs; negative ones count from the end of the image's row.
+            picture: the original image. Without it the pixels that the model saw are shown, as coarse as its resizing
+                left them.
 
         Raises:
-            InputError: it is not in this cache.
+            InputError: there is no image, or what `on_image` refuses.
+            KeyError: as in `on_image`.
         """
-        name = f"blocks.{layer}.{norm}.hook_scale"
-        if name not in self.cache_dict:
+        from hooked_vlm.analysis.pictures import overlay  # upwards: docs/architecture.md
+
+        if self.inputs is not None and not self.inputs.n_images:
             raise InputError(
-                f"this cache holds no {name}, which it takes to tell apart what heads or neurons add to the stream "
-                "behind a norm: name it in names_filter"
+                'the run of this cache had no image to draw over: its attention is cache["pattern", layer]'
             )
-        return self.cache_dict[name]
-
-    @at_real_positions
-    def decompose_resid(
-        self,
-        layer: int | None = None,
-        mlp_input: bool = False,
-        mode: Literal["all", "mlp", "attn"] = "all",
-        apply_ln: bool = False,
-        pos_slice: Slice | SliceInput = None,
-        incl_embeds: bool = True,
-        return_labels: bool = False,
-    ) -> Any:
-        """TransformerLens' decomposition; with `incl_embeds` image features that enter behind blocks (DeepStack) are
-        parts, too, labelled "0_deepstack"."""
-        parts, labels = super().decompose_resid(layer, mlp_input, mode, apply_ln, pos_slice, incl_embeds, True)
-        if incl_embeds:
-            entering, names = self._deepstack(layer, mlp_input, apply_ln, pos_slice)
-            parts, labels = torch.cat((parts, *entering)), [*labels, *names]
-        return (parts, labels) if return_labels else parts
-
-    @at_real_positions
-    def get_full_resid_decomposition(
-        self,
-        layer: int | None = None,
-        mlp_input: bool = False,
-        expand_neurons: bool = True,
-        apply_ln: bool = False,
-        pos_slice: Slice | SliceInput = None,
-        return_labels: bool = False,
-        project_output_onto: Tensor | None = None,
-    ) -> Any:
-        """TransformerLens' decomposition, and image features that enter behind blocks (DeepStack) as parts."""
-        parts, labels = super().get_full_resid_decomposition(
-            layer, mlp_input, expand_neurons, apply_ln, pos_slice, True, project_output_onto
+        maps, inputs = self.on_image(layer, head, token, image, part), self.inputs
+        assert inputs is not None  # `on_image` refuses
+        row, at = _query(inputs, image, token)
+        shown = seen_picture(inputs, image) if picture is None else picture
+        own, heads = layer % self.derivation.n_layers, range(len(maps)) if head is None else [head]
+        figure = overlay(shown, maps, [f"head {own}.{h}" for h in heads], "attention")
+        figure.suptitle(
+            f"attention of {inputs.spec.decode([int(inputs.tokens[row, at])])!r}, position {at}", fontsize=10
         )
-        entering, names = self._deepstack(layer, mlp_input, apply_ln, pos_slice)
-        if project_output_onto is not None:
-            entering = [part @ project_output_onto for part in entering]
-        parts, labels = torch.cat((parts, *entering)), [*labels, *names]
-        return (parts, labels) if return_labels else parts
+        return figure
 
-    def _deepstack(
-        self, layer: int | None, mlp_input: bool, apply_ln: bool, pos_slice: Slice | SliceInput
-    ) -> tuple[list[Float[Tensor, "1 *batch_and_pos d_model"]], list[str]]:
-        """What enters the stream behind the blocks before `layer`, and its labels.
 
-        Raises:
-            InputError: it is not known whether there were images.
-        """
-        cfg = self.model.cfg
-        until = cfg.n_layers if layer in (None, -1) else layer
-        names = deepstack_points(min(cfg.n_deepstack, until))
-        if not names or (self.inputs is not None and not self.inputs.has_visuals):
-            return [], []
-        if self.inputs is None and names[0] not in self.cache_dict:
-            raise InputError(
-                f"this cache holds no {names[0]} and does not know whether its run had images: set cache.inputs to the "
-                "inputs of the run"
-            )
-        at = pos_slice if isinstance(pos_slice, Slice) else Slice(pos_slice)
-        parts = [at.apply(self[name], dim=-2)[None] for name in names]
-        if apply_ln:
-            parts = [self.apply_ln_to_stack(part, until, pos_slice=at, mlp_input=mlp_input) for part in parts]
-        return parts, [f"{block}_deepstack" for block in range(len(parts))]
+def _query(inputs: VLMInputs, image: int, query: int) -> tuple[int, int]:
+    """The row of an image, and the position of a query in it; negative ones count from the row's end.
 
-    # ---------------------------------------------------------------- norms, weight included
-
-    @at_real_positions
-    def apply_ln_to_stack(
-        self,
-        residual_stack: Tensor,
-        layer: int | None = None,
-        mlp_input: bool = False,
-        pos_slice: Slice | SliceInput = None,
-        batch_slice: Slice | SliceInput = None,
-        has_batch_dim: bool = True,
-        recompute_ln: bool = False,
-    ) -> Tensor:
-        """Apply the final norm as TransformerLens does, then its learned weight (which must be folded there)."""
-        out = super().apply_ln_to_stack(
-            residual_stack, layer, mlp_input, pos_slice, batch_slice, has_batch_dim, recompute_ln
-        )
-        is_final = layer is None or layer == -1 or layer == self.model.cfg.n_layers
-        if recompute_ln and is_final:  # the parent called ln_final itself, weight and all
-            return out
-        return (out * self._norm_factor(layer, mlp_input)).to(out.dtype)
-
-    def _ensure_head_results(self) -> bool:
-        # the parent multiplies by W_O where it lies, which need not be here, and may be no plain matrix
-        for layer, block in enumerate(self.model.blocks):
-            result, z = f"blocks.{layer}.attn.hook_result", f"blocks.{layer}.attn.hook_z"
-            if result not in self.cache_dict and z in self.cache_dict:
-                self.cache_dict[result] = block.attn.head_results(self.cache_dict[z])
-        return super()._ensure_head_results()
-
-    def _stack_neuron_results_apply_ln_projected(
-        self, layer: int, pos_slice: Slice, neuron_slice: Slice, project_2d: Tensor, mlp_input: bool = False
-    ) -> Tensor:
-        # the parent divides by the scale within the projection, so the weight goes into the projection
-        project_2d = project_2d * self._norm_factor(layer, mlp_input)[:, None]
-        if layer and self.model.cfg.use_normalization_before_and_after:
-            scale = self._get_cached_ln_scale(layer, mlp_input=mlp_input, pos_slice=pos_slice)[..., None]
-            parts = [self.get_neuron_results(own, neuron_slice, pos_slice, project_2d) for own in range(layer)]
-            return torch.cat([part / scale for part in parts], dim=-2).movedim(-2, 0)
-        return super()._stack_neuron_results_apply_ln_projected(
-            layer, pos_slice, neuron_slice, project_2d, mlp_input=mlp_input
-        )
-
-    def _norm_factor(self, layer: int | None, mlp_input: bool) -> Tensor:
-        if layer is None or layer == -1 or layer == self.model.cfg.n_layers:
-            return self.model.ln_final.factor
-        block = self.model.blocks[layer]
-        return (block.ln2 if mlp_input else block.ln1).factor.to(self.model.cfg.device)
+    Raises:
+        InputError: there is no such image or query.
+    """
+    row = inputs.row_of_image(image)
+    first, stop = inputs.first[row], inputs.stop[row]
+    at = stop + query if query < 0 else query
+    if not first <= at < stop:
+        raise InputError(f"there is no query {query} in row {row}, whose tokens lie at {first} to {stop - 1}")
+    return row, at

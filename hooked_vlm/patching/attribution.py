@@ -35,7 +35,7 @@ def attribute(
     where: Where,
     layers: Sequence[int] | None = None,
     heads: Sequence[int] | None = None,
-    tower: Tower = "text",
+    tower: Tower = "language",
     direction: Direction = "denoising",
     logits_at: Literal["last", "all"] = "last",
     check: int = 32,
@@ -150,7 +150,7 @@ def _mask(rows: Rows, width: int) -> Bool[Tensor, "row position"]:
 
 def _examples(pair: Pair, cells: Cells) -> Tensor:
     """The example of each row of an activation."""
-    if cells.tower == "text":
+    if cells.tower == "language":
         return torch.arange(len(pair))
     visuals = pair.clean.in_feature_order
     return torch.tensor([v.row for v in visuals for _ in range(v.grid[0])])

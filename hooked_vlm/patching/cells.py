@@ -52,7 +52,7 @@ class Cells:
         if what not in get_args(What):
             raise InputError(f"there is no activation {what!r} to patch: choose from {', '.join(get_args(What))}")
         if tower not in get_args(Tower):
-            raise InputError(f'tower must be "text" or "vision", got {tower!r}')
+            raise InputError(f'tower must be "language" or "vision", got {tower!r}')
         n_layers, n_heads = _sizes(model, what, tower)
         if heads is not None and what not in PER_HEAD:
             raise InputError(f"{what} has no heads: leave out heads")
@@ -75,7 +75,7 @@ class Cells:
     @property
     def title(self) -> str:
         """The activation and its tower, for figures."""
-        return self.what if self.tower == "text" else f"{self.what} of the vision tower"
+        return self.what if self.tower == "language" else f"{self.what} of the vision tower"
 
     @property
     def axes(self) -> dict[str, tuple[str | int, ...]]:
@@ -112,16 +112,16 @@ class Cells:
         ]
 
 
-def _sizes(model: "HookedVLM", what: str, tower: str) -> tuple[int, int]:
+def _sizes(model: "HookedVLM", what: str, tower: Tower) -> tuple[int, int]:
     """Number of layers, and of heads of the activation."""
     cfg = model.cfg
     if what == "deepstack":
-        if tower != "text" or not cfg.n_deepstack:
-            where = "the vision tower" if tower != "text" else cfg.model_name or "this model"
+        if tower != "language" or not cfg.n_deepstack:
+            where = "the vision tower" if tower != "language" else cfg.model_name or "this model"
             raise InputError(f"no image features enter behind the blocks of {where}: it has no deepstack to patch")
         return cfg.n_deepstack, 0
     n_layers, n_heads, _ = tower_shape(model, tower)
-    return n_layers, cfg.n_key_value_heads if tower == "text" and what in ("k", "v") else n_heads
+    return n_layers, cfg.n_key_value_heads if tower == "language" and what in ("k", "v") else n_heads
 
 
 def _check_grids(pairs: Sequence[Pair]) -> None:

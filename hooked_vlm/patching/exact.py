@@ -30,7 +30,7 @@ def patch(
     where: Where,
     layers: Sequence[int] | None = None,
     heads: Sequence[int] | None = None,
-    tower: Tower = "text",
+    tower: Tower = "language",
     direction: Direction = "denoising",
     logits_at: Literal["last", "all"] = "last",
     max_runs: int | None = None,

@@ -74,7 +74,7 @@ def one_for_each(given: Any, n: int, kind: str) -> list[Any]:
 
 @torch.no_grad()
 def encoded_sides(
-    model: "HookedVLM", pair: Pair, direction: Direction, tower: Tower = "text"
+    model: "HookedVLM", pair: Pair, direction: Direction, tower: Tower = "language"
 ) -> tuple[VLMInputs, VLMInputs]:
     """`pair.sides`, their images encoded once for all runs unless these change the vision tower."""
     base, source = pair.sides(direction)

@@ -192,6 +192,10 @@ class PatchingResult:
 
     # ---------------------------------------------------------------- pictures
 
+    def show(self, title: str = "", **labels: Label) -> Figure:
+        """Draw the means; a notebook shows the figure. The name that all results share: here it is `heatmap`."""
+        return self.heatmap(title, **labels)
+
     def heatmap(self, title: str = "", **labels: Label) -> Figure:
         """The means over two axes; further ones are fixed by labels, as in `select`.
 

@@ -144,6 +144,7 @@ class Workers(ABC):
             total = len(tasks)
         places: list[Stored | None] = []
         numbers: dict[Path, list[int]] = {}
+        failed: set[Path] = set()
         with Progress(what, each, total, quiet=quiet) as progress:
             missing = self._missing(tasks, places, numbers, progress)
             with closing(self.results(missing)) as results:
@@ -152,10 +153,9 @@ class Workers(ABC):
                     for task, table in results:
                         if isinstance(table, HookedVLMError):
                             if skip is None:
-                                raise table
+                                raise _with_label(table, task.label)
                             skip(task, table)
-                            for number in numbers[task.path]:
-                                places[number] = None
+                            failed.add(task.path)
                         else:
                             task.parts.put(task.key, table)
                             done += task.size
@@ -164,6 +164,8 @@ class Workers(ABC):
                 finally:
                     if done:
                         self.count(done, time.perf_counter() - begun)
+        for number in (number for path in failed for number in numbers[path]):
+            places[number] = None
         return places
 
     def _missing(
@@ -258,6 +260,15 @@ class WorkerState:
     def table(self, work: Callable[..., pd.DataFrame], arguments: tuple[Any, ...]) -> pd.DataFrame:
         """The table of a task."""
         return work(self.model, *arguments)
+
+
+def _with_label(error: HookedVLMError, label: str) -> HookedVLMError:
+    """The error, saying which task it is of."""
+    if not label or repr(label) in str(error):
+        return error
+    labelled = type(error)(f"{label!r}: {error}")
+    labelled.__cause__ = error
+    return labelled
 
 
 def _say_what_changed(task: Task) -> None:

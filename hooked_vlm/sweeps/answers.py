@@ -25,7 +25,9 @@ class OfAnswer:
     - "log-prob": the log-probability of the answer's first token;
     - "logit-diff": the logit of the answer's first token minus that of the most likely other token of the run without
       intervention;
-    - "answer": 1 where greedy decoding would give exactly this answer, else 0 (`hooked_vlm.metrics.answered`).
+    - "answer": 1 where greedy decoding would begin with exactly this answer's tokens, else 0
+      (`hooked_vlm.metrics.answered`). The model's own answer ends with its end token unless it reached
+      `max_new_tokens`; a sample's answer has none, so a generated "42" may count for the answer "4".
     """
 
     kind: Literal["log-prob", "logit-diff", "answer"] = "log-prob"
@@ -84,11 +86,12 @@ def _of_answer(prompt: Subject, wanted: OfAnswer) -> Subject:
     model, inputs = prompt.model, prompt.inputs
     if len(inputs) != 1 or any(inputs.n_generated):
         raise InputError(f"OfAnswer is about one prompt without an answer; got {inputs}")
+    if model.tokenizer is None:
+        raise InputError("the model has no tokenizer: an answer is text")
     if wanted.answer is None:
         tokens = model.generate(prompt.encoded, wanted.max_new_tokens, return_type="tokens")[0, inputs.shape[1] :]
-        text = str(model.to_string(tokens))
-    elif model.tokenizer is None:
-        raise InputError("the model has no tokenizer that could encode the answer")
+        special = set(model.tokenizer.all_special_ids)
+        text = str(model.to_string([token for token in tokens.tolist() if token not in special]))
     else:
         text = wanted.answer
         tokens = torch.tensor(model.tokenizer.encode(text, add_special_tokens=False), dtype=torch.long)

@@ -160,6 +160,9 @@ def sweep_each(
             quiet=not progress,
             skip=skip if on_error == "skip" else None,
         )
+    for (name, _), place in zip(origins, stored, strict=True):
+        if place is None:
+            skipped.setdefault(name, "it has the inputs of another case that cannot be used")
     report_skipped(folder, skipped, stacklevel=3)
     for name, blocks in groupby(zip(origins, stored, strict=True), key=lambda block: block[0][0]):
         if name not in skipped:

@@ -1,6 +1,6 @@
 """Plan of a sweep: the runs that share a batch, where each begins, and the part of the plain run they reuse."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -22,6 +22,8 @@ MEMORY_SHARE = 0.5
 """Share of the free memory that a batch may take."""
 TOKENS_PER_BATCH = {"cpu": 1024, "cuda": 65536}
 """Above this size, larger batches are no faster."""
+PATCHES_PER_BATCH = {"cpu": 2048, "cuda": 65536}
+"""The same in the vision tower (`benchmarks/sweeps.py`)."""
 
 
 @dataclass(frozen=True)
@@ -200,7 +202,7 @@ def make_plan(
     find_positions = all(iv.position_aware for iv in interventions)
     narrow = logits_at == "last" and find_positions and not foreign and min(inputs.stop) == n_positions
     encodes = inputs.has_visuals and inputs.image_features is None
-    tower = (sum(n_patches(inputs)), 0 if model.cfg.vision is None else model.cfg.vision.n_layers_run)
+    tower = (sum(n_patches(inputs)), model.vision.n_layers_run) if inputs.has_visuals else (0, 0)
     shape = (len(inputs), n_positions, n_layers)
     return SweepPlan(tuple(batches), *shape, narrow, find_positions, encodes, *tower, earlier)
 
@@ -261,23 +263,25 @@ def runs_that_fit(model: "HookedVLM", inputs: VLMInputs, width: int, logits_at: 
     keys = 6 * n_keys * cfg.n_key_value_heads * cfg.d_head * size
     scores = 3 * cfg.n_heads * width * n_keys * 4
     logits = cfg.d_vocab * 4 * (1 if logits_at == "last" else 2 * width)
-    return _batch_size(len(inputs) * (activations + keys + scores + logits), len(inputs) * width, cfg.device)
+    n_bytes = len(inputs) * (activations + keys + scores + logits)
+    return _batch_size(n_bytes, len(inputs) * width, TOKENS_PER_BATCH, cfg.device)
 
 
 def _runs_that_encode(model: "HookedVLM", inputs: VLMInputs) -> int:
     """Number of runs that fit into a pass of the vision tower."""
     cfg = model.cfg.vision
     assert cfg is not None  # some runs change the vision tower
-    n_patches = sum(t * h * w for t, h, w in inputs.grids)
+    counts = n_patches(inputs)
     size = torch.finfo(model.cfg.dtype).bits // 8
     per_patch = (8 * cfg.d_model + 3 * cfg.d_mlp + 4 * cfg.n_heads * cfg.d_head) * size
-    return _batch_size(n_patches * per_patch, n_patches, model.cfg.device)
+    scores = 3 * cfg.n_heads * len(counts) * max(counts) ** 2 * 4
+    return _batch_size(sum(counts) * per_patch + scores, sum(counts), PATCHES_PER_BATCH, model.cfg.device)
 
 
-def _batch_size(n_bytes: int, n_tokens: int, device: torch.device) -> int:
-    """Number of runs in a batch, from the bytes and tokens of one run."""
+def _batch_size(n_bytes: int, n_tokens: int, fast: Mapping[str, int], device: torch.device) -> int:
+    """Number of runs in a batch, from the bytes and tokens (patches) of one run, and how many of these are `fast`."""
     by_memory = int(MEMORY_SHARE * free_memory(device)) // n_bytes
-    by_speed = TOKENS_PER_BATCH.get(device.type, TOKENS_PER_BATCH["cpu"]) // n_tokens
+    by_speed = fast.get(device.type, fast["cpu"]) // n_tokens
     return max(1, min(by_memory, by_speed))
 
 

@@ -35,6 +35,8 @@ from hooked_vlm.sweeps.encoder import PlainEncoding, encoded
 from hooked_vlm.sweeps.plan import Batch, SweepPlan, make_plan
 
 if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
     from hooked_vlm.model.vlm import HookedVLM
 
 
@@ -66,6 +68,13 @@ class SweepResult:
                 "effect": self.effects.flatten(),
             }
         )
+
+    def show(self, title: str = "") -> "Figure":
+        """Draw the effects, averaged over rows: by layer and head, or by layer and position, where each run edits one
+        of these; otherwise run by run. A notebook shows the figure."""
+        from hooked_vlm.sweeps.figure import effects_figure  # drawing is imported when it is asked for
+
+        return effects_figure(self, title)
 
 
 @torch.no_grad()

@@ -1,6 +1,7 @@
 // The controls: which row, layer and head are shown, and what happens on keys, clicks and hovering.
 const data = JSON.parse(document.getElementById("data").textContent);
 const at = id => document.getElementById(id);
+const order = data.chips.filter(chip => chip.row !== null).map(chip => chip.row); // rows as they are read
 const nHeads = data.heads.length, nMaps = data.layers.length * nHeads, signed = data.zero > 0;
 const first = data.ranked[0] || [data.layer, nHeads > 1 ? "max" : 0];
 const state = { row: 0, preview: null, layer: first[0], head: first[1], panel: 0, pointed: null };
@@ -13,14 +14,17 @@ const number = value => Number.isNaN(value) ? "no value" : value === 0 ? "0" : N
 const percent = value => (100 * value).toFixed(1) + "%";
 const headName = head => head === "max" ? "largest of all heads" : head === "mean" ? "mean of all heads" : "head " + data.heads[head];
 
-function rowOf(row) {
-  if (!known.has(row)) known.set(row, inflate(at("row-" + row).textContent).then(buffer => asRow(buffer, nMaps)));
-  return known.get(row);
+/** The values of a row on the images, or (`kind` "text") on the text. */
+function rowOf(row, kind = "row") {
+  const id = `${kind}-${row}`;
+  if (!known.has(id)) known.set(id, inflate(at(id).textContent).then(buffer => asRow(buffer, nMaps)));
+  return known.get(id);
 }
 
 /** Everything the page shows of the state. Only the last of several calls draws. */
 async function render() {
-  const mine = ++turn, shown = state.preview ?? state.row, row = await rowOf(shown);
+  const mine = ++turn, shown = state.preview ?? state.row;
+  const [row, text] = await Promise.all([rowOf(shown), data.nColumns ? rowOf(shown, "text") : null]);
   if (mine !== turn) return;
   const maps = data.heads.map((_, head) => mapOf(row, state.layer * nHeads + head, data.nTokens, data.zero, data.clear));
   const map = typeof state.head === "number" ? maps[state.head] : combined(maps, state.head);
@@ -41,7 +45,24 @@ async function render() {
   });
   scaleBar(look.reach);
   controls(shown);
+  if (text) drawText(shown, text, common);
   at("readout").textContent = readout(shown, map, row);
+}
+
+/** The text, each token as opaque as the weight with which the shown one attends to it: full where it is the largest of
+ * text and pictures, so that a head that looks at the picture leaves the text clear. */
+function drawText(shown, text, common) {
+  const maps = data.heads.map((_, head) => mapOf(text, state.layer * nHeads + head, data.nColumns, 0, data.clear));
+  const map = typeof state.head === "number" ? maps[state.head] : combined(maps, state.head);
+  const reach = Math.max(drawn.look.reach, common ? Math.max(...maps.map(reachOf)) : reachOf(map));
+  const chips = [...at("chips").children].map((element, i) => ({ element, ...data.chips[i] })).filter(chip => chip.column !== null);
+  for (const { element, column, text } of chips) {
+    element.style.setProperty("--share", reach > 0 ? (map[column] / reach).toFixed(3) : 0);
+    element.title = `${number(map[column])} on “${text}”`;
+  }
+  const most = chips.filter(chip => map[chip.column] > 0).sort((a, b) => map[b.column] - map[a.column]).slice(0, 3);
+  const names = most.map(chip => `“${spelled(chip.text)}” ${number(map[chip.column])}`);
+  at("text-said").textContent = `“${spelled(chipOf(shown).text)}” attends in the text to ${names.join(", ") || "nothing"}`;
 }
 
 /** The pictures as they were drawn last, with what is marked in them now. */
@@ -61,7 +82,7 @@ function readout(shown, map, row) {
   let best = -1;
   for (let i = 0; i < map.length; i++) if (Math.abs(map[i]) > (best < 0 ? -1 : Math.abs(map[best]))) best = i;
   const home = panels.find(panel => panel.tokens.includes(best));
-  parts.push(home ? `largest ${number(map[best])} at ${home.label}, token ${home.tokens.indexOf(best)}` : "no values");
+  parts.push(home ? `largest ${number(map[best])} at ${home.label}, ${data.unit} ${home.tokens.indexOf(best)}` : "no values");
   if (data.hasShares && state.head !== "max") {
     const own = row.shares.subarray(state.layer * nHeads, (state.layer + 1) * nHeads);
     const elsewhere = state.head === "mean" ? own.reduce((a, b) => a + b) / nHeads : own[state.head];
@@ -78,6 +99,7 @@ function sum(map, start, stop) {
   return total;
 }
 
+const spelled = text => text.replaceAll("\n", "⏎") || " ";
 const chipOf = row => data.chips.find(chip => chip.row === row);
 
 function scaleBar(reach) {
@@ -110,8 +132,8 @@ function toggle(id, values) {
 }
 
 const keys = {
-  ArrowLeft: () => show({ row: step(state.row, -1, data.nRows) }),
-  ArrowRight: () => show({ row: step(state.row, 1, data.nRows) }),
+  ArrowLeft: () => show({ row: order[step(order.indexOf(state.row), -1, data.nRows)] }),
+  ArrowRight: () => show({ row: order[step(order.indexOf(state.row), 1, data.nRows)] }),
   ArrowUp: () => show({ layer: step(state.layer, 1, data.layers.length) }),
   ArrowDown: () => show({ layer: step(state.layer, -1, data.layers.length) }),
   ",": () => show({ head: typeof state.head === "number" ? step(state.head, -1, nHeads) : nHeads - 1 }),
@@ -134,11 +156,11 @@ document.addEventListener("keydown", event => {
 });
 
 function makeChips() {
-  at("chips").hidden = data.picks.length > 0;
+  at("text").hidden = data.picks.length > 0;
   for (const chip of data.chips) {
     const element = document.createElement(chip.row === null ? "span" : "button");
     element.className = "chip " + chip.kind;
-    element.textContent = chip.text.replaceAll("\n", "⏎") || " ";
+    element.textContent = spelled(chip.text);
     if (chip.row !== null) {
       element.type = "button";
       element.dataset.row = chip.row;
@@ -164,6 +186,8 @@ function makeControls() {
   at("head").addEventListener("change", event => show({ head: Number.isNaN(Number(event.target.value)) ? event.target.value : Number(event.target.value) }));
   at("rank").addEventListener("change", () => rank(0));
   for (const id of ["common", "strength", "evidence"]) at(id).addEventListener("input", render);
+  at("save-svg").addEventListener("click", () => save(paperPicture(), "svg"));
+  at("save-png").addEventListener("click", () => save(paperPicture(), "png"));
   data.heads.forEach((name, head) => {
     const button = document.createElement("button");
     button.type = "button";
@@ -171,6 +195,16 @@ function makeControls() {
     button.addEventListener("click", () => show({ head }));
     at("heads").append(button);
   });
+}
+
+/** What is drawn, with what it says, for `paper.js`. */
+function paperPicture() {
+  const names = [data.picks.length ? chipOf(drawn.shown).text : `“${spelled(chipOf(drawn.shown).text)}”`];
+  if (hasLayers) names.push(`layer ${data.layers[state.layer]}`);
+  if (hasHeads) names.push(headName(state.head));
+  const { map, look } = drawn, ends = signed ? [-look.reach, 0, look.reach] : [0, look.reach / 2, look.reach];
+  const marked = data.picks.length ? [data.picks[drawn.shown]] : [];
+  return { panels, map, look, marked, title: names.join(", "), ticks: ends.map(number), quantity: data.quantity, inches: Number(at("paper").value) };
 }
 
 async function makePanels() {
@@ -222,7 +256,7 @@ function point(i, panel, event) {
     const box = panel.boxes.subarray(4 * token, 4 * token + 4);
     if (!within(box, spot) || !drawn) continue;
     const [x0, y0, x1, y1] = [...box].map(number);
-    at("pointed").textContent = `${panel.label}, token ${token}: ${number(drawn.map[panel.tokens[token]])} · pixels x ${x0} to ${x1}, y ${y0} to ${y1}`;
+    at("pointed").textContent = `${panel.label}, ${data.unit} ${token}: ${number(drawn.map[panel.tokens[token]])} · pixels x ${x0} to ${x1}, y ${y0} to ${y1}`;
     if (!state.pointed || state.pointed.panel !== i || state.pointed.token !== token) mark({ panel: i, token });
     return;
   }

@@ -15,7 +15,9 @@ CLEAR = 255
 STEPS = (254, 126, 62, 30, 14, 6)
 """Numbers of quantisation steps, finest first; coarser ones are used where the page would grow too large."""
 BUDGET = 14_000_000
-"""Characters that the values may take in the page."""
+"""Characters that the values on images may take in the page."""
+TEXT_BUDGET = 4_000_000
+"""Characters that the values on text may take."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -87,7 +89,7 @@ def pack(
             reach = steps // 2 if quantised.zero else steps
             return Packed(tuple(rows), quantised.zero, 0.5 / reach)
     raise InputError(
-        f"{len(values)} rows of {values.shape[1]} x {values.shape[2]} maps on {values.shape[3]} image tokens do not "
+        f"{len(values)} rows of {values.shape[1]} x {values.shape[2]} maps on {values.shape[3]} tokens do not "
         f"fit into {budget / 1e6:.0f} MB: ask for fewer tokens"
     )
 

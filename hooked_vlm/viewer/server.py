@@ -34,15 +34,17 @@ _log = logging.getLogger(__name__)
 
 
 def serve(session: Session, start: Asked, port: int = 0, open_browser: bool = False) -> None:
-    """Serve the page until interrupted.
+    """Serve the page until interrupted. It opens with the answer to `start`, if that has a picture and a prompt.
 
     Args:
         start: what the page asks at first.
         port: 0 for any free one.
 
     Raises:
-        InputError: the port cannot be had.
+        InputError: the port cannot be had, or `start` asks for what there is not.
+        ImageError: the model cannot take its picture.
     """
+    first = session.answer(start) if start.picture is not None and start.prompt.strip() else None
     pages: dict[str, str] = {}
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
     app.add_middleware(Guard, most_bytes=MOST_BYTES + 2**16)  # the form around the file
@@ -55,7 +57,7 @@ def serve(session: Session, start: Asked, port: int = 0, open_browser: bool = Fa
 
     @ui.page("/")
     def main_page() -> None:
-        ServedPage(session, start, pages)
+        ServedPage(session, start, pages, first)
 
     ui.run_with(
         app,
@@ -104,7 +106,7 @@ class HeadGrid(Element, component="head_grid.js"):
 class ServedPage:
     """One tab: its settings, and the result it shows."""
 
-    def __init__(self, session: Session, start: Asked, pages: dict[str, str]) -> None:
+    def __init__(self, session: Session, start: Asked, pages: dict[str, str], first: Shown | None) -> None:
         self.session = session
         self.pages = pages
         self.picture = start.picture
@@ -113,6 +115,8 @@ class ServedPage:
         self.key = ""
         context.client.on_delete(lambda: self.pages.pop(self.key, None))
         self._build(start)
+        if first is not None:
+            self._show(first)
 
     @property
     def asked(self) -> Asked:
@@ -241,8 +245,7 @@ class ServedPage:
         self.button.disable()
         self.busy.set_visibility(True)
         try:
-            self.shown = await asyncio.to_thread(self.session.answer, asked)
-            self._show()
+            self._show(await asyncio.to_thread(self.session.answer, asked))
         except MENDABLE as error:
             self._say(str(error))
         except torch.OutOfMemoryError:
@@ -254,22 +257,24 @@ class ServedPage:
             self.busy.set_visibility(False)
             self.button.enable()
 
-    def _show(self) -> None:
-        assert self.shown is not None
+    def _show(self, shown: Shown) -> None:
+        self.shown = shown
         self.pages.pop(self.key, None)
         self.key = secrets.token_urlsafe()
-        self.pages[self.key] = self.shown.page
+        self.pages[self.key] = shown.page
         self.result.clear()
         with self.result:
             ui.html("Result", tag="h2")
             self.old = ui.label("The settings above have changed since: generate again.").classes("error")
-            ui.label(f"Of {self.shown.asked}").classes("soft settings")
+            ui.label(f"Of {shown.asked}").classes("soft asked")
             with ui.element("div").classes("answers"):
-                _answer("As the model is", self.shown.unedited)
-                _answer(f"With {self.shown.asked.edits}", self.shown.edited)
+                _answer("As the model is", shown.unedited)
+                _answer(f"With {shown.asked.edits}", shown.edited)
             frame = ui.element("iframe")
             frame.props.update(
-                src=f"/attention/{self.key}", sandbox="allow-scripts", title="Attention of the edited run"
+                src=f"/attention/{self.key}",
+                sandbox="allow-scripts allow-downloads",
+                title="Attention of the edited run",
             )
         self._compare()
 

@@ -12,6 +12,7 @@ from hooked_vlm.errors import InputError
 from hooked_vlm.inputs.vlm_inputs import VLMInputs
 from hooked_vlm.lens import LogitLens
 from hooked_vlm.patching.result import PatchingResult
+from hooked_vlm.viewer.facts import facts_of
 from hooked_vlm.viewer.scene import Boxes, image_columns, one_row, scene_of
 from hooked_vlm.viewer.view import Chip, Head, View, view_of
 
@@ -36,6 +37,7 @@ def values(
     quantity: str = "value",
     title: str = "Values on the image",
     note: str = "",
+    model: "HookedVLM | None" = None,
 ) -> View:
     """Numbers on image tokens as a page. NaN stays clear; zero is the middle of the colours if any number is negative.
 
@@ -49,6 +51,7 @@ def values(
         ranked: places of heads to step through, as (layer, head).
         quantity: name of the values.
         note: what the page says of the numbers.
+        model: for the head of the page, which names it beside the prompt.
 
     Raises:
         InputError: axes, labels and images that do not fit the numbers.
@@ -76,6 +79,7 @@ def values(
         note=note,
         quantity=quantity,
         layer=laid.shape[1] - 1,
+        facts=facts_of(inputs, model),
     )
 
 
@@ -105,6 +109,7 @@ def lens(
         quantity="probability",
         title="What the stream says at image tokens",
         note="The probability of a token in the logit lens; layer l is the stream that enters layer l.",
+        model=model,
     )
 
 

@@ -17,12 +17,16 @@ from matplotlib.colors import to_hex
 from hooked_vlm.analysis.pictures import DIVERGING, SEQUENTIAL
 from hooked_vlm.errors import InputError
 from hooked_vlm.runtime.files import atomic_write
-from hooked_vlm.viewer.quantisation import CLEAR, Packed, encoded, pack
+from hooked_vlm.viewer.quantisation import CLEAR, TEXT_BUDGET, Packed, encoded, pack
 from hooked_vlm.viewer.scene import Scene, data_url
 
 Head = tuple[int, int]
 """Layer and head."""
 IFRAME = '<iframe title="{title}" srcdoc="{page}" style="width: 100%; height: 48rem; border: 0"></iframe>'
+
+
+Facts = tuple[tuple[str, str], ...]
+"""Names and texts in the head of a page: model, prompt, answer."""
 
 
 @dataclass(frozen=True)
@@ -33,6 +37,8 @@ class Chip:
     kind: Literal["prompt", "image", "answer", "row"]
     row: int | None = None
     """The row of values it shows when clicked; None: it cannot be clicked."""
+    column: int | None = None
+    """The column of the values on text that stands for it; None: it has no such value."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,14 +65,26 @@ class View:
     """For each row a panel and a box in it: a click there shows the row."""
     elsewhere: str = "text"
     """Name of the shares."""
+    text: Packed | None = None
+    """Values on the text, [row, layer, head, column]: with what weight a row's token attends to each text token."""
+    unit: str = "token"
+    """What a value stands for: a token or a patch of an image."""
+    facts: Facts = ()
+    """What the page is about."""
+
+    @property
+    def error(self) -> float:
+        """The largest error of a value in the page, as a share of its map's largest magnitude."""
+        return max(packed.error for packed in (self.packed, self.text) if packed is not None)
 
     @cached_property
     def html(self) -> str:
         """The page as one self-contained document."""
-        parts = {name: page_file(name) for name in ("look.css", "page.css", "draw.js", "page.js")}
+        parts = {name: page_file(name) for name in ("look.css", "page.css", "draw.js", "paper.js", "page.js")}
         environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
         template = environment.from_string(page_file("page.html.jinja"))
-        return template.render(view=self, data=self._data(), rows=self.packed.rows, boxes=self._boxes(), parts=parts)
+        texts = () if self.text is None else self.text.rows
+        return template.render(view=self, data=self._data(), texts=texts, boxes=self._boxes(), parts=parts)
 
     def save(self, path: str | Path) -> Path:
         """Write the page.
@@ -93,7 +111,9 @@ class View:
                 {"label": p.label, "picture": p.picture, "tokens": p.tokens.tolist(), "at": int(at), "tiles": p.tiles}
                 for p, at in zip(scene.panels, np.cumsum([0, *(len(p.tokens) for p in scene.panels)]), strict=False)
             ],
-            "chips": [{"text": c.text, "kind": c.kind, "row": c.row} for c in self.chips],
+            "chips": [{"text": c.text, "kind": c.kind, "row": c.row, "column": c.column} for c in self.chips],
+            "nColumns": sum(c.column is not None for c in self.chips),
+            "unit": self.unit,
             "nRows": len(self.packed.rows),
             "nTokens": scene.n_tokens,
             "layers": self.layers,
@@ -122,12 +142,14 @@ def view_of(
     heads: Sequence[Any],
     shares: Float[np.ndarray, "row layer head"] | None = None,
     ranked: Sequence[Head] = (),
+    text: Float[np.ndarray, "row layer head column"] | None = None,
     **texts: Any,
 ) -> View:
     """A view of values on the image tokens of a scene, in the order of its panels.
 
     Args:
         shares: the attention that goes elsewhere.
+        text: the values on text, a column for each chip that names one.
         texts: the other fields of `View`.
 
     Raises:
@@ -151,6 +173,7 @@ def view_of(
         heads=names[1],
         packed=packed,
         has_shares=shares is not None,
+        text=None if text is None else pack(text, budget=TEXT_BUDGET),
         ranked=tuple((int(layer), int(head)) for layer, head in ranked),
         **texts,
     )

@@ -73,6 +73,8 @@ def vision_attention(
         to_class if tower.class_token else None,
         title=title,
         note="Click a patch to see which patches it looks at.",
+        unit="patch",
+        facts=(("model", model.cfg.model_name),),
         quantity="attention",
         elsewhere="class token",
         picks=tuple(scene.place_of(patch) for patch in asked),

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from streams import NAMES, contents, samples
 
 from hooked_vlm import HookedVLM, InputError
 from hooked_vlm.activations import Activations, Sample, join_activations, stream_activations
-from hooked_vlm.commands.cache import written
+from hooked_vlm.commands.cache import _on_ray, written
 from hooked_vlm.commands.config import CacheConfig
 from hooked_vlm.data import Samples
 from hooked_vlm.data.sources import Source
@@ -89,7 +90,7 @@ def test_samples_that_cannot_be_used_are_skipped(toy: HookedVLM, at: set[int], t
     clean = stream_activations(
         toy, [s for i, s in enumerate(several) if i not in at], folder=tmp_path / "clean", **settings
     )
-    assert (found.index["sample"] == clean.index["sample"]).all()
+    assert list(found.index["sample"]) == list(clean.index["sample"])
     torch.testing.assert_close(found["blocks.1.hook_resid_post"][:], clean["blocks.1.hook_resid_post"][:])
     assert list(pd.read_csv(tmp_path / "skips" / "skipped.csv")["sample"]) == [f"broken {i}" for i in sorted(at)]
     before = contents(tmp_path / "skips")
@@ -119,6 +120,33 @@ def test_pictures_are_dropped_when_they_are_done(toy: HookedVLM, tmp_path: Path)
 
     stream_activations(toy, watched(), NAME, tmp_path, tokens_per_batch=1, shard_bytes=1)
     assert ahead <= 1, "one sample is read ahead of the shard that is written"
+
+
+def test_an_interrupted_command_in_parts_refuses_other_settings_and_samples(
+    toy: HookedVLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("hooked_vlm.commands.cache.SAMPLES_PER_TASK", 1)
+    (tmp_path / "data").mkdir()
+    pictures = [sample.images[0] for sample in samples(7) if sample.images][:2]
+    for number, picture in enumerate(pictures):
+        picture.save(tmp_path / "data" / f"{number}.png")
+    settings: dict[str, Any] = {"data": tmp_path / "data", "prompt": "What?", "out": tmp_path / "out", "quiet": True}
+    config = CacheConfig(names=("blocks.0.hook_resid_post",), **settings)
+    with monkeypatch.context() as patch:
+        patch.setattr("hooked_vlm.commands.cache.join_activations", lambda *_, **__: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            _on_ray(toy, config.samples(), config)
+    other = replace(config, names=("blocks.1.hook_resid_post",))
+    with pytest.raises(InputError, match="another folder"):
+        _on_ray(toy, other.samples(), other)
+    pictures[0].save(tmp_path / "data" / "1.png")
+    with pytest.raises(InputError, match="another folder"):
+        _on_ray(toy, config.samples(), config)
+    pictures[1].save(tmp_path / "data" / "1.png")
+    assert_equal(
+        _on_ray(toy, config.samples(), config),
+        written(replace(config, out=tmp_path / "whole", model="toy-qwen2-vl", tokens_per_batch=1)),
+    )
 
 
 @pytest.mark.slow

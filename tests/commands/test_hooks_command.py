@@ -62,7 +62,7 @@ def test_the_printed_table(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captu
     assert about.startswith("    ") and "3 layers" in about and "fires once" in about
     assert text.split() == ["blocks.{l}.attn.hook_z", "[batch,", "pos,", "4,", "48]"]
     _, told = answer(HooksConfig("toy-qwen2-vl", grep="hook_z$"))
-    assert told[1]["shape"] == ("batch", "pos", 4, 48) and told[1]["tower"] == "text" and told[1]["n_layers"] == 4
+    assert told[1]["shape"] == ("batch", "pos", 4, 48) and told[1]["tower"] == "language" and told[1]["n_layers"] == 4
 
 
 @pytest.mark.parametrize("layers", [False, True])

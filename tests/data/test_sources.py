@@ -49,6 +49,16 @@ def test_json_lines_and_csv_hold_the_same_samples(folder: Path) -> None:
     assert told(pickle.loads(pickle.dumps(table))) == told(table)
 
 
+def test_blank_lines_are_no_rows_and_byte_order_marks_no_text(folder: Path) -> None:
+    (folder / "blank.csv").write_text("\ufeffid,prompt\na,What?\n\nb,Which?\n\n", encoding="utf-8")
+    found = read_samples(folder / "blank.csv")
+    assert len(found) == len(list(found)) == 2 and [s.id for i in (0, 1) for s in found.shard(i, 2)] == ["a", "b"]
+    (folder / "empty.csv").write_text("", encoding="utf-8")
+    assert len(read_samples(folder / "empty.csv")) == 0
+    (folder / "mark.jsonl").write_text("\ufeff" + json.dumps(ROWS[2]), encoding="utf-8")
+    assert told(read_samples(folder / "mark.jsonl")) == [("c", "No picture", [], "none")]
+
+
 def test_one_picture_may_be_named_alone_and_a_question_is_a_prompt(folder: Path) -> None:
     (folder / "questions.csv").write_text("question,image,question_id\nWhat?,0.png,7\n", encoding="utf-8")
     assert told(read_samples(folder / "questions.csv")) == [("7", "What?", ["0.png"], None)]
@@ -99,8 +109,8 @@ def test_a_data_set_of_hugging_face(folder: Path, tmp_path: Path) -> None:
         assert [(s.id, s.prompt, s.answer) for s in pickle.loads(pickle.dumps(samples))] == expected
         first = next(iter(samples))
         assert isinstance(first.images[0], dict), "the picture is not decoded yet"
-        size = first.inputs(toy).image_sizes[0]
-        assert (size.width, size.height) == (56, 28)
+        sizes: Any = first.inputs(toy).image_sizes
+        assert [(size.width, size.height) for size in sizes] == [(56, 28)]
         assert first.digest() != next(iter(samples.shard(1, 2))).digest()
     assert len(read_samples(tmp_path / "splits", split="test")) == 1
     with pytest.raises(InputError, match="train, test"):

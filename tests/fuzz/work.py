@@ -116,11 +116,11 @@ def done(name: str, out: Path) -> None:
 def differences(whole: Path, other: Path, complete: bool) -> list[str]:
     """Files of `other` that are not those of `whole`, byte by byte; all must be there where it is `complete`.
 
-    What begins with a dot is being written. A training's times differ from run to run; its state and log, and the
-    counts of a stream of activations, are steps behind until it is complete.
+    What begins with a dot is being written; progress.jsonl holds times. A training's times differ from run to run; its
+    state and log, and the counts of a stream of activations, are steps behind until it is complete.
     """
-    names = {_name(whole, file) for file in whole.rglob("*") if file.is_file()}
-    found = {_name(other, file) for file in other.rglob("*") if file.is_file()}
+    names = {_name(whole, file) for file in whole.rglob("*") if file.is_file() and file.name != "progress.jsonl"}
+    found = {_name(other, file) for file in other.rglob("*") if file.is_file() and file.name != "progress.jsonl"}
     wrong = [f"{n} is not a file of a whole run" for n in found - names if not _hidden(n)]
     wrong += [f"{n} is missing" for n in names - found if complete]
     return wrong + [n for n in sorted(names & found) if not _alike(whole / n, other / n, complete)]

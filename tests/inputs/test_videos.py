@@ -234,7 +234,7 @@ def write(path: Path, clip: np.ndarray, rate: int = 4, codec: str = "ffv1", pixe
     import av  # pyright: ignore[reportMissingImports]
 
     with av.open(str(path), "w") as container:
-        stream = container.add_stream(codec, rate=rate)
+        stream: Any = container.add_stream(codec, rate=rate)
         stream.height, stream.width = clip.shape[1:3]
         stream.pix_fmt = pixels
         for frame in clip:

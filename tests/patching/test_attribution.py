@@ -24,13 +24,13 @@ MLP_MODES: tuple[Any, ...] = ("frozen", "follow")
 # ---- attribution patching ----
 
 
-@pytest.mark.parametrize("tower", ["text", "vision"])
+@pytest.mark.parametrize("tower", ["language", "vision"])
 @pytest.mark.parametrize("what", ["resid_pre", "attn_out", "z", "k", "pattern"])
 def test_an_estimate_is_the_derivative_of_a_real_patch(family: str, what: Any, tower: Any) -> None:
     """In float64: a thousandth of the step there and back, against the gradient's estimate."""
     model, pair = model_and_pair(family)
     model = copy.deepcopy(model).double()
-    where = ("image", "final") if tower == "text" else "image"
+    where = ("image", "final") if tower == "language" else "image"
     found = attribute(model, pair, what, METRIC, where=where, layers=(0, 1), tower=tower, check=0)
     cells = Cells.of(model, [pair], what, where, tower, "denoising", (0, 1), None)
     there = source_activations(model, pair.clean, pair, cells)
@@ -78,7 +78,7 @@ def test_the_check_patches_cells_for_real(family: str) -> None:
 def test_frozen_weights_do_not_matter_and_a_metric_without_gradient_does(family: str) -> None:
     model, pair = model_and_pair(family)
     frozen = copy.deepcopy(model).requires_grad_(False)
-    for tower, what in (("text", "z"), ("vision", "resid_pre")):
+    for tower, what in (("language", "z"), ("vision", "resid_pre")):
         a, b = (
             attribute(m, pair, what, METRIC, where="image", tower=tower, check=0)  # type: ignore[arg-type]
             for m in (model, frozen)

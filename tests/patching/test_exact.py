@@ -129,7 +129,7 @@ def test_the_whole_clean_stream_of_one_layer_restores_the_clean_run_exactly(fami
 def test_patching_a_run_with_itself_changes_nothing(family: str) -> None:
     model, pair = model_and_pair(family)
     same = Pair(pair.clean, pair.clean)
-    for tower in ("text", "vision"):
+    for tower in ("language", "vision"):
         result = patch(model, same, "resid_pre", METRIC, where="image", tower=tower)
         np.testing.assert_allclose(result.effects, 0.0, atol=1e-5)
         assert np.isnan(result.normalised).all() and np.isnan(result.mean).all()  # 0 of 0

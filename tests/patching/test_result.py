@@ -132,6 +132,8 @@ def test_without_another_run_means_are_mean_effects() -> None:
 
 def test_heatmaps_show_the_means() -> None:
     figure: Any = result().heatmap("a title")
+    shown: Any = result().show("a title")  # the same, by the name that all results share
+    assert shown._repr_png_() == figure._repr_png_()
     assert isinstance(figure, Figure)
     image: Any = figure.axes[0].images[0]
     np.testing.assert_allclose(image.get_array(), [[0, 1], [0.5, 1]])

@@ -94,7 +94,7 @@ def test_what_units_begin_with_is_made_once_for_those_that_follow_each_other(tmp
 # ---------------------------------------------------------------- sweeps over many images
 
 
-def cases_of(family: str) -> tuple[Any, list[SweepCase]]:
+def cases_of(family: str) -> tuple[Any, list[Any]]:
     """Cases of one image and of three rows, with interventions that differ in their tensors only."""
     cases = []
     generator = torch.Generator().manual_seed(3)

@@ -52,34 +52,35 @@ def square(model: HookedVLM) -> VLMInputs:
     return drawings("square", 1, 7)[0].inputs(model)
 
 
-def mean_by_hand(model: HookedVLM, samples: Sequence[Sample], name: str, columns: str) -> Tensor:
-    total = torch.zeros(model.cfg.d_model)
+@pytest.fixture(scope="module")
+def digests(model: HookedVLM, sets: Any) -> tuple[list[str], list[str]]:
+    ours, theirs = (mean_streams(model, own, [HOOK.format(0)]).digests for own in sets)
+    return ours, theirs
+
+
+def means_by_hand(model: HookedVLM, samples: Sequence[Sample], names: Sequence[str], columns: str) -> list[Tensor]:
+    """Of each name the mean over samples of the mean over columns."""
+    totals = [torch.zeros(model.cfg.d_model) for _ in names]
     for sample in samples:
         inputs = sample.inputs(model)
         _, cache = model.run_with_cache(inputs)
         chosen = {"final": [inputs.shape[1] - 1], "image": inputs.image_tokens(0).tolist()}[columns]
-        total += torch.stack([cache[name][0, column] for column in chosen]).mean(0)
-    return total / len(samples)
+        for total, name in zip(totals, names, strict=True):
+            total += torch.stack([cache[name][0, column] for column in chosen]).mean(0)
+    return [total / len(samples) for total in totals]
 
 
-def parts_of(model: HookedVLM, sets: Any, seed: int) -> tuple[list[str], list[str]]:
-    ours, theirs = (mean_streams(model, own, [HOOK.format(0)]).digests for own in sets)
-    return split_parts(ours, theirs, seed)
-
-
+@pytest.mark.repeats_shapes
 @pytest.mark.parametrize(("hook", "positions"), [("hook_resid_post", "final"), ("hook_resid_mid", "image")])
 def test_vectors_are_the_mean_difference_of_the_items_that_fit_them(
-    hook: Any, positions: str, model: HookedVLM, sets: Any
+    hook: Any, positions: str, model: HookedVLM, sets: Any, digests: Any
 ) -> None:
-    found = steering_vectors(model, *sets, hook=hook, positions=positions, layers=[0, 2], seed=5)
-    parts = parts_of(model, sets, 5)
-    for layer in (0, 2):
-        ours, theirs = (
-            mean_by_hand(
-                model, [s for s, part in zip(own, ps, strict=True) if part == FIT], found.name(layer), positions
-            )
-            for own, ps in zip(sets, parts, strict=True)
-        )
+    layers = (0, 2)
+    found = steering_vectors(model, *sets, hook=hook, positions=positions, layers=layers, seed=5)
+    parts = split_parts(*digests, 5)
+    fit = ([s for s, part in zip(own, ps, strict=True) if part == FIT] for own, ps in zip(sets, parts, strict=True))
+    means = [means_by_hand(model, samples, [found.name(layer) for layer in layers], positions) for samples in fit]
+    for layer, ours, theirs in zip(layers, *means, strict=True):
         torch.testing.assert_close(found.vector(layer), ours - theirs, rtol=1e-4, atol=1e-4)
     assert found.held_out == tuple(tuple(i for i, part in enumerate(ps) if part == REPORT) for ps in parts)
 
@@ -147,9 +148,9 @@ def test_a_sweep_over_layers_and_scales_is_the_loop(
 
 
 def test_a_scale_of_one_moves_the_mean_negative_item_onto_the_mean_positive_one(
-    model: HookedVLM, sets: Any, vectors: SteeringVectors
+    model: HookedVLM, sets: Any, digests: Any, vectors: SteeringVectors
 ) -> None:
-    parts = parts_of(model, sets, 3)
+    parts = split_parts(*digests, 3)
     ours, theirs = ([s for s, p in zip(own, ps, strict=True) if p == FIT] for own, ps in zip(sets, parts, strict=True))
     moved = []
     for sample in theirs:
@@ -157,7 +158,7 @@ def test_a_scale_of_one_moves_the_mean_negative_item_onto_the_mean_positive_one(
         hooks = [*vectors.at(1).hooks(model, inputs), (HOOK.format(1), partial(keep_last, kept))]
         model.run_with_hooks(inputs, fwd_hooks=hooks)
         moved.append(kept["x"])
-    expected = mean_by_hand(model, ours, HOOK.format(1), "final")
+    (expected,) = means_by_hand(model, ours, [HOOK.format(1)], "final")
     torch.testing.assert_close(torch.stack(moved).mean(0), expected, rtol=1e-4, atol=1e-3)
 
 
@@ -255,6 +256,7 @@ def test_another_model_is_refused_and_another_fine_tune_only_on_request(
 # ---------------------------------------------------------------- refusals
 
 
+@pytest.mark.repeats_shapes
 def test_what_cannot_be_a_contrast_is_refused(model: HookedVLM, sets: Any) -> None:
     ours, theirs = sets
     with pytest.raises(InputError, match="at least 8"):
@@ -293,8 +295,9 @@ def test_layers_without_a_vector_are_refused(model: HookedVLM, sets: Any, vector
         few.at(2)
 
 
+@pytest.mark.repeats_shapes
 def test_every_hook_of_the_stream_gives_vectors(model: HookedVLM, sets: Any) -> None:
-    found = {hook: steering_vectors(model, *sets, hook=hook, seed=3) for hook in HOOKS}
+    found = {hook: steering_vectors(model, *sets, hook=hook, layers=(1, 2), seed=3) for hook in HOOKS}
     torch.testing.assert_close(found["hook_resid_post"].vector(1), found["hook_resid_pre"].vector(2))
 
 

@@ -67,7 +67,7 @@ def test_cases_are_taken_one_by_one_and_dropped(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", ["log-prob", "logit-diff", "answer"])
 def test_samples_are_the_loop_over_their_inputs(kind: Any, toy: HookedVLM, pages: list[Sample], tmp_path: Path) -> None:
-    found = sweep_many(toy, cases_of(pages, OfAnswer(kind)), tmp_path, runs_per_block=3)
+    found: Any = sweep_many(toy, cases_of(pages, OfAnswer(kind)), tmp_path, runs_per_block=3)
     rows = []
     for sample in pages:
         inputs = replace(sample, answer=None).inputs(toy)
@@ -84,11 +84,14 @@ def test_samples_are_the_loop_over_their_inputs(kind: Any, toy: HookedVLM, pages
         }[kind]
         at: Any = "all" if kind == "answer" else "last"
         rows.append(sweep(toy, own, RUNS, metric, logits_at=at).to_dataframe().assign(case=sample.id))
-    expected = pd.concat(rows, ignore_index=True)
+    expected: Any = pd.concat(rows, ignore_index=True)
     columns = ["case", "run", "intervention", "row", "value", "baseline", "effect"]
     pd.testing.assert_frame_equal(found[columns], expected[columns], check_exact=False, atol=2e-5, rtol=1e-5)
     assert list(found.columns) == [*columns, "answer"]
-    assert found.groupby("case")["answer"].first()["1"] == pages[1].answer
+    answers = found.groupby("case")["answer"].first()
+    assert answers["1"] == pages[1].answer
+    greedy = toy.generate(replace(pages[0], answer=None).inputs(toy), 16, return_type="str")
+    assert answers["0"] == greedy and "<" not in greedy
     assert (found["effect"].abs() > 0).any() or kind == "answer"
 
 
@@ -112,9 +115,18 @@ def test_broken_pictures_stop_or_are_skipped(toy: HookedVLM, pages: list[Sample]
     assert list(again["case"].unique()) == ["0", "missing", "1"], "a picture that was mended is taken"
 
 
+def test_a_case_that_cannot_be_used_is_named_and_its_twins_are_skipped_with_it(toy: HookedVLM, tmp_path: Path) -> None:
+    inputs, runs = toy.to_inputs("Say hello."), [ZeroHeads(((0, 0),), tower="vision")]
+    cases = [SweepCase(name, inputs, runs, OfAnswer()) for name in ("one", "two")]
+    with pytest.raises(InputError, match="'one': there is no image"):
+        sweep_many(toy, cases, tmp_path)
+    with pytest.warns(UserWarning, match="2 samples were skipped"):
+        assert not len(sweep_many(toy, cases, tmp_path, on_error="skip"))
+
+
 def test_each_table_is_read_when_its_turn_comes(toy: HookedVLM, pages: list[Sample], tmp_path: Path) -> None:
     tables = sweep_each(toy, cases_of(pages), tmp_path, runs_per_block=3)
-    first = next(tables)
+    first: Any = next(tables)
     assert len(list(tmp_path.glob("*.parquet"))) == 2 * len(pages), "all are stored before the first is given"
     assert (first["case"] == "0").all() and first["run"].tolist() == list(range(len(RUNS)))
     assert [table["case"][0] for table in tables] == ["1", "2", "3"]
@@ -135,7 +147,8 @@ def test_a_name_and_a_version_stand_for_what_cannot_be_compared(tmp_path: Path) 
         hooks = CustomHooks([("blocks.1.hook_resid_post", scaled(factor))], label="scaled", version=version)
         metric = metric or Named(lambda logits: logits[:, 5], "logit 5", version=1)
         calls.clear()
-        return float(sweep_many(model, [SweepCase("a", inputs, [hooks], metric)], tmp_path)["value"][0])
+        table: Any = sweep_many(model, [SweepCase("a", inputs, [hooks], metric)], tmp_path)
+        return float(table["value"][0])
 
     half = value(0.5, 1)
     assert calls and value(0.5, 1) == half and not calls, "results are kept under the name and the version"

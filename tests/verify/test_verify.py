@@ -15,7 +15,7 @@ import tiny_internvl
 import tiny_qwen2_5_vl
 import tiny_qwen3_vl
 import torch
-from families import KINDS
+from families import KINDS, plain_first
 from reading_gemma import reading
 from safetensors.torch import save_file
 from torch import nn
@@ -134,7 +134,7 @@ READING = {
 """Models with a tokenizer, and settings of pictures that their folders have instead of the published ones."""
 
 
-@pytest.mark.parametrize("family", READING)
+@pytest.mark.parametrize("family", plain_first(READING))
 def test_a_folder_of_a_later_family_passes_from_pixels_to_greedy_tokens(
     family: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -164,9 +164,8 @@ def test_a_changed_weight_of_the_reference_ends_in_failure(
 
     out = tmp_path / "verify.json"
     monkeypatch.setattr(run, "reference_for", tampered)
-    monkeypatch.setattr(
-        sys, "argv", ["hooked-vlm", "verify", "toy-internvl2", "--out", str(out), "--max-new-tokens", "2"]
-    )
+    asked = ["hooked-vlm", "verify", "toy-internvl2", "--quick", "--out", str(out), "--max-new-tokens", "2"]
+    monkeypatch.setattr(sys, "argv", asked)
     with pytest.raises(SystemExit) as stopped:
         cli.main()
     told = json.loads(out.read_text())
@@ -194,7 +193,7 @@ def test_a_changed_weight_of_ours_is_seen(place: str) -> None:
 
 
 def test_low_precision_is_held_against_an_exact_run(tmp_path: Path) -> None:
-    found = verify(VerifyConfig("toy-qwen2-vl", "bfloat16", out=tmp_path / "verify.json", max_new_tokens=2))
+    found = verify(VerifyConfig("toy-qwen2-vl", "bfloat16", out=tmp_path / "verify.json", max_new_tokens=2, quick=True))
     rows = {(row.quantity, row.layer): row for row in found.rows}
     assert found.passed and found.record["errors against"] == "float64"
     assert 0.8 < rows["logits", None].value <= 1.1 and rows["logits", None].unit == "ratio"
@@ -333,11 +332,12 @@ def test_the_reference_generates_with_neutral_settings(kind: str, tmp_path: Path
 
 def test_a_sound_checkpoint_with_a_penalty_passes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = changed(tmp_path / "toy", "toy-qwen2-vl", "generation_config.json", repetition_penalty=1.05)
-    found = verify(VerifyConfig(str(folder), out=tmp_path / "verify.json", max_new_tokens=4))
+    asked = VerifyConfig(str(folder), out=tmp_path / "verify.json", max_new_tokens=4, quick=True)
+    found = verify(asked)
     assert found.passed and "greedy tokens" in {row.quantity for row in found.rows}
     assert "prompt" in capsys.readouterr().err  # a bar counts prompts
-    verify(VerifyConfig(str(folder), out=tmp_path / "verify.json", max_new_tokens=1, quiet=True))
-    assert "/5" not in capsys.readouterr().err
+    verify(replace(asked, quiet=True))
+    assert "prompt" not in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", ["qwen2-vl", "internvl-original", "internvl-hf"])

@@ -3,6 +3,7 @@
 import re
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
@@ -67,7 +68,7 @@ class Opened:
 
     def check_quiet(self) -> None:
         assert self.said == []
-        assert [url for url in self.requests if not url.startswith(("file:", "data:"))] == []
+        assert [url for url in self.requests if not url.startswith(("file:", "data:", "blob:"))] == []
 
 
 def made(family: str, size: tuple[int, int] = (128, 112)) -> tuple[Any, Any, Any]:
@@ -136,15 +137,90 @@ def test_keys_reach_everything_and_answer_at_once(browser: Any, toy: tuple[Path,
         assert words in opened.readout()
     before = opened.readout()
     opened.page.keyboard.press("ArrowRight")
-    assert (
-        opened.readout() != before
-        and opened.page.locator("button.chip[aria-pressed=true]").get_attribute("data-row") == "1"
-    )
+    opened.page.wait_for_selector("button.chip[data-row='1'][aria-pressed=true]")
+    assert opened.readout() != before
     assert opened.page.locator("#heads button").count() == 4
     opened.page.keyboard.press("s")
     assert opened.page.input_value("#common") == "layer"
     opened.page.locator("#heads button").nth(2).click()
     assert "head 2" in opened.readout()
+    opened.check_quiet()
+
+
+def test_the_text_shows_the_weights_of_the_pattern(browser: Any, toy: tuple[Path, Any, Any]) -> None:
+    """Each text token is as opaque as its weight, by the largest of text and picture; the largest are named."""
+    path, model, inputs = toy
+    _, cache = model.run_with_cache(inputs)
+    opened = Opened(browser, path, DESKTOP)
+    image = inputs.image_tokens(0)
+    text = [pos for pos in range(inputs.shape[1]) if pos not in image]
+    question = inputs.positions.question[0].tolist()
+    for pos, layer, head in ((inputs.shape[1] - 1, 0, 2), (question[-2], 1, 3), (question[0], 2, 1)):
+        opened.page.select_option("#layer", str(layer))
+        opened.page.select_option("#head", str(head))
+        chip = opened.page.locator("#chips .chip:not(.image)").nth(text.index(pos))
+        chip.click()
+        opened.page.locator("#text-said").hover()
+        pattern = cache["pattern", layer][0, head, pos - 1]
+        shares = opened.page.evaluate(
+            """[...document.querySelectorAll('#chips .chip:not(.image)')]
+            .map(chip => Number(chip.style.getPropertyValue('--share')))"""
+        )
+        np.testing.assert_allclose(shares, pattern[text] / pattern.max(), atol=0.005)
+        best = max(text, key=lambda at: float(pattern[at]))
+        said = opened.page.inner_text("#text-said")
+        token = model.to_string([int(inputs.tokens[0, best])]).replace("\n", "⏎")
+        found = re.search(r"attends in the text to “(.*?)” ([\d.e-]+)", said)
+        assert found and found[1].strip() == token.strip() and abs(float(found[2]) - float(pattern[best])) < 0.005
+    opened.check_quiet()
+
+
+def test_arrows_go_through_the_tokens_as_they_are_read(browser: Any, toy: tuple[Path, Any, Any]) -> None:
+    opened = Opened(browser, toy[0], DESKTOP)
+    pressed = opened.page.locator("button.chip[aria-pressed=true]")
+    assert pressed.inner_text() == "4" and "answer" in pressed.get_attribute("class")
+    opened.page.keyboard.press("ArrowLeft")
+    opened.page.wait_for_selector("button.chip.prompt[aria-pressed=true]")
+    assert pressed.inner_text() == "⏎"
+    opened.page.keyboard.press("ArrowLeft")
+    opened.page.get_by_text("“assistant”, layer 2").wait_for()
+    opened.check_quiet()
+
+
+@pytest.mark.parametrize("family", ["toy-qwen2-vl", "toy-internvl2"])
+def test_pictures_are_saved_at_their_width_on_paper(browser: Any, tmp_path: Path, family: str) -> None:
+    model, page, inputs = made(family, (256, 128))
+    view = viewer.attention(model, inputs, page.lines[QUESTIONED].value, [(2, 1)], images=page.image)
+    opened = Opened(browser, view.save(tmp_path / "page.html"), DESKTOP)
+    for inches in ("3.25", "6.75"):
+        opened.page.select_option("#paper", inches)
+        for kind in ("png", "svg"):
+            with opened.page.expect_download() as saved:
+                opened.page.click(f"#save-{kind}")
+            assert saved.value.suggested_filename == f"attention-4-layer-2-head-1.{kind}"
+            saved.value.save_as(tmp_path / f"{inches}.{kind}")
+        with Image.open(tmp_path / f"{inches}.png") as picture:
+            assert picture.width == float(inches) * 300
+            assert [round(dots) for dots in picture.info["dpi"]] == [300, 300]
+            assert len(picture.convert("RGB").getcolors(1 << 20) or ()) > 50
+    root = ElementTree.parse(tmp_path / "3.25.svg").getroot()
+    space = {"svg": "http://www.w3.org/2000/svg"}
+    assert root.tag == "{http://www.w3.org/2000/svg}svg" and root.get("width") == "3.25in"
+    texts = [text.text for text in root.iterfind(".//svg:text", space)]
+    assert texts[0] == "“4”, layer 2, head 1" and str(texts[-1]).endswith(" attention")
+    assert len(root.findall(".//svg:image", space)) == len(view.scene.panels)
+    # the boxes that are drawn are those of the tokens with weight, as opaque as their share of the largest
+    whole = inputs.append(page.lines[QUESTIONED].value)
+    pattern = model.run_with_cache(whole)[1]["pattern", 2][0, 1, inputs.shape[1] - 1, inputs.image_tokens(0)].numpy()
+    boxes = {}
+    for rect in root.iterfind(".//svg:rect[@fill-opacity]", space):
+        corner = tuple(float(rect.get(name) or "") for name in ("x", "y"))
+        boxes.setdefault(corner, []).append(float(rect.get("fill-opacity") or ""))
+    for panel in view.scene.panels:
+        for token, box in zip(panel.tokens, panel.boxes, strict=True):
+            share = 0.75 * pattern[token] / pattern.max()
+            drawn = boxes.get((float(box[0]), float(box[1])), [])
+            assert share < 0.005 or any(abs(opacity - share) < 0.005 for opacity in drawn)
     opened.check_quiet()
 
 
@@ -183,7 +259,8 @@ def test_tiles_and_thumbnail_and_the_vision_tower(browser: Any, tmp_path: Path) 
     patches = viewer.vision_attention(model, inputs, images=page.image)
     opened = Opened(browser, patches.save(tmp_path / "patches.html"), DESKTOP)
     opened.page.locator("#panels canvas").nth(1).click(position={"x": 3, "y": 3})
-    assert opened.readout().startswith("“patch 512”") and "image 0, thumbnail" in opened.readout()
+    assert opened.readout().startswith("“patch 512”") and "image 0, thumbnail, patch" in opened.readout()
+    assert "token" not in opened.page.inner_text("body")
     opened.page.keyboard.press("m")
     assert "on class token" in opened.readout()
     opened.check_quiet()

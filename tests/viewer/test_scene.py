@@ -8,7 +8,8 @@ import pytest
 from PIL import Image
 
 from hooked_vlm import GeometryError, HookedVLM, InputError
-from hooked_vlm.viewer.scene import data_url, scene_of, seen_picture
+from hooked_vlm.inputs.seen_pictures import seen_picture
+from hooked_vlm.viewer.scene import data_url, scene_of
 
 SIZES = {"toy-qwen2-vl": [(128, 96), (160, 112)], "toy-internvl2": [(128, 128), (256, 128), (128, 384)]}
 CASES = [(family, size) for family, sizes in SIZES.items() for size in sizes]

@@ -110,7 +110,7 @@ def test_a_picture_is_changed_heads_are_edited_and_the_model_answers(browser: An
     opened.choose("0.0", "kept")  # a second click takes it back
     assert opened.generate() == [unedited, edited]
     edits = "1.3 × 0.5, 2.0 × 0, 2.1 × 0"
-    settings = opened.page.locator(".settings").inner_text()
+    settings = opened.page.locator(".asked").inner_text()
     assert settings == f"Of three lines.png · “{page.question(1)}” · at most 8 tokens · {edits}"
     photograph(opened.page, "viewer-served.png", tmp_path)
 
@@ -126,7 +126,22 @@ def test_a_picture_is_changed_heads_are_edited_and_the_model_answers(browser: An
     )
     assert said and int(said[2]) == int(row.argmax()) and abs(float(said[1]) - float(row.max())) < 0.003
     chips = [chip.text for chip in view.chips if chip.kind == "answer"]
-    assert frame.locator("button.chip").all_inner_texts()[: len(chips)] == chips
+    assert frame.locator("button.chip.answer").all_inner_texts()[: len(chips)] == chips
+    opened.check_quiet()
+
+
+def test_it_opens_with_the_answer(browser: Any, served: str) -> None:
+    opened = Opened(browser, served, DESKTOP)
+    frame = opened.page.frame_locator("iframe")
+    frame.locator("body[data-ready]").wait_for()
+    page = make_page(np.random.default_rng(7), n_lines=4)
+    answer = page.lines[2].value
+    assert opened.page.locator(".answer-text").all_inner_texts() == [answer, answer]
+    assert frame.locator("dd").all_inner_texts() == ["toy-qwen2-vl", page.question(2), answer]
+    assert not opened.page.get_by_text("The settings above have changed since").is_visible()
+    with opened.page.expect_download() as saved:
+        frame.locator("#save-svg").click()
+    assert saved.value.suggested_filename.endswith(".svg")
     opened.check_quiet()
 
 
@@ -171,7 +186,7 @@ def test_mistakes_are_a_line_in_the_page(browser: Any, served: str) -> None:
     error.filter(has_text="prompt").wait_for()
     opened.page.get_by_label("Prompt").fill("<img src=x onerror=alert(1)>")
     assert len(opened.generate()) == 2
-    assert not error.is_visible() and "<img src=x" in opened.page.locator(".settings").inner_text()
+    assert not error.is_visible() and "<img src=x" in opened.page.locator(".asked").inner_text()
     opened.check_quiet()
 
 

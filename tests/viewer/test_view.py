@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from families import model_and_inputs
 
 from hooked_vlm import HookedVLM, InputError, cli, viewer
 from hooked_vlm.errors import OutputError
@@ -21,6 +22,7 @@ from hooked_vlm.lens import logit_lens
 from hooked_vlm.metrics import log_prob
 from hooked_vlm.patching import Pair, masked, patch
 from hooked_vlm.toys.pages import make_page
+from hooked_vlm.viewer.attention_view import text_columns
 from hooked_vlm.viewer.quantisation import decoded
 
 FAMILIES = ["toy-qwen2-vl", "toy-internvl2"]
@@ -87,7 +89,60 @@ def test_maps_equal_the_pattern(family: str, size: tuple[int, int], n_pictures: 
         others = torch.ones(n, dtype=torch.bool)
         others[images] = False
         np.testing.assert_allclose(shown(view, row)[1], pattern[..., others].sum(-1), atol=1e-5)
-    assert [c.text for c in view.chips if c.row is not None] == ["w", "0"]
+    assert [(c.text, c.row) for c in view.chips if c.kind == "answer"] == [("w", 0), ("0", 1)]
+
+
+@pytest.mark.parametrize("query", ["producing", "token"])
+def test_text_tokens_have_the_weights_of_the_pattern(family: str, query: Any) -> None:
+    """In every family, for each token that can be chosen: each text token its weight, and all weights together 1."""
+    model, inputs = model_and_inputs(family, "one image")
+    whole = inputs.append(torch.tensor([[7, 8]]))
+    view = viewer.attention(model, whole, query=query)
+    _, cache = model.run_with_cache(whole)
+    patterns = torch.stack([cache["pattern", layer][0] for layer in range(model.cfg.n_layers)])
+    on_text = text_columns(whole)
+    inside = {pos for visual in whole.visuals for pos in range(visual.start, visual.stop)}
+    assert on_text == [pos for pos in range(whole.shape[1]) if pos not in inside]
+    chosen = [pos for pos in on_text if pos or query == "token"]
+    of_row = [*chosen[-2:], *chosen[:-2]]  # the answer first
+    assert view.text is not None and len(view.text.rows) == len(view.packed.rows) == len(of_row)
+    text_chips = [chip for chip in view.chips if chip.column is not None]
+    assert [chip.column for chip in text_chips] == list(range(len(on_text)))
+    assert [chip.row for chip in text_chips if chip.row is not None] == [of_row.index(pos) for pos in chosen]
+    shape = (model.cfg.n_layers, model.cfg.n_heads, len(on_text))
+    for row, pos in enumerate(of_row):
+        expected = patterns[:, :, pos - (query == "producing")].numpy()
+        found = decoded(view.text.rows[row], shape, view.text.zero)[0]
+        largest = expected[..., on_text].max(-1, keepdims=True)
+        assert (np.abs(found - expected[..., on_text]) <= view.text.error * largest * 1.01 + 1e-6).all()
+        on_images, elsewhere = shown(view, row)
+        np.testing.assert_allclose(np.nansum(on_images, -1) + elsewhere, 1, atol=0.01)
+        assert (found.sum(-1) <= elsewhere + 0.01).all()
+
+
+def test_a_large_page_has_the_answers_tokens_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, _, inputs = asked("toy-qwen2-vl")
+    n_text = len(text_columns(inputs.append("w0")))
+    values = (n_text - 1) * model.cfg.n_layers * model.cfg.n_heads * (56 + n_text)  # nothing predicted the first token
+    for most, n_rows in ((values, n_text - 1), (values - 1, 2)):
+        monkeypatch.setattr("hooked_vlm.viewer.attention_view.SMALL", most)
+        view = viewer.attention(model, inputs, "w0")
+        assert len(view.packed.rows) == n_rows
+        assert [chip.text for chip in view.chips if chip.row in (0, 1)] == ["w", "0"]
+
+
+def test_the_page_says_what_it_is_about() -> None:
+    model, page, inputs = asked("toy-internvl2")
+    about = [("model", "toy-internvl2"), ("prompt", page.question(1)), ("answer", page.lines[1].value)]
+    view = viewer.attention(model, inputs)
+    assert list(view.facts) == about
+    for name, text in about:
+        assert f"<dt>{name}</dt><dd>{text}</dd>" in view.html
+    targets = model.to_tokens(page.lines[1].value)[0].tolist()
+    assert list(viewer.lens(model, inputs, logit_lens(model, inputs, "image", targets=targets)).facts) == about[:2]
+    assert list(viewer.vision_attention(model, inputs, patches=[0], layers=[0]).facts) == about[:1]
+    numbers = np.zeros(len(inputs.image_tokens(0)), np.float32)
+    assert list(viewer.values(inputs, numbers).facts) == about[1:2]
 
 
 def test_without_an_answer_the_models_own_is_shown() -> None:
@@ -96,7 +151,7 @@ def test_without_an_answer_the_models_own_is_shown() -> None:
     text = "".join(c.text for c in view.chips if c.kind == "answer")
     assert text.removesuffix("<|im_end|>") == model.generate(inputs, 8, return_type="str") == page.lines[1].value
     again = viewer.attention(model, inputs.append(page.lines[1].value))
-    assert len(again.packed.rows) == 4
+    assert len([c for c in again.chips if c.kind == "answer"]) == 4
     for row in range(4):
         check_equal(again, row, shown(view, row)[0])
 
@@ -134,6 +189,8 @@ def test_maps_under_hooks_equal_the_pattern_under_hooks(family: str) -> None:
 
 
 def test_what_cannot_be_shown_is_refused() -> None:
+    with pytest.raises(InputError, match=r"tiles of image 1.*to_inputs"):
+        viewer.attention(*model_and_inputs("internvl2", "two images"), torch.tensor([[7]]))
     model, page, inputs = asked("toy-qwen2-vl")
     for arguments, words in (
         ({"inputs": model.to_inputs([page.question(0)] * 2, images=[page.image] * 2)}, "batch of 2"),
@@ -183,6 +240,7 @@ def test_patches_equal_the_towers_pattern(family: str) -> None:
             if tiled:
                 np.testing.assert_allclose(shown(view, row)[1][layer], pattern[:, 0], atol=1e-5)
         check_equal(view, row, expected)
+    assert view.unit == "patch" and view.text is None
     boxes = [box for _, box in view.picks]
     assert boxes[0][:2] == (0, 0) and boxes[-1][2:] == (256, 128)
     with pytest.raises(InputError, match=f"patch {n_patches}"):

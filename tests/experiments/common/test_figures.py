@@ -122,7 +122,7 @@ def test_a_figure_of_a_report_has_a_column_width_one_font_size_and_no_legend_ove
         assert not any(frame.overlaps(axes.bbox) for axes in figure.axes)
 
 
-@pytest.mark.parametrize("name", ["heatmap", "bands", "pages", "masking"])
+@pytest.mark.parametrize("name", ["heatmap", "bands", "pages", pytest.param("masking", marks=pytest.mark.full)])
 def test_rendering_a_report_twice_gives_the_same_bytes_in_all_formats(name: str) -> None:
     state = RNG.bit_generator.state
     first = render(DRAWN[name]())

@@ -70,14 +70,14 @@ def test_the_command_goes_from_a_folder_and_coco_to_the_papers_claims(
     """The model names all pictures by what it sees."""
     named = folders(family)
     asked = ["--model", named.model, "--annotations", named.annotations, "--images", named.images, "--out", tmp_path]
-    small = ["--samples", 4, "--masks", 24, "--token-masks", 40, "--bootstrap", 5, "--random-rankings", 1]
+    small = ["--samples", 2, "--masks", 24, "--token-masks", 40, "--bootstrap", 5, "--random-rankings", 1]
     asked += [*small, "--device", "cpu", "--quiet"]
     monkeypatch.setattr(sys, "argv", ["hooked-vlm", "head-attribution", "all", *map(str, asked)])
     cli.main()
     shown = capsys.readouterr().out
     tables = {path.stem: pd.read_parquet(path) for path in (tmp_path / "tables").glob("*.parquet")}
     found: Any = tables["summary"].set_index("measure")["value"]
-    assert found["answered correctly"] == 1.0 and len(tables["answers"]) == 4
+    assert found["answered correctly"] == 1.0 and len(tables["answers"]) == 2
     assert found["logit, all heads"] == pytest.approx(10, abs=0.1) and found["logit, no head"] < 2
     groups = set(tables["receivers"].query("change == 'ablated'")["text"])
     headed = family != "paligemma2"  # whose header is the final token

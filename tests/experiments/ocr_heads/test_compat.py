@@ -88,14 +88,14 @@ def text_examples() -> list[Example]:
 
 
 @cache
-def scores(kind: Any, protocol: Protocol = CODE, new_tokens: int = QWEN2_VL.reply_tokens) -> Scores:
+def scores(kind: Any, new_tokens: int) -> Scores:
     model = HookedVLM.from_pretrained("toy-qwen2-vl")
-    examples = [as_asked(e, protocol) for e in (ocr_examples() if kind == "ocr" else text_examples())]
+    examples = [as_asked(e, CODE) for e in (ocr_examples() if kind == "ocr" else text_examples())]
     batches = [examples[i : i + 8] for i in range(0, len(examples), 8)]
     shape = (model.cfg.n_layers, model.cfg.n_heads)
     with torch.no_grad():
-        tables = [score_batch(model, kind, own, protocol, given.PIXELS, new_tokens, False) for own in batches]
-    return gather(kind, pd.concat(tables, ignore_index=True), shape, protocol.instance(kind))
+        tables = [score_batch(model, kind, own, CODE, given.PIXELS, new_tokens, False) for own in batches]
+    return gather(kind, pd.concat(tables, ignore_index=True), shape, CODE.instance(kind))
 
 
 def expected_scores(name: str) -> np.ndarray:
@@ -108,11 +108,11 @@ def expected_scores(name: str) -> np.ndarray:
 
 
 @pytest.mark.parametrize("kind", ["ocr", "retrieval"])
-@pytest.mark.parametrize("new_tokens", [128, 4])
+@pytest.mark.parametrize("new_tokens", [QWEN2_VL.reply_tokens, 4])
 def test_scores_of_every_instance_equal_the_codes(kind: Any, new_tokens: int) -> None:
     """Of 4 tokens, too: the last one of a reply that is cut has no row."""
     expected = expected_scores(f"{kind} scores" + (", 4 tokens" if new_tokens == 4 else ""))
-    np.testing.assert_array_equal(scores(kind, new_tokens=new_tokens).instances, expected)
+    np.testing.assert_array_equal(scores(kind, new_tokens).instances, expected)
 
 
 # ---------------------------------------------------------------- heads, masked and with the sink redistributed
@@ -120,7 +120,7 @@ def test_scores_of_every_instance_equal_the_codes(kind: Any, new_tokens: int) ->
 
 @pytest.mark.parametrize("kind", ["ocr", "retrieval"])
 def test_heads_are_selected_and_ranked_as_the_code_does(kind: Any) -> None:
-    found = scores(kind)
+    found = scores(kind, QWEN2_VL.reply_tokens)
     chosen = [f"{i}.{j}" for i, j in np.argwhere(select(found, 0.1, 0.1, "inverted"))]
     assert chosen == official()["selected"][kind]
     mean = np.where(kept_by_code(found, 0.1), found.mean, 0.0)
@@ -193,7 +193,7 @@ def test_comparison_uses_pages_in_the_order_of_their_names(
     qwen: HookedVLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """From 11 pages on, as the published scores do; otherwise nothing is scored again."""
-    long = DataSet("toy", given.many_pages(8), "made", "many")
+    long = DataSet("toy", given.many_pages(4), "made", "many")
     monkeypatch.setattr(Study, "sets", lambda self, as_text, seed, n: [long])
     study = Study(CompareConfig(**settings(tmp_path)), qwen)
     found = in_order_of_names(study)

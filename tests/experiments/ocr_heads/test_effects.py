@@ -72,7 +72,7 @@ def test_matched_heads_are_near_in_what_they_are_matched_on(source: Any, toy: Ho
         pool = candidates(study, source, [head for heads in tops.values() for head in heads])
         near = {head for top in tops[kind] for head in nearest(top, pool, quantity)}
         assert {head for own in control.sets for head in own} <= near <= set(pool)
-        assert f"{np.mean([quantity[head] for head in tops[kind]]):.3g} in the top heads" in control.origin
+        assert f"{np.mean([quantity[head] for head in tops[kind]]):.3g} in the changed heads" in control.origin
 
 
 def test_the_nearest_heads_are_all_that_are_as_near_as_the_last() -> None:
