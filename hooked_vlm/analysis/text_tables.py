@@ -38,7 +38,7 @@ def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
 
 
-def size(n_bytes: int) -> str:
+def size(n_bytes: float | int) -> str:
     """A number of bytes in decimal units: 4.4 GB."""
     for unit, one in (("GB", 10**9), ("MB", 10**6)):
         if n_bytes >= one:

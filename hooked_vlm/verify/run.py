@@ -67,8 +67,8 @@ def check_release(release: str) -> None:
     if tuple(map(int, release.split(".")[:2])) < OLDEST_REFERENCE:
         oldest = ".".join(map(str, OLDEST_REFERENCE))
         raise InputError(
-            f"the comparison needs transformers {oldest} or newer, found {release}, which treats transparent "
-            "pictures and the attention of Gemma 3 and PaliGemma 2 differently: pip install --upgrade transformers"
+            f"the comparison needs transformers {oldest} or newer, found {release}, whose transparent "
+            "pictures and numbers of Gemma 3 and PaliGemma 2 differ (docs/references.md): pip install -U transformers"
         )
 
 
