@@ -18,7 +18,7 @@ import numpy as np
 import psutil
 import torch
 from interleaved import Settings, read_settings, save
-from models import one_gigabyte
+from models import batch_of, one_gigabyte, tiny_model
 from PIL import Image
 
 from hooked_vlm import HookedVLM, SweepCase, sweep_many
@@ -41,15 +41,21 @@ def pictures(n: int) -> Iterator[SweepCase]:
 
 
 def memory(settings: Settings, folder: Path) -> dict[str, Any]:
-    """Memory of this process behind the first pictures and behind all, while they are swept over and read back."""
-    model = HookedVLM.from_pretrained(TOY, device=settings.device, dtype=settings.torch_dtype)
+    """Memory of this process behind the first pictures and behind all, while they are swept over and read back.
+
+    The model is tiny, so that ten thousand pictures take minutes; their pixels are a megabyte each.
+    """
+    model = HookedVLM.from_hf(tiny_model(settings.device, settings.torch_dtype))
+    first = model.inputs_from_hf(batch_of([(16, 16)], settings.device))
     process, at = psutil.Process(), {}
 
     def watched() -> Iterator[SweepCase]:
-        for number, case in enumerate(pictures(PICTURES)):
+        for number in range(PICTURES):
             if number in (EARLY, PICTURES - 1):
                 at[number] = process.memory_info().rss
-            yield case
+            assert first.pixel_values is not None
+            inputs = replace(first, pixel_values=first.pixel_values + number)
+            yield SweepCase(str(number), inputs, (ZeroHeads(((1, 1),)),), logit(5))
 
     start = time.perf_counter()
     rows = sum(len(table) for table in sweep_each(model, watched(), folder))

@@ -152,7 +152,7 @@ def fixed_seed() -> None:
 
 @pytest.fixture
 def sketches(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Figures of studies as sketches: drawn and written, but neither arranged nor fine, and without axes and fonts."""
+    """Figures of studies as sketches: without axes and fonts, neither arranged nor fine; all of it in the SVG alone."""
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
@@ -162,6 +162,8 @@ def sketches(monkeypatch: pytest.MonkeyPatch) -> None:
         figure.set_layout_engine("none")
         for axes in figure.axes:
             axes.set_axis_off()
+        for shown in (*figure.axes, *figure.legends, *figure.texts):
+            shown.set_visible(kwargs.get("format") == "svg")
         with rc_context({"pdf.use14corefonts": True}):
             save(figure, *args, **{**kwargs, "dpi": 20})
 

@@ -93,6 +93,7 @@ def test_a_warning_is_one_line_of_the_command(
 
 
 @pytest.mark.repeats_shapes
+@pytest.mark.usefixtures("sketches")
 def test_json_is_all_that_is_printed(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

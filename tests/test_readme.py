@@ -33,6 +33,7 @@ def test_every_python_block_of_the_page_about_patching_runs() -> None:
 
 
 @pytest.mark.repeats_shapes
+@pytest.mark.usefixtures("sketches")
 def test_every_python_block_of_the_page_about_head_attribution_runs(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -44,6 +45,7 @@ def test_every_python_block_of_the_page_about_head_attribution_runs(
 
 
 @pytest.mark.repeats_shapes
+@pytest.mark.usefixtures("sketches")
 def test_every_python_block_of_the_page_about_the_viewer_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     names = run_page("docs/viewer.md")

@@ -192,7 +192,7 @@ def test_an_unsupported_architecture_is_refused(tmp_path: Path) -> None:
 
 
 def _sizes() -> list[Any]:
-    """All published sizes; those of which another test counts the parameters (plans of memory) with --full."""
+    """All published sizes: the first of every architecture, and with --full the others."""
     first = {known.config["architectures"][0]: name for name, known in reversed(KNOWN_MODELS.items())}
     return [pytest.param(n, marks=() if n in first.values() else pytest.mark.full) for n in KNOWN_MODELS]
 

@@ -69,7 +69,7 @@ def test_an_interrupted_run_goes_on_to_the_same_bytes(
 @pytest.mark.repeats_shapes
 def test_attribution_foretells_and_needs_fewer_heads_than_other_rankings(name: str, tmp_path: Path) -> None:
     # as many masks as by default; more of them held out, since a correlation over 32 is itself uncertain by 0.05
-    config = Curves(out=tmp_path, samples=5, held_out=0.25, bootstrap=20, random_rankings=1, quiet=True)
+    config = Curves(out=tmp_path, samples=8, held_out=0.25, bootstrap=20, random_rankings=1, quiet=True)
     result = run(config, bundled(name))
     found = result.findings
     assert found["answered correctly"].value >= 0.8
