@@ -36,7 +36,7 @@ def join_activations(folders: Iterable[str | Path], out: str | Path, *, progress
     Streams of `Samples.shard` know which samples they hold and are put in order; others are joined as they are given.
 
     Raises:
-        InputError: streams of other settings, unfinished ones, samples that are missing or come twice.
+        InputError: streams of other settings, unfinished ones, samples that are missing, come twice or share a name.
         ActivationsError: a damaged file.
         OutputError: `out` cannot be written.
     """
@@ -46,6 +46,7 @@ def join_activations(folders: Iterable[str | Path], out: str | Path, *, progress
     for part in parts:
         _check_fits(part, parts[0])
     ordered, extent = _in_order(parts)
+    _check_ids(ordered)
     made, key, out = parts[0].manifest["made"], parts[0].manifest["key"], writable_folder(Path(out))
     claim(out, made)
     clear_leftovers(out)
@@ -88,6 +89,25 @@ def _in_order(parts: Sequence[Activations]) -> tuple[list[Activations], dict[str
     return ordered, {"range": [ordered[0].manifest["range"][0], ordered[-1].manifest["range"][1]]}
 
 
+def _check_ids(parts: Sequence[Activations]) -> None:
+    """Refuse samples of one name, whose rows the index could not tell apart."""
+    seen: dict[str, Path] = {}
+    for part in parts:
+        own: set[str] = set()
+        for shard in part.shards:
+            own.update(_read_index(shard, ["sample"])["sample"].unique().to_pylist())
+        if twice := sorted(own & seen.keys()):
+            raise InputError(f"{seen[twice[0]]} and {part.folder} both have a sample named {twice[0]!r}")
+        seen |= dict.fromkeys(own, part.folder)
+
+
+def _read_index(shard: Shard, columns: Sequence[str] | None = None) -> pa.Table:
+    try:
+        return pq.read_table(shard.index, columns=columns)
+    except (pa.ArrowException, OSError) as error:
+        raise damaged(shard.index, error) from error
+
+
 def _is_there(shard: Shard) -> bool:
     try:
         return read_shard(shard.path) == shard
@@ -101,8 +121,4 @@ def _copy(shard: Shard, moved: Shard, names: Sequence[str]) -> None:
             pieces = {name: [file.get_tensor(name)] for name in file.keys() if name in names}  # noqa: SIM118
     except (SafetensorError, OSError, RuntimeError) as error:
         raise damaged(shard.data, error) from error
-    try:
-        table = pq.read_table(shard.index)
-    except (pa.ArrowException, OSError) as error:
-        raise damaged(shard.index, error) from error
-    write_shard(moved, pieces, [table])
+    write_shard(moved, pieces, [_read_index(shard)])

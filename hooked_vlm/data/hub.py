@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from hooked_vlm.errors import InputError, OutputError
+from hooked_vlm.errors import HookedVLMError, InputError, OutputError
 from hooked_vlm.runtime.files import why
 
 README = "README.md"
@@ -33,7 +33,6 @@ def send(write: Callable[[Path], Any], name: str | Path, *, private: bool = True
         write(path)
         return str(path)
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError
 
     api = HfApi()
     try:
@@ -41,8 +40,12 @@ def send(write: Callable[[Path], Any], name: str | Path, *, private: bool = True
         with tempfile.TemporaryDirectory() as folder:
             write(Path(folder))
             api.upload_folder(repo_id=str(name), folder_path=folder, repo_type="dataset")
-    except (HfHubHTTPError, OSError) as error:
-        raise OutputError(f"cannot send the data set {name} to the hub ({why(error)}): hf auth login?") from error
+    except HookedVLMError:  # of what is written
+        raise
+    except Exception as error:  # the hub's own errors, and those of the network below it
+        raise OutputError(
+            f"cannot send the data set {name} to the hub ({why(error)}): hf auth login? A folder is named ./{name}"
+        ) from error
     return f"https://huggingface.co/datasets/{name}"
 
 

@@ -4,6 +4,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import huggingface_hub
 import numpy as np
 import pandas as pd
 import pytest
@@ -81,8 +82,6 @@ def test_tables_of_a_run_come_back(tmp_path: Path) -> None:
 
 
 def test_the_hub_gets_the_same_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import huggingface_hub
-
     monkeypatch.chdir(tmp_path)
     sent: dict[str, Any] = {}
 
@@ -107,6 +106,15 @@ def test_the_hub_gets_the_same_folder(tmp_path: Path, monkeypatch: pytest.Monkey
     own.create_repo = refused
     with pytest.raises(OutputError, match="no network"):
         push_tables("run", "lab/scores")
+
+
+def test_a_hub_that_cannot_be_reached_is_told(written: Activations, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(*_: Any, **__: Any) -> None:
+        raise RuntimeError("Name or service not known")  # the network's own classes derive from no OSError
+
+    monkeypatch.setattr(huggingface_hub, "HfApi", lambda: SimpleNamespace(create_repo=refused))
+    with pytest.raises(OutputError, match=r"service not known.*\./lab/rows"):
+        push_activations(written, "lab/rows")
 
 
 def test_what_is_a_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

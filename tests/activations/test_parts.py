@@ -70,6 +70,13 @@ def test_parts_joined_are_the_whole(toy: HookedVLM, tmp_path: Path) -> None:
     assert not (tmp_path / "no").exists()
 
 
+def test_streams_with_a_name_in_common_are_not_joined(toy: HookedVLM, tmp_path: Path) -> None:
+    for folder, own in (("0", ["a", "b"]), ("1", ["c", "b"])):
+        stream_activations(toy, [Sample(name, f"Say {name}.") for name in own], "hook_embed", tmp_path / folder)
+    with pytest.raises(InputError, match="both have a sample named 'b'"):
+        join_activations([tmp_path / "0", tmp_path / "1"], tmp_path / "no")
+
+
 def broken_among(n: int, at: set[int], folder: Path) -> list[Sample]:
     """The samples of a stream, some of which have pictures that cannot be read."""
     (folder / "broken.png").write_bytes(b"no picture")
