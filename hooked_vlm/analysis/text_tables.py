@@ -22,8 +22,10 @@ def text_table(header: Sequence[str], rows: Sequence[Sequence[str]], left: int =
 
 
 def in_width(text: str, width: int = WIDTH) -> str:
-    """Wrap longer lines at spaces; what follows stands under the last column (two spaces part columns)."""
-    return "\n".join(line if len(line) <= width else _wrapped(line, width) for line in text.split("\n"))
+    """Wrap longer lines at spaces; what follows stands under the last column (two spaces part columns). A line of two
+    words (`page: PATH`) stays whole."""
+    lines = text.split("\n")
+    return "\n".join(line if len(line) <= width or len(line.split()) < 3 else _wrapped(line, width) for line in lines)
 
 
 def _wrapped(line: str, width: int) -> str:
