@@ -86,7 +86,27 @@ def _in_order(parts: Sequence[Activations]) -> tuple[list[Activations], dict[str
             raise InputError(f"samples {stop} to {start - 1} are missing, between {one.folder} and {other.folder}")
         if start < stop:
             raise InputError(f"{one.folder} and {other.folder} both hold sample {start}")
-    return ordered, {"range": [ordered[0].manifest["range"][0], ordered[-1].manifest["range"][1]]}
+    extent = [ordered[0].manifest["range"][0], ordered[-1].manifest["range"][1]]
+    return ordered, {"range": extent, "divided": parts[0].manifest.get("divided", [])}
+
+
+def check_complete(folders: Iterable[str | Path]) -> None:
+    """Refuse shards that together are not all samples that were divided, as far as they know.
+
+    Raises:
+        InputError: shards of different divisions, a first or a last one that is missing.
+        ActivationsError: a damaged file.
+    """
+    ordered, extent = _in_order([Activations(folder) for folder in folders])
+    whole = extent.get("divided")
+    for part in ordered if whole else ():
+        if part.manifest.get("divided") != whole:
+            raise InputError(f"{part.folder} and {ordered[0].folder} are shards of different numbers of samples")
+    if not whole:
+        return
+    (start, stop), (first, last) = extent["range"], whole
+    if missing := [f"{a} to {b - 1}" for a, b in ((first, start), (stop, last)) if a < b]:
+        raise InputError(f"samples {' and '.join(missing)} are missing: name the folders of all shards")
 
 
 def _check_ids(parts: Sequence[Activations]) -> None:

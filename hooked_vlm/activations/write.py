@@ -131,7 +131,9 @@ def stream_activations(
     if shard_path(folder, key_of(made), start).with_suffix(".parquet").exists():
         raise InputError(f"{folder} holds more than the {start} samples that came: choose another folder")
     report_skipped(folder, {own.id: own.reason for own in queue.skipped}, stacklevel=3)
-    whole = {"range": [samples.start, samples.stop]} if isinstance(samples, Samples) else {}
+    whole = {}
+    if isinstance(samples, Samples):
+        whole = {"range": [samples.start, samples.stop], "divided": list(samples.divided or ())}
     write_manifest(folder, made, Activations(folder).summary() | {"skipped": len(queue.skipped)} | whole)
     return Activations(folder)
 

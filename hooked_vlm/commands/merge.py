@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from hooked_vlm.activations.join import join_activations
+from hooked_vlm.activations.join import check_complete, join_activations
 from hooked_vlm.activations.shards import MANIFEST
 from hooked_vlm.commands import cache
 from hooked_vlm.commands.config import MergeConfig
@@ -20,11 +20,12 @@ def answer(config: MergeConfig) -> tuple[str, dict[str, Any]]:
     """
     if not config.folders:
         raise InputError("name the folders to merge: hooked-vlm merge FOLDER [FOLDER ...] --out OUT")
-    if config.out in config.folders:
+    if config.out.resolve() in [folder.resolve() for folder in config.folders]:
         raise InputError(f"--out {config.out} is one of the folders to merge: choose another")
     if all((folder / RECORD).exists() for folder in config.folders):
         return sweep.told(merge(list(config.folders), config.out))
     if all((folder / MANIFEST).exists() for folder in config.folders):
+        check_complete(config.folders)
         return cache.told(join_activations(config.folders, config.out, progress=not config.quiet))
     for folder in config.folders:
         if not any((folder / name).exists() for name in (RECORD, MANIFEST)):

@@ -41,6 +41,8 @@ class Samples:
     source: Source
     start: int
     stop: int
+    divided: tuple[int, int] | None = None
+    """Start and stop of the samples that this is a shard of; of shards of a shard, those of the first division."""
 
     def __len__(self) -> int:
         return self.stop - self.start
@@ -66,7 +68,8 @@ class Samples:
         """
         if not 0 <= i < n:
             raise InputError(f"there is no shard {i}/{n}: {n} shards are counted from 0 to {n - 1}")
-        return Samples(self.source, self.start + len(self) * i // n, self.start + len(self) * (i + 1) // n)
+        start, stop = (self.start + len(self) * part // n for part in (i, i + 1))
+        return Samples(self.source, start, stop, self.divided or (self.start, self.stop))
 
 
 def read_samples(

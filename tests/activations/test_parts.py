@@ -13,8 +13,10 @@ from streams import NAMES, contents, samples
 
 from hooked_vlm import HookedVLM, InputError
 from hooked_vlm.activations import Activations, Sample, join_activations, stream_activations
+from hooked_vlm.activations.join import check_complete
 from hooked_vlm.commands.cache import _on_ray, written
-from hooked_vlm.commands.config import CacheConfig
+from hooked_vlm.commands.config import CacheConfig, MergeConfig
+from hooked_vlm.commands.merge import answer as merged
 from hooked_vlm.data import Samples
 from hooked_vlm.data.sources import Source
 
@@ -75,6 +77,24 @@ def test_streams_with_a_name_in_common_are_not_joined(toy: HookedVLM, tmp_path: 
         stream_activations(toy, [Sample(name, f"Say {name}.") for name in own], "hook_embed", tmp_path / folder)
     with pytest.raises(InputError, match="both have a sample named 'b'"):
         join_activations([tmp_path / "0", tmp_path / "1"], tmp_path / "no")
+
+
+def test_merging_needs_every_shard(toy: HookedVLM, tmp_path: Path) -> None:
+    settings: dict[str, Any] = {"tokens_per_batch": 700, "names_filter": NAME}
+    shards = [Samples(Made(), 0, 5).shard(i, 3) for i in range(3)]
+    for i, own in enumerate(shards):
+        stream_activations(toy, own, folder=tmp_path / str(i), **settings)
+    several = [tmp_path / str(i) for i in range(3)]
+    check_complete(several[::-1])
+    for missing, match in ((several[1:], "samples 0 to 0 are missing"), (several[:2], "samples 3 to 4 are missing")):
+        with pytest.raises(InputError, match=match):
+            check_complete(missing)
+    with pytest.raises(InputError, match="samples 0 to 0 are missing"):
+        merged(MergeConfig(tuple(several[1:]), tmp_path / "out"))
+    stream_activations(toy, Samples(Made(), 0, 7).shard(6, 7), folder=tmp_path / "other", **settings)
+    with pytest.raises(InputError, match="missing"):
+        check_complete([*several, tmp_path / "other"])
+    assert shards[1].shard(0, 2).divided == (0, 5), "shards of a shard know the first division"
 
 
 def broken_among(n: int, at: set[int], folder: Path) -> list[Sample]:

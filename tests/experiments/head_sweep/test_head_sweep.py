@@ -90,9 +90,9 @@ def test_the_rows_are_those_of_the_loop(
     assert (table["effect"] != 0).any()
     rows = pd.read_csv(tmp_path / "out" / "sweep.csv", dtype={"answer": str})
     pd.testing.assert_frame_equal(rows, table, check_dtype=False, rtol=1e-6)
-    means = {(row.layer, row.head): row.effect for row in each_row(found.shown.table)}
+    told = {(row.layer, row.head): row.effect for row in each_row(found.shown.table)}
     loop = expected.groupby("run")["effect"].mean()
-    np.testing.assert_allclose([means[head] for head in heads], loop, rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose([told[head] for head in heads], loop, rtol=1e-4, atol=1e-6)
     assert found.shown.table["effect"].abs().is_monotonic_decreasing
 
 
