@@ -211,8 +211,9 @@ def test_mlps_that_follow_carry_a_part_of_the_effect(family: str) -> None:
     only_last = patch_paths(model, pair, [(0, 2)], ["logits"], None, METRIC, where="final").effects
     np.testing.assert_allclose(only_last, both[0], atol=1e-5)  # the metric reads the last position alone
     model, pair = model_and_pair(family)
-    nowhere = patch_paths(model, pair, [(0, 2)], ["logits"], None, METRIC, where="image").effects
-    np.testing.assert_allclose(nowhere, 0, atol=1e-6)
+    nowhere = patch_paths(model, pair, [(0, 2)], ["logits"], None, METRIC, where="image")
+    # up to the rounding of float32 in a batch of other shape: a few units in the last place of the metric
+    np.testing.assert_allclose(nowhere.values, nowhere.values - nowhere.effects, rtol=5e-7)
 
 
 def test_paths_from_heads_that_do_not_exist_are_refused() -> None:
