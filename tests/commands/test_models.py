@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from hooked_vlm import cli
+from hooked_vlm.analysis.text_tables import in_width
 from hooked_vlm.commands.models import GPU_SIZES, ModelsConfig, answer, model_row
 from hooked_vlm.converters import KNOWN_MODELS
 from hooked_vlm.loading.folders import TOY_MODELS
@@ -68,7 +69,8 @@ def test_the_table_and_its_data_name_the_same() -> None:
     gpus = [largest["gpus"][str(size)] for size in GPU_SIZES]
     line = next(line for line in table.splitlines() if "72B" in line)
     assert line.split()[-1] == "/".join(map(str, gpus)) and gpus == sorted(gpus, reverse=True)
-    assert max(map(len, table.splitlines())) <= 80
+    shown = in_width(table).splitlines()
+    assert max(map(len, shown)) <= 80 and shown[: len(names)] == table.splitlines()[: len(names)]  # its rows fit
 
 
 def test_one_model_as_text_and_as_json(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
