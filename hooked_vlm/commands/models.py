@@ -123,11 +123,9 @@ def cells(row: ModelRow) -> list[str]:
 
 
 def _cells_in_terminal(row: ModelRow) -> list[str]:
-    language, gpus = (
-        f"{row.n_layers} x {row.n_heads}",
-        "/".join("-" if n is None else str(n) for n in row.gpus.values()),
-    )
-    return [row.name, _billions(row.n_params), language, size(row.needed), gpus]
+    gpus = "/".join("-" if n is None else str(n) for n in row.gpus.values())
+    sizes = (_billions(row.n_params), f"{row.n_layers} x {row.n_heads}", size(row.needed))
+    return [row.name, *(own.replace(" ", "") for own in sizes), gpus]  # 80 columns
 
 
 def _legend_in_terminal(config: ModelsConfig) -> str:
