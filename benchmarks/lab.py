@@ -90,7 +90,7 @@ def second_call(settings: Settings, folder: Path) -> dict[str, Any]:
 
 
 def shards(folder: Path) -> dict[str, Any]:
-    """Pictures a second of eight shards at once, against one process over all of them: start-up included."""
+    """Pictures a second of eight shards at once, against one process over all of them, with and without start-up."""
     lines = []
     for number, case in enumerate(pictures(SHARDED)):
         sample: Any = case.inputs
@@ -106,7 +106,15 @@ def shards(folder: Path) -> dict[str, Any]:
         "cores": os.cpu_count(),
         "pictures a second, one process": SHARDED / alone,
         f"pictures a second, {SHARDS} shards": SHARDED / together,
+        "without start-up, one process": _rate([folder / "one"]),
+        f"without start-up, {SHARDS} shards": _rate([folder / str(i) for i in range(SHARDS)]),
     }
+
+
+def _rate(runs: list[Path]) -> float:
+    """Pictures a second of runs at once, from what each tells of its progress."""
+    last = [(run / "progress.jsonl").read_text(encoding="utf-8").splitlines()[-1] for run in runs]
+    return sum(json.loads(line)["per_second"] for line in last)
 
 
 def _seconds(commands: list[list[str]], environment: dict[str, str]) -> float:
