@@ -53,7 +53,7 @@ def square(model: HookedVLM) -> VLMInputs:
 
 
 @pytest.fixture(scope="module")
-def digests(model: HookedVLM, sets: Any) -> tuple[list[str], list[str]]:
+def digests(model: HookedVLM, sets: Any) -> tuple[tuple[str, ...], tuple[str, ...]]:
     ours, theirs = (mean_streams(model, own, [HOOK.format(0)]).digests for own in sets)
     return ours, theirs
 
@@ -77,7 +77,7 @@ def test_vectors_are_the_mean_difference_of_the_items_that_fit_them(
 ) -> None:
     layers = (0, 2)
     found = steering_vectors(model, *sets, hook=hook, positions=positions, layers=layers, seed=5)
-    parts = split_parts(*digests, 5)
+    parts = split_parts(digests[0], digests[1], 5)
     fit = ([s for s, part in zip(own, ps, strict=True) if part == FIT] for own, ps in zip(sets, parts, strict=True))
     means = [means_by_hand(model, samples, [found.name(layer) for layer in layers], positions) for samples in fit]
     for layer, ours, theirs in zip(layers, *means, strict=True):
@@ -150,7 +150,7 @@ def test_a_sweep_over_layers_and_scales_is_the_loop(
 def test_a_scale_of_one_moves_the_mean_negative_item_onto_the_mean_positive_one(
     model: HookedVLM, sets: Any, digests: Any, vectors: SteeringVectors
 ) -> None:
-    parts = split_parts(*digests, 3)
+    parts = split_parts(digests[0], digests[1], 3)
     ours, theirs = ([s for s, p in zip(own, ps, strict=True) if p == FIT] for own, ps in zip(sets, parts, strict=True))
     moved = []
     for sample in theirs:
