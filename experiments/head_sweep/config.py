@@ -78,8 +78,9 @@ class HeadSweepConfig(WorkersConfig, DataConfig):
                 raise InputError(f"--heads takes all, layers (3) and heads (3.1); got {word!r}")
             own = [(int(layer), int(head))] if dot else [(int(layer), number) for number in range(n_heads)]
             if int(layer) >= n_layers or own[-1][1] >= n_heads:
+                where = "vision tower" if self.tower == "vision" else "language model"
                 raise InputError(
-                    f"there is no head {word} in the {self.tower} tower: it has layers 0 to {n_layers - 1} with heads "
+                    f"there is no head {word} in the {where}: it has layers 0 to {n_layers - 1} with heads "
                     f"0 to {n_heads - 1}"
                 )
             found.update(own)
