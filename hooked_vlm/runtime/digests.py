@@ -32,30 +32,26 @@ def digest(value: Any) -> str:
         InputError: a value without comparable content, such as a function or an object of another class.
     """
     found = hashlib.sha256()
-    _feed(found, value, {})
+    _feed(found, value)
     return found.hexdigest()[:32]
 
 
-def _feed(found: Any, value: Any, hashed: dict[int, tuple[Tensor, bytes]]) -> None:
-    """`hashed`: tensors met before (held, so that an id is one tensor), which many interventions may share."""
+def _feed(found: Any, value: Any) -> None:
     kind: Any = type(value)
     found.update(f"{kind.__module__}.{kind.__qualname__}(".encode())
     if (known := getattr(value, "known_as", None)) is not None:
-        _feed(found, known, hashed)
+        _feed(found, known)
     elif value is None or isinstance(value, _PLAIN):
         found.update(repr(value).encode())
     elif isinstance(value, Tensor):
         found.update(f"{value.dtype} {tuple(value.shape)} ".encode())
-        if id(value) not in hashed:
-            flat = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-            hashed[id(value)] = value, hashlib.sha256(flat.numpy().tobytes()).digest()
-        found.update(hashed[id(value)][1])
+        found.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
     elif isinstance(value, np.ndarray) and not value.dtype.hasobject:
         found.update(f"{value.dtype} {value.shape} ".encode())
         found.update(np.ascontiguousarray(value).tobytes())
     elif isinstance(value, list | tuple):
         for item in value:
-            _feed(found, item, hashed)
+            _feed(found, item)
     elif isinstance(value, set | frozenset):
         found.update(" ".join(sorted(map(digest, value))).encode())
     elif isinstance(value, Mapping):
@@ -66,7 +62,7 @@ def _feed(found: Any, value: Any, hashed: dict[int, tuple[Tensor, bytes]]) -> No
         for field in fields(kind):
             if field.init and field.compare:
                 found.update(f"{field.name}=".encode())
-                _feed(found, getattr(value, field.name), hashed)
+                _feed(found, getattr(value, field.name))
     else:
         raise InputError(
             f"{_shown(value)} cannot be identified by its content, so results cannot be stored under it: give a "

@@ -11,7 +11,7 @@ from every_kind import of_every_kind
 from families import model_and_inputs
 
 from hooked_vlm import InputError
-from hooked_vlm.interventions import AddVector, Compose, CustomHooks, ImageMeans, MeanHeads, ReplaceImageKV, ZeroHeads
+from hooked_vlm.interventions import AddVector, Compose, CustomHooks, ImageMeans, ReplaceImageKV, ZeroHeads
 from hooked_vlm.metrics import answered, kl_divergence, log_prob, logit, logit_difference, margin
 from hooked_vlm.runtime.digests import digest
 
@@ -97,13 +97,3 @@ def test_what_cannot_be_told_by_its_content_is_refused() -> None:
             value = CustomHooks([("hook_embed", print)])
         with pytest.raises(InputError, match="dataclass"):
             digest(value)
-
-
-def test_a_tensor_that_interventions_share_counts_as_its_copies_do() -> None:
-    means = torch.randn(2, 3, 4, generator=torch.Generator().manual_seed(0))
-    heads = [(layer, head) for layer in range(2) for head in range(3)]
-    shared = digest(tuple(MeanHeads((head,), means) for head in heads))
-    assert shared == digest(tuple(MeanHeads((head,), means.clone()) for head in heads))
-    other = [means.clone() for _ in heads]
-    other[4][1, 1, 1] += 1
-    assert shared != digest(tuple(MeanHeads((head,), own) for head, own in zip(heads, other, strict=True)))
