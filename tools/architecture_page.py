@@ -16,6 +16,7 @@ LAYERS = (
     ("experiments", "the two studies, the reproduction of their papers, reports on steering"),
     ("viewer", "HTML pages of attention and other values"),
     ("verify", "comparison with transformers on a checkpoint"),
+    ("features", "sparse autoencoders and transcoders: files, runs, edits, quality, attribution"),
     ("steering", "contrast sets to steering vectors, with held-out separability"),
     ("activations", "activations of a data set on disk"),
     ("patching", "activation, path and attribution patching, attention knock-out"),
