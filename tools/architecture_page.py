@@ -14,6 +14,7 @@ LAYERS = (
     ("cli", "command line"),
     ("commands", "one module per command"),
     ("experiments", "the two studies, the reproduction of their papers, reports on steering"),
+    ("atlas", "scores of every head of both towers, as a table and a page"),
     ("viewer", "HTML pages of attention and other values"),
     ("verify", "comparison with transformers on a checkpoint"),
     ("features", "sparse autoencoders and transcoders: files, runs, edits, quality, attribution"),
