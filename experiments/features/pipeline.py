@@ -23,7 +23,6 @@ from hooked_vlm.features.reading import ReadTokens, read_tokens
 from hooked_vlm.features.training import Trained, train_dictionary
 from hooked_vlm.model.by_name import load
 from hooked_vlm.runtime.files import atomic_write, writable_folder
-from hooked_vlm.toys.drawings import OBJECTS
 
 if TYPE_CHECKING:
     from hooked_vlm.model.vlm import HookedVLM
@@ -125,8 +124,3 @@ def _of_features(features: Float[np.ndarray, "token feature"], table: pd.DataFra
     )
     best = table.sort_values("F1", ascending=False).drop_duplicates("feature")
     return frame.merge(best[["feature", "label", "F1", "low", "high", "found"]], on="feature", how="left")
-
-
-def kind_of(label: str) -> str:
-    """What a label names."""
-    return "object" if label in OBJECTS else "glyph" if len(label) == 1 else "label"

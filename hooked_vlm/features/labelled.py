@@ -40,6 +40,14 @@ class LabelledPicture:
             found[:, names.index(self.object_name)] = _share_on(self.object_mask, tokens) > MOST
         return found
 
+    def frames(self, label: str) -> tuple[tuple[float, ...], ...]:
+        """The boxes of a label: of a drawn object the one around its mask."""
+        boxes = [tuple(map(float, own.box)) for own in self.sample.boxes if own.name == label]
+        if self.object_mask is not None and self.object_name == label and self.object_mask.any():
+            rows, columns = self.object_mask.any(1).nonzero()[0], self.object_mask.any(0).nonzero()[0]
+            boxes.append((float(columns[0]), float(rows[0]), float(columns[-1] + 1), float(rows[-1] + 1)))
+        return tuple(boxes)
+
 
 def toy_pictures(n: int, seed: int, purpose: int = 0) -> Iterator[LabelledPicture]:
     """Pages, single lines of text and drawings in turn (two pages to one of each), with their answers.

@@ -94,8 +94,8 @@ def best_thresholds(
 ) -> tuple[Float[np.ndarray, "unit label"], Float[np.ndarray, "unit label"]]:
     """The largest F1 of each unit for each label over thresholds above 0, and the threshold that has it.
 
-    A token is marked if its value is the threshold or more; thresholds lie halfway between values. Units that are never above 0 have an F1 of 0 and an
-    infinite threshold.
+    A token is marked if its value is the threshold or more; thresholds lie halfway between values. Units
+    that are never above 0 have an F1 of 0 and an infinite threshold.
     """
     n_labels = labels.shape[1]
     best, threshold = np.zeros((len(values), n_labels)), np.full((len(values), n_labels), np.inf)
