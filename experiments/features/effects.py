@@ -12,6 +12,7 @@ from hooked_vlm.data import Sample
 from hooked_vlm.features import Dictionary
 from hooked_vlm.features.edits import EditFeatures
 from hooked_vlm.inputs.vlm_inputs import VLMInputs
+from hooked_vlm.interventions.base import position_table
 from hooked_vlm.lens import vocabulary
 from hooked_vlm.viewer.feature_view import Logits
 
@@ -34,8 +35,8 @@ def direct_logits(
     name = dictionary.out_hook_name
     if name.startswith("vision.") or not name.endswith(INTO_THE_STREAM):
         return [((), ()) for _ in features]
-    weight = model.ln_final.w if hasattr(model.ln_final, "w") else next(model.unembed.parameters())
-    directions = dictionary.W_dec[list(features)].to(weight.device, model.cfg.dtype)
+    weight = next(model.unembed.parameters())
+    directions = dictionary.W_dec[list(features)].to(weight)
     log_probs = vocabulary(model, directions)
     centred = (log_probs - log_probs.mean(-1, keepdim=True)).float().cpu()
     found = []
@@ -70,8 +71,8 @@ class Ablation:
         change = ablated - np.array([self._plain[number] for number in numbers])
         low, high = mean_interval(change, seed=0)
         return (
-            f"Ablated at every position, it changes the log-probability of the answer by {change.mean():+.3f} on average "
-            f"over the {len(numbers)} pictures that activate it most (95% interval {float(low):+.3f} to "
+            f"Ablated at every position, it changes the log-probability of the answer by {change.mean():+.3f} on "
+            f"average over the {len(numbers)} pictures that activate it most (95% interval {float(low):+.3f} to "
             f"{float(high):+.3f})."
         )
 
@@ -84,6 +85,7 @@ def answer_log_probs(
     hooks = [] if edit is None else edit.hooks(model, inputs)
     logits = model.run_with_hooks(inputs, fwd_hooks=hooks)
     log_probs = logits[:, :-1].double().log_softmax(-1)
-    tokens, answered = (x[:, 1:].to(logits.device) for x in (inputs.tokens, inputs.positions.generated))
+    answer = position_table("generated", inputs)[:, :-1]
+    tokens, answered = (x[:, 1:].to(logits.device) for x in (inputs.tokens, answer))
     own = log_probs.gather(-1, tokens[..., None])[..., 0]
     return (own * answered).sum(-1).cpu().numpy()

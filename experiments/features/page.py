@@ -40,8 +40,8 @@ def feature_page(config: PageConfig, found: Found, model: "HookedVLM") -> Featur
             ]
             entries.append(
                 FeatureEntry(
-                    feature=feature, label=label, said=said.get(label, "No label chose it."), found=row["found"] is True,
-                    score=float(row["F1"]) if label else None, active=float(row["active"]),
+                    feature=feature, label=label, said=said.get(label, "No label chose it."),
+                    found=row["found"] is True, score=float(row["F1"]) if label else None, active=float(row["active"]),
                     largest=float(row["largest"]), counts=histogram(values), marks=tuple(marks),
                     raised=raised, lowered=lowered,
                     effect=ablation.effect(feature, [picture for picture, _ in tops[: config.ablated]]),

@@ -143,11 +143,16 @@ class _Scored:
         ends = np.array([self.interval(label) for label in range(len(self.unit))]).reshape(-1, 2)
         return pd.DataFrame(
             {
-                "feature": self.unit, "threshold": self.threshold, "F1": self.f1, "low": ends[:, 0], "high": ends[:, 1],
+                "feature": self.unit,
+                "threshold": np.where(np.isinf(self.threshold), np.nan, self.threshold),
+                "F1": self.f1,
+                "low": ends[:, 0],
+                "high": ends[:, 1],
                 "precision": _ratio(self.hits.sum(0), self.marked.sum(0)),
-                "recall": _ratio(self.hits.sum(0), self.shown.sum(0)), "tokens": self.shown.sum(0).astype(int),
+                "recall": _ratio(self.hits.sum(0), self.shown.sum(0)),
+                "tokens": self.shown.sum(0).astype(int),
             }
-        )  # fmt: skip
+        )
 
 
 @dataclass(frozen=True, eq=False)

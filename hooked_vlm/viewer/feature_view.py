@@ -93,8 +93,8 @@ class FeaturePage:
         )
         if len(text) > LARGEST:
             raise InputError(
-                f"the page would have {len(text) / 1e6:.0f} MB, more than the {LARGEST / 1e6:.0f} MB that browsers open "
-                "quickly: show fewer features"
+                f"the page would have {len(text) / 1e6:.0f} MB, more than the {LARGEST / 1e6:.0f} MB that browsers "
+                "open quickly: show fewer features"
             )
         return text
 
