@@ -7,6 +7,8 @@ from hooked_vlm._lazy import lazy_names
 if TYPE_CHECKING:
     from hooked_vlm.atlas.definitions import SCORES, Score
     from hooked_vlm.atlas.result import Atlas, Observed
+    from hooked_vlm.atlas.stimuli import Stimulus, as_stimuli, shipped
+    from hooked_vlm.atlas.study import atlas
 
-__all__ = ["SCORES", "Atlas", "Observed", "Score"]
+__all__ = ["SCORES", "Atlas", "Observed", "Score", "Stimulus", "as_stimuli", "atlas", "shipped"]
 __getattr__, __dir__ = lazy_names(__name__)

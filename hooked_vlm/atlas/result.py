@@ -6,8 +6,8 @@ found.wide("language")     # a row for each head, a column for each score
 found.save("out")          # Atlas.load("out")
 """
 
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from jaxtyping import Float
 
 from hooked_vlm.analysis.intervals import mean_interval, mean_p
 from hooked_vlm.analysis.multiple_testing import holm
-from hooked_vlm.atlas.definitions import SCORES, Score
+from hooked_vlm.atlas.definitions import SCORES, Kind, Score
 from hooked_vlm.atlas.files import read_atlas, write_atlas
 from hooked_vlm.errors import InputError
 from hooked_vlm.interventions.base import Tower
@@ -47,7 +47,7 @@ class Atlas:
     observed: Mapping[str, Observed]
     """By the name of the score, in the order of `SCORES`; a score that the model cannot have is missing."""
     settings: Mapping[str, Any] = field(default_factory=dict)
-    """What the numbers depend on: weights, number of stimuli, seed, share of answers that are right."""
+    """What the numbers depend on: weights, seed, number of groups, and the kind of each stimulus."""
 
     @property
     def scores(self) -> tuple[Score, ...]:
@@ -95,6 +95,25 @@ class Atlas:
         where = {"layer": np.repeat(np.arange(layers), heads), "head": np.tile(np.arange(heads), layers)}
         own = [score.name for score in self.scores if score.tower == tower]
         return pd.DataFrame(where | {name: self.values(name).ravel() for name in own})
+
+    def on(self, kind: Kind) -> "Atlas":
+        """The same from the stimuli of one kind alone.
+
+        Raises:
+            InputError: there are none.
+        """
+        kinds = self.settings.get("kinds", {})
+        observed = {}
+        for name, own in self.observed.items():
+            chosen = [i for i, stimulus in enumerate(own.stimuli) if kinds.get(stimulus) == kind]
+            if chosen:
+                stimuli = tuple(own.stimuli[i] for i in chosen)
+                observed[name] = Observed(stimuli, own.values[chosen], own.nulls[chosen])
+        if not observed:
+            raise InputError(
+                f"this atlas has no stimuli of the kind {kind!r}; it has {', '.join(sorted({*kinds.values()}))}"
+            )
+        return Atlas(self.model, observed, self.settings)
 
     def strongest(self, name: str, layer: int, head: int, n: int = 3) -> list[str]:
         """Names of the stimuli on which a head scores highest above the null, best first."""
