@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -42,8 +43,6 @@ def literal(model: HookedVLM, stimulus: Stimulus, other: Stimulus) -> dict[str, 
         layers = [f"blocks.{layer}." for layer in range(model.cfg.n_layers)]
         suffixes = ("attn.hook_pattern", "hook_resid_pre", "attn.hook_v", "attn.hook_z")
         own_names = [layer + suffix for layer in layers for suffix in suffixes]
-            f"blocks.{l}.{n if n == names[1] else f'attn.{n}'}" for l in range(model.cfg.n_layers) for n in names
-        ]
         logits, cache = model.run_with_cache(inputs, names_filter=own_names)
     cfg, tokens = model.cfg, inputs.tokens[0].tolist()
     stop, n_answer = inputs.stop[0], inputs.n_generated[0]
@@ -65,7 +64,7 @@ def literal(model: HookedVLM, stimulus: Stimulus, other: Stimulus) -> dict[str, 
         for head in range(cfg.n_heads):
             a = pattern[head].tolist()
 
-            def put(name: str, value: float, layer: int = layer, head: int = head) -> None:
+            def put(name: str, value: Any, layer: int = layer, head: int = head) -> None:
                 found.setdefault(name, np.full((cfg.n_layers, cfg.n_heads), np.nan))[layer, head] = value
 
             queries = question + answer
@@ -284,11 +283,11 @@ def test_a_planted_head_that_reads_scores_exactly_1(model: HookedVLM) -> None:
 
 def test_a_head_that_reads_what_the_model_does_not_say_scores_0(model: HookedVLM) -> None:
     page = right(model, "page")
-    sample = page.asked
-    wrong = Sample(sample.id, sample.prompt, sample.images, sample.boxes, "zz" + sample.answer[2:])
-    boxes = tuple(box if box.name == "text" else NamedBox(c, box.box) for box, c in zip(
-        sample.boxes, [*wrong.answer, *sample.boxes], strict=False))  # fmt: skip
-    other = Stimulus("wrong", "page", Sample(sample.id, sample.prompt, sample.images, boxes, wrong.answer))
+    sample, said = page.asked, str(page.asked.answer)
+    wrong = "zz" + said[2:]
+    text = [box for box in sample.boxes if box.name == "text"]
+    boxes = [NamedBox(char, box.box) for char, box in zip(wrong, page.boxes("evidence"), strict=True)]
+    other = Stimulus("wrong", "page", replace(sample, answer=wrong, boxes=(*boxes, *text)))
     assert scored(model, other, evidence_key(model, other))["ocr"] <= 0.5
 
 

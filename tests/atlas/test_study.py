@@ -3,6 +3,7 @@
 import copy
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -126,13 +127,13 @@ def test_interrupted_work_goes_on_and_ends_with_the_same(
 def test_the_table_says_what_the_observations_say(small: Atlas) -> None:
     table = small.table.set_index(["score", "layer", "head"])
     for name, own in small.observed.items():
-        row = table.loc[(name, 1, 0)]
+        row: Any = table.loc[(name, 1, 0)]
         values = own.values[:, 1, 0]
         assert row["value"] == pytest.approx(values.mean()) and row["n"] == len(values)
         assert (row["low"] <= row["value"] <= row["high"]) or np.isnan(row["low"])
         if BY_NAME[name].null and np.ptp(values - own.nulls[:, 1, 0]) > 0:
-            expected = stats.ttest_1samp(values - own.nulls[:, 1, 0], 0).pvalue
-            assert row["p"] == pytest.approx(expected, rel=1e-6)
+            expected: Any = stats.ttest_1samp(values - own.nulls[:, 1, 0], 0)
+            assert row["p"] == pytest.approx(expected.pvalue, rel=1e-6)
     tested = table.dropna(subset="p")
     assert (tested["p_holm"] >= tested["p"]).all()
     assert set(small.wide("vision").columns) >= {"layer", "head", "distance", "text_region"}
