@@ -81,6 +81,15 @@ class Atlas:
         """
         return pd.concat([self._rows(score) for score in self.scores], ignore_index=True)
 
+    def rows(self, name: str) -> pd.DataFrame:
+        """The rows of `table` of one score, in the order of the heads.
+
+        Raises:
+            InputError: a score that this atlas does not have.
+        """
+        self._observed(name)
+        return pd.DataFrame(self.table[self.table["score"] == name])
+
     def values(self, name: str) -> Float[np.ndarray, "layer head"]:
         """The mean of a score over stimuli, for every head.
 

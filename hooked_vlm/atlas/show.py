@@ -1,6 +1,8 @@
 """An atlas in the terminal: for each score the strongest heads, and how many stand out from the null."""
 
+import numpy as np
 import pandas as pd
+from jaxtyping import Bool
 
 from hooked_vlm.analysis.text_tables import text_table
 from hooked_vlm.atlas.definitions import Score
@@ -27,22 +29,25 @@ def in_terminal(found: Atlas) -> str:
     return "\n\n".join(parts)
 
 
-def above_null(rows: pd.DataFrame) -> pd.Series:
+def above_null(rows: pd.DataFrame) -> Bool[np.ndarray, "row"]:
     """Which rows of `Atlas.table` stand out from their null."""
-    return (rows["p_holm"] <= ALPHA) & (rows["value"] > rows["null"])
+    return ((rows["p_holm"] <= ALPHA) & (rows["value"] > rows["null"])).to_numpy(dtype=bool)
 
 
 def _answer(found: Atlas) -> str:
     """The sentence to quote."""
     name = "ocr" if "ocr" in found.observed else found.scores[0].name
-    rows = found.table[found.table["score"] == name]
+    rows = found.rows(name)
     n = int(above_null(rows).sum())
     what = "read text in pictures (OCR score" if name == "ocr" else f"stand out ({name}"
     return f"{found.model}: {n} of {len(rows)} heads {what} above its null)."
 
 
 def _row(found: Atlas, score: Score) -> tuple[str, ...]:
-    rows = found.table[found.table["score"] == score.name].sort_values("value", ascending=False, kind="stable")
-    best = [f"{row.layer}.{row.head} {row.value:.3g}" for row in rows.head(SHOWN).itertuples()]
+    rows = found.rows(score.name)
+    best = [
+        f"{row['layer']}.{row['head']} {row['value']:.3g}"
+        for row in rows.sort_values("value", ascending=False, kind="stable").head(SHOWN).to_dict("records")
+    ]
     tested = str(int(above_null(rows).sum())) if score.null else "–"
-    return (score.title, tested, str(int(rows["n"].max())), *best, *[""] * (SHOWN - len(best)))
+    return (score.title, tested, str(rows["n"].max()), *best, *[""] * (SHOWN - len(best)))

@@ -134,8 +134,9 @@ def _table(stimulus: Stimulus, found: Found) -> pd.DataFrame:
 
 def _observed(model: "HookedVLM", table: pd.DataFrame) -> dict[str, Observed]:
     by_score: dict[str, list[tuple[str, pd.DataFrame]]] = defaultdict(list)
-    for (score, stimulus), own in table.groupby(["score", "stimulus"], sort=False):
-        by_score[str(score)].append((str(stimulus), own))
+    groups: Any = table.groupby(["score", "stimulus"], sort=False)
+    for (score, stimulus), own in groups:
+        by_score[score].append((stimulus, own))
     found = {}
     for score in SCORES:
         if score.name not in by_score:

@@ -77,7 +77,7 @@ def vision_scores(model: "HookedVLM", stimulus: Stimulus) -> Found:
 
 
 def _means(by_layer: list[tuple[Tensor, Tensor, int]]) -> tuple[np.ndarray, np.ndarray]:
-    values, nulls = (torch.stack([own[i] / own[2] for own in by_layer]).numpy() for i in (0, 1))
+    values, nulls = (torch.stack([sums[i] / sums[2] for sums in by_layer]).numpy() for i in (0, 1))
     return values, nulls
 
 
