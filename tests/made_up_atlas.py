@@ -92,7 +92,8 @@ def _page(name: str, rng: np.random.Generator) -> Picture:
         pen.text((24, 20 + 34 * i), word, fill="#222", font_size=20)
         pen.text((220, 20 + 34 * i), price, fill="#222", font_size=20)
     word, price = lines[int(rng.integers(len(lines)))]
-    return Picture(name, image, f"What does the {word.lower()} cost? {price}", f"pictures/{name}.html", f"pictures/{name}-vision.html")
+    links = (f"pictures/{name}.html", f"pictures/{name}-vision.html")
+    return Picture(name, image, f"What does the {word.lower()} cost? {price}", *links)
 
 
 def _object(name: str, rng: np.random.Generator) -> Picture:

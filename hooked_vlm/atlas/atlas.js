@@ -10,6 +10,7 @@ const state = {
   rows: 25, up: false, selection: null, order: [],
 };
 let maps = [], scatter = null;
+const GAP = 14, NARROWEST = 205; // between maps, and of a map, in pixels
 
 const current = () => tables[state.set][state.tower];
 const focusOf = () => state.focus[state.tower];
@@ -37,6 +38,7 @@ function asTable(buffer, set, { layers, heads, scores }) {
     return places;
   });
   table.scale = score => once("scale " + score, () => scaleOf([ofScore(table, score)], signedOf(set, score), 1));
+  table.show = score => once("show " + score, () => writer(Math.max(Math.abs(table.scale(score).low), table.scale(score).high)));
   table.standardised = () => once("standardised", () => standardised(table));
   return table;
 }
@@ -80,8 +82,8 @@ function readout(shown) {
   const own = entry(table, score, shown.head), parts = [`head ${nameOf(table, shown.head)}`];
   if (tables.length > 1) parts.push(setNames[set]);
   if (own === null) return [...parts, `no ${titleOf(score)}`].join(" · ");
-  const more = Number.isNaN(own.null) ? "" : `, null ${number(own.null)}, p ${chance(own.p_holm)}`;
-  return [...parts, `${titleOf(score)} ${number(own.value)} ${unitOf(score)} (${range(own.low, own.high)}${more})`].join(" · ");
+  const show = table.show(score), more = Number.isNaN(own.null) ? "" : `, null ${show(own.null)}, p ${chance(own.p_holm)}`;
+  return [...parts, `${titleOf(score)} ${show(own.value)} ${unitOf(score)} ${range(own.low, own.high, show)}${more}`].join(" · ");
 }
 
 // ---------------------------------------------------------------- selection
@@ -149,13 +151,14 @@ const setsOf = score => data.sets.map((_, set) => set).filter(set => tables[set]
 
 function makeMaps() {
   maps = [];
-  const wide = Math.min(250, at("maps").clientWidth - 2);
+  const room = at("maps").clientWidth, columns = Math.max(1, Math.floor((room + GAP) / (NARROWEST + GAP)));
+  const wide = Math.floor(Math.min(300, (room - GAP * (columns - 1)) / columns));
   at("maps").classList.toggle("compared", data.sets.length > 1);
   at("maps").replaceChildren(...state.shown[state.tower].map(score => {
     const figures = setsOf(score).map(set => makeMap(score, set, wide));
     const about = make("details", {}, make("summary", {}, "definition"), make("p", {}, data.scores[score].formula + "."), make("p", {}, `Compared with: ${data.scores[score].null || "nothing"}. ${data.scores[score].source}.`));
     const title = make("button", { type: "button", class: "title", "data-score": score, title: "Put in focus: order the table by it", click: () => focusOn(score) }, titleOf(score));
-    return make("figure", { "data-score": score }, make("figcaption", {}, title), make("div", { class: "row" }, ...figures), about);
+    return make("figure", { "data-score": score, style: data.sets.length > 1 ? null : `width:${wide}px` }, make("figcaption", {}, title), make("div", { class: "row" }, ...figures), about);
   }));
 }
 
@@ -173,7 +176,7 @@ function makeMap(score, set, wide) {
   canvas.addEventListener("blur", () => mark(null));
   maps.push(map);
   const label = data.sets.length > 1 ? [make("span", { class: "soft set" }, setNames[set])] : [];
-  return make("div", { class: "map" }, ...label, canvas, make("div", { class: "scale" }, map.bar, map.ticks));
+  return make("div", { class: "map", style: `width:${wide}px` }, ...label, canvas, make("div", { class: "scale" }, map.bar, map.ticks));
 }
 
 /** Arrows move among the heads of a map. */
@@ -199,7 +202,7 @@ function drawMaps() {
     const scale = scaleOf(alike, signed, share), colours = paletteOf(signed);
     drawMap(map, values, scale, colours, groupOf(map.set) === groupOf(state.set) ? state.selection : null);
     drawScale(map.bar, colours);
-    const ticks = [number(scale.low), signed ? "0" : "", (scale.over ? "≥ " : "") + number(scale.high) + " " + unitOf(map.score)];
+    const ticks = scale.high === 0 && scale.low === 0 ? ["0 everywhere"] : [number(scale.low), signed ? "0" : "", (scale.over ? "≥ " : "") + number(scale.high) + " " + unitOf(map.score)];
     if (scale.over && signed) ticks[0] = "≤ " + ticks[0];
     map.ticks.replaceChildren(...ticks.map(text => make("span", {}, text)));
     const best = map.table.order(map.score)[0];

@@ -13,7 +13,7 @@ function make(tag, attributes = {}, ...children) {
 
 const number = value => value === null || Number.isNaN(value) ? "–" : value === 0 ? "0" : Number(value.toPrecision(3)).toString();
 const chance = p => p === null || Number.isNaN(p) ? "–" : p < 1e-300 ? "< 1e-300" : p < 1e-3 ? p.toExponential(0) : Number(p.toPrecision(2)).toString();
-const range = (low, high) => Number.isNaN(low) ? "–" : `${number(low)} to ${number(high)}`;
+const range = (low, high, show = number) => Number.isNaN(low) ? "–" : `[${show(low)}, ${show(high)}]`;
 const nameOf = (table, head) => `${Math.floor(head / table.heads)}.${head % table.heads}`;
 const titleOf = score => data.scores[score].title;
 const unitOf = score => data.scores[score].unit;
@@ -34,14 +34,14 @@ function strip(own, scale) {
 }
 
 function cardRow(table, score, head) {
-  const own = entry(table, score, head), tested = data.scores[score].tested;
+  const own = entry(table, score, head), tested = data.scores[score].tested, show = table.show(score);
   const place = table.places(score)[head];
   const strong = tested && above(table, score, head, data.level);
   return make("tr", { class: score === focusOf() ? "focus" : null },
     make("th", { scope: "row" }, make("button", { type: "button", "data-score": score, click: () => focusOn(score) }, titleOf(score))),
     make("td", {}, strip(own, table.scale(score))),
-    make("td", { class: strong ? "strong" : null }, number(own.value)), make("td", {}, range(own.low, own.high)),
-    make("td", {}, tested ? number(own.null) : "–"), make("td", {}, chance(own.p_holm)),
+    make("td", { class: strong ? "strong" : null }, show(own.value)), make("td", {}, range(own.low, own.high, show)),
+    make("td", {}, tested ? show(own.null) : "–"), make("td", {}, chance(own.p_holm)),
     make("td", {}, Number.isNaN(own.value) ? "–" : String(place + 1)), make("td", {}, String(own.n)));
 }
 
@@ -49,7 +49,8 @@ function cardRow(table, score, head) {
 function changeRow(score, head) {
   const [a, b, change] = [0, 1, 2].map(set => tables[set]?.[state.tower] ? entry(tables[set][state.tower], score, head) : null);
   const strong = change !== null && change.p_holm <= data.level;
-  const each = [number(a?.value ?? null), number(b?.value ?? null), number(change?.value ?? null), change ? range(change.low, change.high) : "–", chance(change?.p_holm ?? null), change ? String(change.n) : "–"];
+  const show = (tables[0][state.tower].scores.includes(score) ? tables[0] : tables[1])[state.tower].show(score);
+  const each = [show(a?.value ?? NaN), show(b?.value ?? NaN), show(change?.value ?? NaN), change ? range(change.low, change.high, show) : "–", chance(change?.p_holm ?? null), change ? String(change.n) : "–"];
   return make("tr", { class: score === focusOf() ? "focus" : null },
     make("th", { scope: "row" }, make("button", { type: "button", "data-score": score, click: () => focusOn(score) }, titleOf(score))),
     ...each.map((text, i) => make("td", { class: i === 2 && strong ? "strong" : null }, text)));
@@ -63,7 +64,7 @@ function drawCard(shown) {
   }
   const { group, head } = shown, table = tables[group][state.tower], pinned = samePlace(shown, state.pinned[state.tower]);
   const both = tables.length > 1 && group === 0 && groupOf(1) === 0 && tables[1][state.tower] !== undefined;
-  const header = both ? ["", "A", "B", "B − A", "95% interval", "p", "n"] : ["", "", "value", "95% interval", "null", "p", "rank", "n"];
+  const header = both ? ["", "A", "B", "B − A", "95% interval", "Holm p", "n"] : ["", "", "value", "95% interval", "null", "Holm p", "rank", "n"];
   const scores = both ? [...new Set([0, 1].flatMap(set => tables[set][state.tower].scores))] : table.scores;
   at("card").replaceChildren(
     make("h2", {}, `Head ${nameOf(table, head)} `, make("span", { class: "soft" }, names[state.tower] + (tables.length > 1 && !both ? ` of ${"AB"[group]}` : ""))),
@@ -96,10 +97,10 @@ function gallery(group, head) {
   if (!places.length) return [];
   const shown = places.map(rank => {
     const picture = data.pictures[own.pictures[first + rank]], link = picture[state.tower];
-    const inside = [make("img", { src: picture.src, alt: picture.name }), make("span", { class: "caption" }, picture.caption), make("span", { class: "soft" }, `${titleOf(score)} ${number(own.values[first + rank])}`)];
+    const inside = [make("img", { src: picture.src, alt: picture.name }), make("span", { class: "caption" }, picture.caption), make("span", { class: "soft" }, `${titleOf(score)} ${table.show(score)(own.values[first + rank])}`)];
     return link ? make("a", { href: `${link}#head=${nameOf(table, head)}`, target: "_blank", rel: "noopener" }, ...inside) : make("span", {}, ...inside);
   });
-  const of = tables.length > 1 ? " of A" : "";
+  const of = tables.length > 1 ? " of A" : "", idle = above(table, score, head, data.level) === false;
   return [make("h3", {}, `Pictures where it is strongest: ${titleOf(score)}`), make("div", { class: "gallery" }, ...shown),
-    make("p", { class: "soft small" }, `Of the ${data.pictures.length} pictures in this page${of}: the largest difference from the null.`)];
+    make("p", { class: "soft small" }, `Of the ${data.pictures.length} pictures in this page${of}: the largest difference from the null.${idle ? " On average it is not significantly above it." : ""}`)];
 }

@@ -24,8 +24,8 @@ from hooked_vlm.interventions.base import Tower
 COLUMNS = ("tower", "layer", "head", "score", "a", "b", "difference", "low", "high", "p", "p_holm", "n")
 LEVEL = 0.05
 """Corrected p of a change, at most."""
-LISTED = 10
-"""Heads that the text lists."""
+LISTED = 3
+"""Heads of a score that the text lists."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,15 +71,18 @@ class Comparison:
             f"or less, Holm over all {len(self._rows(tower)):,} tests of heads and scores)."
             for tower, found in self._changed().items()
         ]
-        parts = [
-            f"a: {self.a}\nb: {self.b}",
-            "\n".join([*answers, *self.refused.values()]),
-            f"Heads whose score is higher (up) or lower (down) in b, p of {LEVEL} or less, Holm over the heads of the "
-            f"score:\n{text_table(('score', 'stimuli', 'up', 'down', 'untested', 'largest change'), self._score_lines())}",
-        ]
+        parts = [f"a: {self.a}\nb: {self.b}", "\n".join([*answers, *self.refused.values()])]
+        if lines := self._score_lines():
+            header = ("score", "stimuli", "up", "down", "untested", "largest change")
+            parts.append(
+                f"Heads whose score is higher (up) or lower (down) in b, p of {LEVEL} or less, Holm over the heads of the "
+                f"score:\n{text_table(header, lines)}"
+            )
+        if still := [BY_NAME[name].title for name in self.scores.loc[~self._moved(), "score"]]:
+            parts.append(f"No head changed, by the same rule: {'; '.join(still)}.")
         if lines := self._head_lines():
             header = ("head", "score", "a", "b", "b - a", "95% interval")
-            parts.append(f"Clearest changes (smallest p):\n{text_table(header, lines, left=2)}")
+            parts.append(f"Clearest changes (smallest p, {LISTED} of a score):\n{text_table(header, lines, left=2)}")
         return "\n\n".join(parts)
 
     @property
@@ -101,6 +104,10 @@ class Comparison:
     def _changed(self) -> dict[Tower, Bool[np.ndarray, "layer head"]]:
         return {tower: self.changed(tower) for tower in TOWERS if (self.table["tower"] == tower).any()}
 
+    def _moved(self) -> pd.Series:
+        """Scores by which a head changed, or could not be tested."""
+        return self.scores[["up", "down", "untested"]].any(axis=1)
+
     def _score_lines(self) -> list[tuple[str, ...]]:
         return [
             (
@@ -108,11 +115,12 @@ class Comparison:
                 *(f"{row[name]:,}" for name in ("stimuli", "up", "down", "untested")),
                 f"{row['head']} {row['largest']:+.3g}" if row["head"] else "-",
             )
-            for row in self.scores.to_dict("records")
+            for row in self.scores[self._moved()].to_dict("records")
         ]
 
     def _head_lines(self) -> list[tuple[str, ...]]:
-        rows = self.table[self.table["p_holm"] <= LEVEL].sort_values("p", kind="stable").head(LISTED)
+        hit = self.table[self.table["p_holm"] <= LEVEL].sort_values("p", kind="stable")
+        rows = hit.groupby("score", sort=False).head(LISTED)
         return [
             (
                 _name(row),
@@ -166,8 +174,8 @@ def _misfit(score: Score, a: Atlas, b: Atlas) -> tuple[str, str] | None:
     if shapes[0] != shapes[1]:
         (layers, heads), (other_layers, other_heads) = shapes
         return score.tower, (
-            f"Heads of the {TOWERS[score.tower]} do not correspond: {layers} layers of {heads} in a, {other_layers} of "
-            f"{other_heads} in b."
+            f"Heads of the {TOWERS[score.tower]} do not correspond: {layers} layers of {heads} in {a.model}, "
+            f"{other_layers} of {other_heads} in {b.model}."
         )
     if not set(a.observed[score.name].stimuli) & set(b.observed[score.name].stimuli):
         return score.name, f"{score.title}: no stimulus in common."
@@ -188,7 +196,7 @@ def _compared(score: Score, a: Atlas, b: Atlas) -> pd.DataFrame:
 
 def _counts(name: str, rows: pd.DataFrame) -> dict[str, Any]:
     hit = rows[rows["p_holm"] <= LEVEL]
-    largest = None if hit.empty else hit.loc[hit["difference"].abs().idxmax()]
+    largest = None if hit.empty else hit.loc[hit["difference"].abs().idxmax()].to_dict()
     return {
         "score": name,
         "stimuli": int(rows["n"].max()),

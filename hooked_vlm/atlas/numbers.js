@@ -87,6 +87,12 @@ function shadeOf(value, scale) {
   return scale.signed ? colourOf(value, scale.high, true) : colourOf(value - scale.low, scale.high - scale.low, false);
 }
 
+/** How values up to a size are written: with the decimals of three digits of the largest. */
+function writer(largest) {
+  const decimals = largest > 0 ? Math.max(0, Math.min(8, 2 - Math.floor(Math.log10(largest)))) : 3;
+  return value => Number.isNaN(value) ? "–" : (Math.abs(value) < 0.5 * 10 ** -decimals ? 0 : value).toFixed(decimals);
+}
+
 /** Rows of a table of comma-separated values, with the columns of heads.csv; `label` before them, if there is one. */
 function csvRows(table, tower, heads, label) {
   const cell = value => Number.isNaN(value) ? "" : String(Number(value.toPrecision(7)));

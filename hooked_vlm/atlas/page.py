@@ -45,8 +45,8 @@ DOUBLES, SINGLES = ("p", "p_holm"), ("value", "low", "high", "null", "n")
 """Columns of the page: p are kept in 64 bits, which do not round them to 0."""
 DARK_DIVERGING = LinearSegmentedColormap.from_list("dark", ["#7cc4ff", "#2f6ea3", "#26282b", "#a8492f", "#ffa07a"])
 """Zero is dark, as the page is."""
-ELSEWHERE = re.compile(r"\s*(?:[a-z][a-z0-9+.-]*:|[/\\])", flags=re.IGNORECASE)
-"""An address that leads out of the folder of the page."""
+RELATIVE = re.compile(r"(?:[^\s:#?/\\]+/)*[^\s:#?/\\]*")
+"""An address under the folder of the page, without a part of its own behind #."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -166,7 +166,7 @@ def _check(found: Atlas, pictures: Sequence[Picture]) -> None:
         if names.count(picture.name) > 1:
             raise InputError(f"there are two pictures of the stimulus {picture.name!r}")
         for link in (picture.link, picture.vision_link):
-            if ELSEWHERE.match(link):
+            if not RELATIVE.fullmatch(link):
                 raise InputError(f"links are relative to the page, as pictures/page-3.html, got {link!r}")
 
 
@@ -192,7 +192,9 @@ def _of_tower(rows: pd.DataFrame) -> dict[str, Any]:
 def _strongest_blob(found: Atlas, tower: Tower, pictures: Sequence[Picture]) -> str:
     """Scores, then numbers of pictures, [score, head, rank] each, of all scores of the tower."""
     each = [strongest_pictures(found, score.name, pictures) for score in found.scores if score.tower == tower]
-    return encoded(b"".join([scores.astype("<f4").tobytes() for _, scores in each] + [own.tobytes() for own, _ in each]))
+    return encoded(
+        b"".join([scores.astype("<f4").tobytes() for _, scores in each] + [own.tobytes() for own, _ in each])
+    )
 
 
 def _definition(name: str) -> dict[str, Any]:

@@ -6,8 +6,8 @@ found.wide("language")     # a row for each head, a column for each score
 found.save("out")          # Atlas.load("out")
 """
 
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any

@@ -8,23 +8,23 @@ function rankOf(head) {
 
 function tableRow(head, rank) {
   const table = current(), shown = { group: groupOf(state.set), head }, focus = entry(table, focusOf(), head);
-  const tested = !Number.isNaN(focus.p_holm);
+  const tested = !Number.isNaN(focus.p_holm), show = table.show(focusOf());
   const cells = table.scores.map(score => {
     const value = entry(table, score, head).value, scale = table.scale(score), strong = above(table, score, head, data.level);
     const share = scale.signed ? Math.abs(value) / scale.high : (value - scale.low) / (scale.high - scale.low);
     const look = [strong ? "strong" : "", score === focusOf() ? "focus" : ""].join(" ").trim();
-    return make("td", { class: look || null, style: share > 0 ? `--share:${share.toFixed(3)}` : null }, number(value));
+    return make("td", { class: look || null, style: share > 0 ? `--share:${share.toFixed(3)}` : null }, table.show(score)(value));
   });
   const row = make("tr", { "data-head": head, pointerenter: event => { if (event.pointerType === "mouse") mark(shown); }, pointerleave: () => mark(null) },
     make("td", { class: "soft" }, String(rank)), make("th", { scope: "row" }, make("button", { type: "button", click: () => pin(samePlace(shown, state.pinned[state.tower]) ? null : shown) }, nameOf(table, head))),
-    make("td", {}, range(focus.low, focus.high)), make("td", {}, number(focus.null)), make("td", {}, tested ? chance(focus.p_holm) : "–"), ...cells);
+    make("td", {}, range(focus.low, focus.high, show)), make("td", {}, show(focus.null)), make("td", {}, tested ? chance(focus.p_holm) : "–"), ...cells);
   markRow(row);
   return row;
 }
 
 function drawTable() {
   const table = current(), sort = state.up ? "ascending" : "descending";
-  const fixed = ["", "head", "95% interval", "null", "p"].map((text, i) => make("th", { scope: "col", title: i > 1 ? `of ${titleOf(focusOf())}` : null }, text));
+  const fixed = ["", "head", "95% interval", "null", "Holm p"].map((text, i) => make("th", { scope: "col", title: i > 1 ? `of ${titleOf(focusOf())}` : null }, text));
   const headers = table.scores.map(score => make("th", { scope: "col", "aria-sort": score === focusOf() ? sort : null, title: data.scores[score].formula },
     make("button", { type: "button", "data-score": score, click: () => score === focusOf() ? turn() : focusOn(score) }, titleOf(score))));
   at("table").tHead.replaceChildren(make("tr", {}, ...fixed, ...headers));
