@@ -16,6 +16,8 @@ KINDS: dict[Kind, str] = {
     "repeated": "random tokens, twice in a row, without a picture",
 }
 """Kinds of stimuli."""
+TOWERS: dict[Tower, str] = {"language": "language model", "vision": "vision tower"}
+"""Towers by the names that people read."""
 
 
 @dataclass(frozen=True)

@@ -96,7 +96,7 @@ class Atlas:
         Raises:
             InputError: a score that this atlas does not have.
         """
-        return _mean(self._observed(name).values)
+        return mean_of_known(self._observed(name).values)
 
     def wide(self, tower: Tower = "language") -> pd.DataFrame:
         """A row for each head of a tower, with a column for each score."""
@@ -164,7 +164,7 @@ def described(score: Score, values: Values, nulls: Values | None, seed: int) -> 
     """The rows of `Atlas.table` for one score."""
     _, layers, heads = values.shape
     low, high = mean_interval(values, seed)
-    null = np.full((layers, heads), np.nan) if nulls is None else _mean(nulls)
+    null = np.full((layers, heads), np.nan) if nulls is None else mean_of_known(nulls)
     p = np.full((layers, heads), np.nan) if nulls is None else _paired_p(values - nulls)
     return pd.DataFrame(
         {
@@ -172,7 +172,7 @@ def described(score: Score, values: Values, nulls: Values | None, seed: int) -> 
             "layer": np.repeat(np.arange(layers), heads),
             "head": np.tile(np.arange(heads), layers),
             "score": score.name,
-            "value": _mean(values).ravel(),
+            "value": mean_of_known(values).ravel(),
             "low": low.ravel(),
             "high": high.ravel(),
             "null": null.ravel(),
@@ -188,6 +188,7 @@ def _paired_p(differences: Values) -> Float[np.ndarray, "layer head"]:
     return np.asarray(mean_p(known)) if len(known) else np.full(differences.shape[1:], np.nan)
 
 
-def _mean(values: Values) -> Float[np.ndarray, "layer head"]:
+def mean_of_known(values: Values) -> Float[np.ndarray, "layer head"]:
+    """Mean over the stimuli on which a head has a value; NaN where it has none."""
     n = np.isfinite(values).sum(0)
     return np.where(n > 0, np.nansum(values, 0) / np.maximum(n, 1), np.nan)

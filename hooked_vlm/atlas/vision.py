@@ -77,8 +77,8 @@ def vision_scores(model: "HookedVLM", stimulus: Stimulus) -> Found:
 
 
 def _means(by_layer: list[tuple[Tensor, Tensor, int]]) -> tuple[np.ndarray, np.ndarray]:
-    values, nulls = (torch.stack([sums[i] / sums[2] for sums in by_layer]).numpy() for i in (0, 1))
-    return values, nulls
+    values = torch.stack([value / n for value, _, n in by_layer])
+    return values.numpy(), torch.stack([null / n for _, null, n in by_layer]).numpy()
 
 
 def _tiles(model: "HookedVLM", stimulus: Stimulus) -> list[Tile]:

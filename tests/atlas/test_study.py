@@ -130,7 +130,8 @@ def test_the_table_says_what_the_observations_say(small: Atlas) -> None:
         row: Any = table.loc[(name, 1, 0)]
         values = own.values[:, 1, 0]
         assert row["value"] == pytest.approx(values.mean()) and row["n"] == len(values)
-        assert np.isnan(row["low"]) or row["low"] <= row["value"] <= row["high"]
+        value, low, high = float(row["value"]), float(row["low"]), float(row["high"])
+        assert np.isnan(low) or low <= value <= high
         if BY_NAME[name].null and np.ptp(values - own.nulls[:, 1, 0]) > 0:
             expected: Any = stats.ttest_1samp(values - own.nulls[:, 1, 0], 0)
             assert row["p"] == pytest.approx(expected.pvalue, rel=1e-6)
