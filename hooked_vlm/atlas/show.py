@@ -46,7 +46,7 @@ def _answer(found: Atlas) -> str:
 def _row(found: Atlas, score: Score) -> tuple[str, ...]:
     rows = found.rows(score.name)
     best = [
-        f"{row['layer']}.{row['head']} {row['value']:.3g}"
+        f"{row['layer']}.{row['head']}: {row['value']:.3g}"
         for row in rows.sort_values("value", ascending=False, kind="stable").head(SHOWN).to_dict("records")
     ]
     tested = str(int(above_null(rows).sum())) if score.null else "–"
