@@ -40,10 +40,15 @@ def _trained(config: TrainConfig) -> tuple[str, dict[str, Any]]:
 def _found(config: FindConfig, found: Found) -> tuple[str, dict[str, Any]]:
     rows = found.meanings.to_dict("records")
     lines = [sentence(row) for row in rows]
-    n = int(found.meanings["found"].sum())
-    text = "\n".join([f"{n} of {len(rows)} labels have a feature at {found.dictionary.hook_name}.", "", *lines, ""])
+    n = sum(row["found"] for row in rows)
+    better = sum(row["low"] > max(row["unit"], row["permuted"]) for row in rows)
+    first = (
+        f"{n} of {len(rows)} labels have a feature at {found.dictionary.hook_name}; for {better} the interval of the "
+        "best feature lies above the best unit and all permutations."
+    )
+    text = "\n".join([first, "", *lines, ""])
     about = how(config)
     files = {"meanings": str(config.out / "meanings.csv"), "features": str(config.out / "features.csv")}
     shown = "\n".join(f"{name}: {path}" for name, path in files.items())
     plain = found.meanings.astype(object).where(found.meanings.notna(), None).to_dict("records")
-    return f"{text}{about}\n{shown}", {**files, "labels": plain, "found": n, "how": about}
+    return f"{text}{about}\n{shown}", {**files, "labels": plain, "found": n, "above_unit": better, "how": about}

@@ -2,6 +2,8 @@
 
 from typing import TYPE_CHECKING
 
+import pandas as pd
+
 from hooked_vlm.experiments.features.config import PageConfig
 from hooked_vlm.experiments.features.effects import Ablation, direct_logits
 from hooked_vlm.experiments.features.pipeline import Found
@@ -19,11 +21,10 @@ PICTURES = 8
 
 def feature_page(config: PageConfig, found: Found, model: "HookedVLM") -> FeaturePage:
     """The features with a label, then those with the largest F1 for any, then those that are active most often."""
-    table = found.table[found.table["active"] > 0].sort_values(
-        ["found", "F1", "active"], ascending=False, na_position="last"
-    )
-    chosen = table.head(config.shown)
-    numbers = [int(feature) for feature in chosen["feature"]]
+    active: pd.DataFrame = found.table.query("active > 0")
+    ordered = active.sort_values(by=["found", "F1", "active"], ascending=False, na_position="last")
+    chosen = ordered.head(config.shown)
+    numbers = chosen["feature"].tolist()
     logits = direct_logits(model, found.dictionary, numbers)
     ablation = Ablation(model, found.dictionary, [picture.sample for picture in found.pictures])
     said = {row["label"]: sentence(row) for row in found.meanings.to_dict("records")}

@@ -18,7 +18,7 @@ from hooked_vlm.experiments.features.config import FindConfig, TrainConfig
 from hooked_vlm.features import Dictionary, load_dictionary, save_dictionary
 from hooked_vlm.features.config import TrainingConfig
 from hooked_vlm.features.labelled import TOY_LABELS, LabelledPicture, boxed_pictures, toy_pictures
-from hooked_vlm.features.meanings import meanings
+from hooked_vlm.features.meanings import find_meanings
 from hooked_vlm.features.reading import ReadTokens, read_tokens
 from hooked_vlm.features.training import Trained, train_dictionary
 from hooked_vlm.model.by_name import load
@@ -88,7 +88,7 @@ def find(config: FindConfig, model: "HookedVLM | None" = None) -> Found:
     read = read_tokens(model, dictionary.hook_name, pictures, names, progress=not config.quiet)
     with torch.no_grad():
         features = dictionary.encode(read.values).numpy()
-    table = meanings(
+    table = find_meanings(
         features, read.values.numpy(), read.tokens, names,
         seed=config.seed, permutations=config.permutations, at_least=config.at_least,
     )  # fmt: skip

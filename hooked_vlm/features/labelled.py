@@ -44,8 +44,9 @@ class LabelledPicture:
         """The boxes of a label: of a drawn object the one around its mask."""
         boxes = [tuple(map(float, own.box)) for own in self.sample.boxes if own.name == label]
         if self.object_mask is not None and self.object_name == label and self.object_mask.any():
-            rows, columns = self.object_mask.any(1).nonzero()[0], self.object_mask.any(0).nonzero()[0]
-            boxes.append((float(columns[0]), float(rows[0]), float(columns[-1] + 1), float(rows[-1] + 1)))
+            rows, columns = np.nonzero(self.object_mask)
+            corners = (columns.min(), rows.min(), columns.max() + 1, rows.max() + 1)
+            boxes.append(tuple(map(float, corners)))
         return tuple(boxes)
 
 

@@ -51,7 +51,7 @@ class Tokens:
         return found
 
 
-def meanings(
+def find_meanings(
     features: Float[np.ndarray, "token feature"],
     units: Float[np.ndarray, "token d"],
     tokens: Tokens,
@@ -86,7 +86,7 @@ def meanings(
     frame = scores.frame().assign(label=list(names), unit=halves.scored(of_units, tokens.labels).f1, permuted=permuted)
     frame["found"] = (frame["F1"] > frame["permuted"]) & (frame["low"] >= at_least)
     order = ["label", "feature", "threshold", "F1", "low", "high", "precision", "recall", "tokens", "unit", "permuted"]
-    return frame[[*order, "found"]]
+    return frame.reindex(columns=[*order, "found"])
 
 
 def best_thresholds(

@@ -55,7 +55,7 @@ def read_tokens(
         samples = [picture.sample for picture in pictures]
         rows = stream_activations(model, samples, [hook_name], folder, tokens="image", progress=progress)[hook_name]
         values, table = rows[:].float().flatten(1), rows.activations.table(rows.kind, ["sample", *CORNERS])
-    starts = np.flatnonzero(table["sample"].to_numpy() != table["sample"].shift().to_numpy())
+    starts = np.flatnonzero(table["sample"].to_numpy() != table["sample"].shift().to_numpy()).tolist()
     if len(starts) != len(pictures):
         raise InputError("every sample needs a picture and an id of its own, which its neighbours do not have")
     boxes = table[[*CORNERS]].to_numpy(float)
@@ -63,5 +63,5 @@ def read_tokens(
     labels = [
         picture.labels(boxes[start:stop], names) for picture, start, stop in zip(pictures, starts, stops, strict=True)
     ]
-    number = np.repeat(np.arange(len(pictures)), np.diff([*starts, len(table)]))
+    number = np.repeat(np.arange(len(pictures)), np.diff(np.array([*starts, len(table)])))
     return ReadTokens(values, boxes, Tokens(np.concatenate(labels), number, tuple(own.kind for own in pictures)))

@@ -123,7 +123,7 @@ class TokenStream:
         return found
 
 
-def token_stream(
+def open_stream(
     activations: Activations, hook_name: str, config: TrainingConfig, share: Share = Share()
 ) -> TokenStream:
     """The tokens of a hook point, divided by samples.

@@ -26,7 +26,7 @@ from hooked_vlm.features.checkpoint import Checkpoint, read_checkpoint, write_ch
 from hooked_vlm.features.config import TrainingConfig
 from hooked_vlm.features.dictionary import Dictionary
 from hooked_vlm.features.learner import Learner, Scale
-from hooked_vlm.features.token_stream import Share, TokenStream, token_stream
+from hooked_vlm.features.token_stream import Share, TokenStream, open_stream
 from hooked_vlm.runtime.digests import digest
 from hooked_vlm.runtime.files import atomic_write, writable_folder
 from hooked_vlm.runtime.progress import Progress, recorded
@@ -71,7 +71,7 @@ def train_dictionary(
     if processes < 1:
         raise InputError(f"processes must be at least 1, got {processes}")
     folder = writable_folder(Path(out))
-    stream = token_stream(activations, hook_name, config, Share(0, processes))
+    stream = open_stream(activations, hook_name, config, Share(0, processes))
     run = _Run(activations.folder, hook_name, config, folder, progress)
     read_checkpoint(folder / CHECKPOINT, run.key(stream))  # refuses another training before processes start
     if processes == 1:
@@ -173,6 +173,6 @@ def _process(rank: int, n: int, run: _Run, meeting: str, threads: int) -> None:
     torch.set_num_threads(threads)
     dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=n)
     try:
-        run.steps(token_stream(Activations(run.activations), run.hook_name, run.config, Share(rank, n)))
+        run.steps(open_stream(Activations(run.activations), run.hook_name, run.config, Share(rank, n)))
     finally:
         dist.destroy_process_group()

@@ -13,7 +13,7 @@ from torch import Tensor
 from hooked_vlm.activations import Activations
 from hooked_vlm.errors import InputError
 from hooked_vlm.features.config import TrainingConfig
-from hooked_vlm.features.token_stream import Share, TokenStream, token_stream
+from hooked_vlm.features.token_stream import Share, TokenStream, open_stream
 
 CONFIG = TrainingConfig(batch=16, held_out=0.25, buffer_megabytes=1)
 N = 1000
@@ -32,7 +32,7 @@ def numbers(stream: TokenStream, n: int, step: int = 0) -> list[list[int]]:
 
 @pytest.mark.parametrize("group", ["all", "image", "text"])
 def test_each_pass_has_every_training_token_once_in_another_order(group: Any, acts: Activations) -> None:
-    stream = token_stream(acts, HOOK, replace(CONFIG, group=group))
+    stream = open_stream(acts, HOOK, replace(CONFIG, group=group))
     held_out = set(stream.held_out.nonzero()[0].tolist())
     wanted = [i for i in range(N) if group == "all" or (i % 2 == 0) == (group == "image")]
     assert len({i // 10 for i in held_out}) == 25 and held_out == {
@@ -51,21 +51,21 @@ def test_each_pass_has_every_training_token_once_in_another_order(group: Any, ac
 
 @pytest.mark.parametrize("step", [1, 45, 46, 47, 100])
 def test_the_order_from_a_step_on_is_that_of_the_whole(step: int, acts: Activations) -> None:
-    stream = token_stream(acts, HOOK, CONFIG)  # 750 tokens: 46 batches a pass
+    stream = open_stream(acts, HOOK, CONFIG)  # 750 tokens: 46 batches a pass
     assert numbers(stream, 20, step) == numbers(stream, 20 + step)[step:]
 
 
 @pytest.mark.parametrize("of", [2, 4, 8])
 def test_processes_share_each_batch(of: int, acts: Activations) -> None:
-    whole = numbers(token_stream(acts, HOOK, CONFIG), 60)
-    parts = [numbers(token_stream(acts, HOOK, CONFIG, Share(rank, of)), 60) for rank in range(of)]
+    whole = numbers(open_stream(acts, HOOK, CONFIG), 60)
+    parts = [numbers(open_stream(acts, HOOK, CONFIG, Share(rank, of)), 60) for rank in range(of)]
     for number, batch in enumerate(whole):
         assert [len(part[number]) for part in parts] == [16 // of] * of
         assert sorted(batch) == sorted(i for part in parts for i in part[number])
 
 
 def test_a_small_buffer_holds_one_shard_at_a_time(acts: Activations) -> None:
-    stream = token_stream(acts, HOOK, replace(CONFIG, held_out=0.01))
+    stream = open_stream(acts, HOOK, replace(CONFIG, held_out=0.01))
     object.__setattr__(stream, "d_in", 2**18)  # as if rows were so long that one fills the buffer
     blocks = list(stream._blocks(0))
     assert len(blocks) == len(acts.shards) == 15
@@ -74,24 +74,24 @@ def test_a_small_buffer_holds_one_shard_at_a_time(acts: Activations) -> None:
 
 
 def test_the_seed_decides_samples_and_order(acts: Activations) -> None:
-    one, other = (token_stream(acts, HOOK, replace(CONFIG, seed=seed)) for seed in (0, 1))
+    one, other = (open_stream(acts, HOOK, replace(CONFIG, seed=seed)) for seed in (0, 1))
     assert (one.held_out != other.held_out).any() and numbers(one, 1) != numbers(other, 1)
 
 
 def test_what_cannot_be_streamed_is_refused(acts: Activations, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="not stored"):
-        token_stream(acts, "blocks.1.hook_resid_pos", CONFIG)
+        open_stream(acts, "blocks.1.hook_resid_pos", CONFIG)
     with pytest.raises(InputError, match="less than one batch"):
-        token_stream(acts, HOOK, replace(CONFIG, batch=2048))
+        open_stream(acts, HOOK, replace(CONFIG, batch=2048))
     with pytest.raises(InputError, match="multiple of the 3 processes"):
-        token_stream(acts, HOOK, CONFIG, Share(0, 3))
+        open_stream(acts, HOOK, CONFIG, Share(0, 3))
     rows: Tensor = torch.zeros((10, 3))
     with pytest.raises(InputError, match="divided"):
-        token_stream(write_activations(tmp_path / "one", rows), HOOK, CONFIG)
+        open_stream(write_activations(tmp_path / "one", rows), HOOK, CONFIG)
     with pytest.raises(InputError, match="unfinished"):
-        token_stream(write_activations(tmp_path / "two", rows, finished=False), HOOK, CONFIG)
+        open_stream(write_activations(tmp_path / "two", rows, finished=False), HOOK, CONFIG)
     rows[7, 1] = float("inf")
-    broken = token_stream(write_activations(tmp_path / "three", rows, per_sample=1), HOOK, replace(CONFIG, batch=1))
+    broken = open_stream(write_activations(tmp_path / "three", rows, per_sample=1), HOOK, replace(CONFIG, batch=1))
     with pytest.raises(InputError, match=r"row 7 of blocks\.1"):
         numbers(broken, 9)
         broken.sample(9)
