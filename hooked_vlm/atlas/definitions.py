@@ -87,7 +87,7 @@ SCORES = (
         "language",
         ("page", "object"),
         "attention to the image tokens of the boxes of what is asked for (as for OCR), divided by attention to all "
-        "image tokens; mean over the positions that predict the answer",
+        "image tokens; mean over the positions that predict the answer and see the image",
         "uniform attention (the share of these tokens)",
         "after arXiv 2503.06287",
     ),
