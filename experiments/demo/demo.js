@@ -36,22 +36,36 @@ function drawAnswer() {
     button.append(letter, bar, share);
     return button;
   }));
+  if (!tokens.length) at("answer").append(Object.assign(document.createElement("span"), { className: "nothing", textContent: "nothing" }));
   typed = tokens;
 }
 
+/** Whether more than a tenth of one of the boxes lies in the box of an image token: the rule of the OCR score. */
+function shows(token, boxes) {
+  const i = data.tokens.indexOf(token);
+  const [x0, y0, x1, y1] = data.boxes.slice(4 * i, 4 * i + 4);
+  const shared = ([a, b, c, d]) => Math.max(0, Math.min(c, x1) - Math.max(a, x0)) * Math.max(0, Math.min(d, y1) - Math.max(b, y0));
+  return i >= 0 && boxes.some(box => shared(box) > 0.1 * (box[2] - box[0]) * (box[3] - box[1]));
+}
+
+/** The image token with the largest weight of a map. */
+const largest = map => map.indexOf(Math.max(...map));
+
 function drawMaps() {
   const { tokens, boxes } = reply(), marked = tokens.length ? boxes[state.at] : [];
+  const frames = marked.map(([x0, y0, x1, y1]) => [x0 - 1, y0 - 1, x1 + 1, y1 + 1]); // clear of the ink
   for (const [head, { colour }] of data.watched.entries()) {
-    const map = attention(head), best = map.indexOf(Math.max(...map)), canvas = at(`map-${head}`);
-    const look = { strength: 0.85, reach: data.reach, signed: false, colours: Array(256).fill(colour), marked };
+    const map = attention(head), best = largest(map), canvas = at(`map-${head}`);
+    const look = { strength: 0.85, reach: data.reach, signed: false, colours: Array(256).fill(colour), marked: frames };
     paint(canvas, panel, map, look);
-    at(`reading-${head}`).textContent = tokens.length ? `puts ${percent(map[best])} of its attention on one place` : "";
+    const where = !marked.length ? "" : shows(best, marked) ? ", on the character" : ", beside the character";
+    at(`reading-${head}`).textContent = tokens.length ? `most on one place: ${percent(map[best])}${where}` : "";
   }
   const canvas = at("page"), pen = canvas.getContext("2d");
   pen.imageSmoothingEnabled = false;
   pen.drawImage(image, 0, 0, canvas.width, canvas.height);
   const scale = canvas.width / data.picture.width;
-  for (const box of marked) frame(pen, box.map(corner => Math.round(corner * scale)), "#000", Math.max(2, canvas.width / 160));
+  for (const box of frames) frame(pen, box.map(corner => Math.round(corner * scale)), "#000", Math.max(2, canvas.width / 160));
 }
 
 /** Probability of the right answer against strength, every setting; the shown one marked. */
@@ -150,6 +164,9 @@ async function start() {
     size: [data.picture.width, data.picture.height], tiles: [1, 1], evidence: [],
   };
   listen();
+  // begins with the first character that both heads look at
+  const seen = reply().boxes.map((boxes, i) => { state.at = i; return data.watched.every((_, head) => shows(largest(attention(head)), boxes)); });
+  state.at = Math.max(0, seen.indexOf(true));
   draw();
   document.body.dataset.ready = "";
 }

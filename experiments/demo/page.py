@@ -1,4 +1,4 @@
-"""The demo as one HTML page that opens from disk. Everything it shows was computed by the model; the page only picks."""
+"""The demo as one HTML page that opens from disk: it picks among what the model computed."""
 
 from importlib import resources
 from pathlib import Path
@@ -8,7 +8,7 @@ import jinja2
 import numpy as np
 from jaxtyping import UInt8
 
-from hooked_vlm.experiments.demo.story import as_data, name, rank_words, score_words
+from hooked_vlm.experiments.demo.story import as_data, changed_words, name, pair, rank_words, score_words
 from hooked_vlm.experiments.demo.turning import FACTORS, Reply, TurnedDown
 from hooked_vlm.experiments.ocr_heads.changed import UNCHANGED
 from hooked_vlm.experiments.ocr_heads.effects import interval
@@ -46,9 +46,13 @@ def page_of(demo: "Demo") -> str:
     return environment.from_string(_file("demo.html.jinja")).render(
         demo=demo,
         story=as_data(demo),
-        heads=[{"name": name(h), "score": score_words(demo, h), "colour": c} for h, c in zip(demo.heads, COLOURS)],
+        heads=[
+            {"name": name(h), "score": score_words(demo, h), "colour": c}
+            for h, c in zip(demo.heads, COLOURS, strict=True)
+        ],
         shares=_shares(demo),
         rank=rank_words(demo),
+        changes=changed_words(demo),
         origin=demo.pages.control.origin,
         data=_data(demo, reach),
         maps=encoded(np.concatenate([_codes(reply, reach) for one in _all(demo) for reply in one.replies]).tobytes()),
@@ -84,7 +88,7 @@ def _data(demo: "Demo", reach: float) -> dict[str, Any]:
             steps.append(
                 {
                     "tokens": list(reply.tokens),
-                    "probabilities": [round(float(p), 4) for p in reply.probabilities],
+                    "probabilities": [float(f"{p:.4g}") for p in reply.probabilities],
                     "text": reply.text,
                     "boxes": boxes_of_tokens(demo.example, reply),
                     "first": first,
@@ -92,7 +96,11 @@ def _data(demo: "Demo", reach: float) -> dict[str, Any]:
             )
             first += len(reply.tokens) * len(demo.heads)
         settings.append(
-            {"heads": [name(h) for h in one.heads], "steps": steps, "expected": [round(float(p), 4) for p in one.expected]}
+            {
+                "heads": [name(h) for h in one.heads],
+                "steps": steps,
+                "expected": [float(f"{p:.4g}") for p in one.expected],
+            }
         )
     picture = scene.pictures[0]
     return {
@@ -111,8 +119,7 @@ def _data(demo: "Demo", reach: float) -> dict[str, Any]:
 def _shares(demo: "Demo") -> list[dict[str, Any]]:
     """Shares of pages answered right, as rows of the chart; random pairs have a dot for each draw."""
     pages = demo.pages
-    pair = " and ".join(map(name, demo.heads))
-    rows = [("all heads", UNCHANGED.name, []), (f"without {pair}", pages.name, [])]
+    rows = [("all heads", UNCHANGED.name, []), (f"without {pair(demo.heads)}", pages.name, [])]
     rows.append(("without two random heads", pages.control.name, _dots(demo)))
     return [
         {"label": label, "said": interval(pages.share(key)), "dots": dots}
@@ -127,7 +134,7 @@ def _dots(demo: "Demo") -> list[dict[str, Any]]:
     dots = []
     for number, (one, share) in enumerate(zip(demo.random, demo.pages.random_shares, strict=True), 1):
         stacked = below[share] = below.get(share, -1) + 1
-        dots.append({"pair": number, "heads": " and ".join(map(name, one.heads)), "at": 100 * share, "row": stacked})
+        dots.append({"pair": number, "heads": pair(one.heads), "at": 100 * share, "row": stacked})
     return dots
 
 

@@ -16,6 +16,7 @@ from hooked_vlm.experiments.demo.config import DemoConfig
 from hooked_vlm.experiments.demo.page import write_page
 from hooked_vlm.experiments.demo.turning import TurnedDown, turn_down
 from hooked_vlm.experiments.ocr_heads import changed, effects
+from hooked_vlm.experiments.ocr_heads.config import MaskConfig
 from hooked_vlm.experiments.ocr_heads.controls import ChangedHeads, Control, random_controls
 from hooked_vlm.experiments.ocr_heads.examples import Example, to_inputs
 from hooked_vlm.experiments.ocr_heads.masking import masked
@@ -51,8 +52,8 @@ class Pages:
 
     def column(self, condition: str, column: str, draw: int = 0) -> np.ndarray:
         """Values of every page under a condition, in the order of the pages."""
-        own = self.answers[(self.answers["condition"] == condition) & (self.answers["draw"] == draw)]
-        return own.sort_values("sample")[column].to_numpy()
+        own = self.answers.set_index(["condition", "draw", "sample"])[column]
+        return own.loc[condition, draw].sort_index().to_numpy()
 
     @property
     def right(self) -> Bool[np.ndarray, "page"]:
@@ -114,7 +115,7 @@ def run(config: DemoConfig, model: HookedVLM | None = None) -> Demo:
     study = Study(config.study, model)
     with study.workers:
         heads = study.top(study.ocr, N_HEADS)
-        pages, examples = ask_pages(study, heads)
+        pages, examples = ask_pages(study, config.study, heads)
     example = examples[pages.shown]
     inputs = to_inputs(study.model, [example], study.pixels)
     turned = partial(_turned_down, study, encoded(study.model, inputs), example, heads)
@@ -127,13 +128,12 @@ def run(config: DemoConfig, model: HookedVLM | None = None) -> Demo:
     return demo
 
 
-def ask_pages(study: Study, heads: tuple[Head, ...]) -> tuple[Pages, list[Example]]:
+def ask_pages(study: Study, config: MaskConfig, heads: tuple[Head, ...]) -> tuple[Pages, list[Example]]:
     """Ask about pages that heads were not scored on: with all heads, without the given ones, without random ones.
 
     Raises:
         StudyError: no page is answered right, or there are no random heads to compare with.
     """
-    config, seed = study.config, study.config.seed
     tops = {KIND: heads}
     control = random_controls(study, "live", tops, len(heads), config.random_draws)
     if not control[KIND].sets:
@@ -142,14 +142,14 @@ def ask_pages(study: Study, heads: tuple[Head, ...]) -> tuple[Pages, list[Exampl
     conditions = [changed.UNCHANGED, *changed.conditions_of(chosen, partial(masked, mode="zero"))]
     tasks = changed.tasks_of(study, config)
     answers = changed.answer_all(study, tasks, conditions, "pages")
-    summary, tests = effects.summarize(answers, conditions, seed), effects.against_controls(answers, conditions, "worse", seed)
-    pages = Pages(
-        answers, summary[summary["chosen"]], next(each_row(tests[tests["chosen"]])), chosen.name(KIND), control[KIND]
-    )
+    summary = effects.summarize(answers, conditions, config.seed)
+    tests = effects.against_controls(answers, conditions, "worse", config.seed)
+    own, test = summary.loc[summary["chosen"]], next(each_row(tests.loc[tests["chosen"]]))
+    pages = Pages(answers, own, test, chosen.name(KIND), control[KIND])
     if not pages.right.any():
         raise StudyError(
-            f"{config.model} answers none of {len(pages.right)} pages of `key = value` lines right, so there is nothing "
-            "to take away: use a model that reads small print, or one of the bundled toy models"
+            f"{config.model} answers none of {len(pages.right)} pages of `key = value` lines right, so no heads can "
+            "be seen to read: use a model that reads small print, or one of the bundled toy models"
         )
     return pages, list(tasks[0].data.examples)
 

@@ -44,8 +44,7 @@ class TurnedDown:
 
 
 def scaled_by_row(heads: Sequence[Head], factors: Float[Tensor, "row"]) -> list[tuple[str, Callable]]:
-    """Hooks that multiply the outputs of heads by the factor of each row: `ScaleHeads` with a factor of its own for each
-    row of a batch."""
+    """Hooks that multiply the outputs of heads by the factor of each row of a batch: one `ScaleHeads` for each row."""
 
     def scaling(head: int) -> Callable[[Tensor, Any], Tensor]:
         def scale(z: Float[Tensor, "row pos head d_head"], hook: Any) -> Tensor:
@@ -75,7 +74,9 @@ def turn_down(
     attention = attention_on_image(model, batch, ids, watched, hooks)
     replies = []
     for row, own in enumerate(ids):
-        chosen = logits[row, : len(own)].float().softmax(-1).gather(-1, torch.tensor(own, device=logits.device)[:, None])
+        chosen = (
+            logits[row, : len(own)].float().softmax(-1).gather(-1, torch.tensor(own, device=logits.device)[:, None])
+        )
         tokens = tuple(str(model.to_string([token])) for token in own)
         replies.append(Reply(tokens, chosen[:, 0].cpu().numpy(), attention[row], str(model.to_string(own)).strip()))
     return TurnedDown(heads, tuple(replies), answer_probability(model, batch, answer, hooks))
