@@ -1,0 +1,165 @@
+"""An atlas: what every head of both towers does, by scores on the same stimuli, with intervals and nulls.
+
+found = atlas(model)
+found.table                # a row for each head and score
+found.wide("language")     # a row for each head, a column for each score
+found.save("out")          # Atlas.load("out")
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from jaxtyping import Float
+
+from hooked_vlm.analysis.intervals import mean_interval, mean_p
+from hooked_vlm.analysis.multiple_testing import holm
+from hooked_vlm.atlas.definitions import SCORES, Score
+from hooked_vlm.atlas.files import read_atlas, write_atlas
+from hooked_vlm.errors import InputError
+from hooked_vlm.interventions.base import Tower
+
+Values = Float[np.ndarray, "stimulus layer head"]
+COLUMNS = ("tower", "layer", "head", "score", "value", "low", "high", "null", "p", "p_holm", "n")
+
+
+@dataclass(frozen=True, eq=False)
+class Observed:
+    """One score of every head of a tower, on each stimulus that it is defined on."""
+
+    stimuli: tuple[str, ...]
+    """Their names."""
+    values: Values
+    """NaN where a head has no value on a stimulus."""
+    nulls: Values
+    """What the score is without what it is about (`Score.null`), for the same head and stimulus; NaN if it has none."""
+
+
+@dataclass(frozen=True, eq=False)
+class Atlas:
+    """Scores of the heads of one model."""
+
+    model: str
+    observed: Mapping[str, Observed]
+    """By the name of the score, in the order of `SCORES`; a score that the model cannot have is missing."""
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    """What the numbers depend on: weights, number of stimuli, seed, share of answers that are right."""
+
+    @property
+    def scores(self) -> tuple[Score, ...]:
+        """The scores that there are."""
+        return tuple(score for score in SCORES if score.name in self.observed)
+
+    def shape(self, tower: Tower) -> tuple[int, int]:
+        """Number of layers and of heads in each.
+
+        Raises:
+            InputError: no score of that tower.
+        """
+        for score in self.scores:
+            if score.tower == tower:
+                _, layers, heads = self.observed[score.name].values.shape
+                return layers, heads
+        raise InputError(f"this atlas has no scores of the {tower} tower")
+
+    @property
+    def towers(self) -> tuple[Tower, ...]:
+        """The towers that have scores."""
+        return tuple(dict.fromkeys(score.tower for score in self.scores))
+
+    @cached_property
+    def table(self) -> pd.DataFrame:
+        """A row for each head and score.
+
+        `value`: mean over stimuli, with its 95% interval `low` to `high` (over stimuli); `null`: mean of what it would
+        be without what the score is about; `p`: two-sided, Student's t over stimuli, that value and null differ (value
+        and 0, of effects); `p_holm`: corrected for all heads of the score; `n`: number of stimuli.
+        """
+        return pd.concat([self._rows(score) for score in self.scores], ignore_index=True)
+
+    def values(self, name: str) -> Float[np.ndarray, "layer head"]:
+        """The mean of a score over stimuli, for every head.
+
+        Raises:
+            InputError: a score that this atlas does not have.
+        """
+        return _mean(self._observed(name).values)
+
+    def wide(self, tower: Tower = "language") -> pd.DataFrame:
+        """A row for each head of a tower, with a column for each score."""
+        layers, heads = self.shape(tower)
+        where = {"layer": np.repeat(np.arange(layers), heads), "head": np.tile(np.arange(heads), layers)}
+        own = [score.name for score in self.scores if score.tower == tower]
+        return pd.DataFrame(where | {name: self.values(name).ravel() for name in own})
+
+    def strongest(self, name: str, layer: int, head: int, n: int = 3) -> list[str]:
+        """Names of the stimuli on which a head scores highest above the null, best first."""
+        found = self._observed(name)
+        above = found.values[:, layer, head] - np.nan_to_num(found.nulls[:, layer, head])
+        order = np.argsort(-np.nan_to_num(above, nan=-np.inf), kind="stable")
+        return [found.stimuli[i] for i in order[:n] if np.isfinite(above[i])]
+
+    def save(self, folder: str | Path) -> None:
+        """Write `atlas.json`, `observations.parquet` and `heads.csv` (`table`).
+
+        Raises:
+            OutputError: the folder cannot be written.
+        """
+        write_atlas(Path(folder), self.model, dict(self.settings), self.observed, self.table)
+
+    @classmethod
+    def load(cls, folder: str | Path) -> "Atlas":
+        """Read what `save` wrote.
+
+        Raises:
+            InputError: no atlas is there, or it is damaged.
+        """
+        model, settings, parts = read_atlas(Path(folder))
+        observed = {score.name: Observed(*parts[score.name]) for score in SCORES if score.name in parts}
+        return cls(model, observed, settings)
+
+    def _observed(self, name: str) -> Observed:
+        if name not in self.observed:
+            raise InputError(f"this atlas has no score {name!r}; it has {', '.join(self.observed)}")
+        return self.observed[name]
+
+    def _rows(self, score: Score) -> pd.DataFrame:
+        found = self.observed[score.name]
+        return described(score, found.values, found.nulls if score.null else None, int(self.settings.get("seed", 0)))
+
+
+def described(score: Score, values: Values, nulls: Values | None, seed: int) -> pd.DataFrame:
+    """The rows of `Atlas.table` for one score."""
+    _, layers, heads = values.shape
+    low, high = mean_interval(values, seed)
+    null = np.full((layers, heads), np.nan) if nulls is None else _mean(nulls)
+    p = np.full((layers, heads), np.nan) if nulls is None else _paired_p(values - nulls)
+    return pd.DataFrame(
+        {
+            "tower": score.tower,
+            "layer": np.repeat(np.arange(layers), heads),
+            "head": np.tile(np.arange(heads), layers),
+            "score": score.name,
+            "value": _mean(values).ravel(),
+            "low": low.ravel(),
+            "high": high.ravel(),
+            "null": null.ravel(),
+            "p": p.ravel(),
+            "p_holm": holm(p.ravel()),
+            "n": np.isfinite(values).sum(0).ravel(),
+        }
+    )
+
+
+def _paired_p(differences: Values) -> Float[np.ndarray, "layer head"]:
+    known = differences[np.isfinite(differences).all((1, 2))]
+    return np.asarray(mean_p(known)) if len(known) else np.full(differences.shape[1:], np.nan)
+
+
+def _mean(values: Values) -> Float[np.ndarray, "layer head"]:
+    n = np.isfinite(values).sum(0)
+    return np.where(n > 0, np.nansum(values, 0) / np.maximum(n, 1), np.nan)
