@@ -8,10 +8,12 @@ import numpy as np
 import pytest
 from browsers import browser
 from families import bundled
+from pages import ROOT
 from viewing import DESKTOP, photograph
 
 from hooked_vlm import cli
 from hooked_vlm.experiments.demo import Demo, DemoConfig, run
+from hooked_vlm.experiments.demo.story import lines
 from hooked_vlm.experiments.demo.turning import FACTORS
 
 __all__ = ["browser"]
@@ -59,7 +61,8 @@ class Opened:
         colours = self.page.evaluate(
             """([head, spots]) => {
             const canvas = document.getElementById(`map-${head}`), pen = canvas.getContext("2d");
-            return spots.map(([x, y]) => [...pen.getImageData(x * canvas.width, y * canvas.height, 1, 1).data.slice(0, 3)]);
+            const at = (x, y) => pen.getImageData(x * canvas.width, y * canvas.height, 1, 1).data;
+            return spots.map(([x, y]) => [...at(x, y).slice(0, 3)]);
             }""",
             [head, spots],
         )
@@ -167,6 +170,11 @@ def test_the_page_is_no_wider_than_the_window(browser: Any, demo: Demo, width: i
 
 def test_the_page_with_the_two_heads_off_is_photographed(browser: Any, demo: Demo, tmp_path: Path) -> None:
     opened = Opened(browser, demo, DESKTOP)
-    opened.slide(0)
+    for _ in FACTORS:
+        opened.page.keyboard.press("ArrowDown")
     opened.page.wait_for_timeout(500)  # typed
     photograph(opened.page, "demo.png", tmp_path)
+
+
+def test_the_readme_shows_these_lines(demo: Demo) -> None:
+    assert "```text\n" + "\n".join(lines(demo)[:-1]) + "\npage: " in (ROOT / "README.md").read_text("utf-8")
