@@ -70,7 +70,7 @@ class Work:
 
 
 @app.command(name="demo")
-def demo(config: Options[DemoConfig], output: Options[LongOutput]) -> Work:
+def demo(config: Options[DemoConfig], output: Options[Output]) -> Work:
     """Find the two heads that read a page, turn them down, and watch the answer go."""
     return Work("experiments.demo.commands", replace(config, quiet=output.quiet), output)
 

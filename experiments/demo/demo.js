@@ -20,14 +20,13 @@ function attention(head) {
 
 /** The answer as buttons; characters that differ from those before are typed in one after the other. */
 function drawAnswer() {
-  const { tokens, probabilities } = reply(), places = [];
-  let end = 0, fresh = 0;
-  for (const token of tokens) { places.push(end); end += token.length; }
+  const { tokens, probabilities, expected } = reply();
+  let fresh = 0;
   at("answer").replaceChildren(...tokens.map((token, i) => {
     const button = document.createElement("button"), letter = document.createElement("b");
     const bar = document.createElement("i"), share = document.createElement("small");
     button.type = "button"; button.className = "char"; button.dataset.at = i;
-    button.classList.toggle("wrong", token !== data.answer.slice(places[i], places[i] + token.length));
+    button.classList.toggle("wrong", token.trim() !== expected[i].trim());
     if (typed[i] !== token) { button.classList.add("new"); button.style.setProperty("--n", fresh++); }
     letter.textContent = token; share.textContent = percent(probabilities[i]);
     bar.style.setProperty("--p", probabilities[i]);

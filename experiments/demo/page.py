@@ -1,6 +1,8 @@
 """The demo as one HTML page that opens from disk: it picks among what the model computed."""
 
+from collections.abc import Sequence
 from importlib import resources
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -60,13 +62,16 @@ def page_of(demo: "Demo") -> str:
     )
 
 
-def boxes_of_tokens(example: Example, reply: Reply) -> list[list[tuple[float, ...]]]:
-    """For each token of a reply, the boxes of the answer's characters that stand at its place in the answer."""
-    ends = np.cumsum([len(token) for token in reply.tokens]).tolist()
-    return [
-        [tuple(map(float, e.box)) for e in example.evidence if e.start < end and end - len(token) < e.stop]
-        for end, token in zip(ends, reply.tokens, strict=True)
-    ]
+def spans_of_tokens(tokens: Sequence[str]) -> list[tuple[int, int]]:
+    """Where each token stands in the text of all, which begins with its first character that is no white space."""
+    whole = "".join(tokens)
+    ends = np.cumsum([0, *map(len, tokens)]) - (len(whole) - len(whole.lstrip()))
+    return list(pairwise(ends.clip(0).tolist()))
+
+
+def boxes_in(example: Example, start: int, stop: int) -> list[tuple[float, ...]]:
+    """Boxes of the answer's characters from `start` to `stop`."""
+    return [tuple(map(float, e.box)) for e in example.evidence if e.start < stop and start < e.stop]
 
 
 def _all(demo: "Demo") -> list[TurnedDown]:
@@ -85,12 +90,14 @@ def _data(demo: "Demo", reach: float) -> dict[str, Any]:
     for one in _all(demo):
         steps = []
         for reply in one.replies:
+            spans = spans_of_tokens(reply.tokens)
             steps.append(
                 {
                     "tokens": list(reply.tokens),
                     "probabilities": [float(f"{p:.4g}") for p in reply.probabilities],
                     "text": reply.text,
-                    "boxes": boxes_of_tokens(demo.example, reply),
+                    "expected": [demo.example.answer[start:stop] for start, stop in spans],
+                    "boxes": [boxes_in(demo.example, *span) for span in spans],
                     "first": first,
                 }
             )

@@ -18,8 +18,9 @@ from families import bundled
 from hooked_vlm import HookedVLM, cli
 from hooked_vlm.errors import StudyError
 from hooked_vlm.experiments.demo import Demo, DemoConfig, run
+from hooked_vlm.experiments.demo.page import spans_of_tokens
 from hooked_vlm.experiments.demo.story import as_data, lines
-from hooked_vlm.experiments.demo.turning import FACTORS, TurnedDown
+from hooked_vlm.experiments.demo.turning import FACTORS, TurnedDown, attention_on_image
 from hooked_vlm.experiments.ocr_heads import Protocol, reading
 from hooked_vlm.experiments.ocr_heads.data.scored import toy_pages
 from hooked_vlm.experiments.ocr_heads.examples import to_inputs
@@ -103,7 +104,7 @@ def test_answers_and_probabilities_are_those_of_generation_with_scaled_heads(dem
             hooks = ScaleHeads(one.heads, factor).hooks(model, inputs)
             tokens, logits = model.generate(inputs, NEW, fwd_hooks=hooks, output_logits=True)
             new = [token for token in tokens[0, inputs.shape[1] :].tolist() if token not in model.cfg.eos_token_ids]
-            assert reply.text == model.to_string(new).strip() and "".join(reply.tokens).strip() == reply.text
+            assert reply.text == str(model.to_string(new)).strip() and "".join(reply.tokens).strip() == reply.text
             expected = [float(logits[0, i].softmax(-1)[token]) for i, token in enumerate(new)]
             np.testing.assert_allclose(reply.probabilities, expected, atol=1e-5)
 
@@ -178,6 +179,7 @@ def test_the_story_is_ten_lines_of_eighty_columns(
     assert configs == [replace(demo.config, quiet=False), demo.config]
 
 
+@pytest.mark.repeats_shapes
 def test_planted_heads_are_chosen_and_an_answer_that_does_not_change_is_said_to_be_unchanged(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -207,6 +209,7 @@ def test_planted_heads_are_chosen_and_an_answer_that_does_not_change_is_said_to_
     assert said["p"] > 0.5  # no random pair matters less
 
 
+@pytest.mark.repeats_shapes
 def test_a_model_that_cannot_read_is_refused(tmp_path: Path) -> None:
     model = copy.deepcopy(bundled("toy-qwen2-vl"))
     with torch.no_grad():
@@ -215,7 +218,33 @@ def test_a_model_that_cannot_read_is_refused(tmp_path: Path) -> None:
         run(asked(tmp_path), model)
 
 
-@pytest.mark.parametrize(("setting", "value"), [("samples", 0), ("pages", 0), ("seed", -1)])
-def test_settings_out_of_range_are_refused(setting: str, value: int, tmp_path: Path) -> None:
-    with pytest.raises(StudyError, match=f"--{setting}"):
-        run(DemoConfig(out=tmp_path, **{setting: value}))
+@pytest.mark.parametrize("wrong", [{"samples": 0}, {"pages": 0}, {"seed": -1}])
+def test_settings_out_of_range_are_refused(wrong: Any, tmp_path: Path) -> None:
+    with pytest.raises(StudyError, match=f"--{next(iter(wrong))}"):
+        run(DemoConfig(out=tmp_path, **wrong))
+
+
+@pytest.mark.parametrize(
+    ("tokens", "spans"),
+    [
+        (("a", "b", "c"), [(0, 1), (1, 2), (2, 3)]),
+        ((" ab", "c"), [(0, 2), (2, 3)]),
+        ((" ", "ab", " c"), [(0, 0), (0, 2), (2, 4)]),
+        ((), []),
+    ],
+)
+def test_tokens_stand_in_the_text_without_leading_space(tokens: tuple[str, ...], spans: list[tuple[int, int]]) -> None:
+    assert spans_of_tokens(tokens) == spans
+    text = "".join(tokens).lstrip()
+    assert "".join(text[start:stop] for start, stop in spans) == text
+
+
+def test_replies_of_one_batch_may_be_empty(demo: Demo, model: HookedVLM) -> None:
+    """The rows of a batch whose replies are of different lengths have the maps that each has alone."""
+    inputs = shown(demo, model)
+    ids = model.tokenizer(demo.example.answer, add_special_tokens=False)["input_ids"]
+    replies = [ids, [], ids[:2]]
+    found = attention_on_image(model, inputs[[0, 0, 0]], replies, demo.heads, [])
+    assert [one.shape[1] for one in found] == [len(ids), 0, 2]
+    np.testing.assert_allclose(found[0], demo.reading.replies[-1].attention, atol=1e-5)
+    np.testing.assert_allclose(found[2], found[0][:, :2], atol=1e-5)
