@@ -137,3 +137,15 @@ class PushConfig:
     """A data set on the hub (owner/name), or a new folder (./name)."""
     public: bool = False
     """Everybody may see the data set on the hub."""
+
+
+@dataclass(frozen=True)
+class AtlasCompareConfig:
+    """Two folders that `hooked-vlm atlas` wrote, on the same stimuli."""
+
+    a: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="A")]
+    """The atlas before, or of the first model."""
+    b: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="B")]
+    """The atlas after, or of the second model."""
+    out: Path | None = None
+    """A folder for the table (compare.csv) and a page with both (compare.html)."""
