@@ -10,7 +10,7 @@ const state = {
   from: 0, up: false, selection: null, order: [], last: null, // the head of the card
 };
 let maps = [], scatter = null;
-const GAP = 14, NARROWEST = 205; // between maps, and of a map, in pixels
+const GAP = 14, NARROWEST = 205; // between maps, and of a map or the scatter, in pixels (a page that is not shown has no width)
 
 const current = () => tables[state.set][state.tower];
 const focusOf = () => state.focus[state.tower];
@@ -83,7 +83,7 @@ function readout(shown) {
   const own = entry(table, score, shown.head), parts = [`head ${nameOf(table, shown.head)}`];
   if (tables.length > 1) parts.push(setNames[set]);
   if (own === null) return [...parts, `no ${titleOf(score)}`].join(" · ");
-  const show = table.show(score), more = Number.isNaN(own.null) ? "" : `, null ${show(own.null)}, p ${chance(own.p_holm)}`;
+  const show = table.show(score), more = Number.isNaN(own.null) ? "" : `, null ${show(own.null)}, Holm p ${chance(own.p_holm)}`;
   return [...parts, `${titleOf(score)} ${show(own.value)} ${unitOf(score)} ${range(own.low, own.high, show)}${more}`].join(" · ");
 }
 
@@ -163,7 +163,7 @@ const setsOf = score => data.sets.map((_, set) => set).filter(set => tables[set]
 
 function makeMaps() {
   maps = [];
-  const room = at("maps").clientWidth, columns = Math.max(1, Math.floor((room + GAP) / (NARROWEST + GAP)));
+  const room = Math.max(NARROWEST, at("maps").clientWidth), columns = Math.max(1, Math.floor((room + GAP) / (NARROWEST + GAP)));
   const wide = Math.floor(Math.min(300, (room - GAP * (columns - 1)) / columns));
   at("maps").classList.toggle("compared", data.sets.length > 1);
   at("maps").replaceChildren(...state.shown[state.tower].map(score => {
@@ -227,7 +227,7 @@ function drawMaps() {
 function drawTwo() {
   const table = current(), [x, y] = [at("across").value, at("up").value], values = [x, y].map(score => ofScore(table, score));
   const shades = data.colours.sequential, depth = head => Math.floor(head / table.heads) / Math.max(1, table.layers - 1);
-  const { rho, n } = rankCorrelation(...values), canvas = at("scatter"), width = Math.min(560, canvas.parentElement.clientWidth);
+  const { rho, n } = rankCorrelation(...values), canvas = at("scatter"), width = Math.max(NARROWEST, Math.min(560, canvas.parentElement.clientWidth));
   scatter = { canvas, width, height: Math.round(Math.min(380, 0.75 * width)) };
   const axes = [x, y].map(score => `${titleOf(score)} (${unitOf(score)}${state.set === 2 ? ", B − A" : ""})`);
   drawScatter(scatter, ...values, axes, { number, ink: inks(), selection: state.selection, colourOf: head => shades[Math.round(225 * depth(head))] });

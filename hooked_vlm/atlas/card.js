@@ -72,6 +72,7 @@ function drawCard(shown) {
     make("div", { class: "scroll" }, make("table", { class: "scores" },
       make("thead", {}, make("tr", {}, ...header.map(text => make("th", { scope: "col" }, text)))),
       make("tbody", {}, ...scores.map(score => both ? changeRow(score, head) : cardRow(table, score, head))))),
+    ...both && tables.length > 2 ? [make("p", { class: "soft small" }, "B − A, its interval, p and n are over the stimuli that both saw; A and B over all of each.")] : [],
     ...kin(table, group, head), ...gallery(group, head));
 }
 

@@ -14,7 +14,7 @@ function makeTable() {
   const headers = table.scores.map(score => make("th", { scope: "col", title: data.scores[score].formula },
     make("button", { type: "button", "data-score": score, click: () => score === focusOf() ? turn() : focusOn(score) }, titleOf(score))));
   const row = () => make("tr", {}, make("td", { class: "soft" }), make("th", { scope: "row" }, make("button", { type: "button" })), ...[...columns, ...headers].slice(2).map(() => make("td")));
-  const widths = [2.6, 4, 9, 4, 4.4, ...table.scores.map(() => 5.3)]; // given, so that no number moves a column
+  const widths = [2.4, 3.8, 8.4, 3.8, 4.2, ...table.scores.map(() => 4.9)]; // given, so that no number moves a column
   at("table").querySelector("colgroup").replaceChildren(...widths.map(width => make("col", { style: `width:${width}rem` })));
   at("table").style.width = widths.reduce((a, b) => a + b) + "rem";
   at("table").tHead.replaceChildren(make("tr", {}, ...columns, ...headers));
