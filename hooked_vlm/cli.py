@@ -19,6 +19,7 @@ import tyro
 from hooked_vlm.analysis.text_tables import in_width
 from hooked_vlm.commands.config import (
     AtlasCompareConfig,
+    AtlasConfig,
     CacheConfig,
     HooksConfig,
     MergeConfig,
@@ -110,6 +111,12 @@ def cache(config: Options[CacheConfig], output: Options[LongOutput]) -> Work:
 def sweep(config: Options[HeadSweepConfig], output: Options[LongOutput]) -> Work:
     """Measure what each head does for the answers to a data set, one by one."""
     return Work("experiments.head_sweep.commands", replace(config, quiet=output.quiet), output)
+
+
+@app.command(name="atlas")
+def atlas(config: Options[AtlasConfig], output: Options[LongOutput]) -> Work:
+    """Profile every head of both towers, as one page and as tables."""
+    return Work("commands.atlas", replace(config, quiet=output.quiet), output)
 
 
 @app.command(name="atlas-compare")

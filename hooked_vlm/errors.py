@@ -51,6 +51,10 @@ class ActivationsError(HookedVLMError, ValueError):
     """A folder of activations, or a file in it, that cannot be read."""
 
 
+class FeatureError(HookedVLMError, ValueError):
+    """A dictionary of features, or a file of one, that cannot be used, or does not fit a model."""
+
+
 class StudyError(HookedVLMError, ValueError):
     """A setting or a data set of a study that cannot be used."""
 

@@ -15,9 +15,9 @@ from hooked_vlm import errors
 ROOT = Path(__file__).resolve().parent.parent
 FOLDERS = {"hooked_vlm": "hooked_vlm", "converters": "hooked_vlm.converters", "experiments": "hooked_vlm.experiments"}
 LAYERS = (
-    "cli", "commands", "experiments", "atlas", "viewer", "verify", "steering", "activations", "patching", "toys", "lens",
-    "sweeps", "metrics", "analysis", "interventions", "model", "loading", "nn", "data", "inputs", "runtime",
-    "converters", "config", "vision_config", "errors", "_lazy",
+    "cli", "commands", "experiments", "atlas", "viewer", "verify", "features", "steering", "activations", "patching",
+    "toys", "lens", "sweeps", "metrics", "analysis", "interventions", "model", "loading", "nn", "data", "inputs",
+    "runtime", "converters", "config", "vision_config", "errors", "_lazy",
 )  # fmt: skip
 """From the top to the ground."""
 UPWARDS = {("hooked_vlm.model.cache", "hooked_vlm.analysis.pictures")}

@@ -17,6 +17,7 @@ LAYERS = (
     ("atlas", "scores of every head of both towers, as a table and a page"),
     ("viewer", "HTML pages of attention and other values"),
     ("verify", "comparison with transformers on a checkpoint"),
+    ("features", "sparse autoencoders and transcoders: files, runs, edits, quality, attribution"),
     ("steering", "contrast sets to steering vectors, with held-out separability"),
     ("activations", "activations of a data set on disk"),
     ("patching", "activation, path and attribution patching, attention knock-out"),

@@ -18,7 +18,7 @@ from jaxtyping import Float
 
 from hooked_vlm.analysis.intervals import mean_interval, mean_p
 from hooked_vlm.analysis.multiple_testing import holm
-from hooked_vlm.atlas.definitions import SCORES, Score
+from hooked_vlm.atlas.definitions import SCORES, Kind, Score
 from hooked_vlm.atlas.files import read_atlas, write_atlas
 from hooked_vlm.errors import InputError
 from hooked_vlm.interventions.base import Tower
@@ -47,7 +47,7 @@ class Atlas:
     observed: Mapping[str, Observed]
     """By the name of the score, in the order of `SCORES`; a score that the model cannot have is missing."""
     settings: Mapping[str, Any] = field(default_factory=dict)
-    """What the numbers depend on: weights, number of stimuli, seed, share of answers that are right."""
+    """What the numbers depend on: weights, seed, number of groups, and the kind of each stimulus."""
 
     @property
     def scores(self) -> tuple[Score, ...]:
@@ -81,6 +81,15 @@ class Atlas:
         """
         return pd.concat([self._rows(score) for score in self.scores], ignore_index=True)
 
+    def rows(self, name: str) -> pd.DataFrame:
+        """The rows of `table` of one score, in the order of the heads.
+
+        Raises:
+            InputError: a score that this atlas does not have.
+        """
+        self._observed(name)
+        return pd.DataFrame(self.table[self.table["score"] == name])
+
     def values(self, name: str) -> Float[np.ndarray, "layer head"]:
         """The mean of a score over stimuli, for every head.
 
@@ -95,6 +104,25 @@ class Atlas:
         where = {"layer": np.repeat(np.arange(layers), heads), "head": np.tile(np.arange(heads), layers)}
         own = [score.name for score in self.scores if score.tower == tower]
         return pd.DataFrame(where | {name: self.values(name).ravel() for name in own})
+
+    def on(self, kind: Kind) -> "Atlas":
+        """The same from the stimuli of one kind alone.
+
+        Raises:
+            InputError: there are none.
+        """
+        kinds = self.settings.get("kinds", {})
+        observed = {}
+        for name, own in self.observed.items():
+            chosen = [i for i, stimulus in enumerate(own.stimuli) if kinds.get(stimulus) == kind]
+            if chosen:
+                stimuli = tuple(own.stimuli[i] for i in chosen)
+                observed[name] = Observed(stimuli, own.values[chosen], own.nulls[chosen])
+        if not observed:
+            raise InputError(
+                f"this atlas has no stimuli of the kind {kind!r}; it has {', '.join(sorted({*kinds.values()}))}"
+            )
+        return Atlas(self.model, observed, self.settings)
 
     def strongest(self, name: str, layer: int, head: int, n: int = 3) -> list[str]:
         """Names of the stimuli on which a head scores highest above the null, best first."""

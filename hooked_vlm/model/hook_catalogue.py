@@ -137,10 +137,15 @@ def hook_table(model: "HookedVLM") -> list[HookRow]:
         **{name: HookRow(name, tuple(axes.split()), *rest) for name, (axes, *rest) in _PROJECTOR.items()},
         **{name: _text_row(name, *row) for name, row in _TEXT.items()},
     }
-    present = {re.sub(r"(blocks|deepstack)\.\d+\.", r"\1.{l}.", name) for name in model.hook_dict}
+    present = {without_layer(name) for name in model.hook_dict}
     if unknown := present - set(described):
         raise KeyError(f"hook points without a description in hook_catalogue.py: {sorted(unknown)}")
     return [row for name, row in described.items() if name in present]
+
+
+def without_layer(name: str) -> str:
+    """The name of a hook point with `{l}` for its layer, as rows of the table have it."""
+    return re.sub(r"(blocks|deepstack)\.\d+\.", r"\1.{l}.", name)
 
 
 def _text_row(name: str, axes: str, fires: str, what: str) -> HookRow:
