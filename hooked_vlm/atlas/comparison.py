@@ -67,16 +67,16 @@ class Comparison:
     def text(self) -> str:
         """The answer for a terminal."""
         answers = [
-            f"{found.sum():,} of {found.size:,} heads of the {TOWERS[tower]} changed in at least one score (p of {LEVEL} "
-            f"or less, Holm over all {len(self._rows(tower)):,} tests of heads and scores)."
+            f"{found.sum():,} of {found.size:,} heads of the {TOWERS[tower]} changed in at least one score (p of "
+            f"{LEVEL} or less, Holm over all {len(self._rows(tower)):,} tests of heads and scores)."
             for tower, found in self._changed().items()
         ]
         parts = [f"a: {self.a}\nb: {self.b}", "\n".join([*answers, *self.refused.values()])]
         if lines := self._score_lines():
             header = ("score", "stimuli", "up", "down", "untested", "largest change")
             parts.append(
-                f"Heads whose score is higher (up) or lower (down) in b, p of {LEVEL} or less, Holm over the heads of the "
-                f"score:\n{text_table(header, lines)}"
+                f"Heads whose score is higher (up) or lower (down) in b, p of {LEVEL} or less, Holm over the heads of "
+                f"the score:\n{text_table(header, lines)}"
             )
         if still := [BY_NAME[name].title for name in self.scores.loc[~self._moved(), "score"]]:
             parts.append(f"No head changed, by the same rule: {'; '.join(still)}.")
