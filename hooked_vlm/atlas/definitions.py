@@ -132,7 +132,7 @@ SCORES = (
         "visual sinks",
         "language",
         PICTURES,
-        "over the same q, the sum of A(q, k) over image tokens k with |x[d]| / rms(x) of 20 or more in a dimension d "
+        "over the same q, the sum of A(q, k) over image tokens k with abs(x[d]) / rms(x) of 20 or more in a dimension d "
         "in which the first token's stream x has it, x being the stream that enters the layer",
         "uniform attention",
         "arXiv 2503.03321",
@@ -192,7 +192,7 @@ SCORES = (
         "value norm",
         "language",
         ASKED,
-        "mean of |v| over the prompt's tokens",
+        "mean norm of v over the prompt's tokens",
         "",
         "arXiv 2004.10102",
         "norm",

@@ -47,7 +47,7 @@ class Atlas:
     observed: Mapping[str, Observed]
     """By the name of the score, in the order of `SCORES`; a score that the model cannot have is missing."""
     settings: Mapping[str, Any] = field(default_factory=dict)
-    """What the numbers depend on: weights, seed, number of groups, and the kind of each stimulus."""
+    """What the numbers depend on: weights, seed, number of groups, kind and digest of each stimulus."""
 
     @property
     def scores(self) -> tuple[Score, ...]:
