@@ -67,16 +67,16 @@ class Comparison:
     def text(self) -> str:
         """The answer for a terminal."""
         answers = [
-            f"{found.sum():,} of {found.size:,} heads of the {TOWERS[tower]} changed in at least one score (p of {LEVEL} "
-            f"or less, Holm over all {len(self._rows(tower)):,} tests of heads and scores)."
+            f"{found.sum():,} of {found.size:,} heads of the {TOWERS[tower]} changed in at least one score (p of "
+            f"{LEVEL} or less, Holm over all {len(self._rows(tower)):,} tests of heads and scores)."
             for tower, found in self._changed().items()
         ]
         parts = [f"a: {self.a}\nb: {self.b}", "\n".join([*answers, *self.refused.values()])]
         if lines := self._score_lines():
             header = ("score", "stimuli", "up", "down", "untested", "largest change")
             parts.append(
-                f"Heads whose score is higher (up) or lower (down) in b, p of {LEVEL} or less, Holm over the heads of the "
-                f"score:\n{text_table(header, lines)}"
+                f"Heads whose score is higher (up) or lower (down) in b, p of {LEVEL} or less, Holm over the heads of "
+                f"the score:\n{text_table(header, lines)}"
             )
         if still := [BY_NAME[name].title for name in self.scores.loc[~self._moved(), "score"]]:
             parts.append(f"No head changed, by the same rule: {'; '.join(still)}.")
@@ -137,10 +137,8 @@ def compare(a: Atlas, b: Atlas) -> Comparison:
     """Compare two atlases, head by head and stimulus by stimulus.
 
     Raises:
-        InputError: stimuli drawn with other seeds; no score that both have on stimuli that both saw, with equally many
-            layers and heads.
+        InputError: no score that both have on stimuli that both saw, with equally many layers and heads.
     """
-    _refuse_other_stimuli(a, b)
     refused: dict[str, str] = {}
     parts = []
     for score in SCORES:
@@ -156,13 +154,15 @@ def compare(a: Atlas, b: Atlas) -> Comparison:
     return Comparison(a.model, b.model, pd.concat(parts, ignore_index=True), refused)
 
 
-def _refuse_other_stimuli(a: Atlas, b: Atlas) -> None:
-    seeds = [atlas.settings.get("seed") for atlas in (a, b)]
-    if seeds[0] != seeds[1]:
-        raise InputError(
-            f"these atlases are on stimuli drawn with seeds {seeds[0]} and {seeds[1]}, which are paired by name only: "
-            "make both with the same seed"
-        )
+def _shared(score: Score, a: Atlas, b: Atlas) -> list[tuple[int, int]]:
+    """Places in both atlases of the stimuli that are the same, not in name alone."""
+    digests = [atlas.settings.get("digests", {}) for atlas in (a, b)]
+    places = {name: i for i, name in enumerate(b.observed[score.name].stimuli)}
+    return [
+        (i, places[name])
+        for i, name in enumerate(a.observed[score.name].stimuli)
+        if name in places and digests[0].get(name) == digests[1].get(name)
+    ]
 
 
 def _misfit(score: Score, a: Atlas, b: Atlas) -> tuple[str, str] | None:
@@ -177,15 +177,14 @@ def _misfit(score: Score, a: Atlas, b: Atlas) -> tuple[str, str] | None:
             f"Heads of the {TOWERS[score.tower]} do not correspond: {layers} layers of {heads} in {a.model}, "
             f"{other_layers} of {other_heads} in {b.model}."
         )
-    if not set(a.observed[score.name].stimuli) & set(b.observed[score.name].stimuli):
-        return score.name, f"{score.title}: no stimulus in common."
+    if not _shared(score, a, b):
+        return score.name, f"{score.title}: no stimulus in common (same --n, --seed or --data, and tokenizer)."
     return None
 
 
 def _compared(score: Score, a: Atlas, b: Atlas) -> pd.DataFrame:
     ours, theirs = a.observed[score.name], b.observed[score.name]
-    places = {name: i for i, name in enumerate(theirs.stimuli)}
-    shared = [(i, places[name]) for i, name in enumerate(ours.stimuli) if name in places]
+    shared = _shared(score, a, b)
     before, after = ours.values[[i for i, _ in shared]], theirs.values[[i for _, i in shared]]
     differences: Float[np.ndarray, "stimulus layer head"] = after - before
     known = np.isfinite(differences)
