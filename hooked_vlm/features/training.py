@@ -21,7 +21,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from hooked_vlm.activations.read import Activations
-from hooked_vlm.errors import InputError, WorkerError
+from hooked_vlm.errors import HookedVLMError, InputError, WorkerError
 from hooked_vlm.features.checkpoint import Checkpoint, read_checkpoint, write_checkpoint
 from hooked_vlm.features.config import TrainingConfig
 from hooked_vlm.features.dictionary import Dictionary
@@ -163,16 +163,22 @@ def _in_processes(run: _Run, n: int) -> None:
     threads = max(1, torch.get_num_threads() // n)
     with tempfile.TemporaryDirectory() as folder:
         try:
-            mp.spawn(_process, (n, run, f"file://{folder}/meeting", threads), nprocs=n)
+            mp.spawn(_process, (n, run, Path(folder), threads), nprocs=n)
         except (mp.ProcessRaisedException, mp.ProcessExitedException) as error:
-            last = str(error).strip().splitlines()[-1]
+            said = [path.read_text(encoding="utf-8") for path in sorted(Path(folder).glob("error-*"))]
+            last = said[0] if said else str(error).strip().splitlines()[-1]
             raise WorkerError(f"a process of the training ended: {last}; run it again to go on") from error
 
 
-def _process(rank: int, n: int, run: _Run, meeting: str, threads: int) -> None:
+def _process(rank: int, n: int, run: _Run, folder: Path, threads: int) -> None:
+    """One of `n` processes; they meet in `folder`, where an error that a user can mend is left: the others fail too,
+    and only say that they lost a connection."""
     torch.set_num_threads(threads)
-    dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=n)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=n)
     try:
         run.steps(open_stream(Activations(run.activations), run.hook_name, run.config, Share(rank, n)))
+    except HookedVLMError as error:
+        (folder / f"error-{rank}").write_text(str(error), encoding="utf-8")
+        raise
     finally:
         dist.destroy_process_group()
