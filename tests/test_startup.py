@@ -42,6 +42,7 @@ def python(*arguments: str, folder: Path | None = None) -> subprocess.CompletedP
         (["reproduce", "--help"], 0),
         (["steer", "--help"], 0),
         (["demo", "--help"], 0),
+        (["atlas", "--help"], 0),
         (["modles"], 2),
         (["ocr-heads", "mask", "--sample", "3"], 2),
         (["hooks", "--json"], 2),
