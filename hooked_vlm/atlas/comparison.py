@@ -18,12 +18,11 @@ from hooked_vlm.analysis.multiple_testing import holm
 from hooked_vlm.analysis.text_tables import text_table
 from hooked_vlm.atlas.definitions import BY_NAME, SCORES, TOWERS, Score
 from hooked_vlm.atlas.result import Atlas, described, mean_of_known
+from hooked_vlm.atlas.show import ALPHA
 from hooked_vlm.errors import InputError
 from hooked_vlm.interventions.base import Tower
 
 COLUMNS = ("tower", "layer", "head", "score", "a", "b", "difference", "low", "high", "p", "p_holm", "n")
-LEVEL = 0.05
-"""Corrected p of a change, at most."""
 LISTED = 3
 """Heads of a score that the text lists."""
 
@@ -52,7 +51,7 @@ class Comparison:
             InputError: the tower is not compared.
         """
         rows = self._rows(tower)
-        hit = rows[holm(rows["p"].to_numpy()) <= LEVEL]
+        hit = rows[holm(rows["p"].to_numpy()) <= ALPHA]
         found = np.zeros((rows["layer"].max() + 1, rows["head"].max() + 1), bool)
         found[hit["layer"], hit["head"]] = True
         return found
@@ -68,14 +67,14 @@ class Comparison:
         """The answer for a terminal."""
         answers = [
             f"{found.sum():,} of {found.size:,} heads of the {TOWERS[tower]} changed in at least one score (p of "
-            f"{LEVEL} or less, Holm over all {len(self._rows(tower)):,} tests of heads and scores)."
+            f"{ALPHA} or less, Holm over all {len(self._rows(tower)):,} tests of heads and scores)."
             for tower, found in self._changed().items()
         ]
         parts = [f"a: {self.a}\nb: {self.b}", "\n".join([*answers, *self.refused.values()])]
         if lines := self._score_lines():
             header = ("score", "stimuli", "up", "down", "untested", "largest change")
             parts.append(
-                f"Heads whose score is higher (up) or lower (down) in b, p of {LEVEL} or less, Holm over the heads of "
+                f"Heads whose score is higher (up) or lower (down) in b, p of {ALPHA} or less, Holm over the heads of "
                 f"the score:\n{text_table(header, lines)}"
             )
         if still := [BY_NAME[name].title for name in self.scores.loc[~self._moved(), "score"]]:
@@ -119,7 +118,7 @@ class Comparison:
         ]
 
     def _head_lines(self) -> list[tuple[str, ...]]:
-        hit = self.table[self.table["p_holm"] <= LEVEL].sort_values("p", kind="stable")
+        hit = self.table[self.table["p_holm"] <= ALPHA].sort_values("p", kind="stable")
         rows = hit.groupby("score", sort=False).head(LISTED)
         return [
             (
@@ -137,10 +136,8 @@ def compare(a: Atlas, b: Atlas) -> Comparison:
     """Compare two atlases, head by head and stimulus by stimulus.
 
     Raises:
-        InputError: stimuli drawn with other seeds; no score that both have on stimuli that both saw, with equally many
-            layers and heads.
+        InputError: no score that both have on stimuli that both saw, with equally many layers and heads.
     """
-    _refuse_other_stimuli(a, b)
     refused: dict[str, str] = {}
     parts = []
     for score in SCORES:
@@ -156,15 +153,6 @@ def compare(a: Atlas, b: Atlas) -> Comparison:
     return Comparison(a.model, b.model, pd.concat(parts, ignore_index=True), refused)
 
 
-def _refuse_other_stimuli(a: Atlas, b: Atlas) -> None:
-    seeds = [atlas.settings.get("seed") for atlas in (a, b)]
-    if seeds[0] != seeds[1]:
-        raise InputError(
-            f"these atlases are on stimuli drawn with seeds {seeds[0]} and {seeds[1]}, which are paired by name only: "
-            "make both with the same seed"
-        )
-
-
 def _misfit(score: Score, a: Atlas, b: Atlas) -> tuple[str, str] | None:
     """Tower or score that cannot be compared, and why."""
     lacking = [atlas.model for atlas in (a, b) if score.name not in atlas.observed]
@@ -177,15 +165,26 @@ def _misfit(score: Score, a: Atlas, b: Atlas) -> tuple[str, str] | None:
             f"Heads of the {TOWERS[score.tower]} do not correspond: {layers} layers of {heads} in {a.model}, "
             f"{other_layers} of {other_heads} in {b.model}."
         )
-    if not set(a.observed[score.name].stimuli) & set(b.observed[score.name].stimuli):
-        return score.name, f"{score.title}: no stimulus in common."
+    if not _shared(score.name, a, b):
+        return score.name, f"{score.title}: no stimulus in common (drawn with another seed, or for another tokenizer?)."
     return None
+
+
+def _shared(name: str, a: Atlas, b: Atlas) -> list[tuple[int, int]]:
+    """Places in both atlases of the stimuli that both saw. Those of one name may differ: by seed, style or tokenizer,
+    which their digests tell."""
+    places = {_stimulus(b, stimulus): i for i, stimulus in enumerate(b.observed[name].stimuli)}
+    ours = [_stimulus(a, stimulus) for stimulus in a.observed[name].stimuli]
+    return [(i, places[stimulus]) for i, stimulus in enumerate(ours) if stimulus in places]
+
+
+def _stimulus(atlas: Atlas, name: str) -> tuple[str, str | None]:
+    return name, atlas.settings.get("digests", {}).get(name)
 
 
 def _compared(score: Score, a: Atlas, b: Atlas) -> pd.DataFrame:
     ours, theirs = a.observed[score.name], b.observed[score.name]
-    places = {name: i for i, name in enumerate(theirs.stimuli)}
-    shared = [(i, places[name]) for i, name in enumerate(ours.stimuli) if name in places]
+    shared = _shared(score.name, a, b)
     before, after = ours.values[[i for i, _ in shared]], theirs.values[[i for _, i in shared]]
     differences: Float[np.ndarray, "stimulus layer head"] = after - before
     known = np.isfinite(differences)
@@ -195,7 +194,7 @@ def _compared(score: Score, a: Atlas, b: Atlas) -> pd.DataFrame:
 
 
 def _counts(name: str, rows: pd.DataFrame) -> dict[str, Any]:
-    hit = rows[rows["p_holm"] <= LEVEL]
+    hit = rows[rows["p_holm"] <= ALPHA]
     largest = None if hit.empty else hit.loc[hit["difference"].abs().idxmax()].to_dict()
     return {
         "score": name,
