@@ -37,6 +37,8 @@ SHOWN_FIRST = (
     *("distance", "sink_patches", "text_region", "answer_without", "class_token"),
 )
 """Scores whose maps are shown first."""
+SIGNED = ("nats", "logits")
+"""Units of effects, whose colours have 0 in their middle."""
 STRONGEST = 3
 """Pictures shown of a head."""
 LONGEST = 220
@@ -171,8 +173,8 @@ def _check(found: Atlas, pictures: Sequence[Picture]) -> None:
 
 def _as_set(atlas: Atlas, rows: pd.DataFrame) -> dict[str, Any]:
     """Numbers that are shown together: of an atlas, or the differences of two."""
-    present = [tower for tower in TOWERS if (rows["tower"] == tower).any()]
-    towers = {tower: _of_tower(rows[rows["tower"] == tower]) for tower in present}
+    present = [tower for tower in TOWERS if tower in set(rows["tower"])]
+    towers = {tower: _of_tower(pd.DataFrame(rows[rows["tower"] == tower])) for tower in present}
     names = [name for tower in towers.values() for name in tower["scores"]]
     return {"model": atlas.model, "towers": towers, "names": names}
 
@@ -181,8 +183,8 @@ def _of_tower(rows: pd.DataFrame) -> dict[str, Any]:
     """Rows in the order of score, layer and head, as `Atlas.table` has them."""
     columns = [rows[list(names)].to_numpy(kind).T.tobytes() for names, kind in ((DOUBLES, "<f8"), (SINGLES, "<f4"))]
     return {
-        "layers": int(rows["layer"].max()) + 1,
-        "heads": int(rows["head"].max()) + 1,
+        "layers": int(rows["layer"].to_numpy().max()) + 1,
+        "heads": int(rows["head"].to_numpy().max()) + 1,
         "scores": list(dict.fromkeys(rows["score"])),
         "blob": encoded(b"".join(columns)),
     }
@@ -191,15 +193,14 @@ def _of_tower(rows: pd.DataFrame) -> dict[str, Any]:
 def _strongest_blob(found: Atlas, tower: Tower, pictures: Sequence[Picture]) -> str:
     """Scores, then numbers of pictures, [score, head, rank] each, of all scores of the tower."""
     each = [strongest_pictures(found, score.name, pictures) for score in found.scores if score.tower == tower]
-    return encoded(
-        b"".join([scores.astype("<f4").tobytes() for _, scores in each] + [own.tobytes() for own, _ in each])
-    )
+    values = b"".join(scores.astype("<f4").tobytes() for _, scores in each)
+    return encoded(values + b"".join(numbers.tobytes() for numbers, _ in each))
 
 
 def _definition(name: str) -> dict[str, Any]:
     score = BY_NAME[name]
     return {"title": score.title, "unit": score.unit, "tested": bool(score.null), "tower": score.tower} | {
-        "signed": score.null == "0",
+        "signed": score.unit in SIGNED,
         "formula": score.formula,
         "null": score.null,
         "source": score.source,
