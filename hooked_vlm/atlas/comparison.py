@@ -152,6 +152,17 @@ def compare(a: Atlas, b: Atlas) -> Comparison:
     return Comparison(a.model, b.model, pd.concat(parts, ignore_index=True), refused)
 
 
+def _shared(score: Score, a: Atlas, b: Atlas) -> list[tuple[int, int]]:
+    """Places in both atlases of the stimuli that are the same, not in name alone."""
+    digests = [atlas.settings.get("digests", {}) for atlas in (a, b)]
+    places = {name: i for i, name in enumerate(b.observed[score.name].stimuli)}
+    return [
+        (i, places[name])
+        for i, name in enumerate(a.observed[score.name].stimuli)
+        if name in places and digests[0].get(name) == digests[1].get(name)
+    ]
+
+
 def _misfit(score: Score, a: Atlas, b: Atlas) -> tuple[str, str] | None:
     """Tower or score that cannot be compared, and why."""
     lacking = [atlas.model for atlas in (a, b) if score.name not in atlas.observed]
@@ -164,26 +175,14 @@ def _misfit(score: Score, a: Atlas, b: Atlas) -> tuple[str, str] | None:
             f"Heads of the {TOWERS[score.tower]} do not correspond: {layers} layers of {heads} in {a.model}, "
             f"{other_layers} of {other_heads} in {b.model}."
         )
-    if not _shared(score.name, a, b):
-        return score.name, f"{score.title}: no stimulus in common (drawn with another seed, or for another tokenizer?)."
+    if not _shared(score, a, b):
+        return score.name, f"{score.title}: no stimulus in common (same --n, --seed or --data, and tokenizer)."
     return None
-
-
-def _shared(name: str, a: Atlas, b: Atlas) -> list[tuple[int, int]]:
-    """Places in both atlases of the stimuli that both saw. Those of one name may differ: by seed, style or tokenizer,
-    which their digests tell."""
-    places = {_stimulus(b, stimulus): i for i, stimulus in enumerate(b.observed[name].stimuli)}
-    ours = [_stimulus(a, stimulus) for stimulus in a.observed[name].stimuli]
-    return [(i, places[stimulus]) for i, stimulus in enumerate(ours) if stimulus in places]
-
-
-def _stimulus(atlas: Atlas, name: str) -> tuple[str, str | None]:
-    return name, atlas.settings.get("digests", {}).get(name)
 
 
 def _compared(score: Score, a: Atlas, b: Atlas) -> pd.DataFrame:
     ours, theirs = a.observed[score.name], b.observed[score.name]
-    shared = _shared(score.name, a, b)
+    shared = _shared(score, a, b)
     before, after = ours.values[[i for i, _ in shared]], theirs.values[[i for _, i in shared]]
     differences: Float[np.ndarray, "stimulus layer head"] = after - before
     known = np.isfinite(differences)

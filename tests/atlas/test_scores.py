@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from atlas_by_hand import check_attention
 
 from hooked_vlm import HookedVLM
 from hooked_vlm.atlas import Stimulus, shipped
@@ -36,82 +37,9 @@ def stimuli(model: HookedVLM, kind: Any, n: int = 3, seed: int = 0) -> list[Stim
 # ---------------------------------------------------------------- literal
 
 
-def literal(model: HookedVLM, stimulus: Stimulus, other: Stimulus) -> dict[str, np.ndarray]:
-    """The definitions, head by head, query by query and key by key, on a row alone."""
-    inputs = model.as_inputs(stimulus.asked.inputs(model))
-    with torch.no_grad():
-        layers = [f"blocks.{layer}." for layer in range(model.cfg.n_layers)]
-        suffixes = ("attn.hook_pattern", "hook_resid_pre", "attn.hook_v", "attn.hook_z")
-        own_names = [layer + suffix for layer in layers for suffix in suffixes]
-        logits, cache = model.run_with_cache(inputs, names_filter=own_names)
-    cfg, tokens = model.cfg, inputs.tokens[0].tolist()
-    stop, n_answer = inputs.stop[0], inputs.n_generated[0]
-    image, question = inputs.positions.image[0].tolist(), inputs.positions.question[0].tolist()
-    answer = list(range(stop - n_answer - 1, stop - 1))
-    if stimulus.kind == "text":
-        evidence, elsewhere = needle(model, inputs, 0), None
-    else:
-        evidence = tokens_of_boxes(model, inputs, 0, stimulus, stimulus)
-        elsewhere = tokens_of_boxes(model, inputs, 0, stimulus, other)
-    asked = [key for key in image if evidence[:, key].any()]
-    found: dict[str, np.ndarray] = {}
-    for layer in range(cfg.n_layers):
-        pattern = cache[f"blocks.{layer}.attn.hook_pattern"][0]
-        x = cache[f"blocks.{layer}.hook_resid_pre"][0]
-        v, z = cache[f"blocks.{layer}.attn.hook_v"][0], cache[f"blocks.{layer}.attn.hook_z"][0]
-        big = [[abs(float(a)) / float(row.pow(2).mean().sqrt()) >= 20 for a in row] for row in x]
-        sinks = [key for key in image if any(a and b for a, b in zip(big[key], big[0], strict=True))]
-        for head in range(cfg.n_heads):
-            a = pattern[head].tolist()
-
-            def put(name: str, value: Any, layer: int = layer, head: int = head) -> None:
-                found.setdefault(name, np.full((cfg.n_layers, cfg.n_heads), np.nan))[layer, head] = value
-
-            queries = question + answer
-            put("first_token_sink", np.mean([a[q][0] for q in queries]))
-            put("locality", 1 - np.mean([sum(a[q][k] * (q - k) / q for k in range(q + 1)) for q in queries]))
-            entropies = [-sum(p * math.log(p) for p in a[q] if p) / math.log(q + 1) for q in queries]
-            put("entropy", np.mean(entropies))
-            if image:
-                put("image_from_question", np.mean([sum(a[q][k] for k in image) for q in question]))
-                put("image_from_answer", np.mean([sum(a[q][k] for k in image) for q in answer]))
-                put("visual_sink", np.mean([sum(a[q][k] for k in sinks) for q in queries]))
-                shares = [sum(a[q][k] for k in asked) / sum(a[q][k] for k in image) for q in answer]
-                put("localisation", np.mean(shares))
-            prompt = range(stop - n_answer)
-            kv_head = head // (cfg.n_heads // v.shape[1])
-            put("value_norm", np.mean([float(v[q, kv_head].norm()) for q in prompt]))
-            written = (z[:, head] @ model.blocks[layer].attn.W_O[head]).detach()
-            put("output_norm", np.mean([float(written[q].norm()) for q in prompt]))
-            copied = []
-            for part, q in enumerate(answer):
-                right = int(logits[0, q].argmax()) == tokens[q + 1]
-                looked = max(range(q + 1), key=lambda k: a[q][k])
-                by_chance = float(evidence[part].sum()) / (q + 1)
-                not_here = elsewhere is not None and bool(elsewhere[part, looked])
-                copied.append((right and bool(evidence[part, looked]), right and not_here, right * by_chance))
-            hits, misplaced, chance = (np.mean(own) for own in zip(*copied, strict=True))
-            if stimulus.kind == "text":
-                put("text_retrieval", hits)
-                put("text_retrieval null", chance)
-            if stimulus.kind == "page":
-                put("ocr", hits)
-                put("ocr null", misplaced)
-    return found
-
-
 @pytest.mark.parametrize("kind", ["page", "text", "object"])
 def test_scores_of_attention_are_their_definitions(model: HookedVLM, kind: str) -> None:
-    own = stimuli(model, kind)
-    found = attention_scores(model, own)
-    for i, stimulus in enumerate(own):
-        expected = literal(model, stimulus, own[(i + 1) % len(own)])
-        values = {name: value for name, (value, _) in found[i].items()}
-        values |= {f"{name} null": null for name, (_, null) in found[i].items()}
-        assert set(found[i]) == {name for name in expected if not name.endswith("null")}
-        for name, value in expected.items():
-            scale = 60 if name.endswith("norm") else 1
-            np.testing.assert_allclose(values[name], value, atol=2e-6 * scale, rtol=2e-5, err_msg=name)
+    check_attention(model, stimuli(model, kind))
 
 
 def test_nulls_are_the_same_scores_of_uniform_attention(model: HookedVLM) -> None:
