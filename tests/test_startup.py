@@ -41,6 +41,7 @@ def python(*arguments: str, folder: Path | None = None) -> subprocess.CompletedP
         (["head-attribution", "all", "--help"], 0),
         (["reproduce", "--help"], 0),
         (["steer", "--help"], 0),
+        (["features", "train", "--help"], 0),
         (["demo", "--help"], 0),
         (["atlas", "--help"], 0),
         (["modles"], 2),
