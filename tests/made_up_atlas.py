@@ -7,7 +7,7 @@ from jaxtyping import Float
 from PIL import Image, ImageDraw
 
 from hooked_vlm.atlas.definitions import SCORES, Kind, Score
-from hooked_vlm.atlas.page import Picture
+from hooked_vlm.atlas.page import SIGNED, Picture
 from hooked_vlm.atlas.result import Atlas, Observed
 
 STIMULI: dict[Kind, tuple[str, ...]] = {
@@ -64,7 +64,7 @@ def made_up_values(
     layers, heads = shape
     n = sum(len(STIMULI[kind]) for kind in score.kinds)
     depth = np.linspace(0, 1, layers)[:, None]
-    signed = score.null == "0"
+    signed = score.unit in SIGNED
     base = 0 if signed else 0.05 + 0.04 * rng.random((layers, heads))
     if score.name in WHERE:
         centre, count, size = WHERE[score.name]

@@ -43,6 +43,7 @@ def python(*arguments: str, folder: Path | None = None) -> subprocess.CompletedP
         (["steer", "--help"], 0),
         (["features", "train", "--help"], 0),
         (["demo", "--help"], 0),
+        (["atlas", "--help"], 0),
         (["modles"], 2),
         (["ocr-heads", "mask", "--sample", "3"], 2),
         (["hooks", "--json"], 2),

@@ -14,7 +14,6 @@ from hooked_vlm.runtime.files import atomic_write
 
 PICTURES = Path(__file__).parents[1] / "docs" / "pictures"
 SIZES = {"atlas.png": (1280, 1000), "atlas-phone.png": (390, 844)}
-COLOURS = 128
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 
 
@@ -39,10 +38,10 @@ def photographs(page: Path) -> dict[str, bytes]:
 
 
 def small_png(screenshot: bytes) -> bytes:
-    """A picture of few colours."""
+    """A picture as a PNG, all its colours kept: scales of colours are part of it."""
     file = io.BytesIO()
     with Image.open(io.BytesIO(screenshot)) as picture:
-        picture.convert("RGB").quantize(COLOURS).save(file, "PNG", optimize=True)
+        picture.convert("RGB").save(file, "PNG", optimize=True)
     return file.getvalue()
 
 

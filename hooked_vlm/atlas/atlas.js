@@ -144,11 +144,16 @@ function sayRule(keeping) {
     return;
   }
   const holm = `Holm over ${n} heads`, zero = state.set === 2 ? "0 (higher in B)" : "its null";
+  const untested = score => table.scores.includes(score) ? Array.from({ length: n }, (_, head) => above(table, score, head, data.level)).filter(one => one === null).length : 0;
   let words = `${keeping.length} of ${n} heads: ${titleOf(does)} is above ${zero} (p ≤ ${data.level}, ${holm})`;
   if (given("least") !== null) words += `, at least ${number(given("least"))}`;
-  if (not && at("doesnt-rule").value === "test") words += `, and ${titleOf(not)} is not (p > ${data.level}, or not above). Not significant is no evidence of absence; a head without a test of ${titleOf(not)} is left out`;
+  if (not && at("doesnt-rule").value === "test") words += `, and ${titleOf(not)} is not (p > ${data.level}, or not above). Not significant is no evidence of absence`;
   else if (not) words += `, and ${titleOf(not)} is ${number(given("most") ?? NaN)} at most`;
-  at("rule-said").textContent = words + ".";
+  words += ".";
+  for (const score of new Set([does, at("doesnt-rule").value === "test" ? not : ""])) {
+    if (untested(score)) words += ` Left out: ${untested(score)} without a test of ${titleOf(score)} (fewer than three stimuli, or one difference on all, however large: sort by it to see).`;
+  }
+  at("rule-said").textContent = words;
   const kept = new Set(keeping), order = table.order(does).filter(head => kept.has(head)), listed = order.slice(0, 60);
   const more = order.length > listed.length ? [make("span", { class: "soft" }, `and ${order.length - listed.length} more, in the table`)] : [];
   at("rule-heads").replaceChildren(...listed.map(head => headButton(table, { group: groupOf(state.set), head }, number(entry(table, does, head).value))), ...more);

@@ -132,8 +132,8 @@ SCORES = (
         "visual sinks",
         "language",
         PICTURES,
-        "over the same q, the sum of A(q, k) over image tokens k with abs(x[d]) / rms(x) of 20 or more in a dimension d "
-        "in which the first token's stream x has it, x being the stream that enters the layer",
+        "over the same q, the sum of A(q, k) over image tokens k with abs(x[d]) / rms(x) of 20 or more in a dimension "
+        "d in which the first token's stream x has it, x being the stream that enters the layer",
         "uniform attention",
         "arXiv 2503.03321",
     ),

@@ -129,18 +129,26 @@ def test_names_and_captions_are_text_whatever_they_hold() -> None:
     assert data_of(named)["pictures"][0]["name"] == HOSTILE
 
 
-@pytest.mark.parametrize(
-    "link",
-    [
-        *("javascript:alert(1)", " javascript:alert(1)", "java\nscript:x", "data:text/html,x"),
-        *("https://example.org/x", "//example.org", "/etc/x.html", "a\\b", "x#y"),
-    ],
-)
-def test_links_are_relative(link: str) -> None:
+def test_links_are_files_beside_the_page() -> None:
     found, image = made_up_atlas(language=(2, 2), vision=None), Image.new("RGB", (4, 4))
-    for picture in (Picture("page-0", image, link=link), Picture("page-0", image, vision_link=link)):
-        with pytest.raises(InputError, match="relative"):
-            atlas_page(found, [picture])
+    for link in ("https://example.org/x", "//example.org", "/etc/x.html"):
+        for picture in (Picture("page-0", image, link=link), Picture("page-0", image, vision_link=link)):
+            with pytest.raises(InputError, match="beside the page"):
+                atlas_page(found, [picture])
+    odd = {"javascript:alert(1)": "javascript%3Aalert%281%29", "a b#1?.html": "a%20b%231%3F.html"}
+    for name, link in odd.items():  # names of files, whatever they look like
+        (shown,) = data_of(atlas_page(found, [Picture("page-0", image, link=name)]))["pictures"]
+        assert (shown["language"], shown["vision"]) == (link, "")
+
+
+def test_facts_are_short() -> None:
+    found = made_up_atlas(language=(2, 2), vision=None)
+    kinds = {"page-0": "page", "page-1": "page", "text-0": "text"}
+    told = Atlas(
+        "m", found.observed, {"weights": "0123456789abcdef" * 4, "kinds": kinds, "digests": {}, "share": 0.12345}
+    )
+    header = atlas_page(told).partition("</header>")[0]
+    assert "<dd>0123456789ab…</dd>" in header and "<dd>2 page, 1 text</dd>" in header and "<dd>0.123</dd>" in header
 
 
 def test_pictures_of_no_stimulus_or_of_one_twice_are_refused() -> None:

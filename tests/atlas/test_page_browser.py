@@ -13,8 +13,9 @@ from scipy import stats
 from viewing import DESKTOP, PHONE, Opened
 
 from hooked_vlm.atlas.comparison import compare
+from hooked_vlm.atlas.definitions import BY_NAME
 from hooked_vlm.atlas.page import Picture, save_atlas_page
-from hooked_vlm.atlas.result import Atlas
+from hooked_vlm.atlas.result import Atlas, Observed
 
 __all__ = ["browser"]
 pytestmark = pytest.mark.slow
@@ -111,7 +112,7 @@ class Page(Opened):
 
 
 def rows_of(found: Atlas, score: str) -> pd.DataFrame:
-    rows = found.table[found.table["score"] == score].reset_index(drop=True)
+    rows = found.rows(score).reset_index(drop=True)
     return rows.assign(name=rows["layer"].astype(str) + "." + rows["head"].astype(str))
 
 
@@ -199,7 +200,7 @@ def test_heads_that_do_one_thing_and_not_another(browser: Any, one: Path, found:
         f"{yes.sum()} of {LAYERS * HEADS} heads: OCR is above its null"
     )
     page.page.select_option("#doesnt", "image_from_answer")
-    expected = does[yes & no].sort_values("value", ascending=False)["name"].tolist()
+    expected = pd.DataFrame(does[yes & no]).sort_values("value", ascending=False)["name"].tolist()
     assert 0 < len(expected) < yes.sum()
     listed = page.page.locator("#rule-heads button").evaluate_all("all => all.map(b => b.firstChild.textContent)")
     assert listed == expected == page.listed()
@@ -218,7 +219,7 @@ def test_heads_that_do_one_thing_and_not_another(browser: Any, one: Path, found:
     assert set(saved["layer"].astype(str) + "." + saved["head"].astype(str)) == set(expected)
     page.page.select_option("#doesnt-rule", "value")
     page.page.fill("#most", "0.3")
-    expected = does[yes & (other["value"] <= 0.3)].sort_values("value", ascending=False)["name"].tolist()
+    expected = pd.DataFrame(does[yes & (other["value"] <= 0.3)]).sort_values("value", ascending=False)["name"].tolist()
     assert page.listed() == expected and "image attention, answer is 0.3 at most" in page.page.inner_text("#rule-said")
     page.page.fill("#least", "0.5")
     assert page.listed() == [name for name in expected if name in set(does["name"][does["value"] >= 0.5])]
@@ -227,6 +228,18 @@ def test_heads_that_do_one_thing_and_not_another(browser: Any, one: Path, found:
     assert page.page.locator("#does option[value=entropy]").count() == 0
     page.page.click("#clear")
     assert len(page.listed()) == 25 and page.page.evaluate("state.selection") is None
+    page.check_quiet()
+
+
+def test_heads_without_a_test_are_left_out_and_counted(browser: Any, tmp_path: Path) -> None:
+    values = np.random.default_rng(0).random((6, 1, 4)) + 1
+    values[:, 0, 2] = 1.0  # the same on all stimuli: no t
+    observed = {"ocr": Observed(tuple("abcdef"), values, np.zeros_like(values))}
+    page = Page(browser, save_atlas_page(tmp_path / "page.html", Atlas("m", observed)))
+    page.page.select_option("#does", "ocr")
+    assert "3 of 4 heads: OCR" in page.page.inner_text("#rule-said")
+    assert "Left out: 1 without a test of OCR" in page.page.inner_text("#rule-said")
+    assert "0.2" not in page.listed() and len(page.listed()) == 3
     page.check_quiet()
 
 
@@ -263,7 +276,7 @@ def test_the_scatter_says_the_rank_correlation_and_finds_heads(browser: Any, one
     page = Page(browser, one)
     page.page.select_option("#across", "locality")
     page.page.select_option("#up", "entropy")
-    rho = stats.spearmanr(found.values("locality").ravel(), found.values("entropy").ravel()).statistic
+    rho, _ = stats.spearmanr(found.values("locality").ravel(), found.values("entropy").ravel())
     said = page.page.inner_text("#scatter-said")
     assert float(said.split()[3]) == pytest.approx(rho, rel=0.01) and "over 96 heads" in said
     x = found.values("locality").ravel()
@@ -291,7 +304,7 @@ def test_maps_are_chosen_and_definitions_shown(browser: Any, one: Path, found: A
     assert shown == ["text_retrieval", "localisation", "image_from_answer", "induction", "transfer", "entropy"]
     figure = page.page.locator("#maps figure[data-score=transfer]")
     figure.locator("summary").click()
-    assert "log-probability of the answer, minus that with" in figure.locator("details p").first.inner_text()
+    assert figure.locator("details p").first.inner_text() == BY_NAME["transfer"].formula + "."
     ticks = figure.locator(".ticks span").all_inner_texts()
     reach = np.abs(found.values("transfer")).max()
     assert [float(ticks[0]), ticks[1]] == [pytest.approx(-reach, rel=0.01), "0"] and ticks[2].endswith(" nats")
@@ -322,7 +335,7 @@ def test_two_atlases_stand_side_by_side_with_their_differences(
     row = saved.set_index("score").loc["induction"]
     assert row["value"] == pytest.approx(change["difference"], rel=1e-5) and row["null"] == 0
     everything = page.saved("#csv-all")
-    b = everything[everything["numbers"] == "B"].drop(columns="numbers").reset_index(drop=True)
+    b = pd.DataFrame(everything[everything["numbers"] == "B"]).drop(columns="numbers").reset_index(drop=True)
     pd.testing.assert_frame_equal(b, trained.table, check_dtype=False, rtol=1e-5, atol=1e-6)
     page.check_quiet()
 
@@ -349,7 +362,7 @@ def test_models_of_other_shapes_stand_side_by_side_without(browser: Any, found: 
 
 def test_hostile_names_are_shown_as_text(browser: Any, found: Atlas, tmp_path: Path) -> None:
     hostile = "</script><script>alert(1)</script><img src=x onerror=alert(2)>"
-    pictures = [Picture(f"page-{i}", Image.new("RGB", (30, 20)), hostile, f"{hostile[9:15]}.html") for i in range(3)]
+    pictures = [Picture(f"page-{i}", Image.new("RGB", (30, 20)), hostile, f"{hostile}.html") for i in range(3)]
     path = save_atlas_page(tmp_path / "hostile.html", Atlas(hostile, found.observed, {hostile: hostile}), pictures)
     page = Page(browser, path)
     page.click(0, 4, 3)
