@@ -85,7 +85,7 @@ def find(config: FindConfig, model: "HookedVLM | None" = None) -> Found:
     out = writable_folder(config.out)
     model = model or load(config.model, config.device, config.dtype)
     dictionary.check_fits(model)
-    read = read_tokens(model, dictionary.hook_name, pictures, names, progress=not config.quiet)
+    read = read_tokens(model, dictionary.hook_name, pictures, names, at=config.at, progress=not config.quiet)
     with torch.no_grad():
         features = dictionary.encode(read.values).numpy()
     table = find_meanings(
@@ -108,7 +108,7 @@ def _pictures(config: FindConfig) -> tuple[list[LabelledPicture], tuple[str, ...
 
 
 def _of_features(features: Float[np.ndarray, "token feature"], table: pd.DataFrame) -> pd.DataFrame:
-    """One row per feature: how often it is active on image tokens, how strongly, and the label that chose it.
+    """One row per feature: how often it is active on the tokens read, how strongly, and the label that chose it.
 
     A feature that several labels chose has the one with the largest F1.
     """

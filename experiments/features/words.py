@@ -9,6 +9,14 @@ from hooked_vlm.analysis.text_tables import text_table
 from hooked_vlm.experiments.features.config import FindConfig
 from hooked_vlm.toys.drawings import OBJECTS
 
+AT = {
+    "image": "image tokens; F1 and its 95% interval (over pictures) are those of the other half. A token shows a "
+    "character if more than half of the character's box lies in it, an object if more than half of the token lies on "
+    "it.",
+    "answer": "positions of the answer; F1 and its 95% interval (over pictures) are those of the other half. A "
+    "position stands for the token that follows it.",
+}
+
 
 def kind_of(label: str) -> str:
     """What a label names."""
@@ -29,13 +37,11 @@ def sentence(row: Mapping[Any, Any]) -> str:
 def how(config: FindConfig) -> str:
     """How it was decided."""
     return (
-        "Feature and threshold are chosen for each label on half of the pictures, by the largest F1 over image tokens; "
-        "F1 and its 95% interval (over pictures) are those of the other half. A token shows a character if more than "
-        "half of the character's box lies in it, an object if more than half of the token lies on it. Unit is the best "
-        "single unit of the activations, with either sign; permuted is the largest F1 of permuted labels; probe is a "
-        "linear probe, fitted on the first half: what one direction can tell. All are chosen and scored alike. There "
-        f"are {config.permutations} permutations, between pictures of one kind. A label has a feature if the interval "
-        f"begins at {config.at_least:g} or above, and all permutations are below."
+        "Feature and threshold are chosen for each label on half of the pictures, by the largest F1 over "
+        f"{AT[config.at]} Unit is the best single unit of the activations, with either sign; permuted is the largest F1 "
+        "of permuted labels; probe is a linear probe, fitted on the first half: what one direction can tell. All are "
+        f"chosen and scored alike. There are {config.permutations} permutations, between pictures of one kind. A label "
+        f"has a feature if the interval begins at {config.at_least:g} or above, and all permutations are below."
     )
 
 
