@@ -20,14 +20,13 @@ def made() -> FeaturePage:
     pictures = [Image.fromarray(np.full((112, 128, 3), shade, np.uint8)) for shade in (90, 200)]
     token, frame = (16.0, 32.0, 32.0, 48.0, 5.0), (18.0, 33.0, 25.0, 45.0)
     common: dict[str, Any] = {"counts": (3, 0, 1), "largest": 10.0, "active": 0.01}
+    marks = (Mark(1, (token,), 5.0, (frame,)), Mark(0, (token, token), 5.0))
+    logits: dict[str, Any] = {"raised": (("7", 2.5), ("<b>", 1.0)), "lowered": (("x", -1.5),)}
     entries = (
-        FeatureEntry(
-            4, "7", "glyph '7' is feature 4", True, 0.9,
-            marks=(Mark(1, (token,), 5.0, (frame,)), Mark(0, (token, token), 5.0)), raised=(("7", 2.5), ("<b>", 1.0)), lowered=(("x", -1.5),), effect="it matters", **common,
-        ),
+        FeatureEntry(4, "7", "glyph '7' is feature 4", True, 0.9, marks=marks, effect="it matters", **logits, **common),
         FeatureEntry(11, "</script><b>", "no feature", False, 0.3, marks=(Mark(0, (), 2.5),), **common),
         FeatureEntry(2, "", "No label chose it.", False, None, marks=(), **{**common, "active": 0.5}),
-    )  # fmt: skip
+    )
     return FeaturePage("Features <of> a model", "How.", entries, tuple(pictures), (("model", "toy"),))
 
 
