@@ -39,9 +39,9 @@ def how(config: FindConfig) -> str:
     return (
         "Feature and threshold are chosen for each label on half of the pictures, by the largest F1 over "
         f"{AT[config.at]} Unit is the best single unit of the activations, with either sign; permuted is the largest "
-        "F1 of permuted labels; probe is a linear probe, fitted on the first half: what one direction can tell. All are "
-        f"chosen and scored alike. There are {config.permutations} permutations, between pictures of one kind. A label "
-        f"has a feature if the interval begins at {config.at_least:g} or above, and all permutations are below."
+        "F1 of permuted labels; probe is a linear probe, fitted on the first half: what one direction can tell. All "
+        f"are chosen and scored alike. There are {config.permutations} permutations, between pictures of one kind. A "
+        f"label has a feature if the interval begins at {config.at_least:g} or above, and all permutations are below."
     )
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
-from viewing import DESKTOP, PHONE, photograph
+from viewing import DESKTOP, PHONE
 
 from hooked_vlm.errors import InputError
 from hooked_vlm.viewer import feature_view
@@ -118,6 +118,5 @@ def test_features_are_listed_filtered_and_shown(size: dict[str, int], browser: A
     assert listed() == ["4"]
     page.fill("#find", "11")
     assert listed() == ["11"]
-    photograph(page, "features.png", tmp_path)
     assert page.evaluate("document.documentElement.scrollWidth <= window.innerWidth") and said == []
     page.close()
