@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from hooked_vlm.features import Dictionary
+from hooked_vlm.features.dictionary import width_at
 
 ACTIVATIONS = ("relu", "topk", "jumprelu", "gated")
 RESID = "blocks.1.hook_resid_post"
@@ -33,6 +34,33 @@ def random_dictionary(
         W_dec=normal(n_features, d_out or d_in),
         b_dec=normal(d_out or d_in),
     )
+
+
+PLACES = {
+    "stream": (RESID, RESID),
+    "topk on the stream": (RESID, RESID),
+    "normalised": ("blocks.0.hook_resid_mid", "blocks.0.hook_resid_mid"),
+    "all heads": ("blocks.1.attn.hook_z", "blocks.1.attn.hook_z"),
+    "last block": ("blocks.2.hook_mlp_out", "blocks.2.hook_mlp_out"),
+    "transcoder": ("blocks.1.ln2.hook_out", "blocks.1.hook_mlp_out"),
+    "skip transcoder across blocks": ("blocks.0.hook_resid_post", "blocks.2.hook_mlp_out"),
+    "vision stream": ("vision.blocks.0.hook_resid_post", "vision.blocks.0.hook_resid_post"),
+    "vision transcoder": ("vision.blocks.1.ln2.hook_out", "vision.blocks.1.hook_mlp_out"),
+    "image features": ("hook_image_features", "hook_image_features"),
+}
+"""Where dictionaries read and write, in either tower."""
+
+
+def dictionary_at(model: Any, place: str) -> Dictionary:
+    """A random dictionary that fits a model, of the activation and normalisation that the place stands for."""
+    read, written = PLACES[place]
+    d_in, d_out = width_at(model, read), width_at(model, written)
+    fields: dict[str, Any] = {"activation": "topk" if place.startswith("topk") else "relu"}
+    if place == "normalised":
+        fields = {"activation": "gated", "normalisation": "layer_norm", "apply_b_dec_to_input": True}
+    if place.startswith("skip"):
+        fields["W_skip"] = torch.randn(d_out, d_in, generator=torch.Generator().manual_seed(4)) / 4
+    return random_dictionary(d_in, d_out=d_out, hook_name=read, out_hook_name=written, **fields)
 
 
 def planted_dictionary(d: int, n_features: int, hook_name: str = RESID, **fields: Any) -> Dictionary:

@@ -9,7 +9,11 @@ from hooked_vlm._lazy import lazy_names
 
 if TYPE_CHECKING:
     from hooked_vlm.features.dictionary import Dictionary, FeatureDictionary
+    from hooked_vlm.features.edits import EditFeatures
     from hooked_vlm.features.files import load_dictionary, save_dictionary
+    from hooked_vlm.features.running import run_with_features
 
-__all__ = ["Dictionary", "FeatureDictionary", "load_dictionary", "save_dictionary"]
+__all__ = [
+    "Dictionary", "EditFeatures", "FeatureDictionary", "load_dictionary", "run_with_features", "save_dictionary",
+]  # fmt: skip
 __getattr__, __dir__ = lazy_names(__name__)

@@ -3,14 +3,14 @@
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
-from typing import TYPE_CHECKING, Any, Literal, Protocol, get_args
+from typing import TYPE_CHECKING, Any, Literal, Protocol, get_args, runtime_checkable
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from hooked_vlm.errors import FeatureError
-from hooked_vlm.model.hook_catalogue import hook_table, without_layer
+from hooked_vlm.model.hook_catalogue import HookRow, hook_table, without_layer
 from hooked_vlm.model.hook_shapes import filled
 from hooked_vlm.nn.hooks import canonical, is_quadratic
 
@@ -28,6 +28,7 @@ EPS = 1e-5
 """Added to the standard deviation by `layer_norm` (SAELens 6, saes/sae.py)."""
 
 
+@runtime_checkable
 class FeatureDictionary(Protocol):
     """Reads features of a stream at one hook point, and writes what they stand for at the same or a later one."""
 
@@ -110,7 +111,7 @@ class Dictionary:
     gets mean and scale back; a transcoder's output has units of its own."""
     W_skip: Tensor | None = None
     """[d_out, d_in]; linear path of a skip transcoder past its features."""
-    metadata: Mapping[str, Any] = field(default_factory=dict)
+    metadata: Mapping[str, Any] = field(default_factory=dict, compare=False)
     """Where it comes from, as JSON: kept in files, read by nothing."""
 
     def __post_init__(self) -> None:
@@ -252,17 +253,25 @@ class Dictionary:
         return replace(self, W_enc=self.W_enc * scale, W_dec=self.W_dec / scale, b_dec=self.b_dec / scale)
 
     def check_fits(self, model: "HookedVLM") -> None:
-        """Refuse a model without the hook points, or with other widths there.
+        """Refuse a model that it does not fit (`check_fits`)."""
+        check_fits(self, model)
 
-        Raises:
-            HookError: there is no such hook point (the nearest names are given), or it is switched off.
-            FeatureError: another width.
-        """
-        for name, width, verb in ((self.hook_name, self.d_in, "reads"), (self.out_hook_name, self.d_out, "writes")):
-            if width != (here := width_at(model, name)):
-                raise FeatureError(
-                    f"the dictionary {verb} {width} numbers at {name!r}, but {model.cfg.model_name} has {here} there"
-                )
+
+def check_fits(dictionary: FeatureDictionary, model: "HookedVLM") -> None:
+    """Refuse a model without the hook points of a dictionary, or with other widths there.
+
+    Raises:
+        HookError: there is no such hook point (the nearest names are given), or it is switched off.
+        FeatureError: another width, or one hook point within the vision tower and one outside.
+    """
+    read, written = dictionary.hook_name, dictionary.out_hook_name
+    for name, width, verb in ((read, dictionary.d_in, "reads"), (written, dictionary.d_out, "writes")):
+        if width != (here := width_at(model, name)):
+            raise FeatureError(
+                f"the dictionary {verb} {width} numbers at {name!r}, but {model.cfg.model_name} has {here} there"
+            )
+    if row_of(model, read).shape[:2] != row_of(model, written).shape[:2]:
+        raise FeatureError(f"{read!r} and {written!r} belong to different positions: a transcoder stays at each")
 
 
 def width_at(model: "HookedVLM", name: str) -> int:
@@ -275,9 +284,13 @@ def width_at(model: "HookedVLM", name: str) -> int:
     model.check_hook_name(name)
     if is_quadratic(name):
         raise FeatureError(f"{name!r} holds pairs of positions, no vector at each: features cannot be read there")
+    return math.prod(size for size in filled(row_of(model, name), model.cfg) if isinstance(size, int))
+
+
+def row_of(model: "HookedVLM", name: str) -> HookRow:
+    """Row of the hook table that describes a hook point."""
     own = without_layer(canonical(name, model.hook_dict))
-    row = next(row for row in hook_table(model) if row.name == own)
-    return math.prod(size for size in filled(row, model.cfg) if isinstance(size, int))
+    return next(row for row in hook_table(model) if row.name == own)
 
 
 def _rms(x: Float[Tensor, "*at d"]) -> Float[Tensor, "*at 1"]:

@@ -53,14 +53,14 @@ class PatchActivation(Intervention):
         return layer_of(self.name, model.cfg.n_layers)
 
     def first_position(self, model: "HookedVLM", inputs: VLMInputs) -> int:
-        return _first_position(self.name, self.positions, inputs)
+        return first_position_at(self.name, self.positions, inputs)
 
     def hooks(self, model: "HookedVLM", inputs: VLMInputs) -> Hooks:
         inputs = model.as_inputs(inputs)
         head_axis = _head_axis(self.name)
         if self.heads is not None and head_axis is None:
             raise InputError(f"{self.name} has no head axis: leave out heads")
-        where, shape = _Where(self.name, self.positions, inputs), self.source.shape
+        where, shape = PositionsAt(self.name, self.positions, inputs), self.source.shape
         if where.table is not None and (*shape[:1], *shape[where.axis : where.axis + 1]) != inputs.shape:
             raise InputError(
                 f"the source for {self.name} is {tuple(shape)}, with rows in the first place and columns in place "
@@ -119,11 +119,11 @@ class AddVector(Intervention):
     position_aware: ClassVar[bool] = True
 
     def first_position(self, model: "HookedVLM", inputs: VLMInputs) -> int:
-        return _first_position(self.name, self.positions, inputs)
+        return first_position_at(self.name, self.positions, inputs)
 
     def hooks(self, model: "HookedVLM", inputs: VLMInputs) -> Hooks:
         inputs = model.as_inputs(inputs)
-        where = _Where(self.name, self.positions, inputs)
+        where = PositionsAt(self.name, self.positions, inputs)
 
         def add(x: Tensor, hook: HookPoint) -> Tensor:
             if x.shape[-self.vector.ndim :] != self.vector.shape:
@@ -190,7 +190,7 @@ class ReplaceImageTokens(Intervention):
         return f"ReplaceImageTokens {position_label(self.tokens)} by {values}"
 
 
-class _Where:
+class PositionsAt:
     """The axis and mask of some positions in a hook point's tensor."""
 
     def __init__(self, name: str, positions: Positions, inputs: VLMInputs) -> None:
@@ -234,7 +234,7 @@ class _Where:
         return here.to(x.device)
 
 
-def _first_position(name: str, positions: Positions, inputs: VLMInputs) -> int:
+def first_position_at(name: str, positions: Positions, inputs: VLMInputs) -> int:
     """The first position of the decoder that an edit of a hook point reaches."""
     return first_image_position(inputs) if is_vision(name) else first_position(position_table(positions, inputs))
 

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from atlas_by_hand import check_attention
+from largest import Largest
 
 from hooked_vlm import HookedVLM
 from hooked_vlm.atlas import Stimulus, shipped
@@ -21,6 +22,7 @@ from hooked_vlm.atlas.stimuli import REPEATED_LENGTH, as_stimuli, of_kind
 from hooked_vlm.atlas.vision import vision_scores
 from hooked_vlm.data.samples import NamedBox, Sample
 from hooked_vlm.inputs.vlm_inputs import VLMInputs
+from hooked_vlm.toys import pages
 
 TOYS = ("toy-qwen2-vl", "toy-internvl2")
 
@@ -333,3 +335,22 @@ def test_a_users_samples_become_stimuli_by_what_they_have(model: HookedVLM) -> N
     assert [stimulus.kind for stimulus in as_stimuli(given)] == ["page", "object", "object", "text"]
     found = attention_scores(model, [as_stimuli(given)[2]])
     assert "localisation" not in found[0] and "image_from_answer" in found[0]
+
+
+def test_memory_grows_with_the_number_of_tokens(model: HookedVLM) -> None:
+    rng = np.random.default_rng(0)
+
+    def largest(n_lines: int, side: int) -> tuple[int, int]:
+        lines = pages.random_lines(rng, n_lines)
+        told = "\n".join(line.text for line in lines) + "\n" + pages.question_for(lines[0].key)
+        text = Stimulus("text", "text", Sample("text", told, answer=lines[0].value))
+        picture = pages.make_page(rng, size=(side, side), lines=lines[:2]).image
+        shown = Stimulus("page", "page", Sample("page", "Read the text.", (picture,), answer=lines[0].value))
+        with Largest() as of_text:
+            attention_scores(model, [text])
+        with Largest() as of_picture:
+            vision_scores(model, shown)
+        return of_text.numel, of_picture.numel
+
+    (text, picture), (long_text, large_picture) = largest(8, 224), largest(32, 448)
+    assert long_text < 4.5 * text and large_picture < 4.5 * picture  # four times the tokens, four times the patches

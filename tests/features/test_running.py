@@ -1,0 +1,179 @@
+"""A run with features is the plain run, or the run of the reconstruction; gradients and edits act on the features."""
+
+from typing import Any
+
+import pytest
+import torch
+from families import ROWS, model_and_inputs, own_copy
+from planted import PLACES, RESID, dictionary_at, random_dictionary
+from torch import Tensor
+
+from hooked_vlm.errors import FeatureError, HookError
+from hooked_vlm.features import EditFeatures, run_with_features
+from hooked_vlm.interventions import ZeroHeads
+
+
+def of_places(model: Any, *places: str) -> dict[str, Any]:
+    found = [dictionary_at(model, place) for place in places]
+    return {own.hook_name: own for own in found}
+
+
+SEVERAL = ("stream", "normalised", "all heads", "transcoder", "vision stream", "vision transcoder", "image features")
+
+
+@pytest.mark.parametrize("rows", ROWS)
+def test_with_the_error_the_run_is_the_plain_one(family: str, rows: str) -> None:
+    model, batch = model_and_inputs(family, rows)
+    with torch.no_grad():
+        out, features = run_with_features(model, batch, of_places(model, *SEVERAL))
+        real = batch.attention_mask.bool()
+        torch.testing.assert_close(out[real], model(batch)[real], atol=2e-5, rtol=1e-5)
+    assert set(features) == set(of_places(model, *SEVERAL))
+    assert not any(f.requires_grad for f in features.values())
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_features_are_those_of_the_stream_and_zero_at_padding(family: str, place: str) -> None:
+    model, batch = model_and_inputs(family, "padded")
+    own = dictionary_at(model, place)
+    with torch.no_grad():
+        _, features = run_with_features(model, batch, {own.hook_name: own})
+        _, cache = model.run_with_cache(batch, names_filter=own.hook_name)
+    found, x = features[own.hook_name], cache[own.hook_name]
+    x = x.flatten(-2) if x.shape[-1] != own.d_in else x
+    expected = own.encode(x)
+    assert found.shape == expected.shape
+    padding = (x == 0).all(-1)
+    assert bool(padding.any()) or place in ("image features",) or "vision" in place
+    torch.testing.assert_close(found[~padding], expected[~padding], atol=1e-5, rtol=1e-5)
+    assert not found[padding].any() and bool(expected[~padding].any())
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_without_the_error_the_stream_is_the_reconstruction(family: str, place: str) -> None:
+    model, batch = model_and_inputs(family, "padded")
+    own, kept = dictionary_at(model, place), {}
+
+    def read(x: Tensor, hook: Any) -> None:
+        kept["x"] = x.flatten(-2) if x.shape[-1] != own.d_in else x
+
+    def write(y: Tensor, hook: Any) -> Tensor:
+        return own.decode(own.encode(kept["x"]), kept["x"]).view(y.shape)
+
+    with torch.no_grad():
+        out, _ = run_with_features(model, batch, {own.hook_name: own}, error_term=False)
+        expected = model.run_with_hooks(batch, fwd_hooks=[(own.hook_name, read), (own.out_hook_name, write)])
+    real = batch.attention_mask.bool()
+    torch.testing.assert_close(out[real], expected[real], atol=2e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("error_term", [True, False])
+def test_the_gradient_at_a_feature_is_that_of_its_edit(family: str, place: str, error_term: bool) -> None:
+    """In float64, against a step there and back."""
+    model, batch = model_and_inputs(family, "one image")
+    model = own_copy(model).double().requires_grad_(False)
+    own = dictionary_at(model, place).to(torch.float64)
+    places = {own.hook_name: own}
+    logits, features = run_with_features(model, batch, places, error_term=error_term)
+    logits[0, -1].log_softmax(-1)[7].backward()
+    gradient = features[own.hook_name].grad
+    assert gradient is not None and gradient.shape == features[own.hook_name].shape
+    for feature in (0, 5):
+        ends = []
+        for step in (-1e-4, 1e-4):
+            edit = EditFeatures(own, (feature,), scale=1.0, add=step)
+            with torch.no_grad():
+                out, _ = run_with_features(model, batch, places, error_term=error_term, edits=[edit])
+            ends.append(out[0, -1].log_softmax(-1)[7].item())
+        whole = gradient[..., feature].sum().item()
+        assert whole == pytest.approx((ends[1] - ends[0]) / 2e-4, rel=1e-4, abs=1e-8)
+
+
+def test_the_error_is_a_constant_to_gradients() -> None:
+    """What reaches the layer before passes encoder and decoder, as in SAELens."""
+    model, batch = model_and_inputs("qwen3-vl", "one image")
+    own = dictionary_at(model, "stream")
+    seen: dict[str, Tensor] = {}
+
+    def keep(x: Tensor, hook: Any) -> Tensor:
+        seen["x"] = x = x.detach().requires_grad_()
+        return x
+
+    out, _ = run_with_features(model, batch, {RESID: own})
+    logits = []
+    for hooks in ([("blocks.1.hook_resid_mid", keep)], []):
+        logits.append(run_with_features(model, batch, {RESID: own}, fwd_hooks=hooks)[0])
+    torch.testing.assert_close(logits[0], logits[1])
+    logits[0][0, -1, 5].backward()
+    error = None
+
+    def by_hand(x: Tensor, hook: Any) -> Tensor:
+        nonlocal error
+        reconstruction = own.decode(own.encode(x))
+        error = (x - reconstruction).detach()
+        return reconstruction + error
+
+    gradient = seen["x"].grad
+    expected = model.run_with_hooks(batch, fwd_hooks=[("blocks.1.hook_resid_mid", keep), (RESID, by_hand)])
+    expected[0, -1, 5].backward()
+    assert gradient is not None and seen["x"].grad is not None
+    torch.testing.assert_close(gradient, seen["x"].grad)
+    assert out.shape == expected.shape
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_an_edit_within_a_run_equals_the_edit_alone(family: str, place: str) -> None:
+    model, batch = model_and_inputs(family, "padded")
+    own = dictionary_at(model, place)
+    edit = EditFeatures(own, (5, 6), scale=0.5, add=4.0)
+    with torch.no_grad():
+        out, features = run_with_features(model, batch, {own.hook_name: own}, edits=[edit])
+        expected = model.run_with_hooks(batch, fwd_hooks=edit.hooks(model, batch))
+        _, plain = run_with_features(model, batch, {own.hook_name: own})
+    real = batch.attention_mask.bool()
+    torch.testing.assert_close(out[real], expected[real], atol=3e-5, rtol=1e-4)
+    changed = (features[own.hook_name] != plain[own.hook_name]).any(0)
+    changed = changed.any(0) if changed.ndim == 2 else changed
+    assert changed.nonzero()[:, 0].tolist() == [5, 6]
+
+
+def test_other_interventions_act_before_the_dictionary_reads() -> None:
+    model, batch = model_and_inputs("internvl2", "padded")
+    own, ablation = dictionary_at(model, "stream"), ZeroHeads(((0, 1), (1, 2)))
+    with torch.no_grad():
+        out, features = run_with_features(model, batch, {RESID: own}, edits=[ablation])
+        with model.hooks(ablation.hooks(model, batch)):
+            logits, cache = model.run_with_cache(batch, names_filter=RESID)
+    real = batch.attention_mask.bool()
+    torch.testing.assert_close(out[real], logits[real], atol=2e-5, rtol=1e-5)
+    torch.testing.assert_close(features[RESID][real], own.encode(cache[RESID])[real])
+
+
+def test_a_cut_run_and_the_last_position() -> None:
+    model, batch = model_and_inputs("qwen3-vl", "padded")
+    places = of_places(model, "stream", "transcoder")
+    with torch.no_grad():
+        resid, features = run_with_features(model, batch, places, stop_at_layer=2)
+        assert resid.shape == (*batch.shape, model.cfg.d_model) and set(features) == set(places)
+        last, _ = run_with_features(model, batch, of_places(model, "skip transcoder across blocks"), logits_at="last")
+        torch.testing.assert_close(last, model(batch, logits_at="last"), atol=2e-5, rtol=1e-5)
+        with pytest.raises(HookError, match="stops before layer 1"):
+            run_with_features(model, batch, places, stop_at_layer=1)
+
+
+def test_low_precision_is_the_plain_run_bit_for_bit() -> None:
+    model, batch = model_and_inputs("qwen3-vl", "padded")
+    model = own_copy(model).to(torch.bfloat16)
+    with torch.no_grad():
+        out, features = run_with_features(model, batch, of_places(model, "stream", "transcoder"))
+        assert torch.equal(out, model(batch)) and features[RESID].dtype == torch.float32
+
+
+def test_a_dictionary_of_another_place_is_refused() -> None:
+    model, batch = model_and_inputs("qwen3-vl", "one image")
+    own = dictionary_at(model, "stream")
+    with pytest.raises(FeatureError, match=r"given for .*hook_resid_pre.* reads .*hook_resid_post"):
+        run_with_features(model, batch, {"blocks.1.hook_resid_pre": own})
+    with pytest.raises(FeatureError, match="reads 5 numbers"):
+        run_with_features(model, batch, {RESID: random_dictionary(5)})
