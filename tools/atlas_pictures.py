@@ -13,7 +13,7 @@ from PIL import Image
 from hooked_vlm.runtime.files import atomic_write
 
 PICTURES = Path(__file__).parents[1] / "docs" / "pictures"
-SIZES = {"atlas.png": (1280, 1000), "atlas-phone.png": (390, 844)}
+SIZES = {"atlas.png": (1280, 1080), "atlas-phone.png": (390, 844)}
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 
 

@@ -184,13 +184,13 @@ def described(score: Score, values: Values, nulls: Values | None, seed: int) -> 
 
 
 def _paired_p(differences: Values) -> Float[np.ndarray, "layer head"]:
-    """`mean_p` of every head, over the stimuli on which it has a value and a null."""
+    """Each head over the stimuli on which it has a value; heads with the same ones together."""
     flat = differences.reshape(len(differences), -1)
-    known = np.isfinite(flat)
-    whole, p = known.all(0), np.full(flat.shape[1], np.nan)
-    p[whole] = mean_p(flat[:, whole])
-    for head in np.flatnonzero(known.any(0) & ~whole):
-        p[head] = mean_p(flat[known[:, head], head])
+    known, p = np.isfinite(flat), np.full(flat.shape[1], np.nan)
+    for stimuli in np.unique(known, axis=1).T:
+        heads = (known == stimuli[:, None]).all(0)
+        if stimuli.any():
+            p[heads] = mean_p(flat[np.ix_(stimuli, heads)])
     return p.reshape(differences.shape[1:])
 
 

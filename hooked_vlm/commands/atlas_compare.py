@@ -1,5 +1,6 @@
 """`hooked-vlm atlas-compare`: which heads changed between two atlases."""
 
+from dataclasses import replace
 from typing import Any
 
 from hooked_vlm.atlas.comparison import compare
@@ -19,6 +20,8 @@ def answer(config: AtlasCompareConfig) -> tuple[str, dict[str, Any]]:
         OutputError: --out cannot be written.
     """
     a, b = Atlas.load(config.a), Atlas.load(config.b)
+    if a.model == b.model:  # before and after training, say
+        a, b = (replace(own, model=f"{own.model} ({folder})") for own, folder in ((a, config.a), (b, config.b)))
     found = compare(a, b)
     files = {}
     if config.out is not None:

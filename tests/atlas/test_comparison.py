@@ -58,6 +58,23 @@ def test_p_and_interval_are_those_of_the_paired_t_test() -> None:
     np.testing.assert_allclose(table["high"], [test.confidence_interval().high for test in expected])
 
 
+def test_a_head_without_values_leaves_the_tests_of_others_alone() -> None:
+    rng = np.random.default_rng(1)
+    before, after = rng.random((8, 2, 3)), rng.random((8, 2, 3))
+    after[:, 0, 1] = np.nan
+    after[:3, 1, 2] = np.nan
+    names = tuple(f"s{i}" for i in range(8))
+    for table in (
+        compare(one_score(before, names), one_score(after, names)).table,
+        Atlas("m", {"ocr": Observed(names, after, before)}).table,
+    ):
+        p = table["p"].to_numpy().reshape(2, 3)
+        assert np.isnan(p[0, 1]) and np.isfinite(p).sum() == 5 and table["n"].tolist() == [8, 0, 8, 8, 8, 5]
+        for i, j in ((0, 0), (1, 2)):
+            use = np.isfinite(after[:, i, j])
+            assert p[i, j] == pytest.approx(stats.ttest_rel(after[use, i, j], before[use, i, j])[1])
+
+
 @pytest.mark.parametrize(("name", "by"), [("ocr", 0.3), ("transfer", -0.2)])
 def test_a_planted_change_is_found_with_its_sign_and_no_other(name: str, by: float) -> None:
     before = made_up_atlas("before", SHAPE, (2, 3))

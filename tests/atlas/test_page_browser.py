@@ -308,6 +308,10 @@ def test_maps_are_chosen_and_definitions_shown(browser: Any, one: Path, found: A
     ticks = figure.locator(".ticks span").all_inner_texts()
     reach = np.abs(found.values("transfer")).max()
     assert [float(ticks[0]), ticks[1]] == [pytest.approx(-reach, rel=0.01), "0"] and ticks[2].endswith(" nats")
+    page.page.select_option("#reach", "0.98")
+    ticks = figure.locator(".ticks span").all_inner_texts()
+    reach = np.quantile(np.abs(found.values("transfer")), 0.98, method="inverted_cdf")
+    assert ticks[0].startswith("≤ -") and float(ticks[2][2:].split()[0]) == pytest.approx(reach, rel=0.01)
     page.page.locator("#maps .title[data-score=induction]").click()
     assert page.page.inner_text("#focus-name") == "induction"
     page.check_quiet()
@@ -357,6 +361,37 @@ def test_models_of_other_shapes_stand_side_by_side_without(browser: Any, found: 
     assert page.maps.count() == 15 and "of 30 heads of the vision tower" in page.page.inner_text("#table-said")
     page.page.click("#tower label:nth-of-type(1)")  # which has no differences
     assert page.page.locator("#set input").nth(0).is_checked()
+    page.check_quiet()
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_a_tower_that_one_model_lacks_is_shown_of_the_other(
+    browser: Any, found: Atlas, tmp_path: Path, first: bool
+) -> None:
+    blind = made_up_atlas("made-up/blind", (LAYERS, HEADS), None)
+    pair = (found, blind) if first else (blind, found)
+    page = Page(browser, save_atlas_page(tmp_path / "page.html", pair[0], other=pair[1]))
+    page.page.click("#set label:nth-of-type(3)")
+    page.page.click("#tower label:nth-of-type(2)")
+    assert page.maps.count() == 5 and page.page.locator("#set input:not([disabled])").count() == 1
+    page.hover(0, 3, 2, (6, 5))
+    assert page.heading() == f"Head 3.2 vision tower of {'A' if first else 'B'}"
+    assert float(page.card()["distance attended"][1]) == pytest.approx(found.values("distance")[3, 2], abs=0.006)
+    page.check_quiet()
+
+
+def test_a_head_without_a_value_comes_last(browser: Any, tmp_path: Path) -> None:
+    def lose(name: str, values: np.ndarray) -> None:
+        values[:, 1, 2] = np.nan
+
+    path = save_atlas_page(tmp_path / "page.html", made_up_atlas(language=(3, 4), vision=None, edit=lose))
+    page = Page(browser, path)
+    for _ in range(2):  # in both directions
+        assert page.listed()[-1] == "1.2" and len(page.listed()) == 12
+        page.page.click("#table thead button[data-score=ocr]")
+    page.hover(0, 1, 2, (3, 4))
+    cells = page.card()["OCR"]
+    assert {cells[1], cells[2], cells[4], cells[5]} == {"–"} and cells[6] == "0"
     page.check_quiet()
 
 

@@ -59,6 +59,15 @@ def test_without_a_folder_it_writes_nothing_and_json_says_the_same(
     assert not list(tmp_path.iterdir())
 
 
+def test_atlases_of_one_name_are_told_apart_by_their_folders(
+    folders: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(folders[0].parent)
+    call(monkeypatch, "a", folders[0], "--out", tmp_path / "out")
+    assert capsys.readouterr().out.splitlines()[:2] == ["a: before (a)", f"b: before ({folders[0]})"]
+    assert f"before ({folders[0]})" in (tmp_path / "out" / "compare.html").read_text(encoding="utf-8")
+
+
 def test_a_folder_without_an_atlas_is_refused(
     folders: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
