@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 from jaxtyping import Bool, Float, Int
 
-from hooked_vlm.analysis.intervals import ratio_interval
+from hooked_vlm.analysis.intervals import ratio_interval, share_interval
 
 HALVES, PERMUTED = 1, 2
 """Purposes of random numbers, beside the seed."""
@@ -137,11 +137,22 @@ class _Scored:
         return _ratio(2 * self.hits.sum(0), (self.marked + self.shown).sum(0))
 
     def interval(self, label: int) -> tuple[float, float]:
-        """95% of the F1 over pictures with a token that is marked or shows the label; others change nothing."""
+        """95% of the F1 over pictures with a token that is marked or shows the label; others change nothing.
+
+        Where no token is wrong, or none right, no bootstrap has a width: then it is Wilson's interval of the share J of
+        pictures that are right, as an F1, which is 2J / (1 + J) of a share J of tokens that are both among those that
+        are either.
+        """
         size = (self.marked + self.shown)[:, label]
-        if not size.any():
+        used = size > 0
+        twice = 2 * self.hits[used, label]
+        if not used.any():
             return np.nan, np.nan
-        low, high = ratio_interval(2 * self.hits[size > 0, label], size[size > 0], seed=0)
+        if not twice.any() or (twice == size[used]).all():
+            share = np.array(share_interval((twice > 0).astype(float)))
+            low, high = 2 * share / (1 + share)
+        else:
+            low, high = ratio_interval(twice, size[used], seed=0)
         return float(low), float(high)
 
     def frame(self) -> pd.DataFrame:

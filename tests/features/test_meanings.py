@@ -142,3 +142,12 @@ def test_a_probe_is_a_ridge_regression() -> None:
     extended = np.vstack([centred, np.sqrt(penalty) * np.eye(4)])
     targets = np.vstack([labels - labels.mean(0), np.zeros((4, 2))])
     np.testing.assert_allclose(_ridge(x, labels), np.linalg.lstsq(extended, targets, rcond=None)[0], rtol=1e-8)
+
+
+def test_an_f1_without_an_error_has_an_interval() -> None:
+    features, units, tokens = made()
+    found = rows_of(find_meanings(features, units, tokens, NAMES))["a"]
+    shows = tokens.labels[:, 0] & tokens.half(False, 0)
+    n = len(np.unique(tokens.picture[shows]))
+    right = n / (n + 1.959964**2)  # the lower end of Wilson's interval of n of n
+    assert found["F1"] == 1.0 == found["high"] and found["low"] == pytest.approx(2 * right / (1 + right), rel=1e-5)
