@@ -22,7 +22,8 @@ if TYPE_CHECKING:
 __all__ = [
     "CheckpointError", "GeometryError", "HookError", "HookedVLM", "HookedVLMError", "ImageError", "ImageLayout",
     "InputError", "SweepCase", "SweepResult", "VLMCache", "VLMConfig", "VLMInputs", "VisionConfig", "activations",
-    "analysis", "converters", "data", "experiments", "features", "inputs", "interventions", "lens", "loading", "metrics",
-    "model", "nn", "patching", "runtime", "steering", "sweep", "sweep_many", "sweeps", "toys", "verify", "viewer",
+    "analysis", "converters", "data", "experiments", "features", "inputs", "interventions", "lens", "loading",
+    "metrics", "model", "nn", "patching", "runtime", "steering", "sweep", "sweep_many", "sweeps", "toys", "verify",
+    "viewer",
 ]  # fmt: skip
 __getattr__, __dir__ = lazy_names(__name__)

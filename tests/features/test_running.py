@@ -170,6 +170,36 @@ def test_low_precision_is_the_plain_run_bit_for_bit() -> None:
         assert torch.equal(out, model(batch)) and features[RESID].dtype == torch.float32
 
 
+class Doubled:
+    """A dictionary of a class of its own: one feature, twice the first entry of the stream."""
+
+    hook_name = out_hook_name = RESID
+    n_features = 1
+
+    def __init__(self, d: int) -> None:
+        self.d_in = self.d_out = d
+
+    def encode(self, x: Tensor) -> Tensor:
+        return 2 * x[..., :1]
+
+    def decode(self, features: Tensor, x: Tensor | None = None) -> Tensor:
+        return torch.cat((features / 2, features.new_zeros(*features.shape[:-1], self.d_out - 1)), dim=-1)
+
+
+def test_a_dictionary_of_a_class_of_its_own_takes_part() -> None:
+    model, batch = model_and_inputs("qwen3-vl", "one image")
+    own = Doubled(model.cfg.d_model)
+
+    def ablate(x: Tensor, hook: Any) -> None:
+        x[..., 0] = 0
+
+    with torch.no_grad():
+        out, features = run_with_features(model, batch, {RESID: own}, edits=[EditFeatures(own, (0,))])
+        expected = model.run_with_hooks(batch, fwd_hooks=[(RESID, ablate)])
+    torch.testing.assert_close(out, expected, atol=1e-5, rtol=1e-5)
+    assert features[RESID].shape == (*batch.shape, 1) and not features[RESID].any()
+
+
 def test_a_dictionary_of_another_place_is_refused() -> None:
     model, batch = model_and_inputs("qwen3-vl", "one image")
     own = dictionary_at(model, "stream")
