@@ -6,8 +6,8 @@ from hooked_vlm._lazy import lazy_names
 
 if TYPE_CHECKING:
     from hooked_vlm import (  # isort: skip
-        activations, analysis, converters, data, experiments, features, inputs, interventions, lens, loading, metrics,
-        model, nn, patching, runtime, steering, sweeps, toys, verify, viewer,
+        activations, analysis, atlas, converters, data, experiments, features, inputs, interventions, lens, loading,
+        metrics, model, nn, patching, runtime, steering, sweeps, toys, verify, viewer,
     )  # fmt: skip
     from hooked_vlm.config import VLMConfig
     from hooked_vlm.errors import CheckpointError, GeometryError, HookedVLMError, HookError, ImageError, InputError
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 __all__ = [
     "CheckpointError", "GeometryError", "HookError", "HookedVLM", "HookedVLMError", "ImageError", "ImageLayout",
     "InputError", "SweepCase", "SweepResult", "VLMCache", "VLMConfig", "VLMInputs", "VisionConfig", "activations",
-    "analysis", "converters", "data", "experiments", "features", "inputs", "interventions", "lens", "loading",
+    "analysis", "atlas", "converters", "data", "experiments", "features", "inputs", "interventions", "lens", "loading",
     "metrics", "model", "nn", "patching", "runtime", "steering", "sweep", "sweep_many", "sweeps", "toys", "verify",
     "viewer",
 ]  # fmt: skip

@@ -17,7 +17,16 @@ from typing import Annotated, Any, Literal, TypeVar
 import tyro
 
 from hooked_vlm.analysis.text_tables import in_width
-from hooked_vlm.commands.config import CacheConfig, HooksConfig, MergeConfig, ModelsConfig, PushConfig, ViewConfig
+from hooked_vlm.commands.config import (
+    AtlasCompareConfig,
+    AtlasConfig,
+    CacheConfig,
+    HooksConfig,
+    MergeConfig,
+    ModelsConfig,
+    PushConfig,
+    ViewConfig,
+)
 from hooked_vlm.commands.flags import with_flags
 from hooked_vlm.commands.quiet import only_errors
 from hooked_vlm.errors import HookedVLMError, UsageError
@@ -102,6 +111,18 @@ def cache(config: Options[CacheConfig], output: Options[LongOutput]) -> Work:
 def sweep(config: Options[HeadSweepConfig], output: Options[LongOutput]) -> Work:
     """Measure what each head does for the answers to a data set, one by one."""
     return Work("experiments.head_sweep.commands", replace(config, quiet=output.quiet), output)
+
+
+@app.command(name="atlas")
+def atlas(config: Options[AtlasConfig], output: Options[LongOutput]) -> Work:
+    """Profile every head of both towers, as one page and as tables."""
+    return Work("commands.atlas", replace(config, quiet=output.quiet), output)
+
+
+@app.command(name="atlas-compare")
+def atlas_compare(config: Options[AtlasCompareConfig], output: Options[Output]) -> Work:
+    """Compare two atlases of heads: which heads do something else."""
+    return Work("commands.atlas_compare", config, output)
 
 
 @app.command(name="merge")

@@ -2,11 +2,9 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any
 
-Span = tuple[int, int]
-"""The characters a <= i < b of a text."""
+from hooked_vlm.inputs.text import Span, token_spans
 
 
 @dataclass(frozen=True)
@@ -33,7 +31,7 @@ def align(tokenizer: Any, answer: str, reply: Sequence[int]) -> Alignment:
     those of the answer alone. A token may therefore hold white space and marks beside the shared text; one that holds
     other letters or digits is another word.
     """
-    text, spans = _spans(tokenizer, reply)
+    text, spans = token_spans(tokenizer, reply)
     in_answer, _, length = longest_run(answer, text)
     run = answer[in_answer : in_answer + length]
     places = [i for i in range(len(text)) if run and text.startswith(run, i)]
@@ -50,23 +48,6 @@ def _copied(text: str, spans: Sequence[Span], shared: Span) -> dict[int, Span]:
         if overlap((a, b), shared) and not any(character.isalnum() for character in beside):
             found[n] = (max(a, shared[0]) - shared[0], min(b, shared[1]) - shared[0])
     return found
-
-
-def _spans(tokenizer: Any, tokens: Sequence[int]) -> tuple[str, list[Span]]:
-    """Decode tokens: their text, and the characters of each. Tokens that are parts of a character all have it."""
-
-    def decoded(n: int) -> str:
-        return tokenizer.decode(list(tokens[:n]), clean_up_tokenization_spaces=False)
-
-    text = decoded(len(tokens))
-    ends = [0]
-    for n in range(1, len(tokens) + 1):
-        ends.append(max(ends[-1], _common_prefix(decoded(n), text)))
-    return text, [(a, max(b, min(a + 1, len(text)))) for a, b in pairwise(ends)]
-
-
-def _common_prefix(a: str, b: str) -> int:
-    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
 
 def longest_run(a: Sequence[object], b: Sequence[object]) -> tuple[int, int, int]:

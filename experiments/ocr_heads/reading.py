@@ -14,13 +14,11 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from hooked_vlm.analysis.head_outputs import on_head_outputs
+from hooked_vlm.analysis.head_outputs import on_head_outputs, output_norms
 from hooked_vlm.analysis.rows import attention_rows
 from hooked_vlm.experiments.ocr_heads.examples import Example, to_inputs
 from hooked_vlm.inputs.vlm_inputs import VLMInputs
 from hooked_vlm.model.vlm import HookedVLM
-from hooked_vlm.nn.block import Block
-from hooked_vlm.nn.weight_access import is_plain
 
 
 @dataclass(frozen=True, eq=False)
@@ -154,7 +152,7 @@ def _argmax(
     prompt[:, n_prompt:] = 0
 
     def measure_norm(layer: int, z: Tensor, post_scale: Tensor | None) -> None:
-        norms[layer] = _output_norm(z, model.blocks[layer], prompt, post_scale)
+        norms[layer] = output_norms(z, model.blocks[layer], prompt, post_scale)
 
     def predict(normalized: Tensor, hook: Any) -> None:
         for row, (stop, n) in enumerate(zip(inputs.stop, n_reply, strict=True)):
@@ -176,24 +174,3 @@ def _argmax(
         looked.append(found)
     stacked = torch.stack([norms[layer] for layer in range(model.cfg.n_layers)], dim=1)
     return looked, stacked.float().cpu().numpy(), predicted
-
-
-def _output_norm(
-    z: Float[Tensor, "batch pos head d_head"],
-    block: Block,
-    where: Int[Tensor, "batch pos"],
-    post_scale: Float[Tensor, "batch pos 1"] | None,
-) -> Float[Tensor, "batch head"]:
-    """Mean norm of what each head adds to the stream, over the positions marked in `where`.
-
-    Makes no [pos, head, d_model] tensor if the output projection is a plain linear layer.
-    """
-    if is_plain(block.attn.o_proj):
-        written = block.attn.W_O.float() * (block.ln1_post.factor if block.post_norms else 1)
-        gram = torch.einsum("hdm,hem->hde", written, written)
-        norms = torch.einsum("bphd,hde,bphe->bph", z.float(), gram, z.float()).clamp_min(0).sqrt()
-        norms = norms if post_scale is None else norms / post_scale
-    else:
-        norms = block.head_outputs(z, post_scale).float().norm(dim=-1)
-    mask = where.to(norms)[:, :, None]
-    return (norms * mask).sum(1) / mask.sum(1)

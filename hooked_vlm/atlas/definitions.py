@@ -16,6 +16,8 @@ KINDS: dict[Kind, str] = {
     "repeated": "random tokens, twice in a row, without a picture",
 }
 """Kinds of stimuli."""
+TOWERS: dict[Tower, str] = {"language": "language model", "vision": "vision tower"}
+"""Towers by the names that people read."""
 
 
 @dataclass(frozen=True)
@@ -45,9 +47,10 @@ SCORES = (
         "OCR",
         "language",
         ("page",),
-        "share of the answer's tokens that the model predicts while argmax_k A(q, k) is an image token in which a "
-        "character of the token lies (half of its box or more); q: the position that predicts the token",
-        "boxes of another page",
+        "share of the answer's tokens that the model predicts while argmax_k A(q, k) is an image token of a character "
+        "of the token (it holds more than a tenth of its box, or lies in it for the most part); q: the position that "
+        "predicts the token",
+        "the boxes of another page",
         "arXiv 2505.15865",
     ),
     Score(
@@ -83,9 +86,9 @@ SCORES = (
         "localisation",
         "language",
         ("page", "object"),
-        "attention to image tokens of which half or more lies in the box of what is asked for, divided by attention to "
-        "all image tokens; mean over the positions that predict the answer",
-        "uniform attention to the image (the box's share of its area)",
+        "attention to the image tokens of the boxes of what is asked for (as for OCR), divided by attention to all "
+        "image tokens; mean over the positions that predict the answer",
+        "uniform attention (the share of these tokens)",
         "after arXiv 2503.06287",
     ),
     Score(
@@ -157,8 +160,8 @@ SCORES = (
         "image-to-text transfer, alone",
         "language",
         PICTURES,
-        "log-probability of the answer, minus that with the image's keys and values replaced by their means in this "
-        "head alone",
+        "log-probability of the answer's first token, minus that with the image's keys and values replaced by their "
+        "means in this head alone",
         "0",
         "arXiv 2509.17588",
         "nats",
@@ -168,8 +171,8 @@ SCORES = (
         "image-to-text transfer, in groups",
         "language",
         PICTURES,
-        "least-squares coefficient of the head in the log-probability of the answer under random groups of heads so "
-        "replaced, fitted to each stimulus",
+        "least-squares coefficient of keeping the head in the log-probability of the answer's first token while random "
+        "halves of the heads are so replaced, fitted to each stimulus",
         "0",
         "arXiv 2509.17588",
         "nats",
@@ -179,8 +182,8 @@ SCORES = (
         "direct logit of the answer",
         "language",
         PICTURES,
-        "what the head adds directly to the logit of the answer's first token, minus what it adds to the mean logit",
-        "0",
+        "what the head adds directly to the logit of the answer's first token at the position that predicts it",
+        "the first token of another answer",
         "arXiv 2211.00593",
         "logits",
     ),
@@ -210,7 +213,7 @@ SCORES = (
         "vision",
         PICTURES,
         "mean over patches q of the sum of A(q, k) times the distance of the centres of q and k, divided by the "
-        "largest distance within the picture or tile",
+        "distance of q to the patch farthest from it in the picture or tile",
         "uniform attention",
         "arXiv 2010.11929",
     ),
@@ -238,9 +241,9 @@ SCORES = (
         "text regions",
         "vision",
         ("page",),
-        "mean over patches q outside of text of the sum of A(q, k) over patches k with text, divided by attention to "
-        "all patches",
-        "uniform attention (the area of text)",
+        "mean over patches q without text of the sum of A(q, k) over patches k with text, divided by attention to all "
+        "patches; a patch has text by the rule for boxes of OCR",
+        "uniform attention (the share of these patches)",
         "own",
     ),
     Score(
@@ -248,7 +251,7 @@ SCORES = (
         "ablation",
         "vision",
         PICTURES,
-        "log-probability of the answer, minus that with the head's output zeroed",
+        "log-probability of the answer's first token, minus that with the head's output zeroed",
         "0",
         "arXiv 1905.10650",
         "nats",

@@ -6,8 +6,8 @@ found.wide("language")     # a row for each head, a column for each score
 found.save("out")          # Atlas.load("out")
 """
 
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from jaxtyping import Float
 
 from hooked_vlm.analysis.intervals import mean_interval, mean_p
 from hooked_vlm.analysis.multiple_testing import holm
-from hooked_vlm.atlas.definitions import SCORES, Score
+from hooked_vlm.atlas.definitions import SCORES, Kind, Score
 from hooked_vlm.atlas.files import read_atlas, write_atlas
 from hooked_vlm.errors import InputError
 from hooked_vlm.interventions.base import Tower
@@ -47,7 +47,7 @@ class Atlas:
     observed: Mapping[str, Observed]
     """By the name of the score, in the order of `SCORES`; a score that the model cannot have is missing."""
     settings: Mapping[str, Any] = field(default_factory=dict)
-    """What the numbers depend on: weights, number of stimuli, seed, share of answers that are right."""
+    """What the numbers depend on: weights, seed, number of groups, and the kind of each stimulus."""
 
     @property
     def scores(self) -> tuple[Score, ...]:
@@ -81,13 +81,22 @@ class Atlas:
         """
         return pd.concat([self._rows(score) for score in self.scores], ignore_index=True)
 
+    def rows(self, name: str) -> pd.DataFrame:
+        """The rows of `table` of one score, in the order of the heads.
+
+        Raises:
+            InputError: a score that this atlas does not have.
+        """
+        self._observed(name)
+        return pd.DataFrame(self.table[self.table["score"] == name])
+
     def values(self, name: str) -> Float[np.ndarray, "layer head"]:
         """The mean of a score over stimuli, for every head.
 
         Raises:
             InputError: a score that this atlas does not have.
         """
-        return _mean(self._observed(name).values)
+        return mean_of_known(self._observed(name).values)
 
     def wide(self, tower: Tower = "language") -> pd.DataFrame:
         """A row for each head of a tower, with a column for each score."""
@@ -95,6 +104,25 @@ class Atlas:
         where = {"layer": np.repeat(np.arange(layers), heads), "head": np.tile(np.arange(heads), layers)}
         own = [score.name for score in self.scores if score.tower == tower]
         return pd.DataFrame(where | {name: self.values(name).ravel() for name in own})
+
+    def on(self, kind: Kind) -> "Atlas":
+        """The same from the stimuli of one kind alone.
+
+        Raises:
+            InputError: there are none.
+        """
+        kinds = self.settings.get("kinds", {})
+        observed = {}
+        for name, own in self.observed.items():
+            chosen = [i for i, stimulus in enumerate(own.stimuli) if kinds.get(stimulus) == kind]
+            if chosen:
+                stimuli = tuple(own.stimuli[i] for i in chosen)
+                observed[name] = Observed(stimuli, own.values[chosen], own.nulls[chosen])
+        if not observed:
+            raise InputError(
+                f"this atlas has no stimuli of the kind {kind!r}; it has {', '.join(sorted({*kinds.values()}))}"
+            )
+        return Atlas(self.model, observed, self.settings)
 
     def strongest(self, name: str, layer: int, head: int, n: int = 3) -> list[str]:
         """Names of the stimuli on which a head scores highest above the null, best first."""
@@ -136,7 +164,7 @@ def described(score: Score, values: Values, nulls: Values | None, seed: int) -> 
     """The rows of `Atlas.table` for one score."""
     _, layers, heads = values.shape
     low, high = mean_interval(values, seed)
-    null = np.full((layers, heads), np.nan) if nulls is None else _mean(nulls)
+    null = np.full((layers, heads), np.nan) if nulls is None else mean_of_known(nulls)
     p = np.full((layers, heads), np.nan) if nulls is None else _paired_p(values - nulls)
     return pd.DataFrame(
         {
@@ -144,7 +172,7 @@ def described(score: Score, values: Values, nulls: Values | None, seed: int) -> 
             "layer": np.repeat(np.arange(layers), heads),
             "head": np.tile(np.arange(heads), layers),
             "score": score.name,
-            "value": _mean(values).ravel(),
+            "value": mean_of_known(values).ravel(),
             "low": low.ravel(),
             "high": high.ravel(),
             "null": null.ravel(),
@@ -160,6 +188,7 @@ def _paired_p(differences: Values) -> Float[np.ndarray, "layer head"]:
     return np.asarray(mean_p(known)) if len(known) else np.full(differences.shape[1:], np.nan)
 
 
-def _mean(values: Values) -> Float[np.ndarray, "layer head"]:
+def mean_of_known(values: Values) -> Float[np.ndarray, "layer head"]:
+    """Mean over the stimuli on which a head has a value; NaN where it has none."""
     n = np.isfinite(values).sum(0)
     return np.where(n > 0, np.nansum(values, 0) / np.maximum(n, 1), np.nan)

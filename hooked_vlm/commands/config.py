@@ -137,3 +137,44 @@ class PushConfig:
     """A data set on the hub (owner/name), or a new folder (./name)."""
     public: bool = False
     """Everybody may see the data set on the hub."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class AtlasConfig(RayConfig):
+    """The scores of docs/atlas.md for every head of both towers. An interrupted command goes on if it is repeated."""
+
+    model: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="MODEL")]
+    """A bundled toy model, a checkpoint folder or a hub name such as Qwen/Qwen2-VL-2B-Instruct."""
+    out: Path = Path("atlas-out")
+    """Where page and tables go, and the parts that an interrupted run goes on from."""
+    n: int = 32
+    """How many pages, objects, texts and repeated sequences heads are scored on."""
+    data: Path | None = None
+    """Samples of your own in place of those that are drawn: JSON lines or CSV (id, prompt, images, boxes, answer)."""
+    prompt: str | None = None
+    """Asked where a sample of --data has no prompt."""
+    groups: int | None = None
+    """How many random groups of heads give the coefficients of transfer in groups, for each picture; twice the number
+    of heads and at least 64 by default, 0 leaves them out."""
+    pictures: int = 24
+    """How many pictures the page shows and links to pages of their attention."""
+    seed: int = 0
+    """Of what is drawn, of the groups, and of the resamples that intervals come from."""
+    device: str | None = None
+    """CUDA if present by default; "auto" spreads the model over what there is."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """The checkpoint's own by default."""
+    quiet: tyro.conf.Suppress[bool] = False
+    """No progress bar."""
+
+
+@dataclass(frozen=True)
+class AtlasCompareConfig:
+    """Two folders that `hooked-vlm atlas` wrote, on the same stimuli."""
+
+    a: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="A")]
+    """The atlas before, or of the first model."""
+    b: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="B")]
+    """The atlas after, or of the second model."""
+    out: Path | None = None
+    """A folder for the table (compare.csv) and a page with both (compare.html)."""

@@ -1,6 +1,8 @@
 """Text to token ids and back, with the checkpoint's tokenizer."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,6 +16,9 @@ from hooked_vlm.inputs.vlm_inputs import VLMInputs
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+Span = tuple[int, int]
+"""The characters a <= i < b of a text."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -168,3 +173,20 @@ def check_ids(tokens: Int[Tensor, "batch pos"], d_vocab: int) -> None:
     low, high = int(tokens.min()), int(tokens.max())
     if low < 0 or high >= d_vocab:
         raise InputError(f"token id {low if low < 0 else high} is outside the vocabulary of {d_vocab}")
+
+
+def token_spans(tokenizer: Any, tokens: Sequence[int]) -> tuple[str, list[Span]]:
+    """Decode tokens: their text, and the characters of each. Tokens that are parts of a character all have it."""
+
+    def decoded(n: int) -> str:
+        return tokenizer.decode(list(tokens[:n]), clean_up_tokenization_spaces=False)
+
+    text = decoded(len(tokens))
+    ends = [0]
+    for n in range(1, len(tokens) + 1):
+        ends.append(max(ends[-1], _common_prefix(decoded(n), text)))
+    return text, [(a, max(b, min(a + 1, len(text)))) for a, b in pairwise(ends)]
+
+
+def _common_prefix(a: str, b: str) -> int:
+    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))

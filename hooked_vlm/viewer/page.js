@@ -273,12 +273,20 @@ function pick(i, panel, event) {
   show({ row, panel: i });
 }
 
+/** The layer and head that the address names, as #head=14.3, if the page has them. */
+function named() {
+  const [, layer, head] = /^#head=(\d+)\.(\d+)$/.exec(location.hash) ?? [];
+  const own = { layer: data.layers.indexOf(layer), head: data.heads.indexOf(head) };
+  return own.layer >= 0 && own.head >= 0 ? own : {};
+}
+
 async function start() {
   if (typeof DecompressionStream === "undefined") throw new Error("this browser cannot decompress (DecompressionStream is missing): open the page in one of 2023 or later");
   makeChips();
   makeControls();
   panels = await makePanels();
-  await render();
+  await show(named());
+  addEventListener("hashchange", () => show(named()));
   document.body.dataset.ready = "yes";
 }
 

@@ -1,0 +1,217 @@
+"""Two atlases head by head: which heads do something else in another model, or after training?
+
+found = compare(Atlas.load("before"), Atlas.load("after"))
+found.table  # a row for each head and score that both have
+print(found.text)
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from jaxtyping import Bool, Float
+
+from hooked_vlm.analysis.multiple_testing import holm
+from hooked_vlm.analysis.text_tables import text_table
+from hooked_vlm.atlas.definitions import BY_NAME, SCORES, TOWERS, Score
+from hooked_vlm.atlas.result import Atlas, described, mean_of_known
+from hooked_vlm.errors import InputError
+from hooked_vlm.interventions.base import Tower
+
+COLUMNS = ("tower", "layer", "head", "score", "a", "b", "difference", "low", "high", "p", "p_holm", "n")
+LEVEL = 0.05
+"""Corrected p of a change, at most."""
+LISTED = 3
+"""Heads of a score that the text lists."""
+
+
+@dataclass(frozen=True, eq=False)
+class Comparison:
+    """What heads do in one model and in another, on the stimuli that both saw."""
+
+    a: str
+    """Name of a model."""
+    b: str
+    table: pd.DataFrame
+    """A row for each head and score.
+
+    `a`, `b`: means over the `n` stimuli on which both have a value; `difference`: b - a, with its 95% interval `low` to
+    `high` over the differences of single stimuli; `p`: two-sided, Student's t over these, that it is 0; `p_holm`:
+    corrected for all heads of the score.
+    """
+    refused: Mapping[str, str]
+    """Towers and scores that cannot be compared, each with the reason as a sentence."""
+
+    def changed(self, tower: Tower) -> Bool[np.ndarray, "layer head"]:
+        """Heads of a tower of which at least one score changed: p corrected for all heads and scores of the tower.
+
+        Raises:
+            InputError: the tower is not compared.
+        """
+        rows = self._rows(tower)
+        hit = rows[holm(rows["p"].to_numpy()) <= LEVEL]
+        found = np.zeros((rows["layer"].max() + 1, rows["head"].max() + 1), bool)
+        found[hit["layer"], hit["head"]] = True
+        return found
+
+    @cached_property
+    def scores(self) -> pd.DataFrame:
+        """A row for each score: `stimuli`, heads that went `up` and `down` (p_holm of 0.05 or less), heads `untested`
+        (fewer than three stimuli, or one difference on all), the `largest` change among those, and its `head`."""
+        return pd.DataFrame([_counts(str(name), rows) for name, rows in self.table.groupby("score", sort=False)])
+
+    @property
+    def text(self) -> str:
+        """The answer for a terminal."""
+        answers = [
+            f"{found.sum():,} of {found.size:,} heads of the {TOWERS[tower]} changed in at least one score (p of {LEVEL} "
+            f"or less, Holm over all {len(self._rows(tower)):,} tests of heads and scores)."
+            for tower, found in self._changed().items()
+        ]
+        parts = [f"a: {self.a}\nb: {self.b}", "\n".join([*answers, *self.refused.values()])]
+        if lines := self._score_lines():
+            header = ("score", "stimuli", "up", "down", "untested", "largest change")
+            parts.append(
+                f"Heads whose score is higher (up) or lower (down) in b, p of {LEVEL} or less, Holm over the heads of the "
+                f"score:\n{text_table(header, lines)}"
+            )
+        if still := [BY_NAME[name].title for name in self.scores.loc[~self._moved(), "score"]]:
+            parts.append(f"No head changed, by the same rule: {'; '.join(still)}.")
+        if lines := self._head_lines():
+            header = ("head", "score", "a", "b", "b - a", "95% interval")
+            parts.append(f"Clearest changes (smallest p, {LISTED} of a score):\n{text_table(header, lines, left=2)}")
+        return "\n\n".join(parts)
+
+    @property
+    def data(self) -> dict[str, Any]:
+        """The answer as JSON."""
+        heads = {
+            tower: {"changed": [f"{layer}.{head}" for layer, head in np.argwhere(found)], "heads": int(found.size)}
+            for tower, found in self._changed().items()
+        }
+        scores = {str(row.pop("score")): _plain(row) for row in self.scores.to_dict("records")}
+        return {"a": self.a, "b": self.b, "towers": heads, "scores": scores, "refused": dict(self.refused)}
+
+    def _rows(self, tower: Tower) -> pd.DataFrame:
+        rows = self.table[self.table["tower"] == tower]
+        if rows.empty:
+            raise InputError(f"the {TOWERS[tower]} is not compared: {self.refused.get(tower, 'it has no scores')}")
+        return rows
+
+    def _changed(self) -> dict[Tower, Bool[np.ndarray, "layer head"]]:
+        return {tower: self.changed(tower) for tower in TOWERS if (self.table["tower"] == tower).any()}
+
+    def _moved(self) -> pd.Series:
+        """Scores by which a head changed, or could not be tested."""
+        return self.scores[["up", "down", "untested"]].any(axis=1)
+
+    def _score_lines(self) -> list[tuple[str, ...]]:
+        return [
+            (
+                BY_NAME[row["score"]].title,
+                *(f"{row[name]:,}" for name in ("stimuli", "up", "down", "untested")),
+                f"{row['head']} {row['largest']:+.3g}" if row["head"] else "-",
+            )
+            for row in self.scores[self._moved()].to_dict("records")
+        ]
+
+    def _head_lines(self) -> list[tuple[str, ...]]:
+        hit = self.table[self.table["p_holm"] <= LEVEL].sort_values("p", kind="stable")
+        rows = hit.groupby("score", sort=False).head(LISTED)
+        return [
+            (
+                _name(row),
+                row["score"],
+                *(f"{row[name]:.3g}" for name in ("a", "b")),
+                f"{row['difference']:+.3g}",
+                f"{row['low']:.3g} to {row['high']:.3g}",
+            )
+            for row in rows.to_dict("records")
+        ]
+
+
+def compare(a: Atlas, b: Atlas) -> Comparison:
+    """Compare two atlases, head by head and stimulus by stimulus.
+
+    Raises:
+        InputError: stimuli drawn with other seeds; no score that both have on stimuli that both saw, with equally many
+            layers and heads.
+    """
+    _refuse_other_stimuli(a, b)
+    refused: dict[str, str] = {}
+    parts = []
+    for score in SCORES:
+        if score.name not in a.observed and score.name not in b.observed:
+            continue
+        why = _misfit(score, a, b)
+        if why is None:
+            parts.append(_compared(score, a, b))
+        else:
+            refused.setdefault(*why)
+    if not parts:
+        raise InputError(f"these atlases cannot be compared: {' '.join(refused.values()) or 'they have no scores.'}")
+    return Comparison(a.model, b.model, pd.concat(parts, ignore_index=True), refused)
+
+
+def _refuse_other_stimuli(a: Atlas, b: Atlas) -> None:
+    seeds = [atlas.settings.get("seed") for atlas in (a, b)]
+    if seeds[0] != seeds[1]:
+        raise InputError(
+            f"these atlases are on stimuli drawn with seeds {seeds[0]} and {seeds[1]}, which are paired by name only: "
+            "make both with the same seed"
+        )
+
+
+def _misfit(score: Score, a: Atlas, b: Atlas) -> tuple[str, str] | None:
+    """Tower or score that cannot be compared, and why."""
+    lacking = [atlas.model for atlas in (a, b) if score.name not in atlas.observed]
+    if lacking:
+        return score.name, f"{score.title}: not in the atlas of {lacking[0]}."
+    shapes = [atlas.shape(score.tower) for atlas in (a, b)]
+    if shapes[0] != shapes[1]:
+        (layers, heads), (other_layers, other_heads) = shapes
+        return score.tower, (
+            f"Heads of the {TOWERS[score.tower]} do not correspond: {layers} layers of {heads} in {a.model}, "
+            f"{other_layers} of {other_heads} in {b.model}."
+        )
+    if not set(a.observed[score.name].stimuli) & set(b.observed[score.name].stimuli):
+        return score.name, f"{score.title}: no stimulus in common."
+    return None
+
+
+def _compared(score: Score, a: Atlas, b: Atlas) -> pd.DataFrame:
+    ours, theirs = a.observed[score.name], b.observed[score.name]
+    places = {name: i for i, name in enumerate(theirs.stimuli)}
+    shared = [(i, places[name]) for i, name in enumerate(ours.stimuli) if name in places]
+    before, after = ours.values[[i for i, _ in shared]], theirs.values[[i for _, i in shared]]
+    differences: Float[np.ndarray, "stimulus layer head"] = after - before
+    known = np.isfinite(differences)
+    rows = described(score, differences, np.zeros_like(differences), int(a.settings.get("seed", 0)))
+    means = {name: mean_of_known(np.where(known, own, np.nan)).ravel() for name, own in (("a", before), ("b", after))}
+    return rows.rename(columns={"value": "difference"}).assign(**means)[list(COLUMNS)]
+
+
+def _counts(name: str, rows: pd.DataFrame) -> dict[str, Any]:
+    hit = rows[rows["p_holm"] <= LEVEL]
+    largest = None if hit.empty else hit.loc[hit["difference"].abs().idxmax()].to_dict()
+    return {
+        "score": name,
+        "stimuli": int(rows["n"].max()),
+        "up": int((hit["difference"] > 0).sum()),
+        "down": int((hit["difference"] < 0).sum()),
+        "untested": int(rows["p"].isna().sum()),
+        "largest": np.nan if largest is None else float(largest["difference"]),
+        "head": "" if largest is None else _name(largest),
+    }
+
+
+def _name(row: Mapping[str, Any]) -> str:
+    return f"{row['layer']}.{row['head']}"
+
+
+def _plain(row: dict[str, Any]) -> dict[str, Any]:
+    """Without numbers that JSON lacks."""
+    return {name: None if isinstance(value, float) and np.isnan(value) else value for name, value in row.items()}

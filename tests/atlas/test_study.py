@@ -1,0 +1,203 @@
+"""Whole atlases: effects against loops and planted models, tasks that go on, tables, files."""
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from scipy import stats
+
+from hooked_vlm import HookedVLM
+from hooked_vlm.atlas import Atlas, Observed, atlas, shipped
+from hooked_vlm.atlas import study as study_module
+from hooked_vlm.atlas.definitions import BY_NAME
+from hooked_vlm.atlas.effects import default_groups, effect_scores, first_token, group_masks
+from hooked_vlm.atlas.show import in_terminal
+from hooked_vlm.atlas.stimuli import of_kind
+from hooked_vlm.data.samples import Sample
+from hooked_vlm.errors import InputError
+from hooked_vlm.interventions import ReplaceImageKV, ZeroHeads
+
+
+@pytest.fixture(scope="module")
+def model() -> HookedVLM:
+    return HookedVLM.from_pretrained("toy-qwen2-vl")
+
+
+@pytest.fixture(scope="module")
+def small(model: HookedVLM) -> Atlas:
+    return atlas(model, n=3, groups=20)
+
+
+def test_effects_are_those_of_a_loop(model: HookedVLM) -> None:
+    page, other = of_kind(shipped(model, 2, seed=3), ("page",))
+    found = effect_scores(model, page, other, 40, seed=5)
+    sample = page.asked
+    inputs = model.as_inputs(Sample(sample.id, sample.prompt, sample.images).inputs(model))
+    token = int(model.tokenizer.encode(sample.answer, add_special_tokens=False)[0])
+    assert first_token(model, page) == token
+
+    def log_prob(hooks: list) -> float:
+        with torch.no_grad():
+            return float(model.run_with_hooks(inputs, fwd_hooks=hooks)[0, -1].log_softmax(-1)[token])
+
+    plain, n_heads = log_prob([]), model.cfg.n_heads
+    for layer, head in ((0, 1), (2, 0), (2, 1)):
+        alone = log_prob(ReplaceImageKV(((layer, head),)).hooks(model, inputs))
+        assert found["transfer"][0][layer, head] == pytest.approx(plain - alone, abs=1e-5)
+    for layer, head in ((0, 0), (1, 1)):
+        zeroed = log_prob(ZeroHeads(((layer, head),), tower="vision").hooks(model, inputs))
+        assert found["answer_without"][0][layer, head] == pytest.approx(plain - zeroed, abs=1e-5)
+    masks = group_masks(40, model.cfg.n_layers * n_heads, 5)
+    values = []
+    for kept in masks:
+        dropped = tuple((int(i) // n_heads, int(i) % n_heads) for i in np.flatnonzero(~kept))
+        values.append(log_prob(ReplaceImageKV(dropped).hooks(model, inputs)))
+    design = np.column_stack((np.ones(40), masks.astype(float)))
+    expected = np.linalg.solve(design.T @ design, design.T @ np.array(values))[1:]
+    np.testing.assert_allclose(found["transfer_in_groups"][0].ravel(), expected, atol=1e-4)
+    with torch.no_grad():
+        _, cache = model.run_with_cache(inputs, names_filter=["blocks.2.attn.hook_z", "ln_final.hook_scale"])
+        written = cache["blocks.2.attn.hook_z"][0, -1, 1] @ model.blocks[2].attn.W_O[1]
+        normed = written * model.ln_final.factor / cache["ln_final.hook_scale"][0, -1]
+        direct = [float(normed @ model.W_U[:, t]) for t in (token, first_token(model, other))]
+    assert [float(own[2, 1]) for own in found["direct_logit"]] == pytest.approx(direct, rel=1e-4)
+
+
+def test_masks_of_groups_come_with_their_complements() -> None:
+    masks = group_masks(20, 16, 0)
+    assert (masks[::2] ^ masks[1::2]).all() and len(np.unique(masks, axis=0)) == 20
+    assert default_groups(16) == 64 and default_groups(784) == 1568
+
+
+def test_a_head_that_alone_sees_the_image_has_exactly_the_whole_effect(model: HookedVLM) -> None:
+    planted = copy.deepcopy(model)
+    d_head = planted.cfg.d_head
+    for layer, block in enumerate(planted.blocks):
+        keep = slice(d_head, 2 * d_head) if layer == 2 else slice(0, 0)
+        weight = torch.zeros_like(block.attn.o_proj.weight)
+        weight[:, keep] = block.attn.o_proj.weight.detach()[:, keep]
+        block.attn.o_proj.weight.data.copy_(weight)
+    page = of_kind(shipped(planted, 1), ("page",))[0]
+    found = effect_scores(planted, page, None, 40, seed=0)
+    every = tuple((layer, head) for layer in range(4) for head in range(planted.cfg.n_heads))
+    inputs = planted.as_inputs(Sample("p", page.asked.prompt, page.asked.images).inputs(planted))
+    with torch.no_grad():
+        runs = [planted(inputs), planted.run_with_hooks(inputs, fwd_hooks=ReplaceImageKV(every).hooks(planted, inputs))]
+    with_head, without = (float(logits[0, -1].log_softmax(-1)[first_token(planted, page)]) for logits in runs)
+    whole = with_head - without
+    assert abs(whole) > 1e-3
+    for name in ("transfer", "transfer_in_groups"):
+        share = found[name][0] / whole
+        assert share[2, 1] == pytest.approx(1, abs=1e-3)
+        share[2, 1] = 0
+        assert np.abs(share).max() < 1e-3
+    others = np.delete(found["direct_logit"][0].ravel(), 2 * planted.cfg.n_heads + 1)
+    assert found["direct_logit"][0][2, 1] != 0 and not others.any()
+
+
+def test_interrupted_work_goes_on_and_ends_with_the_same(
+    model: HookedVLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = atlas(model, n=2, groups=0)
+    calls: list[str] = []
+    real = study_module.vision_table
+
+    def stops(model: HookedVLM, stimuli: list) -> pd.DataFrame:
+        calls.append(stimuli[0].name)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return real(model, stimuli)
+
+    stops.__name__ = real.__name__
+    monkeypatch.setattr(study_module, "vision_table", stops)
+    with pytest.raises(KeyboardInterrupt):
+        atlas(model, n=2, groups=0, folder=tmp_path)
+    done = set(tmp_path.glob("*.parquet"))
+    assert done
+    again = atlas(model, n=2, groups=0, folder=tmp_path)
+    assert len(calls) == len(set(calls)) + 1 and done < set(tmp_path.glob("*.parquet"))
+    pd.testing.assert_frame_equal(again.table, whole.table)
+
+
+def test_the_table_says_what_the_observations_say(small: Atlas) -> None:
+    table = small.table.set_index(["score", "layer", "head"])
+    for name, own in small.observed.items():
+        row: Any = table.loc[(name, 1, 0)]
+        values = own.values[:, 1, 0]
+        assert row["value"] == pytest.approx(values.mean()) and row["n"] == len(values)
+        value, low, high = float(row["value"]), float(row["low"]), float(row["high"])
+        assert np.isnan(low) or low <= value <= high
+        if BY_NAME[name].null and np.ptp(values - own.nulls[:, 1, 0]) > 0:
+            expected: Any = stats.ttest_1samp(values - own.nulls[:, 1, 0], 0)
+            assert row["p"] == pytest.approx(expected.pvalue, rel=1e-6)
+    tested = table.dropna(subset="p")
+    assert (tested["p_holm"] >= tested["p"]).all()
+    assert set(small.wide("vision").columns) >= {"layer", "head", "distance", "text_region"}
+
+
+def test_an_atlas_is_what_it_was_after_saving(small: Atlas, tmp_path: Path) -> None:
+    small.save(tmp_path)
+    again = Atlas.load(tmp_path)
+    pd.testing.assert_frame_equal(again.table, small.table)
+    assert again.model == small.model and again.settings == small.settings
+    pages = again.on("page")
+    assert all(name.startswith("page-") for own in pages.observed.values() for name in own.stimuli)
+    with pytest.raises(InputError, match="no stimuli of the kind"):
+        pages.on("text").on("page")
+
+
+@pytest.mark.parametrize("damage", ["absent", "cut", "no json", "other shapes"])
+def test_what_is_no_atlas_is_refused(small: Atlas, tmp_path: Path, damage: str) -> None:
+    small.save(tmp_path)
+    record = tmp_path / "atlas.json"
+    match damage:
+        case "absent":
+            record.unlink()
+        case "cut":
+            path = tmp_path / "observations.parquet"
+            path.write_bytes(path.read_bytes()[:-100])
+        case "no json":
+            record.write_text("{")
+        case "other shapes":
+            changed = json.loads(record.read_text())
+            changed["shapes"]["ocr"] = [5, 5]
+            record.write_text(json.dumps(changed))
+    with pytest.raises(InputError, match=r"atlas|cannot be read"):
+        Atlas.load(tmp_path)
+
+
+def test_what_does_not_determine_anything_is_refused(model: HookedVLM) -> None:
+    with pytest.raises(InputError, match="random groups"):
+        atlas(model, n=1, groups=16)
+    with pytest.raises(InputError, match="at least one stimulus"):
+        atlas(model, n=0)
+    with pytest.raises(InputError, match="no answer"):
+        atlas(model, [Sample("a", "What?")])
+    with pytest.raises(InputError, match="no samples"):
+        atlas(model, [])
+
+
+def test_the_strongest_stimuli_come_first() -> None:
+    values = np.array([[[0.1]], [[0.9]], [[0.5]], [[np.nan]]])
+    found = Atlas("m", {"ocr": Observed(("a", "b", "c", "d"), values, np.zeros_like(values))})
+    assert found.strongest("ocr", 0, 0) == ["b", "c", "a"]
+    with pytest.raises(InputError, match="no score 'induction'"):
+        found.values("induction")
+
+
+def test_the_terminal_answers_first(small: Atlas) -> None:
+    shown = in_terminal(small)
+    assert shown.startswith("toy-qwen2-vl: ") and "of 16 heads read text in pictures" in shown.splitlines()[0]
+    assert all(len(line) <= 80 for line in shown.splitlines()[1:-1])
+
+
+def test_the_heads_that_read_are_found(model: HookedVLM) -> None:
+    found = atlas(model, n=16, groups=0)
+    table = found.table
+    own = table[(table["score"] == "ocr") & (table["p_holm"] < 0.05) & (table["value"] > table["null"])]
+    assert set(zip(own["layer"], own["head"], strict=True)) == {(2, 0), (2, 1)}  # as docs/toy-models.md says
