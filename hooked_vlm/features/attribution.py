@@ -80,9 +80,10 @@ def feature_attribution(
         return {name: (f - zero[name].to(f)) * slopes[name] for name, f in plain.items()}
     found: Features = {}
     for name, dictionary in dictionaries.items():
-        passes = [gradients({name: dictionary}, (step + 0.5) / steps) for step in range(steps)]
-        f = passes[0][0][name]
-        found[name] = (f - zero[name].to(f)) * torch.stack([slopes[name] for _, slopes in passes]).mean(0)
+        for step in range(steps):
+            plain, slopes = gradients({name: dictionary}, (step + 0.5) / steps)
+            part = (plain[name] - zero[name].to(plain[name])) * slopes[name] / steps
+            found[name] = found[name] + part if step else part
     return found
 
 
@@ -143,7 +144,7 @@ def feature_edges(
         rows += [(*_place(edge), *_place(own), weights[tuple(edge)].item()) for edge in weights.nonzero().tolist()]
     columns = [f"{side} {what}" for side in ("lower", "upper") for what in ("row", "position", "feature")]
     table = pd.DataFrame(rows, columns=[*columns, "weight"])
-    return table.sort_values("weight", key=abs, ascending=False, ignore_index=True)
+    return table.sort_values("weight", key=abs, ascending=False, kind="stable", ignore_index=True)
 
 
 def _place(index: Any) -> tuple[int, ...]:

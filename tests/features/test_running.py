@@ -126,7 +126,8 @@ def test_the_error_is_a_constant_to_gradients() -> None:
 def test_an_edit_within_a_run_equals_the_edit_alone(family: str, place: str) -> None:
     model, batch = model_and_inputs(family, "padded")
     own = dictionary_at(model, place)
-    edit = EditFeatures(own, (5, 6), scale=0.5, add=4.0)
+    on_image = "vision" in place or place == "image features"
+    edit = EditFeatures(own, (5, 6), scale=0.5, add=4.0, positions=(1,) if on_image else "final")
     with torch.no_grad():
         out, features = run_with_features(model, batch, {own.hook_name: own}, edits=[edit])
         expected = model.run_with_hooks(batch, fwd_hooks=edit.hooks(model, batch))
@@ -136,6 +137,9 @@ def test_an_edit_within_a_run_equals_the_edit_alone(family: str, place: str) -> 
     changed = (features[own.hook_name] != plain[own.hook_name]).any(0)
     changed = changed.any(0) if changed.ndim == 2 else changed
     assert changed.nonzero()[:, 0].tolist() == [5, 6]
+    at = (features[own.hook_name] != plain[own.hook_name]).any(-1)
+    places = at.nonzero().tolist()
+    assert {index[-1] for index in places} == {1} if on_image else len(places) == len(batch)
 
 
 def test_other_interventions_act_before_the_dictionary_reads() -> None:
