@@ -3,9 +3,10 @@
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, Literal
 
+import numpy as np
 import pandas as pd
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from hooked_vlm.errors import FeatureError, InputError
@@ -103,7 +104,8 @@ def feature_edges(
     the lower feature takes from the upper one, to first order. With a metric it is multiplied by the metric's gradient
     at the upper activation: the part of the lower feature's attribution that goes through the upper feature.
 
-    Every upper feature costs a backward pass between the two hook points.
+    Every upper feature costs a backward pass between the two hook points, and the table has a row for each pair of
+    active features: for dictionaries that are not sparse, choose few positions.
 
     Args:
         lower: writes before `upper` reads.
@@ -136,20 +138,23 @@ def feature_edges(
         if metric is not None:
             (slopes,) = _gradients(measure(metric, logits, logits_at).sum(), [above.leaf], keep=True)
     active = (above.plain != 0) & chosen[0][..., None].to(above.plain.device)
-    rows = []
+    columns = [f"{side} {what}" for side in ("lower", "upper") for what in ("row", "position", "feature")]
+    parts = [pd.DataFrame({**dict.fromkeys(columns, np.empty(0, int)), "weight": np.empty(0)})]
     for place in active.nonzero() if above.with_graph.requires_grad else ():
         own = tuple(place.tolist())
         (gradient,) = _gradients(above.with_graph[own], [below.leaf], keep=True)
         weights = gradient * below.plain * slopes[own].to(gradient)
-        rows += [(*_place(edge), *_place(own), weights[tuple(edge)].item()) for edge in weights.nonzero().tolist()]
-    columns = [f"{side} {what}" for side in ("lower", "upper") for what in ("row", "position", "feature")]
-    table = pd.DataFrame(rows, columns=[*columns, "weight"])
+        edges = weights.nonzero()
+        ends = torch.cat((_places(edges), _places(place[None]).to(edges.device).expand(len(edges), -1)), dim=1)
+        parts.append(pd.DataFrame(ends.cpu().numpy(), columns=columns))
+        parts[-1]["weight"] = weights[edges.unbind(1)].double().cpu().numpy()
+    table = pd.concat(parts)
     return table.sort_values("weight", key=abs, ascending=False, kind="stable", ignore_index=True)
 
 
-def _place(index: Any) -> tuple[int, ...]:
+def _places(indices: Int[Tensor, "edge axis"]) -> Int[Tensor, "edge 3"]:
     """Row, position and feature; the one row of a hook point without an axis of rows is 0."""
-    return tuple(index) if len(index) == 3 else (0, *index)
+    return indices if indices.shape[1] == 3 else torch.nn.functional.pad(indices, (1, 0))
 
 
 class _PassBy:
