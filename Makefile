@@ -13,7 +13,7 @@ INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --co
 unexport PYTHONDONTWRITEBYTECODE
 
 help:
-	@echo "make demo        which heads of the bundled toy model read text: table, heatmap, masking control"
+	@echo "make demo        two heads of the bundled toy model read a page: turn them down, on one HTML page"
 	@echo "make demo-real   a published model: downloads SmolVLM-256M (0.5 GB), verifies it, ranks the heads that see the picture"
 	@echo "make test        every law on its fewest cases (five minutes on two cores, no download, no GPU)"
 	@echo "make test-full   the cases that make test leaves out: all families, inputs and switches (a quarter of an hour)"
@@ -25,12 +25,12 @@ help:
 	@echo "make bench       timings and memory, side by side with transformers (half an hour)"
 	@echo "make docs        the documentation as a site, in out/site"
 	@echo "make docs-hooks  regenerate the generated pages (hooks, checkpoints, transformerlens, architecture)"
-	@echo "make docs-pictures  run the gallery and the notebooks again (two minutes)"
+	@echo "make docs-pictures  run the gallery, the notebooks and the demo's picture again (three minutes)"
 	@echo "make setup       everything a developer needs, pre-commit hooks included"
 	@echo "make clean       remove .venv and all that was built"
 
 demo: $(VENV)/.installed
-	$(BIN)/hooked-vlm ocr-heads mask --model toy-qwen2-vl --out out/ocr-heads
+	$(BIN)/hooked-vlm demo --model toy-qwen2-vl --out out/demo
 
 demo-real: $(VENV)/.installed
 	$(BIN)/python -m tools.real_demo --out out/demo-real
@@ -85,6 +85,7 @@ docs-hooks: $(VENV)/.installed-dev
 docs-pictures: $(VENV)/.installed-dev
 	$(BIN)/python -m tools.gallery
 	$(BIN)/python -m tools.notebooks
+	HOOKED_VLM_SCREENSHOTS=docs/pictures $(BIN)/python -m pytest --run-slow tests/experiments/demo -k photographed
 
 setup: $(VENV)/.installed-dev
 	$(BIN)/pre-commit install

@@ -30,6 +30,8 @@ from hooked_vlm.commands.config import (
 from hooked_vlm.commands.flags import with_flags
 from hooked_vlm.commands.quiet import only_errors
 from hooked_vlm.errors import HookedVLMError, UsageError
+from hooked_vlm.experiments.demo.config import DemoConfig
+from hooked_vlm.experiments.features import config as features_config
 from hooked_vlm.experiments.head_attribution import config as head_attribution_config
 from hooked_vlm.experiments.head_sweep.config import HeadSweepConfig
 from hooked_vlm.experiments.ocr_heads import config as ocr_heads_config
@@ -75,6 +77,12 @@ class Work:
     output: Output
     judges: bool = False
     """The exit status says whether the model passed."""
+
+
+@app.command(name="demo")
+def demo(config: Options[DemoConfig], output: Options[Output]) -> Work:
+    """Find the two heads that read a page, turn them down, and watch the answer go."""
+    return Work("experiments.demo.commands", replace(config, quiet=output.quiet), output)
 
 
 @app.command(name="models")
@@ -160,6 +168,12 @@ def reproduce(config: Options[ReproduceConfig], output: Options[LongOutput]) -> 
 def steer(config: Options[SteerConfig], output: Options[Output]) -> Work:
     """Make steering vectors of two data sets, and answer with and without them."""
     return Work("experiments.steering.commands", replace(config, quiet=output.quiet), output)
+
+
+@app.command(name="features")
+def features(command: Options[features_config.Command], output: Options[LongOutput]) -> Work:
+    """Train a sparse dictionary, and find what its features stand for."""
+    return Work("experiments.features.commands", replace(command, quiet=output.quiet), output)
 
 
 @app.command(name="completion")

@@ -7,7 +7,7 @@ from jaxtyping import Float
 from PIL import Image, ImageDraw
 
 from hooked_vlm.atlas.definitions import SCORES, Kind, Score
-from hooked_vlm.atlas.page import Picture
+from hooked_vlm.atlas.page import SIGNED, Picture
 from hooked_vlm.atlas.result import Atlas, Observed
 
 STIMULI: dict[Kind, tuple[str, ...]] = {
@@ -17,11 +17,19 @@ STIMULI: dict[Kind, tuple[str, ...]] = {
     "repeated": tuple(f"repeated-{i}" for i in range(12)),
 }
 WHERE = {
-    "ocr": (0.6, 12, 0.9), "text_retrieval": (0.6, 12, 0.9), "localisation": (0.55, 20, 0.7), "induction": (0.4, 30, 0.95),
-    "previous_token": (0.15, 10, 0.95), "duplicate_token": (0.2, 8, 0.6), "transfer": (0.5, 25, 0.6),
-    "transfer_in_groups": (0.5, 25, 0.5), "direct_logit": (0.85, 40, 1.2), "text_region": (0.5, 30, 0.5),
-    "answer_without": (0.7, 20, 0.4), "sink_patches": (0.7, 60, 0.6),
-}  # fmt: skip
+    "ocr": (0.6, 12, 0.9),
+    "text_retrieval": (0.6, 12, 0.9),
+    "localisation": (0.55, 20, 0.7),
+    "induction": (0.4, 30, 0.95),
+    "previous_token": (0.15, 10, 0.95),
+    "duplicate_token": (0.2, 8, 0.6),
+    "transfer": (0.5, 25, 0.6),
+    "transfer_in_groups": (0.5, 25, 0.5),
+    "direct_logit": (0.85, 40, 1.2),
+    "text_region": (0.5, 30, 0.5),
+    "answer_without": (0.7, 20, 0.4),
+    "sink_patches": (0.7, 60, 0.6),
+}
 """Depth of the layers, number of heads and size of what they do."""
 
 
@@ -56,7 +64,7 @@ def made_up_values(
     layers, heads = shape
     n = sum(len(STIMULI[kind]) for kind in score.kinds)
     depth = np.linspace(0, 1, layers)[:, None]
-    signed = score.null == "0"
+    signed = score.unit in SIGNED
     base = 0 if signed else 0.05 + 0.04 * rng.random((layers, heads))
     if score.name in WHERE:
         centre, count, size = WHERE[score.name]

@@ -13,7 +13,7 @@ LIBRARY = ROOT / "hooked_vlm"
 LAYERS = (
     ("cli", "command line"),
     ("commands", "one module per command"),
-    ("experiments", "the two studies, the reproduction of their papers, reports on steering"),
+    ("experiments", "the demo, the two studies, the reproduction of their papers, reports on steering"),
     ("atlas", "scores of every head of both towers, as a table and a page"),
     ("viewer", "HTML pages of attention and other values"),
     ("verify", "comparison with transformers on a checkpoint"),

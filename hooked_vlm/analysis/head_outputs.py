@@ -55,5 +55,5 @@ def output_norms(
         norms = norms if post_scale is None else norms / post_scale
     else:
         norms = block.head_outputs(z, post_scale).float().norm(dim=-1)
-    mask = where.to(norms)[:, :, None]
-    return (norms * mask).sum(1) / mask.sum(1)
+    mask = where.to(norms.device).bool()[:, :, None]  # padding has a norm of 0, by which its numbers were divided
+    return norms.where(mask, 0).sum(1) / mask.sum(1)

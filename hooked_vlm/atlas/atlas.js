@@ -7,10 +7,10 @@ const towers = Object.keys(names).filter(tower => data.sets.some(set => set.towe
 const tables = [], strongest = {}; // tables[set][tower]
 const state = {
   tower: towers[0], set: 0, focus: {}, shown: {}, hover: null, pinned: { language: null, vision: null },
-  rows: 25, up: false, selection: null, order: [],
+  from: 0, up: false, selection: null, order: [], last: null, // the head of the card
 };
 let maps = [], scatter = null;
-const GAP = 14, NARROWEST = 205; // between maps, and of a map, in pixels
+const GAP = 14, NARROWEST = 205; // between maps, and of a map or the scatter, in pixels (a page that is not shown has no width)
 
 const current = () => tables[state.set][state.tower];
 const focusOf = () => state.focus[state.tower];
@@ -39,34 +39,35 @@ function asTable(buffer, set, { layers, heads, scores }) {
   });
   table.scale = score => once("scale " + score, () => scaleOf([ofScore(table, score)], signedOf(set, score), 1));
   table.show = score => once("show " + score, () => writer(Math.max(Math.abs(table.scale(score).low), table.scale(score).high)));
-  table.standardised = () => once("standardised", () => standardised(table));
+  table.profiles = () => once("profiles", () => profilesOf(table));
   return table;
 }
 
 // ---------------------------------------------------------------- pointing
 
-/** Show a head everywhere; null: none, or the pinned one. */
-function mark(shown) {
+/** Outline a head everywhere; null: none. The card shows it, unless it is pointed at in the card. */
+function mark(shown, inCard = false) {
   if (state.hover === shown || samePlace(state.hover, shown)) return;
   state.hover = shown;
-  drawMarks();
+  if (!inCard) state.last = shown ?? state.pinned[state.tower] ?? state.last;
+  drawMarks(!inCard);
 }
 
 /** Keep a head; null lets it go. */
 function pin(shown) {
   state.pinned[state.tower] = shown;
+  state.last = shown ?? state.hover;
   drawMarks();
 }
 
-function drawMarks() {
-  const pinned = state.pinned[state.tower], shown = inFocus();
+function drawMarks(withCard = true) {
+  const pinned = state.pinned[state.tower];
   for (const map of maps) markMap(map, within(state.hover, map.set), within(pinned, map.set));
   if (scatter) markScatter(scatter, within(state.hover, state.set), within(pinned, state.set));
-  for (const row of at("table").querySelectorAll("tbody tr")) markRow(row);
-  const head = within(shown, state.set);
-  at("table").tFoot.replaceChildren(...(head === null ? [] : [tableRow(head, rankOf(head))]));
-  drawCard(shown);
-  at("readout").textContent = readout(shown);
+  for (const row of at("table").rows) markRow(row);
+  fillRow(at("table").tFoot.rows[0], within(inFocus(), state.set));
+  at("readout").textContent = readout(inFocus());
+  if (withCard) drawCard(state.last);
 }
 
 function markRow(row) {
@@ -82,7 +83,7 @@ function readout(shown) {
   const own = entry(table, score, shown.head), parts = [`head ${nameOf(table, shown.head)}`];
   if (tables.length > 1) parts.push(setNames[set]);
   if (own === null) return [...parts, `no ${titleOf(score)}`].join(" · ");
-  const show = table.show(score), more = Number.isNaN(own.null) ? "" : `, null ${show(own.null)}, p ${chance(own.p_holm)}`;
+  const show = table.show(score), more = Number.isNaN(own.null) ? "" : `, null ${show(own.null)}, Holm p ${chance(own.p_holm)}`;
   return [...parts, `${titleOf(score)} ${show(own.value)} ${unitOf(score)} ${range(own.low, own.high, show)}${more}`].join(" · ");
 }
 
@@ -90,54 +91,70 @@ function readout(shown) {
 
 const given = id => at(id).value.trim() === "" ? null : Number(at(id).value);
 
-/** Whether a head keeps the rule "does one thing and not another"; null: there is no rule. */
-function ruled(head) {
-  const does = at("does").value, not = at("doesnt").value, table = current();
+/** The rule "does one thing and not another", as a function of a head; null: there is none. */
+function ruleOf(table) {
+  const does = at("does").value, not = at("doesnt").value, tested = at("doesnt-rule").value === "test", [least, most] = [given("least"), given("most")];
   if (!does) return null;
-  if (above(table, does, head, data.level) !== true) return false;
-  if (given("least") !== null && !(entry(table, does, head).value >= given("least"))) return false;
-  if (!not) return true;
-  return at("doesnt-rule").value === "test" ? above(table, not, head, data.level) === false : entry(table, not, head).value <= given("most");
+  const values = ofScore(table, does), others = not ? ofScore(table, not) : null;
+  return head => {
+    if (above(table, does, head, data.level) !== true || (least !== null && !(values[head] >= least))) return false;
+    if (!not) return true;
+    return tested ? above(table, not, head, data.level) === false : others[head] <= most;
+  };
 }
 
-/** Whether a head passes the filters of the table. */
-function filtered(head) {
-  const table = current(), layer = Math.floor(head / table.heads), value = entry(table, focusOf(), head).value;
-  const [words, from, to, floor] = [at("search").value.trim(), given("from"), given("to"), given("floor")];
-  if (words && !(words.includes(".") && !words.endsWith(".") ? nameOf(table, head) === words : nameOf(table, head).startsWith(words.endsWith(".") ? words : words + "."))) return false;
-  if ((from !== null && layer < from) || (to !== null && layer > to)) return false;
-  if (floor !== null && !(value >= floor)) return false;
-  return !at("tested").checked || above(table, focusOf(), head, data.level) === true;
+/** The filters of the table, as a function of a head. */
+function filterOf(table) {
+  const score = focusOf(), values = ofScore(table, score), words = at("search").value.trim(), tested = at("tested").checked;
+  const [from, to, floor] = ["from", "to", "floor"].map(given), [layer, head] = words.split(".");
+  return own => {
+    const depth = Math.floor(own / table.heads);
+    if (words && (layer !== String(depth) || (head && head !== String(own % table.heads)))) return false;
+    if ((from !== null && depth < from) || (to !== null && depth > to) || (floor !== null && !(values[own] >= floor))) return false;
+    return !tested || above(table, score, own, data.level) === true;
+  };
 }
 
 /** Apply rule and filters; draw what depends on them. */
 function select() {
-  const table = current(), heads = Array.from({ length: table.nHeads }, (_, head) => head);
-  const keeping = heads.filter(ruled), chosen = new Set((at("does").value ? keeping : heads).filter(filtered));
+  const table = current(), heads = Array.from({ length: table.nHeads }, (_, head) => head), rule = ruleOf(table);
+  const keeping = rule ? heads.filter(rule) : heads, chosen = new Set(keeping.filter(filterOf(table))), values = ofScore(table, focusOf());
+  const before = state.selection;
   state.selection = chosen.size === table.nHeads ? null : Uint8Array.from(heads, head => chosen.has(head) ? 1 : 0);
-  const order = table.order(focusOf()).filter(head => chosen.has(head)), known = order.filter(head => !Number.isNaN(entry(table, focusOf(), head).value));
-  state.order = state.up ? [...known.reverse(), ...order.filter(head => !known.includes(head))] : order;
-  sayRule(keeping);
-  drawMaps();
+  const order = table.order(focusOf()).filter(head => chosen.has(head)), n = order.findIndex(head => Number.isNaN(values[head]));
+  const known = n < 0 ? order.length : n;
+  state.order = state.up ? [...order.slice(0, known).reverse(), ...order.slice(known)] : order;
+  sayRule(rule ? keeping : null);
+  if (String(before) !== String(state.selection)) redraw();
   drawTable();
-  drawTwo();
   drawMarks();
+}
+
+/** Everything that is drawn rather than written. */
+function redraw() {
+  drawMaps();
+  drawTwo();
 }
 
 function sayRule(keeping) {
   const does = at("does").value, not = at("doesnt").value, table = current(), n = table.nHeads;
-  if (!does) {
+  if (keeping === null) {
     at("rule-said").textContent = "Choose a score: the heads that are significantly above its null are listed here, and outlined in maps, scatter and table.";
     at("rule-heads").replaceChildren();
     return;
   }
   const holm = `Holm over ${n} heads`, zero = state.set === 2 ? "0 (higher in B)" : "its null";
+  const untested = score => table.scores.includes(score) ? Array.from({ length: n }, (_, head) => above(table, score, head, data.level)).filter(one => one === null).length : 0;
   let words = `${keeping.length} of ${n} heads: ${titleOf(does)} is above ${zero} (p ≤ ${data.level}, ${holm})`;
   if (given("least") !== null) words += `, at least ${number(given("least"))}`;
-  if (not && at("doesnt-rule").value === "test") words += `, and ${titleOf(not)} is not (p > ${data.level}, or not above). Not significant is no evidence of absence; a head without a test of ${titleOf(not)} is left out`;
+  if (not && at("doesnt-rule").value === "test") words += `, and ${titleOf(not)} is not (p > ${data.level}, or not above). Not significant is no evidence of absence`;
   else if (not) words += `, and ${titleOf(not)} is ${number(given("most") ?? NaN)} at most`;
-  at("rule-said").textContent = words + ".";
-  const order = ranked(ofScore(table, does)).filter(head => keeping.includes(head)), listed = order.slice(0, 60);
+  words += ".";
+  for (const score of new Set([does, at("doesnt-rule").value === "test" ? not : ""])) {
+    if (untested(score)) words += ` Left out: ${untested(score)} without a test of ${titleOf(score)} (fewer than three stimuli, or one difference on all, however large: sort by it to see).`;
+  }
+  at("rule-said").textContent = words;
+  const kept = new Set(keeping), order = table.order(does).filter(head => kept.has(head)), listed = order.slice(0, 60);
   const more = order.length > listed.length ? [make("span", { class: "soft" }, `and ${order.length - listed.length} more, in the table`)] : [];
   at("rule-heads").replaceChildren(...listed.map(head => headButton(table, { group: groupOf(state.set), head }, number(entry(table, does, head).value))), ...more);
 }
@@ -151,7 +168,7 @@ const setsOf = score => data.sets.map((_, set) => set).filter(set => tables[set]
 
 function makeMaps() {
   maps = [];
-  const room = at("maps").clientWidth, columns = Math.max(1, Math.floor((room + GAP) / (NARROWEST + GAP)));
+  const room = Math.max(NARROWEST, at("maps").clientWidth), columns = Math.max(1, Math.floor((room + GAP) / (NARROWEST + GAP)));
   const wide = Math.floor(Math.min(300, (room - GAP * (columns - 1)) / columns));
   at("maps").classList.toggle("compared", data.sets.length > 1);
   at("maps").replaceChildren(...state.shown[state.tower].map(score => {
@@ -195,12 +212,12 @@ function step(map, event) {
 }
 
 function drawMaps() {
-  const share = Number(at("reach").value);
+  const share = Number(at("reach").value), ink = inks();
   for (const map of maps) {
     const signed = signedOf(map.set, map.score), values = ofScore(map.table, map.score);
     const alike = map.set === 2 ? [values] : maps.filter(other => other.score === map.score && other.set !== 2).map(other => ofScore(other.table, other.score));
     const scale = scaleOf(alike, signed, share), colours = paletteOf(signed);
-    drawMap(map, values, scale, colours, groupOf(map.set) === groupOf(state.set) ? state.selection : null);
+    drawMap(map, values, scale, colours, groupOf(map.set) === groupOf(state.set) ? state.selection : null, ink);
     drawScale(map.bar, colours);
     const ticks = scale.high === 0 && scale.low === 0 ? ["0 everywhere"] : [number(scale.low), signed ? "0" : "", (scale.over ? "≥ " : "") + number(scale.high) + " " + unitOf(map.score)];
     if (scale.over && signed) ticks[0] = "≤ " + ticks[0];
@@ -208,7 +225,6 @@ function drawMaps() {
     const best = map.table.order(map.score)[0];
     map.canvas.setAttribute("aria-label", `${titleOf(map.score)}${data.sets.length > 1 ? ", " + setNames[map.set] : ""}: ${map.table.layers} layers of ${map.table.heads} heads, largest ${number(values[best])} at head ${nameOf(map.table, best)}`);
   }
-  for (const title of document.querySelectorAll("#maps .title")) title.setAttribute("aria-pressed", String(title.dataset.score === focusOf()));
 }
 
 // ---------------------------------------------------------------- scatter
@@ -216,10 +232,10 @@ function drawMaps() {
 function drawTwo() {
   const table = current(), [x, y] = [at("across").value, at("up").value], values = [x, y].map(score => ofScore(table, score));
   const shades = data.colours.sequential, depth = head => Math.floor(head / table.heads) / Math.max(1, table.layers - 1);
-  const { rho, n } = rankCorrelation(...values), canvas = at("scatter"), width = Math.min(560, canvas.parentElement.clientWidth);
+  const { rho, n } = rankCorrelation(...values), canvas = at("scatter"), width = Math.max(NARROWEST, Math.min(560, canvas.parentElement.clientWidth));
   scatter = { canvas, width, height: Math.round(Math.min(380, 0.75 * width)) };
   const axes = [x, y].map(score => `${titleOf(score)} (${unitOf(score)}${state.set === 2 ? ", B − A" : ""})`);
-  drawScatter(scatter, ...values, axes, { number, selection: state.selection, colourOf: head => shades[Math.round(225 * depth(head))] });
+  drawScatter(scatter, ...values, axes, { number, ink: inks(), selection: state.selection, colourOf: head => shades[Math.round(225 * depth(head))] });
   at("scatter-said").textContent = `Spearman’s rank correlation ${number(rho)} over ${n} heads. Colours: from the first layer (dark) to the last (green).`;
 }
 

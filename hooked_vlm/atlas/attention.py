@@ -210,7 +210,7 @@ def _scores(
         return {
             "image_from_question": a[:, :n, rows.image].sum(-1).mean(-1),
             "image_from_answer": to_image.mean(-1),
-            "localisation": (a[:, n:, rows.asked].sum(-1) / to_image).mean(-1),
+            "localisation": (a[:, n:, rows.asked].sum(-1) / to_image).nanmean(-1),
             "first_token_sink": a[..., rows.first].mean(-1),
             "visual_sink": a[..., sinks].sum(-1).mean(-1),
             "locality": 1 - (a * relative).sum(-1).mean(-1),

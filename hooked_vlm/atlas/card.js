@@ -72,20 +72,21 @@ function drawCard(shown) {
     make("div", { class: "scroll" }, make("table", { class: "scores" },
       make("thead", {}, make("tr", {}, ...header.map(text => make("th", { scope: "col" }, text)))),
       make("tbody", {}, ...scores.map(score => both ? changeRow(score, head) : cardRow(table, score, head))))),
+    ...both && tables.length > 2 ? [make("p", { class: "soft small" }, "B − A, its interval, p and n are over the stimuli that both saw; A and B over all of each.")] : [],
     ...kin(table, group, head), ...gallery(group, head));
 }
 
 function kin(table, group, head) {
-  const found = relatives(table.standardised(), table.scores.length, head, 5);
+  const found = relatives(table.profiles(), table.scores.length, head, 5);
   if (!found.length) return [];
-  return [make("h3", {}, "Closest relatives"), make("p", { class: "heads" }, ...found.map(([other, cosine]) => headButton(table, { group, head: other }, cosine.toFixed(2)))),
+  return [make("h3", {}, "Closest relatives"), make("p", { class: "heads" }, ...found.map(([other, cosine]) => headButton(table, { group, head: other }, cosine.toFixed(2), true))),
     make("p", { class: "soft small" }, `Cosine of the ${table.scores.length} scores, each standardised over all heads of the tower.`)];
 }
 
 /** A head to point at, and to pin. */
-function headButton(table, shown, text) {
+function headButton(table, shown, text, inCard = false) {
   return make("button", {
-    type: "button", "data-head": shown.head, pointerenter: event => { if (event.pointerType === "mouse") mark(shown); }, pointerleave: () => mark(null), click: () => pin(shown),
+    type: "button", "data-head": shown.head, pointerenter: event => { if (event.pointerType === "mouse") mark(shown, inCard); }, pointerleave: () => mark(null, inCard), click: () => pin(shown),
   }, nameOf(table, shown.head), text === null ? null : make("span", { class: "soft" }, " " + text));
 }
 

@@ -18,12 +18,11 @@ from hooked_vlm.analysis.multiple_testing import holm
 from hooked_vlm.analysis.text_tables import text_table
 from hooked_vlm.atlas.definitions import BY_NAME, SCORES, TOWERS, Score
 from hooked_vlm.atlas.result import Atlas, described, mean_of_known
+from hooked_vlm.atlas.show import ALPHA
 from hooked_vlm.errors import InputError
 from hooked_vlm.interventions.base import Tower
 
 COLUMNS = ("tower", "layer", "head", "score", "a", "b", "difference", "low", "high", "p", "p_holm", "n")
-LEVEL = 0.05
-"""Corrected p of a change, at most."""
 LISTED = 3
 """Heads of a score that the text lists."""
 
@@ -52,33 +51,35 @@ class Comparison:
             InputError: the tower is not compared.
         """
         rows = self._rows(tower)
-        hit = rows[holm(rows["p"].to_numpy()) <= LEVEL]
-        found = np.zeros((rows["layer"].max() + 1, rows["head"].max() + 1), bool)
-        found[hit["layer"], hit["head"]] = True
+        layers, heads = (rows[name].to_numpy() for name in ("layer", "head"))
+        hit = holm(rows["p"].to_numpy()) <= ALPHA
+        found = np.zeros((layers.max() + 1, heads.max() + 1), bool)
+        found[layers[hit], heads[hit]] = True
         return found
 
     @cached_property
     def scores(self) -> pd.DataFrame:
         """A row for each score: `stimuli`, heads that went `up` and `down` (p_holm of 0.05 or less), heads `untested`
         (fewer than three stimuli, or one difference on all), the `largest` change among those, and its `head`."""
-        return pd.DataFrame([_counts(str(name), rows) for name, rows in self.table.groupby("score", sort=False)])
+        groups: Any = self.table.groupby("score", sort=False)
+        return pd.DataFrame([_counts(name, rows) for name, rows in groups])
 
     @property
     def text(self) -> str:
         """The answer for a terminal."""
         answers = [
-            f"{found.sum():,} of {found.size:,} heads of the {TOWERS[tower]} changed in at least one score (p of {LEVEL} "
-            f"or less, Holm over all {len(self._rows(tower)):,} tests of heads and scores)."
+            f"{found.sum():,} of {found.size:,} heads of the {TOWERS[tower]} changed in at least one score (p of "
+            f"{ALPHA} or less, Holm over all {len(self._rows(tower)):,} tests of heads and scores)."
             for tower, found in self._changed().items()
         ]
         parts = [f"a: {self.a}\nb: {self.b}", "\n".join([*answers, *self.refused.values()])]
         if lines := self._score_lines():
             header = ("score", "stimuli", "up", "down", "untested", "largest change")
             parts.append(
-                f"Heads whose score is higher (up) or lower (down) in b, p of {LEVEL} or less, Holm over the heads of the "
-                f"score:\n{text_table(header, lines)}"
+                f"Heads whose score is higher (up) or lower (down) in b, p of {ALPHA} or less, Holm over the heads of "
+                f"the score:\n{text_table(header, lines)}"
             )
-        if still := [BY_NAME[name].title for name in self.scores.loc[~self._moved(), "score"]]:
+        if still := [BY_NAME[row["score"]].title for row in self.scores.to_dict("records") if not _moved(row)]:
             parts.append(f"No head changed, by the same rule: {'; '.join(still)}.")
         if lines := self._head_lines():
             header = ("head", "score", "a", "b", "b - a", "95% interval")
@@ -96,17 +97,13 @@ class Comparison:
         return {"a": self.a, "b": self.b, "towers": heads, "scores": scores, "refused": dict(self.refused)}
 
     def _rows(self, tower: Tower) -> pd.DataFrame:
-        rows = self.table[self.table["tower"] == tower]
+        rows = pd.DataFrame(self.table[self.table["tower"] == tower])
         if rows.empty:
             raise InputError(f"the {TOWERS[tower]} is not compared: {self.refused.get(tower, 'it has no scores')}")
         return rows
 
     def _changed(self) -> dict[Tower, Bool[np.ndarray, "layer head"]]:
-        return {tower: self.changed(tower) for tower in TOWERS if (self.table["tower"] == tower).any()}
-
-    def _moved(self) -> pd.Series:
-        """Scores by which a head changed, or could not be tested."""
-        return self.scores[["up", "down", "untested"]].any(axis=1)
+        return {tower: self.changed(tower) for tower in TOWERS if tower in set(self.table["tower"])}
 
     def _score_lines(self) -> list[tuple[str, ...]]:
         return [
@@ -115,11 +112,12 @@ class Comparison:
                 *(f"{row[name]:,}" for name in ("stimuli", "up", "down", "untested")),
                 f"{row['head']} {row['largest']:+.3g}" if row["head"] else "-",
             )
-            for row in self.scores[self._moved()].to_dict("records")
+            for row in self.scores.to_dict("records")
+            if _moved(row)
         ]
 
     def _head_lines(self) -> list[tuple[str, ...]]:
-        hit = self.table[self.table["p_holm"] <= LEVEL].sort_values("p", kind="stable")
+        hit = pd.DataFrame(self.table[self.table["p_holm"] <= ALPHA]).sort_values("p", kind="stable")
         rows = hit.groupby("score", sort=False).head(LISTED)
         return [
             (
@@ -137,10 +135,8 @@ def compare(a: Atlas, b: Atlas) -> Comparison:
     """Compare two atlases, head by head and stimulus by stimulus.
 
     Raises:
-        InputError: stimuli drawn with other seeds; no score that both have on stimuli that both saw, with equally many
-            layers and heads.
+        InputError: no score that both have on stimuli that both saw, with equally many layers and heads.
     """
-    _refuse_other_stimuli(a, b)
     refused: dict[str, str] = {}
     parts = []
     for score in SCORES:
@@ -156,13 +152,15 @@ def compare(a: Atlas, b: Atlas) -> Comparison:
     return Comparison(a.model, b.model, pd.concat(parts, ignore_index=True), refused)
 
 
-def _refuse_other_stimuli(a: Atlas, b: Atlas) -> None:
-    seeds = [atlas.settings.get("seed") for atlas in (a, b)]
-    if seeds[0] != seeds[1]:
-        raise InputError(
-            f"these atlases are on stimuli drawn with seeds {seeds[0]} and {seeds[1]}, which are paired by name only: "
-            "make both with the same seed"
-        )
+def _shared(score: Score, a: Atlas, b: Atlas) -> list[tuple[int, int]]:
+    """Places in both atlases of the stimuli that are the same, not in name alone."""
+    digests = [atlas.settings.get("digests", {}) for atlas in (a, b)]
+    places = {name: i for i, name in enumerate(b.observed[score.name].stimuli)}
+    return [
+        (i, places[name])
+        for i, name in enumerate(a.observed[score.name].stimuli)
+        if name in places and digests[0].get(name) == digests[1].get(name)
+    ]
 
 
 def _misfit(score: Score, a: Atlas, b: Atlas) -> tuple[str, str] | None:
@@ -177,35 +175,39 @@ def _misfit(score: Score, a: Atlas, b: Atlas) -> tuple[str, str] | None:
             f"Heads of the {TOWERS[score.tower]} do not correspond: {layers} layers of {heads} in {a.model}, "
             f"{other_layers} of {other_heads} in {b.model}."
         )
-    if not set(a.observed[score.name].stimuli) & set(b.observed[score.name].stimuli):
-        return score.name, f"{score.title}: no stimulus in common."
+    if not _shared(score, a, b):
+        return score.name, f"{score.title}: no stimulus in common (same --n, --seed or --data, and tokenizer)."
     return None
 
 
 def _compared(score: Score, a: Atlas, b: Atlas) -> pd.DataFrame:
     ours, theirs = a.observed[score.name], b.observed[score.name]
-    places = {name: i for i, name in enumerate(theirs.stimuli)}
-    shared = [(i, places[name]) for i, name in enumerate(ours.stimuli) if name in places]
+    shared = _shared(score, a, b)
     before, after = ours.values[[i for i, _ in shared]], theirs.values[[i for _, i in shared]]
     differences: Float[np.ndarray, "stimulus layer head"] = after - before
     known = np.isfinite(differences)
     rows = described(score, differences, np.zeros_like(differences), int(a.settings.get("seed", 0)))
     means = {name: mean_of_known(np.where(known, own, np.nan)).ravel() for name, own in (("a", before), ("b", after))}
-    return rows.rename(columns={"value": "difference"}).assign(**means)[list(COLUMNS)]
+    return pd.DataFrame(rows.rename(columns={"value": "difference"}).assign(**means)[list(COLUMNS)])
 
 
 def _counts(name: str, rows: pd.DataFrame) -> dict[str, Any]:
-    hit = rows[rows["p_holm"] <= LEVEL]
-    largest = None if hit.empty else hit.loc[hit["difference"].abs().idxmax()].to_dict()
+    hit = pd.DataFrame(rows[rows["p_holm"] <= ALPHA]).to_dict("records")
+    largest = max(hit, key=lambda row: abs(row["difference"]), default=None)
     return {
         "score": name,
-        "stimuli": int(rows["n"].max()),
-        "up": int((hit["difference"] > 0).sum()),
-        "down": int((hit["difference"] < 0).sum()),
-        "untested": int(rows["p"].isna().sum()),
+        "stimuli": int(rows["n"].to_numpy().max()),
+        "up": sum(row["difference"] > 0 for row in hit),
+        "down": sum(row["difference"] < 0 for row in hit),
+        "untested": int(np.isnan(rows["p"].to_numpy()).sum()),
         "largest": np.nan if largest is None else float(largest["difference"]),
         "head": "" if largest is None else _name(largest),
     }
+
+
+def _moved(row: Mapping[str, Any]) -> bool:
+    """Whether a head changed by a score, or could not be tested."""
+    return bool(row["up"] or row["down"] or row["untested"])
 
 
 def _name(row: Mapping[str, Any]) -> str:

@@ -87,7 +87,7 @@ SCORES = (
         "language",
         ("page", "object"),
         "attention to the image tokens of the boxes of what is asked for (as for OCR), divided by attention to all "
-        "image tokens; mean over the positions that predict the answer",
+        "image tokens; mean over the positions that predict the answer and see the image",
         "uniform attention (the share of these tokens)",
         "after arXiv 2503.06287",
     ),
@@ -132,8 +132,8 @@ SCORES = (
         "visual sinks",
         "language",
         PICTURES,
-        "over the same q, the sum of A(q, k) over image tokens k with |x[d]| / rms(x) of 20 or more in a dimension d "
-        "in which the first token's stream x has it, x being the stream that enters the layer",
+        "over the same q, the sum of A(q, k) over image tokens k with abs(x[d]) / rms(x) of 20 or more in a dimension "
+        "d in which the first token's stream x has it, x being the stream that enters the layer",
         "uniform attention",
         "arXiv 2503.03321",
     ),
@@ -192,7 +192,7 @@ SCORES = (
         "value norm",
         "language",
         ASKED,
-        "mean of |v| over the prompt's tokens",
+        "mean norm of v over the prompt's tokens",
         "",
         "arXiv 2004.10102",
         "norm",

@@ -12,7 +12,11 @@ function sized(canvas, width, height) {
   return ratio;
 }
 
-const inkOf = name => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
+/** The page's colours, by their names in its style sheet. */
+function inks() {
+  const style = getComputedStyle(document.documentElement);
+  return Object.fromEntries(["ink", "soft", "line"].map(name => [name, style.getPropertyValue("--" + name).trim()]));
+}
 
 /** Size of a map that is `width` wide: [width, height] of all cells. */
 function mapSize(table, width) {
@@ -35,28 +39,24 @@ function headAt(map, x, y) {
 }
 
 /** Everything of a map that does not move with the pointer. `selection`: 1 for heads that are selected, or null. */
-function drawMap(map, values, scale, colours, selection) {
+function drawMap(map, values, scale, colours, selection, ink) {
   const { table, canvas, size: [wide, high] } = map;
   map.ratio = sized(canvas, MARGIN.left + wide + MARGIN.right, MARGIN.top + high + MARGIN.bottom);
   map.base = document.createElement("canvas");
   [map.base.width, map.base.height] = [canvas.width, canvas.height];
-  const pen = map.base.getContext("2d"), [ink, tint] = [inkOf("--ink"), inkOf("--line")];
-  for (let head = 0; head < table.nHeads; head++) {
-    const [x0, y0, x1, y1] = cellOf(map, head);
-    pen.globalAlpha = selection && !selection[head] ? 0.3 : 1;
-    pen.fillStyle = Number.isNaN(values[head]) ? tint : colours[shadeOf(values[head], scale)];
-    pen.fillRect(x0, y0, x1 - x0, y1 - y0);
-  }
-  pen.globalAlpha = 1;
+  const pen = map.base.getContext("2d");
+  const [x0, y0] = cellOf(map, 0), [, , x1, y1] = cellOf(map, table.nHeads - 1);
+  pen.imageSmoothingEnabled = false;
+  pen.drawImage(pixelsOf(table, values, scale, colours, selection, ink.line), x0, y0, x1 - x0, y1 - y0);
   if (selection) {
-    pen.strokeStyle = ink;
+    pen.strokeStyle = ink.ink;
     pen.lineWidth = map.ratio;
     selection.forEach((chosen, head) => {
       const [x0, y0, x1, y1] = cellOf(map, head);
       if (chosen) pen.strokeRect(x0 + map.ratio / 2, y0 + map.ratio / 2, x1 - x0 - map.ratio, y1 - y0 - map.ratio);
     });
   }
-  pen.fillStyle = inkOf("--soft");
+  pen.fillStyle = ink.soft;
   pen.font = `${10 * map.ratio}px system-ui, sans-serif`;
   pen.textAlign = "right"; pen.textBaseline = "middle";
   for (const layer of steps(table.layers, high)) {
@@ -69,6 +69,23 @@ function drawMap(map, values, scale, colours, selection) {
     pen.fillText(head, (x0 + x1) / 2, map.base.height - (MARGIN.bottom - 4) * map.ratio);
   }
 }
+
+/** A map of one pixel for each head; heads that are not selected are pale. */
+function pixelsOf(table, values, scale, colours, selection, none) {
+  const tiny = document.createElement("canvas");
+  [tiny.width, tiny.height] = [table.heads, table.layers];
+  const pen = tiny.getContext("2d"), image = pen.createImageData(table.heads, table.layers);
+  const shades = new Uint8Array(colours.flatMap(bytesOf)), clear = bytesOf(none);
+  for (let head = 0; head < table.nHeads; head++) {
+    const shade = shadeOf(values[head], scale);
+    image.data.set(Number.isNaN(values[head]) ? clear : shades.subarray(3 * shade, 3 * shade + 3), 4 * head);
+    image.data[4 * head + 3] = selection && !selection[head] ? 77 : 255;
+  }
+  pen.putImageData(image, 0, 0);
+  return tiny;
+}
+
+const bytesOf = colour => [1, 3, 5].map(i => parseInt(colour.slice(i, i + 2), 16)); // #rrggbb
 
 /** Numbers at an axis with room for each. */
 function steps(n, pixels) {
@@ -83,7 +100,7 @@ function markMap(map, hovered, pinned) {
   pen.drawImage(map.base, 0, 0);
   for (const [head, colour] of [[pinned, "#d55e00"], [hovered, "#000"]]) {
     if (head === null) continue;
-    const [x0, y0, x1, y1] = cellOf(map, head), out = 1.5 * map.ratio;
+    const [x0, y0, x1, y1] = cellOf(map, head), out = 2 * map.ratio;
     frame(pen, [x0 - out, y0 - out, x1 + out, y1 + out], colour, 2 * map.ratio);
   }
 }
@@ -126,8 +143,8 @@ function drawScatter(plot, x, y, names, look) {
   const pen = plot.base.getContext("2d");
   pen.font = `${11 * ratio}px system-ui, sans-serif`;
   pen.lineWidth = ratio;
-  pen.strokeStyle = inkOf("--line");
-  pen.fillStyle = inkOf("--soft");
+  pen.strokeStyle = look.ink.line;
+  pen.fillStyle = look.ink.soft;
   pen.textAlign = "center"; pen.textBaseline = "top";
   for (const tick of roundSteps(x0, x1, 5)) {
     rule(pen, acrossOf(tick), upOf(y0), acrossOf(tick), upOf(y1));
@@ -138,7 +155,7 @@ function drawScatter(plot, x, y, names, look) {
     rule(pen, acrossOf(x0), upOf(tick), acrossOf(x1), upOf(tick));
     pen.fillText(look.number(tick), acrossOf(x0) - 6 * ratio, upOf(tick));
   }
-  pen.fillStyle = inkOf("--ink");
+  pen.fillStyle = look.ink.ink;
   pen.textBaseline = "bottom";
   pen.fillText(names[0], acrossOf(x1), ratio * (height - 4));
   pen.textAlign = "left"; pen.textBaseline = "top";

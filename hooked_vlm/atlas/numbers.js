@@ -22,8 +22,9 @@ function ranked(values) {
   return Array.from(values, (_, i) => i).sort((a, b) => key(b) - key(a) || a - b);
 }
 
-/** Scores of every head less their mean over heads, by their standard deviation: [head, score], 0 where there is none. */
-function standardised(table) {
+/** Profiles of heads, [head, score]: scores less their mean over heads, by their standard deviation (0 where there is no
+ * value), each head's divided by its norm. */
+function profilesOf(table) {
   const nScores = table.scores.length, out = new Float64Array(table.nHeads * nScores);
   table.scores.forEach((score, s) => {
     const values = ofScore(table, score), known = values.filter(value => !Number.isNaN(value));
@@ -31,17 +32,20 @@ function standardised(table) {
     const spread = Math.sqrt(known.reduce((a, b) => a + (b - mean) ** 2, 0) / known.length);
     if (spread > 0) values.forEach((value, head) => { if (!Number.isNaN(value)) out[head * nScores + s] = (value - mean) / spread; });
   });
+  for (let head = 0; head < table.nHeads; head++) {
+    const own = out.subarray(head * nScores, (head + 1) * nScores), norm = Math.hypot(...own);
+    if (norm > 0) own.forEach((value, s) => { own[s] = value / norm; });
+  }
   return out;
 }
 
-/** The `n` heads whose standardised scores have the largest cosine with those of a head: [head, cosine]. */
-function relatives(scaled, nScores, head, n) {
-  const own = scaled.subarray(head * nScores, (head + 1) * nScores), found = [];
-  const size = row => Math.sqrt(row.reduce((a, b) => a + b * b, 0));
-  const mine = size(own);
-  for (let other = 0; other * nScores < scaled.length; other++) {
-    const row = scaled.subarray(other * nScores, (other + 1) * nScores), both = mine * size(row);
-    if (other !== head && both > 0) found.push([other, row.reduce((sum, value, i) => sum + value * own[i], 0) / both]);
+/** The `n` heads whose profiles have the largest cosine with that of a head: [head, cosine]. */
+function relatives(profiles, nScores, head, n) {
+  const found = [];
+  for (let other = 0; other * nScores < profiles.length; other++) {
+    let cosine = 0;
+    for (let s = 0; s < nScores; s++) cosine += profiles[head * nScores + s] * profiles[other * nScores + s];
+    if (other !== head) found.push([other, cosine]);
   }
   return found.sort((a, b) => b[1] - a[1]).slice(0, n);
 }

@@ -5,12 +5,13 @@ save_atlas_page("out/atlas.html", found, [Picture("page-3", image, "What is the 
 
 import base64
 import io
-import re
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import jinja2
 import numpy as np
@@ -20,9 +21,10 @@ from matplotlib import colormaps
 from matplotlib.colors import LinearSegmentedColormap, to_hex
 
 from hooked_vlm.analysis.pictures import DIVERGING, SEQUENTIAL
-from hooked_vlm.atlas.comparison import LEVEL, compare
+from hooked_vlm.atlas.comparison import compare
 from hooked_vlm.atlas.definitions import BY_NAME, KINDS, TOWERS
 from hooked_vlm.atlas.result import Atlas
+from hooked_vlm.atlas.show import ALPHA
 from hooked_vlm.errors import InputError
 from hooked_vlm.inputs.images import load_image
 from hooked_vlm.interventions.base import Tower
@@ -35,6 +37,8 @@ SHOWN_FIRST = (
     *("distance", "sink_patches", "text_region", "answer_without", "class_token"),
 )
 """Scores whose maps are shown first."""
+SIGNED = ("nats", "logits")
+"""Units of effects, whose colours have 0 in their middle."""
 STRONGEST = 3
 """Pictures shown of a head."""
 LONGEST = 220
@@ -45,8 +49,6 @@ DOUBLES, SINGLES = ("p", "p_holm"), ("value", "low", "high", "null", "n")
 """Columns of the page: p are kept in 64 bits, which do not round them to 0."""
 DARK_DIVERGING = LinearSegmentedColormap.from_list("dark", ["#7cc4ff", "#2f6ea3", "#26282b", "#a8492f", "#ffa07a"])
 """Zero is dark, as the page is."""
-RELATIVE = re.compile(r"(?:[^\s:#?/\\]+/)*[^\s:#?/\\]*")
-"""An address under the folder of the page, without a part of its own behind #."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,7 +62,7 @@ class Picture:
     caption: str = ""
     """Question and answer."""
     link: str = ""
-    """Address, relative to the page, of a page of `viewer.attention` on it, which opens with the head in question."""
+    """File, relative to the page, with a page of `viewer.attention` on it, which opens with the head in question."""
     vision_link: str = ""
     """The same of `viewer.vision_attention`, for heads of the vision tower."""
 
@@ -95,7 +97,7 @@ def atlas_page(found: Atlas, pictures: Sequence[Picture] = (), other: Atlas | No
         "sets": sets,
         "scores": {name: _definition(name) for name in BY_NAME if any(name in own["names"] for own in sets)},
         "first": SHOWN_FIRST,
-        "level": LEVEL,
+        "level": ALPHA,
         "none": NONE,
         "pictures": [_shown(picture) for picture in pictures],
         "colours": _colours(),
@@ -113,7 +115,6 @@ def atlas_page(found: Atlas, pictures: Sequence[Picture] = (), other: Atlas | No
         refused=refused,
         strongest={tower: _strongest_blob(found, tower, pictures) for tower in found.towers} if pictures else {},
         parts=parts,
-        level=LEVEL,
     )
 
 
@@ -166,14 +167,14 @@ def _check(found: Atlas, pictures: Sequence[Picture]) -> None:
         if names.count(picture.name) > 1:
             raise InputError(f"there are two pictures of the stimulus {picture.name!r}")
         for link in (picture.link, picture.vision_link):
-            if not RELATIVE.fullmatch(link):
-                raise InputError(f"links are relative to the page, as pictures/page-3.html, got {link!r}")
+            if link.startswith("/") or "://" in link:
+                raise InputError(f"links are files beside the page, as pictures/page-3.html, got {link!r}")
 
 
 def _as_set(atlas: Atlas, rows: pd.DataFrame) -> dict[str, Any]:
     """Numbers that are shown together: of an atlas, or the differences of two."""
-    present = [tower for tower in TOWERS if (rows["tower"] == tower).any()]
-    towers = {tower: _of_tower(rows[rows["tower"] == tower]) for tower in present}
+    present = [tower for tower in TOWERS if tower in set(rows["tower"])]
+    towers = {tower: _of_tower(pd.DataFrame(rows[rows["tower"] == tower])) for tower in present}
     names = [name for tower in towers.values() for name in tower["scores"]]
     return {"model": atlas.model, "towers": towers, "names": names}
 
@@ -182,8 +183,8 @@ def _of_tower(rows: pd.DataFrame) -> dict[str, Any]:
     """Rows in the order of score, layer and head, as `Atlas.table` has them."""
     columns = [rows[list(names)].to_numpy(kind).T.tobytes() for names, kind in ((DOUBLES, "<f8"), (SINGLES, "<f4"))]
     return {
-        "layers": int(rows["layer"].max()) + 1,
-        "heads": int(rows["head"].max()) + 1,
+        "layers": int(rows["layer"].to_numpy().max()) + 1,
+        "heads": int(rows["head"].to_numpy().max()) + 1,
         "scores": list(dict.fromkeys(rows["score"])),
         "blob": encoded(b"".join(columns)),
     }
@@ -192,15 +193,14 @@ def _of_tower(rows: pd.DataFrame) -> dict[str, Any]:
 def _strongest_blob(found: Atlas, tower: Tower, pictures: Sequence[Picture]) -> str:
     """Scores, then numbers of pictures, [score, head, rank] each, of all scores of the tower."""
     each = [strongest_pictures(found, score.name, pictures) for score in found.scores if score.tower == tower]
-    return encoded(
-        b"".join([scores.astype("<f4").tobytes() for _, scores in each] + [own.tobytes() for own, _ in each])
-    )
+    values = b"".join(scores.astype("<f4").tobytes() for _, scores in each)
+    return encoded(values + b"".join(numbers.tobytes() for numbers, _ in each))
 
 
 def _definition(name: str) -> dict[str, Any]:
     score = BY_NAME[name]
     return {"title": score.title, "unit": score.unit, "tested": bool(score.null), "tower": score.tower} | {
-        "signed": score.null == "0",
+        "signed": score.unit in SIGNED,
         "formula": score.formula,
         "null": score.null,
         "source": score.source,
@@ -209,17 +209,25 @@ def _definition(name: str) -> dict[str, Any]:
 
 
 def _facts(label: str, atlas: Atlas) -> dict[str, str]:
-    shapes = {tower: "{} layers of {} heads".format(*atlas.shape(tower)) for tower in atlas.towers}
-    heads = {TOWERS[tower].capitalize(): shape for tower, shape in shapes.items()}
-    simple: Mapping[str, Any] = {
-        name.replace("_", " "): value for name, value in atlas.settings.items() if isinstance(value, str | int | float)
-    }
-    shown = {name: f"{value:.3g}" if isinstance(value, float) else str(value) for name, value in simple.items()}
-    return {label: atlas.model, **heads, **shown}
+    facts = {label: atlas.model}
+    for tower in atlas.towers:
+        facts[TOWERS[tower].capitalize()] = "{} layers of {} heads".format(*atlas.shape(tower))
+    kinds = Counter(atlas.settings.get("kinds", {}).values())
+    if kinds:
+        facts["Stimuli"] = ", ".join(f"{n} {kind}" for kind, n in kinds.items())
+    for name, value in atlas.settings.items():
+        if isinstance(value, str | int | float):
+            facts[name.replace("_", " ")] = f"{value:.3g}" if isinstance(value, float) else _short(str(value))
+    return facts
+
+
+def _short(text: str) -> str:
+    """The beginning of a digest."""
+    return f"{text[:12]}…" if len(text) >= 32 and set(text) <= set("0123456789abcdef") else text
 
 
 def _shown(picture: Picture) -> dict[str, str]:
-    links = {"language": picture.link, "vision": picture.vision_link}
+    links = {"language": quote(picture.link), "vision": quote(picture.vision_link)}
     return {"name": picture.name, "src": _thumbnail(picture.thumbnail), "caption": picture.caption, **links}
 
 

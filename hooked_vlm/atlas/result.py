@@ -47,7 +47,7 @@ class Atlas:
     observed: Mapping[str, Observed]
     """By the name of the score, in the order of `SCORES`; a score that the model cannot have is missing."""
     settings: Mapping[str, Any] = field(default_factory=dict)
-    """What the numbers depend on: weights, seed, number of groups, and the kind of each stimulus."""
+    """What the numbers depend on: weights, seed, number of groups, kind and digest of each stimulus."""
 
     @property
     def scores(self) -> tuple[Score, ...]:
@@ -184,8 +184,14 @@ def described(score: Score, values: Values, nulls: Values | None, seed: int) -> 
 
 
 def _paired_p(differences: Values) -> Float[np.ndarray, "layer head"]:
-    known = differences[np.isfinite(differences).all((1, 2))]
-    return np.asarray(mean_p(known)) if len(known) else np.full(differences.shape[1:], np.nan)
+    """`mean_p` of every head, over the stimuli on which it has a value and a null."""
+    flat = differences.reshape(len(differences), -1)
+    known = np.isfinite(flat)
+    whole, p = known.all(0), np.full(flat.shape[1], np.nan)
+    p[whole] = mean_p(flat[:, whole])
+    for head in np.flatnonzero(known.any(0) & ~whole):
+        p[head] = mean_p(flat[known[:, head], head])
+    return p.reshape(differences.shape[1:])
 
 
 def mean_of_known(values: Values) -> Float[np.ndarray, "layer head"]:

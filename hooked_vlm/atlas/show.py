@@ -5,7 +5,7 @@ import pandas as pd
 from jaxtyping import Bool
 
 from hooked_vlm.analysis.text_tables import text_table
-from hooked_vlm.atlas.definitions import Score
+from hooked_vlm.atlas.definitions import TOWERS, Score
 from hooked_vlm.atlas.result import Atlas
 
 SHOWN = 2
@@ -18,8 +18,7 @@ def in_terminal(found: Atlas) -> str:
     parts = [_answer(found)]
     for tower in found.towers:
         layers, heads = found.shape(tower)
-        name = "language model" if tower == "language" else "vision tower"
-        header = (f"{name}: {layers} x {heads}", "above null", "n", *["strongest"] + [""] * (SHOWN - 1))
+        header = (f"{TOWERS[tower]}: {layers} x {heads}", "above null", "n", *["strongest"] + [""] * (SHOWN - 1))
         rows = [_row(found, score) for score in found.scores if score.tower == tower]
         parts.append(text_table(header, rows))
     parts.append(

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 TEXT = "text"
 """Name of the boxes around text, for `text_region`."""
+FEW_TOKENS = 1000
+"""Size of the vocabulary from which on a model is asked in whole sentences about larger pictures."""
 REPEATED_LENGTH = 24
 """Number of tokens that are repeated."""
 
@@ -71,15 +73,16 @@ LARGE = Style((448, 392), 36, 5, " Answer with one word.")
 
 
 def shipped(model: "HookedVLM", n: int = 32, seed: int = 0) -> list[Stimulus]:
-    """Draw `n` stimuli of each kind, the same for every model that takes the same style: pages in the style of the
-    bundled toy models for these, larger ones for all others. A language model without a vision tower gets no pictures.
+    """Draw `n` stimuli of each kind, the same for every model that takes the same style: small pages for models whose
+    vocabulary knows characters and few words (the bundled toy models), larger ones for all others. A language model
+    without a vision tower gets no pictures.
 
     Raises:
         InputError: fewer than one.
     """
     if n < 1:
         raise InputError(f"an atlas needs at least one stimulus of each kind, got {n}")
-    style = TOY if model.cfg.model_name.startswith("toy-") else LARGE
+    style = TOY if model.cfg.d_vocab < FEW_TOKENS else LARGE
     found: list[Stimulus] = []
     for i in range(n):
         page, text = _page(np.random.default_rng([seed, 31, i]), style, i)

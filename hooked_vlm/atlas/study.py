@@ -72,6 +72,7 @@ def atlas(
         tables = own.tables(tasks, "atlas", each="part", quiet=quiet)
     settings: dict[str, Any] = {"seed": seed, "groups": groups, "weights": model.identity().get("weights")}
     settings["kinds"] = {stimulus.name: stimulus.kind for stimulus in stimuli}
+    settings["digests"] = {stimulus.name: stimulus.digest()[:16] for stimulus in stimuli}
     return Atlas(model.cfg.model_name, _observed(model, pd.concat(tables)), settings)
 
 

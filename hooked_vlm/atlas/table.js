@@ -6,46 +6,88 @@ function rankOf(head) {
   return state.up ? current().nHeads - place : place + 1;
 }
 
-function tableRow(head, rank) {
-  const table = current(), shown = { group: groupOf(state.set), head }, focus = entry(table, focusOf(), head);
-  const tested = !Number.isNaN(focus.p_holm), show = table.show(focusOf());
-  const cells = table.scores.map(score => {
-    const value = entry(table, score, head).value, scale = table.scale(score), strong = above(table, score, head, data.level);
+const PAGE = 25, FIXED = 5; // rows of a page, columns before the scores
+
+/** The rows of the table, empty: they are filled again and again. */
+function makeTable() {
+  const table = current(), columns = ["", "head", "95% interval", "null", "Holm p"].map(text => make("th", { scope: "col" }, text));
+  const headers = table.scores.map(score => make("th", { scope: "col", title: data.scores[score].formula },
+    make("button", { type: "button", "data-score": score, click: () => score === focusOf() ? turn() : focusOn(score) }, titleOf(score))));
+  const row = () => make("tr", {}, make("td", { class: "soft" }), make("th", { scope: "row" }, make("button", { type: "button" })), ...[...columns, ...headers].slice(2).map(() => make("td")));
+  const widths = [2.4, 3.8, 8.4, 3.8, 4.2, ...table.scores.map(() => 4.9)]; // given, so that no number moves a column
+  at("table").querySelector("colgroup").replaceChildren(...widths.map(width => make("col", { style: `width:${width}rem` })));
+  at("table").style.width = widths.reduce((a, b) => a + b) + "rem";
+  at("table").tHead.replaceChildren(make("tr", {}, ...columns, ...headers));
+  at("table").tBodies[0].replaceChildren(...Array.from({ length: Math.min(PAGE, table.nHeads) }, row));
+  at("table").tFoot.replaceChildren(row());
+}
+
+/** Write a head into a row; null: none. */
+function fillRow(row, head) {
+  row.hidden = head === null;
+  if (head === null) return;
+  const table = current(), focus = entry(table, focusOf(), head), show = table.show(focusOf()), cells = row.cells;
+  row.dataset.head = head;
+  cells[0].textContent = rankOf(head);
+  cells[1].firstChild.textContent = nameOf(table, head);
+  [range(focus.low, focus.high, show), show(focus.null), chance(focus.p_holm)].forEach((text, i) => { cells[2 + i].textContent = text; });
+  table.scores.forEach((score, s) => {
+    const cell = cells[FIXED + s], value = ofScore(table, score)[head], scale = table.scale(score);
     const share = scale.signed ? Math.abs(value) / scale.high : (value - scale.low) / (scale.high - scale.low);
-    const look = [strong ? "strong" : "", score === focusOf() ? "focus" : ""].join(" ").trim();
-    return make("td", { class: look || null, style: share > 0 ? `--share:${share.toFixed(3)}` : null }, table.show(score)(value));
+    cell.textContent = table.show(score)(value);
+    cell.className = above(table, score, head, data.level) ? "strong" : "";
+    cell.style.setProperty("--share", share > 0 ? share.toFixed(3) : 0);
   });
-  const row = make("tr", { "data-head": head, pointerenter: event => { if (event.pointerType === "mouse") mark(shown); }, pointerleave: () => mark(null) },
-    make("td", { class: "soft" }, String(rank)), make("th", { scope: "row" }, make("button", { type: "button", click: () => pin(samePlace(shown, state.pinned[state.tower]) ? null : shown) }, nameOf(table, head))),
-    make("td", {}, range(focus.low, focus.high, show)), make("td", {}, show(focus.null)), make("td", {}, tested ? chance(focus.p_holm) : "–"), ...cells);
   markRow(row);
-  return row;
 }
 
 function drawTable() {
-  const table = current(), sort = state.up ? "ascending" : "descending";
-  const fixed = ["", "head", "95% interval", "null", "Holm p"].map((text, i) => make("th", { scope: "col", title: i > 1 ? `of ${titleOf(focusOf())}` : null }, text));
-  const headers = table.scores.map(score => make("th", { scope: "col", "aria-sort": score === focusOf() ? sort : null, title: data.scores[score].formula },
-    make("button", { type: "button", "data-score": score, click: () => score === focusOf() ? turn() : focusOn(score) }, titleOf(score))));
-  at("table").tHead.replaceChildren(make("tr", {}, ...fixed, ...headers));
-  const listed = state.order.slice(0, state.rows);
-  at("table").tBodies[0].replaceChildren(...listed.map(head => tableRow(head, rankOf(head))));
-  const by = `by ${titleOf(focusOf())}, ${state.up ? "lowest" : "highest"} first${state.set === 2 ? ", B − A" : ""}`;
-  at("table-said").textContent = `${state.order.length} of ${table.nHeads} heads of the ${names[state.tower]} ${by}; ${listed.length} listed. Interval, null and p are of ${titleOf(focusOf())}; bold: significantly above the null.`;
-  at("focus-name").textContent = titleOf(focusOf());
-  for (const id of ["more", "all"]) at(id).hidden = listed.length === state.order.length;
+  const table = current(), score = focusOf(), by = `by ${titleOf(score)}${state.set === 2 ? ", B − A" : ""}, ${state.up ? "lowest" : "highest"} first`;
+  for (const header of at("table").tHead.rows[0].cells) {
+    if (header.querySelector(`[data-score="${score}"]`)) header.setAttribute("aria-sort", state.up ? "ascending" : "descending");
+    else header.removeAttribute("aria-sort");
+  }
+  [...at("table").tBodies[0].rows].forEach((row, i) => fillRow(row, state.order[state.from + i] ?? null));
+  for (const title of document.querySelectorAll("#maps .title")) title.setAttribute("aria-pressed", String(title.dataset.score === score));
+  at("table-said").textContent = `${state.order.length} of ${table.nHeads} heads of the ${names[state.tower]} ${by}. Interval, null and p are of ${titleOf(score)}; bold: significantly above the null.`;
+  at("focus-name").textContent = titleOf(score);
+  at("page").textContent = state.order.length ? `${state.from + 1} to ${Math.min(state.from + PAGE, state.order.length)} of ${state.order.length}` : "no heads";
+  at("previous").disabled = state.from === 0;
+  at("next").disabled = state.from + PAGE >= state.order.length;
+}
+
+/** Another page of the table. */
+function leaf(by) {
+  state.from += by * PAGE;
+  drawTable();
+}
+
+/** Rows answer as maps do. */
+function listen() {
+  const headOf = event => {
+    const row = event.target.closest("tr[data-head]");
+    return row ? { group: groupOf(state.set), head: Number(row.dataset.head) } : null;
+  };
+  for (const part of [at("table").tBodies[0], at("table").tFoot]) {
+    if (part === at("table").tBodies[0]) part.addEventListener("pointerover", event => { if (event.pointerType === "mouse") mark(headOf(event)); });
+    part.addEventListener("click", event => {
+      const head = headOf(event);
+      if (head && event.target.closest("button")) pin(samePlace(head, state.pinned[state.tower]) ? null : head);
+    });
+  }
+  at("table").addEventListener("pointerleave", () => mark(null));
 }
 
 /** The other direction of the table. */
 function turn() {
-  state.up = !state.up;
+  Object.assign(state, { up: !state.up, from: 0 });
   select();
 }
 
 /** Put a score in focus: it orders the table and chooses the pictures. */
 function focusOn(score) {
   if (!current().scores.includes(score)) return;
-  Object.assign(state, { up: false, rows: 25 });
+  Object.assign(state, { up: false, from: 0 });
   state.focus[state.tower] = score;
   select();
 }
@@ -81,7 +123,8 @@ const options = (select, pairs, value) => { select.replaceChildren(...pairs.map(
 
 /** Another tower or other numbers: all that lists scores is made again. */
 function turnTo(change) {
-  Object.assign(state, change, { hover: null, rows: 25 });
+  Object.assign(state, change, { hover: null, from: 0 });
+  state.last = state.pinned[state.tower];
   for (const input of at("set").querySelectorAll("input")) input.disabled = !tables[input.value][state.tower];
   if (!current()) {
     state.set = tables.findIndex(own => own[state.tower]);
@@ -100,7 +143,9 @@ function turnTo(change) {
   for (const id of ["from", "to"]) { at(id).max = table.layers - 1; at(id).placeholder = id === "from" ? "0" : String(table.layers - 1); }
   makeChips();
   makeMaps();
+  makeTable();
   ruleChoices();
+  redraw();
   select();
 }
 
@@ -115,6 +160,7 @@ function makeChips() {
       say();
       makeMaps();
       drawMaps();
+      drawTable();
       drawMarks();
     },
   }), make("span", {}, titleOf(score)))));
@@ -132,23 +178,24 @@ function ruleChoices() {
 function makeControls() {
   radios("tower", towers.map(tower => [tower, names[tower]]), state.tower, tower => turnTo({ tower }));
   radios("set", data.sets.map((_, set) => [set, setNames[set]]), 0, set => turnTo({ set }));
-  for (const id of ["does", "doesnt", "doesnt-rule", "least", "most"]) at(id).addEventListener("input", () => { ruleChoices(); state.rows = 25; select(); });
-  for (const id of ["search", "from", "to", "floor", "tested"]) at(id).addEventListener("input", () => { state.rows = 25; select(); });
+  for (const id of ["does", "doesnt", "doesnt-rule", "least", "most"]) at(id).addEventListener("input", () => { ruleChoices(); state.from = 0; select(); });
+  for (const id of ["search", "from", "to", "floor", "tested"]) at(id).addEventListener("input", () => { state.from = 0; select(); });
   at("clear").addEventListener("click", () => {
     for (const id of ["search", "from", "to", "floor", "does", "doesnt", "least"]) at(id).value = "";
     at("tested").checked = false;
     ruleChoices();
+    state.from = 0;
     select();
   });
   at("reach").addEventListener("change", () => { drawMaps(); drawMarks(); });
-  at("more").addEventListener("click", () => { state.rows += 25; drawTable(); });
-  at("all").addEventListener("click", () => { state.rows = Infinity; drawTable(); });
+  at("previous").addEventListener("click", () => leaf(-1));
+  at("next").addEventListener("click", () => leaf(1));
   at("csv-all").addEventListener("click", saveAll);
   at("csv-selection").addEventListener("click", saveSelection);
   document.addEventListener("keydown", event => { if (event.key === "Escape") { state.hover = null; pin(null); } });
-  matchMedia("(prefers-color-scheme: dark)").addEventListener("change", select);
+  matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => { redraw(); drawMarks(); });
   let before = innerWidth;
-  addEventListener("resize", () => { if (innerWidth !== before) { before = innerWidth; makeMaps(); select(); } });
+  addEventListener("resize", () => { if (innerWidth !== before) { before = innerWidth; makeMaps(); redraw(); drawTable(); drawMarks(); } });
 }
 
 async function start() {
@@ -166,6 +213,7 @@ async function start() {
   }
   makeControls();
   makeScatter();
+  listen();
   turnTo({});
   document.body.dataset.ready = "yes";
 }

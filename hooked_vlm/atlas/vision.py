@@ -2,7 +2,6 @@
 
 from collections import defaultdict
 from dataclasses import dataclass
-from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -39,10 +38,9 @@ class Tile:
     """Patches with text."""
     class_tokens: int
 
-    @cached_property
-    def distances(self) -> Float[Tensor, "patch patch"]:
-        """From each patch to every patch, divided by the largest from there."""
-        found = torch.cdist(self.centres.double(), self.centres.double()).nan_to_num()
+    def distances(self, queries: Int[Tensor, "query"]) -> Float[Tensor, "query patch"]:
+        """From some patches to every patch, divided by the largest from there."""
+        found = torch.cdist(self.centres[queries], self.centres).nan_to_num()
         return (found / found.amax(-1, keepdim=True).clamp_min(1e-30)).float()
 
 
@@ -93,7 +91,7 @@ def _tiles(model: "HookedVLM", stimulus: Stimulus) -> list[Tile]:
             if box.image == image:
                 text[tokens_in(layout.patches, scaled(box, stimulus, layout, image))] = True
         for tile, numbers in enumerate(layout.tower_order):
-            centres = torch.from_numpy((boxes[numbers, :2] + boxes[numbers, 2:]) / 2).float()
+            centres = torch.from_numpy((boxes[numbers, :2] + boxes[numbers, 2:]) / 2)
             own = Tile(n_before + tile, centres, torch.from_numpy(text[numbers]), inputs.spec.class_tokens)
             tiles.append(own)
         n_before += grids[image][0]
@@ -131,7 +129,7 @@ def _of_queries(
     """Every score for some queries of a tile, of which those of `text_region` are the ones outside of text."""
     patches = a[..., tile.class_tokens :]
     found = {
-        "distance": (patches * tile.distances[queries]).sum(-1),
+        "distance": (patches * tile.distances(queries)).sum(-1),
         "sink_patches": patches[..., sinks].sum(-1),
     }
     if tile.class_tokens:

@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from atlas_by_hand import check_attention
+from largest import Largest
 
 from hooked_vlm import HookedVLM
 from hooked_vlm.atlas import Stimulus, shipped
@@ -20,6 +22,7 @@ from hooked_vlm.atlas.stimuli import REPEATED_LENGTH, as_stimuli, of_kind
 from hooked_vlm.atlas.vision import vision_scores
 from hooked_vlm.data.samples import NamedBox, Sample
 from hooked_vlm.inputs.vlm_inputs import VLMInputs
+from hooked_vlm.toys import pages
 
 TOYS = ("toy-qwen2-vl", "toy-internvl2")
 
@@ -36,82 +39,9 @@ def stimuli(model: HookedVLM, kind: Any, n: int = 3, seed: int = 0) -> list[Stim
 # ---------------------------------------------------------------- literal
 
 
-def literal(model: HookedVLM, stimulus: Stimulus, other: Stimulus) -> dict[str, np.ndarray]:
-    """The definitions, head by head, query by query and key by key, on a row alone."""
-    inputs = model.as_inputs(stimulus.asked.inputs(model))
-    with torch.no_grad():
-        layers = [f"blocks.{layer}." for layer in range(model.cfg.n_layers)]
-        suffixes = ("attn.hook_pattern", "hook_resid_pre", "attn.hook_v", "attn.hook_z")
-        own_names = [layer + suffix for layer in layers for suffix in suffixes]
-        logits, cache = model.run_with_cache(inputs, names_filter=own_names)
-    cfg, tokens = model.cfg, inputs.tokens[0].tolist()
-    stop, n_answer = inputs.stop[0], inputs.n_generated[0]
-    image, question = inputs.positions.image[0].tolist(), inputs.positions.question[0].tolist()
-    answer = list(range(stop - n_answer - 1, stop - 1))
-    if stimulus.kind == "text":
-        evidence, elsewhere = needle(model, inputs, 0), None
-    else:
-        evidence = tokens_of_boxes(model, inputs, 0, stimulus, stimulus)
-        elsewhere = tokens_of_boxes(model, inputs, 0, stimulus, other)
-    asked = [key for key in image if evidence[:, key].any()]
-    found: dict[str, np.ndarray] = {}
-    for layer in range(cfg.n_layers):
-        pattern = cache[f"blocks.{layer}.attn.hook_pattern"][0]
-        x = cache[f"blocks.{layer}.hook_resid_pre"][0]
-        v, z = cache[f"blocks.{layer}.attn.hook_v"][0], cache[f"blocks.{layer}.attn.hook_z"][0]
-        big = [[abs(float(a)) / float(row.pow(2).mean().sqrt()) >= 20 for a in row] for row in x]
-        sinks = [key for key in image if any(a and b for a, b in zip(big[key], big[0], strict=True))]
-        for head in range(cfg.n_heads):
-            a = pattern[head].tolist()
-
-            def put(name: str, value: Any, layer: int = layer, head: int = head) -> None:
-                found.setdefault(name, np.full((cfg.n_layers, cfg.n_heads), np.nan))[layer, head] = value
-
-            queries = question + answer
-            put("first_token_sink", np.mean([a[q][0] for q in queries]))
-            put("locality", 1 - np.mean([sum(a[q][k] * (q - k) / q for k in range(q + 1)) for q in queries]))
-            entropies = [-sum(p * math.log(p) for p in a[q] if p) / math.log(q + 1) for q in queries]
-            put("entropy", np.mean(entropies))
-            if image:
-                put("image_from_question", np.mean([sum(a[q][k] for k in image) for q in question]))
-                put("image_from_answer", np.mean([sum(a[q][k] for k in image) for q in answer]))
-                put("visual_sink", np.mean([sum(a[q][k] for k in sinks) for q in queries]))
-                shares = [sum(a[q][k] for k in asked) / sum(a[q][k] for k in image) for q in answer]
-                put("localisation", np.mean(shares))
-            prompt = range(stop - n_answer)
-            kv_head = head // (cfg.n_heads // v.shape[1])
-            put("value_norm", np.mean([float(v[q, kv_head].norm()) for q in prompt]))
-            written = (z[:, head] @ model.blocks[layer].attn.W_O[head]).detach()
-            put("output_norm", np.mean([float(written[q].norm()) for q in prompt]))
-            copied = []
-            for part, q in enumerate(answer):
-                right = int(logits[0, q].argmax()) == tokens[q + 1]
-                looked = max(range(q + 1), key=lambda k: a[q][k])
-                by_chance = float(evidence[part].sum()) / (q + 1)
-                not_here = elsewhere is not None and bool(elsewhere[part, looked])
-                copied.append((right and bool(evidence[part, looked]), right and not_here, right * by_chance))
-            hits, misplaced, chance = (np.mean(own) for own in zip(*copied, strict=True))
-            if stimulus.kind == "text":
-                put("text_retrieval", hits)
-                put("text_retrieval null", chance)
-            if stimulus.kind == "page":
-                put("ocr", hits)
-                put("ocr null", misplaced)
-    return found
-
-
 @pytest.mark.parametrize("kind", ["page", "text", "object"])
 def test_scores_of_attention_are_their_definitions(model: HookedVLM, kind: str) -> None:
-    own = stimuli(model, kind)
-    found = attention_scores(model, own)
-    for i, stimulus in enumerate(own):
-        expected = literal(model, stimulus, own[(i + 1) % len(own)])
-        values = {name: value for name, (value, _) in found[i].items()}
-        values |= {f"{name} null": null for name, (_, null) in found[i].items()}
-        assert set(found[i]) == {name for name in expected if not name.endswith("null")}
-        for name, value in expected.items():
-            scale = 60 if name.endswith("norm") else 1
-            np.testing.assert_allclose(values[name], value, atol=2e-6 * scale, rtol=2e-5, err_msg=name)
+    check_attention(model, stimuli(model, kind))
 
 
 def test_nulls_are_the_same_scores_of_uniform_attention(model: HookedVLM) -> None:
@@ -405,3 +335,22 @@ def test_a_users_samples_become_stimuli_by_what_they_have(model: HookedVLM) -> N
     assert [stimulus.kind for stimulus in as_stimuli(given)] == ["page", "object", "object", "text"]
     found = attention_scores(model, [as_stimuli(given)[2]])
     assert "localisation" not in found[0] and "image_from_answer" in found[0]
+
+
+def test_memory_grows_with_the_number_of_tokens(model: HookedVLM) -> None:
+    rng = np.random.default_rng(0)
+
+    def largest(n_lines: int, side: int) -> tuple[int, int]:
+        lines = pages.random_lines(rng, n_lines)
+        told = "\n".join(line.text for line in lines) + "\n" + pages.question_for(lines[0].key)
+        text = Stimulus("text", "text", Sample("text", told, answer=lines[0].value))
+        picture = pages.make_page(rng, size=(side, side), lines=lines[:2]).image
+        shown = Stimulus("page", "page", Sample("page", "Read the text.", (picture,), answer=lines[0].value))
+        with Largest() as of_text:
+            attention_scores(model, [text])
+        with Largest() as of_picture:
+            vision_scores(model, shown)
+        return of_text.numel, of_picture.numel
+
+    (text, picture), (long_text, large_picture) = largest(8, 224), largest(32, 448)
+    assert long_text < 4.5 * text and large_picture < 4.5 * picture  # four times the tokens, four times the patches

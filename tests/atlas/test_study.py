@@ -201,3 +201,14 @@ def test_the_heads_that_read_are_found(model: HookedVLM) -> None:
     table = found.table
     own = table[(table["score"] == "ocr") & (table["p_holm"] < 0.05) & (table["value"] > table["null"])]
     assert set(zip(own["layer"], own["head"], strict=True)) == {(2, 0), (2, 1)}  # as docs/toy-models.md says
+
+
+def test_each_head_is_tested_on_the_stimuli_on_which_it_has_a_value() -> None:
+    rng = np.random.default_rng(0)
+    values, nulls = rng.random((8, 1, 2)), rng.random((8, 1, 2))
+    values[2, 0, 1] = np.nan
+    rows = Atlas("m", {"localisation": Observed(tuple("abcdefgh"), values, nulls)}).table
+    for head in range(2):
+        own = (values - nulls)[:, 0, head]
+        expected: Any = stats.ttest_1samp(own[np.isfinite(own)], 0)
+        assert rows["p"][head] == pytest.approx(expected.pvalue) and rows["n"][head] == np.isfinite(own).sum()

@@ -7,6 +7,7 @@ from xml.etree import ElementTree
 
 import numpy as np
 import pytest
+import viewing
 from PIL import Image
 from viewing import DESKTOP, PHONE, photograph
 
@@ -33,25 +34,8 @@ KEYS = {
 }
 
 
-class Opened:
-    """A page, with everything it complained of or asked the network for."""
-
-    def __init__(self, browser: Any, path: Path, size: dict[str, int], scheme: str = "light") -> None:
-        self.said: list[str] = []
-        self.requests: list[str] = []
-        self.page = browser.new_page(viewport=size, color_scheme=scheme)
-        self.page.on("console", self._heard)
-        self.page.on("pageerror", lambda error: self.said.append(str(error)))
-        self.page.on("request", lambda request: self.requests.append(request.url))
-        self.page.goto(path.as_uri())
-        self.page.wait_for_selector("body[data-ready]")
-
-    def _heard(self, message: Any) -> None:
-        if "willReadFrequently" not in message.text:  # advice on how these tests read the canvas
-            self.said.append(message.text)
-
-    def readout(self) -> str:
-        return self.page.inner_text("#readout")
+class Opened(viewing.Opened):
+    """A page of the viewer."""
 
     def colours(self, spots: list[tuple[float, float]], panel: int = 0) -> list[list[int]]:
         """Red, green and blue of the canvas at shares of its width and height."""
@@ -65,10 +49,6 @@ class Opened:
             }); }""",
             [panel, spots],
         )
-
-    def check_quiet(self) -> None:
-        assert self.said == []
-        assert [url for url in self.requests if not url.startswith(("file:", "data:", "blob:"))] == []
 
 
 def made(family: str, size: tuple[int, int] = (128, 112)) -> tuple[Any, Any, Any]:
@@ -144,6 +124,16 @@ def test_keys_reach_everything_and_answer_at_once(browser: Any, toy: tuple[Path,
     assert opened.page.input_value("#common") == "layer"
     opened.page.locator("#heads button").nth(2).click()
     assert "head 2" in opened.readout()
+    opened.check_quiet()
+
+
+def test_the_address_names_the_first_head(browser: Any, toy: tuple[Path, Any, Any]) -> None:
+    opened = Opened(browser, toy[0], DESKTOP, address="#head=3.2")
+    assert "layer 3, head 2 ·" in opened.readout()
+    opened.page.evaluate("location.hash = '#head=0.3'")
+    opened.page.get_by_text("layer 0, head 3 ·").wait_for()
+    for nothing in ("#head=99.0", "#head=1", "#row", ""):
+        assert "layer 2, head 1 ·" in Opened(browser, toy[0], DESKTOP, address=nothing).readout()
     opened.check_quiet()
 
 
