@@ -11,10 +11,10 @@ from hooked_vlm.atlas.page import SIGNED, Picture
 from hooked_vlm.atlas.result import Atlas, Observed
 
 STIMULI: dict[Kind, tuple[str, ...]] = {
-    "page": tuple(f"page-{i}" for i in range(12)),
-    "text": tuple(f"text-{i}" for i in range(12)),
-    "object": tuple(f"object-{i}" for i in range(12)),
-    "repeated": tuple(f"repeated-{i}" for i in range(12)),
+    "page": tuple(f"page-{i}" for i in range(20)),
+    "text": tuple(f"text-{i}" for i in range(20)),
+    "object": tuple(f"object-{i}" for i in range(20)),
+    "repeated": tuple(f"repeated-{i}" for i in range(20)),
 }
 WHERE = {
     "ocr": (0.6, 12, 0.9),

@@ -10,7 +10,9 @@ from hooked_vlm import sweep
 from hooked_vlm.interventions import Intervention
 
 
-def naive(model: Any, batch: Any, interventions: Sequence[Intervention], metric: Any, logits_at: str = "last") -> Tensor:
+def naive(
+    model: Any, batch: Any, interventions: Sequence[Intervention], metric: Any, logits_at: str = "last"
+) -> Tensor:
     """One forward pass, from the pixels on, for each intervention."""
     values = []
     for iv in interventions:

@@ -151,7 +151,7 @@ function sayRule(keeping) {
   else if (not) words += `, and ${titleOf(not)} is ${number(given("most") ?? NaN)} at most`;
   words += ".";
   for (const score of new Set([does, at("doesnt-rule").value === "test" ? not : ""])) {
-    if (untested(score)) words += ` Left out: ${untested(score)} without a test of ${titleOf(score)} (fewer than three stimuli, or one difference on all, however large: sort by it to see).`;
+    if (untested(score)) words += ` Left out: ${untested(score)} without a test of ${titleOf(score)} (fewer than three stimuli).`;
   }
   at("rule-said").textContent = words;
   const kept = new Set(keeping), order = table.order(does).filter(head => kept.has(head)), listed = order.slice(0, 60);

@@ -60,7 +60,7 @@ class Comparison:
     @cached_property
     def scores(self) -> pd.DataFrame:
         """A row for each score: `stimuli`, heads that went `up` and `down` (p_holm of 0.05 or less), heads `untested`
-        (fewer than three stimuli, or one difference on all), the `largest` change among those, and its `head`."""
+        (fewer than three stimuli), the `largest` change among those, and its `head`."""
         groups: Any = self.table.groupby("score", sort=False)
         return pd.DataFrame([_counts(name, rows) for name, rows in groups])
 

@@ -16,7 +16,7 @@ import numpy as np
 import pandas as pd
 from jaxtyping import Float
 
-from hooked_vlm.analysis.intervals import mean_interval, mean_p
+from hooked_vlm.analysis.intervals import FEWEST, mean_interval, mean_p
 from hooked_vlm.analysis.multiple_testing import holm
 from hooked_vlm.atlas.definitions import SCORES, Kind, Score
 from hooked_vlm.atlas.files import read_atlas, write_atlas
@@ -76,8 +76,8 @@ class Atlas:
         """A row for each head and score.
 
         `value`: mean over stimuli, with its 95% interval `low` to `high` (over stimuli); `null`: mean of what it would
-        be without what the score is about; `p`: two-sided, Student's t over stimuli, that value and null differ (value
-        and 0, of effects); `p_holm`: corrected for all heads of the score; `n`: number of stimuli.
+        be without what the score is about; `p`: two-sided, Student's t over stimuli and 2^(1 - n) at least, that value
+        and null differ (value and 0, of effects); `p_holm`: corrected for all heads of the score; `n`: number of stimuli.
         """
         return pd.concat([self._rows(score) for score in self.scores], ignore_index=True)
 
@@ -184,13 +184,17 @@ def described(score: Score, values: Values, nulls: Values | None, seed: int) -> 
 
 
 def _paired_p(differences: Values) -> Float[np.ndarray, "layer head"]:
-    """Each head over the stimuli on which it has a value; heads with the same ones together."""
+    """Two-sided p that the mean of the differences is 0, of each head over the stimuli on which it has a value.
+
+    Student's t, but no less than a sign-flip test of n differences can give, 2^(1 - n): that is what a head has whose
+    differences are all the same. NaN below `FEWEST` stimuli.
+    """
     flat = differences.reshape(len(differences), -1)
     known, p = np.isfinite(flat), np.full(flat.shape[1], np.nan)
     for stimuli in np.unique(known, axis=1).T:
         heads = (known == stimuli[:, None]).all(0)
-        if stimuli.any():
-            p[heads] = mean_p(flat[np.ix_(stimuli, heads)])
+        if (n := stimuli.sum()) >= FEWEST:
+            p[heads] = np.fmax(mean_p(flat[np.ix_(stimuli, heads)]), 2.0 ** (1 - n))  # of a number and NaN the number
     return p.reshape(differences.shape[1:])
 
 

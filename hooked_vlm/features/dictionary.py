@@ -274,6 +274,14 @@ def check_fits(dictionary: FeatureDictionary, model: "HookedVLM") -> None:
         raise FeatureError(f"{read!r} and {written!r} belong to different positions: a transcoder stays at each")
 
 
+def check_places(dictionaries: Mapping[str, FeatureDictionary], model: "HookedVLM") -> None:
+    """Check that dictionaries are named by the hook points that they read, and fit the model (`check_fits`)."""
+    for name, dictionary in dictionaries.items():
+        if name != dictionary.hook_name:
+            raise FeatureError(f"the dictionary given for {name!r} reads {dictionary.hook_name!r}")
+        check_fits(dictionary, model)
+
+
 def width_at(model: "HookedVLM", name: str) -> int:
     """Numbers of a hook point's tensor at one position, all heads together.
 

@@ -80,7 +80,9 @@ class EditFeatures(Intervention):
         """
         chosen = torch.zeros(features.shape[-1], dtype=torch.bool, device=features.device)
         chosen[list(self.features)] = True
-        return torch.where(chosen if here is None else chosen & here, self.scale * features + self.add, features)
+        if here is not None:
+            chosen = chosen & here.to(chosen.device)
+        return torch.where(chosen, self.scale * features + self.add, features)
 
     def __str__(self) -> str:
         numbers = ",".join(map(str, self.features))

@@ -7,10 +7,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from hooked_vlm.errors import FeatureError
-from hooked_vlm.features.dictionary import FeatureDictionary, check_fits
+from hooked_vlm.features.dictionary import FeatureDictionary, check_places
 from hooked_vlm.features.edits import EditFeatures
-from hooked_vlm.features.vectors import Write, dictionary_hooks, real_vectors
+from hooked_vlm.features.vectors import Write, dictionary_hooks, real_vectors, without_padding
 from hooked_vlm.inputs.vlm_inputs import VLMInputs
 from hooked_vlm.interventions.base import Hooks, Intervention
 from hooked_vlm.nn.hooks import HookName, HookPoint
@@ -59,10 +58,8 @@ def run_with_features(
     features: Features = {}
     hooks: Hooks = []
     within = []
-    for name, dictionary in dictionaries.items():
-        if name != dictionary.hook_name:
-            raise FeatureError(f"the dictionary given for {name!r} reads {dictionary.hook_name!r}")
-        check_fits(dictionary, model)
+    check_places(dictionaries, model)
+    for dictionary in dictionaries.values():
         own = [edit for edit in edits if isinstance(edit, EditFeatures) and edit.dictionary is dictionary]
         within += own
         hooks += dictionary_hooks(dictionary, _writer(model, inputs, dictionary, own, features, error_term))
@@ -82,8 +79,7 @@ def _writer(
     everywhere = [(edit, edit.where(inputs)) for edit in edits]
 
     def write(x: Tensor, out: Tensor, hook: HookPoint) -> Tensor:
-        plain = dictionary.encode(x)
-        f = plain if bool(real.all()) else plain * _columns(real, plain, hook)[..., None]
+        f = plain = without_padding(dictionary.encode(x), real, hook)
         for edit, where in everywhere:
             f = edit.edited(f, where.mask(out, hook))
         features[dictionary.hook_name] = f = _with_gradient(f)
@@ -94,13 +90,6 @@ def _writer(
         return written + (out.to(written) - reconstruction).detach()
 
     return write
-
-
-def _columns(real: Tensor, features: Tensor, hook: HookPoint) -> Tensor:
-    """The mask of the vectors that this pass computes."""
-    first = hook.ctx.get("first_position", 0)
-    own = real if features.ndim == 3 else real[0]
-    return own[..., first : first + features.shape[-2]].to(features.device)
 
 
 def _with_gradient(features: Tensor) -> Tensor:

@@ -77,3 +77,18 @@ def real_vectors(model: "HookedVLM", name: str, inputs: VLMInputs) -> Bool[Tenso
     elif axes[0] == "image_token":
         counts = (sum(len(visual.positions) for visual in inputs.visuals),)
     return torch.arange(max(counts))[None] < torch.tensor(counts)[:, None]
+
+
+def without_padding(
+    features: Float[Tensor, "*at feature"], real: Bool[Tensor, "row column"], hook: HookPoint
+) -> Float[Tensor, "*at feature"]:
+    """Activations in a pass over all columns or some, those of padding set to 0.
+
+    Args:
+        real: as of `real_vectors`.
+    """
+    if real.all():
+        return features
+    first = hook.ctx.get("first_position", 0)
+    here = (real if features.ndim == 3 else real[0])[..., first : first + features.shape[-2]]
+    return features * here[..., None].to(features.device)

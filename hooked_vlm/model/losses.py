@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from hooked_vlm.errors import InputError
@@ -44,10 +44,7 @@ def loss_fn(
     if logits.shape[:2] != inputs.shape:
         raise InputError(f"the loss needs the logits of all {tuple(inputs.shape)} positions, got {tuple(logits.shape)}")
     targets = inputs.tokens[:, 1:].to(logits.device)
-    mask = inputs.attention_mask.to(logits.device)
-    counted = (mask[:, 1:] * mask[:, :-1]).bool()
-    for placeholder in inputs.spec.placeholder_ids:
-        counted &= targets != placeholder
+    counted = predicted_text(inputs).to(logits.device)
     for row, start, stop in block_spans(model.cfg, inputs):
         if bool(counted[row, start : stop - 1].any()):
             raise InputError(
@@ -60,3 +57,12 @@ def loss_fn(
         return F.cross_entropy(predictions, targets[counted])
     losses = predictions.new_zeros(counted.shape)
     return losses.masked_scatter(counted, F.cross_entropy(predictions, targets[counted], reduction="none"))
+
+
+def predicted_text(inputs: VLMInputs) -> Bool[Tensor, "batch next"]:
+    """Positions, but for the last column, whose next token is text: neither padding nor the placeholder of an image."""
+    targets, mask = inputs.tokens[:, 1:], inputs.attention_mask
+    counted = (mask[:, 1:] * mask[:, :-1]).bool()
+    for placeholder in inputs.spec.placeholder_ids:
+        counted &= targets != placeholder
+    return counted

@@ -16,7 +16,7 @@ from hooked_vlm.atlas import Atlas, Observed, atlas, shipped
 from hooked_vlm.atlas import study as study_module
 from hooked_vlm.atlas.definitions import BY_NAME
 from hooked_vlm.atlas.effects import default_groups, effect_scores, first_token, group_masks
-from hooked_vlm.atlas.show import in_terminal
+from hooked_vlm.atlas.show import above_null, in_terminal
 from hooked_vlm.atlas.stimuli import of_kind
 from hooked_vlm.data.samples import Sample
 from hooked_vlm.errors import InputError
@@ -134,7 +134,7 @@ def test_the_table_says_what_the_observations_say(small: Atlas) -> None:
         assert np.isnan(low) or low <= value <= high
         if BY_NAME[name].null and np.ptp(values - own.nulls[:, 1, 0]) > 0:
             expected: Any = stats.ttest_1samp(values - own.nulls[:, 1, 0], 0)
-            assert row["p"] == pytest.approx(expected.pvalue, rel=1e-6)
+            assert row["p"] == pytest.approx(max(expected.pvalue, 2.0 ** (1 - len(values))), rel=1e-6)
     tested = table.dropna(subset="p")
     assert (tested["p_holm"] >= tested["p"]).all()
     assert set(small.wide("vision").columns) >= {"layer", "head", "distance", "text_region"}
@@ -203,6 +203,15 @@ def test_the_heads_that_read_are_found(model: HookedVLM) -> None:
     assert set(zip(own["layer"], own["head"], strict=True)) == {(2, 0), (2, 1)}  # as docs/toy-models.md says
 
 
+def test_a_head_that_is_perfect_on_every_stimulus_stands_out() -> None:
+    values = np.zeros((12, 1, 3))
+    values[:, 0, 0] = 1.0
+    values[:, 0, 1] = 1.0 - 1e-9 * np.arange(12)
+    rows = Atlas("m", {"ocr": Observed(tuple("abcdefghijkl"), values, np.zeros_like(values))}).table
+    assert rows["p"].tolist() == [2.0**-11, 2.0**-11, 1.0]  # all signs alike, as two of 2^12 flips have it
+    assert above_null(rows).tolist() == [True, True, False]
+
+
 def test_each_head_is_tested_on_the_stimuli_on_which_it_has_a_value() -> None:
     rng = np.random.default_rng(0)
     values, nulls = rng.random((8, 1, 2)), rng.random((8, 1, 2))
@@ -211,4 +220,4 @@ def test_each_head_is_tested_on_the_stimuli_on_which_it_has_a_value() -> None:
     for head in range(2):
         own = (values - nulls)[:, 0, head]
         expected: Any = stats.ttest_1samp(own[np.isfinite(own)], 0)
-        assert rows["p"][head] == pytest.approx(expected.pvalue) and rows["n"][head] == np.isfinite(own).sum()
+        assert rows["p"][head] == pytest.approx(max(expected.pvalue, 2.0 ** (1 - rows["n"][head]))) and rows["n"][head] == np.isfinite(own).sum()

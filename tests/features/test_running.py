@@ -126,7 +126,8 @@ def test_the_error_is_a_constant_to_gradients() -> None:
 def test_an_edit_within_a_run_equals_the_edit_alone(family: str, place: str) -> None:
     model, batch = model_and_inputs(family, "padded")
     own = dictionary_at(model, place)
-    edit = EditFeatures(own, (5, 6), scale=0.5, add=4.0)
+    on_image = "vision" in place or place == "image features"
+    edit = EditFeatures(own, (5, 6), scale=0.5, add=4.0, positions=(1,) if on_image else "final")
     with torch.no_grad():
         out, features = run_with_features(model, batch, {own.hook_name: own}, edits=[edit])
         expected = model.run_with_hooks(batch, fwd_hooks=edit.hooks(model, batch))
@@ -136,6 +137,9 @@ def test_an_edit_within_a_run_equals_the_edit_alone(family: str, place: str) -> 
     changed = (features[own.hook_name] != plain[own.hook_name]).any(0)
     changed = changed.any(0) if changed.ndim == 2 else changed
     assert changed.nonzero()[:, 0].tolist() == [5, 6]
+    at = (features[own.hook_name] != plain[own.hook_name]).any(-1)
+    places = at.nonzero().tolist()
+    assert {index[-1] for index in places} == {1} if on_image else len(places) == len(batch)
 
 
 def test_other_interventions_act_before_the_dictionary_reads() -> None:
@@ -168,6 +172,36 @@ def test_low_precision_is_the_plain_run_bit_for_bit() -> None:
     with torch.no_grad():
         out, features = run_with_features(model, batch, of_places(model, "stream", "transcoder"))
         assert torch.equal(out, model(batch)) and features[RESID].dtype == torch.float32
+
+
+class Doubled:
+    """A dictionary of a class of its own: one feature, twice the first entry of the stream."""
+
+    hook_name = out_hook_name = RESID
+    n_features = 1
+
+    def __init__(self, d: int) -> None:
+        self.d_in = self.d_out = d
+
+    def encode(self, x: Tensor) -> Tensor:
+        return 2 * x[..., :1]
+
+    def decode(self, features: Tensor, x: Tensor | None = None) -> Tensor:
+        return torch.cat((features / 2, features.new_zeros(*features.shape[:-1], self.d_out - 1)), dim=-1)
+
+
+def test_a_dictionary_of_a_class_of_its_own_takes_part() -> None:
+    model, batch = model_and_inputs("qwen3-vl", "one image")
+    own = Doubled(model.cfg.d_model)
+
+    def ablate(x: Tensor, hook: Any) -> None:
+        x[..., 0] = 0
+
+    with torch.no_grad():
+        out, features = run_with_features(model, batch, {RESID: own}, edits=[EditFeatures(own, (0,))])
+        expected = model.run_with_hooks(batch, fwd_hooks=[(RESID, ablate)])
+    torch.testing.assert_close(out, expected, atol=1e-5, rtol=1e-5)
+    assert features[RESID].shape == (*batch.shape, 1) and not features[RESID].any()
 
 
 def test_a_dictionary_of_another_place_is_refused() -> None:
