@@ -81,7 +81,7 @@ def find_meanings(
     )
     probes = halves.split(units @ _ridge(units[halves.first], tokens.labels[halves.first]), above_zero=True)
     scores = halves.scored(of_features, tokens.labels)
-    permuted = np.full(len(names), -np.inf)
+    permuted = np.full(len(names), np.nan)
     for draw in range(permutations):
         labels = tokens.labels.copy()
         for half in (halves.first, halves.second):
