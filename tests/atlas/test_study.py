@@ -33,9 +33,10 @@ def small(model: HookedVLM) -> Atlas:
     return atlas(model, n=3, groups=20)
 
 
+@pytest.mark.repeats_shapes
 def test_effects_are_those_of_a_loop(model: HookedVLM) -> None:
     page, other = of_kind(shipped(model, 2, seed=3), ("page",))
-    found = effect_scores(model, page, other, 40, seed=5)
+    found = effect_scores(model, page, other, 24, seed=5)
     sample = page.asked
     inputs = model.as_inputs(Sample(sample.id, sample.prompt, sample.images).inputs(model))
     token = int(model.tokenizer.encode(sample.answer, add_special_tokens=False)[0])
@@ -52,12 +53,12 @@ def test_effects_are_those_of_a_loop(model: HookedVLM) -> None:
     for layer, head in ((0, 0), (1, 1)):
         zeroed = log_prob(ZeroHeads(((layer, head),), tower="vision").hooks(model, inputs))
         assert found["answer_without"][0][layer, head] == pytest.approx(plain - zeroed, abs=1e-5)
-    masks = group_masks(40, model.cfg.n_layers * n_heads, 5)
+    masks = group_masks(24, model.cfg.n_layers * n_heads, 5)
     values = []
     for kept in masks:
         dropped = tuple((int(i) // n_heads, int(i) % n_heads) for i in np.flatnonzero(~kept))
         values.append(log_prob(ReplaceImageKV(dropped).hooks(model, inputs)))
-    design = np.column_stack((np.ones(40), masks.astype(float)))
+    design = np.column_stack((np.ones(24), masks.astype(float)))
     expected = np.linalg.solve(design.T @ design, design.T @ np.array(values))[1:]
     np.testing.assert_allclose(found["transfer_in_groups"][0].ravel(), expected, atol=1e-4)
     with torch.no_grad():
@@ -74,6 +75,7 @@ def test_masks_of_groups_come_with_their_complements() -> None:
     assert default_groups(16) == 64 and default_groups(784) == 1568
 
 
+@pytest.mark.repeats_shapes
 def test_a_head_that_alone_sees_the_image_has_exactly_the_whole_effect(model: HookedVLM) -> None:
     planted = copy.deepcopy(model)
     d_head = planted.cfg.d_head
@@ -100,6 +102,7 @@ def test_a_head_that_alone_sees_the_image_has_exactly_the_whole_effect(model: Ho
     assert found["direct_logit"][0][2, 1] != 0 and not others.any()
 
 
+@pytest.mark.repeats_shapes
 def test_interrupted_work_goes_on_and_ends_with_the_same(
     model: HookedVLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -196,8 +199,9 @@ def test_the_terminal_answers_first(small: Atlas) -> None:
     assert all(len(line) <= 80 for line in shown.splitlines()[1:-1])
 
 
+@pytest.mark.repeats_shapes
 def test_the_heads_that_read_are_found(model: HookedVLM) -> None:
-    found = atlas(model, n=16, groups=0)
+    found = atlas(model, n=10, groups=0)
     table = found.table
     own = table[(table["score"] == "ocr") & (table["p_holm"] < 0.05) & (table["value"] > table["null"])]
     assert set(zip(own["layer"], own["head"], strict=True)) == {(2, 0), (2, 1)}  # as docs/toy-models.md says

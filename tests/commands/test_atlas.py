@@ -21,6 +21,7 @@ def call(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> None:
     cli.main()
 
 
+@pytest.mark.repeats_shapes
 def test_page_tables_and_answer(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -42,6 +43,7 @@ def test_page_tables_and_answer(
     assert parts == {path: path.stat().st_mtime_ns for path in (out / "parts").glob("*.parquet")}  # nothing was redone
 
 
+@pytest.mark.repeats_shapes
 def test_samples_of_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     page = make_page(np.random.default_rng(3), n_lines=2)
     page.image.save(tmp_path / "page.png")

@@ -187,6 +187,7 @@ def test_an_edge_is_the_derivative_of_the_upper_feature_under_an_edit(family: st
             assert weight == pytest.approx(slopes[u].item() if plain[u] > 0 else 0.0, rel=1e-3, abs=1e-6)
 
 
+@pytest.mark.repeats_shapes
 def test_edges_of_a_metric_are_the_part_that_goes_through_the_upper_feature() -> None:
     """A dictionary with both signs of a basis passes everything on: its edges sum to the lower attributions."""
     model, batch = double("qwen3-vl")

@@ -29,6 +29,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> tuple[Activations, Tensor]
 
 
 @pytest.mark.parametrize("activation", ["topk", "jumprelu"])
+@pytest.mark.repeats_shapes
 def test_planted_directions_are_recovered(activation: Any, data: tuple[Activations, Tensor], tmp_path: Path) -> None:
     found = train_dictionary(data[0], HOOK, replace(SMALL, activation=activation), tmp_path)
     cosines = (data[1] @ found.dictionary.W_dec.T).amax(1)
@@ -47,6 +48,7 @@ def assert_same(first: Trained, second: Trained) -> None:
 
 @pytest.mark.parametrize("activation", ["topk", "jumprelu"])
 @pytest.mark.parametrize("steps", [1, 69, 100, 101])
+@pytest.mark.repeats_shapes
 def test_an_interrupted_training_ends_with_the_same_bits(
     activation: Any, steps: int, data: tuple[Activations, Tensor], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,8 +1,7 @@
 """The page about atlases defines every score."""
 
-from tools.atlas_page import PAGE, page
-
 from hooked_vlm.atlas.definitions import SCORES
+from tools.atlas_page import PAGE, page
 
 
 def test_the_page_is_up_to_date() -> None:
