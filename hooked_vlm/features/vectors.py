@@ -26,7 +26,7 @@ def vectors_at(x: Float[Tensor, "..."], width: int, name: str) -> Float[Tensor, 
     Raises:
         FeatureError: another width.
     """
-    joined = x if x.shape[-1] == width else x.flatten(-2)
+    joined = x.flatten(-2) if x.ndim == 4 else x  # [batch, pos, head, d]
     if joined.shape[-1] != width:
         raise FeatureError(f"the dictionary has {width} numbers at {name!r}, whose tensor is {list(x.shape)}")
     return joined
@@ -82,13 +82,13 @@ def real_vectors(model: "HookedVLM", name: str, inputs: VLMInputs) -> Bool[Tenso
 def without_padding(
     features: Float[Tensor, "*at feature"], real: Bool[Tensor, "row column"], hook: HookPoint
 ) -> Float[Tensor, "*at feature"]:
-    """Activations in a pass over all columns or some, those of padding set to 0.
+    """Activations in a pass over all columns, some, or the last one of each row, those of padding set to 0.
 
     Args:
         real: as of `real_vectors`.
     """
-    if real.all():
+    first = 0 if is_vision(hook.name or "") else hook.ctx.get("first_position")
+    if real.all() or first is None:  # rows that end at different positions, at their ends
         return features
-    first = hook.ctx.get("first_position", 0)
     here = (real if features.ndim == 3 else real[0])[..., first : first + features.shape[-2]]
     return features * here[..., None].to(features.device)

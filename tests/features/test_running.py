@@ -166,6 +166,36 @@ def test_a_cut_run_and_the_last_position() -> None:
             run_with_features(model, batch, places, stop_at_layer=1)
 
 
+@torch.no_grad()
+def test_the_ends_of_rows_that_end_at_different_positions(family: str) -> None:
+    """What is kept of each row is no padding, wherever padding of other rows stands."""
+    model, batch = model_and_inputs(family, "padded")
+    batch = batch.append([[7], [8, 9], [7, 8, 9]])
+    name = "ln_final.hook_out"
+    own = random_dictionary(model.cfg.d_model, hook_name=name)
+    out, found = run_with_features(model, batch, {name: own}, logits_at="last")
+    _, everywhere = run_with_features(model, batch, {name: own})
+    ends = torch.tensor(batch.stop) - 1
+    assert bool(found[name].any(-1).all()) and len(set(batch.stop)) > 1
+    torch.testing.assert_close(found[name][:, 0], everywhere[name][range(len(batch)), ends], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(out, model(batch, logits_at="last"), atol=2e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("point", ["hook_k", "hook_v"])
+def test_the_only_head_of_a_layer_is_read_as_joined_heads_are(point: str) -> None:
+    model, batch = model_and_inputs("paligemma, one key-value head", "padded")
+    name = f"blocks.1.attn.{point}"
+    own = random_dictionary(model.cfg.d_head, hook_name=name)
+    _, found = run_with_features(model, batch, {name: own})
+    _, cache = model.run_with_cache(batch, names_filter=name)
+    real = batch.attention_mask.bool()
+    assert cache[name].shape[2] == 1
+    assert found[name].shape == (*batch.shape, own.n_features)
+    torch.testing.assert_close(found[name][real], own.encode(cache[name][:, :, 0])[real])
+    assert not found[name][~real].any()
+
+
 def test_low_precision_is_the_plain_run_bit_for_bit() -> None:
     model, batch = model_and_inputs("qwen3-vl", "padded")
     model = own_copy(model).to(torch.bfloat16)
