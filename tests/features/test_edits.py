@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 from families import ROWS, model_and_inputs
+from jaxtyping import TypeCheckError
 from planted import PLACES, RESID, dictionary_at, random_dictionary
 from sweeps_by_hand import agrees, naive
 from torch import Tensor
@@ -177,6 +178,12 @@ def test_what_does_not_fit_is_refused() -> None:
         EditFeatures(own, (-1,))
     with pytest.raises(FeatureError, match="no feature is chosen"):
         EditFeatures(own, ())
+    numbers: Any
+    for numbers in (3, 0, None, torch.tensor([1, 2]), (3.0,), (True, False)):
+        with pytest.raises(
+            (FeatureError, TypeCheckError), match="features"
+        ):  # the second where annotations are executed
+            EditFeatures(own, numbers)
     model, batch = model_and_inputs("qwen3-vl", "one image")
     with pytest.raises(FeatureError, match="has 6 numbers"):
         edited(model, batch, EditFeatures(own, (3,)))
