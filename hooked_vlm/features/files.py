@@ -273,9 +273,7 @@ def _read_single(path: Path, given: Mapping[str, Any]) -> tuple[dict[str, Any], 
         settings["apply_b_dec_to_input"] = {"true": True, "false": False}.get(word, word)  # others are refused
     for name in ("normalisation", "normalize_activations"):
         if header.get(name, "none").lower() != "none":
-            raise FeatureError(
-                f"its metadata has {name} {header[name]!r}, which is read from the folders of SAELens alone"
-            )
+            raise FeatureError(f"its metadata has {name} {header[name]!r}: only folders may have one")
     said = {**settings, **given}
     known = [name for name in ("jumprelu", "gated") if any(need in tensors for need in NEEDS[name])]
     activation: Any = said.get("activation") or (known[0] if len(known) == 1 else "topk" if "k" in said else None)

@@ -11,7 +11,7 @@ from hooked_vlm.features.dictionary import FeatureDictionary, check_places
 from hooked_vlm.features.edits import EditFeatures
 from hooked_vlm.features.vectors import Write, dictionary_hooks, real_vectors, without_padding
 from hooked_vlm.inputs.vlm_inputs import VLMInputs
-from hooked_vlm.interventions.base import Hooks, Intervention
+from hooked_vlm.interventions.base import Compose, Hooks, Intervention
 from hooked_vlm.nn.hooks import HookName, HookPoint
 
 if TYPE_CHECKING:
@@ -42,8 +42,8 @@ def run_with_features(
     Args:
         dictionaries: by the hook point that each reads.
         error_term: False for a stream that is the reconstruction alone.
-        edits: interventions. `EditFeatures` of one of these dictionaries change f; others act before the dictionaries
-            read.
+        edits: interventions, those of a `Compose` one by one. `EditFeatures` of one of these dictionaries change f, in
+            this order; others act before the dictionaries read.
         fwd_hooks: hooks of your own, behind the dictionaries.
         run: arguments of `forward`.
 
@@ -59,12 +59,18 @@ def run_with_features(
     hooks: Hooks = []
     within = []
     check_places(dictionaries, model)
+    edits = [part for edit in edits for part in _parts(edit)]
     for dictionary in dictionaries.values():
         own = [edit for edit in edits if isinstance(edit, EditFeatures) and edit.dictionary is dictionary]
         within += own
         hooks += dictionary_hooks(dictionary, _writer(model, inputs, dictionary, own, features, error_term))
     before = [pair for edit in edits if edit not in within for pair in edit.hooks(model, inputs)]
     return model.run_with_hooks(inputs, fwd_hooks=[*before, *hooks, *fwd_hooks], **run), features
+
+
+def _parts(edit: Intervention) -> list[Intervention]:
+    """An intervention, or all those that a `Compose` holds."""
+    return [part for each in edit.parts for part in _parts(each)] if isinstance(edit, Compose) else [edit]
 
 
 def _writer(

@@ -76,7 +76,7 @@ def real_vectors(model: "HookedVLM", name: str, inputs: VLMInputs) -> Bool[Tenso
         counts = tuple((n - inputs.spec.class_tokens) // model.projector.token_size**2 for n in counts)
     elif axes[0] == "image_token":
         counts = (sum(len(visual.positions) for visual in inputs.visuals),)
-    return torch.arange(max(counts))[None] < torch.tensor(counts)[:, None]
+    return torch.arange(max(counts, default=0))[None] < torch.tensor(counts)[:, None]
 
 
 def without_padding(

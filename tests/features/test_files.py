@@ -107,7 +107,7 @@ def test_a_constant_factor_is_found_or_asked_for(tmp_path: Path) -> None:
     same(load_dictionary(folder, scale=2.0), own.rescaled(2.0))
     scaler = folder / "activation_scaler.json"
     scaler.write_text(json.dumps({"scaling_factor": "0.5"}))
-    with pytest.raises(FeatureError, match="a setting .* has another form"):
+    with pytest.raises(FeatureError, match=r"a setting .* has another form"):
         load_dictionary(folder)
     scaler.write_text(json.dumps({"scaling_factor": 0.5}))
     same(load_dictionary(folder), own.rescaled(0.5))

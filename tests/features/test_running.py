@@ -4,13 +4,13 @@ from typing import Any
 
 import pytest
 import torch
-from families import ROWS, model_and_inputs, own_copy
+from families import ROWS, inputs_of, model_and_inputs, own_copy
 from planted import PLACES, RESID, dictionary_at, random_dictionary
 from torch import Tensor
 
 from hooked_vlm.errors import FeatureError, HookError
-from hooked_vlm.features import EditFeatures, run_with_features
-from hooked_vlm.interventions import ZeroHeads
+from hooked_vlm.features import EditFeatures, reconstruction_quality, run_with_features
+from hooked_vlm.interventions import Compose, ZeroHeads
 
 
 def of_places(model: Any, *places: str) -> dict[str, Any]:
@@ -152,6 +152,28 @@ def test_other_interventions_act_before_the_dictionary_reads() -> None:
     real = batch.attention_mask.bool()
     torch.testing.assert_close(out[real], logits[real], atol=2e-5, rtol=1e-5)
     torch.testing.assert_close(features[RESID][real], own.encode(cache[RESID])[real])
+
+
+@torch.no_grad()
+def test_edits_of_a_composed_intervention_change_the_features_one_after_the_other() -> None:
+    model, batch = model_and_inputs("qwen3-vl", "padded")
+    own, other = dictionary_at(model, "stream"), ZeroHeads(((0, 1),))
+    edits = [EditFeatures(own, (3, 5)), EditFeatures(own, (5,), scale=1.0, add=2.0)]
+    out, features = run_with_features(model, batch, {RESID: own}, edits=[Compose((Compose((*edits,)), other))])
+    expected, by_one = run_with_features(model, batch, {RESID: own}, edits=[other, *edits])
+    real = batch.attention_mask.bool()
+    assert torch.equal(out, expected) and torch.equal(features[RESID], by_one[RESID])
+    assert not features[RESID][..., 3].any() and bool((features[RESID][real][:, 5] == 2).all())
+
+
+@pytest.mark.parametrize("place", ["vision stream", "image features"])
+def test_a_dictionary_of_images_has_nothing_to_read_in_text(place: str) -> None:
+    model = model_and_inputs("qwen3-vl", "one image")[0]
+    own, text = dictionary_at(model, place), inputs_of("qwen3-vl", [[5, 6, 7, 8]])
+    with pytest.raises(HookError, match="no image"):
+        run_with_features(model, text, {own.hook_name: own})
+    with pytest.raises(HookError, match="no image"):
+        reconstruction_quality(model, [text], own)
 
 
 def test_a_cut_run_and_the_last_position() -> None:
