@@ -1,12 +1,14 @@
 """Runs with dictionaries in the loop."""
 
 from collections.abc import Callable, Mapping, Sequence
+from graphlib import CycleError, TopologicalSorter
 from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from hooked_vlm.errors import FeatureError
 from hooked_vlm.features.dictionary import FeatureDictionary, check_places
 from hooked_vlm.features.edits import EditFeatures
 from hooked_vlm.features.vectors import Write, dictionary_hooks, real_vectors, without_padding
@@ -40,7 +42,7 @@ def run_with_features(
     With gradients switched on, `output.backward()` on a loss gives `features[name].grad`.
 
     Args:
-        dictionaries: by the hook point that each reads.
+        dictionaries: by the hook point that each reads. One that writes at the hook point of another comes before it.
         error_term: False for a stream that is the reconstruction alone.
         edits: interventions, those of a `Compose` one by one. `EditFeatures` of one of these dictionaries change f, in
             this order; others act before the dictionaries read.
@@ -60,12 +62,28 @@ def run_with_features(
     within = []
     check_places(dictionaries, model)
     edits = [part for edit in edits for part in _parts(edit)]
-    for dictionary in dictionaries.values():
+    for dictionary in _writers_first(dictionaries):
         own = [edit for edit in edits if isinstance(edit, EditFeatures) and edit.dictionary is dictionary]
         within += own
         hooks += dictionary_hooks(dictionary, _writer(model, inputs, dictionary, own, features, error_term))
     before = [pair for edit in edits if edit not in within for pair in edit.hooks(model, inputs)]
     return model.run_with_hooks(inputs, fwd_hooks=[*before, *hooks, *fwd_hooks], **run), features
+
+
+def _writers_first(dictionaries: Mapping[str, FeatureDictionary]) -> list[FeatureDictionary]:
+    """Dictionaries in an order in which what one writes is what another reads there, whatever that of the mapping.
+
+    Raises:
+        FeatureError: two of them each write where the other reads.
+    """
+    before = {
+        name: [other for other, each in dictionaries.items() if each.out_hook_name == name != other]
+        for name in dictionaries
+    }
+    try:
+        return [dictionaries[name] for name in TopologicalSorter(before).static_order()]
+    except CycleError as error:
+        raise FeatureError(f"each of these dictionaries writes where another reads: {', '.join(before)}") from error
 
 
 def _parts(edit: Intervention) -> list[Intervention]:

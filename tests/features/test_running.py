@@ -166,6 +166,33 @@ def test_edits_of_a_composed_intervention_change_the_features_one_after_the_othe
     assert not features[RESID][..., 3].any() and bool((features[RESID][real][:, 5] == 2).all())
 
 
+@torch.no_grad()
+def test_a_dictionary_reads_what_others_write_there_in_any_order() -> None:
+    model, batch = model_and_inputs("qwen3-vl", "padded")
+    first = dictionary_at(model, "transcoder")
+    own = random_dictionary(model.cfg.d_model, hook_name=first.out_hook_name, seed=5)
+    edit, kept = EditFeatures(first, (0, 1), add=9.0), {}
+
+    def read(x: Tensor, hook: Any) -> None:
+        kept["x"] = x.clone()
+
+    def write(y: Tensor, hook: Any) -> Tensor:
+        kept["f"] = own.encode(first.decode(edit.edited(first.encode(kept["x"]))))
+        return own.decode(kept["f"])
+
+    expected = model.run_with_hooks(batch, fwd_hooks=[(first.hook_name, read), (first.out_hook_name, write)])
+    real = batch.attention_mask.bool()
+    for pair in ((first, own), (own, first)):
+        places = {each.hook_name: each for each in pair}
+        out, features = run_with_features(model, batch, places, error_term=False, edits=[edit])
+        torch.testing.assert_close(out[real], expected[real], atol=2e-5, rtol=1e-4)
+        torch.testing.assert_close(features[own.hook_name][real], kept["f"][real], atol=1e-5, rtol=1e-4)
+    ends = ("blocks.0.hook_resid_post", "blocks.2.hook_resid_post")
+    both = [random_dictionary(model.cfg.d_model, hook_name=a, out_hook_name=b) for a, b in (ends, ends[::-1])]
+    with pytest.raises(FeatureError, match="writes where another reads"):
+        run_with_features(model, batch, {each.hook_name: each for each in both})
+
+
 @pytest.mark.parametrize("place", ["vision stream", "image features"])
 def test_a_dictionary_of_images_has_nothing_to_read_in_text(place: str) -> None:
     model = model_and_inputs("qwen3-vl", "one image")[0]
