@@ -13,7 +13,7 @@ from hooked_vlm.features.dictionary import FeatureDictionary, check_places
 from hooked_vlm.features.edits import EditFeatures
 from hooked_vlm.features.vectors import Write, dictionary_hooks, real_vectors, without_padding
 from hooked_vlm.inputs.vlm_inputs import VLMInputs
-from hooked_vlm.interventions.base import Compose, Hooks, Intervention
+from hooked_vlm.interventions.base import Compose, Hooks, Intervention, made_for
 from hooked_vlm.nn.hooks import HookName, HookPoint
 
 if TYPE_CHECKING:
@@ -55,6 +55,7 @@ def run_with_features(
     Raises:
         FeatureError: a dictionary under another name than that of its hook point, or of another width.
         HookError: a hook point that the model does not have, or that this run does not pass.
+        InputError: edits in a run that continues a key-value cache.
     """
     inputs = model.as_inputs(inputs)
     features: Features = {}
@@ -65,7 +66,8 @@ def run_with_features(
     for dictionary in _writers_first(dictionaries):
         own = [edit for edit in edits if isinstance(edit, EditFeatures) and edit.dictionary is dictionary]
         within += own
-        hooks += dictionary_hooks(dictionary, _writer(model, inputs, dictionary, own, features, error_term))
+        writing = dictionary_hooks(dictionary, _writer(model, inputs, dictionary, own, features, error_term))
+        hooks += made_for(inputs, writing) if own else writing
     before = [pair for edit in edits if edit not in within for pair in edit.hooks(model, inputs)]
     return model.run_with_hooks(inputs, fwd_hooks=[*before, *hooks, *fwd_hooks], **run), features
 

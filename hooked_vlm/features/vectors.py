@@ -82,13 +82,13 @@ def real_vectors(model: "HookedVLM", name: str, inputs: VLMInputs) -> Bool[Tenso
 def without_padding(
     features: Float[Tensor, "*at feature"], real: Bool[Tensor, "row column"], hook: HookPoint
 ) -> Float[Tensor, "*at feature"]:
-    """Activations in a pass over all columns, some, or the last one of each row, those of padding set to 0.
+    """Activations in a pass over all columns, the last ones, or the last one of each row, those of padding set to 0.
 
     Args:
         real: as of `real_vectors`.
     """
-    first = 0 if is_vision(hook.name or "") else hook.ctx.get("first_position")
-    if real.all() or first is None:  # rows that end at different positions, at their ends
+    ends_apart = not is_vision(hook.name or "") and "first_position" not in hook.ctx
+    if real.all() or ends_apart:  # the last position of each row
         return features
-    here = (real if features.ndim == 3 else real[0])[..., first : first + features.shape[-2]]
+    here = (real if features.ndim == 3 else real[0])[..., -features.shape[-2] :]
     return features * here[..., None].to(features.device)

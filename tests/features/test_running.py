@@ -8,7 +8,7 @@ from families import ROWS, inputs_of, model_and_inputs, own_copy
 from planted import PLACES, RESID, dictionary_at, random_dictionary
 from torch import Tensor
 
-from hooked_vlm.errors import FeatureError, HookError
+from hooked_vlm.errors import FeatureError, HookError, InputError
 from hooked_vlm.features import EditFeatures, reconstruction_quality, run_with_features
 from hooked_vlm.interventions import Compose, ZeroHeads
 
@@ -191,6 +191,24 @@ def test_a_dictionary_reads_what_others_write_there_in_any_order() -> None:
     both = [random_dictionary(model.cfg.d_model, hook_name=a, out_hook_name=b) for a, b in (ends, ends[::-1])]
     with pytest.raises(FeatureError, match="writes where another reads"):
         run_with_features(model, batch, {each.hook_name: each for each in both})
+
+
+@torch.no_grad()
+def test_features_behind_a_cache_are_those_of_the_whole_and_edits_are_refused() -> None:
+    """Positions of an edit count from the beginning of the cache, which these inputs do not hold."""
+    model, begin = model_and_inputs("qwen3-vl", "padded")
+    own = dictionary_at(model, "stream")
+    more = inputs_of("qwen3-vl", [[7], [9, 10], [11, 12]])  # padded in front, behind the cache
+    past = model.new_kv_cache(len(begin), 40)
+    model(begin, past_kv_cache=past)
+    _, features = run_with_features(model, more, {RESID: own}, past_kv_cache=past.repeat(1))
+    _, cache = model.run_with_cache(more, past_kv_cache=past.repeat(1), names_filter=RESID)
+    real = more.attention_mask.bool()
+    torch.testing.assert_close(features[RESID][real], own.encode(cache[RESID])[real])
+    assert features[RESID].shape[:2] == more.shape and not features[RESID][~real].any()
+    edit = EditFeatures(own, (0,), add=5.0, positions="final")
+    with pytest.raises(InputError, match="key-value cache"):
+        run_with_features(model, more, {RESID: own}, edits=[edit], past_kv_cache=past.repeat(1))
 
 
 @pytest.mark.parametrize("place", ["vision stream", "image features"])
