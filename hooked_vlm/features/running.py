@@ -37,7 +37,8 @@ def run_with_features(
 
     What a dictionary writes is decode(f), with the error term decode(f) + (x - decode(f)), which is x. The error is a
     constant to gradients, as in SAELens: the gradient at f is that of the output along the feature's direction, and
-    what reaches earlier layers passes the encoder. (`feature_attribution` lets it pass by the dictionary instead.)
+    what reaches earlier layers, and dictionaries there, passes the encoder. (`feature_attribution` lets it pass by the
+    dictionary instead: its gradients are those of edits, in earlier dictionaries too.)
 
     With gradients switched on, `output.backward()` on a loss gives `features[name].grad`.
 

@@ -38,7 +38,8 @@ def dictionary_hooks(dictionary: FeatureDictionary, write: Write) -> Hooks:
     kept: list[tuple[Tensor, int | None]] = []
 
     def keep(x: Tensor, hook: HookPoint) -> None:
-        kept[:] = [(vectors_at(x, dictionary.d_in, read), hook.ctx.get("first_position"))]
+        # a copy: hooks behind this one may write into the tensor
+        kept[:] = [(vectors_at(x, dictionary.d_in, read).clone(), hook.ctx.get("first_position"))]
 
     def rewrite(y: Tensor, hook: HookPoint) -> Tensor | None:
         out = vectors_at(y, dictionary.d_out, written)

@@ -14,7 +14,7 @@ from torch import Tensor
 from hooked_vlm import sweep
 from hooked_vlm.errors import FeatureError, InputError
 from hooked_vlm.features import Dictionary, EditFeatures
-from hooked_vlm.interventions import Compose, ZeroHeads
+from hooked_vlm.interventions import AddVector, Compose, ZeroHeads
 from hooked_vlm.metrics import log_prob, logit
 from hooked_vlm.runtime.digests import digest
 
@@ -111,6 +111,29 @@ def test_a_sweep_equals_the_loop(family: str, place: str, rows: str) -> None:
     mixed = [*edits, ZeroHeads(((1, 0),)), Compose((edits[0], ZeroHeads(((2, 1),))))]
     result = agrees(model, batch, mixed, log_prob(7))
     assert bool((result.effects.abs().amax(1)[: len(edits)] > 1e-5).any())
+
+
+@pytest.mark.parametrize("place", ["transcoder", "skip transcoder across blocks"])
+@pytest.mark.repeats_shapes
+def test_a_transcoder_has_read_what_later_hooks_change(family: str, place: str) -> None:
+    """In runs and in sweeps, whose hooks write into the tensor of all runs."""
+    model, batch = model_and_inputs(family, "padded")
+    edit = edits_at(model, place)[1]
+    name = edit.dictionary.hook_name
+    agrees(model, batch, [Compose((edit, AddVector(name, 2 * torch.randn(model.cfg.d_model)))), edit], log_prob(7))
+
+    def returned(x: Tensor, hook: Any) -> Tensor:
+        return 2 * x
+
+    def in_place(x: Tensor, hook: Any) -> None:
+        x *= 2
+
+    hooks = edit.hooks(model, batch)
+    with torch.no_grad():
+        found, expected = (
+            model.run_with_hooks(batch, fwd_hooks=[*hooks, (name, double)]) for double in (in_place, returned)
+        )
+    torch.testing.assert_close(found, expected)
 
 
 @pytest.mark.parametrize("place", PLACES)
