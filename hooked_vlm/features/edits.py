@@ -62,7 +62,7 @@ class EditFeatures(Intervention):
 
         def write(x: Tensor, out: Tensor, hook: HookPoint) -> Tensor:
             here = where.mask(out, hook)[..., 0].expand(out.shape[:-1])
-            own = x[here]
+            own = x[here.to(x.device)]
             features = self.dictionary.encode(own)
             change = self.dictionary.decode(self.edited(features), own) - self.dictionary.decode(features, own)
             return out.index_put((here,), out[here] + change.to(out))
