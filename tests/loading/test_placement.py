@@ -238,7 +238,7 @@ def patching(model: Any, inputs: Any) -> Any:
 def features(model: Any, inputs: Any) -> Any:
     """Dictionaries on the CPU: of the stream, of the tower, and a transcoder from one layer to the next."""
     d = model.cfg.d_model
-    ends = {"hook_name": "blocks.0.hook_resid_post", "out_hook_name": "blocks.1.hook_mlp_out"}
+    ends: Any = {"hook_name": "blocks.0.hook_resid_post", "out_hook_name": "blocks.1.hook_mlp_out"}
     across = random_dictionary(d, d_out=d, W_skip=torch.eye(d), **ends)
     own = [across, dictionary_at(model, "stream"), dictionary_at(model, "vision transcoder")]
     edits = [EditFeatures(each, (0, 1), add=2.0) for each in own]
