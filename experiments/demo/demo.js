@@ -2,7 +2,7 @@
 const at = id => document.getElementById(id), data = JSON.parse(at("data").textContent);
 const LAST = data.factors.length - 1, ZOOM = Math.max(1, Math.round(768 / data.picture.width));
 const state = { random: false, pair: 1, step: LAST, at: 0 };
-const percent = p => p > 0.995 && p < 1 ? ">99%" : p < 0.005 && p > 0 ? "<1%" : `${Math.round(100 * p)}%`;
+const percent = p => p >= 0.995 && p < 1 ? ">99%" : p < 0.005 && p > 0 ? "<1%" : `${Math.round(100 * p)}%`;
 let codes, image, panel, timer = null, typed = [];
 
 const setting = () => data.settings[state.random ? state.pair : 0];
@@ -140,8 +140,8 @@ function listen() {
   }
   at("play").addEventListener("click", play);
   document.addEventListener("keydown", event => {
-    const own = event.target.matches("input, select, summary") || (event.key === " " && event.target.matches("button"));
-    if (own || event.ctrlKey || event.metaKey || event.altKey) return;
+    const takesIt = event.key === " " ? "select, button, summary, input[type=radio]" : event.key.startsWith("Arrow") ? "select, input" : "select";
+    if (event.target.matches(takesIt) || event.ctrlKey || event.metaKey || event.altKey) return;
     const act = {
       ArrowLeft: () => look(state.at - 1), ArrowRight: () => look(state.at + 1),
       ArrowUp: () => choose({ step: Math.min(LAST, state.step + 1) }), ArrowDown: () => choose({ step: Math.max(0, state.step - 1) }),

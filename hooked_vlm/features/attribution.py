@@ -56,9 +56,13 @@ def feature_attribution(
         over rows it is that of the sum of the metric. 0 at padding.
 
     Raises:
-        InputError: a metric without gradient, or not one number for each row; steps below 1.
-        FeatureError: a dictionary that does not fit the model or its name.
+        InputError: a metric without gradient, or not one number for each row; steps below 1; another method.
+        FeatureError: no dictionary, one that does not fit the model or its name, a baseline of another shape.
     """
+    if method not in ("gradient", "integrated"):
+        raise InputError(f'method is "gradient" or "integrated", got {method!r}')
+    if not dictionaries:
+        raise FeatureError("no dictionary is given: {hook_name: dictionary}")
     if steps < 1:
         raise InputError(f"a path has at least one step, got {steps}")
     inputs = model.as_inputs(inputs)
@@ -193,7 +197,13 @@ class _PassBy:
 
 
 def _on_the_way(baseline: Tensor, share: float) -> Callable[[Tensor], Tensor]:
-    return lambda features: torch.lerp(baseline.to(features).expand_as(features), features, share)
+    def at(features: Tensor) -> Tensor:
+        if baseline.shape not in ((), features.shape[-1:], features.shape):
+            shapes = f"{list(features.shape[-1:])} or {list(features.shape)}"
+            raise FeatureError(f"a baseline is {shapes}, as activations are, got {list(baseline.shape)}")
+        return torch.lerp(baseline.to(features).expand_as(features), features, share)
+
+    return at
 
 
 def _gradients(value: Tensor, leaves: list[Tensor | None], keep: bool = False) -> list[Tensor]:

@@ -24,6 +24,7 @@ NEEDS: dict[str, tuple[str, ...]] = {
     "relu": (), "topk": ("k",), "jumprelu": ("threshold",), "gated": ("r_mag", "b_mag"),
 }  # fmt: skip
 """Fields that an activation function has of its own; those of another one are refused."""
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 EPS = 1e-5
 """Added to the standard deviation by `layer_norm` (SAELens 6, saes/sae.py)."""
 
@@ -124,8 +125,11 @@ class Dictionary:
         self._check_fields()
         self._check_shapes()
         for name, x in self.tensors.items():
-            if not x.is_floating_point():
-                raise FeatureError(f"{name} holds {_dtype(x)}: the tensors of a dictionary are floating point")
+            if x.dtype not in FLOATS:
+                allowed = ", ".join(str(dtype).removeprefix("torch.") for dtype in FLOATS)
+                raise FeatureError(
+                    f"{name} holds {_dtype(x)}: the tensors of a dictionary are floating point, {allowed}"
+                )
             if x.dtype != self.W_enc.dtype or x.device != self.W_enc.device:
                 raise FeatureError(
                     f"{name} is {_dtype(x)} on {x.device}, W_enc {_dtype(self.W_enc)} on {self.W_enc.device}: "

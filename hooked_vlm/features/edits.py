@@ -1,5 +1,6 @@
 """Interventions on features."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
@@ -12,7 +13,7 @@ from hooked_vlm.features.dictionary import FeatureDictionary
 from hooked_vlm.features.vectors import dictionary_hooks
 from hooked_vlm.inputs.vlm_inputs import VLMInputs
 from hooked_vlm.interventions.activations import PositionsAt, first_position_at, position_label
-from hooked_vlm.interventions.base import Hooks, Intervention, Positions, layer_of, made_for
+from hooked_vlm.interventions.base import Hooks, Intervention, Positions, layer_of, made_for, whole_numbers
 from hooked_vlm.nn.hooks import HookPoint
 
 if TYPE_CHECKING:
@@ -35,7 +36,7 @@ class EditFeatures(Intervention):
     """
 
     dictionary: FeatureDictionary
-    features: tuple[int, ...]
+    features: Sequence[int]
     scale: float = 0.0
     add: float = 0.0
     positions: Positions = None
@@ -43,6 +44,8 @@ class EditFeatures(Intervention):
     position_aware: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
+        if not whole_numbers(self.features):
+            raise FeatureError(f"features are a sequence of their numbers, e.g. (12,), got {self.features!r}")
         if not self.features:
             raise FeatureError("no feature is chosen: give their numbers, e.g. (12,)")
         check_features(self.dictionary, self.features)
@@ -59,7 +62,7 @@ class EditFeatures(Intervention):
 
         def write(x: Tensor, out: Tensor, hook: HookPoint) -> Tensor:
             here = where.mask(out, hook)[..., 0].expand(out.shape[:-1])
-            own = x[here]
+            own = x[here.to(x.device)]
             features = self.dictionary.encode(own)
             change = self.dictionary.decode(self.edited(features), own) - self.dictionary.decode(features, own)
             return out.index_put((here,), out[here] + change.to(out))
@@ -90,7 +93,7 @@ class EditFeatures(Intervention):
         return f"EditFeatures {numbers} to {what} at {self.dictionary.hook_name}, {position_label(self.positions)}"
 
 
-def check_features(dictionary: FeatureDictionary, features: tuple[int, ...]) -> None:
+def check_features(dictionary: FeatureDictionary, features: Sequence[int]) -> None:
     """Refuse features that a dictionary does not have.
 
     Raises:

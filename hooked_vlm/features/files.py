@@ -12,7 +12,7 @@ from torch import Tensor
 
 from hooked_vlm.errors import FeatureError
 from hooked_vlm.features.dictionary import NEEDS, Activation, Dictionary, Normalisation
-from hooked_vlm.runtime.files import atomic_write, why
+from hooked_vlm.runtime.files import atomic_write, why, writable_folder
 
 CONFIG, WEIGHTS, SPARSIFY_WEIGHTS = "cfg.json", "sae_weights.safetensors", "sae.safetensors"
 SCALER = "activation_scaler.json"
@@ -57,6 +57,10 @@ SPELLINGS = {
 """Other names of tensors, `nn.Linear`'s weights apart, which are also transposed."""
 LINEAR = {"encoder.weight": "W_enc", "decoder.weight": "W_dec"}
 TENSORS = ("W_enc", "b_enc", "W_dec", "b_dec", "threshold", "r_mag", "b_mag", "W_skip")
+TYPES: dict[str, tuple[type, str]] = {
+    "hook_name": (str, "the name of a hook point"), "out_hook_name": (str, "the name of a hook point"),
+    "k": (int, "a whole number"), "apply_b_dec_to_input": (bool, "true or false"),
+}  # fmt: skip
 DESCRIBING = ("model_name", "dataset_path", "context_size", "prepend_bos", "sae_lens_version")
 """Keys of configurations before SAELens 6 that are kept as metadata."""
 
@@ -97,6 +101,7 @@ def load_dictionary(
     given = {name: value for name, value in given.items() if value is not None}
     settings, tensors = _read_folder(path) if path.is_dir() else _within(path, lambda: _read_single(path, given))
     settings |= given
+    _within(path, lambda: _check_types(settings))
     if not settings.get("hook_name"):
         raise FeatureError(f"{path} does not say where it belongs: give hook_name, e.g. 'blocks.8.hook_resid_post'")
     _check_kind(path, settings.pop("transcoder"), settings["hook_name"], settings.get("out_hook_name"))
@@ -108,11 +113,12 @@ def load_dictionary(
             f"{path} was trained on streams times a constant (expected_average_only_in) that no file in it has: give "
             "scale, or 1.0 if the weights contain it"
         )
-    try:
+
+    def made() -> Dictionary:
         found = Dictionary(**{name: x.to(dtype) for name, x in tensors.items()}, **settings)
         return found if scale is None else found.rescaled(scale)
-    except FeatureError as error:
-        raise FeatureError(f"{path}: {error}") from error
+
+    return _within(path, made)
 
 
 def save_dictionary(dictionary: Dictionary, path: str | Path) -> Path:
@@ -120,9 +126,12 @@ def save_dictionary(dictionary: Dictionary, path: str | Path) -> Path:
 
     Raises:
         OutputError: it cannot be written; a folder without `cfg.json`, which stands for a whole one, is left at most.
+        FeatureError: metadata that is no JSON.
     """
-    path = Path(path)
-    tensors = {name: x.detach().contiguous() for name, x in dictionary.tensors.items()}
+    path = writable_folder(Path(path))
+    tensors = {  # copies: a file holds no two tensors of the same memory
+        name: x.detach().clone(memory_format=torch.contiguous_format) for name, x in dictionary.tensors.items()
+    }
     if dictionary.activation == "gated":
         tensors["b_gate"] = tensors.pop("b_enc")
     kind = _Kind(dictionary.activation, dictionary.is_transcoder, dictionary.W_skip is not None)
@@ -144,8 +153,12 @@ def save_dictionary(dictionary: Dictionary, path: str | Path) -> Path:
             **({"hook_name_out": dictionary.out_hook_name} if kind.transcoder else {}),
         },
     }
-    text = json.dumps(cfg, indent=1)
-    (path / CONFIG).unlink(missing_ok=True)  # never beside weights of another dictionary
+    try:
+        text = json.dumps(cfg, indent=1)
+    except (TypeError, ValueError) as error:
+        raise FeatureError(f"metadata of a dictionary is kept as JSON: {why(error)}") from error
+    for own in (CONFIG, SCALER):  # never beside weights of another dictionary
+        (path / own).unlink(missing_ok=True)
     atomic_write(path / WEIGHTS, lambda aside: save_file(tensors, aside))
     atomic_write(path / CONFIG, lambda aside: aside.write_text(text, encoding="utf-8"))
     return path
@@ -158,6 +171,14 @@ def _check_kind(path: Path, transcoder: bool, hook_name: str, out_hook_name: str
         raise FeatureError(f"{path} is a transcoder and does not say where it writes: give out_hook_name")
     if writes_elsewhere and not transcoder:
         raise FeatureError(f"{path} is an autoencoder, which writes where it reads: leave out out_hook_name")
+
+
+def _check_types(settings: Mapping[str, Any]) -> None:
+    """Refuse what JSON has as another type, e.g. the text "false", which counts as true."""
+    for name, (kind, words) in TYPES.items():
+        value = settings.get(name)
+        if not (isinstance(value, kind) or value is None) or (kind is int and isinstance(value, bool)):
+            raise FeatureError(f"{name} is {words}, got {value!r}")
 
 
 # ---------------------------------------------------------------- reading
@@ -220,7 +241,7 @@ def _saelens(cfg: Mapping[str, Any], tensors: dict[str, Tensor]) -> dict[str, An
         "transcoder": kind.transcoder,
         "activation": kind.activation,
         "k": k if kind.activation == "topk" else None,
-        "apply_b_dec_to_input": bool(cfg.get("apply_b_dec_to_input", not kind.transcoder)),
+        "apply_b_dec_to_input": cfg.get("apply_b_dec_to_input", not kind.transcoder),
         "normalisation": "none" if scaled else normalisation,
         "metadata": {key: x for key, x in metadata.items() if key not in ("hook_name", "hook_name_out")},
         "dtype": _dtype(cfg.get("dtype")),
@@ -248,7 +269,11 @@ def _read_single(path: Path, given: Mapping[str, Any]) -> tuple[dict[str, Any], 
     if "k" in header:
         settings["k"] = int(header["k"])
     if "apply_b_dec_to_input" in header:
-        settings["apply_b_dec_to_input"] = header["apply_b_dec_to_input"].lower() == "true"
+        word = header["apply_b_dec_to_input"].lower()
+        settings["apply_b_dec_to_input"] = {"true": True, "false": False}.get(word, word)  # others are refused
+    for name in ("normalisation", "normalize_activations"):
+        if header.get(name, "none").lower() != "none":
+            raise FeatureError(f"its metadata has {name} {header[name]!r}: only folders may have one")
     said = {**settings, **given}
     known = [name for name in ("jumprelu", "gated") if any(need in tensors for need in NEEDS[name])]
     activation: Any = said.get("activation") or (known[0] if len(known) == 1 else "topk" if "k" in said else None)
@@ -277,6 +302,9 @@ def _rename(tensors: dict[str, Tensor], kind: _Kind) -> None:
             del tensors[name]
     if "log_threshold" in tensors:
         tensors["threshold"] = tensors.pop("log_threshold").exp()
+    for name in (*LINEAR, *LINEAR.values()):
+        if name in tensors and tensors[name].ndim != 2:
+            raise FeatureError(f"{name} is {list(tensors[name].shape)}: a matrix was expected")
     for old, new in (*SPELLINGS.items(), *LINEAR.items()):
         if old in tensors:
             if new in tensors:
@@ -294,7 +322,7 @@ def _rename(tensors: dict[str, Tensor], kind: _Kind) -> None:
     tensors.setdefault("b_enc", tensors["W_enc"].new_zeros(tensors["W_enc"].shape[-1]))
     tensors.setdefault("b_dec", tensors["W_dec"].new_zeros(tensors["W_dec"].shape[-1]))
     if "threshold" in tensors and tensors["threshold"].numel() == 1:
-        tensors["threshold"] = tensors["threshold"].expand_as(tensors["b_enc"]).clone()
+        tensors["threshold"] = tensors["threshold"].view(1).expand_as(tensors["b_enc"]).clone()
 
 
 def _fold_decoder_norm(tensors: dict[str, Tensor]) -> None:
@@ -326,7 +354,7 @@ def _within(path: Path, read: Callable[[], Any]) -> Any:
 def _read_json(path: Path) -> dict[str, Any]:
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise FeatureError(f"{path} is damaged: {why(error)}") from error
     if not isinstance(found, dict):
         raise FeatureError(f"{path} holds no settings: expected an object, got a {type(found).__name__}")

@@ -26,7 +26,7 @@ def vectors_at(x: Float[Tensor, "..."], width: int, name: str) -> Float[Tensor, 
     Raises:
         FeatureError: another width.
     """
-    joined = x if x.shape[-1] == width else x.flatten(-2)
+    joined = x.flatten(-2) if x.ndim == 4 else x  # [batch, pos, head, d]
     if joined.shape[-1] != width:
         raise FeatureError(f"the dictionary has {width} numbers at {name!r}, whose tensor is {list(x.shape)}")
     return joined
@@ -38,7 +38,8 @@ def dictionary_hooks(dictionary: FeatureDictionary, write: Write) -> Hooks:
     kept: list[tuple[Tensor, int | None]] = []
 
     def keep(x: Tensor, hook: HookPoint) -> None:
-        kept[:] = [(vectors_at(x, dictionary.d_in, read), hook.ctx.get("first_position"))]
+        # a copy: hooks behind this one may write into the tensor
+        kept[:] = [(vectors_at(x, dictionary.d_in, read).clone(), hook.ctx.get("first_position"))]
 
     def rewrite(y: Tensor, hook: HookPoint) -> Tensor | None:
         out = vectors_at(y, dictionary.d_out, written)
@@ -76,19 +77,19 @@ def real_vectors(model: "HookedVLM", name: str, inputs: VLMInputs) -> Bool[Tenso
         counts = tuple((n - inputs.spec.class_tokens) // model.projector.token_size**2 for n in counts)
     elif axes[0] == "image_token":
         counts = (sum(len(visual.positions) for visual in inputs.visuals),)
-    return torch.arange(max(counts))[None] < torch.tensor(counts)[:, None]
+    return torch.arange(max(counts, default=0))[None] < torch.tensor(counts)[:, None]
 
 
 def without_padding(
     features: Float[Tensor, "*at feature"], real: Bool[Tensor, "row column"], hook: HookPoint
 ) -> Float[Tensor, "*at feature"]:
-    """Activations in a pass over all columns or some, those of padding set to 0.
+    """Activations in a pass over all columns, the last ones, or the last one of each row, those of padding set to 0.
 
     Args:
         real: as of `real_vectors`.
     """
-    if real.all():
+    ends_apart = not is_vision(hook.name or "") and "first_position" not in hook.ctx
+    if real.all() or ends_apart:  # the last position of each row
         return features
-    first = hook.ctx.get("first_position", 0)
-    here = (real if features.ndim == 3 else real[0])[..., first : first + features.shape[-2]]
+    here = (real if features.ndim == 3 else real[0])[..., -features.shape[-2] :]
     return features * here[..., None].to(features.device)

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from families import model_and_inputs, own_copy
+from jaxtyping import TypeCheckError
 from planted import PLACES, RESID, dictionary_at, random_dictionary
 from scipy.stats import spearmanr
 from torch import Tensor
@@ -127,6 +128,13 @@ def test_what_has_no_attribution_is_refused() -> None:
         feature_attribution(model, batch, {RESID: own}, log_prob(7), steps=0)
     with pytest.raises(FeatureError, match="reads"):
         feature_attribution(model, batch, {LAST: own}, log_prob(7))
+    with pytest.raises(FeatureError, match="no dictionary is given"):
+        feature_attribution(model, batch, {}, log_prob(7))
+    for shape in ((3,), (1,), (*batch.shape, 3)):
+        with pytest.raises(FeatureError, match="a baseline is"):
+            feature_attribution(model, batch, {RESID: own}, log_prob(7), baseline={RESID: torch.zeros(shape)})
+    with pytest.raises((InputError, TypeCheckError), match="method"):  # the second where annotations are executed
+        feature_attribution(model, batch, {RESID: own}, log_prob(7), method="ig")  # pyright: ignore[reportArgumentType]
     with pytest.raises(FeatureError, match="no dictionary, for"):
         feature_attribution(model, batch, {RESID: own}, log_prob(7), baseline={LAST: torch.zeros(24)})
     above = random_dictionary(model.cfg.d_model, hook_name=LAST)

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 from families import ROWS, model_and_inputs
+from jaxtyping import TypeCheckError
 from planted import PLACES, RESID, dictionary_at, random_dictionary
 from sweeps_by_hand import agrees, naive
 from torch import Tensor
@@ -13,7 +14,7 @@ from torch import Tensor
 from hooked_vlm import sweep
 from hooked_vlm.errors import FeatureError, InputError
 from hooked_vlm.features import Dictionary, EditFeatures
-from hooked_vlm.interventions import Compose, ZeroHeads
+from hooked_vlm.interventions import AddVector, Compose, ZeroHeads
 from hooked_vlm.metrics import log_prob, logit
 from hooked_vlm.runtime.digests import digest
 
@@ -112,6 +113,29 @@ def test_a_sweep_equals_the_loop(family: str, place: str, rows: str) -> None:
     assert bool((result.effects.abs().amax(1)[: len(edits)] > 1e-5).any())
 
 
+@pytest.mark.parametrize("place", ["transcoder", "skip transcoder across blocks"])
+@pytest.mark.repeats_shapes
+def test_a_transcoder_has_read_what_later_hooks_change(family: str, place: str) -> None:
+    """In runs and in sweeps, whose hooks write into the tensor of all runs."""
+    model, batch = model_and_inputs(family, "padded")
+    edit = edits_at(model, place)[1]
+    name = edit.dictionary.hook_name
+    agrees(model, batch, [Compose((edit, AddVector(name, 2 * torch.randn(model.cfg.d_model)))), edit], log_prob(7))
+
+    def returned(x: Tensor, hook: Any) -> Tensor:
+        return 2 * x
+
+    def in_place(x: Tensor, hook: Any) -> None:
+        x *= 2
+
+    hooks = edit.hooks(model, batch)
+    with torch.no_grad():
+        found, expected = (
+            model.run_with_hooks(batch, fwd_hooks=[*hooks, (name, double)]) for double in (in_place, returned)
+        )
+    torch.testing.assert_close(found, expected)
+
+
 @pytest.mark.parametrize("place", PLACES)
 @pytest.mark.repeats_shapes
 def test_a_sweep_over_all_logits_and_rows_of_several_ends(family: str, place: str) -> None:
@@ -177,6 +201,12 @@ def test_what_does_not_fit_is_refused() -> None:
         EditFeatures(own, (-1,))
     with pytest.raises(FeatureError, match="no feature is chosen"):
         EditFeatures(own, ())
+    numbers: Any
+    for numbers in (3, 0, None, torch.tensor([1, 2]), (3.0,), (True, False)):
+        with pytest.raises(
+            (FeatureError, TypeCheckError), match="features"
+        ):  # the second where annotations are executed
+            EditFeatures(own, numbers)
     model, batch = model_and_inputs("qwen3-vl", "one image")
     with pytest.raises(FeatureError, match="has 6 numbers"):
         edited(model, batch, EditFeatures(own, (3,)))

@@ -11,7 +11,7 @@ from planted import ACTIVATIONS, RESID, random_dictionary
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from hooked_vlm.errors import FeatureError
+from hooked_vlm.errors import FeatureError, OutputError
 from hooked_vlm.features import Dictionary, load_dictionary, save_dictionary
 
 D, N = 6, 10
@@ -106,8 +106,15 @@ def test_a_constant_factor_is_found_or_asked_for(tmp_path: Path) -> None:
         load_dictionary(folder)
     same(load_dictionary(folder, scale=2.0), own.rescaled(2.0))
     scaler = folder / "activation_scaler.json"
+    scaler.write_text(json.dumps({"scaling_factor": "0.5"}))
+    with pytest.raises(FeatureError, match=r"a setting .* has another form"):
+        load_dictionary(folder)
     scaler.write_text(json.dumps({"scaling_factor": 0.5}))
     same(load_dictionary(folder), own.rescaled(0.5))
+    over = saelens(tmp_path / "over", own.tensors, normalize_activations="expected_average_only_in")
+    (over / scaler.name).write_text(scaler.read_text())
+    save_dictionary(load_dictionary(over), over)
+    same(load_dictionary(over), own.rescaled(0.5))  # not scaled once more
     scaler.write_text(json.dumps({"scaling_factor": None, "has_whitening": True}))
     with pytest.raises(FeatureError, match="whitened"):
         load_dictionary(folder)
@@ -152,6 +159,12 @@ def test_a_single_file_says_what_it_is_or_is_asked(tmp_path: Path) -> None:
     save_file(own.tensors, path, {"hook_name": RESID, "activation": "topk", "k": "many"})
     with pytest.raises(FeatureError, match=r"a setting .* has another form"):
         load_dictionary(path)
+    save_file(own.tensors, path, {"hook_name": RESID, "activation": "relu", "apply_b_dec_to_input": "yes"})
+    with pytest.raises(FeatureError, match="true or false, got 'yes'"):
+        load_dictionary(path)
+    save_file(own.tensors, path, {"hook_name": RESID, "activation": "relu", "normalize_activations": "layer_norm"})
+    with pytest.raises(FeatureError, match="normalize_activations 'layer_norm'"):
+        load_dictionary(path, apply_b_dec_to_input=False)
     told = {"hook_name": RESID, "activation": "topk", "k": "5", "apply_b_dec_to_input": "true"}
     save_file(own.tensors, path, told)
     same(load_dictionary(path), replace(own, activation="topk", k=5, apply_b_dec_to_input=True))
@@ -195,6 +208,13 @@ def test_the_spelling_of_linear_layers(bias: str, subtracts: bool | None, tmp_pa
         ({}, {"hook_name": None}, "does not say where it belongs"),
         ({}, {"dtype": "float7"}, "float7"),
         ({}, {"d_in": None, "metadata": [1]}, "a setting is missing"),
+        ({}, {"architecture": "topk", "k": "5"}, "k is a whole number, got '5'"),
+        ({}, {"architecture": "topk", "k": 2.5}, "k is a whole number, got 2.5"),
+        ({}, {"apply_b_dec_to_input": "false"}, "apply_b_dec_to_input is true or false, got 'false'"),
+        ({}, {"hook_name": ["blocks.0"]}, "the name of a hook point, got"),
+        ({}, {"dtype": "float8_e4m3fn"}, "float8_e4m3fn: the tensors of a dictionary are floating point, float32"),
+        ({"W_dec": torch.tensor(1.0), "b_dec": None}, {}, r"W_dec is \[\]: a matrix was expected"),
+        ({"encoder.weight": torch.zeros(2, N, D), "W_enc": None}, {}, r"encoder.weight is \[2, .* a matrix"),
     ],
 )
 def test_folders_that_cannot_be_used_are_refused(
@@ -224,7 +244,7 @@ def test_pickles_damaged_and_missing_files_are_refused(tmp_path: Path) -> None:
     weights.unlink()
     with pytest.raises(FeatureError, match=r"has no sae_weights\.safetensors"):
         load_dictionary(folder)
-    for text in ("{", "[1]", "{}"):
+    for text in ("{", "[1]", "{}", "[" * 100_000):
         (folder / "cfg.json").write_text(text)
         with pytest.raises(FeatureError, match=r"damaged|holds no settings|neither"):
             load_dictionary(folder)
@@ -235,6 +255,21 @@ def test_an_autoencoder_writes_where_it_reads(tmp_path: Path) -> None:
     assert load_dictionary(folder, hook_name=MLP_OUT).out_hook_name == MLP_OUT
     with pytest.raises(FeatureError, match="leave out out_hook_name"):
         load_dictionary(folder, out_hook_name=MLP_OUT)
+
+
+def test_any_dictionary_is_saved_or_refused(tmp_path: Path) -> None:
+    own = random_dictionary(D, N, activation="gated")
+    shared = replace(own, r_mag=own.b_enc, b_mag=own.b_enc)
+    same(load_dictionary(save_dictionary(shared, tmp_path / "shared")), shared)
+    with pytest.raises(FeatureError, match="kept as JSON"):
+        save_dictionary(replace(own, metadata={"mean": torch.zeros(2)}), tmp_path / "other")
+    (tmp_path / "file").write_text("of somebody else")
+    with pytest.raises(OutputError, match="cannot write"):
+        save_dictionary(own, tmp_path / "file")
+    one = saelens(tmp_path / "one", {**random_dictionary(D, N).tensors, "threshold": torch.full((1, 1), 0.3)})
+    cfg = json.loads((one / "cfg.json").read_text())
+    (one / "cfg.json").write_text(json.dumps(cfg | {"architecture": "jumprelu"}))
+    assert load_dictionary(one).tensors["threshold"].tolist() == [pytest.approx(0.3)] * N
 
 
 def test_saelens_names_its_tensors_so(tmp_path: Path) -> None:

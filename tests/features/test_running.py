@@ -4,13 +4,13 @@ from typing import Any
 
 import pytest
 import torch
-from families import ROWS, model_and_inputs, own_copy
+from families import ROWS, inputs_of, model_and_inputs, own_copy
 from planted import PLACES, RESID, dictionary_at, random_dictionary
 from torch import Tensor
 
-from hooked_vlm.errors import FeatureError, HookError
-from hooked_vlm.features import EditFeatures, run_with_features
-from hooked_vlm.interventions import ZeroHeads
+from hooked_vlm.errors import FeatureError, HookError, InputError
+from hooked_vlm.features import EditFeatures, reconstruction_quality, run_with_features
+from hooked_vlm.interventions import Compose, ZeroHeads
 
 
 def of_places(model: Any, *places: str) -> dict[str, Any]:
@@ -154,6 +154,73 @@ def test_other_interventions_act_before_the_dictionary_reads() -> None:
     torch.testing.assert_close(features[RESID][real], own.encode(cache[RESID])[real])
 
 
+@torch.no_grad()
+def test_edits_of_a_composed_intervention_change_the_features_one_after_the_other() -> None:
+    model, batch = model_and_inputs("qwen3-vl", "padded")
+    own, other = dictionary_at(model, "stream"), ZeroHeads(((0, 1),))
+    edits = [EditFeatures(own, (3, 5)), EditFeatures(own, (5,), scale=1.0, add=2.0)]
+    out, features = run_with_features(model, batch, {RESID: own}, edits=[Compose((Compose((*edits,)), other))])
+    expected, by_one = run_with_features(model, batch, {RESID: own}, edits=[other, *edits])
+    real = batch.attention_mask.bool()
+    assert torch.equal(out, expected) and torch.equal(features[RESID], by_one[RESID])
+    assert not features[RESID][..., 3].any() and bool((features[RESID][real][:, 5] == 2).all())
+
+
+@torch.no_grad()
+def test_a_dictionary_reads_what_others_write_there_in_any_order() -> None:
+    model, batch = model_and_inputs("qwen3-vl", "padded")
+    first = dictionary_at(model, "transcoder")
+    own = random_dictionary(model.cfg.d_model, hook_name=first.out_hook_name, seed=5)
+    edit, kept = EditFeatures(first, (0, 1), add=9.0), {}
+
+    def read(x: Tensor, hook: Any) -> None:
+        kept["x"] = x.clone()
+
+    def write(y: Tensor, hook: Any) -> Tensor:
+        kept["f"] = own.encode(first.decode(edit.edited(first.encode(kept["x"]))))
+        return own.decode(kept["f"])
+
+    expected = model.run_with_hooks(batch, fwd_hooks=[(first.hook_name, read), (first.out_hook_name, write)])
+    real = batch.attention_mask.bool()
+    for pair in ((first, own), (own, first)):
+        places = {each.hook_name: each for each in pair}
+        out, features = run_with_features(model, batch, places, error_term=False, edits=[edit])
+        torch.testing.assert_close(out[real], expected[real], atol=2e-5, rtol=1e-4)
+        torch.testing.assert_close(features[own.hook_name][real], kept["f"][real], atol=1e-5, rtol=1e-4)
+    ends = ("blocks.0.hook_resid_post", "blocks.2.hook_resid_post")
+    both = [random_dictionary(model.cfg.d_model, hook_name=a, out_hook_name=b) for a, b in (ends, ends[::-1])]
+    with pytest.raises(FeatureError, match="writes where another reads"):
+        run_with_features(model, batch, {each.hook_name: each for each in both})
+
+
+@torch.no_grad()
+def test_features_behind_a_cache_are_those_of_the_whole_and_edits_are_refused() -> None:
+    """Positions of an edit count from the beginning of the cache, which these inputs do not hold."""
+    model, begin = model_and_inputs("qwen3-vl", "padded")
+    own = dictionary_at(model, "stream")
+    more = inputs_of("qwen3-vl", [[7], [9, 10], [11, 12]])  # padded in front, behind the cache
+    past = model.new_kv_cache(len(begin), 40)
+    model(begin, past_kv_cache=past)
+    _, features = run_with_features(model, more, {RESID: own}, past_kv_cache=past.repeat(1))
+    _, cache = model.run_with_cache(more, past_kv_cache=past.repeat(1), names_filter=RESID)
+    real = more.attention_mask.bool()
+    torch.testing.assert_close(features[RESID][real], own.encode(cache[RESID])[real])
+    assert features[RESID].shape[:2] == more.shape and not features[RESID][~real].any()
+    edit = EditFeatures(own, (0,), add=5.0, positions="final")
+    with pytest.raises(InputError, match="key-value cache"):
+        run_with_features(model, more, {RESID: own}, edits=[edit], past_kv_cache=past.repeat(1))
+
+
+@pytest.mark.parametrize("place", ["vision stream", "image features"])
+def test_a_dictionary_of_images_has_nothing_to_read_in_text(place: str) -> None:
+    model = model_and_inputs("qwen3-vl", "one image")[0]
+    own, text = dictionary_at(model, place), inputs_of("qwen3-vl", [[5, 6, 7, 8]])
+    with pytest.raises(HookError, match="no image"):
+        run_with_features(model, text, {own.hook_name: own})
+    with pytest.raises(HookError, match="no image"):
+        reconstruction_quality(model, [text], own)
+
+
 def test_a_cut_run_and_the_last_position() -> None:
     model, batch = model_and_inputs("qwen3-vl", "padded")
     places = of_places(model, "stream", "transcoder")
@@ -164,6 +231,36 @@ def test_a_cut_run_and_the_last_position() -> None:
         torch.testing.assert_close(last, model(batch, logits_at="last"), atol=2e-5, rtol=1e-5)
         with pytest.raises(HookError, match="stops before layer 1"):
             run_with_features(model, batch, places, stop_at_layer=1)
+
+
+@torch.no_grad()
+def test_the_ends_of_rows_that_end_at_different_positions(family: str) -> None:
+    """What is kept of each row is no padding, wherever padding of other rows stands."""
+    model, batch = model_and_inputs(family, "padded")
+    batch = batch.append([[7], [8, 9], [7, 8, 9]])
+    name = "ln_final.hook_out"
+    own = random_dictionary(model.cfg.d_model, hook_name=name)
+    out, found = run_with_features(model, batch, {name: own}, logits_at="last")
+    _, everywhere = run_with_features(model, batch, {name: own})
+    ends = torch.tensor(batch.stop) - 1
+    assert bool(found[name].any(-1).all()) and len(set(batch.stop)) > 1
+    torch.testing.assert_close(found[name][:, 0], everywhere[name][range(len(batch)), ends], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(out, model(batch, logits_at="last"), atol=2e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("point", ["hook_k", "hook_v"])
+def test_the_only_head_of_a_layer_is_read_as_joined_heads_are(point: str) -> None:
+    model, batch = model_and_inputs("paligemma, one key-value head", "padded")
+    name = f"blocks.1.attn.{point}"
+    own = random_dictionary(model.cfg.d_head, hook_name=name)
+    _, found = run_with_features(model, batch, {name: own})
+    _, cache = model.run_with_cache(batch, names_filter=name)
+    real = batch.attention_mask.bool()
+    assert cache[name].shape[2] == 1
+    assert found[name].shape == (*batch.shape, own.n_features)
+    torch.testing.assert_close(found[name][real], own.encode(cache[name][:, :, 0])[real])
+    assert not found[name][~real].any()
 
 
 def test_low_precision_is_the_plain_run_bit_for_bit() -> None:

@@ -11,12 +11,14 @@ import pytest
 import torch
 import towers
 from families import FAMILIES, KINDS, ROWS, inputs_of, model_and_inputs, tiny_model
+from planted import dictionary_at, random_dictionary
 from pretend_devices import FIRST, SECOND, PretendDevices
 from torch import Tensor
 
 from hooked_vlm import HookedVLM, sweep
 from hooked_vlm.analysis.rows import attention_rows, generate_with_rows
 from hooked_vlm.errors import CheckpointError, InputError
+from hooked_vlm.features import EditFeatures, reconstruction_quality, run_with_features
 from hooked_vlm.interventions import (
     AddVector,
     BlockAttention,
@@ -233,10 +235,25 @@ def patching(model: Any, inputs: Any) -> Any:
     return patched.values, patch_paths(model, pair, [(0, 1)], [(1, 2)], "q", log_prob(7)).values
 
 
+def features(model: Any, inputs: Any) -> Any:
+    """Dictionaries on the CPU: of the stream, of the tower, and a transcoder from one layer to the next."""
+    d = model.cfg.d_model
+    ends: Any = {"hook_name": "blocks.0.hook_resid_post", "out_hook_name": "blocks.1.hook_mlp_out"}
+    across = random_dictionary(d, d_out=d, W_skip=torch.eye(d), **ends)
+    own = [across, dictionary_at(model, "stream"), dictionary_at(model, "vision transcoder")]
+    edits = [EditFeatures(each, (0, 1), add=2.0) for each in own]
+    edits += [EditFeatures(each, (0, 1), positions="final") for each in own[:2]]
+    out = [run_with_features(model, inputs, {each.hook_name: each for each in own}, edits=edits, error_term=False)]
+    out += [model.run_with_hooks(inputs, fwd_hooks=edit.hooks(model, inputs)) for edit in edits]
+    answered = inputs.append([[7, 9]] * len(inputs))
+    tables = [reconstruction_quality(model, [answered], each).to_numpy() for each in own]
+    return out, sweep(model, inputs, edits, log_prob(7)).values, tables
+
+
 WORK = [forward, start_and_stop, hooks, optional_points, cache, cache_tools, gradients, swept, one_by_one]
 PICTURED = (cache_tools, patching, gradients)
 """Those that need one picture more."""
-WORK += [patching, generation, rows, lenses, weights]
+WORK += [patching, generation, rows, lenses, weights, features]
 
 
 @pytest.mark.parametrize("work", WORK, ids=lambda work: work.__name__)

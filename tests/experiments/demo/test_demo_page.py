@@ -133,6 +133,17 @@ def test_keys_reach_everything(browser: Any, demo: Demo) -> None:
     opened.page.keyboard.press(" ")  # up again, by itself
     opened.page.wait_for_selector("#strength[aria-valuetext='100%']")
     assert "".join(opened.answer()) == demo.example.answer
+    opened.page.focus("#strength")  # as after a pull at the slider
+    opened.page.keyboard.press("r")
+    assert opened.page.is_checked("input[value=random]")
+    opened.page.keyboard.press("r")
+    assert opened.page.is_checked("input[value=reading]")
+    opened.page.keyboard.press("ArrowLeft")
+    assert opened.page.input_value("#strength") == str(len(FACTORS) - 2)
+    assert [opened.page.evaluate(f"percent({p})") for p in (1, 0.995, 0.994, 0.005, 0.004, 0)] == [
+        "100%", ">99%", "99%", "1%", "<1%", "0%",
+    ]  # fmt: skip
+    opened.page.evaluate("document.activeElement.blur()")
     reached = set()
     for _ in range(12):
         opened.page.keyboard.press("Tab")
