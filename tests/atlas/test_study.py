@@ -12,7 +12,7 @@ import torch
 from scipy import stats
 
 from hooked_vlm import HookedVLM
-from hooked_vlm.atlas import Atlas, Observed, atlas, shipped
+from hooked_vlm.atlas import Atlas, Observed, Stimulus, atlas, shipped
 from hooked_vlm.atlas import study as study_module
 from hooked_vlm.atlas.definitions import BY_NAME
 from hooked_vlm.atlas.effects import default_groups, effect_scores, first_token, group_masks
@@ -52,7 +52,7 @@ def test_effects_are_those_of_a_loop(model: HookedVLM) -> None:
     for layer, head in ((0, 0), (1, 1)):
         zeroed = log_prob(ZeroHeads(((layer, head),), tower="vision").hooks(model, inputs))
         assert found["answer_without"][0][layer, head] == pytest.approx(plain - zeroed, abs=1e-5)
-    masks = group_masks(40, model.cfg.n_layers * n_heads, 5)
+    masks = group_masks(40, model.cfg.n_layers * n_heads, 5, page)
     values = []
     for kept in masks:
         dropped = tuple((int(i) // n_heads, int(i) % n_heads) for i in np.flatnonzero(~kept))
@@ -69,7 +69,7 @@ def test_effects_are_those_of_a_loop(model: HookedVLM) -> None:
 
 
 def test_masks_of_groups_come_with_their_complements() -> None:
-    masks = group_masks(20, 16, 0)
+    masks = group_masks(20, 16, 0, Stimulus("a", "repeated"))
     assert (masks[::2] ^ masks[1::2]).all() and len(np.unique(masks, axis=0)) == 20
     assert default_groups(16) == 64 and default_groups(784) == 1568
 
@@ -220,4 +220,7 @@ def test_each_head_is_tested_on_the_stimuli_on_which_it_has_a_value() -> None:
     for head in range(2):
         own = (values - nulls)[:, 0, head]
         expected: Any = stats.ttest_1samp(own[np.isfinite(own)], 0)
-        assert rows["p"][head] == pytest.approx(max(expected.pvalue, 2.0 ** (1 - rows["n"][head]))) and rows["n"][head] == np.isfinite(own).sum()
+        assert (
+            rows["p"][head] == pytest.approx(max(expected.pvalue, 2.0 ** (1 - rows["n"][head])))
+            and rows["n"][head] == np.isfinite(own).sum()
+        )
