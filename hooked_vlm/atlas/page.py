@@ -45,6 +45,7 @@ LONGEST = 220
 """Longer side of a thumbnail in pixels."""
 NONE = 255
 """The number of no picture."""
+MOST_PICTURES = NONE - 1
 DOUBLES, SINGLES = ("p", "p_holm"), ("value", "low", "high", "null", "n")
 """Columns of the page: p are kept in 64 bits, which do not round them to 0."""
 DARK_DIVERGING = LinearSegmentedColormap.from_list("dark", ["#7cc4ff", "#2f6ea3", "#26282b", "#a8492f", "#ffa07a"])
@@ -158,8 +159,8 @@ def _check(found: Atlas, pictures: Sequence[Picture]) -> None:
     if not found.scores:
         raise InputError("an atlas without a score has no page")
     names = [picture.name for picture in pictures]
-    if len(names) > NONE - 1:
-        raise InputError(f"a page takes {NONE - 1} pictures at most, got {len(names)}")
+    if len(names) > MOST_PICTURES:
+        raise InputError(f"a page takes {MOST_PICTURES} pictures at most, got {len(names)}")
     stimuli = {stimulus for own in found.observed.values() for stimulus in own.stimuli}
     for picture in pictures:
         if picture.name not in stimuli:

@@ -6,6 +6,7 @@ found.wide("language")     # a row for each head, a column for each score
 found.save("out")          # Atlas.load("out")
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -77,7 +78,8 @@ class Atlas:
 
         `value`: mean over stimuli, with its 95% interval `low` to `high` (over stimuli); `null`: mean of what it would
         be without what the score is about; `p`: two-sided, Student's t over stimuli and 2^(1 - n) at least, that value
-        and null differ (value and 0, of effects); `p_holm`: corrected for all heads of the score; `n`: number of stimuli.
+        and null differ (value and 0, of effects); `p_holm`: corrected for all heads of the score; `n`: number
+        of stimuli.
         """
         return pd.concat([self._rows(score) for score in self.scores], ignore_index=True)
 
@@ -196,6 +198,11 @@ def _paired_p(differences: Values) -> Float[np.ndarray, "layer head"]:
         if (n := stimuli.sum()) >= FEWEST:
             p[heads] = np.fmax(mean_p(flat[np.ix_(stimuli, heads)]), 2.0 ** (1 - n))  # of a number and NaN the number
     return p.reshape(differences.shape[1:])
+
+
+def fewest_stimuli(n_tests: int, level: float) -> int:
+    """Number of stimuli from which on one of so many tests can pass at a level, after Holm's correction for all."""
+    return max(FEWEST, 1 + math.ceil(math.log2(n_tests / level)))
 
 
 def mean_of_known(values: Values) -> Float[np.ndarray, "layer head"]:
