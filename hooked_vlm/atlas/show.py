@@ -34,11 +34,15 @@ def above_null(rows: pd.DataFrame) -> Bool[np.ndarray, "row"]:
     return ((rows["p_holm"] <= ALPHA) & (rows["value"] > rows["null"])).to_numpy(dtype=bool)
 
 
+def number_of_tests(rows: pd.DataFrame) -> int:
+    """Number of rows of `Atlas.table` that have a p."""
+    return int(np.isfinite(rows["p"].to_numpy()).sum())
+
+
 def no_power(rows: pd.DataFrame) -> str:
     """A sentence where none of the tests of a family can pass, on so few stimuli; else nothing."""
-    n_tests, n = int(rows["p"].notna().sum()), int(rows["n"].max())
-    fewest = fewest_stimuli(n_tests, ALPHA) if n_tests else 0
-    if n >= fewest:
+    n_tests, n = number_of_tests(rows), rows["n"].to_numpy().max()
+    if n_tests == 0 or n >= (fewest := fewest_stimuli(n_tests, ALPHA)):
         return ""
     return f" On {n} stimuli none of {n_tests:,} tests can pass: take {fewest} or more."
 
@@ -47,7 +51,7 @@ def _answer(found: Atlas) -> str:
     """The sentence to quote."""
     name = "ocr" if "ocr" in found.observed else found.scores[0].name
     rows = found.rows(name)
-    if rows["p"].isna().all():
+    if not number_of_tests(rows):
         return f"{found.model}: no head was tested for {name}, which takes {FEWEST} stimuli and their nulls."
     n = int(above_null(rows).sum())
     what = "read text in pictures (OCR score" if name == "ocr" else f"stand out ({name}"
@@ -60,5 +64,5 @@ def _row(found: Atlas, score: Score) -> tuple[str, ...]:
         f"{row['layer']}.{row['head']}: {row['value']:.3g}"
         for row in rows.sort_values("value", ascending=False, kind="stable").head(SHOWN).to_dict("records")
     ]
-    tested = str(int(above_null(rows).sum())) if rows["p"].notna().any() else "–"
+    tested = str(int(above_null(rows).sum())) if number_of_tests(rows) else "–"
     return (score.title, tested, str(rows["n"].max()), *best, *[""] * (SHOWN - len(best)))

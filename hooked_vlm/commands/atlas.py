@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from hooked_vlm.atlas.definitions import PICTURES
 from hooked_vlm.atlas.page import MOST_PICTURES, Picture, save_atlas_page
 from hooked_vlm.atlas.result import Atlas
-from hooked_vlm.atlas.show import above_null, in_terminal
+from hooked_vlm.atlas.show import above_null, in_terminal, number_of_tests
 from hooked_vlm.atlas.stimuli import Stimulus, as_stimuli, of_kind, shipped
 from hooked_vlm.atlas.study import atlas
 from hooked_vlm.commands.config import AtlasConfig
@@ -55,7 +55,7 @@ def as_data(found: Atlas) -> dict[str, Any]:
     for score in found.scores:
         rows = found.rows(score.name)
         means = {f"{row['layer']}.{row['head']}": row["value"] for row in rows.to_dict("records")}
-        above = int(above_null(rows).sum()) if rows["p"].notna().any() else None
+        above = int(above_null(rows).sum()) if number_of_tests(rows) else None
         scores[score.name] = {"tower": score.tower, "above_null": above, "heads": means}
     return {"model": found.model, "scores": scores}
 
