@@ -151,7 +151,7 @@ def test_an_atlas_is_what_it_was_after_saving(small: Atlas, tmp_path: Path) -> N
         pages.on("text").on("page")
 
 
-@pytest.mark.parametrize("damage", ["absent", "cut", "no json", "other shapes"])
+@pytest.mark.parametrize("damage", ["absent", "cut", "no json", "other shapes", "of another run"])
 def test_what_is_no_atlas_is_refused(small: Atlas, tmp_path: Path, damage: str) -> None:
     small.save(tmp_path)
     record = tmp_path / "atlas.json"
@@ -163,6 +163,11 @@ def test_what_is_no_atlas_is_refused(small: Atlas, tmp_path: Path, damage: str) 
             path.write_bytes(path.read_bytes()[:-100])
         case "no json":
             record.write_text("{")
+        case "of another run":  # which stopped before it wrote its record
+            whole = record.read_text()
+            changed = {name: Observed(own.stimuli, own.values + 1, own.nulls) for name, own in small.observed.items()}
+            Atlas(small.model, changed, small.settings).save(tmp_path)
+            record.write_text(whole)
         case "other shapes":
             changed = json.loads(record.read_text())
             changed["shapes"]["ocr"] = [5, 5]
