@@ -24,7 +24,7 @@ from hooked_vlm.analysis.pictures import DIVERGING, SEQUENTIAL
 from hooked_vlm.atlas.comparison import compare
 from hooked_vlm.atlas.definitions import BY_NAME, KINDS, TOWERS
 from hooked_vlm.atlas.result import Atlas
-from hooked_vlm.atlas.show import ALPHA
+from hooked_vlm.atlas.show import ALPHA, no_power
 from hooked_vlm.errors import InputError
 from hooked_vlm.inputs.images import load_image
 from hooked_vlm.interventions.base import Tower
@@ -81,9 +81,10 @@ def atlas_page(found: Atlas, pictures: Sequence[Picture] = (), other: Atlas | No
         ImageError: a thumbnail that is no image.
     """
     _check(found, pictures)
-    sets, refused = [_as_set(found, found.table)], []
+    sets, refused, few = [_as_set(found, found.table)], [], [_too_few(found)]
     if other is not None:
         sets.append(_as_set(other, other.table))
+        few.append(_too_few(other))
         try:
             compared = compare(found, other)
             rows = compared.table.rename(columns={"difference": "value"}).assign(null=0.0)
@@ -113,7 +114,7 @@ def atlas_page(found: Atlas, pictures: Sequence[Picture] = (), other: Atlas | No
         towers=TOWERS,
         data=data,
         blobs=blobs,
-        refused=refused,
+        warnings=[*refused, *filter(None, few)],
         strongest={tower: _strongest_blob(found, tower, pictures) for tower in found.towers} if pictures else {},
         parts=parts,
     )
@@ -220,6 +221,14 @@ def _facts(label: str, atlas: Atlas) -> dict[str, str]:
         if isinstance(value, str | int | float):
             facts[name.replace("_", " ")] = f"{value:.3g}" if isinstance(value, float) else _short(str(value))
     return facts
+
+
+def _too_few(atlas: Atlas) -> str:
+    """A sentence about scores whose tests no head can pass, on so few stimuli; nothing if there are none."""
+    titles = [score.title for score in atlas.scores if no_power(atlas.rows(score.name))]
+    return (
+        f"{atlas.model} has too few stimuli for any head to be significant in: {'; '.join(titles)}." if titles else ""
+    )
 
 
 def _short(text: str) -> str:

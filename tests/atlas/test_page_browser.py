@@ -221,6 +221,10 @@ def test_heads_that_do_one_thing_and_not_another(browser: Any, one: Path, found:
     page.page.fill("#most", "0.3")
     expected = pd.DataFrame(does[yes & (other["value"] <= 0.3)]).sort_values("value", ascending=False)["name"].tolist()
     assert page.listed() == expected and "image attention, answer is 0.3 at most" in page.page.inner_text("#rule-said")
+    page.page.fill("#most", "")  # no bound, and not 0
+    assert page.listed() == does[yes].sort_values("value", ascending=False)["name"].tolist()
+    assert "at most" not in page.page.inner_text("#rule-said")
+    page.page.fill("#most", "0.3")
     page.page.fill("#least", "0.5")
     assert page.listed() == [name for name in expected if name in set(does["name"][does["value"] >= 0.5])]
     page.page.select_option("#doesnt", "entropy")  # which is not tested
