@@ -236,9 +236,9 @@ def test_heads_that_do_one_thing_and_not_another(browser: Any, one: Path, found:
 
 
 def test_heads_without_a_test_are_left_out_and_counted(browser: Any, tmp_path: Path) -> None:
-    values = np.random.default_rng(0).random((6, 1, 4)) + 1
-    values[:, 0, 2] = 1.0  # the same on all stimuli: no t
-    observed = {"ocr": Observed(tuple("abcdef"), values, np.zeros_like(values))}
+    values = np.random.default_rng(0).random((8, 1, 4)) + 1
+    values[2:, 0, 2] = np.nan  # two stimuli: no test
+    observed = {"ocr": Observed(tuple("abcdefgh"), values, np.zeros_like(values))}
     page = Page(browser, save_atlas_page(tmp_path / "page.html", Atlas("m", observed)))
     page.page.select_option("#does", "ocr")
     assert "3 of 4 heads: OCR" in page.page.inner_text("#rule-said")
