@@ -127,8 +127,15 @@ class Atlas:
         return Atlas(self.model, observed, self.settings)
 
     def strongest(self, name: str, layer: int, head: int, n: int = 3) -> list[str]:
-        """Names of the stimuli on which a head scores highest above the null, best first."""
+        """Names of the stimuli on which a head scores highest above the null, best first.
+
+        Raises:
+            InputError: a score that this atlas does not have, or a head that the tower does not have.
+        """
         found = self._observed(name)
+        _, layers, heads = found.values.shape
+        if not (0 <= layer < layers and 0 <= head < heads):
+            raise InputError(f"there is no head {layer}.{head}: layers are 0 to {layers - 1}, heads 0 to {heads - 1}")
         above = found.values[:, layer, head] - np.nan_to_num(found.nulls[:, layer, head])
         order = np.argsort(-np.nan_to_num(above, nan=-np.inf), kind="stable")
         return [found.stimuli[i] for i in order[:n] if np.isfinite(above[i])]

@@ -79,10 +79,12 @@ def shipped(model: "HookedVLM", n: int = 32, seed: int = 0) -> list[Stimulus]:
     without a vision tower gets no pictures.
 
     Raises:
-        InputError: fewer than one.
+        InputError: fewer than one, or a negative seed.
     """
     if n < 1:
         raise InputError(f"an atlas needs at least one stimulus of each kind, got {n}")
+    if seed < 0:
+        raise InputError(f"a seed must be 0 or more, got {seed}")
     style = TOY if model.cfg.d_vocab < FEW_TOKENS else LARGE
     found: list[Stimulus] = []
     for i in range(n):
@@ -98,10 +100,12 @@ def as_stimuli(samples: Iterable[Sample]) -> list[Stimulus]:
     without pictures are text. Boxes named "text" are around text.
 
     Raises:
-        InputError: a sample without an answer, several of one name, or none at all.
+        InputError: something else than samples, a sample without an answer, several of one name, or none at all.
     """
     found: list[Stimulus] = []
     for sample in samples:
+        if not isinstance(sample, Sample):
+            raise InputError(f"expected samples (hooked_vlm.data: read_samples(path), or Sample), got {sample!r:.80}")
         if not sample.answer:
             raise InputError(f"sample {sample.id!r} has no answer: the scores of an atlas are about the answer")
         named = [box.name for box in sample.boxes if box.name != TEXT and box.name.strip()]

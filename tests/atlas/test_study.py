@@ -185,6 +185,11 @@ def test_what_does_not_determine_anything_is_refused(model: HookedVLM) -> None:
         atlas(model, [Sample("a", "What?")])
     with pytest.raises(InputError, match="no samples"):
         atlas(model, [])
+    with pytest.raises(InputError, match="a seed must be 0 or more"):
+        atlas(model, n=1, seed=-1)
+    not_samples: Any = iter(["own.jsonl"])
+    with pytest.raises(InputError, match=r"expected samples .*got 'own\.jsonl'"):
+        atlas(model, not_samples)
 
 
 def test_the_strongest_stimuli_come_first() -> None:
@@ -193,6 +198,9 @@ def test_the_strongest_stimuli_come_first() -> None:
     assert found.strongest("ocr", 0, 0) == ["b", "c", "a"]
     with pytest.raises(InputError, match="no score 'induction'"):
         found.values("induction")
+    for layer, head in ((1, 0), (0, -1)):
+        with pytest.raises(InputError, match="there is no head"):
+            found.strongest("ocr", layer, head)
 
 
 def test_the_terminal_answers_first(small: Atlas) -> None:
