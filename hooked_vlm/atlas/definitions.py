@@ -59,7 +59,7 @@ SCORES = (
         "language",
         ("text",),
         "share of the answer's tokens that the model predicts while argmax_k A(q, k) is a token of the same characters "
-        "where the answer stands in the text",
+        "where the answer stands in the text, as whole words if it ever does",
         "any key that the query sees, at random",
         "arXiv 2404.15574",
     ),

@@ -1,5 +1,6 @@
 """Where the answer of a stimulus is: image tokens of its boxes, or tokens of the same characters in the prompt."""
 
+import re
 from typing import TYPE_CHECKING
 
 import torch
@@ -85,22 +86,30 @@ def tokens_of_box(layout: ImageLayout, box: Box, name: str) -> list[int]:
 
 
 def needle(model: "HookedVLM", batch: VLMInputs, row: int) -> Bool[Tensor, "part key"]:
-    """Tokens of the prompt that hold the characters of each token of the answer, wherever the answer stands in it."""
+    """Tokens of the prompt that hold the characters of each token of the answer, wherever the answer stands in it: as
+    whole words, or anywhere if it never does."""
     answer, first = _answer(batch, row), batch.first[row]
     prompt = batch.tokens[row, first : batch.stop[row] - len(answer)].tolist()
     text, spans = token_spans(model.tokenizer, prompt)
     wanted, parts = token_spans(model.tokenizer, answer)
     lead = len(wanted) - len(wanted.lstrip())
     found = torch.zeros(len(answer), batch.shape[1], dtype=torch.bool)
-    at = text.find(wanted.strip())
-    while at >= 0 and wanted.strip():
+    for at in _places(wanted.strip(), text):
         for part, (start, stop) in enumerate(parts):
             begin, end = at + max(start - lead, 0), at + stop - lead
             for key, (a, b) in enumerate(spans):
                 if a < end and begin < b:
                     found[part, first + key] = True
-        at = text.find(wanted.strip(), at + 1)
     return found
+
+
+def _places(wanted: str, text: str) -> list[int]:
+    """Where a text begins in another, overlaps too: places where it is no part of a longer word, if there are any."""
+    escaped = re.escape(wanted)
+    for pattern in (rf"(?<!\w){escaped}(?!\w)", escaped):
+        if wanted and (found := [own.start() for own in re.finditer(f"(?={pattern})", text)]):
+            return found
+    return []
 
 
 def _answer(batch: VLMInputs, row: int) -> list[int]:

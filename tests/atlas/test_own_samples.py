@@ -14,7 +14,7 @@ from hooked_vlm.atlas import Atlas, Observed, Stimulus, as_stimuli, atlas, shipp
 from hooked_vlm.atlas import study as study_module
 from hooked_vlm.atlas.attention import attention_scores
 from hooked_vlm.atlas.effects import group_masks
-from hooked_vlm.atlas.evidence import needle, tokens_of_boxes
+from hooked_vlm.atlas.evidence import _places, needle, tokens_of_boxes
 from hooked_vlm.atlas.show import in_terminal
 from hooked_vlm.atlas.stimuli import of_kind
 from hooked_vlm.data.samples import NamedBox, Sample
@@ -122,6 +122,21 @@ def test_the_null_of_text_retrieval_is_by_chance_among_the_keys_that_a_layer_see
     np.testing.assert_allclose(
         found["text_retrieval"][1], np.array(nulls)[:, None].repeat(model.cfg.n_heads, 1), rtol=1e-6
     )
+
+
+@pytest.mark.parametrize(
+    ("prompt", "answer", "places"),
+    [
+        ("in 2019 it was 1, not 10; 1?", "1", [15, 26]),  # not the 1 of 2019
+        ("in 2019 it was so", "1", [5]),
+        ("aaa", "aa", [0, 1]),
+        ("(a+b) a+b", "a+b", [1, 6]),
+        ("none", "zz", []),
+        ("none", "", []),
+    ],
+)
+def test_an_answer_stands_in_a_text_as_a_word_if_it_ever_does(prompt: str, answer: str, places: list[int]) -> None:
+    assert _places(answer, prompt) == places
 
 
 def test_every_page_has_another_page_for_its_null(model: HookedVLM, monkeypatch: pytest.MonkeyPatch) -> None:
