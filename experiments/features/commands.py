@@ -5,7 +5,7 @@ from typing import Any
 from hooked_vlm.experiments.features.config import Command, FindConfig, PageConfig, TrainConfig
 from hooked_vlm.experiments.features.page import feature_page
 from hooked_vlm.experiments.features.pipeline import FOLDER, Found, find, train
-from hooked_vlm.experiments.features.words import how, sentence
+from hooked_vlm.experiments.features.words import findings, how
 from hooked_vlm.model.by_name import load
 
 
@@ -39,14 +39,13 @@ def _trained(config: TrainConfig) -> tuple[str, dict[str, Any]]:
 
 def _found(config: FindConfig, found: Found) -> tuple[str, dict[str, Any]]:
     rows = found.meanings.to_dict("records")
-    lines = [sentence(row) for row in rows]
     n = sum(row["found"] for row in rows)
     better = sum(row["low"] > max(row["unit"], row["permuted"]) for row in rows)
     first = (
         f"{n} of {len(rows)} labels have a feature at {found.dictionary.hook_name}; for {better} the interval of the "
         "best feature lies above the best unit and all permutations."
     )
-    text = "\n".join([first, "", *lines, ""])
+    text = "\n".join([first, "", findings(found.meanings), "", ""])
     about = how(config)
     files = {"meanings": str(config.out / "meanings.csv"), "features": str(config.out / "features.csv")}
     shown = "\n".join(f"{name}: {path}" for name, path in files.items())

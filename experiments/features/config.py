@@ -69,6 +69,9 @@ class FindConfig(ModelConfig):
     """JSON lines (id, prompt, images, boxes) whose boxes are named by what they hold; toy pictures by default."""
     pictures: int = 1000
     """How many pictures, at most: half of them choose features, the other half score them."""
+    at: Literal["image", "answer"] = "image"
+    """image: tokens of pictures, which show a label; answer: positions whose next token is a label (one character, the
+    name of an object), with the sample's answer."""
     permutations: int = 20
     """How often labels are permuted between pictures."""
     at_least: float = 0.5

@@ -1,5 +1,6 @@
 """The feature page of a dictionary: what was found, pictures, logits, ablation."""
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import pandas as pd
@@ -10,7 +11,7 @@ from hooked_vlm.experiments.features.pipeline import Found
 from hooked_vlm.experiments.features.words import how, sentence
 from hooked_vlm.inputs.images import load_image
 from hooked_vlm.runtime.progress import Progress
-from hooked_vlm.viewer.feature_view import FeatureEntry, FeaturePage, Mark, histogram, top_marks
+from hooked_vlm.viewer.feature_view import FeatureEntry, FeaturePage, histogram, top_marks
 
 if TYPE_CHECKING:
     from hooked_vlm.model.vlm import HookedVLM
@@ -36,16 +37,19 @@ def feature_page(config: PageConfig, found: Found, model: "HookedVLM") -> Featur
             values = found.features[:, feature]
             tops = top_marks(values, found.read.tokens.picture, found.read.boxes, max(PICTURES, config.ablated))
             marks = [
-                Mark(shown.setdefault(picture, len(shown)), tokens, found.pictures[picture].frames(label))
-                for picture, tokens in tops[:PICTURES]
-            ]
+                replace(
+                    top, picture=shown.setdefault(top.picture, len(shown)),
+                    frames=found.pictures[top.picture].frames(label),
+                )
+                for top in tops[:PICTURES]
+            ]  # fmt: skip
             entries.append(
                 FeatureEntry(
                     feature=feature, label=label, said=said.get(label, "No label chose it."),
                     found=row["found"] is True, score=float(row["F1"]) if label else None, active=float(row["active"]),
                     largest=float(row["largest"]), counts=histogram(values), marks=tuple(marks),
                     raised=raised, lowered=lowered,
-                    effect=ablation.effect(feature, [picture for picture, _ in tops[: config.ablated]]),
+                    effect=ablation.effect(feature, [top.picture for top in tops[: config.ablated]]),
                 )
             )  # fmt: skip
             bar.update()

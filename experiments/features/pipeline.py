@@ -52,7 +52,13 @@ def train(config: TrainConfig, model: "HookedVLM | None" = None) -> Trained:
         activations = Activations(config.activations)
     settings = {field.name: getattr(config, field.name) for field in fields(TrainingConfig)}
     found = train_dictionary(
-        activations, config.hook, TrainingConfig(**settings), out, processes=config.processes, progress=not config.quiet
+        activations,
+        config.hook,
+        TrainingConfig(**settings),
+        out,
+        processes=config.processes,
+        device=None if config.device == "auto" else config.device,
+        progress=not config.quiet,
     )
     save_dictionary(found.dictionary, out / FOLDER)
     return found
@@ -85,9 +91,9 @@ def find(config: FindConfig, model: "HookedVLM | None" = None) -> Found:
     out = writable_folder(config.out)
     model = model or load(config.model, config.device, config.dtype)
     dictionary.check_fits(model)
-    read = read_tokens(model, dictionary.hook_name, pictures, names, progress=not config.quiet)
+    read = read_tokens(model, dictionary.hook_name, pictures, names, at=config.at, progress=not config.quiet)
     with torch.no_grad():
-        features = dictionary.encode(read.values).numpy()
+        features = dictionary.encode(read.values).float().numpy()
     table = find_meanings(
         features, read.values.numpy(), read.tokens, names,
         seed=config.seed, permutations=config.permutations, at_least=config.at_least,
@@ -108,7 +114,7 @@ def _pictures(config: FindConfig) -> tuple[list[LabelledPicture], tuple[str, ...
 
 
 def _of_features(features: Float[np.ndarray, "token feature"], table: pd.DataFrame) -> pd.DataFrame:
-    """One row per feature: how often it is active on image tokens, how strongly, and the label that chose it.
+    """One row per feature: how often it is active on the tokens read, how strongly, and the label that chose it.
 
     A feature that several labels chose has the one with the largest F1.
     """

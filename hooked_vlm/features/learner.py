@@ -87,7 +87,7 @@ class Scale:
 class Learner:
     """Weights, optimiser, and for each feature the tokens since it was last active."""
 
-    def __init__(self, config: TrainingConfig, scale: Scale) -> None:
+    def __init__(self, config: TrainingConfig, scale: Scale, device: str = "cpu") -> None:
         self.config, self.scale = config, scale
         n, d_in = config.n_features, len(scale.mean)
         drawn = torch.randn((n, d_in), generator=torch.Generator().manual_seed(config.seed))
@@ -100,11 +100,10 @@ class Learner:
         }
         if config.activation == "jumprelu":
             self.weights["log_threshold"] = torch.full((n,), math.log(FIRST_THRESHOLD / math.sqrt(config.k)))
-        for weight in self.weights.values():
-            weight.requires_grad_()
+        self.weights = {name: weight.to(device).requires_grad_() for name, weight in self.weights.items()}
         self.bandwidth = config.bandwidth / math.sqrt(config.k)
         self.adam = torch.optim.Adam(self.weights.values(), lr=config.lr)
-        self.idle = torch.zeros(n, dtype=torch.int64)
+        self.idle = torch.zeros(n, dtype=torch.int64, device=device)
         """Tokens since each feature was last active."""
         self.step = 0
 
@@ -117,7 +116,7 @@ class Learner:
         for group in self.adam.param_groups:
             group["lr"] = self.config.lr * _schedule(self.step, self.config.n_steps)
         self.adam.zero_grad()
-        loss, active = self._loss(x / self.scale.spread)
+        loss, active = self._loss(x.to(self.idle.device) / self.scale.spread)
         loss.backward()
         with torch.no_grad():
             for weight in self.weights.values():
@@ -183,7 +182,7 @@ class Learner:
         )  # fmt: skip
 
     def state(self) -> dict[str, Tensor]:
-        """Everything that a step changes, and the scale."""
+        """Everything that a step changes, and the scale, on the CPU."""
         moments = {
             f"{kind}.{name}": own
             for name, weight in self.weights.items()
@@ -191,23 +190,26 @@ class Learner:
         }
         weights = {name: weight.detach() for name, weight in self.weights.items()}
         spread = torch.tensor(self.scale.spread, dtype=torch.float64)
-        return {**weights, **moments, "idle": self.idle, "mean": self.scale.mean, "spread": spread}
+        found = {**weights, **moments, "idle": self.idle, "mean": self.scale.mean, "spread": spread}
+        return {name: x.cpu() for name, x in found.items()}
 
     @classmethod
-    def restored(cls, config: TrainingConfig, state: Mapping[str, Tensor], step: int) -> "Learner":
+    def restored(cls, config: TrainingConfig, state: Mapping[str, Tensor], step: int, device: str = "cpu") -> "Learner":
         """A learner as it was after `step` steps.
 
         Raises:
             KeyError, RuntimeError: the state is none of this configuration.
         """
-        learner = cls(config, Scale(state["mean"], state["spread"].item()))
+        learner = cls(config, Scale(state["mean"], state["spread"].item()), device)
         with torch.no_grad():
             for name, weight in learner.weights.items():
                 weight.copy_(state[name])
                 if step:
-                    kinds = ("step", "exp_avg", "exp_avg_sq")
-                    learner.adam.state[weight] = {kind: state[f"{kind}.{name}"].clone() for kind in kinds}
-        learner.idle, learner.step = state["idle"].clone(), step
+                    moments = {
+                        kind: state[f"{kind}.{name}"].to(device, copy=True) for kind in ("exp_avg", "exp_avg_sq")
+                    }
+                    learner.adam.state[weight] = {"step": state[f"step.{name}"].clone(), **moments}
+        learner.idle, learner.step = state["idle"].to(device, copy=True), step
         return learner
 
 

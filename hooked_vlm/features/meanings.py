@@ -1,9 +1,9 @@
 """What features stand for: which of them marks the tokens that show a label, on pictures that did not choose it.
 
 The pictures are halved. On the first half, feature and threshold are chosen for each label by the largest F1; on the
-second half that one is scored, with a 95% interval over pictures. Two comparisons go through the same choice and the
-same scoring: the labels permuted between pictures (of one kind), and the units of the activations themselves, with
-either sign.
+second half that one is scored, with a 95% interval over pictures. Three comparisons go through the same choice and the
+same scoring: the labels permuted between pictures (of one kind), the units of the activations themselves, with either
+sign, and linear probes that the labels of the first half are regressed on: what one direction can tell at all.
 """
 
 from collections.abc import Sequence
@@ -13,10 +13,12 @@ import numpy as np
 import pandas as pd
 from jaxtyping import Bool, Float, Int
 
-from hooked_vlm.analysis.intervals import ratio_interval
+from hooked_vlm.analysis.intervals import ratio_interval, share_interval
 
 HALVES, PERMUTED = 1, 2
 """Purposes of random numbers, beside the seed."""
+RIDGE = 1e-3
+"""Penalty of a probe, as a share of the mean variance of the units."""
 
 Labels = Bool[np.ndarray, "token label"]
 
@@ -65,7 +67,8 @@ def find_meanings(
 
     Columns: label, feature, threshold, F1 with low and high (95%), precision, recall, tokens (that show the label in
     the second half), unit (F1 of the best unit of the activations, chosen alike), permuted (largest F1 of the
-    permutations), found (F1 is larger than that, and the lower end of its interval is `at_least` or more).
+    permutations), probe (F1 of a ridge regression), found (F1 is larger than permuted, and the lower end of its
+    interval is `at_least` or more).
 
     Args:
         units: the activations that the features were read from.
@@ -76,17 +79,20 @@ def find_meanings(
         halves.split(features),
         halves.split(np.concatenate([units, -units], axis=1), above_zero=True),
     )
+    probes = halves.split(units @ _ridge(units[halves.first], tokens.labels[halves.first]), above_zero=True)
     scores = halves.scored(of_features, tokens.labels)
-    permuted = np.full(len(names), -np.inf)
+    permuted = np.full(len(names), np.nan)
     for draw in range(permutations):
         labels = tokens.labels.copy()
         for half in (halves.first, halves.second):
             labels[half] = tokens.permuted((seed, draw), half)[half]
         permuted = np.fmax(permuted, halves.scored(of_features, labels).f1)
-    frame = scores.frame().assign(label=list(names), unit=halves.scored(of_units, tokens.labels).f1, permuted=permuted)
+    compared = {"unit": halves.scored(of_units, tokens.labels).f1, "permuted": permuted}
+    compared["probe"] = halves.scored(probes, tokens.labels).f1
+    frame = scores.frame().assign(label=list(names), **compared)
     frame["found"] = (frame["F1"] > frame["permuted"]) & (frame["low"] >= at_least)
-    order = ["label", "feature", "threshold", "F1", "low", "high", "precision", "recall", "tokens", "unit", "permuted"]
-    return frame.reindex(columns=[*order, "found"])
+    described = ["label", "feature", "threshold", "F1", "low", "high", "precision", "recall", "tokens"]
+    return frame.reindex(columns=[*described, *compared, "found"])
 
 
 def best_thresholds(
@@ -131,11 +137,22 @@ class _Scored:
         return _ratio(2 * self.hits.sum(0), (self.marked + self.shown).sum(0))
 
     def interval(self, label: int) -> tuple[float, float]:
-        """95% of the F1 over pictures with a token that is marked or shows the label; others change nothing."""
+        """95% of the F1 over pictures with a token that is marked or shows the label; others change nothing.
+
+        Where no token is wrong, or none right, no bootstrap has a width: then it is Wilson's interval of the share J of
+        pictures that are right, as an F1, which is 2J / (1 + J) of a share J of tokens that are both among those that
+        are either.
+        """
         size = (self.marked + self.shown)[:, label]
-        if not size.any():
+        used = size > 0
+        twice = 2 * self.hits[used, label]
+        if not used.any():
             return np.nan, np.nan
-        low, high = ratio_interval(2 * self.hits[size > 0, label], size[size > 0], seed=0)
+        if not twice.any() or (twice == size[used]).all():
+            share = np.array(share_interval((twice > 0).astype(float)))
+            low, high = 2 * share / (1 + share)
+        else:
+            low, high = ratio_interval(twice, size[used], seed=0)
         return float(low), float(high)
 
     def frame(self) -> pd.DataFrame:
@@ -180,6 +197,14 @@ class _Halves:
         marked, shown = (values[1][unit] >= threshold[:, None]).T, labels[self.second]
         picture = self.tokens.picture[self.second]
         return _Scored(unit, threshold, *(_by_picture(marks, picture) for marks in (marked & shown, marked, shown)))
+
+
+def _ridge(x: Float[np.ndarray, "token d"], labels: Labels) -> Float[np.ndarray, "d label"]:
+    """Directions of a ridge regression of the labels."""
+    centred = (x - x.mean(0)).astype(float)
+    gram = centred.T @ centred
+    gram += RIDGE * np.trace(gram) / len(gram) * np.eye(len(gram))
+    return np.linalg.solve(gram, centred.T @ (labels - labels.mean(0)))
 
 
 def _by_picture(

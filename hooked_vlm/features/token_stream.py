@@ -84,11 +84,17 @@ class TokenStream:
             places = np.arange(at, at + len(rows))
             mine = (places % self.share.of == self.share.rank) & (places >= start) & (places < stop)
             at += len(rows)
-            if mine.any():
-                waiting = torch.cat([waiting, self._read(rows[mine])])
-            whole = len(waiting) // own * own
-            yield from waiting[:whole].split(own) if whole else ()
-            waiting = waiting[whole:]
+            if not mine.any():
+                continue
+            block = self._read(rows[mine])
+            head, rest = block[: own - len(waiting)], block[own - len(waiting) :]
+            waiting = torch.cat([waiting, head])
+            if len(waiting) == own:
+                yield waiting
+                parts = rest.split(own)
+                whole = len(rest) // own
+                yield from parts[:whole]
+                waiting = rest[whole * own :].clone()  # which does not hold the block
 
     def _blocks(self, number: int) -> Iterator[Int[np.ndarray, "row"]]:
         """Numbers of the rows of a pass in their order, as many at a time as fit into the buffer."""
@@ -110,10 +116,11 @@ class TokenStream:
             InputError: numbers that are not finite.
         """
         found = torch.empty((len(rows), self.d_in))
-        for start, stop in self.bounds:
-            here = np.flatnonzero((rows >= start) & (rows < stop))
-            if len(here):
-                found[here] = self.values[start:stop].flatten(1)[rows[here] - start].float()
+        of_shard = np.searchsorted([stop for _, stop in self.bounds], rows, side="right")
+        for shard in np.unique(of_shard):
+            here = np.flatnonzero(of_shard == shard)
+            start, stop = self.bounds[shard]
+            found[here] = self.values[start:stop].flatten(1)[rows[here] - start].float()
         if not bool(torch.isfinite(found).all()):
             row = int(rows[int((~torch.isfinite(found)).any(1).nonzero()[0])])
             raise InputError(

@@ -21,7 +21,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from hooked_vlm.activations.read import Activations
-from hooked_vlm.errors import InputError, WorkerError
+from hooked_vlm.errors import HookedVLMError, InputError, WorkerError
 from hooked_vlm.features.checkpoint import Checkpoint, read_checkpoint, write_checkpoint
 from hooked_vlm.features.config import TrainingConfig
 from hooked_vlm.features.dictionary import Dictionary
@@ -53,12 +53,15 @@ def train_dictionary(
     out: str | Path,
     *,
     processes: int = 1,
+    device: str | None = None,
     progress: bool = False,
 ) -> Trained:
     """Train a dictionary; training.csv and the checkpoint are written to `out` on the way.
 
     Args:
-        processes: how many work on each batch, on this machine; weights are those of one process up to rounding.
+        processes: how many work on each batch, on the CPU of this machine; weights are those of one process up to
+            rounding.
+        device: CUDA if present by default, for one process. Bits are promised on the CPU only.
 
     Raises:
         InputError: settings out of range, a hook point that was not stored, too few samples, a folder with another
@@ -70,9 +73,12 @@ def train_dictionary(
     config.check_training()
     if processes < 1:
         raise InputError(f"processes must be at least 1, got {processes}")
+    if processes > 1 and device not in (None, "cpu"):
+        raise InputError(f"several processes share the CPU, got device={device}: leave out one of the two")
+    place = device or ("cuda" if torch.cuda.is_available() and processes == 1 else "cpu")
     folder = writable_folder(Path(out))
     stream = open_stream(activations, hook_name, config, Share(0, processes))
-    run = _Run(activations.folder, hook_name, config, folder, progress)
+    run = _Run(activations.folder, hook_name, config, folder, place, progress)
     read_checkpoint(folder / CHECKPOINT, run.key(stream))  # refuses another training before processes start
     if processes == 1:
         run.steps(stream)
@@ -92,6 +98,7 @@ class _Run:
     hook_name: str
     config: TrainingConfig
     out: Path
+    device: str
     progress: bool
 
     def key(self, stream: TokenStream) -> str:
@@ -108,9 +115,9 @@ class _Run:
             dist.barrier()  # nobody writes before all have read
         step, measured = (0, []) if found is None else (found.step, found.measured)
         if found is None:
-            learner = Learner(config, Scale.of(next(stream.batches())))
+            learner = Learner(config, Scale.of(next(stream.batches())), self.device)
         else:
-            learner = Learner.restored(config, found.state, step)
+            learner = Learner.restored(config, found.state, step, self.device)
         held_out = stream.sample(config.held_out_tokens) if first else None
         bar = Progress("training", "token", config.n_steps * config.batch, quiet=not (self.progress and first))
         with recorded(self.out), bar:
@@ -142,10 +149,10 @@ def reconstruction(dictionary: Dictionary, x: Float[Tensor, "row d_in"]) -> dict
     """
     mean = x.double().mean(0)
     error = total = active = 0.0
-    for rows in x.split(ROWS):
+    for rows in x.to(dictionary.W_enc).split(ROWS):
         f = dictionary.encode(rows)
         error += (rows - dictionary.decode(f)).double().square().sum().item()
-        total += (rows.double() - mean).square().sum().item()
+        total += (rows.double() - mean.to(rows.device)).square().sum().item()
         active += int((f > 0).sum())
     explained = 1 - error / total if total else float("nan")
     return {"mean squared error": error / x.numel(), "explained variance": explained, "active": active / len(x)}
@@ -163,16 +170,22 @@ def _in_processes(run: _Run, n: int) -> None:
     threads = max(1, torch.get_num_threads() // n)
     with tempfile.TemporaryDirectory() as folder:
         try:
-            mp.spawn(_process, (n, run, f"file://{folder}/meeting", threads), nprocs=n)
+            mp.spawn(_process, (n, run, Path(folder), threads), nprocs=n)
         except (mp.ProcessRaisedException, mp.ProcessExitedException) as error:
-            last = str(error).strip().splitlines()[-1]
+            said = [path.read_text(encoding="utf-8") for path in sorted(Path(folder).glob("error-*"))]
+            last = said[0] if said else str(error).strip().splitlines()[-1]
             raise WorkerError(f"a process of the training ended: {last}; run it again to go on") from error
 
 
-def _process(rank: int, n: int, run: _Run, meeting: str, threads: int) -> None:
+def _process(rank: int, n: int, run: _Run, folder: Path, threads: int) -> None:
+    """One of `n` processes; they meet in `folder`, where an error that a user can mend is left: the others fail too,
+    and only say that they lost a connection."""
     torch.set_num_threads(threads)
-    dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=n)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=n)
     try:
         run.steps(open_stream(Activations(run.activations), run.hook_name, run.config, Share(rank, n)))
+    except HookedVLMError as error:
+        (folder / f"error-{rank}").write_text(str(error), encoding="utf-8")
+        raise
     finally:
         dist.destroy_process_group()

@@ -68,13 +68,11 @@ function figure(own, largest) {
   const picture = data.pictures[own.picture], { width, height } = picture, made = element("figure");
   const svg = drawing("svg", { viewBox: `0 0 ${width} ${height}`, role: "img", "aria-label": `picture ${own.picture}` });
   svg.append(drawing("image", { href: picture.src, width, height }));
-  let most = 0;
   for (const [x0, y0, x1, y1, value] of own.tokens) {
-    most = Math.max(most, value);
     svg.append(drawing("rect", { class: "token", x: x0, y: y0, width: x1 - x0, height: y1 - y0, fill: "#0072b2", "fill-opacity": (0.75 * value / largest).toFixed(3), stroke: "#0072b2", "stroke-width": width / 200 }));
   }
   for (const [x0, y0, x1, y1] of own.frames) svg.append(drawing("rect", { class: "frame", x: x0, y: y0, width: x1 - x0, height: y1 - y0, fill: "none", stroke: "#d55e00", "stroke-width": width / 100 }));
-  made.append(svg, element("figcaption", {}, `largest ${number(most)}`));
+  made.append(svg, element("figcaption", {}, `largest ${number(own.largest)}`));
   return made;
 }
 

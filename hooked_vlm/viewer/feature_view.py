@@ -36,6 +36,8 @@ class Mark:
     """Its number among the pictures of the page."""
     tokens: tuple[tuple[float, float, float, float, float], ...]
     """Box (x0, y0, x1, y1) in pixels of the picture, and activation."""
+    largest: float
+    """Largest activation of its tokens, those included that stand for no place."""
     frames: tuple[tuple[float, ...], ...] = ()
     """Boxes of what the feature stands for."""
 
@@ -132,7 +134,7 @@ def top_marks(
     picture: Sequence[int] | np.ndarray,
     boxes: Float[np.ndarray, "token 4"],
     n: int,
-) -> list[tuple[int, tuple[tuple[float, float, float, float, float], ...]]]:
+) -> list[Mark]:
     """The pictures with the largest activations, largest first, and the tokens of each that are active.
 
     Args:
@@ -148,7 +150,8 @@ def top_marks(
     for number in chosen:
         own = drawn[numbers[drawn] == number]
         rows = np.column_stack([boxes[own].round(1), [float(f"{value:.4g}") for value in values[own]]])
-        marks.append((number, tuple(tuple(row) for row in rows.tolist())))
+        largest = float(values[numbers == number].max())
+        marks.append(Mark(number, tuple(tuple(row) for row in rows.tolist()), largest))
     return marks
 
 

@@ -8,7 +8,7 @@ import pytest
 
 from hooked_vlm.data import NamedBox, Sample
 from hooked_vlm.features.labelled import LabelledPicture, toy_pictures
-from hooked_vlm.features.meanings import Tokens, best_thresholds, find_meanings
+from hooked_vlm.features.meanings import Tokens, _ridge, best_thresholds, find_meanings
 
 NAMES = ("a", "b", "c")
 
@@ -123,3 +123,31 @@ def test_toy_pictures_are_drawn_anew_for_each_purpose() -> None:
         assert (
             picture.object_name == picture.sample.answer if picture.kind == "naming" else picture.sample.answer in named
         )
+
+
+def test_a_probe_reads_what_no_unit_says() -> None:
+    features, units, tokens = made(200)
+    noise = 10 * units[:, 3]
+    units[:, 0] += noise + 5 * tokens.labels[:, 1]
+    units[:, 2] += noise - 5 * tokens.labels[:, 1]  # b lies along their difference
+    found = rows_of(find_meanings(features, units, tokens, NAMES))
+    assert found["b"]["probe"] > 0.95 > found["b"]["unit"] + 0.1 and found["c"]["probe"] < 0.4
+
+
+def test_a_probe_is_a_ridge_regression() -> None:
+    rng = np.random.default_rng(5)
+    x, labels = rng.normal(2, 3, size=(50, 4)), rng.random((50, 2)) < 0.4
+    centred = x - x.mean(0)
+    penalty = 1e-3 * (centred**2).sum() / 4
+    extended = np.vstack([centred, np.sqrt(penalty) * np.eye(4)])
+    targets = np.vstack([labels - labels.mean(0), np.zeros((4, 2))])
+    np.testing.assert_allclose(_ridge(x, labels), np.linalg.lstsq(extended, targets, rcond=None)[0], rtol=1e-8)
+
+
+def test_an_f1_without_an_error_has_an_interval() -> None:
+    features, units, tokens = made()
+    found = rows_of(find_meanings(features, units, tokens, NAMES))["a"]
+    shows = tokens.labels[:, 0] & tokens.half(False, 0)
+    n = len(np.unique(tokens.picture[shows]))
+    right = n / (n + 1.959964**2)  # the lower end of Wilson's interval of n of n
+    assert found["F1"] == 1.0 == found["high"] and found["low"] == pytest.approx(2 * right / (1 + right), rel=1e-5)

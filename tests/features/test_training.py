@@ -11,7 +11,7 @@ from made_up_activations import HOOK, planted, write_activations
 from torch import Tensor
 
 from hooked_vlm.activations import Activations
-from hooked_vlm.errors import ActivationsError, InputError
+from hooked_vlm.errors import ActivationsError, InputError, WorkerError
 from hooked_vlm.features.config import TrainingConfig
 from hooked_vlm.features.learner import Jump, Learner, Scale, Step
 from hooked_vlm.features.training import CHECKPOINT, CURVE, Trained, reconstruction, train_dictionary
@@ -213,6 +213,6 @@ def test_an_error_in_a_process_is_one_sentence(tmp_path: Path) -> None:
     rows, _ = planted(2000, 8, 2)
     rows[1234, 3] = float("nan")
     acts = write_activations(tmp_path / "acts", rows)
-    with pytest.raises(Exception, match="not finite") as raised:
+    with pytest.raises(WorkerError, match="not finite") as raised:
         train_dictionary(acts, HOOK, replace(SMALL, n_tokens=5000), tmp_path / "out", processes=2)
     assert "\n" not in str(raised.value)

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
-from viewing import DESKTOP, PHONE, photograph
+from viewing import DESKTOP, PHONE
 
 from hooked_vlm.errors import InputError
 from hooked_vlm.viewer import feature_view
@@ -20,14 +20,13 @@ def made() -> FeaturePage:
     pictures = [Image.fromarray(np.full((112, 128, 3), shade, np.uint8)) for shade in (90, 200)]
     token, frame = (16.0, 32.0, 32.0, 48.0, 5.0), (18.0, 33.0, 25.0, 45.0)
     common: dict[str, Any] = {"counts": (3, 0, 1), "largest": 10.0, "active": 0.01}
+    marks = (Mark(1, (token,), 5.0, (frame,)), Mark(0, (token, token), 5.0))
+    logits: dict[str, Any] = {"raised": (("7", 2.5), ("<b>", 1.0)), "lowered": (("x", -1.5),)}
     entries = (
-        FeatureEntry(
-            4, "7", "glyph '7' is feature 4", True, 0.9, marks=(Mark(1, (token,), (frame,)), Mark(0, (token, token))),
-            raised=(("7", 2.5), ("<b>", 1.0)), lowered=(("x", -1.5),), effect="it matters", **common,
-        ),
-        FeatureEntry(11, "</script><b>", "no feature", False, 0.3, marks=(Mark(0, ()),), **common),
+        FeatureEntry(4, "7", "glyph '7' is feature 4", True, 0.9, marks=marks, effect="it matters", **logits, **common),
+        FeatureEntry(11, "</script><b>", "no feature", False, 0.3, marks=(Mark(0, (), 2.5),), **common),
         FeatureEntry(2, "", "No label chose it.", False, None, marks=(), **{**common, "active": 0.5}),
-    )  # fmt: skip
+    )
     return FeaturePage("Features <of> a model", "How.", entries, tuple(pictures), (("model", "toy"),))
 
 
@@ -69,15 +68,17 @@ def test_top_pictures_are_those_of_a_slow_loop() -> None:
     values[30:40], boxes[values.argmax()] = 0.0, np.nan
     found = top_marks(values, picture, boxes, 5)
     largest = {number: values[picture == number].max() for number in range(20)}
-    assert [number for number, _ in found] == sorted(largest, key=lambda number: -largest[number])[:5]
-    for number, tokens in found:
+    assert [mark.picture for mark in found] == sorted(largest, key=lambda number: -largest[number])[:5]
+    for mark in found:
+        number, tokens = mark.picture, mark.tokens
+        assert mark.largest == largest[number]
         expected = [
             (*boxes[row].round(1), values[row])
             for row in range(200)
             if picture[row] == number and values[row] > 0 and np.isfinite(boxes[row]).all()
         ]
         np.testing.assert_allclose(np.array(tokens).reshape(-1, 5), np.array(expected).reshape(-1, 5), rtol=1e-3)
-    assert 3 not in dict(top_marks(values, picture, boxes, 20))  # nothing is active on it
+    assert 3 not in {mark.picture for mark in top_marks(values, picture, boxes, 20)}  # nothing is active on it
 
 
 @pytest.mark.slow
@@ -117,6 +118,5 @@ def test_features_are_listed_filtered_and_shown(size: dict[str, int], browser: A
     assert listed() == ["4"]
     page.fill("#find", "11")
     assert listed() == ["11"]
-    photograph(page, "features.png", tmp_path)
     assert page.evaluate("document.documentElement.scrollWidth <= window.innerWidth") and said == []
     page.close()

@@ -203,3 +203,18 @@ def test_a_dictionary_of_another_model_is_refused(trained: Any, model: HookedVLM
     )
     with pytest.raises(HookedVLMError, match="192 numbers"):
         find(FindConfig(dictionary=tmp_path, out=tmp_path / "out", quiet=True), model)
+
+
+def test_positions_of_an_answer_stand_for_what_follows(model: HookedVLM) -> None:
+    pictures = list(toy_pictures(4, 0, 2))
+    read = read_tokens(model, HOOK, pictures, TOY_LABELS, at="answer")
+    for number, picture in enumerate(pictures):
+        own = read.tokens.picture == number
+        said = [TOY_LABELS[int(row.argmax())] for row in read.tokens.labels[own]]
+        assert "".join(said) == picture.sample.answer and (read.tokens.labels[own].sum(1) == 1).all()
+        inputs = picture.sample.inputs(model)
+        _, cache = model.run_with_cache(inputs, names_filter=HOOK)
+        first = int(inputs.positions.final[0])
+        torch.testing.assert_close(read.values[own], cache[HOOK][0, first:-1], rtol=1e-4, atol=1e-4)
+    with pytest.raises(HookedVLMError, match="no positions of the answer"):
+        read_tokens(model, "hook_image_features", pictures, TOY_LABELS, at="answer")
