@@ -53,14 +53,15 @@ def literal(model: HookedVLM, stimulus: Stimulus, other: Stimulus) -> dict[str, 
         v, z = cache[f"blocks.{layer}.attn.hook_v"][0], cache[f"blocks.{layer}.attn.hook_z"][0]
         big = [[abs(float(a)) / float(row.pow(2).mean().sqrt()) >= 20 for a in row] for row in x]
         sinks = [key for key in image if any(a and b for a, b in zip(big[key], big[0], strict=True))]
+        queries = question + answer
+        anyone = (pattern > 0).any(0)  # of one head alone, attention to a key that it sees may round to 0
+        seen = {q: [k for k in range(stop) if anyone[q, k]] for q in queries}
         for head in range(cfg.n_heads):
             a = pattern[head].tolist()
 
             def put(name: str, value: Any, layer: int = layer, head: int = head) -> None:
                 found.setdefault(name, np.full((cfg.n_layers, cfg.n_heads), np.nan))[layer, head] = value
 
-            queries = question + answer
-            seen = {q: [k for k in range(stop) if a[q][k] > 0] for q in queries}
             put("first_token_sink", np.mean([a[q][0] for q in queries]))
             put("locality", 1 - np.mean([sum(a[q][k] * max(q - k, 0) / q for k in seen[q]) for q in queries]))
             entropies = [-sum(p * math.log(p) for p in a[q] if p) / math.log(len(seen[q])) for q in queries]
@@ -83,7 +84,7 @@ def literal(model: HookedVLM, stimulus: Stimulus, other: Stimulus) -> dict[str, 
             for part, q in enumerate(answer):
                 right = int(logits[0, q].argmax()) == tokens[q + 1]
                 looked = max(seen[q], key=lambda k: a[q][k])
-                by_chance = float(evidence[part].sum()) / len(seen[q])
+                by_chance = sum(bool(evidence[part, k]) for k in seen[q]) / len(seen[q])
                 not_here = elsewhere is not None and bool(elsewhere[part, looked])
                 copied.append((right and bool(evidence[part, looked]), right and not_here, right * by_chance))
             hits, misplaced, chance = (np.mean(own) for own in zip(*copied, strict=True))

@@ -99,7 +99,7 @@ function ruleOf(table) {
   return head => {
     if (above(table, does, head, data.level) !== true || (least !== null && !(values[head] >= least))) return false;
     if (!not) return true;
-    return tested ? above(table, not, head, data.level) === false : others[head] <= most;
+    return tested ? above(table, not, head, data.level) === false : (most === null || others[head] <= most);
   };
 }
 
@@ -148,7 +148,7 @@ function sayRule(keeping) {
   let words = `${keeping.length} of ${n} heads: ${titleOf(does)} is above ${zero} (p ≤ ${data.level}, ${holm})`;
   if (given("least") !== null) words += `, at least ${number(given("least"))}`;
   if (not && at("doesnt-rule").value === "test") words += `, and ${titleOf(not)} is not (p > ${data.level}, or not above). Not significant is no evidence of absence`;
-  else if (not) words += `, and ${titleOf(not)} is ${number(given("most") ?? NaN)} at most`;
+  else if (not && given("most") !== null) words += `, and ${titleOf(not)} is ${number(given("most"))} at most`;
   words += ".";
   for (const score of new Set([does, at("doesnt-rule").value === "test" ? not : ""])) {
     if (untested(score)) words += ` Left out: ${untested(score)} without a test of ${titleOf(score)} (fewer than three stimuli).`;

@@ -47,8 +47,6 @@ class Rows:
     """Image tokens of what is asked for."""
     predicted: Bool[Tensor, "part"] = field(default_factory=lambda: torch.zeros(0, dtype=torch.bool))
     """Whether the model predicts the answer's token; known behind the last layer."""
-    n_keys: Int[Tensor, "part"] = field(default_factory=lambda: torch.zeros(0, dtype=torch.long))
-    """Number of keys that the queries of the answer see."""
 
     @property
     def queries(self) -> list[int]:
@@ -67,6 +65,7 @@ def attention_scores(model: "HookedVLM", stimuli: Sequence[Stimulus]) -> list[Fo
     sinks: dict[int, Bool[Tensor, "row key"]] = {}
     found: list[list[Both]] = [[] for _ in stimuli]
     looked: list[list[Int[Tensor, "head part"]]] = [[] for _ in stimuli]
+    chance: list[list[Float[Tensor, "part"]]] = [[] for _ in stimuli]
     norms: dict[tuple[str, int], Tensor] = {}
     prompt = batch.attention_mask.clone()
     for row, own in enumerate(rows):
@@ -82,7 +81,7 @@ def attention_scores(model: "HookedVLM", stimuli: Sequence[Stimulus]) -> list[Fo
             pattern, uniform = _pattern(call, row, own.queries)
             found[row].append(_scores(pattern, uniform, own, sinks[layer][row]))
             looked[row].append(pattern[:, len(own.question) :].argmax(-1))
-            own.n_keys = (uniform[0, len(own.question) :] > 0).sum(-1)
+            chance[row].append((uniform[0, len(own.question) :] * own.evidence).sum(-1))
 
     def predict(normalized: Tensor, hook: HookPoint) -> None:
         for row, own in enumerate(rows):
@@ -99,7 +98,7 @@ def attention_scores(model: "HookedVLM", stimuli: Sequence[Stimulus]) -> list[Fo
     model.run_with_hooks(batch, return_type=None, fwd_hooks=hooks)
     for row, by_layer in enumerate(found):
         for layer, own in enumerate(by_layer):
-            own |= _copying(looked[row][layer], rows[row])
+            own |= _copying(looked[row][layer], chance[row][layer], rows[row])
             for name in ("value_norm", "output_norm"):
                 value = norms[name, layer][row]
                 own[name] = value.cpu(), torch.full_like(value.cpu(), torch.nan)
@@ -157,10 +156,11 @@ def _rows(model: "HookedVLM", batch: VLMInputs, row: int, stimulus: Stimulus, ot
     image[groups.image[row]] = True
     if stimulus.kind == "text":
         evidence = needle(model, batch, row)
-        elsewhere = torch.zeros_like(evidence)
     else:
         evidence = tokens_of_boxes(model, batch, row, stimulus, stimulus)
-        elsewhere = torch.zeros_like(evidence) if other is None else tokens_of_boxes(model, batch, row, stimulus, other)
+    elsewhere = torch.zeros_like(evidence)
+    if stimulus.kind == "page" and other is not None:
+        elsewhere = tokens_of_boxes(model, batch, row, stimulus, other)
     asked = evidence.any(0) & image
     answer = list(range(stop - n_answer - 1, stop - 1))
     return Rows(batch.first[row], [question[i] for i in chosen], answer, image, evidence, elsewhere, asked)
@@ -223,10 +223,10 @@ def _scores(
     return found
 
 
-def _copying(looked: Int[Tensor, "head part"], rows: Rows) -> Both:
-    """Scores of copying, each with its null: the evidence of another stimulus, or any key at random."""
+def _copying(looked: Int[Tensor, "head part"], chance: Float[Tensor, "part"], rows: Rows) -> Both:
+    """Scores of copying, each with its null: the evidence of another stimulus, or any key that is seen, at random."""
     values, known = _copied(looked, rows.evidence, rows.predicted), rows.evidence.any(-1)
-    at_random = (rows.evidence.sum(-1) / rows.n_keys * rows.predicted)[known].mean()
+    at_random = (chance * rows.predicted)[known].mean()
     return {
         "ocr": (values, _copied(looked, rows.elsewhere, rows.predicted)),
         "text_retrieval": (values, at_random.expand(len(looked))),

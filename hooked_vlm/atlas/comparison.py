@@ -18,7 +18,7 @@ from hooked_vlm.analysis.multiple_testing import holm
 from hooked_vlm.analysis.text_tables import text_table
 from hooked_vlm.atlas.definitions import BY_NAME, SCORES, TOWERS, Score
 from hooked_vlm.atlas.result import Atlas, described, mean_of_known
-from hooked_vlm.atlas.show import ALPHA
+from hooked_vlm.atlas.show import ALPHA, no_power
 from hooked_vlm.errors import InputError
 from hooked_vlm.interventions.base import Tower
 
@@ -70,6 +70,7 @@ class Comparison:
         answers = [
             f"{found.sum():,} of {found.size:,} heads of the {TOWERS[tower]} changed in at least one score (p of "
             f"{ALPHA} or less, Holm over all {len(self._rows(tower)):,} tests of heads and scores)."
+            f"{no_power(self._rows(tower))}"
             for tower, found in self._changed().items()
         ]
         parts = [f"a: {self.a}\nb: {self.b}", "\n".join([*answers, *self.refused.values()])]

@@ -59,8 +59,8 @@ SCORES = (
         "language",
         ("text",),
         "share of the answer's tokens that the model predicts while argmax_k A(q, k) is a token of the same characters "
-        "where the answer stands in the text",
-        "any key of the prompt, at random",
+        "where the answer stands in the text, as whole words if it ever does",
+        "any key that the query sees, at random",
         "arXiv 2404.15574",
     ),
     Score(
@@ -172,7 +172,7 @@ SCORES = (
         "language",
         PICTURES,
         "least-squares coefficient of keeping the head in the log-probability of the answer's first token while random "
-        "halves of the heads are so replaced, fitted to each stimulus",
+        "halves of the heads are so replaced, drawn and fitted for each stimulus",
         "0",
         "arXiv 2509.17588",
         "nats",

@@ -24,8 +24,13 @@ FEWEST_GROUPS = 64
 
 
 def default_groups(n_heads: int) -> int:
-    """Number of random groups of heads whose effects determine a coefficient for each head."""
-    return max(FEWEST_GROUPS, 2 * n_heads)
+    """Number of random groups of heads that give each head a coefficient."""
+    return max(FEWEST_GROUPS, fewest_groups(n_heads))
+
+
+def fewest_groups(n_heads: int) -> int:
+    """Number of groups from which on coefficients are determined well enough to be given."""
+    return 2 * n_heads
 
 
 @torch.no_grad()
@@ -47,7 +52,7 @@ def effect_scores(model: "HookedVLM", stimulus: Stimulus, other: Stimulus | None
     alone = _effects(model, encoded, token, [ReplaceImageKV((head,)) for head in _heads(shape)])
     found["transfer"] = -alone.reshape(shape), np.zeros(shape)
     if groups:
-        kept = group_masks(groups, shape[0] * shape[1], seed)
+        kept = group_masks(groups, shape[0] * shape[1], seed, stimulus)
         found["transfer_in_groups"] = _in_groups(model, encoded, token, kept).reshape(shape), np.zeros(shape)
     direct = _direct(model, encoded, token)
     null = np.full(shape, np.nan) if other is None else _direct(model, encoded, first_token(model, other))
@@ -63,10 +68,14 @@ def first_token(model: "HookedVLM", stimulus: Stimulus) -> int:
     return int(whole.tokens[0, whole.stop[0] - whole.n_generated[0]])
 
 
-def group_masks(n: int, n_heads: int, seed: int) -> Bool[np.ndarray, "mask head"]:
-    """Heads that are kept, each with probability 1/2, every mask followed by its complement."""
-    first = np.random.default_rng([seed, 34]).random((-(-n // 2), n_heads)) < 0.5
-    return np.stack((first, ~first), axis=1).reshape(-1, n_heads)[:n]
+def group_masks(n: int, n_heads: int, seed: int, stimulus: Stimulus) -> Bool[np.ndarray, "mask head"]:
+    """Heads that are kept, each with probability 1/2, independently.
+
+    Others for each stimulus: what the interactions of heads add to a coefficient depends on the masks, and would be no
+    error that averages out over stimuli if these shared them.
+    """
+    rng = np.random.default_rng([seed, 34, int(stimulus.digest(), 16)])
+    return rng.random((n, n_heads)) < 0.5
 
 
 def _heads(shape: tuple[int, int]) -> list[Head]:

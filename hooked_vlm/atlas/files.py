@@ -1,5 +1,6 @@
 """An atlas on disk: `atlas.json`, `observations.parquet` and `heads.csv`."""
 
+import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,6 +17,11 @@ from hooked_vlm.runtime.files import atomic_write
 RECORD, OBSERVATIONS, HEADS = "atlas.json", "observations.parquet", "heads.csv"
 Parts = dict[str, tuple[tuple[str, ...], np.ndarray, np.ndarray]]
 """Names of the stimuli, values and nulls [stimulus, layer, head], by score."""
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def write_atlas(
@@ -43,6 +49,7 @@ def write_atlas(
     atomic_write(folder / OBSERVATIONS, lambda aside: pq.write_table(whole, aside, write_page_checksum=True))
     atomic_write(folder / HEADS, lambda aside: table.to_csv(aside, index=False, lineterminator="\n"))
     record = {"model": model, "settings": settings, "shapes": shapes, "stimuli": stimuli}
+    record["observations"] = _digest(folder / OBSERVATIONS)
     atomic_write(folder / RECORD, lambda aside: aside.write_text(json.dumps(record, indent=1), encoding="utf-8"))
 
 
@@ -59,6 +66,8 @@ def read_atlas(folder: Path) -> tuple[str, dict[str, Any], Parts]:
     except (OSError, ValueError) as error:
         raise InputError(f"{folder / RECORD} cannot be read: {error}") from error
     try:
+        if record["observations"] != _digest(folder / OBSERVATIONS):
+            raise ValueError(f"{OBSERVATIONS} is of another run than {RECORD}")
         rows = pq.read_table(folder / OBSERVATIONS, page_checksum_verification=True).to_pandas()
         parts: Parts = {}
         for name, own in rows.groupby("score", sort=False):

@@ -24,7 +24,7 @@ from hooked_vlm.analysis.pictures import DIVERGING, SEQUENTIAL
 from hooked_vlm.atlas.comparison import compare
 from hooked_vlm.atlas.definitions import BY_NAME, KINDS, TOWERS
 from hooked_vlm.atlas.result import Atlas
-from hooked_vlm.atlas.show import ALPHA
+from hooked_vlm.atlas.show import ALPHA, no_power
 from hooked_vlm.errors import InputError
 from hooked_vlm.inputs.images import load_image
 from hooked_vlm.interventions.base import Tower
@@ -45,6 +45,7 @@ LONGEST = 220
 """Longer side of a thumbnail in pixels."""
 NONE = 255
 """The number of no picture."""
+MOST_PICTURES = NONE - 1
 DOUBLES, SINGLES = ("p", "p_holm"), ("value", "low", "high", "null", "n")
 """Columns of the page: p are kept in 64 bits, which do not round them to 0."""
 DARK_DIVERGING = LinearSegmentedColormap.from_list("dark", ["#7cc4ff", "#2f6ea3", "#26282b", "#a8492f", "#ffa07a"])
@@ -80,9 +81,10 @@ def atlas_page(found: Atlas, pictures: Sequence[Picture] = (), other: Atlas | No
         ImageError: a thumbnail that is no image.
     """
     _check(found, pictures)
-    sets, refused = [_as_set(found, found.table)], []
+    sets, refused, few = [_as_set(found, found.table)], [], [_too_few(found)]
     if other is not None:
         sets.append(_as_set(other, other.table))
+        few.append(_too_few(other))
         try:
             compared = compare(found, other)
             rows = compared.table.rename(columns={"difference": "value"}).assign(null=0.0)
@@ -112,7 +114,7 @@ def atlas_page(found: Atlas, pictures: Sequence[Picture] = (), other: Atlas | No
         towers=TOWERS,
         data=data,
         blobs=blobs,
-        refused=refused,
+        warnings=[*refused, *filter(None, few)],
         strongest={tower: _strongest_blob(found, tower, pictures) for tower in found.towers} if pictures else {},
         parts=parts,
     )
@@ -158,8 +160,8 @@ def _check(found: Atlas, pictures: Sequence[Picture]) -> None:
     if not found.scores:
         raise InputError("an atlas without a score has no page")
     names = [picture.name for picture in pictures]
-    if len(names) > NONE - 1:
-        raise InputError(f"a page takes {NONE - 1} pictures at most, got {len(names)}")
+    if len(names) > MOST_PICTURES:
+        raise InputError(f"a page takes {MOST_PICTURES} pictures at most, got {len(names)}")
     stimuli = {stimulus for own in found.observed.values() for stimulus in own.stimuli}
     for picture in pictures:
         if picture.name not in stimuli:
@@ -219,6 +221,14 @@ def _facts(label: str, atlas: Atlas) -> dict[str, str]:
         if isinstance(value, str | int | float):
             facts[name.replace("_", " ")] = f"{value:.3g}" if isinstance(value, float) else _short(str(value))
     return facts
+
+
+def _too_few(atlas: Atlas) -> str:
+    """A sentence about scores whose tests no head can pass, on so few stimuli; nothing if there are none."""
+    titles = [score.title for score in atlas.scores if no_power(atlas.rows(score.name))]
+    return (
+        f"{atlas.model} has too few stimuli for any head to be significant in: {'; '.join(titles)}." if titles else ""
+    )
 
 
 def _short(text: str) -> str:

@@ -6,6 +6,7 @@ found.wide("language")     # a row for each head, a column for each score
 found.save("out")          # Atlas.load("out")
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -77,7 +78,8 @@ class Atlas:
 
         `value`: mean over stimuli, with its 95% interval `low` to `high` (over stimuli); `null`: mean of what it would
         be without what the score is about; `p`: two-sided, Student's t over stimuli and 2^(1 - n) at least, that value
-        and null differ (value and 0, of effects); `p_holm`: corrected for all heads of the score; `n`: number of stimuli.
+        and null differ (value and 0, of effects); `p_holm`: corrected for all heads of the score; `n`: number
+        of stimuli.
         """
         return pd.concat([self._rows(score) for score in self.scores], ignore_index=True)
 
@@ -125,8 +127,15 @@ class Atlas:
         return Atlas(self.model, observed, self.settings)
 
     def strongest(self, name: str, layer: int, head: int, n: int = 3) -> list[str]:
-        """Names of the stimuli on which a head scores highest above the null, best first."""
+        """Names of the stimuli on which a head scores highest above the null, best first.
+
+        Raises:
+            InputError: a score that this atlas does not have, or a head that the tower does not have.
+        """
         found = self._observed(name)
+        _, layers, heads = found.values.shape
+        if not (0 <= layer < layers and 0 <= head < heads):
+            raise InputError(f"there is no head {layer}.{head}: layers are 0 to {layers - 1}, heads 0 to {heads - 1}")
         above = found.values[:, layer, head] - np.nan_to_num(found.nulls[:, layer, head])
         order = np.argsort(-np.nan_to_num(above, nan=-np.inf), kind="stable")
         return [found.stimuli[i] for i in order[:n] if np.isfinite(above[i])]
@@ -196,6 +205,11 @@ def _paired_p(differences: Values) -> Float[np.ndarray, "layer head"]:
         if (n := stimuli.sum()) >= FEWEST:
             p[heads] = np.fmax(mean_p(flat[np.ix_(stimuli, heads)]), 2.0 ** (1 - n))  # of a number and NaN the number
     return p.reshape(differences.shape[1:])
+
+
+def fewest_stimuli(n_tests: int, level: float) -> int:
+    """Number of stimuli from which on one of so many tests can pass at a level, after Holm's correction for all."""
+    return max(FEWEST, 1 + math.ceil(math.log2(n_tests / level)))
 
 
 def mean_of_known(values: Values) -> Float[np.ndarray, "layer head"]:

@@ -3,6 +3,7 @@ samples."""
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
@@ -78,10 +79,12 @@ def shipped(model: "HookedVLM", n: int = 32, seed: int = 0) -> list[Stimulus]:
     without a vision tower gets no pictures.
 
     Raises:
-        InputError: fewer than one.
+        InputError: fewer than one, or a negative seed.
     """
     if n < 1:
         raise InputError(f"an atlas needs at least one stimulus of each kind, got {n}")
+    if seed < 0:
+        raise InputError(f"a seed must be 0 or more, got {seed}")
     style = TOY if model.cfg.d_vocab < FEW_TOKENS else LARGE
     found: list[Stimulus] = []
     for i in range(n):
@@ -92,26 +95,38 @@ def shipped(model: "HookedVLM", n: int = 32, seed: int = 0) -> list[Stimulus]:
 
 
 def as_stimuli(samples: Iterable[Sample]) -> list[Stimulus]:
-    """Take samples as stimuli, each by what it has: pictures with a box for each character of the answer, named by it,
-    are pages, other pictures are objects (their boxes, if any, hold what is asked for), and prompts without pictures
-    are text. Boxes named "text" are around text.
+    """Take samples as stimuli, each by what it has: pictures with a box for each character of the answer but spaces,
+    named by it, are pages, other pictures are objects (their boxes, if any, hold what is asked for), and prompts
+    without pictures are text. Boxes named "text" are around text.
 
     Raises:
-        InputError: a sample without an answer, several of one name, or none at all.
+        InputError: something else than samples, a sample without an answer, several of one name, or none at all.
     """
     found: list[Stimulus] = []
     for sample in samples:
+        if not isinstance(sample, Sample):
+            raise InputError(f"expected samples (hooked_vlm.data: read_samples(path), or Sample), got {sample!r:.80}")
         if not sample.answer:
             raise InputError(f"sample {sample.id!r} has no answer: the scores of an atlas are about the answer")
-        characters = [box.name for box in sample.boxes if box.name != TEXT]
-        kind: Kind = "text" if not sample.images else "page" if characters == list(sample.answer) else "object"
+        named = [box.name for box in sample.boxes if box.name != TEXT and box.name.strip()]
+        characters = [character for character in sample.answer if not character.isspace()]
+        kind: Kind = "text" if not sample.pictures else "page" if characters and named == characters else "object"
         found.append(Stimulus(sample.id, kind, sample))
-    names = [stimulus.name for stimulus in found]
-    if twice := sorted({name for name in names if names.count(name) > 1}):
-        raise InputError(f"there are several samples named {twice[0]!r}: names tell stimuli apart")
+    check_names(found)
     if not found:
         raise InputError("there are no samples to make an atlas of")
     return found
+
+
+def check_names(stimuli: Iterable[Stimulus]) -> None:
+    """Check that names tell stimuli apart.
+
+    Raises:
+        InputError: they do not.
+    """
+    (name, n), *_ = Counter(stimulus.name for stimulus in stimuli).most_common(1) or [("", 0)]
+    if n > 1:
+        raise InputError(f"there are several stimuli named {name!r}: names tell stimuli apart, give samples other ids")
 
 
 def of_kind(stimuli: Iterable[Stimulus], kinds: Sequence[Kind]) -> list[Stimulus]:

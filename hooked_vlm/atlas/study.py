@@ -2,7 +2,7 @@
 
 import tempfile
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,13 +12,14 @@ import pandas as pd
 
 from hooked_vlm.atlas.attention import Found, attention_scores, repeated_scores
 from hooked_vlm.atlas.definitions import BY_NAME, KINDS, PICTURES, SCORES
-from hooked_vlm.atlas.effects import default_groups, effect_scores, first_token
+from hooked_vlm.atlas.effects import default_groups, effect_scores, fewest_groups, first_token
 from hooked_vlm.atlas.result import Atlas, Observed
-from hooked_vlm.atlas.stimuli import Stimulus, as_stimuli, of_kind, shipped
+from hooked_vlm.atlas.stimuli import Stimulus, as_stimuli, check_names, of_kind, shipped
 from hooked_vlm.atlas.vision import vision_scores
 from hooked_vlm.data.samples import Sample
 from hooked_vlm.errors import InputError
 from hooked_vlm.interventions.heads import tower_shape
+from hooked_vlm.nn.hooks import hooked_module
 from hooked_vlm.runtime.store import ResultStore
 from hooked_vlm.runtime.tasks import InProcess, Task, Workers
 
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
     from hooked_vlm.model.vlm import HookedVLM
 
 TOGETHER = 8
-"""Stimuli of a kind whose attention is scored in one pass."""
+"""Stimuli of a kind whose attention is scored in one pass, at most."""
 
 
 def atlas(
@@ -52,49 +53,62 @@ def atlas(
         workers: by default this process.
 
     Raises:
-        InputError: data without samples, or a sample that cannot be used.
+        InputError: hooks are set on the model; data without samples, or a sample that cannot be used.
         OutputError: the folder cannot be written.
     """
+    if hooked := hooked_module(model):
+        raise InputError(
+            f"an atlas is stored as of the model's weights, but {hooked} has a hook that may change what heads do: "
+            "remove it (from hook points with model.reset_hooks(including_permanent=True))"
+        )
     stimuli = shipped(model, n, seed)
     if data is not None:
         stimuli = [*as_stimuli(data), *of_kind(stimuli, ("repeated",))]
+        check_names(stimuli)
     n_layers, n_heads, _ = tower_shape(model, "language")
     groups = default_groups(n_layers * n_heads) if groups is None else groups
-    if groups and groups <= n_layers * n_heads:
+    if groups and groups < fewest_groups(n_layers * n_heads):
         raise InputError(
-            f"{groups} random groups do not determine the coefficients of {n_layers * n_heads} heads: take more than "
-            "there are heads, or 0 to leave the score out"
+            f"{groups} random groups are too few for coefficients of {n_layers * n_heads} heads: take twice as many as "
+            "heads, or 0 to leave the score out"
         )
+    identity = model.identity()
     with ExitStack() as stack:
         kept = Path(stack.enter_context(tempfile.TemporaryDirectory()) if folder is None else folder)
         own = stack.enter_context(InProcess(model)) if workers is None else workers
-        tasks = list(_tasks(model, stimuli, groups, seed, ResultStore(kept)))
+        tasks = list(_tasks(model, identity, stimuli, groups, seed, ResultStore(kept)))
         tables = own.tables(tasks, "atlas", each="part", quiet=quiet)
-    settings: dict[str, Any] = {"seed": seed, "groups": groups, "weights": model.identity().get("weights")}
+    settings: dict[str, Any] = {"seed": seed, "groups": groups, "weights": identity.get("weights")}
     settings["kinds"] = {stimulus.name: stimulus.kind for stimulus in stimuli}
     settings["digests"] = {stimulus.name: stimulus.digest()[:16] for stimulus in stimuli}
     return Atlas(model.cfg.model_name, _observed(model, pd.concat(tables)), settings)
 
 
 def _tasks(
-    model: "HookedVLM", stimuli: Sequence[Stimulus], groups: int, seed: int, store: ResultStore
+    model: "HookedVLM",
+    identity: Mapping[str, str],
+    stimuli: Sequence[Stimulus],
+    groups: int,
+    seed: int,
+    store: ResultStore,
 ) -> Iterator[Task]:
-    identity = model.identity()
-
     def task(name: str, work: Any, own: Sequence[Stimulus], *arguments: Any) -> Task:
         known = [stimulus.digest() for stimulus in own]
         return Task(store, {"model": identity, "atlas": name, "stimuli": known, "with": list(arguments)}, work,
-                    (list(own), *arguments), len(own), label=own[0].name)  # fmt: skip
+                    (list(own), *arguments), len(own), label=own[0].name if name != "attention" else "")  # fmt: skip
 
     for kind in KINDS:
         some = of_kind(stimuli, (kind,))
-        for i in range(0, len(some), TOGETHER):
-            yield task("attention", attention_table, some[i : i + TOGETHER])
+        n_batches = -(-len(some) // TOGETHER)
+        for i in range(n_batches):  # of equal sizes: a page alone has no null
+            start, stop = (len(some) * part // n_batches for part in (i, i + 1))
+            yield task("attention", attention_table, some[start:stop])
     shown = of_kind(stimuli, PICTURES)
     tokens = [first_token(model, stimulus) for stimulus in shown]
     for i, stimulus in enumerate(shown):
         later = [*range(i + 1, len(shown)), *range(i)]
-        other = next((shown[j] for j in later if tokens[j] != tokens[i] and shown[j].kind == stimulus.kind), None)
+        later.sort(key=lambda j: shown[j].kind != stimulus.kind)  # of the same kind if there is one
+        other = next((shown[j] for j in later if tokens[j] != tokens[i]), None)
         yield task("vision", vision_table, [stimulus])
         pair = [stimulus] if other is None else [stimulus, other]
         yield task("effects", effect_table, pair, groups, seed)

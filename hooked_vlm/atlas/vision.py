@@ -10,7 +10,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from hooked_vlm.atlas.attention import Found
-from hooked_vlm.atlas.evidence import scaled, tokens_in
+from hooked_vlm.atlas.evidence import tokens_of_box
 from hooked_vlm.atlas.stimuli import TEXT, Stimulus
 from hooked_vlm.nn.attention import AttentionCall
 from hooked_vlm.nn.hooks import HookPoint
@@ -89,7 +89,7 @@ def _tiles(model: "HookedVLM", stimulus: Stimulus) -> list[Tile]:
         text = np.zeros(layout.n_patches, dtype=bool)
         for box in stimulus.boxes(TEXT):
             if box.image == image:
-                text[tokens_in(layout.patches, scaled(box, stimulus, layout, image))] = True
+                text[tokens_of_box(layout.patches, box.box, stimulus.name)] = True
         for tile, numbers in enumerate(layout.tower_order):
             centres = torch.from_numpy((boxes[numbers, :2] + boxes[numbers, 2:]) / 2)
             own = Tile(n_before + tile, centres, torch.from_numpy(text[numbers]), inputs.spec.class_tokens)

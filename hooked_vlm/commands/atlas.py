@@ -1,13 +1,14 @@
 """`hooked-vlm atlas`: what every head of both towers does, as tables and a page."""
 
 from collections.abc import Sequence
+from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hooked_vlm.atlas.definitions import PICTURES
-from hooked_vlm.atlas.page import Picture, save_atlas_page
+from hooked_vlm.atlas.page import MOST_PICTURES, Picture, save_atlas_page
 from hooked_vlm.atlas.result import Atlas
-from hooked_vlm.atlas.show import above_null, in_terminal
+from hooked_vlm.atlas.show import above_null, in_terminal, number_of_tests
 from hooked_vlm.atlas.stimuli import Stimulus, as_stimuli, of_kind, shipped
 from hooked_vlm.atlas.study import atlas
 from hooked_vlm.commands.config import AtlasConfig
@@ -30,8 +31,8 @@ VISION_QUERIES = 64
 def answer(config: AtlasConfig) -> tuple[str, dict[str, Any]]:
     """Make the atlas; what to print, and the same as data."""
     config.check_workers()
-    if config.pictures < 0:
-        raise InputError(f"--pictures must be 0 or more, got {config.pictures}")
+    if not 0 <= config.pictures <= MOST_PICTURES:
+        raise InputError(f"--pictures must be 0 to {MOST_PICTURES}, got {config.pictures}")
     samples = None if config.data is None else list(read_samples(config.data, config.prompt))
     out = writable_folder(config.out)
     model = load(config.model, config.device, config.dtype)
@@ -49,33 +50,35 @@ def answer(config: AtlasConfig) -> tuple[str, dict[str, Any]]:
 
 
 def as_data(found: Atlas) -> dict[str, Any]:
-    """For each score the number of heads above the null, and every head's mean."""
+    """For each score the number of heads above the null (None: no head was tested), and every head's mean."""
     scores = {}
     for score in found.scores:
         rows = found.rows(score.name)
         means = {f"{row['layer']}.{row['head']}": row["value"] for row in rows.to_dict("records")}
-        above = int(above_null(rows).sum()) if score.null else None
+        above = int(above_null(rows).sum()) if number_of_tests(rows) else None
         scores[score.name] = {"tower": score.tower, "above_null": above, "heads": means}
     return {"model": found.model, "scores": scores}
 
 
 def pictures_of(model: "HookedVLM", stimuli: Sequence[Stimulus], out: Path, most: int) -> list[Picture]:
-    """The first pictures of each kind, each with a page of its attention in `out/pictures`."""
-    shown: list[Stimulus] = []
-    for kind in PICTURES:
-        shown += of_kind(stimuli, (kind,))[: most // len(PICTURES)]
-    return [_picture(model, stimulus, out) for stimulus in shown]
+    """The first pictures, the kinds in turn, each with pages of its attention in `out/pictures`."""
+    in_turn = zip_longest(*(of_kind(stimuli, (kind,)) for kind in PICTURES))
+    shown = [stimulus for some in in_turn for stimulus in some if stimulus is not None][:most]
+    return [_picture(model, stimulus, out, number) for number, stimulus in enumerate(shown)]
 
 
-def _picture(model: "HookedVLM", stimulus: Stimulus, out: Path) -> Picture:
+def _picture(model: "HookedVLM", stimulus: Stimulus, out: Path, number: int) -> Picture:
+    """A picture and its pages, whose files have its number: a name may be no name of a file."""
     sample = stimulus.asked
-    inputs, images = sample.inputs(model), list(sample.images)
+    inputs, images = sample.inputs(model), sample.pictures
     boxes = {i: [box.box for box in stimulus.boxes("evidence") if box.image == i] for i in range(len(images))}
-    link, vision_link = f"pictures/{stimulus.name}.html", f"pictures/{stimulus.name}-vision.html"
+    link, vision_link = f"pictures/{number}.html", f"pictures/{number}-vision.html"
     n_patches = inputs.image_grid(0).n_patches
     patches = range(0, n_patches, max(1, n_patches // VISION_QUERIES))
     attention(model, inputs, boxes=boxes, images=images, title=f"{stimulus.name}: attention").save(out / link)
     vision_attention(
         model, inputs, patches=patches, boxes=boxes, images=images, title=f"{stimulus.name}: vision tower"
     ).save(out / vision_link)
-    return Picture(stimulus.name, images[0], f"{sample.prompt} {sample.answer}", link, vision_link)
+    question = inputs.tokens[0, inputs.positions.question[0]].tolist()
+    asked = sample.prompt if isinstance(sample.prompt, str) else model.tokenizer.decode(question)
+    return Picture(stimulus.name, images[0], f"{asked} {sample.answer}", link, vision_link)

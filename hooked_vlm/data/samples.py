@@ -38,6 +38,12 @@ class Sample:
     answer: str | None = None
     """Text that follows the prompt: the group "generated"."""
 
+    @property
+    def pictures(self) -> list[Any]:
+        """`images`, or the pictures that the prompt's messages carry."""
+        inside = [] if isinstance(self.prompt, str) else take_pictures(self.prompt)[1]
+        return [*self.images, *(picture.source for picture in inside)]
+
     def inputs(self, model: "HookedVLM", **bounds: Any) -> VLMInputs:
         """Inputs of this sample alone.
 
@@ -64,15 +70,14 @@ class Sample:
         Raises:
             InputError: a picture that cannot be read.
         """
-        prompt, pictures = self.prompt, list(self.images)
+        prompt = self.prompt
         settings: list[str] = []
         if not isinstance(prompt, str):
             prompt, own, _ = take_pictures(prompt)
-            pictures += [picture.source for picture in own]
             settings = [f"{i} {picture.settings}" for i, picture in enumerate(own) if picture.settings.resizes]
         boxes = [[box.name, *map(float, box.box), box.image] for box in self.boxes]
         digest = hashlib.sha256(json.dumps([self.id, prompt, self.answer, boxes, *settings], sort_keys=True).encode())
-        for picture in pictures:
+        for picture in self.pictures:
             try:
                 digest.update(_picture_digest(picture))
             except (ImageError, OSError) as error:

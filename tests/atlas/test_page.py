@@ -159,3 +159,13 @@ def test_pictures_of_no_stimulus_or_of_one_twice_are_refused() -> None:
         atlas_page(found, [Picture("page-1", image), Picture("page-1", image)])
     with pytest.raises(InputError, match="without a score"):
         atlas_page(Atlas("empty", {}))
+
+
+def test_the_page_says_which_tests_no_head_can_pass() -> None:
+    """Of 16 heads one can pass on ten stimuli: 16 / 2^9 is below 0.05, 16 / 2^8 is not."""
+    for n in (9, 10):
+        names, values = tuple(f"s{i}" for i in range(n)), np.random.default_rng(0).random((n, 4, 4))
+        observed = {name: Observed(names, values, np.zeros_like(values)) for name in ("ocr", "entropy")}
+        page = html.unescape(atlas_page(Atlas("made <up>", observed)))
+        said = '<p class="warning">made <up> has too few stimuli for any head to be significant in: OCR.</p>'
+        assert (said in page) == (n == 9)

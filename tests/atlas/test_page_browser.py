@@ -221,6 +221,10 @@ def test_heads_that_do_one_thing_and_not_another(browser: Any, one: Path, found:
     page.page.fill("#most", "0.3")
     expected = pd.DataFrame(does[yes & (other["value"] <= 0.3)]).sort_values("value", ascending=False)["name"].tolist()
     assert page.listed() == expected and "image attention, answer is 0.3 at most" in page.page.inner_text("#rule-said")
+    page.page.fill("#most", "")  # no bound, and not 0
+    assert page.listed() == does[yes].sort_values("value", ascending=False)["name"].tolist()
+    assert "at most" not in page.page.inner_text("#rule-said")
+    page.page.fill("#most", "0.3")
     page.page.fill("#least", "0.5")
     assert page.listed() == [name for name in expected if name in set(does["name"][does["value"] >= 0.5])]
     page.page.select_option("#doesnt", "entropy")  # which is not tested
@@ -232,9 +236,9 @@ def test_heads_that_do_one_thing_and_not_another(browser: Any, one: Path, found:
 
 
 def test_heads_without_a_test_are_left_out_and_counted(browser: Any, tmp_path: Path) -> None:
-    values = np.random.default_rng(0).random((6, 1, 4)) + 1
-    values[:, 0, 2] = 1.0  # the same on all stimuli: no t
-    observed = {"ocr": Observed(tuple("abcdef"), values, np.zeros_like(values))}
+    values = np.random.default_rng(0).random((8, 1, 4)) + 1
+    values[2:, 0, 2] = np.nan  # two stimuli: no test
+    observed = {"ocr": Observed(tuple("abcdefgh"), values, np.zeros_like(values))}
     page = Page(browser, save_atlas_page(tmp_path / "page.html", Atlas("m", observed)))
     page.page.select_option("#does", "ocr")
     assert "3 of 4 heads: OCR" in page.page.inner_text("#rule-said")

@@ -17,7 +17,7 @@ from hooked_vlm.atlas import Stimulus, shipped
 from hooked_vlm.atlas import attention as attention_module
 from hooked_vlm.atlas.attention import attention_scores, repeated_scores
 from hooked_vlm.atlas.definitions import BY_NAME
-from hooked_vlm.atlas.evidence import needle, tokens_in, tokens_of_boxes
+from hooked_vlm.atlas.evidence import needle, tokens_of_box, tokens_of_boxes
 from hooked_vlm.atlas.stimuli import REPEATED_LENGTH, as_stimuli, of_kind
 from hooked_vlm.atlas.vision import vision_scores
 from hooked_vlm.data.samples import NamedBox, Sample
@@ -295,7 +295,7 @@ def test_planted_heads_of_the_vision_tower_score_exactly_1(model: HookedVLM) -> 
     [numbers] = inputs.image_grid(0).tower_order.tolist()
     centres = torch.from_numpy(layout.boxes[numbers]).unflatten(-1, (2, 2)).mean(1)
     farthest = torch.cdist(centres, centres).argmax(-1)
-    text = [i for box in stimulus.boxes("text") for i in tokens_in(layout, box.box)]
+    text = [i for box in stimulus.boxes("text") for i in tokens_of_box(layout, box.box, "page")]
     _, cache = model.run_with_cache(inputs, names_filter="vision.blocks.1.hook_resid_pre")
     sink = int(cache["vision.blocks.1.hook_resid_pre"][0, n_class:].norm(dim=-1).argmax())
     plants: dict[str, Callable[[int], int]] = {

@@ -12,7 +12,7 @@ import torch
 from scipy import stats
 
 from hooked_vlm import HookedVLM
-from hooked_vlm.atlas import Atlas, Observed, atlas, shipped
+from hooked_vlm.atlas import Atlas, Observed, Stimulus, atlas, shipped
 from hooked_vlm.atlas import study as study_module
 from hooked_vlm.atlas.definitions import BY_NAME
 from hooked_vlm.atlas.effects import default_groups, effect_scores, first_token, group_masks
@@ -30,7 +30,7 @@ def model() -> HookedVLM:
 
 @pytest.fixture(scope="module")
 def small(model: HookedVLM) -> Atlas:
-    return atlas(model, n=3, groups=20)
+    return atlas(model, n=3, groups=32)
 
 
 @pytest.mark.repeats_shapes
@@ -53,7 +53,7 @@ def test_effects_are_those_of_a_loop(model: HookedVLM) -> None:
     for layer, head in ((0, 0), (1, 1)):
         zeroed = log_prob(ZeroHeads(((layer, head),), tower="vision").hooks(model, inputs))
         assert found["answer_without"][0][layer, head] == pytest.approx(plain - zeroed, abs=1e-5)
-    masks = group_masks(24, model.cfg.n_layers * n_heads, 5)
+    masks = group_masks(24, model.cfg.n_layers * n_heads, 5, page)
     values = []
     for kept in masks:
         dropped = tuple((int(i) // n_heads, int(i) % n_heads) for i in np.flatnonzero(~kept))
@@ -69,9 +69,9 @@ def test_effects_are_those_of_a_loop(model: HookedVLM) -> None:
     assert [float(own[2, 1]) for own in found["direct_logit"]] == pytest.approx(direct, rel=1e-4)
 
 
-def test_masks_of_groups_come_with_their_complements() -> None:
-    masks = group_masks(20, 16, 0)
-    assert (masks[::2] ^ masks[1::2]).all() and len(np.unique(masks, axis=0)) == 20
+def test_masks_of_groups_determine_every_coefficient() -> None:
+    masks = group_masks(32, 16, 0, Stimulus("a", "repeated"))
+    assert np.linalg.matrix_rank(np.column_stack((np.ones(32), masks))) == 17 and len(np.unique(masks, axis=0)) == 32
     assert default_groups(16) == 64 and default_groups(784) == 1568
 
 
@@ -154,7 +154,7 @@ def test_an_atlas_is_what_it_was_after_saving(small: Atlas, tmp_path: Path) -> N
         pages.on("text").on("page")
 
 
-@pytest.mark.parametrize("damage", ["absent", "cut", "no json", "other shapes"])
+@pytest.mark.parametrize("damage", ["absent", "cut", "no json", "other shapes", "of another run"])
 def test_what_is_no_atlas_is_refused(small: Atlas, tmp_path: Path, damage: str) -> None:
     small.save(tmp_path)
     record = tmp_path / "atlas.json"
@@ -166,6 +166,11 @@ def test_what_is_no_atlas_is_refused(small: Atlas, tmp_path: Path, damage: str) 
             path.write_bytes(path.read_bytes()[:-100])
         case "no json":
             record.write_text("{")
+        case "of another run":  # which stopped before it wrote its record
+            whole = record.read_text()
+            changed = {name: Observed(own.stimuli, own.values + 1, own.nulls) for name, own in small.observed.items()}
+            Atlas(small.model, changed, small.settings).save(tmp_path)
+            record.write_text(whole)
         case "other shapes":
             changed = json.loads(record.read_text())
             changed["shapes"]["ocr"] = [5, 5]
@@ -176,13 +181,18 @@ def test_what_is_no_atlas_is_refused(small: Atlas, tmp_path: Path, damage: str) 
 
 def test_what_does_not_determine_anything_is_refused(model: HookedVLM) -> None:
     with pytest.raises(InputError, match="random groups"):
-        atlas(model, n=1, groups=16)
+        atlas(model, n=1, groups=31)
     with pytest.raises(InputError, match="at least one stimulus"):
         atlas(model, n=0)
     with pytest.raises(InputError, match="no answer"):
         atlas(model, [Sample("a", "What?")])
     with pytest.raises(InputError, match="no samples"):
         atlas(model, [])
+    with pytest.raises(InputError, match="a seed must be 0 or more"):
+        atlas(model, n=1, seed=-1)
+    not_samples: Any = iter(["own.jsonl"])
+    with pytest.raises(InputError, match=r"expected samples .*got 'own\.jsonl'"):
+        atlas(model, not_samples)
 
 
 def test_the_strongest_stimuli_come_first() -> None:
@@ -191,6 +201,9 @@ def test_the_strongest_stimuli_come_first() -> None:
     assert found.strongest("ocr", 0, 0) == ["b", "c", "a"]
     with pytest.raises(InputError, match="no score 'induction'"):
         found.values("induction")
+    for layer, head in ((1, 0), (0, -1)):
+        with pytest.raises(InputError, match="there is no head"):
+            found.strongest("ocr", layer, head)
 
 
 def test_the_terminal_answers_first(small: Atlas) -> None:
@@ -224,4 +237,7 @@ def test_each_head_is_tested_on_the_stimuli_on_which_it_has_a_value() -> None:
     for head in range(2):
         own = (values - nulls)[:, 0, head]
         expected: Any = stats.ttest_1samp(own[np.isfinite(own)], 0)
-        assert rows["p"][head] == pytest.approx(max(expected.pvalue, 2.0 ** (1 - rows["n"][head]))) and rows["n"][head] == np.isfinite(own).sum()
+        assert (
+            rows["p"][head] == pytest.approx(max(expected.pvalue, 2.0 ** (1 - rows["n"][head])))
+            and rows["n"][head] == np.isfinite(own).sum()
+        )

@@ -34,7 +34,7 @@ def test_page_tables_and_answer(
     assert data["scores"]["entropy"]["above_null"] is None
     page = (out / "atlas.html").read_text(encoding="utf-8")
     links = set(re.findall(r"pictures/[\w-]+\.html", page))
-    assert links == {f"pictures/{name}{end}.html" for name in ("page-0", "object-0") for end in ("", "-vision")}
+    assert links == {f"pictures/{number}{end}.html" for number in (0, 1) for end in ("", "-vision")}
     assert all((out / link).is_file() for link in links)
     parts = {path: path.stat().st_mtime_ns for path in (out / "parts").glob("*.parquet")}
     call(monkeypatch, *SMALL, "--out", str(out), "--quiet")
@@ -64,7 +64,7 @@ def test_samples_of_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     [
         (("--groups", "5"), "random groups do not determine"),
         (("--n", "0"), "at least one stimulus"),
-        (("--pictures", "-1"), "must be 0 or more"),
+        (("--pictures", "-1"), "must be 0 to 254"),
         (("--data", "nowhere.jsonl"), "nowhere.jsonl"),
     ],
 )
