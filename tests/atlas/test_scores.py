@@ -352,5 +352,5 @@ def test_memory_grows_with_the_number_of_tokens(model: HookedVLM) -> None:
             vision_scores(model, shown)
         return of_text.numel, of_picture.numel
 
-    (text, picture), (long_text, large_picture) = largest(4, 112), largest(16, 224)
+    (text, picture), (long_text, large_picture) = largest(16, 224), largest(64, 448)
     assert long_text < 4.5 * text and large_picture < 4.5 * picture  # four times the tokens, four times the patches

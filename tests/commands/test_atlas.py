@@ -62,7 +62,7 @@ def test_samples_of_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        (("--groups", "5"), "random groups do not determine"),
+        (("--groups", "5"), "5 random groups are too few"),
         (("--n", "0"), "at least one stimulus"),
         (("--pictures", "-1"), "must be 0 to 254"),
         (("--data", "nowhere.jsonl"), "nowhere.jsonl"),
