@@ -14,11 +14,13 @@ import numpy as np
 import pandas as pd
 from jaxtyping import Bool, Float
 
+from hooked_vlm.analysis.intervals import mean_interval
 from hooked_vlm.analysis.multiple_testing import holm
 from hooked_vlm.analysis.text_tables import text_table
 from hooked_vlm.atlas.definitions import BY_NAME, SCORES, TOWERS, Score
-from hooked_vlm.atlas.result import Atlas, described, mean_of_known
+from hooked_vlm.atlas.result import Atlas
 from hooked_vlm.atlas.show import ALPHA, no_power
+from hooked_vlm.atlas.summary import described, mean_of_known
 from hooked_vlm.errors import InputError
 from hooked_vlm.interventions.base import Tower
 
@@ -187,7 +189,8 @@ def _compared(score: Score, a: Atlas, b: Atlas) -> pd.DataFrame:
     before, after = ours.values[[i for i, _ in shared]], theirs.values[[i for _, i in shared]]
     differences: Float[np.ndarray, "stimulus layer head"] = after - before
     known = np.isfinite(differences)
-    rows = described(score, differences, np.zeros_like(differences), int(a.settings.get("seed", 0)))
+    ends = mean_interval(differences, int(a.settings.get("seed", 0)))
+    rows = described(score, differences, np.zeros_like(differences), ends)
     means = {name: mean_of_known(np.where(known, own, np.nan)).ravel() for name, own in (("a", before), ("b", after))}
     return pd.DataFrame(rows.rename(columns={"value": "difference"}).assign(**means)[list(COLUMNS)])
 

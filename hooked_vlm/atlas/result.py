@@ -6,7 +6,6 @@ found.wide("language")     # a row for each head, a column for each score
 found.save("out")          # Atlas.load("out")
 """
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -17,14 +16,13 @@ import numpy as np
 import pandas as pd
 from jaxtyping import Float
 
-from hooked_vlm.analysis.intervals import FEWEST, mean_interval, mean_p
-from hooked_vlm.analysis.multiple_testing import holm
+from hooked_vlm.analysis.intervals import mean_interval
 from hooked_vlm.atlas.definitions import SCORES, Kind, Score
 from hooked_vlm.atlas.files import read_atlas, write_atlas
+from hooked_vlm.atlas.summary import Values, described, mean_of_known, share_ends
 from hooked_vlm.errors import InputError
 from hooked_vlm.interventions.base import Tower
 
-Values = Float[np.ndarray, "stimulus layer head"]
 COLUMNS = ("tower", "layer", "head", "score", "value", "low", "high", "null", "p", "p_holm", "n")
 
 
@@ -166,53 +164,6 @@ class Atlas:
 
     def _rows(self, score: Score) -> pd.DataFrame:
         found = self.observed[score.name]
-        return described(score, found.values, found.nulls if score.null else None, int(self.settings.get("seed", 0)))
-
-
-def described(score: Score, values: Values, nulls: Values | None, seed: int) -> pd.DataFrame:
-    """The rows of `Atlas.table` for one score."""
-    _, layers, heads = values.shape
-    low, high = mean_interval(values, seed)
-    null = np.full((layers, heads), np.nan) if nulls is None else mean_of_known(nulls)
-    p = np.full((layers, heads), np.nan) if nulls is None else _paired_p(values - nulls)
-    return pd.DataFrame(
-        {
-            "tower": score.tower,
-            "layer": np.repeat(np.arange(layers), heads),
-            "head": np.tile(np.arange(heads), layers),
-            "score": score.name,
-            "value": mean_of_known(values).ravel(),
-            "low": low.ravel(),
-            "high": high.ravel(),
-            "null": null.ravel(),
-            "p": p.ravel(),
-            "p_holm": holm(p.ravel()),
-            "n": np.isfinite(values).sum(0).ravel(),
-        }
-    )
-
-
-def _paired_p(differences: Values) -> Float[np.ndarray, "layer head"]:
-    """Two-sided p that the mean of the differences is 0, of each head over the stimuli on which it has a value.
-
-    Student's t, but no less than a sign-flip test of n differences can give, 2^(1 - n): that is what a head has whose
-    differences are all the same. NaN below `FEWEST` stimuli.
-    """
-    flat = differences.reshape(len(differences), -1)
-    known, p = np.isfinite(flat), np.full(flat.shape[1], np.nan)
-    for stimuli in np.unique(known, axis=1).T:
-        heads = (known == stimuli[:, None]).all(0)
-        if (n := stimuli.sum()) >= FEWEST:
-            p[heads] = np.fmax(mean_p(flat[np.ix_(stimuli, heads)]), 2.0 ** (1 - n))  # of a number and NaN the number
-    return p.reshape(differences.shape[1:])
-
-
-def fewest_stimuli(n_tests: int, level: float) -> int:
-    """Number of stimuli from which on one of so many tests can pass at a level, after Holm's correction for all."""
-    return max(FEWEST, 1 + math.ceil(math.log2(n_tests / level)))
-
-
-def mean_of_known(values: Values) -> Float[np.ndarray, "layer head"]:
-    """Mean over the stimuli on which a head has a value; NaN where it has none."""
-    n = np.isfinite(values).sum(0)
-    return np.where(n > 0, np.nansum(values, 0) / np.maximum(n, 1), np.nan)
+        shares = score.unit == "share"
+        ends = share_ends(found.values) if shares else mean_interval(found.values, int(self.settings.get("seed", 0)))
+        return described(score, found.values, found.nulls if score.null else None, ends)

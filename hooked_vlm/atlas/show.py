@@ -7,7 +7,8 @@ from jaxtyping import Bool
 from hooked_vlm.analysis.intervals import FEWEST
 from hooked_vlm.analysis.text_tables import text_table
 from hooked_vlm.atlas.definitions import TOWERS, Score
-from hooked_vlm.atlas.result import Atlas, fewest_stimuli
+from hooked_vlm.atlas.result import Atlas
+from hooked_vlm.atlas.summary import fewest_stimuli
 
 SHOWN = 2
 """Heads named for each score."""

@@ -222,7 +222,7 @@ def test_heads_that_do_one_thing_and_not_another(browser: Any, one: Path, found:
     expected = pd.DataFrame(does[yes & (other["value"] <= 0.3)]).sort_values("value", ascending=False)["name"].tolist()
     assert page.listed() == expected and "image attention, answer is 0.3 at most" in page.page.inner_text("#rule-said")
     page.page.fill("#most", "")  # no bound, and not 0
-    assert page.listed() == does[yes].sort_values("value", ascending=False)["name"].tolist()
+    assert page.listed() == pd.DataFrame(does[yes]).sort_values("value", ascending=False)["name"].tolist()
     assert "at most" not in page.page.inner_text("#rule-said")
     page.page.fill("#most", "0.3")
     page.page.fill("#least", "0.5")
