@@ -68,6 +68,8 @@ def literal(model: HookedVLM, stimulus: Stimulus, other: Stimulus) -> dict[str, 
             put("entropy", np.mean(entropies))
             if image:
                 put("image_from_question", np.mean([sum(a[q][k] for k in image) for q in question]))
+                if header := inputs.positions.assistant_header[0].tolist():
+                    put("image_from_header", np.mean([sum(a[q][k] for k in image) for q in header]))
                 put("image_from_answer", np.mean([sum(a[q][k] for k in image) for q in answer]))
                 put("visual_sink", np.mean([sum(a[q][k] for k in sinks) for q in queries]))
                 see = [q for q in answer if any(a[q][k] for k in image)]

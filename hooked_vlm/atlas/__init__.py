@@ -1,4 +1,4 @@
-"""An atlas of a model's heads: what each head of both towers does, by twenty-two scores on shipped stimuli."""
+"""An atlas of a model's heads: what each head of both towers does, by twenty-three scores on shipped stimuli."""
 
 from typing import TYPE_CHECKING
 

@@ -36,6 +36,8 @@ class Rows:
     first: int
     """Position of the first token."""
     question: list[int]
+    header: list[int]
+    """Tokens of the assistant's header; none where a prompt has none."""
     answer: list[int]
     """Positions that predict the answer's tokens."""
     image: Bool[Tensor, "key"]
@@ -50,6 +52,7 @@ class Rows:
 
     @property
     def queries(self) -> list[int]:
+        """Those of the scores that are about question and answer."""
         return [*self.question, *self.answer]
 
 
@@ -78,8 +81,12 @@ def attention_scores(model: "HookedVLM", stimuli: Sequence[Stimulus]) -> list[Fo
         call, layer = hook.ctx["attention"], hook.layer()
         norms["value_norm", layer] = _value_norms(call, prompt, model.cfg.n_heads)
         for row, own in enumerate(rows):
-            pattern, uniform = _pattern(call, row, own.queries)
+            n = len(own.queries)
+            whole = _pattern(call, row, [*own.queries, *own.header])
+            pattern, uniform = whole[0][:, :n], whole[1][:, :n]
             found[row].append(_scores(pattern, uniform, own, sinks[layer][row]))
+            value, null = (a[:, n:, own.image].sum(-1).mean(-1) for a in whole)
+            found[row][-1]["image_from_header"] = value, null.expand_as(value)
             looked[row].append(pattern[:, len(own.question) :].argmax(-1))
             chance[row].append((uniform[0, len(own.question) :] * own.evidence).sum(-1))
 
@@ -163,7 +170,8 @@ def _rows(model: "HookedVLM", batch: VLMInputs, row: int, stimulus: Stimulus, ot
         elsewhere = tokens_of_boxes(model, batch, row, stimulus, other)
     asked = evidence.any(0) & image
     answer = list(range(stop - n_answer - 1, stop - 1))
-    return Rows(batch.first[row], [question[i] for i in chosen], answer, image, evidence, elsewhere, asked)
+    header = groups.assistant_header[row].tolist()
+    return Rows(batch.first[row], [question[i] for i in chosen], header, answer, image, evidence, elsewhere, asked)
 
 
 def _pattern(
@@ -248,6 +256,7 @@ def _names(rows: Rows, stimulus: Stimulus) -> list[str]:
     if stimulus.kind == "text":
         return [*names, *(["text_retrieval"] if rows.evidence.any() else [])]
     names += ["image_from_question", "image_from_answer", "visual_sink"]
+    names += ["image_from_header"] if rows.header else []
     names += ["localisation"] if rows.asked.any() else []
     return [*names, "ocr"] if stimulus.kind == "page" else names
 

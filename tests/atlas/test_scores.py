@@ -113,7 +113,7 @@ def test_scores_of_the_vision_tower_are_their_definitions(model: HookedVLM) -> N
         norms = cache[f"vision.blocks.{layer}.hook_resid_pre"][0, class_tokens:].norm(dim=-1).tolist()
         sinks = sorted(range(len(norms)), key=lambda i: -norms[i])[: max(1, len(norms) // 100)]
         patches = range(len(image))
-        for head in range(tower.n_heads):
+        for head in (layer % tower.n_heads, -1):
             whole = cache[f"vision.blocks.{layer}.attn.hook_pattern"][0, head].tolist()
             a = [row[class_tokens:] for row in whole[class_tokens:]]
             relative = []
