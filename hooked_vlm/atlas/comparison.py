@@ -140,6 +140,12 @@ def compare(a: Atlas, b: Atlas) -> Comparison:
     Raises:
         InputError: no score that both have on stimuli that both saw, with equally many layers and heads.
     """
+    both = [score for score in SCORES if score.name in a.observed and score.name in b.observed]
+    if both and not any(_shared(score, a, b) for score in both):
+        raise InputError(
+            "these atlases have no stimulus in common, so nothing can be compared: make both with the same --n, --seed "
+            "or --data"
+        )
     refused: dict[str, str] = {}
     parts = []
     for score in SCORES:

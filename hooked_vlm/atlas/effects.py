@@ -49,11 +49,14 @@ def effect_scores(model: "HookedVLM", stimulus: Stimulus, other: Stimulus | None
     encoded, token = with_features(model, inputs), first_token(model, stimulus)
     shape, tower = tower_shape(model, "language")[:2], tower_shape(model, "vision")[:2]
     found: Found = {}
-    alone = _effects(model, encoded, token, [ReplaceImageKV((head,)) for head in _heads(shape)])
+    heads = _heads(shape)
+    kept = group_masks(groups, len(heads), seed, stimulus)
+    dropped = [tuple(head for head, keep in zip(heads, own, strict=True) if not keep) for own in kept]
+    runs = [ReplaceImageKV(own) for own in [*((head,) for head in heads), *dropped]]
+    alone, together = np.split(_effects(model, encoded, token, runs), [len(heads)])
     found["transfer"] = -alone.reshape(shape), np.zeros(shape)
     if groups:
-        kept = group_masks(groups, shape[0] * shape[1], seed, stimulus)
-        found["transfer_in_groups"] = _in_groups(model, encoded, token, kept).reshape(shape), np.zeros(shape)
+        found["transfer_in_groups"] = coefficients(kept, together).reshape(shape), np.zeros(shape)
     direct = _direct(model, encoded, token)
     null = np.full(shape, np.nan) if other is None else _direct(model, encoded, first_token(model, other))
     found["direct_logit"] = direct, null
@@ -89,15 +92,10 @@ def _effects(
     return sweep(model, inputs, interventions, log_prob(token)).effects[:, 0].double().numpy()
 
 
-def _in_groups(
-    model: "HookedVLM", inputs: VLMInputs, token: int, kept: Bool[np.ndarray, "mask head"]
-) -> Float[np.ndarray, "head"]:
-    """Least-squares coefficients of the heads that are kept."""
-    heads = _heads(tower_shape(model, "language")[:2])
-    groups = [ReplaceImageKV(tuple(head for head, keep in zip(heads, own, strict=True) if not keep)) for own in kept]
-    effects = _effects(model, inputs, token, groups)
+def coefficients(kept: Bool[np.ndarray, "mask head"], values: Float[np.ndarray, "mask"]) -> Float[np.ndarray, "head"]:
+    """Least-squares coefficients of keeping each head, beside an intercept."""
     design = np.column_stack((np.ones(len(kept)), kept))
-    return np.linalg.lstsq(design, effects, rcond=None)[0][1:]
+    return np.linalg.lstsq(design, values, rcond=None)[0][1:]
 
 
 def _direct(model: "HookedVLM", inputs: VLMInputs, token: int) -> Float[np.ndarray, "layer head"]:

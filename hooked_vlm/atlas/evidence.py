@@ -23,7 +23,6 @@ LEAST = 0.1
 """A token is one of a box if it holds more than this share of the box (arXiv 2505.15865), or lies in it for more than
 `MOSTLY` of its own area."""
 MOSTLY = 0.5
-Keys = Bool[Tensor, "part key"]
 
 
 def tokens_of_boxes(

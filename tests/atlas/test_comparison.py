@@ -145,7 +145,7 @@ def test_towers_of_other_shapes_are_refused_and_the_other_tower_is_compared() ->
 def test_what_cannot_be_paired_is_refused() -> None:
     values = np.zeros((3, 1, 1))
     here, elsewhere = one_score(values, ("p", "q", "r")), one_score(values, ("s", "t", "u"))
-    with pytest.raises(InputError, match="OCR: no stimulus in common"):
+    with pytest.raises(InputError, match="no stimulus in common, so nothing"):
         compare(here, elsewhere)
     drawn = [one_score(values, ("p", "q", "r"), digests={"p": "1", "q": f"{seed}", "r": f"{seed}"}) for seed in (2, 3)]
     assert compare(*drawn).table["n"].tolist() == [1]  # the other two are other pictures of the same name
