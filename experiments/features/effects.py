@@ -71,9 +71,9 @@ class Ablation:
         change = ablated - np.array([self._plain[number] for number in numbers])
         low, high = mean_interval(change, seed=0)
         return (
-            f"Ablated at every position, it changes the log-probability of the answer by {change.mean():+.3f} on "
-            f"average over the {len(numbers)} pictures that activate it most (95% interval {float(low):+.3f} to "
-            f"{float(high):+.3f})."
+            f"Ablated at every position, it changes the log-probability of the answer by {change.mean():+.2g} on "
+            f"average over the {len(numbers)} pictures that activate it most (95% interval {float(low):+.2g} to "
+            f"{float(high):+.2g})."
         )
 
 
