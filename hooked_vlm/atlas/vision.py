@@ -12,6 +12,7 @@ from torch import Tensor
 from hooked_vlm.atlas.attention import Found
 from hooked_vlm.atlas.evidence import tokens_of_box
 from hooked_vlm.atlas.stimuli import TEXT, Stimulus
+from hooked_vlm.inputs.vlm_inputs import VLMInputs
 from hooked_vlm.nn.attention import AttentionCall
 from hooked_vlm.nn.hooks import HookPoint
 
@@ -51,7 +52,8 @@ def vision_scores(model: "HookedVLM", stimulus: Stimulus) -> Found:
     Raises:
         InputError: a stimulus that the model cannot take.
     """
-    tiles = _tiles(model, stimulus)
+    inputs = model.as_inputs(stimulus.asked.inputs(model))
+    tiles = _tiles(inputs, stimulus)
     tower = model.cfg.vision
     assert tower is not None
     sinks: dict[tuple[int, int], Bool[Tensor, "patch"]] = {}
@@ -69,7 +71,7 @@ def vision_scores(model: "HookedVLM", stimulus: Stimulus) -> Found:
         hooks += [(f"vision.blocks.{layer}.hook_resid_pre", mark_sinks)]
         hooks += [(f"vision.blocks.{layer}.attn.hook_z", watch)]
     with model.hooks(fwd_hooks=hooks):
-        model.encode_images(model.as_inputs(stimulus.asked.inputs(model)))
+        model.encode_images(inputs)
     names = [name for name, (_, _, n) in sums[0].items() if n]
     return {name: _means([sums[layer][name] for layer in sorted(sums)]) for name in names}
 
@@ -79,8 +81,7 @@ def _means(by_layer: list[tuple[Tensor, Tensor, int]]) -> tuple[np.ndarray, np.n
     return values.numpy(), torch.stack([null / n for _, null, n in by_layer]).numpy()
 
 
-def _tiles(model: "HookedVLM", stimulus: Stimulus) -> list[Tile]:
-    inputs = model.as_inputs(stimulus.asked.inputs(model))
+def _tiles(inputs: VLMInputs, stimulus: Stimulus) -> list[Tile]:
     grids = inputs.grids
     tiles, n_before = [], 0
     for image in range(inputs.n_images):
