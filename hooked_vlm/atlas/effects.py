@@ -66,9 +66,8 @@ def effect_scores(model: "HookedVLM", stimulus: Stimulus, other: Stimulus | None
 
 
 def first_token(model: "HookedVLM", stimulus: Stimulus) -> int:
-    """The first token of the answer."""
-    whole = stimulus.asked.inputs(model)
-    return int(whole.tokens[0, whole.stop[0] - whole.n_generated[0]])
+    """The first token of the answer, as `VLMInputs.append` encodes it."""
+    return model.input_spec().encode(stimulus.asked.answer or "")[0]
 
 
 def group_masks(n: int, n_heads: int, seed: int, stimulus: Stimulus) -> Bool[np.ndarray, "mask head"]:
